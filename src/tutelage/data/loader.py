@@ -1,0 +1,133 @@
+"""The batch of a step, as a pure function of (seed, step, rank).
+
+The tokens of a split are cut into windows of T tokens; every epoch visits every window once, in an
+order of its own. The order needs no memory and no state: it is computed from the seed, so a run that
+is taken up again, or spread over more ranks, sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tutelage.errors import UserError
+from tutelage.types import Batch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tutelage.data.store import SplitView
+
+_ROUNDS = 6
+_MASK_64 = 2**64 - 1
+
+
+class Loader:
+    """Batches of packed sequences from one split of a token store.
+
+    Sample g of the run (g = step * sequences_per_step + place in the step) is window
+    permutation(g mod n) of epoch g div n, where n is the number of windows. A step may span two epochs.
+
+    Args:
+        split: the tokens.
+        sequence_length: T, tokens per sequence. Labels are the next tokens, so window w reads the T + 1
+            tokens from w * T on.
+        sequences_per_step: sequences of one optimizer step, over all ranks.
+        seed: of the order.
+        rank: this process, from 0; it gets the rank-th contiguous slice of the step's sequences.
+        world_size: number of processes.
+
+    Raises:
+        UserError: the split is shorter than one sequence, or the sequences do not divide by the ranks.
+    """
+
+    def __init__(
+        self,
+        split: SplitView,
+        sequence_length: int,
+        sequences_per_step: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.n_windows = max(0, len(split.tokens) - 1) // sequence_length
+        if self.n_windows == 0:
+            raise UserError(
+                f"the split has {len(split.tokens)} tokens, one sequence needs {sequence_length + 1} "
+                f"(sequence_length = {sequence_length} and the token after it)"
+            )
+        if sequences_per_step % world_size:
+            raise UserError(
+                f"{sequences_per_step} sequences per step do not divide by {world_size} ranks; "
+                f"choose a multiple of {world_size} sequences for a step, or fewer ranks"
+            )
+        self._tokens = split.tokens
+        self._length = sequence_length
+        self._per_step = sequences_per_step
+        self._seed = seed
+        share = sequences_per_step // world_size
+        self._slice = slice(rank * share, (rank + 1) * share)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps that visit every window exactly once; epochs need not end between steps."""
+        return self.n_windows / self._per_step
+
+    def windows(self, step: int) -> NDArray[np.int64]:
+        """The windows of this rank in `step`, in order; window w begins at token w * T of the split."""
+        first = step * self._per_step
+        samples = np.arange(first, first + self._per_step, dtype=np.int64)[self._slice]
+        epochs, places = np.divmod(samples, self.n_windows)
+        windows = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            windows[now] = permuted(places[now], self.n_windows, self._seed, int(epoch))
+        return windows
+
+    def batch(self, step: int) -> Batch:
+        """Token ids and next-token labels of this rank in `step`, both int64 [sequences, T]."""
+        starts = self.windows(step) * self._length
+        rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
+        ids = torch.from_numpy(rows.astype(np.int64))
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+def permuted(places: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where a pseudo-random permutation of range(n) sends `places`, without holding the permutation.
+
+    A Feistel network permutes the numbers of an even number of bits, at least n of them; results of n
+    and above are sent through it again until they fall below n (cycle walking), which keeps it a
+    permutation of range(n). Fewer than four passes are needed on average. Only integer arithmetic
+    of fixed width is used, so the order is the same on every machine and with every library version.
+
+    Args:
+        places: int64, each in [0, n).
+        n: size of the permuted range, at least 1.
+        seed: not negative; different seeds give unrelated permutations.
+        epoch: not negative; so do different epochs.
+    """
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    start = _mix(_mix(np.full(_ROUNDS, seed & _MASK_64, np.uint64)) ^ np.uint64(epoch))
+    keys = _mix(start + np.array(range(_ROUNDS), np.uint64))
+
+    def encrypted(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> shift, values & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        return (left << shift) | right
+
+    values = encrypted(places.astype(np.uint64))
+    while (outside := values >= np.uint64(n)).any():
+        values[outside] = encrypted(values[outside])
+    return values.astype(np.int64)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014): every bit depends on every bit."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,128 @@
+"""The record that makes a directory a token store: `manifest.json`."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from tutelage.errors import UserError
+from tutelage.types import Split
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEMA_VERSION = 1
+"""Raised when what a build writes changes. It is part of a store's name, so old stores are not reused."""
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SplitRecord(_Record):
+    """One split.
+
+    Attributes:
+        documents: number of documents.
+        tokens: ids in `<split>.bin`, one end of text per document included.
+        bytes: UTF-8 bytes of the documents' text.
+        files: SHA-256 of each file, by name.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    files: dict[str, str]
+
+
+class SourceRecord(_Record):
+    """One source: what fixed its text (versions, licence, checksums) and what was taken from it."""
+
+    source: dict[str, JsonValue]
+    documents: int
+    bytes: int
+
+
+class Manifest(_Record):
+    """Everything about a store but the tokens.
+
+    Attributes:
+        schema_version: layout of the files.
+        name: readable part of the directory's name.
+        created: UTC time of the build; no hash depends on it.
+        config: the config it was built from.
+        vocab_size: one more than the largest id the tokenizer knows.
+        dtype: little-endian type of the ids in the .bin files.
+        eos_id: the id that closes every document.
+        tokenizer_sha256: checksum of tokenizer.json.
+        sources: one record per source of the config, in its order.
+        duplicates: documents dropped because the same text had come before.
+        splits: train, validation and test.
+    """
+
+    schema_version: int
+    name: str
+    created: str
+    config: dict[str, JsonValue]
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    eos_id: int
+    tokenizer_sha256: str
+    sources: tuple[SourceRecord, ...]
+    duplicates: int
+    splits: dict[Split, SplitRecord]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the tokenizer and the tokens: the same for equal content, wherever it lies."""
+        checksums = [self.tokenizer_sha256]
+        for name in SPLITS:
+            checksums += [self.splits[name].files[f"{name}.{ending}"] for ending in ("bin", "idx")]
+        return hashlib.sha256("\n".join(checksums).encode()).hexdigest()
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read and check the manifest of the token store in the directory `store`.
+
+    Raises:
+        UserError: it is missing, is no manifest, or has another schema version.
+    """
+    path = store / "manifest.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        what = "has no manifest.json" if store.is_dir() else "no such directory"
+        raise UserError(f"{store}: not a token store ({what}); `tutelage data build` makes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    try:
+        version = _Version.model_validate_json(text).schema_version
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{store}: token store of schema version {version}, this version reads {SCHEMA_VERSION}; "
+                "build it again with `tutelage data build`"
+            )
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: not the manifest of a token store ({field}: {first['msg']})") from None
+    _check_complete(path, manifest)
+    return manifest
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def _check_complete(path: Path, manifest: Manifest) -> None:
+    for name in SPLITS:
+        files = manifest.splits[name].files if name in manifest.splits else {}
+        if set(files) != {f"{name}.bin", f"{name}.idx"}:
+            raise UserError(
+                f"{path}: not the manifest of a token store (splits.{name} is missing or incomplete)"
+            )

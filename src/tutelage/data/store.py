@@ -1,0 +1,229 @@
+"""The token store: text as token ids on disk, split by document, written once and then only read.
+
+A store is a directory: `manifest.json`, `tokenizer.json` and, for each split, `<split>.bin` (ids, every
+document closed by the end-of-text id) and `<split>.idx` (uint64 [documents + 1, 2]: where each document
+begins, in tokens and in bytes of its text).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tutelage.configio import digest
+from tutelage.data.config import FilesSource
+from tutelage.data.manifest import SCHEMA_VERSION, Manifest, SourceRecord, read_manifest
+from tutelage.data.sources import Tally, describe
+from tutelage.data.textfiles import known_bytes
+from tutelage.data.tokenize import load_tokenizer, train_tokenizer
+from tutelage.data.writer import training_texts, write_splits
+from tutelage.errors import UserError
+from tutelage.files import claimed, make_directory, new_directory, write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from tutelage.data.config import StoreConfig
+    from tutelage.data.writer import Progress
+    from tutelage.types import Split
+
+_IDX_ROW = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SplitView:
+    """One split, mapped from disk and read-only.
+
+    Attributes:
+        tokens: ids of all documents, one after the other, each closed by the end-of-text id.
+        offsets: uint64 [documents + 1, 2]; row i holds where document i begins in `tokens` and in the
+            UTF-8 text; the last row holds the totals.
+    """
+
+    tokens: NDArray[Any]
+    offsets: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An opened token store.
+
+    Attributes:
+        path: its directory.
+        manifest: what it holds and where that came from.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content, 64 hexadecimal digits; name, place and date do not count."""
+        return self.manifest.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.manifest.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """The id that closes every document."""
+        return self.manifest.eos_id
+
+    def split(self, name: Split) -> SplitView:
+        """Map the split `name`; nothing is read before it is looked at."""
+        record = self.manifest.splits[name]
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        tokens = _mapped(self.path / f"{name}.bin", dtype, (record.tokens,))
+        return SplitView(
+            tokens, _mapped(self.path / f"{name}.idx", np.dtype("<u8"), (record.documents + 1, 2))
+        )
+
+
+def build_store(config: StoreConfig, output: Path, progress: Progress | None = None) -> Path:
+    """Build the token store of `config` in `output`, or return the one that is there already.
+
+    The directory is `<output>/<name>-<hash8>`, where the hash covers the config without its name and
+    the identity of every input. It appears only when it is complete. Memory does not grow with the
+    text, but for 16 bytes and Python's overhead per document.
+
+    Args:
+        config: sources, tokenizer, split.
+        output: directory of stores; made if need be.
+        progress: called with the stage ("tokenizer", then "tokens") and the bytes of text read in it.
+
+    Returns:
+        The store's directory.
+
+    Raises:
+        UserError: a source or the tokenizer cannot be read, there is no text, or the disk is too small.
+    """
+    progress = progress or _silent
+    ready = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
+    sources = [describe(source) for source in config.sources]
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "config": config.model_dump(mode="json", exclude={"name"}),
+        "sources": sources,
+        "tokenizer": ready and [ready.sha256, ready.end_of_text],
+    }
+    path = output / f"{config.name}-{digest(identity)}"
+    if _is_built(path):
+        return path
+    make_directory(output)
+    _check_space(config, output)
+    with claimed(output / f".{path.name}.lock", f"store {path}"), new_directory(path) as partial:
+        tokenizer = ready or train_tokenizer(training_texts(config, progress), config.tokenizer.vocab_size)
+        tokenizer.save(partial)
+        tally = Tally()
+        splits = write_splits(config, tokenizer, partial, tally, progress)
+        if sum(tally.documents) == 0:
+            raise UserError(f"store {config.name}: the sources hold no text")
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            name=config.name,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            config=config.model_dump(mode="json"),
+            vocab_size=tokenizer.vocab_size,
+            dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",  # noqa: PLR2004 - bytes of uint16
+            eos_id=tokenizer.eos_id,
+            tokenizer_sha256=tokenizer.sha256,
+            sources=tuple(
+                SourceRecord(source=source, documents=documents, bytes=size)
+                for source, documents, size in zip(sources, tally.documents, tally.bytes, strict=True)
+            ),
+            duplicates=tally.duplicates,
+            splits=splits,
+        )
+        write_text(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+    return path
+
+
+def open_store(path: Path) -> Store:
+    """Open a token store and check that its files have the right sizes.
+
+    Raises:
+        UserError: it is no token store, has another schema version, or a file is missing or cut short.
+    """
+    manifest = read_manifest(path)
+    itemsize = np.dtype(manifest.dtype).itemsize
+    for name, record in manifest.splits.items():
+        _check_size(path / f"{name}.bin", record.tokens * itemsize)
+        _check_size(path / f"{name}.idx", (record.documents + 1) * _IDX_ROW)
+    return Store(path, manifest)
+
+
+def verify_store(path: Path) -> Store:
+    """Open a token store and recompute every checksum.
+
+    Raises:
+        UserError: as `open_store`, or the content of a file has changed; the message names the file.
+    """
+    store = open_store(path)
+    expected = {"tokenizer.json": store.manifest.tokenizer_sha256}
+    for record in store.manifest.splits.values():
+        expected |= record.files
+    for name, checksum in expected.items():
+        try:
+            with (path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path / name}: cannot be read ({error.strerror})") from None
+        if found != checksum:
+            raise UserError(
+                f"{path / name}: damaged (sha256 {found[:16]}, expected {checksum[:16]}); "
+                f"delete {path} and build it again"
+            )
+    return store
+
+
+def _silent(_stage: str, _bytes: int) -> None:
+    """Report nothing."""
+
+
+def _is_built(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except UserError:
+        return False
+    return True
+
+
+def _check_space(config: StoreConfig, output: Path) -> None:
+    """Refuse early when the text's size is known and half a byte on disk per byte of text does not fit.
+
+    A large vocabulary needs about half a byte, a small one up to one.
+    """
+    known = sum(known_bytes(source) for source in config.sources if isinstance(source, FilesSource))
+    needed = min(known, config.max_bytes or known) // 2
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{output}: the store needs at least {needed / 1e6:,.0f} MB, free are {free / 1e6:,.0f} MB"
+        )
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); the token store is incomplete") from None
+    if found != expected:
+        raise UserError(
+            f"{path}: has {found} bytes, expected {expected}; delete the store and build it again"
+        )
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    if 0 in shape:  # an empty file cannot be mapped
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, mode="r", shape=shape)

@@ -1,0 +1,137 @@
+"""The writing side of a token store: documents to their splits, ids to disk, in one stream."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tutelage.data.manifest import SPLITS, SplitRecord
+from tutelage.data.sources import Document, Tally, mixed
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from tutelage.data.config import StoreConfig
+    from tutelage.data.tokenize import TextTokenizer
+    from tutelage.types import Split
+
+    Progress = Callable[[str, int], None]
+
+_BATCH_BYTES = 4_000_000
+
+
+def _split_of(document: Document, config: StoreConfig) -> Split:
+    if document.position < config.test:
+        return "test"
+    return "validation" if document.position < config.test + config.validation else "train"
+
+
+def training_texts(config: StoreConfig, progress: Progress) -> Iterator[str]:
+    """The text the tokenizer is trained on: the first `sample_bytes` of the train split.
+
+    Raises:
+        UserError: there is none.
+    """
+    taken, tally = 0, Tally()
+    for document in mixed(config.sources, config.max_bytes, tally):
+        if _split_of(document, config) == "train":
+            yield document.text
+            taken += document.size
+            progress("tokenizer", taken)
+        if taken >= config.tokenizer.sample_bytes:
+            break
+    if taken == 0:
+        documents = sum(tally.documents)
+        raise UserError(
+            f"store {config.name}: the sources hold no text"
+            if documents == 0
+            else f"store {config.name}: none of the {documents} documents is in the train split, so no "
+            "tokenizer can be trained; lower validation and test, add text, or give tokenizer.path"
+        )
+
+
+def write_splits(
+    config: StoreConfig, tokenizer: TextTokenizer, directory: Path, tally: Tally, progress: Progress
+) -> dict[Split, SplitRecord]:
+    """Encode the whole mixture and write every split's files into `directory`.
+
+    Args:
+        config: sources and split.
+        tokenizer: turns the text into ids.
+        directory: where the files go; it must exist.
+        tally: filled with what was read.
+        progress: called with "tokens" and the bytes of text done.
+    """
+    encode = tokenizer.encoder()
+    end = np.array([tokenizer.eos_id], tokenizer.dtype).tobytes()
+    with contextlib.ExitStack() as stack:
+        writers = {name: _SplitWriter(directory, name, tokenizer.dtype.itemsize, stack) for name in SPLITS}
+        for batch in _batches(mixed(config.sources, config.max_bytes, tally)):
+            for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
+                writers[_split_of(document, config)].add(ids + end, document.size)
+            progress("tokens", sum(tally.bytes))
+        return {name: writer.finish() for name, writer in writers.items()}
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Lists of documents with a few MB of text each, so that encoding them together pays."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter:
+    """Appends documents to the two files of one split and keeps their checksums."""
+
+    def __init__(self, directory: Path, name: Split, itemsize: int, stack: contextlib.ExitStack) -> None:
+        self._itemsize = itemsize
+        self._bin = _HashedFile(directory / f"{name}.bin", stack)
+        self._idx = _HashedFile(directory / f"{name}.idx", stack)
+        self._documents = self._tokens = self._bytes = 0
+        self._idx.write(struct.pack("<QQ", 0, 0))
+
+    def add(self, ids: bytes, size: int) -> None:
+        """Append one document: its ids with the end of text, and the bytes of its text."""
+        self._bin.write(ids)
+        self._documents += 1
+        self._tokens += len(ids) // self._itemsize
+        self._bytes += size
+        self._idx.write(struct.pack("<QQ", self._tokens, self._bytes))
+
+    def finish(self) -> SplitRecord:
+        """Bring everything to the disk; what was written."""
+        files = dict((self._bin.finish(), self._idx.finish()))
+        return SplitRecord(documents=self._documents, tokens=self._tokens, bytes=self._bytes, files=files)
+
+
+class _HashedFile:
+    """A file whose SHA-256 is known when it has been written."""
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self._path = path
+        self._file = stack.enter_context(path.open("wb"))
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._file.write(data)
+
+    def finish(self) -> tuple[str, str]:
+        """The file's name and checksum, once it is safe on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._path.name, self._hash.hexdigest()

@@ -1,0 +1,124 @@
+"""Writing files so that a crash leaves the old file or the new one, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from typing import TYPE_CHECKING
+
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the write errors a user can mend into a `UserError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = _errno(error)
+        if number in {errno.ENOSPC, errno.EDQUOT}:
+            raise UserError(
+                f"{path}: no space left on the device; free some and run the same command"
+            ) from None
+        if number in _FORBIDDEN:
+            reason = os.strerror(number)
+            raise UserError(f"{path}: cannot be written ({reason}); choose another directory") from None
+        raise
+
+
+def _errno(error: Exception) -> int:
+    """The operating system's number of an error; libraries in Rust put it only into the message."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
+def make_directory(path: Path) -> Path:
+    """Create `path` and its parents; return it. Raises `UserError` if that is not allowed."""
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name; it replaces `path` in one step if the block succeeds."""
+    with _explained(path):
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: object) -> None:
+    """Replace `path` by `data` as JSON in one step."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Fill a directory under a temporary name; it appears as `path` only if the block succeeds.
+
+    An existing `path` is replaced. Leftovers of killed writers are removed first, so two processes must not
+    write the same `path` at a time: hold it with `claimed`.
+    """
+    make_directory(path.parent)
+    for leftover in path.parent.glob(f".partial-{path.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with _explained(path):
+        partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
+        partial.mkdir()
+        try:
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            partial.replace(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def claimed(lock: Path, what: str) -> Iterator[None]:
+    """Hold `what` for this process while the block runs; the kernel frees the claim of a dead process.
+
+    Raises:
+        UserError: another process holds it, or `lock` cannot be written.
+    """
+    with _explained(lock):
+        file = lock.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(f"{what}: process {owner} is already working on it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,39 @@
+"""Run ids: the hash of everything that changes the result, and of nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutelage.configio import digest
+from tutelage.data.store import open_store
+
+if TYPE_CHECKING:
+    from tutelage.config import RunConfig
+
+_NOT_THE_RESULT = {"name", "eval", "checkpoint", "runtime", "output", "micro_batch_tokens"}
+
+
+def run_id(config: RunConfig) -> str:
+    """`<name>-<hash8>`: the name of the run's directory.
+
+    The hash covers the fields that change the trained weights. The token store and models given by
+    path enter by their content, so moving them changes nothing and changing them changes everything.
+    """
+    fields: dict[str, Any] = config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
+    fields["data"]["store"] = open_store(config.data.store).fingerprint
+    fields["objective"].pop("chunk_tokens")
+    for section in ("model", "teacher"):
+        path = (fields[section] or {}).get("path")
+        if path is not None:
+            fields[section]["path"] = _content(path)
+    return f"{config.name}-{digest(fields)}"
+
+
+def _content(path: str) -> str:
+    """Fingerprint of a local model directory; a Hub name (with its revision beside it) stands for itself."""
+    if not Path(path).exists():
+        return path
+    from tutelage.models.hub import weights_fingerprint  # noqa: PLC0415 - imports torch, rarely needed
+
+    return weights_fingerprint(Path(path))

@@ -1,0 +1,1 @@
+"""Models: shapes (`ladder`), what they cost (`flops`), Hugging Face directories (`hub`)."""

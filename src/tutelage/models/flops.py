@@ -1,0 +1,68 @@
+"""Parameters and floating-point operations of a rung, by formula from its shape. No torch.
+
+Counted: every matrix product of the forward pass, one multiply and one add each, with attention at half
+the context, since a causal query sees half of the keys on average. Left out: embedding lookup, norms,
+rotary positions, softmax, activations and the loss, together below one per cent at the paper's sizes;
+also recomputation, so these are the operations of the model and not of an implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tutelage.models.ladder import Rung
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Sizes of a model.
+
+    Attributes:
+        total: all weights, each counted once, so a tied head adds nothing.
+        non_embedding: without the input embedding and without the head.
+    """
+
+    total: int
+    non_embedding: int
+
+
+def _matmul_weights(rung: Rung) -> int:
+    """Weights of the decoder layers that take part in matrix products."""
+    attention = rung.hidden * rung.head_dim * 2 * (rung.heads + rung.kv_heads)
+    return rung.layers * (attention + 3 * rung.hidden * rung.mlp)
+
+
+def parameters(rung: Rung, vocab_size: int) -> Parameters:
+    """Count the weights of `rung` with an embedding of `vocab_size` rows."""
+    norms = 2 * rung.hidden + (2 * rung.head_dim if rung.family == "qwen3" else 0)
+    non_embedding = _matmul_weights(rung) + rung.layers * norms + rung.hidden
+    embeddings = 1 if rung.tied else 2
+    return Parameters(non_embedding + embeddings * vocab_size * rung.hidden, non_embedding)
+
+
+def forward_flops(rung: Rung, vocab_size: int, context: int) -> float:
+    """Operations of a forward pass per token, averaged over a sequence of `context` tokens.
+
+    2 (matmul weights + hidden * vocab_size) for the layers and the head, and
+    2 * 2 * (context / 2) * heads * head_dim * layers for queries times keys and weights times values.
+    """
+    attention = 2 * context * rung.heads * rung.head_dim * rung.layers
+    return float(2 * (_matmul_weights(rung) + rung.hidden * vocab_size) + attention)
+
+
+def training_flops(rung: Rung, vocab_size: int, context: int) -> float:
+    """Operations of one training token: the forward pass, and a backward pass of twice that."""
+    return 3.0 * forward_flops(rung, vocab_size, context)
+
+
+def kd_cost_factor(teacher: float, student: float) -> float:
+    """Cost of a token with an online teacher over a token without: 1 + teacher / (3 student).
+
+    Args:
+        teacher: forward operations per token of the teacher, which never runs backward.
+        student: forward operations per token of the student, in the same unit. Parameters may stand in
+            for operations (2 N per token) on both sides where the shape is not known.
+    """
+    return 1.0 + teacher / (3.0 * student)

@@ -1,0 +1,106 @@
+"""Where a result came from: commit, command, versions, machine. Collecting it never stops a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("tutelage", "torch", "transformers", "tokenizers", "numpy")
+
+
+def collect(device: str) -> dict[str, Any]:
+    """What `provenance.json` holds; what cannot be found out is None.
+
+    Args:
+        device: torch device of the run, for example "cpu" or "cuda:0".
+
+    Returns:
+        JSON values: `time` (UTC, ISO 8601), `command` (arguments of this process), `commit` and `dirty`
+        (of the source tree, None when tutelage does not run from a git checkout), `versions`,
+        `platform`, `cpu` (model), `cpus` (logical), `threads` (torch's, None before torch is imported)
+        and `device` (with its name).
+    """
+    commit, dirty = _commit(Path(__file__))
+    cpu = cpu_model()
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(sys.argv),
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "threads": _threads(),
+        "device": f"{device} ({_accelerator(device) or cpu or platform.machine()})",
+    }
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed distribution, None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str | None:
+    """Marketing name of the processor, None if the system does not tell."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+    return platform.processor() or None
+
+
+def _commit(source: Path) -> tuple[str | None, bool | None]:
+    """Commit of the checkout that tracks the file `source`, and whether tracked files were changed.
+
+    A copy installed inside somebody else's repository is not tracked there, so that repository's
+    commit is not taken for ours.
+    """
+    git = ("git", "-C", str(source.parent))
+    if _output(*git, "ls-files", "--error-unmatch", source.name) is None:
+        return None, None
+    commit = _output(*git, "rev-parse", "HEAD")
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no", ":/")
+    return commit, None if commit is None or changes is None else bool(changes)
+
+
+def _output(program: str, *arguments: str) -> str | None:
+    """Standard output of a command, None if it is missing, fails or takes more than ten seconds."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _threads() -> int | None:
+    """Threads torch computes with; None when this process has not needed torch."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else int(torch.get_num_threads())
+
+
+def _accelerator(device: str) -> str | None:
+    """Name of a GPU; None for the CPU and for what torch does not know."""
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda"):
+        return None
+    try:
+        return str(torch.cuda.get_device_name(device))
+    except (AssertionError, RuntimeError, ValueError):  # no driver, no such device, no CUDA build
+        return None

@@ -1,0 +1,1 @@
+"""Studies: grids of runs, planned, run and gathered."""

@@ -1,0 +1,29 @@
+"""A teacher that runs its own forward pass on every batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.models.hub import body_and_head
+from tutelage.types import Batch, DenseTargets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class OnlineTeacher:
+    """A causal language model, frozen, in eval mode; only its hidden states leave it."""
+
+    def __init__(self, model: PreTrainedModel, forward_flops: float) -> None:
+        model.eval().requires_grad_(requires_grad=False)
+        self._body, self._head = body_and_head(model)
+        self.vocab_size: int = self._head.weight.shape[0]
+        self.forward_flops = forward_flops
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> DenseTargets:
+        """Last hidden states and the output embedding; logits are formed per chunk by the objective."""
+        hidden_BTE = self._body(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+        return DenseTargets(hidden_BTE.flatten(0, 1), self._head.weight)

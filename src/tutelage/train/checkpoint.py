@@ -1,0 +1,92 @@
+"""Checkpoints that resume a run bitwise: weights, optimizer moments, loop counters. No pickle.
+
+One safetensors file holds every tensor, one JSON file the counters. A checkpoint appears under its
+name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tutelage.errors import UserError
+from tutelage.files import new_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Where the loop stands.
+
+    Attributes:
+        step: optimizer steps taken.
+        seconds: training time over all sessions of this run.
+        teacher_tokens: tokens the teacher has been run on.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    teacher_tokens: int = 0
+
+
+def save(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, keep: int
+) -> Path:
+    """Write `directory/step-N` and remove all but the newest `keep` checkpoints."""
+    path = directory / f"step-{counters.step:09d}"
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    with new_directory(path) as partial:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors"
+        )
+        (partial / "counters.json").write_text(json.dumps(asdict(counters)), encoding="utf-8")
+    for old in _all(directory)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_latest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
+    """Restore the newest checkpoint in place; without one, leave everything as it is.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another model.
+    """
+    found = _all(directory)
+    if not found:
+        return Counters()
+    path = found[-1] / "state.safetensors"
+    try:
+        tensors = load_file(path)
+        counters = Counters(**json.loads((found[-1] / "counters.json").read_text(encoding="utf-8")))
+        torch.set_rng_state(tensors["rng"])
+        for name, parameter in model.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"model.{name}"])
+            optimizer.state[parameter] = {
+                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: cannot be resumed from ({reason}); remove {found[-1]} to go on from an earlier one"
+        ) from None
+    return counters
+
+
+def _all(directory: Path) -> list[Path]:
+    return sorted(directory.glob("step-*"))

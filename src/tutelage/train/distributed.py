@@ -1,0 +1,75 @@
+"""Data parallelism over processes started by torchrun: replicated weights, summed gradients.
+
+Without torchrun every function here is the identity of a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+
+def start(device: torch.device) -> World:
+    """Join the process group that torchrun describes in the environment, if it does."""
+    if "WORLD_SIZE" not in os.environ:
+        return World()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over processes; one message per dtype."""
+    if not dist.is_initialized():
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # the same order on every rank
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(flat)
+        start = 0
+        for tensor in group:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any process, so that all leave the loop at the same step."""
+    if not dist.is_initialized():
+        return flag
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count)
+    return bool(count)

@@ -1,0 +1,45 @@
+"""AdamW with the field's parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tutelage.config import OptimConfig
+
+
+def adamw(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in {"cpu", "cuda"}
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def learning_rate(config: OptimConfig, peak: float, step: int, steps: int) -> float:
+    """Learning rate of 0-based optimizer step `step` of `steps`.
+
+    Linear warm-up over the first `warmup` of the steps, reaching the peak on its last step; then
+    cosine down to `final_lr` of the peak on the last step, or constant, or (wsd) constant and a linear
+    decay over the last `decay` of the steps, ending at `final_lr` of the peak.
+    """
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    low = config.final_lr * peak
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "cosine":
+        progress = (step - warmup) / max(1, steps - 1 - warmup)
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay_start = steps - max(1, round(config.decay * steps))
+    progress = max(0, step - decay_start + 1) / (steps - decay_start)
+    return peak + (low - peak) * progress

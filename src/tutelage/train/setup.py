@@ -1,0 +1,177 @@
+"""From a config to everything a run needs, checked before any compute is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.data.loader import Loader
+from tutelage.data.store import open_store
+from tutelage.errors import UserError
+from tutelage.models import hub, ladder
+from tutelage.objective import Objective
+from tutelage.settings import parse_tokens
+from tutelage.teachers import make_teacher
+from tutelage.train import distributed
+from tutelage.train.optim import adamw
+from tutelage.train.step import Trainee
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tutelage.config import RunConfig
+    from tutelage.train.checkpoint import Counters
+
+_FALLBACK_LR = 3e-4
+"""Peak learning rate of a model that is on no rung and whose config names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A run, ready to train.
+
+    Attributes:
+        config: what was asked for.
+        device: where it trains.
+        world: this process among all.
+        model: the student.
+        trainee: the student split for the step, with optimizer, objective and teacher.
+        loader: batches as a function of the step.
+        steps: optimizer steps in the budget.
+        lr: peak learning rate.
+        micro_sequences: sequences per forward pass on this rank.
+        checkpoint_tokens: tokens between checkpoints.
+        parameters: total parameters of the student.
+        student_flops: forward + backward FLOPs per token of the student.
+    """
+
+    config: RunConfig
+    device: torch.device
+    world: distributed.World
+    model: PreTrainedModel
+    trainee: Trainee
+    loader: Loader
+    steps: int
+    lr: float
+    micro_sequences: int
+    checkpoint_tokens: int
+    parameters: int
+    student_flops: float
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training split; above 1 the data repeats."""
+        return self.steps / self.loader.steps_per_epoch
+
+    def ledger(self, counters: Counters) -> dict[str, float]:
+        """What state.json says of progress and cost."""
+        tokens = counters.step * self.config.global_batch_tokens
+        teacher = self.trainee.teacher
+        return {
+            "step": counters.step,
+            "steps": self.steps,
+            "tokens": tokens,
+            "seconds": round(counters.seconds, 3),
+            "tokens_per_second": round(tokens / max(counters.seconds, 1e-9), 1),
+            "parameters": self.parameters,
+            "train_flops": self.student_flops * tokens,
+            "teacher_flops": teacher.forward_flops * counters.teacher_tokens if teacher else 0.0,
+        }
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Open the store, build or load the models, and check that everything fits together.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    device = pick_device(config.runtime.device)
+    world = distributed.start(device)
+    store = open_store(config.data.store)
+    model, lr = _student(config, store.vocab_size)
+    model.to(device)
+    body, head = hub.body_and_head(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = _steps(config, parameters)
+    sequences = config.global_batch_tokens // config.data.sequence_length
+    loader = Loader(
+        store.split("train"),
+        sequence_length=config.data.sequence_length,
+        sequences_per_step=sequences,
+        seed=config.data.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    micro = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
+    o = config.objective
+    return Setup(
+        config=config,
+        device=device,
+        world=world,
+        model=model,
+        trainee=Trainee(
+            body=body,
+            head=head,
+            parameters=tuple(p for p in model.parameters() if p.requires_grad),
+            optimizer=adamw(model, config.optim, lr),
+            objective=Objective(o.divergence, o.temperature, o.temperature_squared, o.chunk_tokens),
+            teacher=make_teacher(config, store, head.weight.shape[0], device),
+            clip=config.optim.clip,
+            autocast=_autocast(config, device),
+        ),
+        loader=loader,
+        steps=steps,
+        lr=lr,
+        micro_sequences=min(micro, sequences // world.size),
+        checkpoint_tokens=parse_tokens(config.checkpoint.every),
+        parameters=parameters,
+        student_flops=3 * hub.forward_flops(model, config.data.sequence_length),
+    )
+
+
+def _student(config: RunConfig, vocab_size: int) -> tuple[PreTrainedModel, float]:
+    length = config.data.sequence_length
+    if config.model.rung is not None:
+        rung = ladder.rung(config.model.rung)
+        model = hub.build(rung, vocab_size, length, config.seed)
+        return model, config.optim.lr or rung.lr
+    assert config.model.path is not None  # noqa: S101 - the config has exactly one of the two
+    model = hub.load(config.model.path, dtype=torch.float32)
+    own = model.get_output_embeddings().weight.shape[0]
+    if own != vocab_size:
+        raise UserError(
+            f"model.path {config.model.path}: its vocabulary has {own} entries, the token store's has "
+            f"{vocab_size}; build the store with this model's tokenizer"
+        )
+    return model, config.optim.lr or _FALLBACK_LR
+
+
+def _steps(config: RunConfig, parameters: int) -> int:
+    tokens = parse_tokens(config.tokens, parameters)
+    if tokens < config.global_batch_tokens:
+        raise UserError(
+            f"tokens = {config.tokens}: {tokens:,} tokens are less than one batch of "
+            f"{config.global_batch_tokens:,} (global_batch_tokens)"
+        )
+    return tokens // config.global_batch_tokens
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first of cuda, mps, cpu that is there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"runtime.device = {name}: torch sees no such device here; use 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def _autocast(config: RunConfig, device: torch.device) -> torch.dtype | None:
+    wanted = config.dtype
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else None

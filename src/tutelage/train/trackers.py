@@ -1,0 +1,90 @@
+"""Experiment trackers, optional (extra `trackers`): each gets the rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+
+class Tracker(Protocol):
+    """A place that shows curves."""
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Take one row of metrics.jsonl; its "step" is the x axis."""
+
+    def close(self) -> None:
+        """Flush and leave."""
+
+
+class _TensorBoard:
+    """Event files in the run's directory."""
+
+    def __init__(self, directory: Path, _config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def log(self, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(f"train/{name}", value, int(row["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """Weights & Biases; the run id is ours, so a resumed run goes on there too."""
+
+    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+        import wandb  # noqa: PLC0415 - optional
+
+        self._run = wandb.init(
+            project="tutelage", id=directory.name, resume="allow", dir=str(directory), config=config
+        )
+
+    def log(self, row: Mapping[str, float]) -> None:
+        self._run.log(dict(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    """Trackio, a local dashboard."""
+
+    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+        import trackio  # noqa: PLC0415 - optional
+
+        self._run = trackio.init(project="tutelage", name=directory.name, resume="allow", config=config)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        self._run.log(dict(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "trackio": _Trackio,
+}
+
+
+def open_tracker(name: str, directory: Path, config: dict[str, Any]) -> Tracker:
+    """Start the tracker called `name` for the run in `directory`.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    try:
+        return TRACKERS[name](directory, config)
+    except ImportError as error:
+        raise UserError(
+            f"runtime.trackers: {name} needs a package ({error}); pip install 'tutelage[trackers]'"
+        ) from None

@@ -1,0 +1,118 @@
+"""The nouns of tutelage, shared by every room of the house.
+
+Shape suffixes on tensor names: B batch, T time (tokens in a sequence), D hidden width, V vocabulary,
+K kept teacher ids, N flattened tokens (B*T). Losses travel as *sums* over valid tokens in nats; the
+one division, by the global number of valid tokens, happens in `tutelage.train.step`.
+
+This module imports no torch, so that the analysis and the command line can use it for free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label value of a position that carries no loss (the convention of torch and transformers)."""
+
+Role = Literal["in_domain", "out_of_domain"]
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids and the ids to predict; labels are already shifted, here and nowhere else.
+
+    Attributes:
+        tokens_BT: int64 input ids.
+        labels_BT: int64 next-token ids; `IGNORE_INDEX` where nothing is to be predicted.
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+
+    def to(self, device: object) -> Batch:
+        """The same batch on `device`."""
+        return Batch(self.tokens_BT.to(device), self.labels_BT.to(device))  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTargets:
+    """A teacher's full next-token distribution, as softmax(hidden @ head.T), never materialised whole.
+
+    Attributes:
+        hidden_NE: teacher hidden states for N tokens, of the teacher's own width E.
+        head_VE: the teacher's output embedding.
+    """
+
+    hidden_NE: Tensor
+    head_VE: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Sums over valid tokens, in nats, as 0-d float32 tensors on the training device.
+
+    Attributes:
+        loss: the mixed objective; the only one that carries a gradient.
+        ce: cross-entropy of the student on the labels.
+        kd: T^2 times the divergence from the teacher (T^2 only if the objective asks for it).
+        teacher_ce: cross-entropy of the teacher on the labels at T=1; 0 without a teacher.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    teacher_ce: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step measured, per valid token and still on the device.
+
+    Reading a field as a number waits for the device, so the loop does it only on log steps.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    teacher_ce: Tensor
+    grad_norm: Tensor
+    alpha: float
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One measured quantity of one model, as a row of `scores.jsonl`.
+
+    Attributes:
+        run: run id (directory name).
+        step: optimizer steps the model had taken.
+        tokens: training tokens it had seen.
+        domain: name of the evaluated text.
+        role: whether the domain is the training distribution.
+        split: validation (choices are made on it) or test (results are reported on it).
+        metric: for example "bits_per_byte" or "perplexity".
+        value: the score.
+        stderr: standard error over documents.
+        n: number of documents.
+        higher_is_better: direction of the metric.
+        version: identity of the evaluation data and settings; scores compare only within one version.
+    """
+
+    run: str
+    step: int
+    tokens: int
+    domain: str
+    role: Role
+    split: Split
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    higher_is_better: bool
+    version: str

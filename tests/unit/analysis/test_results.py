@@ -1,0 +1,212 @@
+import json
+import shutil
+
+import polars as pl
+import pytest
+from make_study import write_study
+
+from tutelage.errors import UserError
+from tutelage.study.planfile import save_plan
+from tutelage.study.results import load_plan, load_results
+
+RUN = "student-weak-0.2-44"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("pristine") / "study")
+
+
+@pytest.fixture
+def study(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "study")
+
+
+def edit_lines(path, change):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+
+
+def edit_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_whole_study_loads_without_a_problem(study):
+    results = load_results(study)
+
+    assert results.problems == ()
+    assert results.unfinished.is_empty()
+    assert results.runs.height == 2 + 3 + 5 * 3
+    assert results.scores.height == 20 * 3 * 2 * 2  # runs, domains, splits, metrics
+    assert results.documents.height == 20 * 3 * 2 * 20
+    assert set(results.provenance) == set(results.runs["run"])
+    assert results.curves.filter(run=RUN).height == 199
+
+
+def test_a_plan_survives_writing_and_reading(study, tmp_path):
+    plan = load_plan(study)
+    save_plan(tmp_path, plan)
+
+    assert load_plan(tmp_path) == plan
+    assert json.loads((tmp_path / "plan.json").read_text())["schema"] == 1
+
+
+def test_no_plan_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"plan\.json: no such file; give the directory of a study"):
+        load_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema"),
+        ({"in_domain": "fables"}, "in_domain is 'fables'"),
+        (
+            {"domains": [{"name": "speeches", "role": "in_domain"}]},
+            "at least one must have the role out_of_domain",
+        ),
+        ({"teachers": []}, r"teachers that are not in 'teachers': \['strong', 'unigram', 'weak'\]"),
+        ({"colour": "red"}, "colour: unknown setting"),
+    ],
+)
+def test_a_wrong_plan_is_a_user_error(study, change, message):
+    edit_json(study / "plan.json", **change)
+
+    with pytest.raises(UserError, match=message):
+        load_plan(study)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "baseline"}, "needs teacher null"),
+        ({"teacher": None}, "needs the name of a teacher"),
+        ({"alpha": None}, "needs an alpha"),
+        ({"run": "baseline-43"}, "the same run appears twice"),
+        ({"seed": 43}, "the same cell appears twice"),
+    ],
+)
+def test_a_wrong_run_in_the_plan_is_a_user_error(study, change, message):
+    plan = json.loads((study / "plan.json").read_text())
+    row = next(row for row in plan["runs"] if row["run"] == RUN)
+    row |= change
+    (study / "plan.json").write_text(json.dumps(plan))
+
+    with pytest.raises(UserError, match=message):
+        load_plan(study)
+
+
+def break_line(path):
+    path.write_text(path.read_text().replace('"value"', '"va', 1))
+
+
+def drop_domain(path):
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(row for row in rows if "fables" not in row))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("scores.jsonl", break_line, "scores.jsonl, line 1"),
+        ("scores.jsonl", drop_domain, r"no bits_per_byte of fables \(validation\)"),
+        ("scores.jsonl", lambda p: p.unlink(), "scores.jsonl: no such file"),
+        ("scores.jsonl", lambda p: p.write_text(""), "scores.jsonl: empty"),
+        ("scores.jsonl", lambda p: p.write_bytes(b"\xff\xfe"), "scores.jsonl: .*utf-8"),
+        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"value": float("nan")}), "the value is nan"),
+        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"value": "1.2"}), "line 1: value"),
+        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"run": "other"}), "belongs to run other"),
+        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"value": 2.0}), "documents.parquet says"),
+        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"version": "v2"}), "other text or settings"),
+        ("documents.parquet", lambda p: p.unlink(), "documents.parquet: no such file"),
+        ("documents.parquet", lambda p: p.write_bytes(p.read_bytes()[:-20]), "documents.parquet: "),
+        ("documents.parquet", lambda p: pl.read_parquet(p).drop("nll").write_parquet(p), "parquet: .*nll"),
+        (
+            "documents.parquet",
+            lambda p: pl.concat([pl.read_parquet(p)] * 2).write_parquet(p),
+            "a document appears twice",
+        ),
+        (
+            "documents.parquet",
+            lambda p: pl.read_parquet(p).with_columns(nll=float("nan")).write_parquet(p),
+            "not finite",
+        ),
+        (
+            "documents.parquet",
+            lambda p: pl.read_parquet(p).filter(pl.col("domain") != "recipes").write_parquet(p),
+            "no documents of recipes",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_evaluation_is_reported_and_left_out_whole(study, name, damage, message):
+    damage(study / "runs" / RUN / name)
+
+    results = load_results(study)
+
+    assert len(results.problems) == 1
+    assert results.problems[0].startswith(f"{RUN}: ")
+    assert pl.Series([results.problems[0]]).str.contains(message).item()
+    assert RUN not in results.scores["run"]
+    assert RUN not in results.documents["run"]
+    assert results.runs.filter(run=RUN)["status"].item() == "done"
+    assert results.scores["run"].n_unique() == 19
+
+
+def test_a_run_scored_again_counts_with_its_latest_rows(study):
+    path = study / "runs" / RUN / "scores.jsonl"
+    old = [json.loads(line) | {"value": 9.9, "version": "v0"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old) + path.read_text())
+
+    results = load_results(study)
+
+    assert results.problems == ()
+    assert results.scores.filter(run=RUN, metric="bits_per_byte")["value"].max() < 5
+
+
+def test_a_damaged_curve_leaves_the_scores_alone(study):
+    path = study / "runs" / RUN / "metrics.jsonl"
+    path.write_text(path.read_text()[:-30])
+
+    results = load_results(study)
+
+    assert results.problems[0].startswith(f"{RUN}: metrics.jsonl, line 199")
+    assert RUN not in results.curves["run"]
+    assert RUN in results.scores["run"]
+
+
+def test_a_damaged_provenance_is_reported(study):
+    (study / "runs" / RUN / "provenance.json").write_text("{}")
+
+    results = load_results(study)
+
+    assert results.problems == (f"{RUN}: provenance.json: time: Field required",)
+    assert RUN not in results.provenance
+
+
+def test_runs_that_are_not_done_are_listed_and_not_counted(study):
+    edit_json(study / "runs" / RUN / "state.json", status="failed", error="loss is not finite")
+    edit_json(study / "runs" / "baseline-45" / "state.json", status="running")
+    (study / "runs" / "baseline-44" / "state.json").unlink()
+    (study / "runs" / "teacher-weak-42" / "state.json").write_text("{")
+
+    results = load_results(study)
+
+    listed = dict(results.unfinished.select("run", "status").iter_rows())
+    assert listed == {
+        RUN: "failed",
+        "baseline-45": "running",
+        "baseline-44": "not started",
+        "teacher-weak-42": "unreadable",
+    }
+    assert results.unfinished.filter(run=RUN)["error"].item() == "loss is not finite"
+    assert not set(listed) & set(results.scores["run"])
+    assert results.problems[0].startswith("teacher-weak-42: state.json: ")
+
+
+def test_a_done_run_without_its_ledger_is_unreadable(study):
+    (study / "runs" / RUN / "state.json").write_text('{"status": "done"}')
+
+    results = load_results(study)
+
+    assert results.unfinished["run"].to_list() == [RUN]
+    assert results.problems == (f"{RUN}: state.json: tokens: Field required",)

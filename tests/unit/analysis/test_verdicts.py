@@ -1,0 +1,229 @@
+import json
+import math
+import shutil
+
+import polars as pl
+import pytest
+from make_study import write_study
+from rich.console import Console
+
+from tutelage.analysis import words
+from tutelage.analysis.stats import Estimate
+from tutelage.analysis.verdicts import Verdict, judge, print_verdicts, relation
+from tutelage.errors import UserError
+from tutelage.study.results import load_results
+
+HALF = 4.302653 * 0.1 / math.sqrt(3)
+"""Half a 95% t interval of three seeds with gains g, g + 0.1, g - 0.1 (t(2, 0.975) from the tables)."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return findings_of(tmp_path_factory.mktemp("whole"))
+
+
+def findings_of(path, **study):
+    return judge(load_results(write_study(path / "study", **study)))
+
+
+def verdict_of(findings, teacher, alpha):
+    return next(v for v in findings.verdicts if (v.teacher, v.alpha) == (teacher, alpha))
+
+
+def test_gains_and_intervals_are_the_ones_worked_out_by_hand(whole):
+    weak = verdict_of(whole, "weak", 0.2)
+
+    # speeches -0.6; fables 1.2 and recipes 2.2, mean 1.7; the seeds add 0, 0.1, -0.1
+    assert weak.in_domain.mean == pytest.approx(-0.6)
+    assert weak.in_domain.high == pytest.approx(-0.6 + HALF, rel=1e-5)
+    assert weak.out_of_domain.mean == pytest.approx(1.7)
+    assert weak.out_of_domain.low == pytest.approx(1.7 - HALF, rel=1e-5)
+    assert (weak.interval, weak.n_seeds, weak.in_domain.n) == ("seeds", 3, 3)
+
+
+def test_sentence_says_numbers_and_words(whole):
+    weak = verdict_of(whole, "weak", 0.2)
+
+    assert words.sentence(weak) == (
+        "weak teacher, alpha 0.2: in-domain -0.6% ± 0.2, out-of-domain +1.7% ± 0.2: "
+        "helps out of domain, hurts in domain"
+    )
+
+
+def test_one_seed_takes_the_bootstrap_over_documents_and_says_so(tmp_path):
+    results = load_results(write_study(tmp_path / "study", seeds=(43,)))
+    findings = judge(results)
+    weak = verdict_of(findings, "weak", 0.4)
+
+    assert (weak.interval, weak.n_seeds) == ("documents", 1)
+    assert weak.in_domain.n == 20
+    assert weak.out_of_domain.n == 40
+    assert weak.out_of_domain.mean == pytest.approx(3.3)
+    assert weak.out_of_domain.low < 3.3 < weak.out_of_domain.high
+    assert "training noise is not in the intervals" in words.headline(findings)
+    assert words.notes(results, findings)[0].startswith("One seed")
+
+
+def test_pairs_share_a_seed(tmp_path):
+    path = write_study(tmp_path / "study")
+    shutil.rmtree(path / "runs" / "baseline-45")
+
+    weak = verdict_of(judge(load_results(path)), "weak", 0.2)
+
+    assert weak.n_seeds == 2
+    assert weak.in_domain.mean == pytest.approx(-0.6 + 0.05)  # seeds 43 and 44 only
+
+
+def test_the_pair_is_named_by_measured_bits(whole):
+    teachers = {t.teacher.name: t for t in whole.teachers}
+
+    # no teacher: 1.65 * 1.01 * (1 + 0.001) on validation; teachers: 1.75 * 1.01 and 1.60 * 1.01
+    assert teachers["weak"].bits_per_byte == pytest.approx(1.75 * 1.01)
+    assert teachers["weak"].relation == "weak-to-strong"
+    assert teachers["strong"].relation == "strong-to-weak"
+    assert teachers["unigram"].relation is None
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        (1.009, "same-level"), (0.991, "same-level"), (1.0, "same-level"),
+        (1.011, "weak-to-strong"), (0.989, "strong-to-weak"),
+    ],
+)  # fmt: skip
+def test_same_level_is_within_one_percent(teacher, expected):
+    assert relation(2.0 * teacher, 2.0) == expected
+
+
+def test_alpha_is_chosen_on_validation_not_on_test(tmp_path):
+    path = write_study(tmp_path / "study", seeds=(43,))
+    student = path / "runs" / "student-weak-0.2-43"
+    damage_validation(student)
+
+    best = next(t.best for t in judge(load_results(path)).teachers if t.teacher.name == "weak")
+
+    assert best.alpha == 0.2  # now best on validation
+    assert best.out_of_domain.mean == pytest.approx(1.7)  # and still the lesser one on test
+
+
+def damage_validation(run):
+    """Halve the run's validation losses: a far better validation score, the same test score."""
+    rows = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    halved = [r | {"value": r["value"] / 2} if r["split"] == "validation" else r for r in rows]
+    (run / "scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in halved))
+    documents = pl.read_parquet(run / "documents.parquet")
+    half = pl.when(pl.col("split") == "validation").then(0.5).otherwise(1.0)
+    documents.with_columns(nll=pl.col("nll") * half).write_parquet(run / "documents.parquet")
+
+
+def test_a_control_as_good_as_the_teachers_is_called_smoothing(whole):
+    headline = words.headline(whole)
+
+    assert headline.startswith(
+        "Out of domain yes, but no more than smoothing does: weak (alpha 0.4) gains +3.3%"
+    )
+    assert (
+        "as much as or more than weak and strong: smoothing alone is enough to explain their gains"
+        in headline
+    )
+
+
+def test_a_lesser_control_clears_the_teachers(tmp_path):
+    gains = {("weak", 0.4): (-0.6, 2.0), ("unigram", 0.1): (-1.0, 0.2)}
+    headline = words.headline(findings_of(tmp_path, gains=gains))
+
+    assert headline.startswith(
+        "Yes, out of domain: weak (alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2"
+    )
+    assert "smoothing alone does not explain theirs" in headline
+
+
+@pytest.mark.parametrize(
+    ("gains", "lead"),
+    [
+        ({("weak", 0.4): (-0.6, 2.0), ("strong", 0.4): (0.0, -2.0)}, "Some do, out of domain: "),
+        ({("weak", 0.4): (1.0, -0.5)}, "In domain only: "),
+        ({("weak", 0.4): (0.0, -0.5)}, "No clear gain: "),
+        ({("weak", 0.4): (-1.0, -2.0)}, "No: "),
+    ],
+)
+def test_headline_leads_with_the_answer(tmp_path, gains, lead):
+    assert words.headline(findings_of(tmp_path, gains=gains)).startswith(lead)
+
+
+def test_headline_of_many_teachers_counts_them_and_names_the_best(tmp_path):
+    gains = {("weak", 0.4): (-0.6, 2.0), ("strong", 0.4): (2.0, 1.0), ("same", 0.4): (0.0, -2.0)}
+
+    assert words.headline(findings_of(tmp_path, gains=gains)) == (
+        "Some do, out of domain: of 3 teachers, 2 help out of domain and 1 in domain; "
+        "best out of domain: weak (alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2 in domain."
+    )
+
+
+def test_only_controls_is_no_answer(tmp_path):
+    findings = findings_of(tmp_path, gains={("unigram", 0.1): (-1.0, 0.2)})
+
+    assert words.headline(findings).startswith("No real teacher has a finished student yet")
+
+
+def test_without_a_control_the_notes_say_so(tmp_path):
+    results = load_results(write_study(tmp_path / "study", gains={("weak", 0.4): (-0.6, 2.0)}))
+
+    assert words.notes(results, judge(results))[1].startswith("No comparison with a control")
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "expected"),
+    [
+        ((0.1, 0.3), (0.2, 0.4), "helps in and out of domain"),
+        ((-0.3, -0.1), (-0.4, -0.2), "hurts in and out of domain"),
+        ((-0.1, 0.1), (-0.1, 0.1), "no clear difference"),
+        ((-0.1, 0.1), (0.2, 0.4), "helps out of domain, no clear difference in domain"),
+        ((0.1, 0.3), (-0.4, -0.2), "hurts out of domain, helps in domain"),
+        ((0.0, 0.3), (-0.4, 0.0), "no clear difference"),
+    ],
+)
+def test_words_come_from_the_intervals(inside, outside, expected):
+    estimates = [Estimate((low + high) / 2, low, high, 3) for low, high in (inside, outside)]
+
+    assert words.verdict(Verdict("weak", False, 0.2, *estimates, "seeds", 3)) == expected
+
+
+def test_numbers_are_worded_without_a_negative_zero():
+    assert words.signed(-0.04) == "+0.0%"
+    assert words.signed(-0.06) == "-0.1%"
+    assert [words.count(n) for n in (12, 380_000, 2_000_000, 52_400_000_000)] == ["12", "380K", "2M", "52.4B"]
+
+
+def test_no_finished_student_is_a_user_error(tmp_path):
+    path = write_study(tmp_path / "study", seeds=(43,))
+    for run in (path / "runs").glob("student-*"):
+        (run / "state.json").unlink()
+
+    with pytest.raises(UserError, match="no student run is finished and scored"):
+        judge(load_results(path))
+
+
+def test_no_finished_baseline_is_a_user_error(tmp_path):
+    path = write_study(tmp_path / "study", seeds=(43,))
+    (path / "runs" / "baseline-43" / "state.json").unlink()
+
+    with pytest.raises(UserError, match="no-teacher run of the same seed"):
+        judge(load_results(path))
+
+
+def test_the_terminal_gets_table_answer_and_gaps(tmp_path):
+    path = write_study(tmp_path / "study", title="a [bold] title")
+    (path / "runs" / "student-weak-0.2-44" / "scores.jsonl").write_text("?\n")
+    (path / "runs" / "student-weak-0.2-45" / "state.json").unlink()
+    console = Console(width=200, record=True, file=(tmp_path / "out.txt").open("w"))
+
+    print_verdicts(load_results(path), console)
+    text = console.export_text()
+    console.file.close()
+
+    assert "a [bold] title" in text
+    assert "+3.30% (+3.05 to +3.55)" in text
+    assert "bootstrap, 1 seed" in text
+    assert "left out: student-weak-0.2-44: scores.jsonl, line 1" in text
+    assert "1 of 20 planned runs are not done" in text

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tutelage.config import RunConfig
+from tutelage.configio import digest, load, to_yaml, validate
+from tutelage.errors import UserError
+from tutelage.settings import parse_tokens
+
+BASE = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
+TAUGHT = BASE | {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("budget", "parameters", "tokens"),
+    [
+        (5_000_000, None, 5_000_000),
+        ("5000000", None, 5_000_000),
+        ("50M", None, 50_000_000),
+        ("52.4B", None, 52_400_000_000),
+        ("150K", None, 150_000),
+        ("20x", 1_000_000, 20_000_000),
+        ("0.5x", 1_000_001, 500_000),
+    ],
+)
+def test_token_budgets(budget, parameters, tokens):
+    assert parse_tokens(budget, parameters) == tokens
+
+
+@pytest.mark.parametrize("budget", ["", "M", "5 M", "-5M", "5m", "1e9", "20X", None])
+def test_what_is_no_budget(budget):
+    with pytest.raises(ValueError, match="not a token budget"):
+        parse_tokens(budget)
+
+
+def test_multiples_of_parameters_need_parameters():
+    with pytest.raises(ValueError, match="per parameter"):
+        parse_tokens("20x")
+
+
+def test_yaml_round_trip_and_overrides(tmp_path):
+    config = validate(RunConfig, TAUGHT, "here")
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    assert load(RunConfig, path) == config
+    changed = load(RunConfig, path, ["optim.lr=1e-3", "tokens=5x", "objective.alpha=0.2", "data.seed=7"])
+    assert changed.optim.lr == pytest.approx(1e-3)
+    assert changed.tokens == "5x"
+    assert changed.objective.alpha.value == pytest.approx(0.2)
+    assert changed.data.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": {"lrr": 1}}, "optim.lrr: unknown setting; did you mean 'lr'?"),
+        ({"optimm": {}}, "optimm: unknown setting; did you mean 'optim'?"),
+        ({"teacher": {"kind": "run", "runn": "x"}}, "teacher.runn: unknown setting; did you mean 'run'?"),
+        ({"teacher": {"kind": "run"}}, "teacher.run: required but not given"),
+        ({"teacher": {"kind": "oracle"}}, "'run', 'model', 'unigram', 'uniform'"),
+        ({"teacher": None}, "there is no teacher; add 'teacher' or drop alpha"),
+        ({"objective": {"alpha": 0}}, "alpha is 0; raise alpha or drop 'teacher'"),
+        (
+            {"objective": {"alpha": 1.4}},
+            "objective.alpha.value = 1.4: Input should be less than or equal to 1",
+        ),
+        ({"objective": {"alpha": -0.1}}, "objective.alpha.value = -0.1"),
+        ({"objective": {"alpha": "much"}}, "objective.alpha"),
+        (
+            {"objective": {"alpha": {"policy": "constant", "valu": 1}}},
+            "objective.alpha.valu: unknown setting",
+        ),
+        (
+            {"objective": {"alpha": {"policy": "piecewise", "knots": [[0.5, 1], [0.5, 0]]}}},
+            "fractions must rise",
+        ),
+        ({"objective": {"alpha": 0.4, "temperature": 0}}, "objective.temperature = 0"),
+        ({"objective": {"alpha": 0.4, "divergence": "kl"}}, "objective.divergence = 'kl'"),
+        ({"tokens": "5Q"}, "tokens = '5Q'"),
+        ({"checkpoint": {"every": "2x"}}, "checkpoint.every"),
+        ({"global_batch_tokens": 100}, "multiple of data.sequence_length (128)"),
+        ({"micro_batch_tokens": 384}, "divide global_batch_tokens"),
+        ({"model": {}}, "exactly one of 'rung' and 'path'"),
+        ({"model": {"rung": "a", "path": "b"}}, "exactly one of 'rung' and 'path'"),
+        ({"seed": "43"}, "seed = '43'"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas"),
+        ({"eval": {"domains": [{"name": "x", "stor": "y"}]}}, "eval.domains.0.stor: unknown setting"),
+        ({"name": "a/b"}, "name = 'a/b'"),
+    ],
+)
+def test_errors_name_file_field_value_and_remedy(changes, message):
+    with pytest.raises(UserError) as caught:
+        validate(RunConfig, TAUGHT | changes, "run.yaml")
+    assert message in str(caught.value)
+    assert all(line.startswith("run.yaml: ") for line in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a mapping"),
+        (b"- 1\n", "expected a mapping"),
+        (b"a: [1\n", "not valid YAML"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+        (b"!!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load(RunConfig, path)
+
+
+def test_override_without_equals_sign(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(validate(RunConfig, BASE, "here")))
+    with pytest.raises(UserError, match="write key=value"):
+        load(RunConfig, path, ["optim.lr"])
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False) | st.text() | st.booleans()))
+def test_digest_depends_on_content_and_not_on_order(data):
+    assert digest(data) == digest(dict(reversed(data.items())))
+    assert digest(data) != digest(data | {"one more": 1})

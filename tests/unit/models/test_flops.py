@@ -1,0 +1,105 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+from tutelage.models import hub
+from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
+from tutelage.models.hub import build, count_parameters
+from tutelage.models.ladder import LADDER, rung
+
+VOCAB = 512
+
+
+@pytest.mark.parametrize("shape", LADDER.values(), ids=lambda shape: shape.name)
+def test_the_formula_counts_what_the_real_module_holds(shape):
+    vocab_size = shape.vocab_size or VOCAB
+    model = build(shape, vocab_size, context=128, seed=0, device="meta")
+    assert parameters(shape, vocab_size) == count_parameters(model)
+    assert forward_flops(shape, vocab_size, 128) == hub.forward_flops(model, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "non_embedding", "total"),
+    [
+        ("llama-0.7b", 428e6, 0.69e9),
+        ("llama-1.7b", 1.14e9, 1.67e9),
+        ("llama-3.8b", 2.99e9, 3.78e9),
+        ("llama-8b", 6.98e9, 8.03e9),
+        ("qwen3-0.15b", 63e6, 0.14e9),
+        ("qwen3-0.3b", 165e6, 0.28e9),
+        ("qwen3-0.6b", 440e6, 0.60e9),
+        ("qwen3-1b", 771e6, 1.00e9),
+    ],
+)
+def test_the_papers_sizes(name, non_embedding, total):
+    counted = parameters(rung(name), rung(name).vocab_size)
+    assert counted.non_embedding == pytest.approx(non_embedding, rel=0.005)
+    assert counted.total == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("nano-50k", 50e3),
+        ("nano-150k", 150e3),
+        ("nano-350k", 350e3),
+        ("nano-700k", 700e3),
+        ("nano-2m", 2e6),
+        ("nano-6m", 6e6),
+        ("nano-20m", 20e6),
+    ],
+)
+def test_tiny_rungs_have_the_size_in_their_name(name, size):
+    assert parameters(rung(name), VOCAB).non_embedding == pytest.approx(size, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["nano-50k", "nano-350k", "qwen3-0.15b"])
+def test_forward_flops_against_torchs_own_counter(name):
+    shape, context = rung(name), 64
+    model = build(shape, VOCAB, context, seed=0)
+    model.set_attn_implementation("eager")  # torch does not count its fused CPU attention
+    tokens_BT = torch.zeros(2, context, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT)
+    counted = counter.get_total_flops() / tokens_BT.numel()
+    # torch counts all keys of a causal query, the formula half of them: twice the context makes up for it.
+    assert forward_flops(shape, VOCAB, 2 * context) == pytest.approx(counted, rel=2e-3)
+    assert forward_flops(shape, VOCAB, context) < counted
+
+
+def test_operations_of_other_models():
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    weights = 2 * (4 * 32 * 32 + 2 * 32 * 128) + VOCAB * 32 + 64 * 32  # the last: position embedding
+    assert hub.forward_flops(GPT2LMHeadModel(config), 64) == 2 * weights + 2 * 64 * 32 * 2
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2))
+    assert hub.forward_flops(mamba, 64) == hub.forward_flops(mamba, 128) > 2 * VOCAB * 32
+
+
+def test_backward_costs_twice_forward():
+    shape, context = rung("nano-50k"), 32
+    model = build(shape, VOCAB, context, seed=0)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(2, context, dtype=torch.long)).logits.sum().backward()
+    counted = counter.get_total_flops() / (2 * context)
+    whole = training_flops(shape, VOCAB, 2 * context)
+    assert whole == pytest.approx(counted, rel=0.01)
+    assert whole == 3 * forward_flops(shape, VOCAB, 2 * context)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "factor"),
+    [("llama-0.7b", 1.17), ("llama-1.7b", 1.33), ("llama-3.8b", 1.74), ("llama-8b", 2.47)],
+)
+def test_the_papers_cost_of_an_online_teacher(teacher, factor):
+    def forward(name):
+        return forward_flops(rung(name), 128_256, 8192)
+
+    assert kd_cost_factor(forward(teacher), forward("llama-1.7b")) == pytest.approx(factor, abs=0.005)
+
+
+def test_parameters_stand_in_for_operations():
+    n_teacher, n_student = 3_000_000, 1_000_000
+    assert kd_cost_factor(n_teacher, n_student) == 2.0
+    assert kd_cost_factor(0.0, n_student) == 1.0

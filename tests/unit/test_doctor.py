@@ -1,0 +1,82 @@
+import shutil
+import sys
+
+import pytest
+
+from tutelage import doctor
+from tutelage.data.corpora import CORPORA
+
+
+@pytest.fixture(scope="module")
+def checks():
+    return {check.name: check for check in doctor.examine()}
+
+
+def test_this_installation_is_healthy(checks):
+    broken = [check for check in checks.values() if check.required and not check.ok]
+    assert broken == []
+
+
+def test_everything_is_looked_at(checks):
+    expected = {
+        "python",
+        "tutelage",
+        "torch",
+        "transformers",
+        "cpu",
+        "mps",
+        "disk",
+        "tokenizer training",
+        "figures",
+    }
+    corpora = {f"corpus {corpus.name}" for corpus in CORPORA.values()}
+    optional = {"datasets", "lm_eval", "ray", "tensorboard", "wandb", "trackio", "triton"}
+    assert expected | corpora | optional <= set(checks)
+
+
+def test_what_is_broken_says_how_to_mend_it(checks):
+    unmended = [check.name for check in checks.values() if not check.ok and check.fix is None]
+    assert set(unmended) <= {"cuda", "mps"}
+    assert all(check.detail for check in checks.values())
+    assert [check.name for check in checks.values() if check.ok and check.fix is not None] == []
+
+
+def test_an_absent_part_is_reported_with_its_command():
+    check = doctor._optional("tutelage_no_such_module", "pip install it")
+    assert (check.ok, check.required, check.detail, check.fix) == (
+        False,
+        False,
+        "not installed",
+        "pip install it",
+    )
+
+
+def test_a_part_that_is_there_is_really_imported(tmp_path, monkeypatch):
+    (tmp_path / "half_broken.py").write_text("raise ImportError('libfoo.so.3 is missing')")
+    (tmp_path / "dead.py").write_text("import os; os._exit(9)")
+    (tmp_path / "fine.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = doctor._optional("half_broken", "mend")
+    assert (broken.ok, broken.detail) == (False, "installed but broken: ImportError: libfoo.so.3 is missing")
+    assert doctor._optional("dead", "mend").detail == "installed but broken: exit status 9"
+    assert doctor._optional("fine", "mend").ok
+    assert "fine" not in sys.modules
+
+
+def test_an_error_becomes_a_finding():
+    check = doctor._works("figures", lambda: str(1 / 0), "mend")
+    assert (check.ok, check.detail, check.fix) == (False, "ZeroDivisionError: division by zero", "mend")
+
+
+def test_a_missing_package_is_a_finding():
+    check = doctor._package("tutelage-no-such-package")
+    assert (check.ok, check.detail) == (False, "not installed")
+
+
+def test_a_full_disk_is_a_finding(monkeypatch):
+    assert doctor._disk().ok is (shutil.disk_usage(".").free >= 2e9)
+    monkeypatch.setattr(doctor, "_DISK_BYTES", 10**18)
+    check = doctor._disk()
+    assert not check.ok
+    assert " GB free in " in check.detail

@@ -1,0 +1,98 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tutelage import provenance
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git repository with one committed source file."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "code.py").write_text("x = 1\n")
+    _git(tmp_path, "init", "--quiet")
+    _git(tmp_path, "add", "src/code.py")
+    _git(tmp_path, "commit", "--quiet", "--message", "first")
+    return tmp_path
+
+
+def _git(path, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(
+        ["git", "-C", path, *identity, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_everything_is_json_and_present():
+    before = datetime.now(UTC).replace(microsecond=0)
+    found = provenance.collect("cpu")
+    assert json.loads(json.dumps(found)) == found
+    assert before <= datetime.fromisoformat(found["time"]) <= datetime.now(UTC)
+    assert found["command"] == sys.argv
+    assert found["versions"]["torch"] == version("torch")
+    assert set(found["versions"]) == {"python", *provenance.PACKAGES}
+    assert found["cpus"] == os.cpu_count()
+    assert found["device"].startswith("cpu (")
+
+
+def test_threads_are_torchs_own_once_torch_is_there():
+    import torch  # noqa: PLC0415 - the test is about the moment of import
+
+    assert provenance.collect("cpu")["threads"] == torch.get_num_threads()
+
+
+def test_collecting_does_not_import_torch():
+    code = (
+        "import sys; from tutelage.provenance import collect; found = collect('cuda');"
+        "print(found['threads'], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None False"
+
+
+def test_the_commit_is_that_of_the_checkout(checkout):
+    head = _git(checkout, "rev-parse", "HEAD")
+    assert provenance._commit(checkout / "src" / "code.py") == (head, False)
+    (checkout / "src" / "notes.txt").write_text("untracked files are not part of the code")
+    assert provenance._commit(checkout / "src" / "code.py") == (head, False)
+    (checkout / "src" / "code.py").write_text("x = 2\n")
+    assert provenance._commit(checkout / "src" / "code.py") == (head, True)
+
+
+def test_a_copy_in_somebody_elses_checkout_has_no_commit(checkout):
+    copy = checkout / "venv" / "code.py"
+    copy.parent.mkdir()
+    shutil.copy(checkout / "src" / "code.py", copy)
+    assert provenance._commit(copy) == (None, None)
+
+
+def test_nothing_fails_without_git_or_with_an_odd_device(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = provenance.collect("cuda:99")
+    assert (found["commit"], found["dirty"]) == (None, None)
+    assert found["device"].startswith("cuda:99 (")
+
+
+def test_a_command_that_fails_gives_none():
+    assert provenance._output("git", "no-such-subcommand") is None
+    assert provenance._output("no-such-program-at-all") is None
+
+
+def test_a_package_that_is_not_there_has_no_version():
+    assert provenance.installed("tutelage-no-such-package") is None
+    assert provenance.installed("numpy") == version("numpy")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's name is read from Linux")
+def test_the_processor_is_as_the_system_names_it():
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    name = provenance.cpu_model()
+    assert name is None or name in text or "model name" not in text

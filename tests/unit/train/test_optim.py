@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tutelage.config import OptimConfig
+from tutelage.train.optim import adamw, learning_rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("cosine", 0, 0.1),  # 10 warm-up steps of 100
+        ("cosine", 9, 1.0),
+        ("cosine", 10, 1.0),
+        ("cosine", 99, 0.1),  # the last step is at final_lr
+        ("wsd", 9, 1.0),
+        ("wsd", 79, 1.0),  # stable until the last 20 steps
+        ("wsd", 89, 0.55),
+        ("wsd", 99, 0.1),
+        ("constant", 50, 1.0),
+        ("constant", 99, 1.0),
+    ],
+)
+def test_learning_rate_at_the_knots(schedule, step, expected):
+    config = OptimConfig(schedule=schedule, warmup=0.1, decay=0.2, final_lr=0.1)
+    assert learning_rate(config, 1.0, step, 100) == pytest.approx(expected)
+
+
+def test_cosine_falls_and_never_leaves_its_bounds():
+    config = OptimConfig(warmup=0.0)
+    rates = [learning_rate(config, 2.0, step, 57) for step in range(57)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(0.2)
+
+
+def test_one_step_runs_have_a_learning_rate():
+    for schedule in ("cosine", "wsd", "constant"):
+        assert learning_rate(OptimConfig(schedule=schedule), 1.0, 0, 1) > 0
+
+
+def test_only_matrices_decay():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    groups = adamw(model, OptimConfig(weight_decay=0.3), 1e-3).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(model[0].weight)}
+
+
+def test_update_is_the_textbook_adamw():
+    model = nn.Linear(4, 2, bias=False)
+    start = model.weight.detach().clone()
+    config = OptimConfig(weight_decay=0.1)
+    optimizer = adamw(model, config, 0.01)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    # first step: bias-corrected m / sqrt(v) is the sign of the gradient, here 1
+    expected = start * (1 - 0.01 * 0.1) - 0.01 / (1 + config.eps)
+    torch.testing.assert_close(model.weight.detach(), expected)
