@@ -218,10 +218,12 @@ def data_build(
     output: Annotated[Path, typer.Option(help="directory of stores")] = Path("stores"),
 ) -> None:
     """Text to token store: read, deduplicate, split by document, tokenise, checksum."""
-    from tutelage.console import out
+    from tutelage.console import StoreBar, out
     from tutelage.data.store import build_store
 
-    path = build_store(_store_config(config, corpus, overrides or []), output)
+    settings = _store_config(config, corpus, overrides or [])
+    with StoreBar() as bar:
+        path = build_store(settings, output, bar)
     data_show(path)
     out.print(
         f"\nstore    {path}\nnext     put 'data: {{store: {path}}}' into a run file",

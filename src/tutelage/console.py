@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -73,6 +76,36 @@ class RunBar:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._progress.console.print(text, highlight=False)
+
+
+class StoreBar:
+    """Progress of a token store: stage, text read, speed. Call it with (stage, bytes); a context manager."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self._stages: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int) -> None:
+        """`done` bytes of text have gone through `stage`."""
+        if stage not in self._stages:
+            self._stages[stage] = self._progress.add_task(stage, total=None)
+        self._progress.update(self._stages[stage], completed=done)
 
 
 class StudyTable:

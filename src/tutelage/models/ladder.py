@@ -82,12 +82,12 @@ class Rung:
 
 # name, hidden, layers, heads, head_dim, mlp, lr, summary
 _NANO = (
-    ("nano-50k", 48, 2, 4, 16, 120, 8.0e-3, "CPU: tests, and the weakest teacher"),
+    ("nano-50k", 48, 2, 4, 16, 120, 6.0e-3, "CPU: tests, and the weak teacher of the demo"),
     ("nano-150k", 64, 3, 4, 16, 192, 6.0e-3, "CPU: student of the demo"),
-    ("nano-350k", 96, 3, 6, 16, 320, 3.0e-3, "CPU: student"),
-    ("nano-700k", 128, 4, 4, 32, 336, 2.5e-3, "CPU: strong teacher of nano-350k"),
-    ("nano-2m", 192, 5, 6, 32, 528, 2.0e-3, "CPU: strongest teacher of nano-350k"),
-    ("nano-6m", 320, 6, 10, 32, 800, 1.5e-3, "CPU with patience, or a small GPU"),
+    ("nano-350k", 96, 3, 6, 16, 320, 6.0e-3, "CPU: strong teacher of the demo"),
+    ("nano-700k", 128, 4, 4, 32, 336, 4.0e-3, "CPU: larger studies"),
+    ("nano-2m", 192, 5, 6, 32, 528, 3.0e-3, "CPU: larger studies"),
+    ("nano-6m", 320, 6, 10, 32, 800, 2.0e-3, "CPU with patience, or a small GPU"),
     ("nano-20m", 512, 8, 16, 32, 1280, 1.0e-3, "a laptop's GPU"),
 )
 # name, hidden, layers, mlp, summary

@@ -10,12 +10,13 @@ import contextlib
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from tutelage.study.planfile import Plan, load_plan
+from tutelage.study.records import Record, UnreadableError, read_lines, read_model
 from tutelage.types import Score
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["Plan", "Provenance", "Results", "load_plan", "load_results"]
-
-T = TypeVar("T")
 
 _RUN_COLUMNS = pl.Schema(
     {
@@ -69,18 +68,12 @@ _AGREEMENT = 1e-6
 """Largest relative difference between a score and the documents behind it: rounding, no more."""
 
 
-class _Record(BaseModel):
-    """Base of what is read: types are strict, NaN is an error, fields of later versions are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class _Status(_Record):
+class _Status(Record):
     status: Literal["running", "stopped", "done", "failed"]
     error: str | None = None
 
 
-class _Ledger(_Record):
+class _Ledger(Record):
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -89,12 +82,12 @@ class _Ledger(_Record):
     teacher_flops: float
 
 
-class _CurvePoint(_Record):
+class _CurvePoint(Record):
     tokens: int
     ce: float
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Where a run came from, as `provenance.json` says."""
 
     time: str
@@ -135,10 +128,6 @@ class Results:
         return self.runs.filter(pl.col("status") != "done")
 
 
-class _UnreadableError(Exception):
-    """A result file is missing or wrong; the message starts with the file's name."""
-
-
 def load_results(directory: Path) -> Results:
     """Read the study in `directory`.
 
@@ -164,7 +153,7 @@ def load_results(directory: Path) -> Results:
         with _reported(problems, planned.run, "; its learning curve is left out"):
             curves[planned.run] = _curve(path)
         with _reported(problems, planned.run, ""):
-            provenance[planned.run] = _model(path / "provenance.json", Provenance)
+            provenance[planned.run] = read_model(path / "provenance.json", Provenance)
     for run in _odd_ones({run: _identity(*frames) for run, frames in evaluations.items()}):
         del evaluations[run]
         problems.append(f"{run}: scored on other text or settings than most runs; its scores are left out")
@@ -184,7 +173,7 @@ def _reported(problems: list[str], run: str, consequence: str) -> Iterator[None]
     """Note what cannot be read, and go on."""
     try:
         yield
-    except _UnreadableError as error:
+    except UnreadableError as error:
         problems.append(f"{run}: {error}{consequence}")
 
 
@@ -192,10 +181,10 @@ def _progress(path: Path) -> dict[str, object]:
     """Status of a run and, if it is done, its costs."""
     if not (path / "state.json").exists():
         return {"status": "not started"}
-    status = _model(path / "state.json", _Status)
+    status = read_model(path / "state.json", _Status)
     if status.status != "done":
         return status.model_dump()
-    return status.model_dump() | _model(path / "state.json", _Ledger).model_dump()
+    return status.model_dump() | read_model(path / "state.json", _Ledger).model_dump()
 
 
 def _evaluation(path: Path, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -210,12 +199,12 @@ def _evaluation(path: Path, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
         for split in ("validation", "test"):
             key = (domain.name, split)
             if key not in values:
-                raise _UnreadableError(f"scores.jsonl: no bits_per_byte of {domain.name} ({split})")
+                raise UnreadableError(f"scores.jsonl: no bits_per_byte of {domain.name} ({split})")
             if key not in totals:
-                raise _UnreadableError(f"documents.parquet: no documents of {domain.name} ({split})")
+                raise UnreadableError(f"documents.parquet: no documents of {domain.name} ({split})")
             expected = totals[key]["nll"] / math.log(2) / totals[key]["bytes"]
             if not math.isclose(values[key], expected, rel_tol=_AGREEMENT):
-                raise _UnreadableError(
+                raise UnreadableError(
                     f"scores.jsonl says {values[key]:.6g} bits per byte for {domain.name} ({split}), "
                     f"documents.parquet says {expected:.6g}"
                 )
@@ -224,12 +213,12 @@ def _evaluation(path: Path, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 def _scores(path: Path) -> pl.DataFrame:
     """The latest score of each domain, split and metric: a run scored again appends its new rows."""
-    scores = _lines(path / "scores.jsonl", TypeAdapter(Score))
+    scores = read_lines(path / "scores.jsonl", TypeAdapter(Score))
     for number, score in enumerate(scores, start=1):
         if score.run != path.name:
-            raise _UnreadableError(f"scores.jsonl, line {number}: belongs to run {score.run}")
+            raise UnreadableError(f"scores.jsonl, line {number}: belongs to run {score.run}")
         if not (math.isfinite(score.value) and score.value > 0):
-            raise _UnreadableError(f"scores.jsonl, line {number}: the value is {score.value}")
+            raise UnreadableError(f"scores.jsonl, line {number}: the value is {score.value}")
     frame = pl.DataFrame([asdict(score) for score in scores]).select(_SCORE_COLUMNS.names())
     return frame.unique(["domain", "split", "metric"], keep="last").sort("domain", "split", "metric")
 
@@ -243,18 +232,18 @@ def _documents(path: Path) -> pl.DataFrame:
             .cast(_DOCUMENT_COLUMNS)
         )
     except FileNotFoundError:
-        raise _UnreadableError("documents.parquet: no such file") from None
+        raise UnreadableError("documents.parquet: no such file") from None
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise _UnreadableError(f"documents.parquet: {' '.join(str(error).split())[:200]}") from None
+        raise UnreadableError(f"documents.parquet: {' '.join(str(error).split())[:200]}") from None
     if frame.null_count().sum_horizontal().item() or not frame["nll"].is_finite().all():
-        raise _UnreadableError("documents.parquet: a loss or a key is missing or not finite")
+        raise UnreadableError("documents.parquet: a loss or a key is missing or not finite")
     if frame.select("domain", "split", "document").is_duplicated().any():
-        raise _UnreadableError("documents.parquet: a document appears twice")
+        raise UnreadableError("documents.parquet: a document appears twice")
     return frame.sort("domain", "split", "document")
 
 
 def _curve(path: Path) -> pl.DataFrame:
-    points = _lines(path / "metrics.jsonl", TypeAdapter(_CurvePoint))
+    points = read_lines(path / "metrics.jsonl", TypeAdapter(_CurvePoint))
     frame = pl.DataFrame([point.model_dump() for point in points])
     return frame.with_columns(run=pl.lit(path.name)).select(_CURVE_COLUMNS.names()).cast(_CURVE_COLUMNS)
 
@@ -270,36 +259,6 @@ def _odd_ones(identities: Mapping[str, Hashable]) -> list[str]:
     """Runs whose identity is not the most common one."""
     usual = Counter(identities.values()).most_common(1)
     return [run for run, identity in identities.items() if identity != usual[0][0]]
-
-
-def _model(path: Path, kind: type[T]) -> T:
-    return _parse(path.name, _text(path), TypeAdapter(kind))
-
-
-def _lines(path: Path, kind: TypeAdapter[T]) -> list[T]:
-    """One record per line, at least one."""
-    lines = _text(path).splitlines()
-    if not lines:
-        raise _UnreadableError(f"{path.name}: empty")
-    return [_parse(f"{path.name}, line {i}", line, kind) for i, line in enumerate(lines, start=1)]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise _UnreadableError(f"{path.name}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _UnreadableError(f"{path.name}: {error}") from None
-
-
-def _parse(where: str, text: str, kind: TypeAdapter[T]) -> T:
-    try:
-        return kind.validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise _UnreadableError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
 
 
 def _stack(frames: list[pl.DataFrame], schema: pl.Schema) -> pl.DataFrame:

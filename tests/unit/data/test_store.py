@@ -208,10 +208,15 @@ def test_the_tokenizer_sees_only_training_text_and_no_more_than_asked(tmp_path):
 # ------------------------------------------------------------------------------------------- refusals
 
 
+def contents(directory):
+    """What lies in a directory of stores, but for the locks of their builders."""
+    return [path for path in directory.iterdir() if path.suffix != ".lock"]
+
+
 def test_no_training_text(tmp_path):
     with pytest.raises(UserError, match=r"none of the \d+ documents is in the train split, so no tokenizer"):
         build_store(config(validation=0.5, test=0.5), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert contents(tmp_path) == []
 
 
 @pytest.mark.parametrize("ready", [True, False])
@@ -220,7 +225,7 @@ def test_no_text_at_all(built, tmp_path, ready):
     tokenizer = TokenizerConfig(path=built) if ready else TokenizerConfig()
     with pytest.raises(UserError, match="store kings: the sources hold no text"):
         build_store(from_jsonl(tmp_path / "a.txt", tokenizer=tokenizer), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert contents(tmp_path / "out") == []
 
 
 def test_missing_source(tmp_path):
@@ -240,7 +245,7 @@ def test_a_text_that_cannot_fit_is_refused_before_work(tmp_path):
 def test_killed_build_leaves_nothing_that_looks_like_a_store(built, tmp_path):
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from tutelage.config import StoreConfig\nfrom tutelage.data.store import build_store\n"
+        "from tutelage.data.config import StoreConfig\nfrom tutelage.data.store import build_store\n"
         "def kill(stage, done):\n"
         "    if stage == 'tokens': os.kill(os.getpid(), signal.SIGKILL)\n"
         "config = StoreConfig.model_validate_json(sys.argv[1])\n"
@@ -250,10 +255,10 @@ def test_killed_build_leaves_nothing_that_looks_like_a_store(built, tmp_path):
         [sys.executable, "-c", code, config().model_dump_json(), str(tmp_path)], env=os.environ, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    (leftover,) = tmp_path.iterdir()
+    (leftover,) = contents(tmp_path)
     assert leftover.name.startswith(".partial-")
     path = build_store(config(), tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
+    assert contents(tmp_path) == [path]
     assert verify_store(path).fingerprint == open_store(built).fingerprint
 
 
