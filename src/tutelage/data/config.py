@@ -46,7 +46,9 @@ class TokenizerConfig(Section):
     """Where the tokenizer comes from: trained on the train split, or a ready one."""
 
     vocab_size: int = Field(512, ge=257, le=1_000_000, description="size of a byte-level BPE trained here")
-    sample_bytes: int = Field(50_000_000, ge=1, description="train the tokenizer on at most this much text")
+    sample_bytes: int | None = Field(
+        None, ge=1, description="train the tokenizer on about this much text; default: 4000 per entry"
+    )
     path: Path | None = Field(None, description="use this tokenizer.json (or directory) and train none")
 
 

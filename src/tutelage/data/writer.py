@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import os
 import struct
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int], None]
 
 _BATCH_BYTES = 4_000_000
+_SAMPLE_BYTES_PER_ENTRY = 4000
+_SAMPLE_WINDOW = 20
 
 
 def _split_of(document: Document, config: StoreConfig) -> Split:
@@ -33,21 +36,30 @@ def _split_of(document: Document, config: StoreConfig) -> Split:
     return "validation" if document.position < config.test + config.validation else "train"
 
 
-def training_texts(config: StoreConfig, progress: Progress) -> Iterator[str]:
-    """The text the tokenizer is trained on: the first `sample_bytes` of the train split.
+def training_texts(config: StoreConfig, progress: Progress) -> list[str]:
+    """The text the tokenizer is trained on: a sample of whole documents of the train split.
+
+    The documents of smallest hash among the first `_SAMPLE_WINDOW` times the sample's size, so that text
+    in order of date or source is sampled evenly and a stream need not be read to its end.
 
     Raises:
         UserError: there is none.
     """
-    taken, tally = 0, Tally()
+    wanted = config.tokenizer.sample_bytes or _SAMPLE_BYTES_PER_ENTRY * config.tokenizer.vocab_size
+    seen = size = 0
+    kept: list[tuple[float, int, str]] = []  # a heap with the largest hash on top
+    tally = Tally()
     for document in mixed(config.sources, config.max_bytes, tally):
-        if _split_of(document, config) == "train":
-            yield document.text
-            taken += document.size
-            progress("tokenizer", taken)
-        if taken >= config.tokenizer.sample_bytes:
+        if _split_of(document, config) != "train":
+            continue
+        heapq.heappush(kept, (-document.position, document.size, document.text))
+        seen, size = seen + document.size, size + document.size
+        while size - kept[0][1] >= wanted:
+            size -= heapq.heappop(kept)[1]
+        progress("tokenizer", seen)
+        if seen >= _SAMPLE_WINDOW * wanted:
             break
-    if taken == 0:
+    if not kept:
         documents = sum(tally.documents)
         raise UserError(
             f"store {config.name}: the sources hold no text"
@@ -55,6 +67,7 @@ def training_texts(config: StoreConfig, progress: Progress) -> Iterator[str]:
             else f"store {config.name}: none of the {documents} documents is in the train split, so no "
             "tokenizer can be trained; lower validation and test, add text, or give tokenizer.path"
         )
+    return [text for _, _, text in sorted(kept)]
 
 
 def write_splits(

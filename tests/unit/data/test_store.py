@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tutelage.data.config import CorpusSource, FilesSource, StoreConfig, TokenizerConfig
-from tutelage.data.sources import mixed
+from tutelage.data.sources import mixed, read_documents
 from tutelage.data.store import _check_space, build_store, open_store, verify_store
+from tutelage.data.writer import training_texts
 from tutelage.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -198,11 +199,16 @@ def test_progress_reports_both_passes(tmp_path):
     }
 
 
-def test_the_tokenizer_sees_only_training_text_and_no_more_than_asked(tmp_path):
-    seen: list[int] = []
+def test_the_tokenizer_sees_an_even_sample_of_the_training_text(tmp_path):
     sample = config(tokenizer=TokenizerConfig(vocab_size=300, sample_bytes=20_000))
-    build_store(sample, tmp_path, lambda stage, done: seen.append(done) if stage == "tokenizer" else None)
-    assert 20_000 <= max(seen) < 40_000
+    whole = config(tokenizer=TokenizerConfig(vocab_size=300, sample_bytes=10**9))
+    some, everything = (training_texts(one, lambda *_: None) for one in (sample, whole))
+    assert 20_000 <= sum(len(text.encode()) for text in some) < 40_000
+    store = open_store(build_store(whole, tmp_path))
+    assert len(everything) == store.manifest.splits["train"].documents
+    in_order = [text for text in read_documents(CorpusSource(name="kjv")) if text in set(everything)]
+    places = [in_order.index(text) for text in some]
+    assert max(places) > len(in_order) / 2 > min(places)  # from all over the text, not its beginning
 
 
 # ------------------------------------------------------------------------------------------- refusals
