@@ -128,18 +128,24 @@ def print_verdicts(results: Results, console: Console) -> None:
     from rich.text import Text  # noqa: PLC0415
 
     findings = judge(results)
-    table = Table(title=Text(results.plan.title), caption=words.GAIN_CAPTION)
-    for heading in ("teacher", "alpha", "in-domain gain", "out-of-domain gain", "interval", "verdict"):
+    kinds = sorted({words.interval_name(v) for v in findings.verdicts})
+    caption = Text(f"{words.GAIN_CAPTION} Intervals: {', '.join(kinds)}.")
+    table = Table(title=Text(results.plan.title), caption=caption, box=None, caption_justify="left")
+    for heading in ("teacher", "alpha", "in-domain", "out-of-domain", "in words"):
         table.add_column(heading)
     for v in findings.verdicts:
-        inside, outside = words.with_interval(v.in_domain), words.with_interval(v.out_of_domain)
-        table.add_row(v.teacher, f"{v.alpha:g}", inside, outside, words.interval_name(v), words.verdict(v))
+        inside, outside = words.plus_minus(v.in_domain), words.plus_minus(v.out_of_domain)
+        table.add_row(_called(v), f"{v.alpha:g}", inside, outside, words.verdict(v))
     console.print(table)
     console.print(Text(words.headline(findings)))
     for problem in results.problems:
         console.print(Text(f"left out: {problem}"))
     if results.unfinished.height:
         console.print(f"{results.unfinished.height} of {results.runs.height} planned runs are not done")
+
+
+def _called(v: Verdict) -> str:
+    return f"{v.teacher} {'control' if v.control else 'teacher'}"
 
 
 def _gains(results: Results) -> pl.DataFrame:
