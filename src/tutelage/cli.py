@@ -75,7 +75,7 @@ def demo(
 
 def _run_study(study: StudyConfig, output: Path, workers: int | None) -> None:
     from tutelage.analysis.report import build_report
-    from tutelage.analysis.verdicts import print_verdicts
+    from tutelage.analysis.terminal import print_verdicts
     from tutelage.console import StudyTable, out
     from tutelage.study.results import load_results
     from tutelage.study.runner import default_workers
@@ -99,7 +99,7 @@ def report(
 ) -> None:
     """Rebuild the verdicts and report.html of a study from its result files. Trains nothing."""
     from tutelage.analysis.report import build_report
-    from tutelage.analysis.verdicts import print_verdicts
+    from tutelage.analysis.terminal import print_verdicts
     from tutelage.console import out
     from tutelage.study.results import load_results
 

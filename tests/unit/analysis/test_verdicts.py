@@ -9,7 +9,8 @@ from rich.console import Console
 
 from tutelage.analysis import words
 from tutelage.analysis.stats import Estimate
-from tutelage.analysis.verdicts import Verdict, judge, print_verdicts, relation
+from tutelage.analysis.terminal import print_verdicts
+from tutelage.analysis.verdicts import Verdict, judge, relation
 from tutelage.errors import UserError
 from tutelage.study.results import load_results
 
