@@ -30,11 +30,6 @@ def signed(percent: float, digits: int = 1) -> str:
     return f"{round(percent, digits) + 0.0:+.{digits}f}%"
 
 
-def with_interval(estimate: Estimate) -> str:
-    """`+1.10% (+0.82 to +1.38)`."""
-    return f"{signed(estimate.mean, 2)} ({span(estimate)})"
-
-
 def span(estimate: Estimate) -> str:
     """`+0.82 to +1.38`, in percent: two digits, so that the side of zero an end is on shows."""
     return f"{signed(estimate.low, 2)[:-1]} to {signed(estimate.high, 2)[:-1]}"

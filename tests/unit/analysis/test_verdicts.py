@@ -224,7 +224,8 @@ def test_the_terminal_gets_table_answer_and_gaps(tmp_path):
     console.file.close()
 
     assert "a [bold] title" in text
-    assert "+3.30% (+3.05 to +3.55)" in text
+    assert "weak teacher" in text
+    assert "+3.3% ± 0.2" in text
     assert "bootstrap, 1 seed" in text
     assert "left out: student-weak-0.2-44: scores.jsonl, line 1" in text
     assert "1 of 20 planned runs are not done" in text
