@@ -89,6 +89,7 @@ class StoreBar:
             TimeElapsedColumn(),
             console=err,
             transient=True,
+            disable=not err.is_terminal,
         )
         self._stages: dict[str, TaskID] = {}
 
