@@ -188,7 +188,7 @@ def test_data_commands(tutelage, tmp_path):
     )
     built = tutelage("data", "build", config, "--output", tmp_path / "stores")
     assert "train" in built.stdout
-    (store,) = (tmp_path / "stores").iterdir()
+    (store,) = (path for path in (tmp_path / "stores").iterdir() if path.is_dir())
     assert "as it was written" in tutelage("data", "verify", store).stdout
     file = store / "train.bin"
     content = bytearray(file.read_bytes())

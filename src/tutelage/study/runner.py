@@ -8,14 +8,15 @@ import signal
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing.connection import wait as wait_for
 from typing import TYPE_CHECKING, Protocol
 
 from tutelage.config import RunConfig
 from tutelage.errors import Stopped, UserError
+from tutelage.signals import stop_signal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from multiprocessing.synchronize import Event
 
     from tutelage.study.grid import Node
 
@@ -47,28 +48,27 @@ def run_all(nodes: Sequence[Node], workers: int, watcher: StudyWatcher) -> None:
     waiting, finished, failed = list(nodes), set[str](), dict[str, str]()
     futures: dict[Future[None], Node] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        try:
-            while waiting or futures:
-                _fail_dependants(waiting, failed)
-                ready = [node for node in waiting if finished.issuperset(node.needs)]
-                for node in ready[: workers - len(futures)]:
-                    waiting.remove(node)
-                    futures[pool.submit(_work, node.config.model_dump_json())] = node
-                watcher.show(nodes, {node.id for node in futures.values()}, finished, failed)
-                done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    node = futures.pop(future)
-                    error = future.exception()
-                    if isinstance(error, Stopped):
-                        raise error
-                    if error is None:
-                        finished.add(node.id)
-                    else:
-                        failed[node.id] = f"{type(error).__name__}: {error}"
-        except (KeyboardInterrupt, Stopped):
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise Stopped from None
+    leave = context.Event()
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(leave,))
+    with stop_signal() as stop, pool:
+        while waiting or futures:
+            _fail_dependants(waiting, failed)
+            ready = [node for node in waiting if finished.issuperset(node.needs)]
+            for node in ready[: workers - len(futures)]:
+                waiting.remove(node)
+                futures[pool.submit(_work, node.config.model_dump_json())] = node
+            watcher.show(nodes, {node.id for node in futures.values()}, finished, failed)
+            done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            if stop.is_set() or any(isinstance(future.exception(), Stopped) for future in done):
+                leave.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise Stopped
+            for future in done:
+                node, error = futures.pop(future), future.exception()
+                if error is None:
+                    finished.add(node.id)
+                else:
+                    failed[node.id] = f"{type(error).__name__}: {error}"
     watcher.show(nodes, set(), finished, failed)
     if failed:
         lines = "\n".join(f"  {run}: {reason}" for run, reason in failed.items())
@@ -85,13 +85,18 @@ def _fail_dependants(waiting: list[Node], failed: dict[str, str]) -> None:
             failed[node.id] = f"needs {broken[0]}, which failed"
 
 
-def _start_worker() -> None:
-    """A worker must not outlive the study: when its parent dies it stops its run, checkpointed, and exits."""
+def _start_worker(leave: Event) -> None:
+    """A worker stops its run, checkpointed, when the study is stopped and when its parent has died.
+
+    Ctrl-C in a terminal reaches workers too; they leave it to the parent, which sets `leave`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
-        if parent is not None:
-            wait_for([parent.sentinel])
+        while not leave.wait(_POLL_SECONDS):
+            if parent is not None and not parent.is_alive():
+                break
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_GRACE_SECONDS)
         os._exit(1)

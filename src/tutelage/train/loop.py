@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from tutelage.errors import Stopped, UserError
 from tutelage.models import hub
 from tutelage.objective import alpha_at
+from tutelage.signals import stop_signal
 from tutelage.train import checkpoint, distributed
 from tutelage.train.optim import learning_rate
 from tutelage.train.step import train_step
 from tutelage.types import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from tutelage.train.rundir import RunDirectory
     from tutelage.train.setup import Setup
@@ -71,7 +69,7 @@ def train(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
     clock = _Clock(counters)
     every = max(1, setup.checkpoint_tokens // config.global_batch_tokens)
     setup.model.train()
-    with _stop_signal() as stop:
+    with stop_signal() as stop:
         for step in range(counters.step, setup.steps):
             alpha = alpha_at(config.objective.alpha, step, setup.steps)
             lr = learning_rate(config.optim, setup.lr, step, setup.steps)
@@ -169,19 +167,3 @@ class _Clock:
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.counters(step).seconds, 3),
         }
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, in the main thread; elsewhere nothing sets it."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: event.set()) for number in signals]
-    try:
-        yield event
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
