@@ -5,12 +5,12 @@ Unknown keys and wrong types are errors. YAML is read and errors are worded by `
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tutelage.objectiveconfig import ObjectiveConfig, WsdAlpha
 from tutelage.settings import Budget, Fraction, Name, Section, check_plain_tokens, check_tokens
 from tutelage.types import Role
 
@@ -75,57 +75,6 @@ class ControlTeacher(Section):
 
 
 Teacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
-
-
-class ConstantAlpha(Section):
-    """The same alpha at every step."""
-
-    policy: Literal["constant"] = "constant"
-    value: Fraction = Field(description="weight of the distillation loss; 1 - value weighs cross-entropy")
-
-
-class PiecewiseAlpha(Section):
-    """Alpha interpolated linearly between knots (fraction of the run, alpha)."""
-
-    policy: Literal["piecewise"]
-    knots: tuple[tuple[Fraction, Fraction], ...] = Field(
-        min_length=1, description="pairs [fraction of the run, alpha], fractions rising"
-    )
-
-    @field_validator("knots", mode="before")
-    @classmethod
-    def _tuples(cls, knots: object) -> object:
-        """Take lists too: behind the shorthand for a number, pydantic no longer knows this was JSON."""
-        if not isinstance(knots, list | tuple):
-            return knots
-        return tuple(tuple(knot) if isinstance(knot, list) else knot for knot in knots)
-
-    @field_validator("knots")
-    @classmethod
-    def _rising(cls, knots: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        if any(a[0] >= b[0] for a, b in pairwise(knots)):
-            raise ValueError("fractions must rise from knot to knot")
-        return knots
-
-
-Alpha = Annotated[ConstantAlpha | PiecewiseAlpha, Field(discriminator="policy")]
-
-
-class ObjectiveConfig(Section):
-    """(1 - alpha) CE + alpha T^2 D(teacher, student), means over valid tokens (arXiv 2605.23857)."""
-
-    alpha: Alpha = Field(ConstantAlpha(value=0.0), description="a number, or a policy with its knots")
-    divergence: Literal["forward_kl"] = Field("forward_kl", description="D; KL(teacher || student)")
-    temperature: float = Field(1.0, gt=0, description="T, divides both models' logits inside D")
-    temperature_squared: bool = Field(True, description="multiply D, value and gradient, by T^2")
-    chunk_tokens: int | None = Field(None, ge=1, description="tokens per head+loss chunk; default: by V")
-
-    @field_validator("alpha", mode="before")
-    @classmethod
-    def _number_is_constant(cls, alpha: object) -> object:
-        if isinstance(alpha, int | float) and not isinstance(alpha, bool):
-            return {"policy": "constant", "value": alpha}
-        return alpha
 
 
 class EvalDomain(Section):
@@ -201,11 +150,30 @@ class RunConfig(Section):
                 f"micro_batch_tokens ({micro}) must be a multiple of data.sequence_length ({length}) "
                 f"and divide global_batch_tokens ({self.global_batch_tokens})"
             )
-        uses_teacher = self.objective.alpha != ConstantAlpha(value=0.0)
-        if uses_teacher and self.teacher is None:
+        return self
+
+    @model_validator(mode="after")
+    def _taught(self) -> RunConfig:
+        objective, teaches = self.objective, self.objective.teaches
+        gate = objective.gate.kind if objective.gate is not None else None
+        if teaches and self.teacher is None:
             raise ValueError(
                 "objective.alpha is above 0 but there is no teacher; add 'teacher' or drop alpha"
             )
-        if self.teacher is not None and not uses_teacher:
+        if self.teacher is not None and not teaches:
             raise ValueError("there is a teacher but objective.alpha is 0; raise alpha or drop 'teacher'")
+        if gate is not None and not teaches:
+            raise ValueError(
+                "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"
+            )
+        if isinstance(self.teacher, ControlTeacher) and gate == "teacher_entropy":
+            raise ValueError(
+                f"objective.gate.kind = teacher_entropy sorts tokens, but the {self.teacher.kind} teacher is "
+                "equally uncertain about all; choose another gate or teacher"
+            )
+        if isinstance(objective.alpha, WsdAlpha) and self.optim.schedule != "wsd":
+            raise ValueError(
+                f"objective.alpha.policy = wsd follows the learning rate, but optim.schedule = "
+                f"{self.optim.schedule}; set it to wsd"
+            )
         return self

@@ -40,33 +40,96 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model family does to its logits after the head.
+
+    Attributes:
+        scale: factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap: c in c tanh(x / c), applied after the scale (Gemma 2); None for none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+PLAIN = LogitTransform()
+"""Logits as the head gives them."""
+
+
+def transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """Scale, then softcap c tanh(x / c)."""
+    if transform.scale != 1.0:
+        logits = logits * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * (logits / transform.softcap).tanh()
+    return logits
+
+
+@dataclass(frozen=True, slots=True)
 class DenseTargets:
     """A teacher's full next-token distribution, as softmax(hidden @ head.T), never materialised whole.
 
     Attributes:
         hidden_NE: teacher hidden states for N tokens, of the teacher's own width E.
         head_VE: the teacher's output embedding.
+        transform: what the teacher does to its logits.
     """
 
     hidden_NE: Tensor
     head_VE: Tensor
+    transform: LogitTransform = PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTargets:
+    """A teacher's logits, for callers that have them already.
+
+    Attributes:
+        logits_NV: after the teacher's own transform.
+    """
+
+    logits_NV: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTargets:
+    """A few token ids per position with their teacher probabilities.
+
+    Attributes:
+        ids_NK: int64, different within a row; unused slots repeat a used id with probability 0.
+        probs_NK: float32. Probabilities of the ids (top-k, top-p), or unbiased weights (samples).
+        tail_N: float32 teacher mass outside the ids; 0 for samples.
+        gold_logp_N: float32 log-probability the teacher gives to the label, at T=1.
+        temperature: T at which the probabilities were taken.
+    """
+
+    ids_NK: Tensor
+    probs_NK: Tensor
+    tail_N: Tensor
+    gold_logp_N: Tensor
+    temperature: float = 1.0
+
+
+Targets = DenseTargets | LogitTargets | SparseTargets
 
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
-    """Sums over valid tokens, in nats, as 0-d float32 tensors on the training device.
+    """Sums over valid tokens as 0-d float32 tensors on the training device; losses in nats.
 
     Attributes:
         loss: the mixed objective; the only one that carries a gradient.
         ce: cross-entropy of the student on the labels.
         kd: T^2 times the divergence from the teacher (T^2 only if the objective asks for it).
         teacher_ce: cross-entropy of the teacher on the labels at T=1; 0 without a teacher.
+        taught: alpha times the gate, so that taught / tokens is the mean effective alpha.
     """
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
     teacher_ce: Tensor
+    taught: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +144,7 @@ class StepReport:
     kd: Tensor
     teacher_ce: Tensor
     grad_norm: Tensor
-    alpha: float
+    alpha: Tensor
     lr: float
 
 

@@ -20,7 +20,7 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 MIN_EXPLANATION = 12
 
-_BASE = {"types", "errors", "files", "settings", "configio", "config"}
+_BASE = {"types", "errors", "files", "settings", "configio", "config", "objectiveconfig"}
 _ROOMS = {"data", "models", "objective", "teachers"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "configio": {"errors"},
     "settings": set(),
-    "config": {"types", "errors", "settings"},
+    "objectiveconfig": {"settings"},
+    "config": {"types", "errors", "settings", "objectiveconfig"},
     "data": _BASE,
     "models": _BASE,
     "objective": _BASE,
@@ -55,6 +56,7 @@ REGISTRIES = [
     ("tutelage.data.corpora", "CORPORA", attrgetter("description")),
     ("tutelage.objective.divergences", "DIVERGENCES", attrgetter("summary")),
     ("tutelage.objective.mixing", "POLICIES", inspect.getdoc),
+    ("tutelage.objective.gates", "GATES", inspect.getdoc),
     ("tutelage.teachers", "CONTROLS", inspect.getdoc),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
 ]

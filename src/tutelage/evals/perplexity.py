@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from tutelage.errors import UserError
-from tutelage.models.hub import body_and_head
-from tutelage.types import IGNORE_INDEX, Split
+from tutelage.models.hub import body_and_head, logit_transform
+from tutelage.types import IGNORE_INDEX, LogitTransform, Split, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,7 @@ def score_documents(
     with torch.inference_mode():
         for owners, inputs_BT, labels_BT in _windows(documents, store.eos_id, context):
             hidden = body(input_ids=inputs_BT.to(device), use_cache=False).last_hidden_state
-            nll_B = _nll(hidden, head.weight, labels_BT.to(device))
+            nll_B = _nll(hidden, head.weight, labels_BT.to(device), logit_transform(model))
             np.add.at(nll, owners, nll_B.double().cpu().numpy())
     return DocumentLosses(
         nll,
@@ -130,14 +130,12 @@ def _windows(
         yield np.array(owners[start : start + size]), block[:, :-1].clamp(min=0), block[:, 1:]
 
 
-def _nll(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+def _nll(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, transform: LogitTransform) -> Tensor:
     """Sum of -log p(label) per window, with only `_LOGIT_TOKENS` rows of logits at a time."""
     hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
-    pieces = zip(torch.split(hidden_ND, _LOGIT_TOKENS), torch.split(labels_N, _LOGIT_TOKENS), strict=True)
-    nll_N = torch.cat(
-        [
-            F.cross_entropy((h @ weight_VD.T).float(), y, reduction="none", ignore_index=IGNORE_INDEX)
-            for h, y in pieces
-        ]
-    )
-    return nll_N.view(labels_BT.shape).double().sum(1)
+    nll = []
+    for start in range(0, len(labels_N), _LOGIT_TOKENS):
+        rows = slice(start, start + _LOGIT_TOKENS)
+        logits = transformed((hidden_ND[rows] @ weight_VD.T).float(), transform)
+        nll.append(F.cross_entropy(logits, labels_N[rows], reduction="none", ignore_index=IGNORE_INDEX))
+    return torch.cat(nll).view(labels_BT.shape).double().sum(1)

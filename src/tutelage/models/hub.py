@@ -22,6 +22,7 @@ from transformers.utils import logging
 from tutelage.errors import UserError
 from tutelage.files import new_directory
 from tutelage.models.flops import Parameters
+from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,15 +33,14 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
-_HEAD_EXTRAS = (
-    "final_logit_softcapping",  # Gemma 2 and later
-    "logit_scale",  # Cohere
-    "logits_scaling",  # Granite
-    "logits_soft_cap",  # RecurrentGemma
-    "output_logit_soft_cap",  # xLSTM
-    "lm_head_multiplier",  # Falcon-H1
-)
-"""Config fields that change logits after the head; None or 1 means no change."""
+_FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+_DIVISORS = ("logits_scaling",)  # Granite
+_SOFTCAPS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)  # Gemma 2; RecurrentGemma; xLSTM
+"""Config fields of what a family does to its logits after the head; absent, None or 1 means nothing."""
 
 _VOLATILE = ("transformers_version", "_name_or_path", "use_cache")
 """Config fields that do not change what a model computes."""
@@ -99,7 +99,7 @@ def load(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{name}: {len(missing)} weights are missing, for example {missing[0]}")
-    _check_plain_head(model, name)
+    _check_logits(model, name)
     return model
 
 
@@ -132,38 +132,47 @@ def _check_directory(directory: Path) -> None:
 def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     """Split a model: the body gives `last_hidden_state` (B, T, D), the head maps it to logits (B, T, V).
 
+    What the family does to its logits after the head is `logit_transform`.
+
     Raises:
-        UserError: logits are more than `hidden @ head.T`, which losses per chunk rely on.
+        UserError: the head is more than a matrix, which losses per chunk rely on.
     """
-    kind, settings = type(model).__name__, model.config.to_dict()
-    for field in _HEAD_EXTRAS:
-        if settings.get(field) not in (None, 1):
-            raise UserError(
-                f"{kind}: {field} = {settings[field]} changes the logits after the head; such models "
-                "cannot be teacher or student yet"
-            )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or len(list(head.parameters())) != 1:
         raise UserError(
-            f"{kind}: the head is no linear layer without bias; it cannot be teacher or student yet"
+            f"{type(model).__name__}: the head is no linear layer without bias; it cannot teach or learn here"
         )
     return model.get_decoder(), head
 
 
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """The scale and softcap of the model's family, read from its config."""
+    settings = model.config.to_dict()
+    scale = 1.0
+    for field in _FACTORS:
+        scale *= settings.get(field) or 1.0
+    for field in _DIVISORS:
+        scale /= settings.get(field) or 1.0
+    caps = [settings[field] for field in _SOFTCAPS if settings.get(field)]
+    return LogitTransform(scale, caps[0] if caps else None)
+
+
 @torch.no_grad()
-def _check_plain_head(model: PreTrainedModel, name: str) -> None:
+def _check_logits(model: PreTrainedModel, name: str) -> None:
     """Run four tokens both ways: a field we do not know must not give silently wrong probabilities."""
     try:
         body, head = body_and_head(model)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     tokens_BT = torch.arange(4, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-    ours = head(body(input_ids=tokens_BT, use_cache=False).last_hidden_state)
+    ours = transformed(
+        head(body(input_ids=tokens_BT, use_cache=False).last_hidden_state), logit_transform(model)
+    )
     theirs = model(input_ids=tokens_BT, use_cache=False).logits
     if ours.shape != theirs.shape or not torch.allclose(
         ours.float(), theirs.float(), rtol=1e-3, atol=1e-5, equal_nan=True
     ):
-        raise UserError(f"{name}: {type(model).__name__} does not compute its logits as head(hidden states)")
+        raise UserError(f"{name}: {type(model).__name__} computes its logits in a way not known here")
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:

@@ -2,15 +2,24 @@
 
 from tutelage.objective.chunked import chunked_objective
 from tutelage.objective.divergences import DIVERGENCES, Divergence
-from tutelage.objective.mixing import POLICIES, alpha_at
+from tutelage.objective.gates import GATES, Gate, TokenStats, make_gate
+from tutelage.objective.mixing import POLICIES, Policy, make_policy
 from tutelage.objective.objective import Objective, reference_objective
+from tutelage.objective.truncate import TopK, TopP
 
 __all__ = [
     "DIVERGENCES",
+    "GATES",
     "POLICIES",
     "Divergence",
+    "Gate",
     "Objective",
-    "alpha_at",
+    "Policy",
+    "TokenStats",
+    "TopK",
+    "TopP",
     "chunked_objective",
+    "make_gate",
+    "make_policy",
     "reference_objective",
 ]

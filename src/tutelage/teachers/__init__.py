@@ -29,7 +29,7 @@ CONTROLS: dict[str, Callable[[np.ndarray, int], Teacher]] = {
 }
 
 
-def make_teacher(config: RunConfig, store: Store, vocab_size: int, device: torch.device) -> Teacher | None:
+def make_teacher(config: RunConfig, store: Store, device: torch.device) -> Teacher | None:
     """Build the teacher of `config`, or None.
 
     Raises:
@@ -42,12 +42,12 @@ def make_teacher(config: RunConfig, store: Store, vocab_size: int, device: torch
     path, revision = _locate(config.teacher, config.output)
     model = hub.load(path, revision=revision).to(device)
     teacher = OnlineTeacher(model, hub.forward_flops(model, config.data.sequence_length))
-    if teacher.vocab_size != vocab_size:
+    if teacher.vocab_size < store.vocab_size:  # above it are padded rows, which the objective leaves out
         raise UserError(
-            f"teacher {path}: its vocabulary has {teacher.vocab_size} entries, the student's has "
-            f"{vocab_size}; teacher and student must share a tokenizer"
+            f"teacher {path}: its vocabulary has {teacher.vocab_size} entries, the token store's has "
+            f"{store.vocab_size}; teacher and student must share a tokenizer"
         )
-    _check_same_tokenizer(Path(path), store.path)
+    check_same_tokenizer(f"teacher {path}", Path(path), store.path)
     return teacher
 
 
@@ -60,15 +60,19 @@ def _locate(teacher: RunTeacher | ModelTeacher, output: Path) -> tuple[str, str 
     return str(path), None
 
 
-def _check_same_tokenizer(teacher: Path, store: Path) -> None:
-    """Equal vocabulary sizes are not enough: the ids must mean the same strings."""
-    if not (teacher / "tokenizer.json").is_file():  # a Hub name, or weights without a tokenizer
+def check_same_tokenizer(what: str, model: Path, store: Path) -> None:
+    """Equal vocabulary sizes are not enough: the ids must mean the same strings.
+
+    A Hub name, or weights without a tokenizer beside them, cannot be checked and pass.
+
+    Raises:
+        UserError: the tokenizers differ; the message begins with `what`.
+    """
+    if not (model / "tokenizer.json").is_file():
         return
-    vocabularies = [
-        Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab() for path in (teacher, store)
-    ]
+    vocabularies = [Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab() for path in (model, store)]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
-            f"teacher {teacher}: its tokenizer differs from that of {store}; teacher and student must share "
-            "one (build the store with tokenizer.path)"
+            f"{what}: its tokenizer differs from that of {store}; they must share one "
+            "(build the store with tokenizer.path)"
         )

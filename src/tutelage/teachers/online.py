@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.models.hub import body_and_head
+from tutelage.models.hub import body_and_head, logit_transform
 from tutelage.types import Batch, DenseTargets
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class OnlineTeacher:
     def __init__(self, model: PreTrainedModel, forward_flops: float) -> None:
         model.eval().requires_grad_(requires_grad=False)
         self._body, self._head = body_and_head(model)
+        self._transform = logit_transform(model)
         self.vocab_size: int = self._head.weight.shape[0]
         self.forward_flops = forward_flops
 
@@ -26,4 +27,4 @@ class OnlineTeacher:
     def targets(self, batch: Batch) -> DenseTargets:
         """Last hidden states and the output embedding; logits are formed per chunk by the objective."""
         hidden_BTE = self._body(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
-        return DenseTargets(hidden_BTE.flatten(0, 1), self._head.weight)
+        return DenseTargets(hidden_BTE.flatten(0, 1), self._head.weight, self._transform)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,11 +32,15 @@ class Counters:
         step: optimizer steps taken.
         seconds: training time over all sessions of this run.
         teacher_tokens: tokens the teacher has been run on.
+        policy: what the alpha policy remembers.
+        gate: what the per-token gate remembers.
     """
 
     step: int = 0
     seconds: float = 0.0
     teacher_tokens: int = 0
+    policy: dict[str, float] = field(default_factory=dict)
+    gate: dict[str, float] = field(default_factory=dict)
 
 
 def save(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from tutelage.errors import Stopped, UserError
 from tutelage.models import hub
-from tutelage.objective import alpha_at
 from tutelage.signals import stop_signal
 from tutelage.train import checkpoint, distributed
 from tutelage.train.optim import learning_rate
@@ -63,6 +63,7 @@ def train(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
     """
     config, trainee, world = setup.config, setup.trainee, setup.world
     counters = checkpoint.load_latest(directory.checkpoints, setup.model, trainee.optimizer)
+    setup.load_memory(counters)
     if world.is_main:
         directory.keep_metrics_until(counters.step)
         watcher.begin(directory.id, counters.step, setup.steps)
@@ -71,17 +72,20 @@ def train(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
     setup.model.train()
     with stop_signal() as stop:
         for step in range(counters.step, setup.steps):
-            alpha = alpha_at(config.objective.alpha, step, setup.steps)
+            alpha = setup.policy.alpha(step, setup.steps)
+            listen = setup.policy.needs_teacher(step)
             lr = learning_rate(config.optim, setup.lr, step, setup.steps)
-            report = train_step(trainee, _micro_batches(setup, step), alpha, lr)
+            report = train_step(trainee, _micro_batches(setup, step), alpha, lr, listen)
+            setup.policy.observe(step, report.ce, report.teacher_ce)
             done = step + 1
-            clock.tick(config.global_batch_tokens if alpha > 0 and trainee.teacher else 0)
+            clock.tick(config.global_batch_tokens if listen or trainee.consults_teacher(alpha) else 0)
             if world.is_main:
                 watcher.advance(done)
             stopping = distributed.anywhere(stop.is_set(), setup.device)
             saving = stopping or done == setup.steps or done % every == 0
             if saving or done % config.runtime.log_every == 0:
-                row = clock.row(done, config.global_batch_tokens, report)
+                memory = setup.memory()
+                row = clock.row(done, config.global_batch_tokens, report) | _named(memory)
                 _check_finite(row, directory)
                 if world.is_main:
                     directory.append_metrics(row)
@@ -92,7 +96,7 @@ def train(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
                     directory.checkpoints,
                     setup.model,
                     trainee.optimizer,
-                    clock.counters(done),
+                    replace(clock.counters(done), policy=memory["policy"], gate=memory["gate"]),
                     config.checkpoint.keep,
                 )
             if stopping and done < setup.steps:
@@ -111,6 +115,11 @@ def _micro_batches(setup: Setup, step: int) -> list[Batch]:
         Batch(whole.tokens_BT[start : start + size], whole.labels_BT[start : start + size])
         for start in range(0, len(whole.tokens_BT), size)
     ]
+
+
+def _named(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What policy and gate remember, as columns of metrics.jsonl: "policy_ce", "gate_threshold"."""
+    return {f"{part}_{name}": value for part, state in memory.items() for name, value in state.items()}
 
 
 def _check_finite(row: Mapping[str, float], directory: RunDirectory) -> None:
@@ -162,7 +171,7 @@ class _Clock:
             "step": step,
             "tokens": step * batch_tokens,
             **values,
-            "alpha": report.alpha,
+            "alpha": float(report.alpha),
             "lr": report.lr,
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.counters(step).seconds, 3),

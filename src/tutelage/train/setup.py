@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,18 +13,23 @@ from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub, ladder
-from tutelage.objective import Objective
+from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
+from tutelage.objectiveconfig import TopKTruncation
 from tutelage.settings import parse_tokens
-from tutelage.teachers import make_teacher
+from tutelage.teachers import check_same_tokenizer, make_teacher
 from tutelage.train import distributed
-from tutelage.train.optim import adamw
+from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.step import Trainee
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tutelage.config import RunConfig
+    from tutelage.data.store import Store
+    from tutelage.objective import Policy
+    from tutelage.objectiveconfig import ObjectiveConfig
     from tutelage.train.checkpoint import Counters
+    from tutelage.types import LogitTransform
 
 _FALLBACK_LR = 3e-4
 """Peak learning rate of a model that is on no rung and whose config names none."""
@@ -37,7 +44,8 @@ class Setup:
         device: where it trains.
         world: this process among all.
         model: the student.
-        trainee: the student split for the step, with optimizer, objective and teacher.
+        trainee: the student split for the step, with optimizer, objective, teacher and gate.
+        policy: gives alpha of every step.
         loader: batches as a function of the step.
         steps: optimizer steps in the budget.
         lr: peak learning rate.
@@ -52,6 +60,7 @@ class Setup:
     world: distributed.World
     model: PreTrainedModel
     trainee: Trainee
+    policy: Policy
     loader: Loader
     steps: int
     lr: float
@@ -64,6 +73,18 @@ class Setup:
     def epochs(self) -> float:
         """Passes over the training split; above 1 the data repeats."""
         return self.steps / self.loader.steps_per_epoch
+
+    def memory(self) -> dict[str, dict[str, float]]:
+        """What the alpha policy and the gate remember, as fields of `Counters`. Waits for the device."""
+        gate = self.trainee.gate
+        return {"policy": self.policy.state(), "gate": {} if gate is None else gate.state()}
+
+    def load_memory(self, counters: Counters) -> None:
+        """Give policy and gate back what a checkpoint kept; at the start of a run there is nothing."""
+        if counters.policy:
+            self.policy.load(counters.policy)
+        if counters.gate and self.trainee.gate is not None:
+            self.trainee.gate.load(counters.gate)
 
     def ledger(self, counters: Counters) -> dict[str, float]:
         """What state.json says of progress and cost."""
@@ -92,7 +113,7 @@ def prepare(config: RunConfig) -> Setup:
     device = pick_device(config.runtime.device)
     world = distributed.start(device)
     store = open_store(config.data.store)
-    model, lr = _student(config, store.vocab_size)
+    model, lr = _student(config, store)
     model.to(device)
     body, head = hub.body_and_head(model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -107,7 +128,6 @@ def prepare(config: RunConfig) -> Setup:
         world_size=world.size,
     )
     micro = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
-    o = config.objective
     return Setup(
         config=config,
         device=device,
@@ -118,11 +138,13 @@ def prepare(config: RunConfig) -> Setup:
             head=head,
             parameters=tuple(p for p in model.parameters() if p.requires_grad),
             optimizer=adamw(model, config.optim, lr),
-            objective=Objective(o.divergence, o.temperature, o.temperature_squared, o.chunk_tokens),
-            teacher=make_teacher(config, store, head.weight.shape[0], device),
+            objective=_objective(config.objective, store.vocab_size, hub.logit_transform(model)),
+            teacher=make_teacher(config, store, device),
+            gate=make_gate(config.objective.gate),
             clip=config.optim.clip,
             autocast=_autocast(config, device),
         ),
+        policy=make_policy(config.objective.alpha, partial(learning_rate, config.optim, 1.0)),
         loader=loader,
         steps=steps,
         lr=lr,
@@ -133,20 +155,39 @@ def prepare(config: RunConfig) -> Setup:
     )
 
 
-def _student(config: RunConfig, vocab_size: int) -> tuple[PreTrainedModel, float]:
+def _objective(config: ObjectiveConfig, vocab_size: int, student_logits: LogitTransform) -> Objective:
+    cut = config.truncation
+    truncation = None if cut is None else TopK(cut.k) if isinstance(cut, TopKTruncation) else TopP(cut.p)
+    return Objective(
+        divergence=config.divergence,
+        temperature=config.temperature,
+        temperature_squared=config.temperature_squared,
+        mixing=config.mixing,
+        tail=config.tail,
+        jsd_beta=config.jsd_beta,
+        skew=config.skew,
+        truncation=truncation,
+        student_logits=student_logits,
+        vocab_size=vocab_size,
+        chunk_tokens=config.chunk_tokens,
+    )
+
+
+def _student(config: RunConfig, store: Store) -> tuple[PreTrainedModel, float]:
     length = config.data.sequence_length
     if config.model.rung is not None:
         rung = ladder.rung(config.model.rung)
-        model = hub.build(rung, vocab_size, length, config.seed)
+        model = hub.build(rung, store.vocab_size, length, config.seed)
         return model, config.optim.lr or rung.lr
     assert config.model.path is not None  # noqa: S101 - the config has exactly one of the two
     model = hub.load(config.model.path, dtype=torch.float32)
     own = model.get_output_embeddings().weight.shape[0]
-    if own != vocab_size:
+    if own < store.vocab_size:
         raise UserError(
             f"model.path {config.model.path}: its vocabulary has {own} entries, the token store's has "
-            f"{vocab_size}; build the store with this model's tokenizer"
+            f"{store.vocab_size}; build the store with this model's tokenizer"
         )
+    check_same_tokenizer(f"model.path {config.model.path}", Path(config.model.path), store.path)
     return model, config.optim.lr or _FALLBACK_LR
 
 

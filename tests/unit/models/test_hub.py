@@ -19,19 +19,22 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from tutelage.errors import UserError
 from tutelage.models.hub import (
-    _check_plain_head,
+    _check_logits,
     body_and_head,
     build,
     count_parameters,
     load,
+    logit_transform,
     save,
     weights_fingerprint,
 )
 from tutelage.models.ladder import rung
+from tutelage.types import LogitTransform, transformed
 
 VOCAB, CONTEXT = 300, 32
 TOKENS_BT = torch.arange(2 * CONTEXT).reshape(2, CONTEXT) % VOCAB
@@ -226,24 +229,33 @@ def test_head_of_body_is_the_model(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "field"),
+    ("config", "expected"),
     [
-        (Gemma2Config(**SMALL, **HEADS), r"final_logit_softcapping = 30\.0"),
-        (CohereConfig(**SMALL, num_attention_heads=4), r"logit_scale = 0\.0625"),
-        (GraniteConfig(**SMALL, num_attention_heads=4, logits_scaling=8.0), r"logits_scaling = 8\.0"),
-        (
-            GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, rotary_dim=8),
-            ".*linear layer without bias",
-        ),
+        (Gemma2Config(**SMALL, **HEADS), LogitTransform(1.0, 30.0)),
+        (CohereConfig(**SMALL, num_attention_heads=4), LogitTransform(0.0625)),
+        (GraniteConfig(**SMALL, num_attention_heads=4, logits_scaling=8.0), LogitTransform(0.125)),
     ],
-    ids=["gemma2", "cohere", "granite", "gptj"],
+    ids=["gemma2", "cohere", "granite"],
 )
-def test_models_whose_logits_are_more_than_a_head_are_refused(config, field):
+def test_what_families_do_after_the_head_is_done_here_too(config, expected):
+    model = _from_config(config).eval()
+    assert logit_transform(model) == expected
+    body, head = body_and_head(model)
+    with torch.no_grad():
+        hidden_BTD = 100 * body(input_ids=TOKENS_BT, use_cache=False).last_hidden_state
+        ours = transformed(head(hidden_BTD), expected)
+        assert ours.abs().max() > 1  # far enough from zero for a softcap to bend
+        model.get_decoder().forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden_BTD)
+        torch.testing.assert_close(ours, model(input_ids=TOKENS_BT).logits)
+
+
+def test_a_head_that_is_more_than_a_matrix_is_refused(tmp_path):
+    config = GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
     model = _from_config(config)
-    with pytest.raises(UserError, match=field):
+    with pytest.raises(UserError, match="linear layer without bias"):
         body_and_head(model)
-    with pytest.raises(UserError, match=f"some/path: {type(model).__name__}: .*{field}"):
-        _check_plain_head(model, "some/path")
+    with pytest.raises(UserError, match="some/path: GPTJForCausalLM"):
+        _check_logits(model, "some/path")
 
 
 class _Doubling(LlamaForCausalLM):
@@ -256,9 +268,9 @@ class _Doubling(LlamaForCausalLM):
 
 
 def test_load_finds_out_by_trying_when_no_field_says_so(model):
-    _check_plain_head(model, "plain")
-    with pytest.raises(UserError, match="odd: _Doubling does not compute its logits as head"):
-        _check_plain_head(_Doubling(model.config), "odd")
+    _check_logits(model, "plain")
+    with pytest.raises(UserError, match="odd: _Doubling computes its logits in a way not known here"):
+        _check_logits(_Doubling(model.config), "odd")
 
 
 def test_parameters_shared_by_embedding_and_head_count_once():

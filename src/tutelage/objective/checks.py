@@ -1,0 +1,146 @@
+"""What can be wrong with the inputs of the objective, each said with argument, value and remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets, Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tutelage.objective.objective import Objective
+
+_MASS_TOLERANCE = 1e-3
+
+
+def check_inputs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    targets: Targets | None,
+    alpha: float,
+    objective: Objective,
+) -> None:
+    """Raise ValueError if something does not fit together.
+
+    Values (NaN, infinity, labels and probabilities out of range) are looked at on the CPU only: on a GPU
+    the look would make every step wait for the device.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha {alpha}: must be between 0 and 1")
+    if targets is None and (alpha > 0 or objective.mixing == "keep_full_kd"):
+        raise ValueError(
+            f"alpha {alpha}, mixing {objective.mixing}: needs teacher targets, but targets is None"
+        )
+    if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:  # noqa: PLR2004 - two axes
+        raise ValueError(f"hidden {tuple(hidden_ND.shape)}: must be [tokens, {weight_VD.shape[1]}]")
+    n = hidden_ND.shape[0]
+    if labels_N.shape != (n,) or labels_N.dtype != torch.int64:
+        raise ValueError(
+            f"labels {labels_N.dtype} {tuple(labels_N.shape)}: must be int64 [{n}], one per token"
+        )
+    vocab = objective.vocab_size or weight_VD.shape[0]
+    if not 1 <= vocab <= weight_VD.shape[0]:
+        raise ValueError(f"vocab_size {vocab}: must be between 1 and the student's {weight_VD.shape[0]} rows")
+    tensors = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
+    if isinstance(targets, DenseTargets):
+        tensors |= {"targets.hidden": targets.hidden_NE, "targets.head": targets.head_VE}
+        _check_dense(targets, n, vocab, objective)
+    elif isinstance(targets, LogitTargets):
+        tensors |= {"targets.logits": targets.logits_NV}
+        _check_rows("targets.logits", targets.logits_NV, n)
+        _check_vocabulary(targets.logits_NV.shape[1], vocab, objective)
+    elif isinstance(targets, SparseTargets):
+        tensors |= {"targets.ids": targets.ids_NK, "targets.probs": targets.probs_NK}
+        _check_sparse(targets, n, objective)
+    _check_places(tensors)
+    if hidden_ND.device.type == "cpu":
+        _check_values(tensors, vocab, targets, objective)
+
+
+def _check_rows(name: str, tensor: Tensor, n: int) -> None:
+    if tensor.ndim != 2 or tensor.shape[0] != n:  # noqa: PLR2004 - two axes
+        raise ValueError(f"{name} {tuple(tensor.shape)}: must have {n} rows, one per token")
+
+
+def _check_vocabulary(teacher: int, vocab: int, objective: Objective) -> None:
+    if objective.vocab_size is None and teacher != vocab:
+        raise ValueError(
+            f"teacher vocabulary {teacher}: differs from the student's, {vocab}; if one head is padded, "
+            "give Objective(vocab_size=...), the size of the common tokenizer"
+        )
+    if teacher < vocab:
+        raise ValueError(f"vocab_size {vocab}: above the teacher's {teacher} rows")
+
+
+def _check_dense(targets: DenseTargets, n: int, vocab: int, objective: Objective) -> None:
+    _check_rows("targets.hidden", targets.hidden_NE, n)
+    width = targets.head_VE.shape[1]
+    if targets.hidden_NE.shape[1] != width:
+        raise ValueError(
+            f"targets.hidden {tuple(targets.hidden_NE.shape)}: must be [{n}, {width}] as its head"
+        )
+    _check_vocabulary(targets.head_VE.shape[0], vocab, objective)
+
+
+def _check_sparse(targets: SparseTargets, n: int, objective: Objective) -> None:
+    _check_rows("targets.ids", targets.ids_NK, n)
+    for name, tensor, shape in (
+        ("targets.probs", targets.probs_NK, tuple(targets.ids_NK.shape)),
+        ("targets.tail", targets.tail_N, (n,)),
+        ("targets.gold_logp", targets.gold_logp_N, (n,)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)}: must be {shape}")
+    if objective.truncation is not None:
+        raise ValueError("truncation: the targets are sparse already; drop it")
+    if objective.divergence != "hard_labels" and targets.temperature != objective.temperature:
+        raise ValueError(
+            f"targets.temperature {targets.temperature}: must equal the objective's, "
+            f"{objective.temperature}, since kept probabilities cannot be taken to another temperature"
+        )
+
+
+def _check_places(tensors: dict[str, Tensor]) -> None:
+    device = tensors["hidden"].device
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}: must be on {device}, where hidden is")
+        floating = name not in {"labels", "targets.ids"}
+        if tensor.is_floating_point() != floating:
+            raise ValueError(f"{name} is {tensor.dtype}: must be {'floating point' if floating else 'int64'}")
+
+
+def _check_values(
+    tensors: dict[str, Tensor], vocab: int, targets: Targets | None, objective: Objective
+) -> None:
+    for name, tensor in tensors.items():
+        # The sum is not finite if an entry is not; only then is it worth looking at each.
+        if (
+            tensor.is_floating_point()
+            and not tensor.detach().sum().isfinite()
+            and not tensor.isfinite().all()
+        ):
+            raise ValueError(f"{name}: has {int((~tensor.isfinite()).sum())} values that are NaN or infinite")
+    labels_N = tensors["labels"]
+    wrong = labels_N[(labels_N >= vocab) | ((labels_N < 0) & (labels_N != IGNORE_INDEX))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: {int(wrong[0])} is outside the vocabulary of {vocab} ({IGNORE_INDEX} marks no label)"
+        )
+    if not isinstance(targets, SparseTargets) or not targets.ids_NK.numel():
+        return
+    low, high = int(targets.ids_NK.min()), int(targets.ids_NK.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(f"targets.ids: {low if low < 0 else high} is outside the vocabulary of {vocab}")
+    if float(targets.probs_NK.min()) < 0 or float(targets.tail_N.min()) < 0:
+        raise ValueError("targets.probs, targets.tail: must not be negative")
+    mass = float((targets.probs_NK.sum(-1) + targets.tail_N).max())
+    if objective.tail != "none" and mass > 1 + _MASS_TOLERANCE:
+        raise ValueError(
+            f"targets.probs: with the tail they sum to {mass:.4f}, but probabilities sum to at most 1 "
+            "(weights of samples need Objective(tail='none'))"
+        )

@@ -1,0 +1,212 @@
+"""Per-token gates: factors in [0, 1] on alpha, so that a token is taught more, less or not at all.
+
+A gate is called once per chunk of tokens by the objective. Some keep a threshold between steps: they count
+while they are called, the training step sums the counts over ranks with everything else, and `update` moves
+the threshold. All of it stays on the device. The threshold depends only on global counts, so it is the same
+on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from tutelage import objectiveconfig as settings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """What is known of the C tokens of one chunk; no gradients.
+
+    The last three are None unless the gate names them in `needs`.
+
+    Attributes:
+        ce_C: float32 cross-entropy of the student on the label, nats, T=1; 0 at a token without loss.
+        teacher_ce_C: the same of the teacher.
+        student_entropy_C: float32 entropy of the student's distribution, nats, T=1.
+        teacher_entropy_C: the same of the teacher.
+        teacher_max_C: float32 largest probability of the teacher, T=1.
+    """
+
+    ce_C: Tensor
+    teacher_ce_C: Tensor
+    student_entropy_C: Tensor | None = None
+    teacher_entropy_C: Tensor | None = None
+    teacher_max_C: Tensor | None = None
+
+
+class Gate(Protocol):
+    """One gate of one run.
+
+    Attributes:
+        needs: which of "student_entropy", "teacher_entropy" and "teacher_max" must be in the stats.
+    """
+
+    needs: frozenset[str]
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C] on alpha, float32 in [0, 1]; what stands at tokens without loss is not used."""
+
+    def sums(self) -> list[Tensor]:
+        """Sums since the last `update`, for the caller to replace in place by their sums over ranks."""
+
+    def update(self) -> None:
+        """End a step: move the threshold by the (now global) sums and start new ones."""
+
+    def state(self) -> dict[str, float]:
+        """Everything a resumed run needs. Waits for the device."""
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from `state()`."""
+
+
+class _Stateless:
+    needs: frozenset[str] = frozenset()
+
+    def sums(self) -> list[Tensor]:
+        return []
+
+    def update(self) -> None:
+        return
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """There is nothing to load."""
+
+
+class TeacherBetter(_Stateless):
+    """1 where the teacher's cross-entropy on the label is below the student's, else 0.
+
+    The label decides who knows better; a token on which both are equal is not taught. `gap_driven` asks the
+    same of the whole run. A lead of this project, not a published method.
+    """
+
+    def __init__(self, _config: settings.TeacherBetterGate) -> None:
+        """Nothing to set."""
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C]."""
+        return (stats.teacher_ce_C < stats.ce_C).float()
+
+
+class TeacherConfidence(_Stateless):
+    """The teacher's largest probability: tokens on which it is unsure are taught less.
+
+    It teaches most where `TeacherEntropy` teaches least; the pair shows which side of the teacher helps. A
+    control of this project, not a published method.
+    """
+
+    needs = frozenset({"teacher_max"})
+
+    def __init__(self, _config: settings.TeacherConfidenceGate) -> None:
+        """Nothing to set."""
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C]."""
+        return _asked_for(stats.teacher_max_C)
+
+
+class _Above:
+    """1 above the threshold that a given fraction of the previous step's tokens was above.
+
+    The quantile is read from a histogram, whose counts add up over chunks, micro-batches and ranks. Its bins
+    are narrow near 0, where a teacher's entropies crowd; within a bin, values count as spread evenly. In
+    the first step the threshold is 0 and all tokens pass. Tokens of equal entropy are treated alike.
+    """
+
+    BINS, LARGEST = 8192, 16.0  # entropies above 16 nats would need a vocabulary of nine million
+
+    def __init__(self, keep: float) -> None:
+        self._keep = keep
+        self._threshold = torch.zeros(())
+        self._counts: Tensor | None = None
+
+    def above(self, values_C: Tensor, ce_C: Tensor) -> Tensor:
+        if self._counts is None:
+            self._threshold = self._threshold.to(values_C.device)
+            self._counts = torch.zeros(self.BINS, device=values_C.device)
+        bins_C = (self.BINS * (values_C / self.LARGEST).clamp(min=0.0).sqrt()).long().clamp(max=self.BINS - 1)
+        # Neither tokens without loss nor those with nothing left to learn are counted.
+        self._counts.scatter_add_(0, bins_C, (ce_C > 0).float())
+        return (values_C > self._threshold).float()
+
+    def sums(self) -> list[Tensor]:
+        return [] if self._counts is None else [self._counts]
+
+    def update(self) -> None:
+        if self._counts is None:
+            return
+        up_to = self._counts.cumsum(0)
+        below = (1.0 - self._keep) * up_to[-1:]
+        index = torch.searchsorted(up_to, below).clamp(max=self.BINS - 1)
+        inside = 1.0 - (up_to.take(index) - below) / self._counts.take(index).clamp(min=1.0)
+        quantile = self.LARGEST * ((index + inside) / self.BINS).square()
+        self._threshold = torch.where(up_to[-1:] > 0, quantile, self._threshold).squeeze(0)
+        self._counts = None
+
+    def state(self) -> dict[str, float]:
+        return {"threshold": float(self._threshold)}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        self._threshold = torch.tensor(state["threshold"], dtype=torch.float32)
+
+
+class StudentEntropy(_Above):
+    """1 on the fraction `keep` of tokens with the highest student entropy (SE-KD, arXiv 2602.01395: 20%).
+
+    The threshold is a quantile of the previous step, not one within the batch, so that a result depends
+    neither on micro-batches nor on ranks.
+    """
+
+    needs = frozenset({"student_entropy"})
+
+    def __init__(self, config: settings.StudentEntropyGate) -> None:
+        super().__init__(config.keep)
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C]."""
+        return self.above(_asked_for(stats.student_entropy_C), stats.ce_C)
+
+
+class TeacherEntropy(_Above):
+    """0 on the fraction `drop` of tokens with the lowest teacher entropy (arXiv 2509.01649: 15%).
+
+    Distillation hurts copying from the context; leaving the teacher's near-certain tokens to the labels
+    recovers it. The threshold is a quantile of the previous step, as in `StudentEntropy`.
+    """
+
+    needs = frozenset({"teacher_entropy"})
+
+    def __init__(self, config: settings.TeacherEntropyGate) -> None:
+        super().__init__(1.0 - config.drop)
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C]."""
+        return self.above(_asked_for(stats.teacher_entropy_C), stats.ce_C)
+
+
+def _asked_for(values_C: Tensor | None) -> Tensor:
+    assert values_C is not None, "the objective must compute what the gate needs"  # noqa: S101 - a bug of ours
+    return values_C
+
+
+GATES: dict[str, Callable[[Any], Gate]] = {
+    "teacher_better": TeacherBetter,
+    "student_entropy": StudentEntropy,
+    "teacher_entropy": TeacherEntropy,
+    "teacher_confidence": TeacherConfidence,
+}
+
+
+def make_gate(config: settings.Gate | None) -> Gate | None:
+    """Build the gate of `config`, or None."""
+    return None if config is None else GATES[config.kind](config)

@@ -1,0 +1,279 @@
+"""The row kernels in torch: few passes over memory, in place, a cache's worth of rows at a time.
+
+Both functions mix cross-entropy with forward KL and replace the student's logits by the gradient. Softmax
+reads a row once more than log-softmax would, but takes one exponential per entry instead of two, and
+the exponentials are what costs: log Z is read off the softmax's largest entry, which is 1 / Z exactly
+because logits are counted from the row's maximum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from tutelage.types import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+DENSE_ENTRIES = 2**18
+"""Entries per thread that are worked on at one time: 1 MiB of float32, about a core's own cache."""
+
+SPARSE_ENTRIES = 2**20
+"""The same for sparse targets, which pass over the row less often and have more small work per block."""
+
+
+def dense_rows(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    labels_C: Tensor,
+    ce_weight_C: Tensor,
+    kd_weight_C: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy and KL(teacher || student) per token, in nats, and the gradient in place.
+
+    Args:
+        student_CV: logits, float32 or bfloat16 (float64 for checks). Overwritten by the gradient of
+            sum_C (ce_weight CE + kd_weight KL) with respect to them.
+        teacher_CV: logits of the teacher. Overwritten by scratch.
+        labels_C: next-token ids; where one is `IGNORE_INDEX`, outputs and gradient are zero.
+        ce_weight_C: weight of each token's cross-entropy in the gradient.
+        kd_weight_C: weight of each token's KL in the gradient, T^2 already in it.
+        temperature: T > 0; both sides' logits are divided by it inside the KL only.
+
+    Returns:
+        (ce_C, kd_C, teacher_ce_C), unweighted: the student's cross-entropy and the teacher's, both at
+        T = 1, and the KL at T without any T^2. At least float32. An entry that is -inf on both sides
+        counts for nothing; one that is -inf for the student alone makes the KL inf.
+    """
+    out_3C = _outputs(3, student_CV)
+    for rows, student_BV in _blocks(student_CV, DENSE_ENTRIES):
+        gold_B1 = labels_C[rows].clamp(min=0).unsqueeze(1)
+        weights = ce_weight_C[rows].unsqueeze(1), kd_weight_C[rows].unsqueeze(1)
+        teacher_BV = _working_copy(teacher_CV[rows])
+        out_3C[:, rows] = _dense_block(student_BV, teacher_BV, gold_B1, *weights, temperature)
+    ce_C, kd_C, teacher_ce_C = _drop_ignored(student_CV, out_3C, labels_C).unbind()
+    return ce_C, kd_C, teacher_ce_C
+
+
+def sparse_rows(
+    student_CV: Tensor,
+    ids_CK: Tensor,
+    probs_CK: Tensor,
+    tail_C: Tensor,
+    labels_C: Tensor,
+    ce_weight_C: Tensor,
+    kd_weight_C: Tensor,
+    temperature: float,
+    tail: str,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and forward KL against kept teacher entries, in nats, and the gradient in place.
+
+    Args:
+        student_CV: logits, float32 or bfloat16 (float64 for checks). Overwritten by the gradient of
+            sum_C (ce_weight CE + kd_weight KL) with respect to them.
+        ids_CK: the kept entries, unique in a row but for unused slots, which repeat a used id.
+        probs_CK: their teacher probabilities or sampling weights at T, 0 in unused slots.
+        tail_C: the teacher's mass outside `ids_CK`; read by `other_bucket` only.
+        labels_C: next-token ids; where one is `IGNORE_INDEX`, outputs and gradient are zero.
+        ce_weight_C: weight of each token's cross-entropy in the gradient.
+        kd_weight_C: weight of each token's KL in the gradient, T^2 already in it.
+        temperature: T > 0; the student's logits are divided by it inside the KL only.
+        tail: what becomes of the teacher's mass outside the kept entries.
+            `renormalise`: the kept probabilities are divided by their sum, q is the student's own.
+            `none`: sum_k w_k (log w_k - log q_k) with the weights as they are. With sampled weights it
+            is an estimate with an unbiased gradient, (sum_k w_k) q - w; its value may be negative and
+            differs from the KL's by a constant that does not depend on the student.
+            `other_bucket`: all other entries form one bucket; its student mass is summed over the
+            complement, never taken as 1 - sum, so it is right however small. If `ids_CK` leaves no
+            entry for the bucket, `tail_C` is taken as 0.
+
+    Returns:
+        (ce_C, kd_C), unweighted, at least float32: cross-entropy at T = 1 and the divergence at T.
+    """
+    out_2C = _outputs(2, student_CV)
+    for rows, student_BV in _blocks(student_CV, SPARSE_ENTRIES):
+        gold_B1 = labels_C[rows].clamp(min=0).unsqueeze(1)
+        weights = ce_weight_C[rows].unsqueeze(1), kd_weight_C[rows].unsqueeze(1)
+        slots = teacher_slots(ids_CK[rows], probs_CK[rows], tail_C[rows], tail)
+        out_2C[:, rows] = _sparse_block(student_BV, slots, gold_B1, *weights, temperature)
+    ce_C, kd_C = _drop_ignored(student_CV, out_2C, labels_C).unbind()
+    return ce_C, kd_C
+
+
+class Slots(NamedTuple):
+    """Sparse targets of some rows with their tail policy applied."""
+
+    ids_BK: Tensor
+    p_BK: Tensor
+    tail_B1: Tensor
+    owner_BK: Tensor | None
+    """Whether a slot is the first with its id; None if there is no bucket, where nothing asks."""
+
+
+def teacher_slots(ids_BK: Tensor, probs_BK: Tensor, tail_B: Tensor, tail: str) -> Slots:
+    """Apply a tail policy to the teacher's side; without a bucket the tail mass becomes 0."""
+    if tail == "other_bucket":
+        return Slots(ids_BK, probs_BK, tail_B.unsqueeze(1), _first_with_id(ids_BK))
+    if tail == "renormalise":
+        total_B1 = probs_BK.sum(-1, keepdim=True)
+        probs_BK = probs_BK / total_B1.masked_fill(total_B1 == 0, 1.0)
+    elif tail != "none":
+        raise ValueError(f"tail {tail!r}: must be other_bucket, renormalise or none")
+    return Slots(ids_BK, probs_BK, torch.zeros_like(tail_B).unsqueeze(1), None)
+
+
+def _first_with_id(ids_BK: Tensor) -> Tensor:
+    """True in one slot per distinct id of a row, so that repeats are not counted twice."""
+    sorted_BK, order_BK = ids_BK.sort(stable=True, dim=-1)
+    is_new_BK = torch.ones_like(ids_BK, dtype=torch.bool)
+    is_new_BK[:, 1:] = sorted_BK[:, 1:] != sorted_BK[:, :-1]
+    return torch.empty_like(is_new_BK).scatter_(1, order_BK, is_new_BK)
+
+
+def _dense_block(
+    s_BV: Tensor,
+    t_BV: Tensor,
+    gold_B1: Tensor,
+    ce_weight_B1: Tensor,
+    kd_weight_B1: Tensor,
+    temperature: float,
+) -> Tensor:
+    """[ce, kd, teacher_ce] of a few rows; `s_BV` becomes the gradient, `t_BV` scratch."""
+    s_BV.sub_(s_BV.amax(-1, keepdim=True))
+    t_BV.sub_(t_BV.amax(-1, keepdim=True))
+    gold_logit_B1, teacher_gold_logit_B1 = s_BV.gather(1, gold_B1), t_BV.gather(1, gold_B1)
+    p_BV = t_BV.softmax(-1)
+    teacher_log_z_B1 = _log_z(p_BV)
+    teacher_ce_B1 = teacher_log_z_B1 - teacher_gold_logit_B1
+    heated = temperature != 1.0
+    if heated:
+        q_1_BV = s_BV.softmax(-1)
+        torch.softmax(t_BV.div_(temperature), -1, out=p_BV)
+        teacher_log_z_B1 = _log_z(p_BV)
+        s_BV.div_(temperature)
+    # nansum: an entry that is -inf on both sides is 0 * nan. A nan logit still shows, in both log Z.
+    ratio_B1 = t_BV.sub_(s_BV).mul_(p_BV).nansum(-1, keepdim=True)
+    torch.softmax(s_BV, -1, out=s_BV)
+    log_z_B1 = _log_z(s_BV)
+    kd_B1 = ratio_B1 - (teacher_log_z_B1 - log_z_B1)
+    if heated:
+        ce_B1 = _log_z(q_1_BV) - gold_logit_B1
+        s_BV.sub_(p_BV).mul_(kd_weight_B1 / temperature).addcmul_(q_1_BV, ce_weight_B1)
+    else:
+        # CE against the label and KL against p share their softmax: cross-entropy against a mixture.
+        ce_B1 = log_z_B1 - gold_logit_B1
+        s_BV.mul_(ce_weight_B1 + kd_weight_B1).addcmul_(p_BV, kd_weight_B1, value=-1.0)
+    s_BV.scatter_add_(1, gold_B1, -ce_weight_B1.to(s_BV.dtype))
+    return torch.cat([ce_B1, kd_B1, teacher_ce_B1], 1).T
+
+
+def _sparse_block(
+    s_BV: Tensor,
+    slots: Slots,
+    gold_B1: Tensor,
+    ce_weight_B1: Tensor,
+    kd_weight_B1: Tensor,
+    temperature: float,
+) -> Tensor:
+    """[ce, kd] of a few rows; `s_BV` becomes the gradient."""
+    ce_weight_B1 = ce_weight_B1.to(s_BV.dtype)
+    kd_weight_B1 = kd_weight_B1.to(s_BV.dtype) / temperature
+    gold_logit_B1 = s_BV.gather(1, gold_B1)
+    if temperature == 1.0:
+        max_B1, log_z_B1, kd_B1 = _teach(s_BV, slots, ce_weight_B1, kd_weight_B1)
+    else:
+        q_1_BV = s_BV.softmax(-1)
+        max_B1, log_z_B1 = s_BV.amax(-1, keepdim=True), _log_z(q_1_BV)
+        _, _, kd_B1 = _teach(s_BV.div_(temperature), slots, torch.zeros_like(ce_weight_B1), kd_weight_B1)
+        s_BV.addcmul_(q_1_BV, ce_weight_B1)
+    s_BV.scatter_add_(1, gold_B1, -ce_weight_B1)
+    return torch.cat([(max_B1 - gold_logit_B1) + log_z_B1, kd_B1], 1).T
+
+
+def _teach(
+    s_BV: Tensor, slots: Slots, extra_B1: Tensor, kd_weight_B1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits into extra * softmax + kd_weight * (gradient of the KL).
+
+    The softmax runs over the entries that are not kept, if these form a bucket, and over all entries
+    otherwise. It is then the student's distribution *given* the bucket, which is what the bucket's
+    gradient needs and which loses nothing when the bucket's mass is 1e-70.
+
+    Returns:
+        (max_B1, log_z_B1, kd_B1): log-sum-exp of the logits is max + log_z.
+    """
+    ids_BK, tail_B1 = slots.ids_BK, slots.tail_B1.to(s_BV.dtype)
+    p_BK = slots.p_BK.to(s_BV.dtype)
+    kept_BK = s_BV.gather(1, ids_BK)
+    if slots.owner_BK is None:
+        max_B1 = s_BV.amax(-1, keepdim=True)
+        torch.softmax(s_BV, -1, out=s_BV)
+        log_z_B1 = _log_z(s_BV)
+        log_rest_B1 = torch.zeros_like(max_B1)
+    else:
+        s_BV.scatter_(1, ids_BK, -torch.inf)
+        rest_max_B1 = s_BV.amax(-1, keepdim=True)
+        empty_B1 = rest_max_B1 == -torch.inf
+        s_BV.index_fill_(0, empty_B1.squeeze(1).nonzero().squeeze(1), 0.0)  # softmax of all -inf is nan
+        torch.softmax(s_BV, -1, out=s_BV)
+        tail_B1 = tail_B1.masked_fill(empty_B1, 0.0)
+        max_B1 = torch.maximum(rest_max_B1, kept_BK.amax(-1, keepdim=True))
+        rest_B1 = rest_max_B1 - max_B1 + _log_z(s_BV)
+        owned_BK = (kept_BK - max_B1).masked_fill(~slots.owner_BK, -torch.inf)
+        log_z_B1 = torch.cat([rest_B1, owned_BK], 1).logsumexp(-1, keepdim=True)
+        log_rest_B1 = rest_B1 - log_z_B1
+    log_q_BK = kept_BK - max_B1 - log_z_B1
+    kd_B1 = _slot_kl(p_BK, log_q_BK).sum(-1, keepdim=True) + _slot_kl(tail_B1, log_rest_B1)
+    whole_B1 = extra_B1 + kd_weight_B1 * (p_BK.sum(-1, keepdim=True) + tail_B1)
+    s_BV.mul_(whole_B1 * log_rest_B1.exp() - kd_weight_B1 * tail_B1)
+    if slots.owner_BK is not None:
+        s_BV.scatter_(1, ids_BK, whole_B1 * log_q_BK.exp())
+    s_BV.scatter_add_(1, ids_BK, -kd_weight_B1 * p_BK)
+    return max_B1, log_z_B1, kd_B1
+
+
+def _slot_kl(p: Tensor, log_q: Tensor) -> Tensor:
+    """One slot's p (log p - log q), and 0 where p is 0, whatever q is."""
+    return torch.where(p == 0, 0.0, p * (p.log() - log_q))
+
+
+def _log_z(softmax_BV: Tensor) -> Tensor:
+    """Log of the sum of exponentials of logits counted from their maximum: the largest entry is 1 / Z."""
+    return -softmax_BV.amax(-1, keepdim=True).log_()
+
+
+def _outputs(count: int, student_CV: Tensor) -> Tensor:
+    dtype = torch.promote_types(student_CV.dtype, torch.float32)
+    return student_CV.new_empty((count, student_CV.shape[0]), dtype=dtype)
+
+
+def _working_copy(block_BV: Tensor) -> Tensor:
+    """The block itself if it can be worked on in place, else a float32 copy."""
+    return block_BV.to(torch.promote_types(block_BV.dtype, torch.float32)).contiguous()
+
+
+def _blocks(student_CV: Tensor, entries: int) -> Iterator[tuple[slice, Tensor]]:
+    """Row slices with a working copy of their logits, which is written back when the next is asked for."""
+    tokens, vocab = student_CV.shape
+    size = tokens
+    if student_CV.device.type == "cpu":  # elsewhere a launch costs more than the cache saves
+        size = entries * torch.get_num_threads() // vocab
+    for start in range(0, tokens, max(1, size)):
+        rows = slice(start, start + max(1, size))
+        block_BV = student_CV[rows]
+        working_BV = _working_copy(block_BV)
+        yield rows, working_BV
+        if working_BV.data_ptr() != block_BV.data_ptr():
+            block_BV.copy_(working_BV)
+
+
+def _drop_ignored(student_CV: Tensor, out: Tensor, labels_C: Tensor) -> Tensor:
+    """Zero the outputs and the gradient of ignored rows, whatever their logits were."""
+    ignored_C = labels_C == IGNORE_INDEX
+    student_CV.index_fill_(0, ignored_C.nonzero().squeeze(1), 0.0)
+    return out.masked_fill_(ignored_C, 0.0)

@@ -1,0 +1,154 @@
+"""Per-token gates: what they let through, and the thresholds that some of them keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tutelage.configio import validate
+from tutelage.objective import GATES, TokenStats, make_gate
+from tutelage.objectiveconfig import ObjectiveConfig
+
+
+def make(kind, **settings):
+    return make_gate(validate(ObjectiveConfig, {"gate": {"kind": kind} | settings}, "test").gate)
+
+
+def stats(**known):
+    """Statistics of tokens; what is not given is made up."""
+    size = len(next(iter(known.values())))
+    known = {f"{name}_C": torch.as_tensor(values, dtype=torch.float32) for name, values in known.items()}
+    filled = {name: torch.linspace(0.1, 0.9, size) for name in TokenStats.__dataclass_fields__}
+    return TokenStats(**filled | known)
+
+
+def draws(steps, tokens):
+    """Entropies in [0, 6), dense near 0."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(tokens, generator=generator).square() * 6 for _ in range(steps)]
+
+
+def end_step(gate):
+    gate.sums()
+    gate.update()
+
+
+def test_teacher_better_compares_on_the_label():
+    gate = make("teacher_better")
+    assert gate(stats(ce=[2.0, 1.0, 1.5], teacher_ce=[1.0, 2.0, 1.5])).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_teacher_confidence_is_the_largest_probability():
+    gate = make("teacher_confidence")
+    assert gate(stats(teacher_max=[0.25, 1.0])).tolist() == [0.25, 1.0]
+    assert gate.needs == {"teacher_max"}
+
+
+@pytest.mark.parametrize("kind", ["student_entropy", "teacher_entropy"])
+def test_entropy_gates_let_all_pass_in_the_first_step(kind):
+    assert make(kind)(stats(**{kind: [0.5, 1.0, 1.5]})).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "kept"),
+    [
+        ("student_entropy", {}, 0.2),
+        ("student_entropy", {"keep": 0.7}, 0.7),
+        ("teacher_entropy", {}, 0.85),
+        ("teacher_entropy", {"drop": 0.5}, 0.5),
+    ],
+)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 6.0), (0.0, 0.02), (5.6, 5.65), (10.0, 11.0)])
+def test_entropy_gates_keep_their_fraction_whatever_the_distribution(kind, settings, kept, low, high):
+    gate = make(kind, **settings)
+    fractions = []
+    for values in draws(60, 1024):
+        fractions.append(gate(stats(**{kind: low + (high - low) * values / 6})).mean().item())
+        end_step(gate)
+    late = fractions[1:]
+    assert sum(late) / len(late) == pytest.approx(kept, abs=0.02)
+    assert max(abs(fraction - kept) for fraction in late) < 0.12  # token by token, not all or nothing
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.2, 0.5, 0.99])
+def test_the_threshold_is_the_quantile_of_the_last_step(keep):
+    gate = make("student_entropy", keep=keep)
+    for values in draws(3, 5000):
+        gate(stats(student_entropy=values))
+        end_step(gate)
+        assert (values > gate.state()["threshold"]).float().mean().item() == pytest.approx(keep, abs=0.002)
+
+
+def test_entropies_out_of_range_do_not_break_the_histogram():
+    gate = make("student_entropy")
+    gate(stats(student_entropy=[-1e-7, 0.0, 16.0, 99.0]))
+    end_step(gate)
+    assert 0.0 <= gate.state()["threshold"] <= 16.0
+
+
+def test_tokens_without_loss_are_not_counted():
+    values = draws(1, 64)[0]
+    ce = torch.rand(64) + 0.1
+    masked = make("student_entropy")
+    masked(
+        stats(
+            student_entropy=torch.cat([values, torch.full((64,), 9.0)]), ce=torch.cat([ce, torch.zeros(64)])
+        )
+    )
+    plain = make("student_entropy")
+    plain(stats(student_entropy=values, ce=ce))
+    for gate in (masked, plain):
+        end_step(gate)
+    assert masked.state() == plain.state()
+
+
+def test_a_step_without_a_single_token_moves_nothing():
+    gate = make("student_entropy")
+    gate(stats(student_entropy=[1.0, 2.0], ce=[0.0, 0.0]))
+    end_step(gate)
+    assert gate.state() == {"threshold": 0.0}
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_contract_factors_and_state(kind):
+    whole, first, second = make(kind), make(kind), make(kind)
+    made = [stats(ce=values + 0.1, student_entropy=values, teacher_entropy=values) for values in draws(9, 50)]
+    expected = [step_of(whole, one) for one in made]
+    assert all(((factor >= 0) & (factor <= 1)).all() for factor in expected)
+    found = [step_of(first, one) for one in made[:4]]
+    second.load(first.state())
+    found += [step_of(second, one) for one in made[4:]]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert second.state() == whole.state()
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_contract_neither_chunks_nor_ranks_change_the_threshold(kind):
+    whole, ranks = make(kind), [make(kind), make(kind)]
+    for values in draws(20, 60):
+        one = dict.fromkeys(("ce", "student_entropy", "teacher_entropy"), values + 0.01)
+        whole(stats(**one))
+        for rank, rows in ((0, slice(0, 10)), (1, slice(10, 40)), (0, slice(40, 60))):
+            ranks[rank](stats(**{name: tensor[rows] for name, tensor in one.items()}))
+        for mine, theirs in zip(
+            *(gate.sums() for gate in ranks), strict=True
+        ):  # what the step's all-reduce does
+            total = mine + theirs
+            mine.copy_(total)
+            theirs.copy_(total)
+        for gate in (whole, *ranks):
+            gate.update()
+    assert whole.state() == ranks[0].state() == ranks[1].state()
+
+
+def step_of(gate, one):
+    factors = gate(one)
+    end_step(gate)
+    return factors
+
+
+def test_gates_take_no_gradient_and_stay_on_the_device():
+    gate = make("student_entropy")
+    values = torch.rand(8, requires_grad=True)
+    assert not gate(stats(student_entropy=values.detach())).requires_grad
+    assert all(isinstance(total, torch.Tensor) and not total.requires_grad for total in gate.sums())

@@ -1,0 +1,108 @@
+"""Adaptive policies and gates inside real runs: resume, accounting, what is logged."""
+
+from __future__ import annotations
+
+import json
+import signal
+from itertools import pairwise
+
+import pytest
+from safetensors.torch import load_file
+
+from tutelage.errors import Stopped
+from tutelage.pipeline import run
+from tutelage.train.loop import Nobody
+
+TEACHER = {"kind": "unigram"}
+OBJECTIVES = {
+    "gap_driven": {"alpha": {"policy": "gap_driven", "window": 3, "scale": 2.0}},
+    "prequential": {"alpha": {"policy": "prequential", "period": 4, "probe": 2}},
+    "student_entropy": {"alpha": 0.5, "gate": {"kind": "student_entropy"}},
+    "teacher_better": {"alpha": {"policy": "gap_driven"}, "gate": {"kind": "teacher_better"}},
+}
+
+
+class StopAt(Nobody):
+    """Sends the signal of a Ctrl-C after some step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def advance(self, step):
+        if step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def rows(directory):
+    timing = {"seconds", "tokens_per_second"}
+    lines = (directory.path / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in timing} for line in lines]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_stopped_and_resumed_is_bitwise_uninterrupted(name, make_config, tmp_path):
+    whole = run(make_config(teacher=TEACHER, objective=OBJECTIVES[name]))
+    config = make_config(teacher=TEACHER, objective=OBJECTIVES[name], output=str(tmp_path / "again"))
+    for stop in (1, 2, 6):
+        with pytest.raises(Stopped):
+            run(config, StopAt(stop))
+    resumed = run(config)
+    assert rows(resumed) == rows(whole)
+    ours, theirs = (load_file(one.model / "model.safetensors") for one in (resumed, whole))
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+    assert resumed.state()["teacher_flops"] == whole.state()["teacher_flops"]
+
+
+def test_gap_driven_logs_what_it_hears_and_follows_it(make_config):
+    log = rows(run(make_config(teacher=TEACHER, objective=OBJECTIVES["gap_driven"])))
+    for before, after in pairwise(log):
+        gap = (before["policy_ce"] - before["policy_teacher_ce"]) / 2.0
+        expected = min(0.9, max(0.1, gap)) if before["policy_seen"] else 0.9
+        assert after["alpha"] == pytest.approx(expected, abs=1e-6)
+    assert len({row["alpha"] for row in log}) > 3  # it does move
+
+
+def test_prequential_probes_learn_from_labels_alone_and_only_scores_run_the_teacher(make_config):
+    directory = run(make_config(teacher=TEACHER, objective=OBJECTIVES["prequential"]))
+    log = rows(directory)
+    for row in log:
+        step = (row["step"] - 1) % 4
+        assert (row["alpha"] == 0) == (step < 2)
+        assert (row["teacher_ce"] == 0) == (step == 0)
+        if step < 2:
+            assert row["loss"] == pytest.approx(row["ce"])
+    assert "policy_log_odds" in log[-1]
+    checkpoint = max((directory.path / "checkpoints").glob("step-*"))
+    assert json.loads((checkpoint / "counters.json").read_text())["teacher_tokens"] == 9 * 256
+
+
+def test_salt_drops_the_teacher_and_its_cost(make_config):
+    directory = run(
+        make_config(teacher=TEACHER, objective={"alpha": {"policy": "salt", "value": 0.6, "until": 0.5}})
+    )
+    assert [row["alpha"] > 0 for row in rows(directory)] == [True] * 6 + [False] * 6
+    assert all(row["teacher_ce"] == 0 for row in rows(directory)[6:])
+    checkpoint = max((directory.path / "checkpoints").glob("step-*"))
+    assert json.loads((checkpoint / "counters.json").read_text())["teacher_tokens"] == 6 * 256
+
+
+def test_a_gate_scales_the_logged_alpha(make_config):
+    log = rows(run(make_config(teacher=TEACHER, objective=OBJECTIVES["student_entropy"])))
+    assert all(0 <= row["alpha"] <= 0.5 for row in log)
+    assert sum(row["alpha"] for row in log) / len(log) < 0.4
+    assert log[-1]["gate_threshold"] != log[0]["gate_threshold"]
+
+
+def test_micro_batches_do_not_change_a_gated_run(make_config, tmp_path):
+    whole = run(make_config(teacher=TEACHER, objective=OBJECTIVES["student_entropy"]))
+    parts = run(
+        make_config(
+            teacher=TEACHER,
+            objective=OBJECTIVES["student_entropy"],
+            micro_batch_tokens=64,
+            output=str(tmp_path / "micro"),
+        )
+    )
+    for a, b in zip(rows(whole), rows(parts), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["gate_threshold"] == pytest.approx(b["gate_threshold"], abs=0.01)
