@@ -34,17 +34,21 @@ if TYPE_CHECKING:
 
     from tutelage.objective.gates import Gate
 
-_CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
-"""Default size of one [chunk, V] float32 buffer: near the CPU's cache, large enough to fill a GPU."""
-_TEMPORARIES = 4
-"""The row kernels of forward KL work in place; the others hold about this many times as much."""
+_CHUNK_BYTES = {"cpu": 44 * 2**20, "cuda": 256 * 2**20, "mps": 128 * 2**20}
+"""Size of one [chunk, V] float32 buffer. A head is read from memory once per chunk and product, so small chunks
+are slow; docs/performance.md has the trade between time and memory."""
+_DENSE = 1.5
+"""A dense teacher's head is wider and is read once more per chunk, so its chunks are larger."""
+_TEMPORARIES = 8
+"""Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
 
 
-def default_chunk_tokens(vocab_size: int, device: str, divergence: str = "forward_kl") -> int:
-    """Tokens per chunk so that a few float32 logit buffers of about `_CHUNK_BYTES` exist at a time."""
-    size = _CHUNK_BYTES[device] // (4 * vocab_size)
-    in_place = divergence in {"forward_kl", HARD_LABELS}
-    return max(8, size if in_place else size // _TEMPORARIES)
+def default_chunk_tokens(vocab_size: int, device: str, dense: bool, divergence: str) -> int:
+    """Tokens per chunk, by the size of the vocabulary, the device and the kind of targets."""
+    size = _CHUNK_BYTES[device] * (_DENSE if dense else 1.0) / (4 * vocab_size)
+    if divergence not in {"forward_kl", HARD_LABELS}:
+        size /= _TEMPORARIES
+    return max(8, int(size))
 
 
 def chunked_objective(
@@ -93,8 +97,9 @@ class _ChunkedObjective(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         sums = torch.zeros(5, dtype=torch.float32, device=hidden_ND.device)
+        dense = plan.targets is not None and not isinstance(plan.targets, SparseTargets)
         size = plan.objective.chunk_tokens or default_chunk_tokens(
-            len(weight), hidden_ND.device.type, plan.objective.divergence
+            len(weight), hidden_ND.device.type, dense, plan.objective.divergence
         )
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
