@@ -110,6 +110,7 @@ class _ChunkedObjective(torch.autograd.Function):
                 torch.mm(gradient_CV, weight, out=d_hidden[rows])
             if d_weight is not None:
                 _accumulate(d_weight[: len(weight)], gradient_CV, hidden_ND[rows])
+            del gradient_CV  # or the next chunk's logits would stand beside it
         ctx.gradients = d_hidden, d_weight
         loss, *metrics = sums.unbind()
         ctx.mark_non_differentiable(*metrics)
