@@ -45,10 +45,10 @@ _TEMPORARIES = 8
 
 def default_chunk_tokens(vocab_size: int, device: str, dense: bool, divergence: str) -> int:
     """Tokens per chunk, by the size of the vocabulary, the device and the kind of targets."""
-    size = _CHUNK_BYTES[device] * (_DENSE if dense else 1.0) / (4 * vocab_size)
+    size = _CHUNK_BYTES[device] / (4 * vocab_size)
     if divergence not in {"forward_kl", HARD_LABELS}:
-        size /= _TEMPORARIES
-    return max(8, int(size))
+        return max(8, int(size / _TEMPORARIES))
+    return max(8, int(size * _DENSE if dense else size))
 
 
 def chunked_objective(
