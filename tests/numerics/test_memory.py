@@ -40,8 +40,7 @@ def peak_mib(function: str, targets: str, divergence: str = "forward_kl") -> flo
     ("targets", "divergence"), [("dense", "forward_kl"), ("sparse", "forward_kl"), ("dense", "jsd")]
 )
 def test_peak_memory_is_a_few_chunks(targets, divergence):
-    one_logit_buffer = 2048 * 50304 * 4 / 2**20  # 393 MiB
-    assert peak_mib("chunked_objective", targets, divergence) < 0.5 * one_logit_buffer
+    assert peak_mib("chunked_objective", targets, divergence) < 150
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = {"cpu": 38 * 2**20, "cuda": 256 * 2**20, "mps": 128 * 2**20}
 """Size of one [chunk, V] float32 buffer. A head is read from memory once per chunk and product, so small
 chunks are slow; docs/performance.md has the trade between time and memory."""
-_DENSE = 2.0
+_DENSE = 1.6
 """A dense teacher's head is wider and is read once more per chunk, so its chunks are larger."""
 _TEMPORARIES = 8
 """Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
