@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from tutelage.config import ModelTeacher, RunConfig
+    from tutelage.config import LiveTeacher, ModelTeacher
     from tutelage.data.store import Store
     from tutelage.teachers.base import Teacher
 
@@ -29,32 +29,40 @@ CONTROLS: dict[str, Callable[[np.ndarray, int], Teacher]] = {
 }
 
 
-def make_teacher(config: RunConfig, store: Store, device: torch.device) -> Teacher | None:
-    """Build the teacher of `config`, or None.
+def make_teacher(
+    teacher: LiveTeacher, store: Store, *, runs: Path, context_length: int, device: torch.device
+) -> Teacher:
+    """Build a teacher that computes its targets.
+
+    Args:
+        teacher: which one.
+        store: the text it will read.
+        runs: directory that holds the run of a teacher of kind run.
+        context_length: tokens per sequence, for its cost.
+        device: where it computes.
 
     Raises:
         UserError: it does not exist, is unfinished, or has another tokenizer or vocabulary.
     """
-    if config.teacher is None:
-        return None
-    if isinstance(config.teacher, ControlTeacher):
-        return CONTROLS[config.teacher.kind](store.split("train").tokens, store.vocab_size)
-    path, revision = _locate(config.teacher, config.output)
+    if isinstance(teacher, ControlTeacher):
+        return CONTROLS[teacher.kind](store.split("train").tokens, store.vocab_size)
+    path, revision = locate(teacher, runs)
     model = hub.load(path, revision=revision).to(device)
-    teacher = OnlineTeacher(model, hub.forward_flops(model, config.data.sequence_length))
-    if teacher.vocab_size < store.vocab_size:  # above it are padded rows, which the objective leaves out
+    online = OnlineTeacher(model, hub.forward_flops(model, context_length))
+    if online.vocab_size < store.vocab_size:  # above it are padded rows, which the objective leaves out
         raise UserError(
-            f"teacher {path}: its vocabulary has {teacher.vocab_size} entries, the token store's has "
+            f"teacher {path}: its vocabulary has {online.vocab_size} entries, the token store's has "
             f"{store.vocab_size}; teacher and student must share a tokenizer"
         )
     check_same_tokenizer(f"teacher {path}", Path(path), store.path)
-    return teacher
+    return online
 
 
-def _locate(teacher: RunTeacher | ModelTeacher, output: Path) -> tuple[str, str | None]:
+def locate(teacher: RunTeacher | ModelTeacher, runs: Path) -> tuple[str, str | None]:
+    """(directory or Hub name, revision) of a teacher model."""
     if not isinstance(teacher, RunTeacher):
         return teacher.path, teacher.revision
-    path = output / teacher.run / "model"
+    path = runs / teacher.run / "model"
     if not path.is_dir():
         raise UserError(f"teacher run {teacher.run}: {path} does not exist; train that run to its end first")
     return str(path), None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from tutelage.types import Batch, DenseTargets
+    from collections.abc import Sequence
+
+    from tutelage.types import Batch, Targets
 
 
 class Teacher(Protocol):
@@ -13,12 +15,15 @@ class Teacher(Protocol):
 
     Attributes:
         vocab_size: number of token ids it gives probability to; must equal the student's.
-        forward_flops: FLOPs of its forward pass per token, for the cost ledger.
+        forward_flops: FLOPs of its forward pass per token, for the cost ledger; 0 if it was paid before.
     """
 
     vocab_size: int
     forward_flops: float
 
-    def targets(self, batch: Batch) -> DenseTargets:
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Learn what will be asked for next, so that it can be fetched meanwhile; may do nothing."""
+
+    def targets(self, batch: Batch) -> Targets:
         """Distributions for all B*T positions of `batch`, flattened row by row, without gradient."""
         ...

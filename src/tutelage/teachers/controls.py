@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
+from tutelage.data.store import token_counts
 from tutelage.types import Batch, DenseTargets
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
     from torch import Tensor
 
 
@@ -28,6 +31,9 @@ class FixedTeacher:
         self.forward_flops = 0.0
         self._head_V1 = probabilities_V.double().log().float().unsqueeze(1)
 
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Do nothing: every batch gets the same."""
+
     def targets(self, batch: Batch) -> DenseTargets:
         """The distribution, once per position."""
         n, device = batch.tokens_BT.numel(), batch.tokens_BT.device
@@ -37,9 +43,7 @@ class FixedTeacher:
 
 def unigram(tokens: np.ndarray, vocab_size: int) -> FixedTeacher:
     """Frequencies of the training tokens, with one added to every count so that none is zero."""
-    counts_V = np.ones(vocab_size)
-    for start in range(0, len(tokens), 2**24):  # bincount makes an int64 copy of what it is given
-        counts_V += np.bincount(tokens[start : start + 2**24], minlength=vocab_size)
+    counts_V = token_counts(tokens, vocab_size) + 1.0
     return FixedTeacher(torch.from_numpy(counts_V / counts_V.sum()))
 
 

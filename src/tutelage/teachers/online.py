@@ -10,6 +10,8 @@ from tutelage.models.hub import body_and_head, logit_transform
 from tutelage.types import Batch, DenseTargets
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
 
@@ -22,6 +24,9 @@ class OnlineTeacher:
         self._transform = logit_transform(model)
         self.vocab_size: int = self._head.weight.shape[0]
         self.forward_flops = forward_flops
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Do nothing: the forward pass is the step's own work."""
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> DenseTargets:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.config import CacheTeacher
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -17,6 +18,7 @@ from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
 from tutelage.objectiveconfig import TopKTruncation
 from tutelage.settings import parse_tokens
 from tutelage.teachers import check_same_tokenizer, make_teacher
+from tutelage.teachers.cached import cached_teacher
 from tutelage.train import distributed
 from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.step import Trainee
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from tutelage.data.store import Store
     from tutelage.objective import Policy
     from tutelage.objectiveconfig import ObjectiveConfig
+    from tutelage.teachers.base import Teacher
     from tutelage.train.checkpoint import Counters
     from tutelage.types import LogitTransform
 
@@ -102,31 +105,28 @@ class Setup:
         }
 
 
-def prepare(config: RunConfig) -> Setup:
+def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
     """Open the store, build or load the models, and check that everything fits together.
+
+    Args:
+        config: the run.
+        teacher: that of `config`, if it is there already because another run has the same.
 
     Raises:
         UserError: naming what does not fit.
     """
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
-    device = pick_device(config.runtime.device)
+    device = hub.pick_device(config.runtime.device)
     world = distributed.start(device)
     store = open_store(config.data.store)
+    _check_stage(config, store)
     model, lr = _student(config, store)
     model.to(device)
     body, head = hub.body_and_head(model)
     parameters = sum(p.numel() for p in model.parameters())
     steps = _steps(config, parameters)
     sequences = config.global_batch_tokens // config.data.sequence_length
-    loader = Loader(
-        store.split("train"),
-        sequence_length=config.data.sequence_length,
-        sequences_per_step=sequences,
-        seed=config.data.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
     micro = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
     return Setup(
         config=config,
@@ -139,13 +139,13 @@ def prepare(config: RunConfig) -> Setup:
             parameters=tuple(p for p in model.parameters() if p.requires_grad),
             optimizer=adamw(model, config.optim, lr),
             objective=_objective(config.objective, store.vocab_size, hub.logit_transform(model)),
-            teacher=make_teacher(config, store, device),
+            teacher=(teacher or _teacher(config, store, device)) if config.teacher is not None else None,
             gate=make_gate(config.objective.gate),
             clip=config.optim.clip,
             autocast=_autocast(config, device),
         ),
         policy=make_policy(config.objective.alpha, partial(learning_rate, config.optim, 1.0)),
-        loader=loader,
+        loader=_loader(config, store, world, steps),
         steps=steps,
         lr=lr,
         micro_sequences=min(micro, sequences // world.size),
@@ -153,6 +153,36 @@ def prepare(config: RunConfig) -> Setup:
         parameters=parameters,
         student_flops=3 * hub.forward_flops(model, config.data.sequence_length),
     )
+
+
+def _check_stage(config: RunConfig, store: Store) -> None:
+    if config.stage == "sft" and not store.manifest.masked:
+        raise UserError(
+            f"stage = sft: in {store.path} every token counts, there are no prompts; build the store from "
+            "sources of kind pairs, hub_pairs or corpus_pairs"
+        )
+    if config.stage == "pretrain" and store.manifest.masked:
+        raise UserError(
+            f"stage = pretrain: {store.path} holds prompts, which carry no loss; set stage: sft and "
+            "model.path, or use a store of plain text"
+        )
+
+
+def _loader(config: RunConfig, store: Store, world: distributed.World, steps: int) -> Loader:
+    loader = Loader(
+        store.split("train"),
+        sequence_length=config.data.sequence_length,
+        sequences_per_step=config.global_batch_tokens // config.data.sequence_length,
+        seed=config.data.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    if empty := loader.unlabelled(steps):
+        raise UserError(
+            f"{store.path}: {empty} of the {steps} steps would see no token of a completion, so there is "
+            "nothing to learn from; raise global_batch_tokens or data.sequence_length"
+        )
+    return loader
 
 
 def _objective(config: ObjectiveConfig, vocab_size: int, student_logits: LogitTransform) -> Objective:
@@ -191,6 +221,14 @@ def _student(config: RunConfig, store: Store) -> tuple[PreTrainedModel, float]:
     return model, config.optim.lr or _FALLBACK_LR
 
 
+def _teacher(config: RunConfig, store: Store, device: torch.device) -> Teacher:
+    length = config.data.sequence_length
+    if isinstance(config.teacher, CacheTeacher):
+        return cached_teacher(config.teacher.path, store, length, config.objective, device)
+    assert config.teacher is not None  # noqa: S101 - asked for only if there is one
+    return make_teacher(config.teacher, store, runs=config.output, context_length=length, device=device)
+
+
 def _steps(config: RunConfig, parameters: int) -> int:
     tokens = parse_tokens(config.tokens, parameters)
     if tokens < config.global_batch_tokens:
@@ -199,16 +237,6 @@ def _steps(config: RunConfig, parameters: int) -> int:
             f"{config.global_batch_tokens:,} (global_batch_tokens)"
         )
     return tokens // config.global_batch_tokens
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first of cuda, mps, cpu that is there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"runtime.device = {name}: torch sees no such device here; use 'auto' or 'cpu'")
-    return torch.device(name)
 
 
 def _autocast(config: RunConfig, device: torch.device) -> torch.dtype | None:

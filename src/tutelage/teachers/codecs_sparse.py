@@ -1,0 +1,122 @@
+"""What the formats with a few ids per position share, and the one that keeps the largest: `topk`.
+
+A blob is a row of bit-packed columns, described at each codec. Widths in bits: ids ceil(log2 V).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tutelage.objective.truncate import TopK, TopP, Truncation, truncate
+from tutelage.teachers.bits import Columns, pack, width_of
+from tutelage.teachers.codec import chunks
+from tutelage.teachers.grids import LOG_BITS, log_codes, log_values, mass_values
+from tutelage.types import SparseTargets
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from tutelage.teachers.codec import Setting
+    from tutelage.teachers.config import TopKFormat
+    from tutelage.types import DenseTargets
+
+    Integers = NDArray[np.integer[Any]]
+
+
+class SparseCodec(ABC):
+    """Reduces chunks of logits to arrays with one row per position, then packs blocks of rows."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._id_bits = width_of(setting.vocab_size)
+
+    def encode(self, targets: DenseTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
+        """See `Codec`."""
+        parts = []
+        for rows, logits_CV, gold_C in chunks(targets, labels_N, first, self._setting.vocab_size):
+            places = np.arange(first + rows.start, first + rows.stop, dtype=np.int64)
+            logits_CV.div_(self._setting.temperature)
+            parts.append(self._reduced(logits_CV, gold_C.cpu().numpy(), places))
+        arrays = [np.concatenate(chunk) for chunk in zip(*parts, strict=True)]
+        starts = range(0, len(labels_N), block)
+        return [b"".join(self._columns(*(a[start : start + block] for a in arrays))) for start in starts]
+
+    @abstractmethod
+    def _reduced(
+        self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]
+    ) -> tuple[Integers, ...]:
+        """What is kept of a chunk; `logits_CV` are divided by the temperature, and may be overwritten."""
+
+    @abstractmethod
+    def _columns(self, *arrays: Integers) -> list[bytes]:
+        """The columns of a block of rows of what `_reduced` returns."""
+
+    def _targets(
+        self,
+        ids: NDArray[np.int64],
+        probs: NDArray[np.float32],
+        tail: NDArray[np.float32],
+        gold: NDArray[np.float32],
+    ) -> SparseTargets:
+        of = torch.from_numpy
+        return SparseTargets(of(ids), of(probs), of(tail), of(gold), self._setting.temperature)
+
+
+class TopKCodec(SparseCodec):
+    """Columns: (top-p) ids used less 1; ids by falling probability; their log-probabilities; tail; gold.
+
+    Which ids are kept is exactly what online truncation keeps. Log-probabilities, that of the tail and
+    that of the label have 16 bits each and are wrong by at most 2^-12 nats. Log-probabilities below
+    -31.9995 (p = 1.3e-14) become that; a tail as small becomes 0.
+    """
+
+    def __init__(self, config: TopKFormat, setting: Setting) -> None:
+        super().__init__(setting)
+        self._k = config.k
+        self._bounded = config.top_p < 1
+        self._truncation: Truncation = TopP(config.top_p, config.k) if self._bounded else TopK(config.k)
+
+    def _reduced(
+        self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]
+    ) -> tuple[Integers, ...]:
+        del places  # nothing is drawn
+        ids_CK, probs_CK, tail_C = truncate(logits_CV.log_softmax(-1), self._truncation)
+        logs = log_codes(probs_CK.log().cpu().numpy()), log_codes(tail_C.log().cpu().numpy())
+        return ids_CK.cpu().numpy(), *logs, log_codes(gold), (probs_CK > 0).sum(-1).cpu().numpy()
+
+    def _columns(self, *arrays: Integers) -> list[bytes]:
+        ids, logs, tail, gold, used = arrays
+        counts = []
+        if self._bounded:
+            kept = np.arange(self._k) < used[:, None]
+            ids, logs, counts = ids[kept], logs[kept], [pack(used - 1, width_of(self._k))]
+        return [*counts, pack(ids, self._id_bits), *(pack(codes, LOG_BITS) for codes in (logs, tail, gold))]
+
+    def decode(self, blob: bytes | memoryview, tokens: int) -> SparseTargets:
+        """See `Codec`; slots that top-p left unused repeat the first id."""
+        columns, k = Columns(blob), self._k
+        if self._bounded:
+            used = columns.take(tokens, width_of(k)).astype(np.int64) + 1
+            kept = np.arange(k) < used[:, None]
+            entries = int(used.sum())
+            ids, probs = np.empty((tokens, k), np.int64), np.zeros((tokens, k), np.float32)
+            flat = columns.take(entries, self._id_bits)
+            ids[:] = flat[np.cumsum(used) - used, None]
+            ids[kept] = flat
+            probs[kept] = np.exp(log_values(columns.take(entries, LOG_BITS)))
+        else:
+            ids = columns.take(tokens * k, self._id_bits).astype(np.int64).reshape(tokens, k)
+            probs = np.exp(log_values(columns.take(tokens * k, LOG_BITS))).reshape(tokens, k)
+        tail, gold = columns.take(tokens, LOG_BITS), columns.take(tokens, LOG_BITS)
+        columns.finish()
+        return self._targets(ids, probs, mass_values(tail), log_values(gold))
+
+    def bits_per_token(self) -> float:
+        """Exact size of a position; with top-p an upper bound."""
+        count = width_of(self._k) if self._bounded else 0
+        return float(count + self._k * (self._id_bits + LOG_BITS) + 2 * LOG_BITS)

@@ -1,0 +1,75 @@
+"""Settings of a teacher cache: which teacher reads which text, and what of its distribution is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from tutelage.config import LiveTeacher
+from tutelage.settings import Name, Section
+
+
+class TopKFormat(Section):
+    """The k most probable ids with their log-probabilities, and the mass of the rest."""
+
+    kind: Literal["topk"]
+    k: int = Field(ge=1, description="ids per position")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="stop earlier once the kept mass reaches this")
+
+
+class MultinomialFormat(Section):
+    """Draws with replacement, as ids and counts: random-sampling KD (arXiv 2503.16870)."""
+
+    kind: Literal["sample_multinomial"]
+    draws: int = Field(50, ge=1, le=4095, description="draws per position")
+
+
+class MinVarianceFormat(Section):
+    """Large probabilities exactly, small ones sampled at one common value, with least variance."""
+
+    kind: Literal["sample_min_variance"] = "sample_min_variance"
+    ids: int = Field(16, ge=1, le=1000, description="ids per position")
+
+
+class HiddenFormat(Section):
+    """The teacher's last hidden states, with its head stored once: dense targets without its forward."""
+
+    kind: Literal["hidden"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
+        "float16", description="of the stored states; int8 has one scale per position"
+    )
+
+
+Format = Annotated[
+    TopKFormat | MultinomialFormat | MinVarianceFormat | HiddenFormat, Field(discriminator="kind")
+]
+
+
+class TeachConfig(Section):
+    """One teacher cache. It lands in `<output>/<name>-<hash8>`; same config, same directory."""
+
+    name: Name = Field("cache", description="readable part of the directory name")
+    store: Path = Field(description="token store whose training split the teacher reads")
+    teacher: LiveTeacher
+    context_length: int = Field(
+        128, ge=2, description="tokens the teacher sees; students use this sequence length or a divisor of it"
+    )
+    format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
+    temperature: float = Field(1.0, gt=0, description="T of the kept probabilities; hidden serves every T")
+    seed: int = Field(0, ge=0, description="seed of the sampler")
+    compress: bool = Field(default=False, description="zstd per block, where it makes the block smaller")
+    shard_tokens: int = Field(2**18, ge=1, description="tokens per file; what a writer claims at a time")
+    batch_tokens: int = Field(4096, ge=2, description="tokens per teacher forward")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the teacher")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
+    runs: Path = Field(Path("runs"), description="directory that holds the run of a teacher of kind run")
+    output: Path = Field(Path("caches"), description="directory of caches")
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _default_kind(cls, value: object) -> object:
+        """Settings of a format without a kind belong to the default one."""
+        return {"kind": "sample_min_variance"} | value if isinstance(value, dict) else value

@@ -1,0 +1,207 @@
+"""From a config to everything that writing a cache needs, checked before any compute is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tutelage.config import ControlTeacher, ModelTeacher
+from tutelage.configio import digest
+from tutelage.data.store import open_store
+from tutelage.errors import UserError
+from tutelage.models import hub
+from tutelage.teachers import locate, make_teacher
+from tutelage.teachers.codec import Setting
+from tutelage.teachers.formats import make_codec
+from tutelage.teachers.manifest import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
+from tutelage.teachers.shards import INDEX_BYTES
+from tutelage.types import Batch, DenseTargets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from tutelage.config import LiveTeacher
+    from tutelage.data.store import Store
+    from tutelage.teachers.base import Teacher
+    from tutelage.teachers.codec import Codec
+    from tutelage.teachers.config import TeachConfig
+
+_NOT_THE_CONTENT = {"name", "store", "teacher", "device", "threads", "runs", "output"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which cache a config means.
+
+    Attributes:
+        config: what was asked for.
+        store: the text.
+        teacher: as in the config, with a Hub name pinned to a commit.
+        teacher_fingerprint: what fixes the teacher's weights.
+        path: the cache's directory.
+    """
+
+    config: TeachConfig
+    store: Store
+    teacher: LiveTeacher
+    teacher_fingerprint: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A cache, ready to be written.
+
+    Attributes:
+        plan: which cache.
+        tokens: ids of the train split, mapped from disk.
+        device: where the teacher computes.
+        teacher: what it asks.
+        head_VE: the teacher's head without padded rows.
+        codec: from targets to bytes.
+        manifest: of a cache without shards and without a head.
+    """
+
+    plan: Plan
+    tokens: NDArray[Any]
+    device: torch.device
+    teacher: Teacher
+    head_VE: Tensor
+    codec: Codec
+    manifest: CacheManifest
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What the codec says a position takes, with its part of the index."""
+        return self.codec.bits_per_token() / 8 + INDEX_BYTES / self.manifest.layout.context_length
+
+    @property
+    def head_bytes(self) -> int:
+        """Size of head.safetensors, near enough; 0 for formats that need none."""
+        return self.head_VE.nbytes if self.manifest.format.kind == "hidden" else 0
+
+    def targets(self, batch: Batch) -> DenseTargets:
+        """The teacher's distributions over the store's vocabulary."""
+        return _asked(self.teacher, batch, self.plan)
+
+    def batches(self, shard: int) -> Iterator[Batch]:
+        """The teacher's batches for one shard: fixed by the config, so that rounding is too."""
+        layout = self.manifest.layout
+        blocks = layout.blocks_of(shard)
+        whole = blocks.stop - (layout.block_tokens(blocks.stop - 1) < layout.context_length)
+        size = max(1, self.manifest.batch_tokens // layout.context_length)
+        for first in range(blocks.start, whole, size):
+            yield self._batch(first, min(size, whole - first), layout.context_length)
+        if whole < blocks.stop:
+            yield self._batch(whole, 1, layout.block_tokens(whole))
+
+    def _batch(self, first: int, contexts: int, length: int) -> Batch:
+        start = first * self.manifest.layout.context_length
+        ids = torch.from_numpy(self.tokens[start : start + contexts * length + 1].astype("int64"))
+        shape = (contexts, length)
+        starts = tuple(range(start, start + contexts * length, length))
+        return Batch(ids[:-1].view(shape), ids[1:].view(shape), starts).to(self.device)
+
+
+def make_plan(config: TeachConfig) -> Plan:
+    """Find the cache of `config`: read the store's manifest and the teacher's checksum, load no model.
+
+    Raises:
+        UserError: store or teacher is missing.
+    """
+    store = open_store(config.store)
+    teacher, fingerprint = _pinned(config.teacher, store, config.runs)
+    content = config.model_dump(mode="json", exclude=_NOT_THE_CONTENT) | {
+        "schema_version": SCHEMA_VERSION,
+        "teacher": fingerprint,
+        "store": store.fingerprint,
+    }
+    return Plan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
+
+
+def prepare(plan: Plan) -> Job:
+    """Load the teacher and check that it fits the store.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    config, store = plan.config, plan.store
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = hub.pick_device(config.device)
+    context_length = config.context_length
+    teacher = make_teacher(
+        plan.teacher, store, runs=config.runs, context_length=context_length, device=device
+    )
+    layout = Layout(
+        positions=_positions(store),
+        context_length=context_length,
+        contexts_per_shard=max(1, config.shard_tokens // context_length),
+    )
+    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    probe = _asked(teacher, Batch(token_11, token_11, (0,)), plan)
+    width = probe.hidden_NE.shape[1]
+    manifest = CacheManifest(
+        schema_version=SCHEMA_VERSION,
+        teacher=TeacherRecord(
+            kind=config.teacher.kind,
+            id=_id(config.teacher),
+            fingerprint=plan.teacher_fingerprint,
+            forward_flops=teacher.forward_flops,
+        ),
+        vocab_size=store.vocab_size,
+        width=width,
+        transform=probe.transform,
+        dtype=config.dtype,
+        store=store.fingerprint,
+        split="train",
+        layout=layout,
+        batch_tokens=config.batch_tokens,
+        format=config.format,
+        temperature=config.temperature,
+        seed=config.seed,
+        compress=config.compress,
+        head_sha256=None,
+        shards=(),
+    )
+    codec = make_codec(config.format, Setting(store.vocab_size, width, config.temperature, config.seed))
+    return Job(plan, store.split("train").tokens, device, teacher, probe.head_VE, codec, manifest)
+
+
+@torch.no_grad()
+def _asked(teacher: Teacher, batch: Batch, plan: Plan) -> DenseTargets:
+    """Targets without the padded rows of the teacher's head, in the compute type of the config."""
+    half = plan.config.dtype == "bfloat16"
+    with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=half):
+        targets = teacher.targets(batch)
+    assert isinstance(targets, DenseTargets)  # noqa: S101 - what every live teacher gives
+    return DenseTargets(targets.hidden_NE, targets.head_VE[: plan.store.vocab_size], targets.transform)
+
+
+def _pinned(teacher: LiveTeacher, store: Store, runs: Path) -> tuple[LiveTeacher, str]:
+    """The teacher with a moving revision replaced by its commit, and what fixes its weights."""
+    if isinstance(teacher, ControlTeacher):
+        return teacher, f"{teacher.kind} of {store.fingerprint}"
+    fingerprint, commit = hub.identify(*locate(teacher, runs))
+    if isinstance(teacher, ModelTeacher):
+        teacher = teacher.model_copy(update={"revision": commit})
+    return teacher, fingerprint
+
+
+def _id(teacher: LiveTeacher) -> str:
+    if isinstance(teacher, ControlTeacher):
+        return teacher.kind
+    return teacher.path if isinstance(teacher, ModelTeacher) else teacher.run
+
+
+def _positions(store: Store) -> int:
+    positions = store.manifest.splits["train"].tokens - 1
+    if positions < 1:
+        raise UserError(f"{store.path}: the train split is empty, so there is nothing to teach")
+    return positions

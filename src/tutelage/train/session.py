@@ -1,0 +1,165 @@
+"""One run inside the loop: where it stands, what it does in a step, what it writes afterwards."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tutelage.errors import UserError
+from tutelage.models import hub
+from tutelage.train import checkpoint
+from tutelage.train.optim import learning_rate
+from tutelage.train.step import Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tutelage.train.rundir import RunDirectory
+    from tutelage.train.setup import Setup
+    from tutelage.train.trackers import Tracker
+    from tutelage.types import StepReport
+
+
+class Session:
+    """A run from its newest checkpoint to its end.
+
+    Args:
+        setup: the run.
+        directory: where it writes.
+        trackers: who else gets its metrics.
+        cohort: how many runs train together, for the record.
+    """
+
+    def __init__(
+        self, setup: Setup, directory: RunDirectory, trackers: Sequence[Tracker], cohort: int
+    ) -> None:
+        self.setup = setup
+        self.directory = directory
+        self.row: dict[str, float] = {}
+        self._trackers = trackers
+        self._cohort = cohort
+        counters = checkpoint.load_latest(directory.checkpoints, setup.model, setup.trainee.optimizer)
+        setup.load_memory(counters)
+        self.step = counters.step
+        self._failed = False
+        self._clock = _Clock(counters)
+        self._every = max(1, setup.checkpoint_tokens // setup.config.global_batch_tokens)
+        if setup.world.is_main:
+            directory.keep_metrics_until(counters.step)
+        setup.model.train()
+
+    def is_due(self, step: int) -> bool:
+        """Whether this run has `step` before it; one whose checkpoint is further on waits for the others."""
+        return not self._failed and self.step <= step < self.setup.steps
+
+    def turn(self) -> Turn:
+        """What the student does in the next step."""
+        setup = self.setup
+        lr = learning_rate(setup.config.optim, setup.lr, self.step, setup.steps)
+        alpha = setup.policy.alpha(self.step, setup.steps)
+        return Turn(setup.trainee, alpha, lr, setup.policy.needs_teacher(self.step))
+
+    def after(self, turn: Turn, report: StepReport, *, stopping: bool) -> None:
+        """Take note of a step: policy, log row, checkpoint; at the last one the model directory.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        setup, config = self.setup, self.setup.config
+        setup.policy.observe(self.step, report.ce, report.teacher_ce)
+        self.step += 1
+        self._clock.tick(config.global_batch_tokens if turn.asks_teacher else 0)
+        finished = self.step == setup.steps
+        saving = stopping or finished or self.step % self._every == 0
+        if saving or self.step % config.runtime.log_every == 0:
+            self._log(report, saving=saving)
+        if not setup.world.is_main:
+            return
+        if finished:
+            hub.save(setup.model, self.directory.model, config.data.store)
+        elif stopping:
+            self.directory.write_state("stopped")
+
+    def give_up(self, error: UserError) -> None:
+        """Record why this run cannot go on; it is not due any more."""
+        self._failed = True
+        if self.setup.world.is_main:
+            self.directory.write_state("failed", error=str(error))
+
+    def _log(self, report: StepReport, *, saving: bool) -> None:
+        setup, config = self.setup, self.setup.config
+        memory = setup.memory()
+        self.row = self._clock.row(self.step, config.global_batch_tokens, report) | _named(memory)
+        _check_finite(self.row, self.directory)
+        if not setup.world.is_main:
+            return
+        counters = self._clock.counters(self.step)
+        self.directory.append_metrics(self.row)
+        self.directory.write_state("running", **setup.ledger(counters), cohort=self._cohort)
+        for tracker in self._trackers:
+            tracker.log(self.row)
+        if saving:
+            checkpoint.save(
+                self.directory.checkpoints,
+                setup.model,
+                setup.trainee.optimizer,
+                replace(counters, policy=memory["policy"], gate=memory["gate"]),
+                config.checkpoint.keep,
+            )
+
+
+def _named(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What policy and gate remember, as columns of metrics.jsonl: "policy_ce", "gate_threshold"."""
+    return {f"{part}_{name}": value for part, state in memory.items() for name, value in state.items()}
+
+
+def _check_finite(row: Mapping[str, float], directory: RunDirectory) -> None:
+    """Stop before a broken model is logged or saved; the last checkpoint is from before the damage."""
+    if not all(abs(row[key]) < float("inf") for key in ("loss", "grad_norm")):
+        raise UserError(
+            f"{directory.path}: loss is {row['loss']} at step {row['step']:.0f}; "
+            "lower optim.lr or optim.clip (the last checkpoint is intact)"
+        )
+
+
+class _Clock:
+    """Training time over all sessions, and speed since the last row."""
+
+    def __init__(self, start: checkpoint.Counters) -> None:
+        self._before = start
+        self._teacher_tokens = start.teacher_tokens
+        self._start = self._last = time.perf_counter()
+        self._last_step = start.step
+
+    def tick(self, teacher_tokens: int) -> None:
+        self._teacher_tokens += teacher_tokens
+
+    def counters(self, step: int) -> checkpoint.Counters:
+        seconds = self._before.seconds + time.perf_counter() - self._start
+        return checkpoint.Counters(step, seconds, self._teacher_tokens)
+
+    def row(self, step: int, batch_tokens: int, report: StepReport) -> dict[str, float]:
+        """Read the report (this waits for the device) as one row of metrics.jsonl."""
+        values = {
+            name: float(tensor)
+            for name, tensor in (
+                ("loss", report.loss),
+                ("ce", report.ce),
+                ("kd", report.kd),
+                ("teacher_ce", report.teacher_ce),
+                ("grad_norm", report.grad_norm),
+            )
+        }
+        now = time.perf_counter()
+        speed = (step - self._last_step) * batch_tokens / max(now - self._last, 1e-9)
+        self._last, self._last_step = now, step
+        return {
+            "step": step,
+            "tokens": step * batch_tokens,
+            **values,
+            "alpha": float(report.alpha),
+            "lr": report.lr,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(self.counters(step).seconds, 3),
+        }

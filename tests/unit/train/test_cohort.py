@@ -1,0 +1,117 @@
+"""Students that train together: the same bits as alone, and one teacher forward for all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import StopAt, assert_same_weights, losses
+
+from tutelage.errors import Stopped, UserError
+from tutelage.pipeline import run, run_cohort
+from tutelage.teachers.online import OnlineTeacher
+from tutelage.train.rundir import RunDirectory
+
+
+@pytest.fixture
+def teacher(make_config):
+    return run(make_config(name="teacher", seed=7))
+
+
+@pytest.fixture
+def members(make_config, teacher):
+    """Students that differ in everything that may differ: teacher weight, temperature, seed, size, budget."""
+    taught = {"kind": "run", "run": teacher.id}
+
+    def make(**changes):
+        return [
+            make_config(name="alone", **changes),
+            make_config(name="weak", teacher=taught, objective={"alpha": 0.3}, **changes),
+            make_config(name="hot", teacher=taught, objective={"alpha": 1.0, "temperature": 2.0}, **changes),
+            make_config(name="seed", seed=5, teacher=taught, objective={"alpha": 0.3}, **changes),
+            make_config(
+                **{"name": "large", "teacher": taught, "objective": {"alpha": {"policy": "gap_driven"}}}
+                | {"model": {"rung": "nano-150k"}, "tokens": 7 * 256}
+                | changes
+            ),
+        ]
+
+    return make
+
+
+def test_each_student_is_the_one_it_would_be_alone(members, tmp_path, teacher):
+    link = tmp_path / "solo" / teacher.id
+    link.parent.mkdir()
+    link.symlink_to(teacher.path)
+    together = run_cohort(members())
+    alone = [run(config) for config in members(output=str(tmp_path / "solo"))]
+    for a, b in zip(together, alone, strict=True):
+        assert a.id == b.id
+        assert losses(a) == losses(b)
+        assert_same_weights(a, b)
+        assert a.state()["teacher_flops"] == b.state()["teacher_flops"]
+        assert (a.state()["cohort"], b.state()["cohort"]) == (5, 1)
+
+
+def test_the_teacher_is_asked_once_per_batch(members, monkeypatch):
+    asked = []
+    targets = OnlineTeacher.targets
+    monkeypatch.setattr(
+        OnlineTeacher,
+        "targets",
+        lambda self, batch: (asked.append(batch.starts), targets(self, batch))[1],
+    )
+    run_cohort(members(micro_batch_tokens=128))
+    assert len(asked) == 12 * 2
+    assert len(set(asked)) == len(asked)
+
+
+def test_a_stopped_cohort_goes_on_bitwise_even_from_uneven_checkpoints(members, tmp_path, teacher):
+    link = tmp_path / "again" / teacher.id
+    link.parent.mkdir()
+    link.symlink_to(teacher.path)
+    whole = run_cohort(members())
+    configs = members(output=str(tmp_path / "again"))
+    with pytest.raises(Stopped):
+        run(configs[1], StopAt(9))  # one student is further on than the others
+    for stop in (3, 6):
+        with pytest.raises(Stopped):
+            run_cohort(configs, StopAt(stop))
+    resumed = run_cohort(configs)
+    for a, b in zip(resumed, whole, strict=True):
+        assert losses(a) == losses(b)
+        assert_same_weights(a, b)
+
+
+def test_a_student_that_breaks_is_left_out_and_the_others_finish(make_config):
+    configs = [make_config(name="good"), make_config(name="broken", optim={"lr": 1e30, "clip": 1e30})]
+    with pytest.raises(UserError, match=r"broken-.*loss is"):
+        run_cohort(configs)
+    [good] = [RunDirectory(path.parent) for path in configs[0].output.glob("good-*/state.json")]
+    assert good.state()["status"] == "done"
+    assert all(torch.isfinite(w).all() for w in load_file(good.model / "model.safetensors").values())
+    states = [json.loads(path.read_text()) for path in good.path.parent.glob("broken-*/state.json")]
+    assert [state["status"] for state in states] == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data": {"store": "STORE", "sequence_length": 32, "seed": 1}}, "data"),
+        ({"global_batch_tokens": 512}, "global_batch_tokens"),
+        ({"micro_batch_tokens": 64}, "micro_batch_tokens"),
+        ({"teacher": {"kind": "uniform"}, "objective": {"alpha": 0.1}}, "teacher"),
+    ],
+)
+def test_runs_that_cannot_share_are_refused_by_field(make_config, store, changes, field):
+    changes = json.loads(json.dumps(changes).replace("STORE", str(store)))
+    taught = {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.1}}
+    with pytest.raises(UserError, match=field):
+        run_cohort([make_config(**taught), make_config(name="other", **(taught | changes))])
+
+
+def test_the_same_run_twice_is_trained_once(make_config):
+    first, second = run_cohort([make_config(), make_config()])
+    assert first.path == second.path
