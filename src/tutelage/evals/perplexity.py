@@ -1,7 +1,8 @@
-"""How well a model predicts a text: bits per byte and perplexity, with the losses of every document.
+"""How well a model predicts a text: one forward pass, and of every scored token a few numbers.
 
-Documents are scored from their beginning in windows of the trained context that do not overlap; every
-token but the end-of-text mark is predicted exactly once, the first one from the end-of-text mark.
+Every token but the end-of-text mark is predicted exactly once, the first one from the end-of-text mark.
+No more than 2048 rows of logits exist at any time; what is kept per token does not depend on the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -12,23 +13,48 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from torch.nn import functional as F
 
-from tutelage.errors import UserError
+from tutelage.evals.windows import Document, blocks
 from tutelage.models.hub import body_and_head, logit_transform
-from tutelage.types import IGNORE_INDEX, LogitTransform, Split, transformed
+from tutelage.resampling import ratio_interval
+from tutelage.types import IGNORE_INDEX, LogitTransform, transformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from tutelage.data.store import SplitView, Store
+_LOGITS = 2**20
+_FEWEST_ROWS, _MOST_ROWS = 256, 2048
 
-_FORWARD_TOKENS = 4096
-_LOGIT_TOKENS = 2048
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A number with its noise over documents.
+
+    Attributes:
+        value: point estimate.
+        stderr: standard error; NaN for one document.
+        low: lower end of the 95% interval; None for one document.
+        high: its upper end.
+    """
+
+    value: float
+    stderr: float
+    low: float | None
+    high: float | None
+
+
+def ratio(numerator_N: np.ndarray, denominator_N: np.ndarray) -> Measured:
+    """Total over total, with the ratio estimator's standard error and a bootstrap interval over documents."""
+    n, total = len(numerator_N), float(denominator_N.sum())
+    value = float(numerator_N.sum()) / total
+    if n == 1:
+        return Measured(value, math.nan, None, None)
+    residual_N = numerator_N - value * denominator_N
+    stderr = math.sqrt(n / (n - 1) * float((residual_N**2).sum())) / total
+    return Measured(value, stderr, *ratio_interval(numerator_N, denominator_N))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,97 +71,146 @@ class DocumentLosses:
     tokens_N: np.ndarray
     bytes_N: np.ndarray
 
-    def bits_per_byte(self) -> tuple[float, float]:
-        """Total bits over total bytes, and its standard error over documents (ratio estimator)."""
-        return _ratio(self.nll_N / math.log(2), self.bytes_N)
+    def bits_per_byte(self) -> Measured:
+        """Total bits over total bytes."""
+        return ratio(self.nll_N / math.log(2), self.bytes_N)
 
-    def perplexity(self) -> tuple[float, float]:
-        """Exponential of the mean nats per token, and its standard error over documents (delta method)."""
-        mean, stderr = _ratio(self.nll_N, self.tokens_N)
-        return math.exp(mean), math.exp(mean) * stderr
-
-
-def _ratio(numerator_N: np.ndarray, denominator_N: np.ndarray) -> tuple[float, float]:
-    n, total = len(numerator_N), float(denominator_N.sum())
-    ratio = float(numerator_N.sum()) / total
-    if n == 1:
-        return ratio, math.nan
-    residual_N = numerator_N - ratio * denominator_N
-    return ratio, math.sqrt(n / (n - 1) * float((residual_N**2).sum())) / total
+    def perplexity(self) -> Measured:
+        """Exponential of the mean nats per token; its standard error by the delta method."""
+        mean = ratio(self.nll_N, self.tokens_N)
+        value = math.exp(mean.value)
+        ends = [None if end is None else math.exp(end) for end in (mean.low, mean.high)]
+        return Measured(value, value * mean.stderr, *ends)
 
 
-def score_documents(
-    model: PreTrainedModel, store: Store, split: Split, context: int, max_documents: int, max_tokens: int
-) -> DocumentLosses:
-    """Score the first `max_documents` documents of a split, each up to `max_tokens` tokens.
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What is kept of N scored tokens, in no particular order.
+
+    Attributes:
+        document_N: place of the token's document in the list that was scored.
+        label_N: the token, an id.
+        logp_N: its log-probability in nats, float64.
+        confidence_N: probability of the model's first choice.
+        correct_N: whether the first choice is the token.
+        brier_N: squared distance between the predicted distribution and the outcome, 0 to 2.
+        sampled_N: whether the token is a row of `powered_MK`.
+        powered_MK: for M of the tokens, log-probability after raising the distribution to the power of each
+            of K inverse temperatures and normalising it.
+    """
+
+    document_N: np.ndarray
+    label_N: np.ndarray
+    logp_N: np.ndarray
+    confidence_N: np.ndarray
+    correct_N: np.ndarray
+    brier_N: np.ndarray
+    sampled_N: np.ndarray
+    powered_MK: np.ndarray
+
+    def losses(self, documents: Sequence[Document], logp_N: np.ndarray | None = None) -> DocumentLosses:
+        """Losses per document; `logp_N` are other log-probabilities of the same tokens."""
+        values_N = self.logp_N if logp_N is None else logp_N
+        return DocumentLosses(
+            self.per_document(-values_N, len(documents)),
+            np.array([len(document.tokens_N) for document in documents]),
+            np.array([document.size for document in documents]),
+        )
+
+    def per_document(self, values_N: np.ndarray, documents: int) -> np.ndarray:
+        """Sums of a value over each document's tokens, float64."""
+        return np.bincount(self.document_N, weights=values_N, minlength=documents)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    eos_id: int,
+    context: int,
+    stride: int | None = None,
+    powers: Sequence[float] = (),
+    every: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> TokenScores:
+    """Predict every token of `documents` once.
 
     Args:
         model: a causal language model; put into eval mode.
-        store: token store made with the model's tokenizer.
-        split: "validation" or "test".
+        documents: token ids made with the model's tokenizer.
+        eos_id: id of the end-of-text mark.
         context: window length in tokens; at most the trained length, so that nothing extrapolates.
-        max_documents: documents to score.
-        max_tokens: tokens to score in each, from its beginning.
-
-    Raises:
-        UserError: the split is empty.
+        stride: tokens scored per further window; default: `context`, windows that do not overlap.
+        powers: inverse temperatures at which to take log-probabilities as well.
+        every: take them of every `every`-th token of a document only.
+        progress: called with the number of tokens scored since the last call.
     """
-    view = store.split(split)
-    documents = _documents(view, max_documents, max_tokens)
-    if not documents:
-        raise UserError(f"{store.path}: split '{split}' has no document to score")
-    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
-    texts = tokenizer.decode_batch([tokens.tolist() for tokens in documents], skip_special_tokens=False)
     model.eval()
     body, head = body_and_head(model)
-    nll = np.zeros(len(documents))
     device = head.weight.device
+    parts = []
     with torch.inference_mode():
-        for owners, inputs_BT, labels_BT in _windows(documents, store.eos_id, context):
-            hidden = body(input_ids=inputs_BT.to(device), use_cache=False).last_hidden_state
-            nll_B = _nll(hidden, head.weight, labels_BT.to(device), logit_transform(model))
-            np.add.at(nll, owners, nll_B.double().cpu().numpy())
-    return DocumentLosses(
-        nll,
-        np.array([len(tokens) for tokens in documents]),
-        np.array([len(text.encode()) for text in texts]),
-    )
+        for block in blocks(documents, eos_id, context, stride or context):
+            hidden_BTD = body(input_ids=block.inputs_BT.to(device), use_cache=False).last_hidden_state
+            scored_BT = block.labels_BT != IGNORE_INDEX
+            labels_N = block.labels_BT[scored_BT]
+            sampled_N = (block.places_BT[scored_BT] % every == 0) & bool(powers)
+            measured = _measured_in_pieces(
+                hidden_BTD[scored_BT.to(device)],
+                head.weight,
+                logit_transform(model),
+                (labels_N.to(device), sampled_N.to(device)),
+                powers,
+            )
+            parts.append([block.documents_BT[scored_BT], labels_N, *measured, sampled_N])
+            progress(len(labels_N))
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    document_N, label_N, logp_N, confidence_N, correct_N, brier_N, powered_MK, sampled = columns
+    logp_N = logp_N.astype(np.float64)
+    return TokenScores(document_N, label_N, logp_N, confidence_N, correct_N, brier_N, sampled, powered_MK)
 
 
-def _documents(view: SplitView, max_documents: int, max_tokens: int) -> list[np.ndarray]:
-    """Token ids of the documents to score, without their end-of-text mark."""
-    starts = view.offsets[:, 0].astype(np.int64)
-    spans = zip(starts[:-1], starts[1:] - 1, strict=True)
-    kept = [(a, min(b, a + max_tokens)) for a, b in spans if b > a]
-    return [np.asarray(view.tokens[a:b], dtype=np.int64) for a, b in kept[:max_documents]]
+def _measured_in_pieces(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    transform: LogitTransform,
+    labels_and_sampled: tuple[Tensor, Tensor],
+    powers: Sequence[float],
+) -> list[Tensor]:
+    """`_measured`, with only some rows of logits at a time: few enough for a CPU's cache to help."""
+    rows = min(max(_LOGITS // len(weight_VD), _FEWEST_ROWS), _MOST_ROWS)
+    pieces = [
+        _measured(transformed((hidden @ weight_VD.T).float(), transform), labels, sampled, powers)
+        for hidden, labels, sampled in zip(
+            *(torch.split(x, rows) for x in (hidden_ND, *labels_and_sampled)), strict=True
+        )
+    ]
+    return [torch.cat(column) for column in zip(*pieces, strict=True)]
 
 
-def _windows(
-    documents: list[np.ndarray], eos_id: int, context: int
-) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Batches of (owning document, inputs, labels); short windows are padded and the padding ignored."""
-    owners: list[int] = []
-    rows: list[np.ndarray] = []
-    for index, tokens in enumerate(documents):
-        sequence = np.concatenate([[eos_id], tokens])
-        for start in range(0, len(tokens), context):
-            row = np.full(context + 1, IGNORE_INDEX)
-            piece = sequence[start : start + context + 1]
-            row[: len(piece)] = piece
-            owners.append(index)
-            rows.append(row)
-    size = max(1, _FORWARD_TOKENS // context)
-    for start in range(0, len(rows), size):
-        block = torch.from_numpy(np.stack(rows[start : start + size]))
-        yield np.array(owners[start : start + size]), block[:, :-1].clamp(min=0), block[:, 1:]
+def _measured(
+    logits_NV: Tensor, labels_N: Tensor, sampled_N: Tensor, powers: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row: log-probability, confidence, correctness, Brier score; of sampled rows also those at `powers`.
+
+    With e = exp(logit - largest): p = e / sum e, so the confidence is 1 / sum e and the sum of p^2 is
+    sum e^2 / (sum e)^2; the Brier score is sum p^2 - 2 p(label) + 1. The logits are overwritten.
+    """
+    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=1, keepdim=True))
+    gold_N = shifted_NV.gather(1, labels_N[:, None])[:, 0]
+    powered_MK = _powered(shifted_NV, gold_N, sampled_N, powers)
+    correct_N = gold_N == 0
+    correct_N[correct_N.clone()] = shifted_NV[correct_N].argmax(1) == labels_N[correct_N]  # one of equal ones
+    e_NV = shifted_NV.exp_()
+    total_N = e_NV.sum(1)
+    logp_N = gold_N - total_N.log()
+    brier_N = (torch.linalg.vector_norm(e_NV, dim=1) / total_N) ** 2 - 2 * logp_N.exp() + 1
+    return logp_N, 1 / total_N, correct_N, brier_N, powered_MK
 
 
-def _nll(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, transform: LogitTransform) -> Tensor:
-    """Sum of -log p(label) per window, with only `_LOGIT_TOKENS` rows of logits at a time."""
-    hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
-    nll = []
-    for start in range(0, len(labels_N), _LOGIT_TOKENS):
-        rows = slice(start, start + _LOGIT_TOKENS)
-        logits = transformed((hidden_ND[rows] @ weight_VD.T).float(), transform)
-        nll.append(F.cross_entropy(logits, labels_N[rows], reduction="none", ignore_index=IGNORE_INDEX))
-    return torch.cat(nll).view(labels_BT.shape).double().sum(1)
+def _powered(shifted_NV: Tensor, gold_N: Tensor, sampled_N: Tensor, powers: Sequence[float]) -> Tensor:
+    """Log-probability of the label at each inverse temperature, for the sampled rows."""
+    chosen_NV = shifted_NV if powers and bool(sampled_N.all()) else shifted_NV[sampled_N]
+    powered_MK = gold_N.new_empty(len(chosen_NV), len(powers))
+    for k, power in enumerate(powers):
+        powered_MK[:, k] = power * gold_N[sampled_N] - (power * chosen_NV).exp_().sum(1).log()
+    return powered_MK

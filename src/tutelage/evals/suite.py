@@ -1,39 +1,30 @@
-"""Scores of a finished run on all its domains, appended once and never twice."""
+"""Scores of a finished run on the domains of its config, appended once and never twice."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import polars as pl
-
-from tutelage.configio import digest
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.evals.perplexity import DocumentLosses, score_documents
-from tutelage.files import replacing, write_text
-from tutelage.types import Score, Split
+from tutelage.evals.domains import SCORED, check_splits
+from tutelage.evals.records import read_scores
+from tutelage.evals.scoring import Target, keep, score_domain, training_unigram
+from tutelage.evals.subject import Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
     from tutelage.config import EvalDomain, RunConfig
     from tutelage.train.rundir import RunDirectory
 
-SPLITS: tuple[Split, Split] = ("validation", "test")
 
-
-def missing(config: RunConfig, directory: RunDirectory) -> list[tuple[EvalDomain, Split]]:
-    """Domains and splits that `config` asks for and `directory` has no score of."""
-    there = {(row["domain"], row["split"], row["version"]) for row in _rows(directory)}
+def missing(config: RunConfig, directory: RunDirectory) -> list[EvalDomain]:
+    """Domains that `config` asks for and of which `directory` lacks a score of a split."""
+    there = {(row["domain"], row["split"], row["version"]) for row in read_scores(directory.scores)}
     return [
-        (domain, split)
+        domain
         for domain in config.eval.domains
-        for split in SPLITS
-        if (domain.name, split, version(config, domain)) not in there
+        if any((domain.name, split, version(config, domain)) not in there for split in SCORED)
     ]
 
 
@@ -47,84 +38,39 @@ def check(config: RunConfig) -> None:
                 f"eval domain {domain.name}: {domain.store} was made with another tokenizer than "
                 f"{config.data.store}; build it with tokenizer.path={config.data.store}"
             )
-        for split in SPLITS:
-            if len(store.split(split).offsets) < 2:  # noqa: PLR2004 - one document has two offsets
-                raise UserError(f"eval domain {domain.name}: split '{split}' of {domain.store} is empty")
+        check_splits(domain.name, store)
 
 
 def version(config: RunConfig, domain: EvalDomain) -> str:
     """Identity of the text and settings behind a score."""
-    limits = [config.eval.max_documents, config.eval.max_tokens, config.data.sequence_length]
-    return digest([open_store(domain.store).fingerprint, *limits])
+    return _target(config, domain).version
 
 
 def score(config: RunConfig, directory: RunDirectory, model: PreTrainedModel, step: int) -> None:
-    """Compute and append every missing score and the document losses behind it."""
-    scores: list[Score] = []
-    frames = [pl.read_parquet(directory.documents)] if directory.documents.exists() else []
-    for domain, split in missing(config, directory):
-        losses = score_documents(
-            model,
-            open_store(domain.store),
-            split,
-            config.data.sequence_length,
-            config.eval.max_documents,
-            config.eval.max_tokens,
-        )
-        scores.extend(_scores(config, directory, domain, split, losses, step))
-        frames.append(_frame(domain.name, split, losses))
-    if not scores:
-        return
-    table = pl.concat(frames).unique(["domain", "split", "document"], keep="last", maintain_order=True)
-    with replacing(directory.documents) as partial:
-        table.write_parquet(partial)
-    rows = [*_rows(directory), *(asdict(row) for row in scores)]
-    write_text(directory.scores, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _scores(
-    config: RunConfig,
-    directory: RunDirectory,
-    domain: EvalDomain,
-    split: Split,
-    losses: DocumentLosses,
-    step: int,
-) -> Iterator[Score]:
-    for metric, (value, stderr) in (
-        ("bits_per_byte", losses.bits_per_byte()),
-        ("perplexity", losses.perplexity()),
-    ):
-        yield Score(
-            run=directory.id,
-            step=step,
-            tokens=step * config.global_batch_tokens,
-            domain=domain.name,
-            role=domain.role,
-            split=split,
-            metric=metric,
-            value=value,
-            stderr=stderr,
-            n=len(losses.nll_N),
-            higher_is_better=False,
-            version=version(config, domain),
-        )
-
-
-def _frame(domain: str, split: str, losses: DocumentLosses) -> pl.DataFrame:
-    n = len(losses.nll_N)
-    return pl.DataFrame(
-        {
-            "domain": [domain] * n,
-            "split": [split] * n,
-            "document": range(n),
-            "bytes": losses.bytes_N,
-            "tokens": losses.tokens_N,
-            "nll": losses.nll_N,
-        }
+    """Compute and append every missing score and what lies behind it."""
+    domains = missing(config, directory)
+    subject = Subject(
+        id=directory.id,
+        model=directory.model,
+        revision=None,
+        step=step,
+        tokens=step * config.global_batch_tokens,
+        context=config.data.sequence_length,
+        output=directory.path,
+        training_store=config.data.store,
     )
+    unigram_V = training_unigram(open_store(config.data.store)) if domains else None
+    for domain in domains:
+        keep(subject, domain.name, score_domain(model, subject, _target(config, domain), unigram_V))
 
 
-def _rows(directory: RunDirectory) -> list[dict[str, object]]:
-    if not directory.scores.exists():
-        return []
-    return [json.loads(line) for line in directory.scores.read_text(encoding="utf-8").splitlines()]
+def _target(config: RunConfig, domain: EvalDomain) -> Target:
+    return Target(
+        name=domain.name,
+        role=domain.role,
+        store=open_store(domain.store),
+        context=config.data.sequence_length,
+        stride=config.data.sequence_length,
+        max_documents=config.eval.max_documents,
+        max_tokens=config.eval.max_tokens,
+    )

@@ -1,0 +1,118 @@
+"""Scores of several models as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from rich.console import Console
+
+    from tutelage.types import Score
+
+_ROWS = {
+    "{metric}": "{domain}",
+    "{metric}_temperature": "  temperature fitted",
+    "{metric}_unigram": "  and unigram mixed in",
+    "ece": "  calibration error",
+}
+"""Metrics of a domain in the order shown, and the label of each row."""
+
+_WORTH_A_NOTE = 0.01
+
+
+def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], console: Console) -> None:
+    """Print models by domains, the best of each row marked, and what was found in the training text.
+
+    Args:
+        rows: scores, as in `scores.jsonl`; only those of test splits are shown.
+        metrics: the metric to show, by domain.
+        console: where to.
+    """
+    test = {(row["run"], row["domain"], row["metric"]): row for row in rows if row["split"] == "test"}
+    models = list(dict.fromkeys(row["run"] for row in rows))
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    table = Table("domain", *models, box=None, pad_edge=False)
+    table.caption = "Bits per byte of test text, 95% interval over documents; less is better" + (
+        "; * best of the models scored on the same text in the same windows" if len(models) > 1 else ""
+    )
+    table.caption_justify = "left"
+    for domain in domains:
+        metric = metrics.get(domain, "bits_per_byte")
+        name = domain if metric == "bits_per_byte" else f"{domain} ({metric})"
+        for pattern, label in _ROWS.items():
+            found = [test.get((model, domain, pattern.format(metric=metric))) for model in models]
+            if any(found):
+                table.add_row(label.format(domain=name), *_cells(found))
+    console.print(table)
+    for line in _overlap_notes(test, models, domains):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_tasks(scores: Sequence[Score], console: Console) -> None:
+    """Print models by downstream tasks, value and standard error, the best of each row marked.
+
+    Args:
+        scores: of role "downstream".
+        console: where to.
+    """
+    found = {(score.run, score.domain, score.metric): score for score in scores}
+    models = list(dict.fromkeys(score.run for score in scores))
+    table = Table("task", "metric", *models, box=None, pad_edge=False)
+    table.caption = "Value ± standard error over questions" + (
+        "; * best of the models that got the same questions" if len(models) > 1 else ""
+    )
+    table.caption_justify = "left"
+    for domain, metric in dict.fromkeys((score.domain, score.metric) for score in scores):
+        row = [found.get((model, domain, metric)) for model in models]
+        table.add_row(domain, metric, *(_task_cell(score, row) for score in row))
+    console.print(table)
+
+
+def _task_cell(score: Score | None, row: Sequence[Score | None]) -> Text:
+    if score is None:
+        return Text("-")
+    rivals = [other.value for other in row if other is not None and other.version == score.version]
+    best = len(rivals) > 1 and score.value == (max if score.higher_is_better else min)(rivals)
+    noise = "" if math.isnan(score.stderr) else f" ± {score.stderr:.3f}"
+    return Text(f"{score.value:.3f}{noise} (n={score.n}){' *' if best else ''}", "bold green" if best else "")
+
+
+def _cells(found: Sequence[Mapping[str, Any] | None]) -> list[Text]:
+    """One row's values; the best is marked where it has competition of its own version."""
+    cells = []
+    for row in found:
+        if row is None:
+            cells.append(Text("-"))
+            continue
+        rivals = [
+            other["value"] for other in found if other is not None and other["version"] == row["version"]
+        ]
+        best = len(rivals) > 1 and row["value"] == min(rivals)
+        interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+        cells.append(
+            Text(f"{row['value']:.3f}{interval}{' *' if best else ''}", "bold green" if best else "")
+        )
+    return cells
+
+
+def _overlap_notes(
+    test: Mapping[tuple[str, str, str], Mapping[str, Any]], models: Iterable[str], domains: Iterable[str]
+) -> list[str]:
+    notes = []
+    for model in models:
+        for domain in domains:
+            documents = test.get((model, domain, "overlap_documents"))
+            grams = test.get((model, domain, "overlap_8grams"))
+            shared = [row["value"] if row else 0.0 for row in (documents, grams)]
+            if shared[0] > 0 or shared[1] >= _WORTH_A_NOTE:
+                notes.append(
+                    f"{model}, {domain}: trained on {shared[0]:.1%} of its documents (left out); "
+                    f"of the rest's 8-grams of words {shared[1]:.1%} occur in the training text"
+                )
+    return notes

@@ -1,0 +1,140 @@
+"""The command `tutelage eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from tutelage.evals.evaluate import Request
+
+
+def evaluate(
+    model: Annotated[list[str], typer.Argument(help="run directories, model directories or Hub names")],
+    domain: Annotated[list[str] | None, typer.Option(help="only this domain; may be repeated")] = None,
+    suite: Annotated[str | None, typer.Option(help="offline (default) or paper (needs the Hub)")] = None,
+    store: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="also this token store; may be repeated")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="token stores, and scores of models that are no run")] = Path(
+        "evals"
+    ),
+    max_documents: Annotated[
+        int | None, typer.Option(min=1, help="per domain and split; default: 50")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="per document; default: 2048")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="instead: a downstream task; 'paper', a name of lm-eval's, or continuation or last_word "
+            "(:DOMAIN or :STORE); may be repeated"
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="with --task: questions per task")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="with --task: of the forward passes")] = 16,
+    mechanism: Annotated[
+        bool,
+        typer.Option("--mechanism", help="instead: on which tokens MODEL gains, and what its teacher knew"),
+    ] = False,
+    teacher: Annotated[str | None, typer.Option(help="with --mechanism: the teacher of MODEL")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="with --mechanism: the same student without a teacher")
+    ] = None,
+) -> None:
+    """Score models: bits per byte and calibration, in and out of domain, raw and after fitting.
+
+    Beside every raw score stand the scores after fitting a temperature, and a temperature and a share of
+    unigram, on other text of the domain: a gain that is gone there was smoothing, not knowledge. The scores
+    of a run land in its scores.jsonl; what was scored before is not scored again.
+
+    With --mechanism, one model is compared with its teacher and a baseline token by token: the gain by how
+    hard a token is, by position and by who is right. The text is the test split of its training store, or
+    what --domain, --suite and --store name.
+
+    With --task, models answer questions: accuracy, by lm-eval's own evaluator.
+    """
+    from tutelage.evals.evaluate import Request, select
+
+    _check_task_options(task, limit, alone=not (domain or suite or store or mechanism))
+    if task:
+        _tasks(model, task, output, limit, batch_size, device)
+        return
+    named = domain or suite or store or not mechanism
+    domains, stores = select(domain or [], suite, store or []) if named else ({}, {})
+    request = Request(domains, stores, output, max_documents, max_tokens, device)
+    if mechanism:
+        _mechanism(model, teacher, baseline, request)
+    elif teacher or baseline:
+        raise UserError("--teacher and --baseline belong to --mechanism; give that too, or leave them out")
+    else:
+        _score(model, request)
+
+
+def _score(model: list[str], request: Request) -> None:
+    from tutelage.analysis.scoretable import print_scores
+    from tutelage.console import EvalBar, out
+    from tutelage.evals.evaluate import evaluate
+
+    with EvalBar() as bar:
+        rows, places = evaluate(model, request, bar)
+    print_scores(rows, {name: entry.metric for name, entry in request.domains.items()}, out)
+    for place in places:
+        out.print(f"scores   {place}", highlight=False, soft_wrap=True)
+
+
+def _mechanism(model: list[str], teacher: str | None, baseline: str | None, request: Request) -> None:
+    from tutelage.analysis.canvas import save_all
+    from tutelage.analysis.mechanism import print_mechanism, read_mechanism
+    from tutelage.analysis.mechanism_plots import mechanism_figures
+    from tutelage.console import EvalBar, out
+    from tutelage.evals.mechanism import run_on_texts
+
+    if len(model) != 1 or teacher is None or baseline is None:
+        raise UserError("--mechanism: give one model, --teacher MODEL and --baseline MODEL")
+    with EvalBar() as bar:
+        directories = run_on_texts(model[0], teacher, baseline, request, bar)
+    for directory in directories:
+        found = read_mechanism(directory)
+        print_mechanism(found, out)
+        save_all(mechanism_figures(found), directory / "figures")
+        out.print(f"tokens   {directory / 'tokens.parquet'}", highlight=False, soft_wrap=True)
+        out.print(f"figures  {directory / 'figures'}\n", highlight=False, soft_wrap=True)
+    out.print(
+        "next     the same with a baseline of another seed as MODEL: how much of this is luck?",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _check_task_options(task: list[str] | None, limit: int | None, *, alone: bool) -> None:
+    if task and not alone:
+        raise UserError("--task goes alone: leave out --domain, --suite, --store and --mechanism")
+    if limit is not None and not task:
+        raise UserError("--limit belongs to --task; for texts there is --max-documents")
+
+
+def _tasks(
+    model: list[str], task: list[str], output: Path, limit: int | None, batch_size: int, device: str
+) -> None:
+    from tutelage.analysis.scoretable import print_tasks
+    from tutelage.console import out
+    from tutelage.evals.downstream import run_downstream
+    from tutelage.evals.subject import find_subject
+
+    subjects = [find_subject(name, output) for name in model]
+    stores = output / "stores"
+    scores = [
+        score
+        for subject in subjects
+        for score in run_downstream(
+            subject, task, limit=limit, batch_size=batch_size, device=device, stores=stores
+        )
+    ]
+    print_tasks(scores, out)
+    for subject in subjects:
+        out.print(f"scores   {subject.scores}", highlight=False, soft_wrap=True)

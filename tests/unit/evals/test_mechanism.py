@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.special import log_softmax, rel_entr
+from scipy.stats import entropy, spearmanr
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from tutelage.cli import main
+from tutelage.data.store import Store, open_store
+from tutelage.errors import UserError
+from tutelage.evals import mechanism
+from tutelage.evals.cells import groupings, summarise
+from tutelage.evals.mechanism import run_mechanism
+from tutelage.evals.quantities import Predictions
+from tutelage.evals.subject import find_subject
+from tutelage.files import write_json
+from tutelage.models.hub import build, load, save
+from tutelage.models.ladder import rung
+
+ROLES = ("student", "teacher", "baseline")
+CONTEXT = 32
+
+
+def fitted(model, store, seed):
+    """A model after a few steps on real text, so that models have opinions and sometimes the same ones."""
+    tokens = torch.from_numpy(open_store(store).split("train").tokens[: 2**14].astype(np.int64))
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(30):
+        starts = torch.randint(len(tokens) - CONTEXT, (16,), generator=generator)
+        batch = torch.stack([tokens[start : start + CONTEXT] for start in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def subjects(store, tmp_path_factory):
+    """Three models of three shapes; the teacher has a padded head and divides its logits."""
+    folder = tmp_path_factory.mktemp("models")
+    vocabulary = open_store(store).vocab_size
+    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(7)
+    granite = GraniteConfig(
+        vocab_size=vocabulary + 21,
+        max_position_embeddings=CONTEXT,
+        num_key_value_heads=1,
+        logits_scaling=1.7,
+        **shape,
+    )
+    models = {
+        "student": build(rung("nano-50k"), vocabulary, CONTEXT, seed=1),
+        "teacher": GraniteForCausalLM(granite),
+        "baseline": build(rung("nano-50k"), vocabulary, 2 * CONTEXT, seed=2),
+    }
+    for seed, (name, model) in enumerate(models.items()):
+        save(fitted(model, store, seed), folder / name, store)
+    return {name: find_subject(str(folder / name), folder / "out") for name in models}
+
+
+@pytest.fixture(scope="module")
+def measure(subjects, store, tmp_path_factory):
+    """A function that runs the evaluation in a fresh directory; keyword arguments replace the models."""
+
+    def call(**changes):
+        return run_mechanism(
+            **(subjects | changes),
+            store=open_store(store),
+            split="test",
+            max_documents=4,
+            max_tokens=75,
+            device="cpu",
+            output=tmp_path_factory.mktemp("results"),
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def found(measure):
+    return measure()
+
+
+def dense_logits(subject, store, documents, max_tokens):
+    """transformers' own logits, window by window and row by row, in float64, without padded ids."""
+    opened, model = open_store(store), load(subject.model)
+    view, rows, gold = opened.split("test"), [], []
+    for index in range(documents):
+        a, b = (int(x) for x in view.offsets[index : index + 2, 0])
+        tokens = [opened.eos_id, *map(int, view.tokens[a : min(b - 1, a + max_tokens)])]
+        for start in range(0, len(tokens) - 1, CONTEXT):
+            piece = torch.tensor(tokens[start : start + CONTEXT + 1])
+            with torch.no_grad():
+                rows.append(model(input_ids=piece[None, :-1]).logits[0].double().numpy())
+            gold.append(piece[1:].numpy())
+    return np.concatenate(rows)[:, : opened.vocab_size], np.concatenate(gold)
+
+
+def alone(p, gold):
+    largest = np.sort(p)[::-1]
+    return {
+        "entropy": entropy(p),
+        "max_prob": largest[0],
+        "gold_logp": math.log(p[gold]),
+        "gold_rank": 1 + sum(value > p[gold] for value in p),
+        "above_uniform": sum(value > 1 / len(p) for value in p),
+        "top10_mass": largest[:10].sum(),
+        "top50_mass": largest[:50].sum(),
+    }
+
+
+def together(p, q):
+    order_p, order_q = np.argsort(-p), np.argsort(-q)
+    union = sorted({*order_p[:10]} | {*order_q[:10]})
+    return {
+        "js": jensenshannon(p, q) ** 2,
+        "top1_agreement": float(order_p[0] == order_q[0]),
+        "top5_overlap": len({*order_p[:5]} & {*order_q[:5]}) / 5,
+        "top10_spearman": spearmanr(p[union], q[union]).statistic,
+        "shared_mass": 1 - np.abs(p - q).sum() / 2,
+    }
+
+
+def test_every_quantity_is_that_of_a_dense_recomputation(found, subjects, store):
+    tokens = pl.read_parquet(found / "tokens.parquet")
+    logits = {role: dense_logits(subjects[role], store, 4, 75) for role in ROLES}
+    gold = logits["student"][1]
+    p = {role: np.exp(log_softmax(values, axis=1)) for role, (values, _) in logits.items()}
+    expected = [
+        {f"{name}.{role}": value for role in ROLES for name, value in alone(p[role][i], gold[i]).items()}
+        | {
+            f"kl.{a}.{b}": rel_entr(p[a][i], p[b][i]).sum()
+            for a in ROLES
+            for b in ROLES
+            if a != b
+        }
+        | {
+            f"{name}.{a}.{b}": value
+            for a, b in (("student", "teacher"), ("student", "baseline"), ("teacher", "baseline"))
+            for name, value in together(p[a][i], p[b][i]).items()
+        }
+        for i in range(len(gold))
+    ]  # fmt: skip
+    expected = pl.DataFrame(expected)
+    assert tokens.height == 300
+    assert tokens["token"].to_list() == gold.tolist()
+    assert set(tokens.columns) == {*expected.columns, "document", "place", "position", "token"}
+    assert len(expected.columns) == 3 * 7 + 6 + 3 * 5
+    for name in expected.columns:
+        ours, truth = tokens[name].to_numpy().astype(np.float64), expected[name].to_numpy()
+        same = np.isclose(ours, truth, rtol=1e-4, atol=2e-5)
+        assert np.ptp(truth) > 0, name
+        assert same.mean() >= 0.99, (name, ours[~same], truth[~same])  # near-ties may swap ranks
+        assert np.abs(ours - truth).mean() < 1e-3 * max(1, np.abs(truth).mean()), name
+
+
+def test_tokens_know_where_they_are(found):
+    tokens = pl.read_parquet(found / "tokens.parquet")
+    assert tokens["document"].to_list() == np.repeat(range(4), 75).tolist()
+    assert tokens["place"].to_list() == [*range(75)] * 4
+    assert tokens["position"].to_list() == [i % CONTEXT for i in range(75)] * 4
+    facts = json.loads((found / "mechanism.json").read_text())
+    assert (facts["documents"], facts["tokens"], facts["context"]) == (4, 300, CONTEXT)
+
+
+@pytest.mark.parametrize(("tokens", "values"), [(7, 2**25), (1024, 5 * 300), (1024, 1)])
+def test_the_size_of_chunks_does_not_matter(found, measure, monkeypatch, tokens, values):
+    monkeypatch.setattr(mechanism, "_CHUNK_TOKENS", tokens)
+    monkeypatch.setitem(mechanism._CHUNK_VALUES, "cpu", values)
+    whole, pieces = (pl.read_parquet(path / "tokens.parquet") for path in (found, measure()))
+    for name in whole.columns:
+        same = np.isclose(pieces[name].to_numpy(), whole[name].to_numpy(), rtol=1e-4, atol=2e-5)
+        assert same.mean() >= 0.99, name
+
+
+def test_no_more_than_a_chunk_of_probabilities_exists(measure, monkeypatch):
+    sizes = []
+    of = Predictions.of
+
+    def watched(logits_NV):
+        sizes.append(logits_NV.numel())
+        return of(logits_NV)
+
+    monkeypatch.setattr(Predictions, "of", watched)
+    monkeypatch.setitem(mechanism._CHUNK_VALUES, "cpu", 10 * 300)
+    measure()
+    assert max(sizes) == 10 * 300
+    assert sum(sizes) == 3 * 300 * 300  # models, tokens, ids
+
+
+def test_a_student_that_is_the_baseline_gains_nothing(measure, subjects):
+    path = measure(student=subjects["baseline"])
+    summary = pl.read_parquet(path / "summary.parquet")
+    gain = summary.filter(quantity="gain", of="student")
+    assert gain["mean"].to_list() == [0.0] * len(gain)
+    assert gain["stderr"].to_list() == [0.0] * len(gain)
+    tokens = pl.read_parquet(path / "tokens.parquet")
+    for name, value in (("kl", 0), ("js", 0), ("top1_agreement", 1), ("top5_overlap", 1), ("shared_mass", 1)):
+        np.testing.assert_allclose(tokens[f"{name}.student.baseline"].to_numpy(), value, atol=1e-6)
+    np.testing.assert_allclose(tokens["top10_spearman.student.baseline"].to_numpy(), 1, atol=1e-6)
+    teacher = summary.filter(quantity="gain", of="teacher", grouping="closer").sort("bin")
+    assert teacher["mean"][0] > 0 > teacher["mean"][1]
+
+
+def test_cells_part_the_tokens_and_recombine_to_the_whole(found):
+    tokens = pl.read_parquet(found / "tokens.parquet")
+    summary = pl.read_parquet(found / "summary.parquet")
+    for grouping in groupings(tokens, CONTEXT):
+        assert len(grouping.bin_N) == tokens.height
+        assert 0 <= grouping.bin_N.min() <= grouping.bin_N.max() < len(grouping.labels)
+        for quantity, of in (("gain", "student"), ("gold_rank", "teacher"), ("kl", "student.baseline")):
+            rows = summary.filter(quantity=quantity, of=of)
+            cells, (whole,) = rows.filter(grouping=grouping.name), rows.filter(grouping="all").to_dicts()
+            assert cells["n"].sum() == whole["n"] == tokens.height
+            assert cells["bin"].n_unique() == cells.height
+            mean = float((cells["mean"] * cells["n"]).sum()) / tokens.height
+            assert mean == pytest.approx(whole["mean"], rel=1e-9, abs=1e-12)
+
+
+def test_cells_are_where_they_say(found):
+    tokens = pl.read_parquet(found / "tokens.parquet")
+    cells = pl.read_parquet(found / "summary.parquet").filter(quantity="entropy", of="baseline")
+    entropies = tokens["entropy.baseline"].to_numpy().astype(np.float64)
+    fifths = cells.filter(grouping="entropy").sort("bin")
+    np.testing.assert_allclose(
+        [*fifths["low"], fifths["high"][-1]], np.quantile(entropies, [0, 0.2, 0.4, 0.6, 0.8, 1])
+    )
+    for row in fifths.to_dicts():
+        inside = (entropies >= row["low"]) & ((entropies < row["high"]) | (row["bin"] == 4))
+        assert row["n"] == inside.sum()
+        assert row["mean"] == pytest.approx(entropies[inside].mean())
+    places = cells.filter(grouping="position")
+    assert places.height == 20
+    for row in places.to_dicts():
+        inside = tokens.filter((pl.col("position") >= row["low"]) & (pl.col("position") < row["high"]))
+        assert row["n"] == inside.height
+    right = {row["label"]: row["n"] for row in cells.filter(grouping="right").to_dicts()}
+    teacher, baseline = pl.col("gold_rank.teacher") == 1, pl.col("gold_rank.baseline") == 1
+    assert right.get("teacher only", 0) == tokens.filter(teacher & ~baseline).height
+    assert right.get("baseline only", 0) == tokens.filter(~teacher & baseline).height
+    assert right.get("both", 0) == tokens.filter(teacher & baseline).height
+    ahead = tokens.filter(pl.col("gold_logp.teacher") > pl.col("gold_logp.baseline"))
+    assert cells.filter(label="teacher closer")["n"].item() == ahead.height
+
+
+def test_equal_entropies_stay_in_one_cell():
+    rng = np.random.default_rng(0)
+    tokens = synthetic(rng, 5).with_columns(pl.lit(1.5).cast(pl.Float32).alias("entropy.baseline"))
+    rows = summarise(tokens, 20).filter(grouping="entropy", quantity="gain", of="student")
+    assert rows["n"].to_list() == [tokens.height]
+
+
+def test_an_entropy_on_a_border_is_in_the_upper_cell():
+    tokens = synthetic(np.random.default_rng(1), 5)[:400]
+    tokens = tokens.with_columns(pl.Series("entropy.baseline", [1.0] * 200 + [2.0] * 200))
+    rows = summarise(tokens, 20).filter(grouping="entropy", quantity="gain", of="student")
+    assert rows.select("low", "high", "n").rows() == [(1.0, 2.0, 200), (2.0, 2.0, 200)]
+
+
+def synthetic(rng, documents):
+    """Documents of different lengths whose tokens share a gain of their own."""
+    sizes = rng.integers(20, 200, documents)
+    owner = np.repeat(np.arange(documents), sizes)
+    n = len(owner)
+    entropies = rng.gamma(2, 1, n) + rng.gamma(2, 0.5, documents)[owner]
+    baseline = -entropies + rng.normal(0, 1, n)
+    gain = 0.1 + 0.1 * entropies + rng.normal(0, 0.3, documents)[owner] + rng.normal(0, 0.5, n)
+    columns = {
+        "document": owner,
+        "position": np.concatenate([np.arange(size) % 20 for size in sizes]),
+        "entropy.baseline": entropies,
+        "gold_rank.teacher": rng.integers(1, 3, n),
+        "gold_rank.baseline": rng.integers(1, 3, n),
+        "gold_logp.student": baseline + gain,
+        "gold_logp.teacher": baseline + rng.normal(0, 1, n),
+        "gold_logp.baseline": baseline,
+    }
+    return pl.DataFrame(columns)
+
+
+def test_standard_errors_are_those_of_a_bootstrap_over_documents():
+    rng = np.random.default_rng(3)
+    tokens, draws, documents = synthetic(rng, 120), 2000, 120
+    rows = summarise(tokens, 20).filter(quantity="gain", of="student")
+    gain = (tokens["gold_logp.student"] - tokens["gold_logp.baseline"]).to_numpy()
+    owner = tokens["document"].to_numpy()
+    times = rng.multinomial(documents, np.full(documents, 1 / documents), draws)  # each document drawn
+    checked = 0
+    for grouping in groupings(tokens, 20):
+        drawn = {}
+        for index in range(len(grouping.labels)):
+            inside = grouping.bin_N == index
+            sums = np.array([gain[inside & (owner == d)].sum() for d in range(documents)])
+            sizes = np.array([(inside & (owner == d)).sum() for d in range(documents)])
+            drawn[index] = times @ sums / (times @ sizes)
+            (row,) = rows.filter(grouping=grouping.name, bin=index).to_dicts()
+            assert row["stderr"] == pytest.approx(drawn[index].std(), rel=0.1), (grouping.name, index)
+            assert row["mean"] == pytest.approx(gain[inside].mean())
+            checked += 1
+        if grouping.contrast is not None:
+            a, b = grouping.contrast
+            (row,) = rows.filter(grouping=f"{grouping.name} contrast").to_dicts()
+            assert row["stderr"] == pytest.approx((drawn[a] - drawn[b]).std(), rel=0.1), grouping.name
+            naive = math.hypot(drawn[a].std(), drawn[b].std())
+            assert row["stderr"] < 0.9 * naive  # documents are shared, so the difference is less noisy
+            checked += 1
+    assert checked == 1 + 5 + 20 + 4 + 2 + 3
+
+
+def test_tokens_of_a_document_are_no_independent_evidence():
+    rows = summarise(synthetic(np.random.default_rng(4), 120), 20).filter(quantity="gain", of="student")
+    (whole,) = rows.filter(grouping="all").to_dicts()
+    naive = 0.6 / math.sqrt(whole["n"])
+    assert whole["stderr"] > 3 * naive
+
+
+def test_one_document_has_no_standard_error():
+    rows = summarise(synthetic(np.random.default_rng(5), 1), 20)
+    assert rows["stderr"].null_count() == rows.height
+
+
+def test_a_finished_evaluation_is_not_computed_again(found, subjects, store, other_store, monkeypatch):
+    arguments = {"store": open_store(store), "split": "test", "device": "cpu", "output": found.parents[2]}
+    scripture = open_store(other_store)
+    namesake = Store(scripture.path, scripture.manifest.model_copy(update={"name": "speeches"}))
+    limits = {"max_documents": 4, "max_tokens": 75}
+    before = {file.name: file.stat().st_mtime_ns for file in found.iterdir()}
+    monkeypatch.delattr(mechanism, "_read")
+    assert run_mechanism(**subjects, **arguments, **limits) == found
+    assert {file.name: file.stat().st_mtime_ns for file in found.iterdir()} == before
+    with pytest.raises(NameError):
+        run_mechanism(**subjects, **arguments, **(limits | {"max_tokens": 74}))
+    with pytest.raises(NameError):
+        run_mechanism(**subjects, **(arguments | {"store": namesake}), **limits)
+    with pytest.raises(NameError):
+        run_mechanism(**(subjects | {"student": subjects["baseline"]}), **arguments, **limits)
+
+
+def test_progress_counts_every_token(subjects, store, tmp_path):
+    steps = []
+    limits = {"max_documents": 3, "max_tokens": 40, "device": "cpu", "output": tmp_path}
+    run_mechanism(**subjects, store=open_store(store), split="validation", progress=steps.append, **limits)
+    assert sum(steps) == 120
+
+
+def test_models_of_another_tokenizer_are_refused(measure, subjects, store, tmp_path):
+    other = json.loads((store / "tokenizer.json").read_text())
+    words = other["model"]["vocab"]
+    first, second = list(words)[100:102]
+    words[first], words[second] = words[second], words[first]
+    model = tmp_path / "other"
+    save(load(subjects["teacher"].model), model, store)
+    write_json(model / "tokenizer.json", other)
+    with pytest.raises(UserError, match=r"teacher other-.*another tokenizer.*must share one"):
+        measure(teacher=find_subject(str(model), tmp_path))
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other.tokenizer\.json: not a tokenizer\.json"):
+        measure(teacher=find_subject(str(model), tmp_path))
+
+
+def test_a_head_smaller_than_the_vocabulary_is_refused(measure, store, tmp_path):
+    save(build(rung("nano-50k"), 200, CONTEXT, seed=1), tmp_path / "small", store)
+    with pytest.raises(UserError, match="tokenizer has 300 ids, the model knows 200"):
+        measure(baseline=find_subject(str(tmp_path / "small"), tmp_path))
+
+
+def test_damaged_weights_are_refused(measure, subjects, store, tmp_path):
+    model = load(subjects["student"].model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40:] = math.nan
+    save(model, tmp_path / "nan", store)
+    with pytest.raises(UserError, match=r"student nan-.*no numbers"):
+        measure(student=find_subject(str(tmp_path / "nan"), tmp_path))
+
+
+def test_an_empty_split_is_refused(subjects, other_store, tmp_path):
+    limits = {"max_documents": 3, "max_tokens": 40, "device": "cpu", "output": tmp_path}
+    with pytest.raises(UserError, match="split 'train' has no document"):
+        run_mechanism(**subjects, store=open_store(other_store), split="train", **limits)
+
+
+def test_the_command_prints_the_cells_and_draws_them(subjects, store, tmp_path, monkeypatch, capsys):
+    models = {role: str(subject.model) for role, subject in subjects.items()}
+    arguments = ["--teacher", models["teacher"], "--baseline", models["baseline"], "--device", "cpu"]
+    arguments += ["--store", f"held-out={store}", "--output", str(tmp_path), "--max-tokens", "40"]
+    monkeypatch.setattr("sys.argv", ["tutelage", "eval", "--mechanism", models["student"], *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    printed = capsys.readouterr().out
+    (directory,) = (tmp_path / "mechanism").glob("student-*--teacher-*--baseline-*/speeches-test-*")
+    gain = pl.read_parquet(directory / "summary.parquet").filter(
+        grouping="all", quantity="gain", of="student"
+    )
+    assert f"{gain['mean'].item():+.3f} ±" in printed
+    assert f"figures  {directory / 'figures'}" in printed
+    assert "next " in printed
+    assert len([*(directory / "figures").glob("*.png")]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mechanism", "{student}"], "give one model, --teacher MODEL and --baseline MODEL"),
+        (["{student}", "--teacher", "{teacher}"], "belong to --mechanism"),
+        (
+            ["--mechanism", "{student}", "--teacher", "{teacher}", "--baseline", "{baseline}"],
+            "its training text is not known; name a text with --domain or --store",
+        ),
+        (["--mechanism", "{student}", "--teacher", "./no", "--baseline", "{baseline}"], "no such directory"),
+    ],
+)
+def test_wrong_commands_get_one_line(subjects, monkeypatch, capsys, tmp_path, arguments, message):
+    models = {role: str(subject.model) for role, subject in subjects.items()}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tutelage", "eval", *(text.format(**models) for text in arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error

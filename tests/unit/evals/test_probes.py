@@ -1,0 +1,226 @@
+"""Probes against plain recomputations, and models whose score is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from tutelage.data.store import open_store
+from tutelage.errors import UserError
+from tutelage.evals import probes
+from tutelage.evals.probes import acceptance, copying_accuracy, run_probes, used_ids
+from tutelage.evals.records import read_scores
+from tutelage.evals.subject import Subject
+from tutelage.evals.windows import read_documents
+from tutelage.models import hub
+from tutelage.models.ladder import LADDER
+
+CONTEXT = 32
+SEGMENT = 16
+
+
+def tiny(vocab_size, seed):
+    return hub.build(LADDER["nano-50k"], vocab_size, CONTEXT, seed=seed).eval()
+
+
+@pytest.fixture(scope="module")
+def models(store):
+    student, teacher = (tiny(open_store(store).vocab_size, seed) for seed in (0, 1))
+    for weight in itertools.chain(student.parameters(), teacher.parameters()):
+        weight.data *= 2  # far from uniform, so that they differ
+    return student, teacher
+
+
+@pytest.fixture(scope="module")
+def documents(store):
+    return read_documents(open_store(store), "test", 3, 75)
+
+
+@pytest.fixture(scope="module")
+def subjects(models, store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("subjects")
+    found = []
+    for name, model in zip(("student", "teacher"), models, strict=True):
+        hub.save(model, folder / name, store)
+        found.append(Subject(name, folder / name, None, 3, 100, CONTEXT, folder / f"out-{name}", store))
+    return found
+
+
+class Copier(nn.Module):
+    """Says with certainty that the token `back` places before the next one comes again."""
+
+    def __init__(self, vocab_size, back):
+        super().__init__()
+        self.head = nn.Linear(vocab_size, vocab_size, bias=False)
+        nn.init.eye_(self.head.weight)
+        self.back = back
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def get_decoder(self):
+        def body(input_ids, use_cache):
+            hidden = nn.functional.one_hot(input_ids.roll(self.back - 1, 1), self.head.in_features).float()
+            return SimpleNamespace(last_hidden_state=hidden)
+
+        return body
+
+
+def test_a_model_that_copies_scores_one():
+    ids = np.arange(5, 250)
+    assert copying_accuracy(Copier(300, SEGMENT), ids, 0, SEGMENT).value == 1.0
+    assert copying_accuracy(Copier(300, SEGMENT + 1), ids, 0, SEGMENT).value < 0.05
+
+
+def test_copying_is_what_plain_logits_say(models):
+    student, ids, n = models[0], np.arange(7, 300), 20
+    found = copying_accuracy(student, ids, 0, SEGMENT, sequences=n)
+    picks = torch.randint(len(ids), (n, SEGMENT), generator=torch.Generator().manual_seed(0))
+    copy = torch.from_numpy(ids)[picks]
+    tokens = torch.cat([torch.zeros(n, 1, dtype=torch.int64), copy, copy], 1)
+    with torch.inference_mode():
+        choices = student(input_ids=tokens[:, :-1]).logits.argmax(-1)
+    right = (choices[:, SEGMENT + 1 :] == copy[:, 1:]).double().mean(1).numpy()
+    assert choices[:, SEGMENT + 1 :].shape == (n, SEGMENT - 1)
+    assert found.value == pytest.approx(right.mean())
+    assert found.stderr == pytest.approx(right.std(ddof=1) / n**0.5)
+
+
+def test_only_ids_in_use_are_drawn(store):
+    opened = open_store(store)
+    ids = used_ids(opened)
+    assert set(ids) == set(np.unique(opened.split("train").tokens)) - {opened.eos_id}
+
+
+def dense_rates(models, documents, eos_id):
+    """sum min(p, q) per document, with all logits in float64 at once."""
+    rates = []
+    for document in documents:
+        sequence = np.concatenate([[eos_id], document.tokens_N])
+        windows = [sequence[i : i + CONTEXT] for i in range(0, len(document.tokens_N), CONTEXT)]
+        rows = []
+        for window in windows:
+            with torch.inference_mode():
+                p, q = (
+                    m(input_ids=torch.from_numpy(window[None])).logits[0].double().numpy() for m in models
+                )
+            p, q = (np.exp(x - x.max(1, keepdims=True)) for x in (p, q))
+            p, q = (x / x.sum(1, keepdims=True) for x in (p, q))
+            rows.append(np.minimum(p, q).sum(1))
+        rates.append(np.concatenate(rows)[: len(document.tokens_N)])
+    return rates
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_acceptance_is_the_dense_recomputation(models, documents, chunk, monkeypatch):
+    monkeypatch.setattr(probes._slices, "__defaults__", (chunk,))
+    rates = dense_rates(models, documents, 0)
+    found = acceptance(*models, documents, 0, CONTEXT, draft=3)
+    flat = np.concatenate(rates)
+    assert 0.05 < flat.mean() < 0.95
+    assert found["acceptance_rate"].value == pytest.approx(flat.mean(), abs=1e-6)
+    lengths = [a + a * b + a * b * c for x in rates for a, b, c in zip(x, x[1:], x[2:], strict=False)]
+    assert found["accepted_length"].value == pytest.approx(np.mean(lengths), abs=1e-6)
+    per_document = np.array([x.mean() for x in rates])
+    assert found["acceptance_rate"].stderr == pytest.approx(per_document.std(ddof=1) / 3**0.5, abs=1e-6)
+
+
+def test_a_model_accepts_all_of_its_own(models, documents):
+    found = acceptance(models[0], models[0], documents, 0, CONTEXT)
+    assert found["acceptance_rate"].value == pytest.approx(1, abs=1e-6)
+    assert found["accepted_length"].value == pytest.approx(4, abs=1e-5)
+
+
+def test_acceptance_does_not_depend_on_who_drafts(models, documents):
+    ahead, back = (acceptance(*pair, documents, 0, CONTEXT) for pair in (models, models[::-1]))
+    assert ahead["acceptance_rate"].value == pytest.approx(back["acceptance_rate"].value, abs=1e-7)
+
+
+def test_ids_that_one_head_lacks_are_never_accepted(models, documents):
+    """A head padded to a round number gives its extra ids some mass, which nobody shares."""
+    student = models[0]
+    wide = tiny(student.config.vocab_size + 20, 0)
+    wide.load_state_dict(
+        student.state_dict() | {k: v for k, v in wide.state_dict().items() if "embed" in k or "head" in k}
+    )
+    n = student.config.vocab_size
+    for padded, plain in zip(
+        (wide.get_input_embeddings(), wide.get_output_embeddings()),
+        (student.get_input_embeddings(), student.get_output_embeddings()),
+        strict=True,
+    ):
+        padded.weight.data[:n] = plain.weight.data
+        padded.weight.data[n:] = 0
+    found = acceptance(student, wide, documents, 0, CONTEXT)["acceptance_rate"].value
+    assert 0.5 < found < 1 - 1e-4
+
+
+def test_short_documents_have_a_rate_but_no_length(models, documents):
+    short = [dataclasses.replace(document, tokens_N=document.tokens_N[:3]) for document in documents]
+    assert set(acceptance(*models, short, 0, CONTEXT)) == {"acceptance_rate"}
+
+
+def test_probes_are_rows_and_come_once(subjects):
+    student, teacher = subjects
+    scores = run_probes(student, teacher=teacher)
+    assert [(score.domain, score.metric) for score in scores] == [
+        ("copying", "accuracy"),
+        ("acceptance:teacher", "acceptance_rate"),
+        ("acceptance:teacher", "accepted_length"),
+    ]
+    assert {score.role for score in scores} == {"probe"}
+    assert all(score.low <= score.value <= score.high for score in scores)
+    assert read_scores(student.scores) == [dataclasses.asdict(score) for score in scores]
+    kept = student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns
+    assert run_probes(student, teacher=teacher) == scores
+    assert kept == (student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns)
+
+
+def test_samples_go_on_from_held_out_text(subjects, store):
+    teacher = subjects[1]
+    state = torch.get_rng_state()
+    run_probes(teacher)
+    assert torch.equal(state, torch.get_rng_state())
+    written = json.loads((teacher.output / "samples.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(store / "tokenizer.json"))
+    model = hub.load(teacher.model)
+    view = open_store(store).split("test")
+    texts = tokenizer.decode(view.tokens.tolist(), skip_special_tokens=False)
+    assert len(written["samples"]) == 4
+    for sample in written["samples"]:
+        assert sample["prompt"] + sample["text"] in texts
+        assert len(set(sample["drawn"])) == 2
+    prompt = tokenizer.encode(written["samples"][0]["prompt"]).ids
+    greedy = list(prompt)
+    while len(greedy) < CONTEXT and greedy[-1] != 0:
+        with torch.inference_mode():
+            greedy.append(int(model(input_ids=torch.tensor([greedy])).logits[0, -1].argmax()))
+    assert written["samples"][0]["greedy"] == tokenizer.decode(
+        greedy[len(prompt) :], skip_special_tokens=False
+    )
+    page = (teacher.output / "samples.md").read_text(encoding="utf-8")
+    assert page.startswith("# Samples of teacher, step 3\n")
+    assert page.count("Greedy:") == 4
+
+
+def test_a_store_with_another_tokenizer_is_refused(subjects, store, tmp_path):
+    shutil.copytree(subjects[0].model, tmp_path / "model")
+    strange = dataclasses.replace(subjects[0], model=tmp_path / "model")
+    with (strange.model / "tokenizer.json").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"its tokenizer is not that of .*speeches"):
+        run_probes(strange)
+
+
+def test_a_model_without_a_store_needs_one(subjects):
+    with pytest.raises(UserError, match="student: probes need a token store"):
+        run_probes(dataclasses.replace(subjects[0], training_store=None))
