@@ -25,7 +25,7 @@ from tutelage.data.config import StoreConfig
 from tutelage.data.store import build_store
 from tutelage.train.optim import learning_rate
 from tutelage.train.setup import Setup, prepare
-from tutelage.train.step import train_step
+from tutelage.train.step import Turn, train_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ def ours(setup: Setup, alpha: float) -> Callable[[int], None]:
 
     def step(index: int) -> None:
         lr = learning_rate(setup.config.optim, setup.lr, index, setup.steps)
-        train_step(setup.trainee, [setup.loader.batch(index)], alpha, lr)
+        train_step([Turn(setup.trainee, alpha, lr)], [setup.loader.batch(index)])
 
     return step
 

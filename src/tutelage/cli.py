@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tutelage.cli_eval import evaluate
+from tutelage.cli_teach import teach
 from tutelage.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -110,28 +112,41 @@ def report(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="run file (YAML); `tutelage schema run` describes it")],
-    overrides: Overrides = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings to change, and further run files", metavar="[KEY=VALUE | CONFIG]..."),
+    ] = None,
 ) -> None:
     """Train one model, with or without a teacher, and score it. The same command goes on after a stop.
+
+    Several run files train together as a cohort: students that read the same batches and share a teacher,
+    which then computes its targets once for all of them. Each gets the result it would have alone.
 
     Several processes: torchrun --nproc-per-node 2 -m tutelage train RUN.yaml
     """
     from tutelage.config import RunConfig
     from tutelage.configio import load
     from tutelage.console import RunBar, out
-    from tutelage.pipeline import run
+    from tutelage.pipeline import run_cohort
 
-    loaded = load(RunConfig, config, overrides or [])
+    overrides = [text for text in more or [] if "=" in text]
+    files = [config, *(Path(text) for text in more or [] if "=" not in text)]
+    loaded = [load(RunConfig, file, overrides) for file in files]
     with RunBar() as bar:
-        directory = run(loaded, bar)
-    out.print(f"run      {directory.path}\nmodel    {directory.model}", highlight=False, soft_wrap=True)
-    if directory.scores.exists():
-        out.print(f"scores   {directory.scores}", highlight=False, soft_wrap=True)
+        directories = run_cohort(loaded, bar)
+    for directory in directories:
+        out.print(f"run      {directory.path}\nmodel    {directory.model}", highlight=False, soft_wrap=True)
+        if directory.scores.exists():
+            out.print(f"scores   {directory.scores}", highlight=False, soft_wrap=True)
     out.print(
-        f"next     teach a student with it: teacher={{kind: run, run: {directory.id}}}",
+        f"next     teach a student with it: teacher={{kind: run, run: {directories[0].id}}}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+app.command()(teach)
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -172,7 +187,7 @@ def doctor() -> None:
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(help="run, store or study")],
+    kind: Annotated[str, typer.Argument(help="run, store, study or teach")],
     output: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
 ) -> None:
     """Write the JSON schema of a config file, for editors and as reference."""
@@ -182,8 +197,14 @@ def schema(
     from tutelage.data.config import StoreConfig
     from tutelage.files import write_text
     from tutelage.study.spec import StudyConfig
+    from tutelage.teachers.config import TeachConfig
 
-    kinds: dict[str, type[BaseModel]] = {"run": RunConfig, "store": StoreConfig, "study": StudyConfig}
+    kinds: dict[str, type[BaseModel]] = {
+        "run": RunConfig,
+        "store": StoreConfig,
+        "study": StudyConfig,
+        "teach": TeachConfig,
+    }
     if kind not in kinds:
         raise UserError(f"schema {kind!r}: choose one of {', '.join(kinds)}")
     text = json.dumps(kinds[kind].model_json_schema(), indent=2) + "\n"
@@ -202,11 +223,13 @@ def data_list() -> None:
     from rich.table import Table
 
     from tutelage.console import out
-    from tutelage.data.corpora import CORPORA
+    from tutelage.data.corpora import CORPORA, PAIR_CORPORA
 
-    table = Table("corpus", "package", "licence", "what", box=None)
-    for corpus in CORPORA.values():
-        table.add_row(corpus.name, f"{corpus.package}=={corpus.version}", corpus.licence, corpus.description)
+    table = Table("corpus", "kind", "package", "licence", "what", box=None)
+    for kind, corpora in (("corpus", CORPORA), ("corpus_pairs", PAIR_CORPORA)):
+        for corpus in corpora.values():
+            package = f"{corpus.package}=={corpus.version}"
+            table.add_row(corpus.name, kind, package, corpus.licence, corpus.description)
     out.print(table)
 
 

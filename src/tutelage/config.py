@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tutelage.objectiveconfig import ObjectiveConfig, WsdAlpha
 from tutelage.settings import Budget, Fraction, Name, Section, check_plain_tokens, check_tokens
@@ -39,13 +39,17 @@ class RunData(Section):
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: float | None = Field(None, gt=0, description="peak learning rate; default: the rung's tuned one")
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate; default: the rung's tuned one, 1e-5 in stage sft"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW beta1, beta2")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: Fraction = Field(0.05, description="fraction of steps of linear warm-up")
+    warmup: Fraction = Field(
+        0.05, description="fraction of steps of linear warm-up; default in stage sft: 0.01"
+    )
     decay: Fraction = Field(0.2, description="fraction of steps of linear decay at the end (wsd only)")
     final_lr: Fraction = Field(0.1, description="learning rate at the last step, as a fraction of the peak")
 
@@ -74,7 +78,15 @@ class ControlTeacher(Section):
     kind: Literal["unigram", "uniform"]
 
 
-Teacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
+class CacheTeacher(Section):
+    """Targets computed before, by `tutelage teach`."""
+
+    kind: Literal["cache"]
+    path: Path = Field(description="teacher cache written by `tutelage teach` for the same token store")
+
+
+LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
+Teacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher | CacheTeacher, Field(discriminator="kind")]
 
 
 class EvalDomain(Section):
@@ -113,10 +125,18 @@ class RuntimeConfig(Section):
     )
 
 
+_SFT_LR, _SFT_WARMUP = 1e-5, 0.01
+"""The paper's, for its 1.7B students."""
+
+
 class RunConfig(Section):
     """One training run. Its directory is `<output>/<name>-<hash8>`; same config, same directory."""
 
     name: Name = Field("run", description="readable part of the directory name; not part of the hash")
+    stage: Literal["pretrain", "sft"] = Field(
+        "pretrain",
+        description="sft: fine-tune model.path, loss on completions only; the store is one of pairs",
+    )
     seed: int = Field(43, ge=0, description="seed of the initial weights")
     model: ModelConfig
     data: RunData
@@ -126,7 +146,7 @@ class RunConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32"
     )
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = Field(OptimConfig(), validate_default=True)
     teacher: Teacher | None = Field(None, description="no teacher: plain cross-entropy")
     objective: ObjectiveConfig = ObjectiveConfig()
     eval: EvalConfig = EvalConfig()
@@ -135,6 +155,23 @@ class RunConfig(Section):
     output: Path = Field(Path("runs"), description="directory that holds run directories")
 
     _check = field_validator("tokens")(check_tokens)
+
+    @field_validator("optim")
+    @classmethod
+    def _sft_defaults(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
+        """Fill in what fine-tuning does differently, so that config.yaml says what was used."""
+        if info.data.get("stage") != "sft":
+            return optim
+        warmup = optim.warmup if "warmup" in optim.model_fields_set else _SFT_WARMUP
+        return optim.model_copy(update={"lr": optim.lr or _SFT_LR, "warmup": warmup})
+
+    @model_validator(mode="after")
+    def _staged(self) -> RunConfig:
+        if self.stage == "sft" and self.model.path is None:
+            raise ValueError(
+                "stage = sft goes on from a trained model; give model.path, a model directory, not model.rung"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

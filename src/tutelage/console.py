@@ -32,6 +32,22 @@ out = Console()
 err = Console(stderr=True)
 
 
+def period(seconds: float) -> str:
+    """A length of time as people say it: "12 s", "3.4 min", "5.6 h"."""
+    if seconds < 100:  # noqa: PLR2004 - two digits
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"  # noqa: PLR2004 - the same
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: "950", "12.3K", "4.56M"."""
+    for unit in ("", "K", "M"):
+        if number < 999.5:  # noqa: PLR2004 - three digits
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}B"
+
+
 class RunBar:
     """Progress of one training run: step, speed, losses, time left. A `Watcher` and a context manager."""
 
@@ -107,6 +123,98 @@ class StoreBar:
         if stage not in self._stages:
             self._stages[stage] = self._progress.add_task(stage, total=None)
         self._progress.update(self._stages[stage], completed=done)
+
+
+class TeachBar:
+    """Progress of a teacher cache: tokens, speed, size, time left. A `TeachWatcher` and a context manager."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[measured]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=out,
+        )
+        self._task = self._progress.add_task("preparing", total=None, measured="")
+        self._tokens = self._before = 0
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.update(self._task, visible=self._tokens > 0)
+        self._progress.stop()
+
+    def begin(self, cache: str, done: int, tokens: int) -> None:
+        """Name the cache and set the bar's ends."""
+        if done:
+            self.note(f"going on after {done:,} of {tokens:,} tokens")
+        self._before, self._tokens, self._start = done, tokens, time.monotonic()
+        self._progress.reset(self._task, description=cache, total=tokens, completed=done)
+
+    def advance(self, done: int, size: int) -> None:
+        """Move the bar; the speed is that of all processes since this one began."""
+        speed = (done - self._before) / max(time.monotonic() - self._start, 1e-9)
+        measured = (
+            f"{short(done)}/{short(self._tokens)} tokens · {short(speed)}/s · {size / done:.2f} bytes/token"
+        )
+        self._progress.update(self._task, completed=done, measured=measured)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text, highlight=False)
+
+
+class EvalBar:
+    """Progress of an evaluation: model, domain, tokens scored. An `EvalWatcher` and a context manager."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[measured]}"),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self._task = self._progress.add_task("preparing", total=None, measured="")
+        self._tokens = 0
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def store(self, stage: str, done: int) -> None:
+        """`done` bytes of text have gone through `stage` of a token store."""
+        self._progress.update(
+            self._task, description=f"token store: {stage}", measured=f"{done / 1e6:.1f} MB"
+        )
+
+    def domain(self, subject: str, domain: str, number: int, of: int) -> None:
+        """A domain begins."""
+        self._progress.update(self._task, description=f"{subject}: {domain} ({number} of {of})", measured="")
+        self._tokens, self._start = 0, time.monotonic()
+
+    def advance(self, tokens: int) -> None:
+        """So many more tokens are scored."""
+        self._tokens += tokens
+        speed = self._tokens / max(time.monotonic() - self._start, 1e-9)
+        self._progress.update(self._task, measured=f"{self._tokens:,} tokens, {speed:,.0f} per second")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        err.print(text, highlight=False, soft_wrap=True)
 
 
 class StudyTable:

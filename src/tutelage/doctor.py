@@ -122,7 +122,7 @@ def _corpora() -> list[Check]:
     """Named corpora: the first document, which is given out only if all files have the right content."""
     from tutelage.data.corpora import CORPORA  # noqa: PLC0415 - data readers, needed here only
 
-    def read(corpus: Corpus) -> str:
+    def read(corpus: Corpus[str]) -> str:
         first = next(iter(corpus.documents()))
         return f"{corpus.package} {corpus.version}, first document {len(first)} characters"
 

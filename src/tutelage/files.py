@@ -16,6 +16,11 @@ from tutelage.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from typing import TextIO
+
+
+class BusyError(UserError):
+    """Another process holds what was to be claimed."""
 
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
@@ -106,19 +111,36 @@ def new_directory(path: Path) -> Iterator[Path]:
 def claimed(lock: Path, what: str) -> Iterator[None]:
     """Hold `what` for this process while the block runs; the kernel frees the claim of a dead process.
 
+    The file `lock` is there while it is held, and longer only if the holder is killed.
+
     Raises:
-        UserError: another process holds it, or `lock` cannot be written.
+        BusyError: another process holds it.
+        UserError: `lock` cannot be written.
     """
-    with _explained(lock):
-        file = lock.open("a+", encoding="utf-8")
-    with file:
+    with _locked(lock, what) as file:
+        try:
+            with _explained(lock):  # unbuffered: what a full disk refuses now must not come back at close
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), str(os.getpid()).encode())
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+def _locked(lock: Path, what: str) -> TextIO:
+    """The file `lock`, opened and locked. One that its holder removed meanwhile is no claim: try again."""
+    while True:
+        with _explained(lock):
+            file = lock.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise UserError(f"{what}: process {owner} is already working on it") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+            with file:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+            raise BusyError(f"{what}: process {owner} is already working on it") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        file.close()

@@ -23,15 +23,21 @@ def run_id(config: RunConfig) -> str:
     fields: dict[str, Any] = config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
     fields["data"]["store"] = open_store(config.data.store).fingerprint
     fields["objective"].pop("chunk_tokens")
+    if fields["stage"] == "pretrain":  # as in run ids from before there were stages
+        fields.pop("stage")
     for section in ("model", "teacher"):
         path = (fields[section] or {}).get("path")
         if path is not None:
-            fields[section]["path"] = _content(path)
+            fields[section]["path"] = _content(path, fields[section].get("kind"))
     return f"{config.name}-{digest(fields)}"
 
 
-def _content(path: str) -> str:
-    """Fingerprint of a local model directory; a Hub name (with its revision beside it) stands for itself."""
+def _content(path: str, kind: str | None) -> str:
+    """Fingerprint of a local model directory or teacher cache; a Hub name stands for itself."""
+    if kind == "cache":
+        from tutelage.teachers.manifest import cache_fingerprint  # noqa: PLC0415 - its room imports torch
+
+        return cache_fingerprint(Path(path))
     if not Path(path).exists():
         return path
     from tutelage.models.hub import weights_fingerprint  # noqa: PLC0415 - imports torch, rarely needed

@@ -1,4 +1,4 @@
-"""One run from config to scores: the single way in, for the command line, studies and Python alike."""
+"""Runs from config to scores: the single way in, for the command line, studies and Python alike."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from tutelage.evals import suite
 from tutelage.identity import run_id
 from tutelage.models import hub
 from tutelage.train import distributed
+from tutelage.train.cohort import check_cohort
 from tutelage.train.loop import Nobody, Watcher, train
 from tutelage.train.rundir import RunDirectory
-from tutelage.train.setup import Setup, pick_device, prepare
+from tutelage.train.session import Session
+from tutelage.train.setup import Setup, prepare
 from tutelage.train.trackers import Tracker, open_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from tutelage.config import RunConfig
+
+    Run = tuple[RunConfig, RunDirectory]
 
 _REPEAT_NOTE = (
     "{epochs:.1f} passes over the training split of {store}: repeated data can make any teacher look "
@@ -41,56 +45,89 @@ def run(config: RunConfig, watcher: Watcher | None = None) -> RunDirectory:
         UserError: something in the input is wrong, before compute is spent where that can be known.
         Stopped: the run was interrupted and can be taken up again.
     """
+    return run_cohort([config], watcher)[0]
+
+
+def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> list[RunDirectory]:
+    """As `run`, for several students of one teacher that read the same batches.
+
+    The teacher is asked once per batch for all of them. Each student's result is the one it would have
+    alone, to the bit, and lands in the same directory.
+
+    Raises:
+        UserError: as `run`, or the runs cannot share batches and teacher; the message names the field.
+        Stopped: as `run`.
+    """
     watcher = watcher or Nobody()
-    directory = RunDirectory(config.output / run_id(config))
-    suite.check(config)
-    if directory.is_done() and not suite.missing(config, directory):
-        watcher.note(f"{directory.path} is finished; nothing to do")
-        return directory
+    check_cohort(configs)
+    runs = [(config, RunDirectory(config.output / run_id(config))) for config in configs]
+    for config in configs:
+        suite.check(config)
     is_main = os.environ.get("RANK", "0") == "0"
-    with directory.claimed() if is_main else contextlib.nullcontext():
+    with contextlib.ExitStack() as claims:
+        left = _unfinished(runs, watcher)
+        if is_main:
+            for _, directory in left:
+                claims.enter_context(directory.claimed())
         try:
-            _work(config, directory, watcher)
+            errors = _train([run for run in left if not run[1].model.is_dir()], watcher)
+            if is_main:
+                _score([run for run in left if run[1].model.is_dir()])
         except Stopped:
             raise
         except BaseException as error:
             if is_main:
-                directory.write_state("failed", error=f"{type(error).__name__}: {error}")
+                _mark_failed(left, error)
             raise
         finally:
             distributed.stop()
-    return directory
+    if errors:
+        raise UserError("\n".join(map(str, errors)))
+    return [directory for _, directory in runs]
 
 
-def _work(config: RunConfig, directory: RunDirectory, watcher: Watcher) -> None:
-    if not directory.model.is_dir():
-        setup = prepare(config)
-        if setup.world.is_main:
-            _announce(setup, directory, watcher)
-        trackers = _trackers(setup, directory)
-        try:
-            train(setup, directory, _Shown(watcher, trackers))
-        finally:
+def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
+    """The runs with something left to do, each once."""
+    left: dict[str, Run] = {}
+    for config, directory in runs:
+        if directory.is_done() and not suite.missing(config, directory):
+            watcher.note(f"{directory.path} is finished; nothing to do")
+        else:
+            left[directory.id] = config, directory
+    return list(left.values())
+
+
+def _score(runs: Sequence[Run]) -> None:
+    """Score what is trained; with that a run is done."""
+    for config, directory in runs:
+        step = int(directory.state()["step"])
+        model = hub.load(str(directory.model)).to(hub.pick_device(config.runtime.device))
+        suite.score(config, directory, model, step)
+        directory.write_state("done")
+
+
+def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
+    """Train the runs; returns what kept some of them from their end."""
+    sessions: list[Session] = []
+    teacher = None
+    with contextlib.ExitStack() as closing:
+        for config, directory in runs:
+            setup = prepare(config, teacher)
+            teacher = teacher or setup.trainee.teacher
+            if setup.world.is_main:
+                _announce(setup, directory, watcher)
+            trackers = _trackers(setup, directory)
             for tracker in trackers:
-                tracker.close()
-        if not setup.world.is_main:
-            return
-    step = int(directory.state()["step"])
-    model = hub.load(str(directory.model)).to(pick_device(config.runtime.device))
-    suite.score(config, directory, model, step)
-    directory.write_state("done")
+                closing.callback(tracker.close)
+            sessions.append(Session(setup, directory, trackers, len(runs)))
+        return train(sessions, watcher) if sessions else []
 
 
-class _Shown:
-    """The watcher, with every row also sent to the trackers."""
-
-    def __init__(self, watcher: Watcher, trackers: list[Tracker]) -> None:
-        self.begin, self.advance, self.note = watcher.begin, watcher.advance, watcher.note
-        self._logs = [watcher.log, *(tracker.log for tracker in trackers)]
-
-    def log(self, row: Mapping[str, float]) -> None:
-        for log in self._logs:
-            log(row)
+def _mark_failed(runs: Sequence[Run], error: BaseException) -> None:
+    """Record the error in every run that it kept from finishing and that has none of its own."""
+    for _, directory in runs:
+        if directory.state().get("status") not in {"done", "failed"}:
+            directory.write_state("failed", error=f"{type(error).__name__}: {error}")
 
 
 def _trackers(setup: Setup, directory: RunDirectory) -> list[Tracker]:
@@ -110,4 +147,4 @@ def _announce(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
     directory.write_state("running", parameters=setup.parameters, steps=setup.steps)
 
 
-__all__ = ["RunDirectory", "Stopped", "UserError", "run"]
+__all__ = ["RunDirectory", "Stopped", "UserError", "run", "run_cohort"]

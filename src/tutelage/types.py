@@ -19,6 +19,7 @@ IGNORE_INDEX = -100
 """Label value of a position that carries no loss (the convention of torch and transformers)."""
 
 Role = Literal["in_domain", "out_of_domain"]
+ScoreRole = Role | Literal["downstream", "probe"]
 Split = Literal["train", "validation", "test"]
 
 
@@ -29,14 +30,21 @@ class Batch:
     Attributes:
         tokens_BT: int64 input ids.
         labels_BT: int64 next-token ids; `IGNORE_INDEX` where nothing is to be predicted.
+        starts: for each row, the place of its first token in the split; what a teacher cache goes by.
     """
 
     tokens_BT: Tensor
     labels_BT: Tensor
+    starts: tuple[int, ...]
 
     def to(self, device: object) -> Batch:
         """The same batch on `device`."""
-        return Batch(self.tokens_BT.to(device), self.labels_BT.to(device))  # type: ignore[call-overload]
+        tokens_BT, labels_BT = self.tokens_BT.to(device), self.labels_BT.to(device)  # type: ignore[call-overload]
+        return Batch(tokens_BT, labels_BT, self.starts)
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of its sequences."""
+        return Batch(self.tokens_BT[rows], self.labels_BT[rows], self.starts[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,22 +164,24 @@ class Score:
         run: run id (directory name).
         step: optimizer steps the model had taken.
         tokens: training tokens it had seen.
-        domain: name of the evaluated text.
-        role: whether the domain is the training distribution.
+        domain: name of the evaluated text, task or probe.
+        role: whether the domain is the training distribution, or what else was measured.
         split: validation (choices are made on it) or test (results are reported on it).
         metric: for example "bits_per_byte" or "perplexity".
         value: the score.
         stderr: standard error over documents.
-        n: number of documents.
+        n: number of documents (items of a task).
         higher_is_better: direction of the metric.
         version: identity of the evaluation data and settings; scores compare only within one version.
+        low: lower end of the 95% bootstrap interval over documents; None if there is none.
+        high: its upper end.
     """
 
     run: str
     step: int
     tokens: int
     domain: str
-    role: Role
+    role: ScoreRole
     split: Split
     metric: str
     value: float
@@ -179,3 +189,5 @@ class Score:
     n: int
     higher_is_better: bool
     version: str
+    low: float | None = None
+    high: float | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "how-to").glob("*.md"))
-NAMED = re.compile(r"# (\S+\.py)\n")
+NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
 NEEDS = {"loss-in-hugging-face-trainer": "accelerate"}
 TITAN = """
 import torch
@@ -48,10 +48,12 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -73,10 +75,12 @@ def test_blocks_run_in_order(page, tmp_path):
             together.append(text)
     if together:
         (tmp_path / "page.py").write_text("\n".join(together), encoding="utf-8")
-        run([sys.executable, "page.py"], tmp_path)
-    for text in blocks(page, "bash"):
-        for command in text.splitlines():
-            run(command.split(), tmp_path)
+        run(f"{sys.executable} page.py", tmp_path)
+    for text in blocks(page, "yaml"):
+        name = NAMED.match(text)
+        assert name, "a YAML block starts with its file name"
+        (tmp_path / name[1]).write_text(text, encoding="utf-8")
+    run("set -e\n" + "\n".join(blocks(page, "bash")), tmp_path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
@@ -85,4 +89,4 @@ def test_tutored_loss_is_torchtitans_own_at_alpha_0(tmp_path):
     (text,) = (text for text in blocks(page, "python") if text.startswith("# tutored_loss.py"))
     (tmp_path / "tutored_loss.py").write_text(text, encoding="utf-8")
     (tmp_path / "compare.py").write_text(TITAN, encoding="utf-8")
-    run([sys.executable, "compare.py"], tmp_path)
+    run(f"{sys.executable} compare.py", tmp_path)

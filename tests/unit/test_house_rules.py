@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "provenance": set(),
     "signals": set(),
+    "resampling": set(),
     "files": {"errors"},
     "configio": {"errors"},
     "settings": set(),
@@ -37,28 +38,33 @@ ALLOWED: dict[str, set[str]] = {
     "data": _BASE,
     "models": _BASE,
     "objective": _BASE,
-    "teachers": _BASE | {"data", "models"},
-    "identity": _BASE | {"data", "models"},
+    "teachers": _BASE | {"data", "models", "objective", "signals"},
+    "identity": _BASE | {"data", "models", "teachers.manifest"},
     "train": _BASE | _ROOMS | {"signals"},
-    "evals": _BASE | {"data", "models", "train.rundir"},
+    "evals": _BASE | {"data", "models", "presets", "resampling", "train.rundir"},
     "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},
     "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals"},
-    "analysis": {"types", "errors", "files", "study.results", "study.planfile"},
+    "analysis": {"types", "errors", "files", "resampling", "study.results", "study.planfile"},
     "console": {"types", "errors", "train.loop", "study.runner", "study.grid"},
     "doctor": {"errors", "provenance", "data.corpora"},
     "__main__": {"cli"},
-    "cli": _BASE | _ROOMS | {"analysis", "console", "doctor", "pipeline", "study"},
+    "cli_teach": _BASE | {"teachers", "console"},
+    "cli_eval": {"errors", "analysis", "console", "evals"},
+    "cli": _BASE | _ROOMS | {"cli_eval", "cli_teach", "analysis", "console", "doctor", "pipeline", "study"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 
 REGISTRIES = [
     ("tutelage.models.ladder", "LADDER", attrgetter("summary")),
     ("tutelage.data.corpora", "CORPORA", attrgetter("description")),
+    ("tutelage.data.corpora", "PAIR_CORPORA", attrgetter("description")),
     ("tutelage.objective.divergences", "DIVERGENCES", attrgetter("summary")),
     ("tutelage.objective.mixing", "POLICIES", inspect.getdoc),
     ("tutelage.objective.gates", "GATES", inspect.getdoc),
     ("tutelage.teachers", "CONTROLS", inspect.getdoc),
+    ("tutelage.teachers.formats", "FORMATS", attrgetter("summary")),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
+    ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
 ]
 """Every registry, a dict from the name users write, and what to read an entry's explanation from."""
 

@@ -10,36 +10,88 @@ from pydantic import Field, model_validator
 from tutelage.settings import Fraction, Name, Section
 
 
-class CorpusSource(Section):
-    """A named corpus from `tutelage data list`."""
-
-    kind: Literal["corpus"] = "corpus"
-    name: str = Field(description="name of the corpus")
+class _Share(Section):
     weight: float | None = Field(None, gt=0, description="share of bytes in the mixture; default: take all")
 
 
-class FilesSource(Section):
-    """Local text: .txt, .jsonl or .parquet, each also as .gz or .zst (not parquet)."""
-
-    kind: Literal["files"]
+class _Paths(_Share):
     paths: tuple[str, ...] = Field(min_length=1, description="files or glob patterns")
-    field: str = Field("text", description="field (jsonl) or column (parquet) that holds the text")
-    weight: float | None = Field(None, gt=0, description="share of bytes in the mixture; default: take all")
 
 
-class HubSource(Section):
-    """A Hugging Face data set, streamed (extra `hub`)."""
-
-    kind: Literal["hub"]
+class _OnHub(_Share):
     path: str = Field(description="name on the Hub, or a local directory that `datasets` can load")
     subset: str | None = Field(None, description="configuration of the data set, for example 'sample-10BT'")
     split: str = Field("train", description="split of the data set")
     revision: str | None = Field(None, description="commit or tag; pin it to make the store reproducible")
+
+
+class CorpusSource(_Share):
+    """A named corpus from `tutelage data list`."""
+
+    kind: Literal["corpus"] = "corpus"
+    name: str = Field(description="name of the corpus")
+
+
+class FilesSource(_Paths):
+    """Local text: .txt, .jsonl or .parquet, each also as .gz or .zst (not parquet)."""
+
+    kind: Literal["files"]
+    field: str = Field("text", description="field (jsonl) or column (parquet) that holds the text")
+
+
+class HubSource(_OnHub):
+    """A Hugging Face data set, streamed (extra `hub`)."""
+
+    kind: Literal["hub"]
     field: str = Field("text", description="column that holds the text")
-    weight: float | None = Field(None, gt=0, description="share of bytes in the mixture; default: take all")
 
 
-Source = Annotated[CorpusSource | FilesSource | HubSource, Field(discriminator="kind")]
+class _Pairs(_Share):
+    template: Literal["plain", "chat"] = Field(
+        "plain", description="plain: prompt, separator, completion; chat: the tokenizer's own chat template"
+    )
+    separator: str = Field(
+        "\n", description="plain only: ends every prompt, so that the model sees where it is to begin"
+    )
+
+
+class _PairFields(_Pairs):
+    prompt: str = Field("prompt", description="field that holds what is asked")
+    completion: str = Field("completion", description="field that holds the answer, which is what is learned")
+    messages: str | None = Field(
+        None,
+        description="instead of the two: field with a list of {role, content}; assistant turns are learned",
+    )
+
+    @model_validator(mode="after")
+    def _template_for_messages(self) -> _PairFields:
+        if self.messages is not None and self.template != "chat":
+            raise ValueError("messages need a chat template to become text; set template: chat")
+        return self
+
+
+class CorpusPairs(_Pairs):
+    """A named corpus of prompts and completions from `tutelage data list`, for stage sft."""
+
+    kind: Literal["corpus_pairs"]
+    name: str = Field(description="name of the corpus")
+
+
+class FilePairs(_Paths, _PairFields):
+    """Prompts and completions in local .jsonl (also .gz, .zst) or .parquet files, for stage sft."""
+
+    kind: Literal["pairs"]
+
+
+class HubPairs(_OnHub, _PairFields):
+    """Prompts and completions in a Hugging Face data set (extra `hub`), for stage sft."""
+
+    kind: Literal["hub_pairs"]
+
+
+TextSource = CorpusSource | FilesSource | HubSource
+PairSource = CorpusPairs | FilePairs | HubPairs
+Source = Annotated[TextSource | PairSource, Field(discriminator="kind")]
 
 
 class TokenizerConfig(Section):
@@ -69,4 +121,18 @@ class StoreConfig(Section):
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("give every source a weight, or none")
+        if self.uses_chat and self.tokenizer.path is None:
+            raise ValueError(
+                "template: chat needs tokenizer.path, the directory of a model with a chat template"
+            )
         return self
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether some tokens are prompts, which carry no loss."""
+        return any(isinstance(source, PairSource) for source in self.sources)
+
+    @property
+    def uses_chat(self) -> bool:
+        """Whether a chat template is needed."""
+        return any(isinstance(source, PairSource) and source.template == "chat" for source in self.sources)

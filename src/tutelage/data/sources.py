@@ -12,9 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutelage.data import textfiles
-from tutelage.data.config import CorpusSource, FilesSource, HubSource, Source
-from tutelage.data.corpora import find_corpus
+from tutelage.data import hubrows, textfiles
+from tutelage.data.config import (
+    CorpusPairs,
+    CorpusSource,
+    FilePairs,
+    FilesSource,
+    HubPairs,
+    HubSource,
+    PairSource,
+    Source,
+    TextSource,
+)
+from tutelage.data.corpora import find_corpus, find_pairs
+from tutelage.data.pairs import Piece, read_pairs
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,20 +33,27 @@ if TYPE_CHECKING:
 
     from pydantic import JsonValue
 
+    from tutelage.data.chat import Chat
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
     """One text of a mixture.
 
     Attributes:
-        text: not blank, and different from every document before it.
-        size: its bytes as UTF-8.
+        pieces: its text in order: one piece, or prompts and completions by turns.
+        size: bytes of the text as UTF-8.
         position: a number in [0, 1) that depends on the text alone; it decides the split.
     """
 
-    text: str
+    pieces: tuple[Piece, ...]
     size: int
     position: float
+
+    @property
+    def text(self) -> str:
+        """The whole text: not blank, and different from every document before it."""
+        return _joined(self.pieces)
 
 
 @dataclass(slots=True)
@@ -55,8 +73,8 @@ class Tally:
     blank: int = 0
 
 
-def read_documents(source: Source) -> Iterator[str]:
-    """The documents of one source, in a fixed order.
+def read_documents(source: TextSource) -> Iterator[str]:
+    """The documents of one source of text, in a fixed order.
 
     Raises:
         UserError: the source is missing, damaged, empty, not text or lacks the field; raised when the
@@ -68,7 +86,8 @@ def read_documents(source: Source) -> Iterator[str]:
         case FilesSource():
             return textfiles.read(source)
         case HubSource():
-            return _read_hub(source)
+            rows = hubrows.read_rows(source)
+            return (textfiles.text_of(row, source.field, where) for where, row in rows)
 
 
 def describe(source: Source) -> dict[str, JsonValue]:
@@ -79,10 +98,13 @@ def describe(source: Source) -> dict[str, JsonValue]:
     """
     match source:
         case CorpusSource():
-            return {"kind": "corpus", **find_corpus(source.name).identity()}
-        case FilesSource():
-            return {"kind": "files", "files": [_file_identity(path) for path in textfiles.find(source)]}
-        case HubSource():
+            return {"kind": source.kind, **find_corpus(source.name).identity()}
+        case CorpusPairs():
+            return {"kind": source.kind, **find_pairs(source.name).identity()}
+        case FilesSource() | FilePairs():
+            files: list[JsonValue] = [_file_identity(path) for path in textfiles.find(source.paths)]
+            return {"kind": source.kind, "files": files}
+        case HubSource() | HubPairs():
             fixed: dict[str, JsonValue] = source.model_dump(
                 include={"kind", "path", "subset", "split", "revision"}
             )
@@ -93,7 +115,10 @@ def describe(source: Source) -> dict[str, JsonValue]:
 
 
 def mixed(
-    sources: Sequence[Source], max_bytes: int | None = None, tally: Tally | None = None
+    sources: Sequence[Source],
+    max_bytes: int | None = None,
+    tally: Tally | None = None,
+    chat: Chat | None = None,
 ) -> Iterator[Document]:
     """Read several sources as one text, without blank documents and exact duplicates.
 
@@ -105,11 +130,12 @@ def mixed(
         sources: all with a weight, or all without.
         max_bytes: end with the document that reaches this many bytes of UTF-8; None: no limit.
         tally: filled while reading.
+        chat: renders the conversations of sources with `template: chat`.
     """
     tally = Tally() if tally is None else tally
     tally.documents, tally.bytes = [0] * len(sources), [0] * len(sources)
     seen: set[bytes] = set()
-    streams = [_distinct(source, index, seen, tally) for index, source in enumerate(sources)]
+    streams = [_distinct(source, index, seen, tally, chat) for index, source in enumerate(sources)]
     weights = [source.weight for source in sources if source.weight is not None]
     for document in _balanced(streams, weights, tally) if weights else itertools.chain(*streams):
         yield document
@@ -117,9 +143,22 @@ def mixed(
             return
 
 
-def _distinct(source: Source, index: int, seen: set[bytes], tally: Tally) -> Iterator[Document]:
+def _read(source: Source, chat: Chat | None) -> Iterator[tuple[Piece, ...]]:
+    if isinstance(source, PairSource):
+        return read_pairs(source, chat)
+    return ((Piece(text),) for text in read_documents(source))
+
+
+def _joined(pieces: tuple[Piece, ...]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def _distinct(
+    source: Source, index: int, seen: set[bytes], tally: Tally, chat: Chat | None
+) -> Iterator[Document]:
     """The documents of one source that are neither blank nor seen before, counted in `tally`."""
-    for text in read_documents(source):
+    for pieces in _read(source, chat):
+        text = _joined(pieces)
         if not text or text.isspace():
             tally.blank += 1
             continue
@@ -138,7 +177,7 @@ def _distinct(source: Source, index: int, seen: set[bytes], tally: Tally) -> Ite
         seen.add(digest[:16])
         tally.documents[index] += 1
         tally.bytes[index] += len(data)
-        yield Document(text, len(data), int.from_bytes(digest[:8], "big") / 2**64)
+        yield Document(pieces, len(data), int.from_bytes(digest[:8], "big") / 2**64)
 
 
 def _balanced(
@@ -159,22 +198,3 @@ def _file_identity(path: Path) -> dict[str, JsonValue]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return {"name": path.name, "size": path.stat().st_size, "sha256": checksum}
-
-
-def _read_hub(source: HubSource) -> Iterator[str]:
-    """Stream a data set; nothing is downloaded that is not read."""
-    try:
-        from datasets import load_dataset  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError:
-        raise UserError(
-            f"hub source {source.path}: the package 'datasets' is missing; run: pip install 'tutelage[hub]'"
-        ) from None
-    where = f"hub source {source.path}"
-    try:
-        rows = load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision, streaming=True
-        )
-        for number, row in enumerate(rows, 1):
-            yield textfiles.text_of(row, source.field, f"{where}, row {number}")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None

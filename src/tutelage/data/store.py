@@ -2,7 +2,8 @@
 
 A store is a directory: `manifest.json`, `tokenizer.json` and, for each split, `<split>.bin` (ids, every
 document closed by the end-of-text id) and `<split>.idx` (uint64 [documents + 1, 2]: where each document
-begins, in tokens and in bytes of its text).
+begins, in tokens and in bytes of its text). A store of prompts and completions also has `<split>.mask`
+(uint8 per token: 0 in a prompt, 1 elsewhere), which is for stage sft.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tutelage.data.chat import Chat
     from tutelage.data.config import StoreConfig
+    from tutelage.data.tokenize import TextTokenizer
     from tutelage.data.writer import Progress
     from tutelage.types import Split
 
 _IDX_ROW = 16
+_COUNT_TOKENS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +49,13 @@ class SplitView:
         tokens: ids of all documents, one after the other, each closed by the end-of-text id.
         offsets: uint64 [documents + 1, 2]; row i holds where document i begins in `tokens` and in the
             UTF-8 text; the last row holds the totals.
+        mask: uint8 [tokens], 0 where a token belongs to a prompt and carries no loss, else 1; None where
+            every token carries loss.
     """
 
     tokens: NDArray[Any]
     offsets: NDArray[np.uint64]
+    mask: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +90,20 @@ class Store:
         record = self.manifest.splits[name]
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         tokens = _mapped(self.path / f"{name}.bin", dtype, (record.tokens,))
+        offsets = _mapped(self.path / f"{name}.idx", np.dtype("<u8"), (record.documents + 1, 2))
+        if not self.manifest.masked:
+            return SplitView(tokens, offsets)
         return SplitView(
-            tokens, _mapped(self.path / f"{name}.idx", np.dtype("<u8"), (record.documents + 1, 2))
+            tokens, offsets, _mapped(self.path / f"{name}.mask", np.dtype(np.uint8), (record.tokens,))
         )
+
+
+def token_counts(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
+    """How often each id occurs in a split's tokens, end-of-text marks included."""
+    counts_V = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(tokens), _COUNT_TOKENS):  # bincount makes an int64 copy of what it is given
+        counts_V += np.bincount(tokens[start : start + _COUNT_TOKENS], minlength=vocab_size)
+    return counts_V
 
 
 def build_store(config: StoreConfig, output: Path, progress: Progress | None = None) -> Path:
@@ -108,12 +126,13 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     """
     progress = progress or _silent
     ready = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
+    chat = _chat(config, ready)
     sources = [describe(source) for source in config.sources]
     identity = {
         "schema_version": SCHEMA_VERSION,
         "config": config.model_dump(mode="json", exclude={"name"}),
         "sources": sources,
-        "tokenizer": ready and [ready.sha256, ready.end_of_text],
+        "tokenizer": ready and [ready.sha256, ready.end_of_text, *([chat.settings] if chat else [])],
     }
     path = output / f"{config.name}-{digest(identity)}"
     if _is_built(path):
@@ -122,9 +141,9 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     _check_space(config, output)
     with claimed(output / f".{path.name}.lock", f"store {path}"), new_directory(path) as partial:
         tokenizer = ready or train_tokenizer(training_texts(config, progress), config.tokenizer.vocab_size)
-        tokenizer.save(partial)
+        tokenizer.save(partial, chat.settings if chat else None)
         tally = Tally()
-        splits = write_splits(config, tokenizer, partial, tally, progress)
+        splits = write_splits(config, tokenizer, chat, partial, tally, progress)
         if sum(tally.documents) == 0:
             raise UserError(f"store {config.name}: the sources hold no text")
         manifest = Manifest(
@@ -158,6 +177,8 @@ def open_store(path: Path) -> Store:
     for name, record in manifest.splits.items():
         _check_size(path / f"{name}.bin", record.tokens * itemsize)
         _check_size(path / f"{name}.idx", (record.documents + 1) * _IDX_ROW)
+        if manifest.masked:
+            _check_size(path / f"{name}.mask", record.tokens)
     return Store(path, manifest)
 
 
@@ -183,6 +204,16 @@ def verify_store(path: Path) -> Store:
                 f"delete {path} and build it again"
             )
     return store
+
+
+def _chat(config: StoreConfig, tokenizer: TextTokenizer | None) -> Chat | None:
+    if not config.uses_chat:
+        return None
+    assert tokenizer is not None  # noqa: S101 - the config has checked that
+    assert config.tokenizer.path is not None  # noqa: S101
+    from tutelage.data.chat import load_chat  # noqa: PLC0415 - imports jinja2 and more, rarely needed
+
+    return load_chat(tokenizer, config.tokenizer.path)
 
 
 def _silent(_stage: str, _bytes: int) -> None:

@@ -16,21 +16,23 @@ import zstandard
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tutelage.data.config import FilesSource
+
+    Row = tuple[str, Mapping[str, object]]
 
 _ENDINGS = ".txt, .jsonl, .txt.gz, .txt.zst, .jsonl.gz, .jsonl.zst and .parquet"
 
 
-def find(source: FilesSource) -> list[Path]:
-    """The files that the paths and patterns of `source` name: patterns in turn, their matches sorted.
+def find(names: Sequence[str]) -> list[Path]:
+    """The files that paths and patterns name: patterns in turn, their matches sorted.
 
     Raises:
         UserError: a path does not exist, a pattern matches nothing, or a directory is given.
     """
     found: dict[Path, None] = {}
-    for text in source.paths:
+    for text in names:
         pattern = str(Path(text).expanduser())
         paths = [Path(pattern)] if Path(pattern).exists() else []
         if glob.has_magic(pattern) and not paths:
@@ -46,7 +48,7 @@ def find(source: FilesSource) -> list[Path]:
 
 def known_bytes(source: FilesSource) -> int:
     """Bytes of text that `source` surely holds: those of its plain .txt files."""
-    return sum(path.stat().st_size for path in find(source) if path.suffix == ".txt")
+    return sum(path.stat().st_size for path in find(source.paths) if path.suffix == ".txt")
 
 
 def read(source: FilesSource) -> Iterator[str]:
@@ -55,16 +57,30 @@ def read(source: FilesSource) -> Iterator[str]:
     Raises:
         UserError: a file is missing, empty, damaged or not text, or a row lacks the field.
     """
-    for path in find(source):
-        name = path.name.removesuffix(".gz").removesuffix(".zst")
-        if name.endswith(".txt"):
+    for path in find(source.paths):
+        if _name(path).endswith(".txt"):
             yield _whole(path)
-        elif name.endswith(".jsonl"):
-            yield from _lines(path, source.field)
-        elif path.name.endswith(".parquet"):
-            yield from _rows(path, source.field)
         else:
-            raise UserError(f"{path}: unknown kind of file; {_ENDINGS} can be read")
+            for where, row in _rows(path, (source.field,)):
+                yield text_of(row, source.field, where)
+
+
+def read_rows(names: Sequence[str], fields: Sequence[str]) -> Iterator[Row]:
+    """(file and line, row) of .jsonl and .parquet files, in order.
+
+    Args:
+        names: paths and patterns.
+        fields: what the caller will look at; of a parquet file only these columns are read.
+
+    Raises:
+        UserError: as `read`; or a file has no fields. A .jsonl row may still lack some.
+    """
+    for path in find(names):
+        if _name(path).endswith(".txt"):
+            raise UserError(
+                f"{path}: text has no fields; prompts and completions come from .jsonl or .parquet"
+            )
+        yield from _rows(path, fields)
 
 
 def text_of(row: object, field: str, where: str) -> str:
@@ -73,16 +89,25 @@ def text_of(row: object, field: str, where: str) -> str:
     Raises:
         UserError: the row is no mapping, lacks the field, or holds something else than text there.
     """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with the field '{field}', found {type(row).__name__}")
-    if field not in row:
-        raise UserError(f"{where}: no field '{field}'; it has: {', '.join(map(str, row)) or 'no field'}")
-    text = row[field]
+    text = value_of(row, field, where)
     if text is None:
         return ""
     if not isinstance(text, str):
         raise UserError(f"{where}: field '{field}' holds {type(text).__name__}, expected text")
     return text
+
+
+def value_of(row: object, field: str, where: str) -> object:
+    """What one row holds in a field.
+
+    Raises:
+        UserError: the row is no mapping, or lacks the field.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with the field '{field}', found {type(row).__name__}")
+    if field not in row:
+        raise UserError(f"{where}: no field '{field}'; it has: {', '.join(map(str, row)) or 'no field'}")
+    return row[field]
 
 
 @contextlib.contextmanager
@@ -113,13 +138,27 @@ def _whole(path: Path) -> str:
     return _decoded(data, str(path))
 
 
-def _lines(path: Path, field: str) -> Iterator[str]:
+def _name(path: Path) -> str:
+    """The file's name as it would be without compression."""
+    return path.name.removesuffix(".gz").removesuffix(".zst")
+
+
+def _rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    if _name(path).endswith(".jsonl"):
+        yield from _json_rows(path)
+    elif path.name.endswith(".parquet"):
+        yield from _parquet_rows(path, fields)
+    else:
+        raise UserError(f"{path}: unknown kind of file; {_ENDINGS} can be read")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
     number = 0
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}: line {number}"
             if not line.isspace():
-                yield text_of(_parsed(_decoded(line, where), where), field, where)
+                yield where, _parsed(_decoded(line, where), where)
     if number == 0:
         raise UserError(f"{path}: the file is empty")
 
@@ -140,7 +179,7 @@ def _parsed(line: str, where: str) -> Mapping[str, object]:
         raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
 
 
-def _rows(path: Path, field: str) -> Iterator[str]:
+def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet  # noqa: PLC0415 - an extra
     except ImportError:
@@ -149,14 +188,15 @@ def _rows(path: Path, field: str) -> Iterator[str]:
         ) from None
     try:
         file = parquet.ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            raise UserError(f"{path}: no column '{field}'; it has: {', '.join(file.schema_arrow.names)}")
+        for field in fields:
+            if field not in file.schema_arrow.names:
+                raise UserError(f"{path}: no column '{field}'; it has: {', '.join(file.schema_arrow.names)}")
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+        for batch in file.iter_batches(batch_size=1024, columns=list(fields)):
             for row in batch.to_pylist():
                 number += 1
-                yield text_of(row, field, f"{path}: row {number}")
+                yield f"{path}: row {number}", row
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())})") from None

@@ -19,7 +19,7 @@ from tutelage.errors import UserError
 from tutelage.files import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -57,8 +57,13 @@ class TextTokenizer:
         """Little-endian type of the ids on disk: uint16 where every id fits, else uint32."""
         return np.dtype("<u2") if self.vocab_size <= 2**16 else np.dtype("<u4")
 
-    def save(self, directory: Path) -> None:
-        """Write tokenizer.json byte for byte, and what transformers needs beside it to load it."""
+    def save(self, directory: Path, chat: Mapping[str, str] | None = None) -> None:
+        """Write tokenizer.json byte for byte, and what transformers needs beside it to load it.
+
+        Args:
+            directory: where to.
+            chat: the chat template of the text and the special tokens that it names, if there is one.
+        """
         (directory / "tokenizer.json").write_bytes(self.json.encode())
         write_json(
             directory / "tokenizer_config.json",
@@ -66,21 +71,23 @@ class TextTokenizer:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": self.end_of_text,
                 "clean_up_tokenization_spaces": False,
+                **(chat or {}),
             },
         )
 
-    def encoder(self) -> Callable[[Sequence[str]], list[bytes]]:
+    def encoder(self, *, markup: bool = False) -> Callable[[Sequence[str]], list[bytes]]:
         """A function from texts to their ids as bytes of `dtype`, without end-of-text tokens.
 
         Text that spells a special token is encoded letter by letter: a document cannot fake an end of
-        text.
+        text. Only in `markup`, which a chat template wrote, special tokens are meant.
         """
         tokenizer = Tokenizer.from_str(self.json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
+        tokenizer.encode_special_tokens = not markup
         encode = _whole_texts(tokenizer, self.dtype)
-        return _word_by_word(encode) if _splits_at_spaces(json.loads(self.json)) else encode
+        by_word = not markup and _splits_at_spaces(json.loads(self.json))
+        return _word_by_word(encode) if by_word else encode
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

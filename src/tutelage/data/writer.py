@@ -1,4 +1,4 @@
-"""The writing side of a token store: documents to their splits, ids to disk, in one stream."""
+"""The writing side of a token store: documents to their splits, ids and mask to disk, in one stream."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from tutelage.data.sources import Document, Tally, mixed
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from tutelage.data.chat import Chat
     from tutelage.data.config import StoreConfig
     from tutelage.data.tokenize import TextTokenizer
     from tutelage.types import Split
 
+    Encode = Callable[[Sequence[str]], list[bytes]]
     Progress = Callable[[str, int], None]
 
 _BATCH_BYTES = 4_000_000
@@ -71,26 +73,45 @@ def training_texts(config: StoreConfig, progress: Progress) -> list[str]:
 
 
 def write_splits(
-    config: StoreConfig, tokenizer: TextTokenizer, directory: Path, tally: Tally, progress: Progress
+    config: StoreConfig,
+    tokenizer: TextTokenizer,
+    chat: Chat | None,
+    directory: Path,
+    tally: Tally,
+    progress: Progress,
 ) -> dict[Split, SplitRecord]:
     """Encode the whole mixture and write every split's files into `directory`.
 
     Args:
         config: sources and split.
         tokenizer: turns the text into ids.
+        chat: renders conversations, where there are any.
         directory: where the files go; it must exist.
         tally: filled with what was read.
         progress: called with "tokens" and the bytes of text done.
     """
-    encode = tokenizer.encoder()
+    encoders = {markup: tokenizer.encoder(markup=markup) for markup in (False, True)}
     end = np.array([tokenizer.eos_id], tokenizer.dtype).tobytes()
     with contextlib.ExitStack() as stack:
-        writers = {name: _SplitWriter(directory, name, tokenizer.dtype.itemsize, stack) for name in SPLITS}
-        for batch in _batches(mixed(config.sources, config.max_bytes, tally)):
-            for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
-                writers[_split_of(document, config)].add(ids + end, document.size)
+        writers = {
+            name: _SplitWriter(directory, name, end, stack, masked=config.has_pairs) for name in SPLITS
+        }
+        for batch in _batches(mixed(config.sources, config.max_bytes, tally, chat)):
+            for document, ids in zip(batch, _encoded(batch, encoders), strict=True):
+                writers[_split_of(document, config)].add(document, ids)
             progress("tokens", sum(tally.bytes))
         return {name: writer.finish() for name, writer in writers.items()}
+
+
+def _encoded(batch: Sequence[Document], encoders: Mapping[bool, Encode]) -> Iterator[list[bytes]]:
+    """The ids of every piece of every document; each piece is encoded by itself."""
+    pieces = [piece for document in batch for piece in document.pieces]
+    ids = {
+        markup: iter(encode([piece.text for piece in pieces if piece.markup is markup]))
+        for markup, encode in encoders.items()
+    }
+    for document in batch:
+        yield [next(ids[piece.markup]) for piece in document.pieces]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -108,26 +129,35 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _SplitWriter:
-    """Appends documents to the two files of one split and keeps their checksums."""
+    """Appends documents to the files of one split and keeps their checksums."""
 
-    def __init__(self, directory: Path, name: Split, itemsize: int, stack: contextlib.ExitStack) -> None:
-        self._itemsize = itemsize
+    def __init__(
+        self, directory: Path, name: Split, end: bytes, stack: contextlib.ExitStack, *, masked: bool
+    ) -> None:
+        self._end = end
         self._bin = _HashedFile(directory / f"{name}.bin", stack)
         self._idx = _HashedFile(directory / f"{name}.idx", stack)
+        self._mask = _HashedFile(directory / f"{name}.mask", stack) if masked else None
         self._documents = self._tokens = self._bytes = 0
         self._idx.write(struct.pack("<QQ", 0, 0))
 
-    def add(self, ids: bytes, size: int) -> None:
-        """Append one document: its ids with the end of text, and the bytes of its text."""
-        self._bin.write(ids)
+    def add(self, document: Document, ids: Sequence[bytes]) -> None:
+        """Append one document, given the ids of its pieces, and close it with the end of text."""
+        self._bin.write(b"".join(ids) + self._end)
+        counts = [len(piece_ids) // len(self._end) for piece_ids in ids]
+        if self._mask is not None:
+            marks = (b"\0" if piece.is_prompt else b"\1" for piece in document.pieces)
+            learned = b"".join(mark * count for mark, count in zip(marks, counts, strict=True))
+            self._mask.write(learned + b"\1")  # to end is a part of the answer
         self._documents += 1
-        self._tokens += len(ids) // self._itemsize
-        self._bytes += size
+        self._tokens += sum(counts) + 1
+        self._bytes += document.size
         self._idx.write(struct.pack("<QQ", self._tokens, self._bytes))
 
     def finish(self) -> SplitRecord:
         """Bring everything to the disk; what was written."""
-        files = dict((self._bin.finish(), self._idx.finish()))
+        written = [self._bin, self._idx, *([self._mask] if self._mask is not None else [])]
+        files = dict(file.finish() for file in written)
         return SplitRecord(documents=self._documents, tokens=self._tokens, bytes=self._bytes, files=files)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -75,11 +76,7 @@ def load(
             Hub cannot be reached, or the logits are not a plain linear head of the hidden states.
     """
     name = str(path_or_hub_name)
-    local = Path(name).exists()
-    if local:
-        _check_directory(Path(name))
-    elif isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such directory")
+    local = _is_local(path_or_hub_name)
     try:
         with _no_progress_bars() if local else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -101,6 +98,38 @@ def load(
         raise UserError(f"{name}: {len(missing)} weights are missing, for example {missing[0]}")
     _check_logits(model, name)
     return model
+
+
+def _is_local(path_or_hub_name: str | Path) -> bool:
+    """Whether it is a model directory; False for what can only be a Hub name."""
+    name = str(path_or_hub_name)
+    if Path(name).exists():
+        _check_directory(Path(name))
+        return True
+    if isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such directory")
+    return False
+
+
+def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """What fixes the weights of a model, and the revision to load so that it stays so.
+
+    Returns:
+        The `weights_fingerprint` of a directory; for a Hub name, "name@commit" and the commit that
+        `revision` (default: the main branch) stands for now, or stood for when it was downloaded.
+
+    Raises:
+        UserError: nothing is there, or the Hub cannot be reached and nothing was downloaded before.
+    """
+    if _is_local(path_or_hub_name):
+        return weights_fingerprint(Path(path_or_hub_name)), None
+    try:
+        config = hf_hub_download(path_or_hub_name, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{path_or_hub_name}: not found on the Hub: {reason}") from None
+    commit = Path(config).parent.name  # files lie in snapshots/<commit>/
+    return f"{path_or_hub_name}@{commit}", commit
 
 
 @contextlib.contextmanager
@@ -127,6 +156,20 @@ def _check_directory(directory: Path) -> None:
             "AutoModelForCausalLM.from_pretrained(path, use_safetensors=False).save_pretrained(new_path)"
         )
     raise UserError(f"{directory}: no *.safetensors, so there are no weights to load")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first of cuda, mps, cpu that is there.
+
+    Raises:
+        UserError: torch does not see it.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"device = {name}: torch sees no such device here; use 'auto' or 'cpu'")
+    return torch.device(name)
 
 
 def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tutelage.errors import UserError
-from tutelage.files import claimed, make_directory, new_directory, write_json, write_text
+from tutelage.files import BusyError, claimed, make_directory, new_directory, write_json, write_text
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path):
@@ -63,3 +64,24 @@ def test_claim_is_exclusive_and_freed_by_death(tmp_path):
     other.join()
     with claimed(path, "it"):
         pass
+    assert not path.exists()
+
+
+def test_claims_that_come_and_go_are_never_held_by_two(tmp_path):
+    """Threads lock like processes here, since each opens the file for itself."""
+    path, holders, seen = tmp_path / "lock", [], []
+
+    def work(name):
+        for _ in range(300):
+            try:
+                with claimed(path, "it"):
+                    holders.append(name)
+                    seen.append(len(holders))
+                    holders.remove(name)
+            except BusyError:
+                pass
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert set(seen) == {1}
+    assert not path.exists()

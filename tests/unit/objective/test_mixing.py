@@ -19,7 +19,7 @@ from tutelage.objective import GATES, POLICIES, make_policy
 from tutelage.objectiveconfig import Alpha, Gate, ObjectiveConfig
 from tutelage.train.optim import learning_rate
 from tutelage.train.setup import prepare
-from tutelage.train.step import train_step
+from tutelage.train.step import Turn, train_step
 
 WSD = OptimConfig(schedule="wsd", warmup=0.1, decay=0.2, final_lr=0.0)
 EXAMPLES = {
@@ -201,7 +201,7 @@ def test_a_policy_costs_less_than_a_hundredth_of_a_demo_step(name, make_config):
     )
     setup = prepare(config)
     batch = [setup.loader.batch(0)]
-    step = min(cpu_seconds(lambda: train_step(setup.trainee, batch, 0.0, 1e-3)) for _ in range(5))
+    step = min(cpu_seconds(lambda: train_step([Turn(setup.trainee, 0.0, 1e-3)], batch)) for _ in range(5))
     policy, ce, teacher_ce = make(name), torch.tensor(3.5), torch.tensor(3.0)
 
     def hundred_steps():

@@ -1,0 +1,144 @@
+"""Conversations as text, by a tokenizer's chat template, split into what is given and what is learned."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from tutelage.data.pairs import Message, Piece
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tutelage.data.tokenize import TextTokenizer
+
+_NAMED_TOKENS = ("bos_token", "unk_token", "pad_token")
+"""Special tokens, besides the end of text, that a template may name."""
+
+
+class Chat:
+    """Renders conversations with one chat template.
+
+    Args:
+        tokenizer: the tokenizer the text is for.
+        settings: `chat_template` and the special tokens it names, as in tokenizer_config.json.
+
+    Attributes:
+        settings: the same, for the store's own tokenizer_config.json.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, settings: dict[str, str]) -> None:
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - seconds that other stores need not pay
+
+        self.settings = settings
+        self._end = tokenizer.end_of_text
+        added = json.loads(tokenizer.json)["added_tokens"]
+        self._special = [token["content"] for token in added if token["special"]]
+        self._tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(tokenizer.json), eos_token=self._end, **settings
+        )
+
+    def pieces(self, messages: Sequence[Message], where: str) -> tuple[Piece, ...]:
+        """A prompt and a completion for every turn of the assistant.
+
+        A prompt is everything the template puts before the turn, the generation prompt included; a completion
+        is everything it puts there for the turn. White space after an end-of-text token belongs to the next
+        prompt. What follows the last assistant turn is left out, and so is an end-of-text token at the very
+        end, because the store closes every document with one.
+
+        Args:
+            messages: turns with the roles that the template knows.
+            where: the place of the conversation, for messages.
+
+        Raises:
+            UserError: no turn is by the assistant, or the first one is; a text spells a special token; or the
+                template refuses the conversation or renders its beginning otherwise when more follows.
+        """
+        self._check(messages, where)
+        found: list[Piece] = []
+        done = ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._rendered(messages[:turn], where, prompting=True)
+            answered = self._rendered(messages[: turn + 1], where, prompting=False)
+            if not (asked.startswith(done) and answered.startswith(asked)):
+                raise UserError(
+                    f"{where}: the chat template renders message {turn + 1} or one before it otherwise when "
+                    "more follows, so that no border can be drawn; split the conversation into single turns"
+                )
+            answer = answered[len(asked) :]
+            if answer.rstrip().endswith(self._end):
+                answer = answer.rstrip()
+            found += [
+                Piece(asked[len(done) :], is_prompt=True, markup=True),
+                Piece(answer, is_prompt=False, markup=True),
+            ]
+            done = asked + answer
+        last = found[-1]
+        return *found[:-1], last._replace(text=last.text.removesuffix(self._end))
+
+    def _check(self, messages: Sequence[Message], where: str) -> None:
+        roles = [message["role"] for message in messages]
+        if "assistant" not in roles:
+            raise UserError(
+                f"{where}: no message of the role 'assistant', so there is nothing to learn; roles: "
+                f"{', '.join(roles) or 'none'}"
+            )
+        if roles[0] == "assistant":
+            raise UserError(f"{where}: the first message is the assistant's, so there is no prompt")
+        for message in messages:
+            for token in self._special:
+                if token in message["content"]:
+                    raise UserError(
+                        f"{where}: a message spells the special token '{token}', with which text could fake "
+                        "a turn; take it out"
+                    )
+
+    def _rendered(self, messages: Sequence[Message], where: str, *, prompting: bool) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompting
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: the chat template refuses it ({reason})") from None
+        return text
+
+
+def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
+    """The chat template beside the tokenizer in `path`: chat_template.jinja, or in tokenizer_config.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    settings = _settings(path / "tokenizer_config.json")
+    file = path / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(template, list):  # several, with names
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    if not isinstance(template, str):
+        raise UserError(
+            f"tokenizer.path {path}: no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json); use template: plain, or a directory of a model that chats"
+        )
+    named = {name: _content(settings.get(name)) for name in _NAMED_TOKENS if name in template}
+    tokens = {name: token for name, token in named.items() if token is not None}
+    return Chat(tokenizer, {"chat_template": template, **tokens})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _content(token: str | dict[str, str] | None) -> str | None:
+    """A token is written as a string or as an object."""
+    return token["content"] if isinstance(token, dict) else token

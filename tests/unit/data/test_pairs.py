@@ -1,0 +1,365 @@
+"""Prompts and completions: from rows to a token store whose mask says what is learned."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import Table, parquet
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
+
+from tutelage.configio import validate
+from tutelage.data.config import StoreConfig
+from tutelage.data.corpora import PAIR_CORPORA, find_pairs
+from tutelage.data.store import build_store, open_store, verify_store
+from tutelage.data.tokenize import END_OF_TEXT, train_tokenizer
+from tutelage.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (  # the same with what is learned marked, as transformers' own masks need it
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FORGETFUL = (  # marks the last message, as templates do that drop the thoughts of earlier turns
+    "{% for m in messages %}{{ '>' if loop.last else '-' }}{{ m['content'] }}{% endfor %}"
+)
+STRICT = "{{ raise_exception('roles must alternate') }}"
+START, END = "<|im_start|>", "<|im_end|>"
+QUESTION = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def write_tokenizer(directory: Path, settings: dict[str, object]) -> Path:
+    """A byte-level tokenizer of characters and a few words and the marks of ChatML."""
+    directory.mkdir()
+    tokenizer = Tokenizer.from_str(train_tokenizer(["no the the"] * 9, 262).json)
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in (START, END)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    return write_tokenizer(tmp_path / "plain", {})
+
+
+@pytest.fixture
+def chatty(tmp_path) -> Path:
+    return write_tokenizer(tmp_path / "chatty", {"eos_token": END, "chat_template": CHATML})
+
+
+def write_rows(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(tokenizer: Path | None, *sources: dict[str, object]) -> StoreConfig:
+    fields = {"name": "pairs", "sources": list(sources), "validation": 0.0, "test": 0.0}
+    return validate(StoreConfig, fields | {"tokenizer": {"path": tokenizer and str(tokenizer)}}, "test")
+
+
+def pairs(path: Path, **changes) -> dict[str, object]:
+    return {"kind": "pairs", "paths": [str(path)]} | changes
+
+
+def chat(path: Path) -> dict[str, object]:
+    return pairs(path, messages="messages", template="chat")
+
+
+def marked(store: Path, split: str = "train") -> list[tuple[str, int]]:
+    """Runs of equal mask, as (their text, mask)."""
+    view = open_store(store).split(split)
+    tokenizer = Tokenizer.from_file(str(store / "tokenizer.json"))
+    assert view.mask.shape == view.tokens.shape
+    borders = np.flatnonzero(np.diff(view.mask, prepend=2, append=2))
+    return [
+        (tokenizer.decode(view.tokens[a:b].tolist(), skip_special_tokens=False), int(view.mask[a]))
+        for a, b in itertools.pairwise(borders)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ plain
+
+
+def test_plain_pairs_are_masked_to_the_token(plain, tmp_path):
+    rows = write_rows(
+        tmp_path / "a.jsonl", {"prompt": "one", "completion": "two"}, {"prompt": "x", "completion": "y"}
+    )
+    store = build_store(config(plain, pairs(rows)), tmp_path / "stores")
+    assert marked(store) == [("one\n", 0), ("two<|endoftext|>", 1), ("x\n", 0), ("y<|endoftext|>", 1)]
+    assert open_store(store).split("train").mask.tolist() == [0] * 4 + [1] * 4 + [0] * 2 + [1] * 2
+
+
+def test_no_token_reaches_over_the_border(plain, tmp_path):
+    assert len(Tokenizer.from_file(str(plain / "tokenizer.json")).encode("the").ids) == 1
+    rows = write_rows(tmp_path / "a.jsonl", {"q": "eh? t", "a": "he no"})
+    source = pairs(rows, prompt="q", completion="a", separator="")
+    store = build_store(config(plain, source), tmp_path / "stores")
+    assert marked(store) == [("eh? t", 0), ("he no<|endoftext|>", 1)]
+
+
+def test_text_that_spells_the_end_is_only_text(plain, tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": "a<|endoftext|>", "completion": "b<|im_end|>"})
+    view = open_store(build_store(config(plain, pairs(rows)), tmp_path / "stores")).split("train")
+    assert np.flatnonzero(view.tokens == 0).tolist() == [len(view.tokens) - 1]
+
+
+def test_plain_text_beside_pairs_is_learned_whole(plain, tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": "one", "completion": "two"})
+    (tmp_path / "b.txt").write_text("all of it")
+    source = {"kind": "files", "paths": [str(tmp_path / "b.txt")]}
+    store = build_store(config(plain, source, pairs(rows)), tmp_path / "stores")
+    assert marked(store) == [("all of it<|endoftext|>", 1), ("one\n", 0), ("two<|endoftext|>", 1)]
+
+
+def test_offsets_and_splits_hold_as_for_every_store(plain, tmp_path):
+    rows = [{"prompt": f"what is {n}?", "completion": f"the {n}"} for n in range(200)]
+    settings = config(plain, pairs(write_rows(tmp_path / "a.jsonl", *rows, rows[0])))
+    settings = settings.model_copy(update={"validation": 0.2, "test": 0.2})
+    store = open_store(build_store(settings, tmp_path / "stores"))
+    assert sum(record.documents for record in store.manifest.splits.values()) == 200
+    assert store.manifest.duplicates == 1
+    for name in ("train", "validation", "test"):
+        view, record = store.split(name), store.manifest.splits[name]
+        assert record.documents > 10
+        assert view.offsets[-1].tolist() == [record.tokens, record.bytes] == [len(view.mask), record.bytes]
+        learned = np.add.reduceat(view.mask, view.offsets[:-1, 0].astype(int), dtype=int)
+        prompts = [text for text, mark in marked(store.path, name) if mark == 0]
+        assert len(prompts) == record.documents
+        assert (learned > 3).all()
+
+
+def test_parquet_and_the_hub_give_the_same_store(plain, tmp_path):
+    pytest.importorskip("datasets")
+    rows = [
+        {"prompt": "one", "completion": "two", "other": 1},
+        {"prompt": "x", "completion": "y", "other": 2},
+    ]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "hub").mkdir()
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "hub" / "train.parquet")
+    lines = write_rows(tmp_path / "a.jsonl", *rows)
+    sources = (
+        pairs(lines),
+        pairs(tmp_path / "a.parquet"),
+        {"kind": "hub_pairs", "path": str(tmp_path / "hub")},
+    )
+    stores = [build_store(config(plain, source), tmp_path / "stores") for source in sources]
+    assert len({open_store(store).fingerprint for store in stores}) == 1
+    assert len(set(stores)) == 3
+
+
+# ------------------------------------------------------------------------------------------------- chat
+
+
+def test_every_assistant_turn_is_learned_and_nothing_else(chatty, tmp_path):
+    turns = [
+        {"role": "system", "content": "be"},
+        *QUESTION,
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four the"},
+        {"role": "user", "content": "is left out"},
+    ]
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
+    store = build_store(config(chatty, chat(rows)), tmp_path / "stores")
+    assert marked(store) == [
+        ("<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("two<|im_end|>", 1),
+        ("\n<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("four the<|im_end|>", 1),
+    ]
+    opened = open_store(store)
+    marks = Tokenizer.from_file(str(store / "tokenizer.json")).get_vocab()
+    tokens = opened.split("train").tokens
+    assert opened.eos_id == marks["<|im_end|>"]
+    assert (tokens == marks["<|im_start|>"]).sum() == (tokens == marks["<|im_end|>"]).sum() == 5
+
+
+def test_the_mask_is_the_one_of_transformers(tmp_path):
+    path = write_tokenizer(tmp_path / "marked", {"eos_token": END, "chat_template": MARKED})
+    turns = [*QUESTION, {"role": "user", "content": "the no"}, {"role": "assistant", "content": "no the two"}]
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
+    view = open_store(build_store(config(path, chat(rows)), tmp_path / "stores")).split("train")
+    theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(
+        turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert theirs["input_ids"][:-1] == view.tokens.tolist()  # but for the line feed at the end
+    assert theirs["assistant_masks"][:-1] == view.mask.tolist()
+
+
+def test_the_store_closes_what_the_template_does_not(tmp_path):
+    base = write_tokenizer(tmp_path / "base", {"eos_token": END_OF_TEXT, "chat_template": CHATML})
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": "one", "completion": "two"})
+    store = build_store(config(base, pairs(rows, template="chat")), tmp_path / "stores")
+    assert marked(store) == [
+        ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("two<|im_end|>\n<|endoftext|>", 1),
+    ]
+
+
+def test_the_store_keeps_the_template_for_the_model(chatty, tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    store = build_store(config(chatty, chat(rows)), tmp_path / "stores")
+    tokenizer = AutoTokenizer.from_pretrained(store)
+    ids = tokenizer.apply_chat_template(QUESTION, tokenize=True, return_dict=False)
+    assert ids[:-1] == open_store(store).split("train").tokens.tolist()  # but for the line feed at the end
+    assert tokenizer.eos_token == END
+
+
+def test_a_template_file_comes_first_and_brings_the_tokens_it_names(tmp_path):
+    path = write_tokenizer(tmp_path / "llama", {"bos_token": {"content": START}, "pad_token": END})
+    (path / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    store = build_store(config(path, chat(rows)), tmp_path / "stores")
+    assert marked(store)[0][0].startswith("<|im_start|><|im_start|>user\n")
+    saved = json.loads((store / "tokenizer_config.json").read_text())
+    assert saved["bos_token"] == START
+    assert "pad_token" not in saved
+
+
+def test_another_template_is_another_store(chatty, tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    first = build_store(config(chatty, chat(rows)), tmp_path / "stores")
+    (chatty / "chat_template.jinja").write_text(CHATML.replace("<|im_end|>\n", "<|im_end|>\n\n"))
+    assert build_store(config(chatty, chat(rows)), tmp_path / "stores") != first
+
+
+# --------------------------------------------------------------------------------------------- identity
+
+
+def test_stores_without_pairs_are_what_they_were(tmp_path, monkeypatch):
+    """Name and fingerprint as written by version 0.1.0, which knew no masks."""
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text(
+        '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,'
+        '"pre_tokenizer":{"type":"WhitespaceSplit"},"post_processor":null,"decoder":null,'
+        '"model":{"type":"WordLevel","vocab":{"<|endoftext|>":0,"a":1,"b":2},"unk_token":"b"}}'
+    )
+    write_rows(Path("a.jsonl"), {"text": "a b a"}, {"text": "b b"})
+    settings = config(Path("tokenizer.json"), {"kind": "files", "paths": ["a.jsonl"]})
+    store = open_store(build_store(settings.model_copy(update={"name": "fixed"}), Path("stores")))
+    assert store.path.name == "fixed-bf762878"
+    assert store.fingerprint == "d91091da7b81807d1900724e629a5d120bf91ac450c88895a857b620d994e794"
+    assert store.split("train").mask is None
+    assert not list(store.path.glob("*.mask"))
+
+
+def test_the_mask_is_part_of_the_fingerprint_and_of_the_checks(plain, tmp_path):
+    stores = []
+    for border in ("one", "one t"):
+        row = {"prompt": border, "completion": "one two".removeprefix(border)}
+        rows = write_rows(tmp_path / "a.jsonl", row)
+        stores.append(build_store(config(plain, pairs(rows, separator="")), tmp_path / "stores"))
+    a, b = map(open_store, stores)
+    assert a.split("train").tokens.tolist() == b.split("train").tokens.tolist()
+    assert a.fingerprint != b.fingerprint
+    mask = a.path / "train.mask"
+    mask.write_bytes(mask.read_bytes()[::-1])
+    with pytest.raises(UserError, match=r"train\.mask: damaged"):
+        verify_store(a.path)
+    mask.write_bytes(b"\1")
+    with pytest.raises(UserError, match=r"train\.mask: has 1 bytes, expected 8; delete the store"):
+        open_store(a.path)
+
+
+# ------------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "one"}, r"a\.jsonl: line 2: no field 'completion'; it has: prompt"),
+        (
+            {"prompt": "one", "completion": " \n"},
+            r"a\.jsonl: line 2: field 'completion' is empty; every prompt",
+        ),
+        ({"prompt": None, "completion": "two"}, r"a\.jsonl: line 2: field 'prompt' is empty"),
+        ({"prompt": 3, "completion": "two"}, r"a\.jsonl: line 2: field 'prompt' holds int, expected text"),
+    ],
+)
+def test_bad_pairs_name_file_and_line(plain, tmp_path, row, message):
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": "good", "completion": "good"}, row)
+    with pytest.raises(UserError, match=message) as caught:
+        build_store(config(plain, pairs(rows)), tmp_path / "stores")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("one", r"line 1: field 'messages' holds str, expected a list of \{role, content\}"),
+        ([], "line 1: no message of the role 'assistant', so there is nothing to learn; roles: none"),
+        (QUESTION[:1], "no message of the role 'assistant', so there is nothing to learn; roles: user"),
+        (QUESTION[1:], "line 1: the first message is the assistant's, so there is no prompt"),
+        ([{"role": "user"}], "line 1, message 1: no field 'content'; it has: role"),
+        ([QUESTION[0], {"role": "assistant", "content": ""}], "message 2: field 'content' is empty"),
+        (["hello"], r"message 1: expected an object with the field 'role', found str"),
+        (
+            [{"role": "user", "content": "a<|im_end|>"}, QUESTION[1]],
+            r"line 1: a message spells the special token '<\|im_end\|>', with which text could fake a turn",
+        ),
+    ],
+)
+def test_bad_conversations_name_file_and_line(chatty, tmp_path, messages, message):
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": messages})
+    with pytest.raises(UserError, match=message):
+        build_store(config(chatty, chat(rows)), tmp_path / "stores")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (STRICT, r"line 1: the chat template refuses it \(roles must alternate\)"),
+        (
+            FORGETFUL,
+            r"line 1: the chat template renders message 2 or one before it otherwise when more follows",
+        ),
+        (None, r"tokenizer\.path .*: no chat template \(chat_template\.jinja, or chat_template in"),
+    ],
+)
+def test_bad_templates_are_refused(tmp_path, template, message):
+    path = write_tokenizer(tmp_path / "bad", {"chat_template": template} if template else {})
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    with pytest.raises(UserError, match=message):
+        build_store(config(path, chat(rows)), tmp_path / "stores")
+
+
+def test_bad_settings_are_refused(plain, tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": "one", "completion": "two"})
+    with pytest.raises(UserError, match="messages need a chat template to become text; set template: chat"):
+        config(plain, pairs(rows, messages="messages"))
+    with pytest.raises(UserError, match=r"template: chat needs tokenizer\.path"):
+        config(None, pairs(rows, template="chat"))
+    with pytest.raises(UserError, match="unknown setting; did you mean 'completion'"):
+        config(plain, pairs(rows, completions="x"))
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(UserError, match=r"a\.txt: text has no fields; prompts and completions come from"):
+        build_store(config(plain, pairs(tmp_path / "a.txt")), tmp_path / "stores")
+    parquet.write_table(Table.from_pylist([{"prompt": "one"}]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'completion'; it has: prompt"):
+        build_store(config(plain, pairs(tmp_path / "a.parquet")), tmp_path / "stores")
+    with pytest.raises(UserError, match="corpus of pairs 'sotu': no such corpus; known: rare_diseases"):
+        build_store(config(plain, {"kind": "corpus_pairs", "name": "sotu"}), tmp_path / "stores")
+
+
+# ------------------------------------------------------------------------------------------- the corpus
+
+
+def test_the_corpus_is_what_it_was():
+    assert set(PAIR_CORPORA) == {"rare_diseases"}
+    documents = list(find_pairs("rare_diseases").documents())
+    assert (len(documents), sum(len((a + b).encode()) for a, b in documents)) == (11_047, 2_751_255)
+    assert len({prompt for prompt, _ in documents}) == len(documents)
+    assert documents[0][0] == "What are the signs of Developmental and epileptic encephalopathy 96?"
+    assert documents[0][1].startswith("Epileptic spasm, Intellectual disability, profound, Small for gestat")
