@@ -85,9 +85,8 @@ def main() -> None:
             times["ours"].append(time.process_time() - middle)
         share = statistics.median(b / o for b, o in zip(times["bare"][1:], times["ours"][1:], strict=True))
         parameters = sum(weight.numel() for weight in model.parameters())
-        print(
-            f"{arguments.rung}, {parameters:,} parameters, vocabulary {arguments.vocab}, torch {torch.__version__}"
-        )
+        print(f"{arguments.rung}, {parameters:,} parameters, vocabulary {arguments.vocab}")
+        print(f"torch {torch.__version__}")
         for key, found in times.items():
             median = statistics.median(found[1:])
             print(f"{key:<6}{median:8.2f} s CPU {tokens / median:12,.0f} tokens/s")
