@@ -10,41 +10,39 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
-from tutelage.config import RunConfig
 from tutelage.configio import validate
 from tutelage.console import StudyTable
-from tutelage.data.store import build_store
-from tutelage.identity import run_id
-from tutelage.models.flops import training_flops
-from tutelage.models.ladder import rung
-from tutelage.settings import parse_tokens
-from tutelage.study.grid import Node
+from tutelage.data.store import build_store, open_store
+from tutelage.study.graph import Node, Stores, expand
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import default_workers, run_all
+from tutelage.study.spec import StudyConfig
 
-RUNGS = ("nano-50k", "nano-150k", "nano-350k")
-RATES = (2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2)
+RUNGS = ["nano-50k", "nano-150k", "nano-350k"]
+RATES = [2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2]
 
 
-def node(common: dict[str, object], name: str, rate: float, seed: int) -> Node:
-    """One no-teacher run."""
-    config = validate(
-        RunConfig,
-        common
-        | {
-            "name": f"{name}-lr{rate:g}-s{seed}",
-            "seed": seed,
-            "model": {"rung": name},
-            "optim": {"lr": rate},
-        },
-        "sweep",
-    )
-    cost = parse_tokens(config.tokens) * training_flops(rung(name), 512, config.data.sequence_length)
-    return Node(run_id(config), "baseline", None, None, seed, config, (), cost)
+def sweep(arguments: argparse.Namespace) -> list[Node]:
+    """The demo's no-teacher run at every rung, rate and seed."""
+    raw = demo_study(arguments.seeds, None, quick=False).model_dump(mode="json")
+    grid = {"product": {"rung": arguments.rungs, "lr": arguments.rates}}
+    raw |= {"teachers": {}, "students": {"sweep": {"tokens": arguments.tokens, "grid": grid}}}
+    study = validate(StudyConfig, raw, "sweep")
+    store = build_store(study.corpus, arguments.output / "data")
+    stores = Stores(store, dict.fromkeys(study.domains, store), {}, {})
+    nodes = expand(study, stores, arguments.output / "runs", open_store(store).vocab_size)
+    return [_in_domain_only(node) for node in nodes]
+
+
+def _in_domain_only(node: Node) -> Node:
+    """The same run, scored on the held-out speeches alone; what is scored is no part of a run's id."""
+    evals = node.config.eval.model_copy(update={"domains": node.config.eval.domains[:1]})
+    return replace(node, config=node.config.model_copy(update={"eval": evals}))
 
 
 def main() -> None:
@@ -58,29 +56,15 @@ def main() -> None:
     parser.add_argument("--rungs", nargs="+", default=RUNGS)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     arguments = parser.parse_args()
-    study = demo_study(1, arguments.tokens, quick=False)
-    store = build_store(study.corpus, arguments.output / "data")
-    cells = [(name, rate) for name in arguments.rungs for rate in arguments.rates]
-    nodes = {}
-    for name, rate in cells:
-        for seed in range(43, 43 + arguments.seeds):
-            common = study.run | {
-                "data": study.run["data"] | {"store": str(store), "seed": seed},
-                "tokens": arguments.tokens,
-                "output": str(arguments.output / "runs"),
-                "eval": {"domains": [{"name": "speeches", "store": str(store), "role": "in_domain"}]},
-            }
-            nodes[name, rate, seed] = node(common, name, rate, seed)
+    nodes = sweep(arguments)
     with StudyTable() as table:
-        run_all(list(nodes.values()), default_workers(), table)
+        run_all(nodes, default_workers(), table)
     print(f"{arguments.tokens} tokens, {arguments.seeds} seeds, validation bits per byte")
     for name in arguments.rungs:
         results = {}
         for rate in arguments.rates:
-            found = [
-                score(arguments.output / "runs" / nodes[name, rate, seed].id)
-                for seed in range(43, 43 + arguments.seeds)
-            ]
+            cell = [node for node in nodes if node.cell.rung == name and node.config.optim.lr == rate]
+            found = [score(arguments.output / "runs" / node.id) for node in cell]
             results[rate] = (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0)
         best = min(results, key=lambda rate: results[rate][0])
         for rate, (mean, deviation) in results.items():

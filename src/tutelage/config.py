@@ -16,15 +16,16 @@ from tutelage.types import Role
 
 
 class ModelConfig(Section):
-    """The student: a rung of the ladder with fresh weights, or a model directory to go on from."""
+    """The student: a rung of the ladder with fresh weights, or a model to go on from."""
 
     rung: str | None = Field(None, description="name of a shape; `tutelage models` lists them")
     path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
+    run: str | None = Field(None, description="finished run in the same output directory to go on from")
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
-        if (self.rung is None) == (self.path is None):
-            raise ValueError("give exactly one of 'rung' and 'path'")
+        if sum(given is not None for given in (self.rung, self.path, self.run)) != 1:
+            raise ValueError("give exactly one of 'rung', 'path' and 'run'")
         return self
 
 
@@ -167,9 +168,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _staged(self) -> RunConfig:
-        if self.stage == "sft" and self.model.path is None:
+        if self.stage == "sft" and self.model.rung is not None:
             raise ValueError(
-                "stage = sft goes on from a trained model; give model.path, a model directory, not model.rung"
+                "stage = sft goes on from a trained model; give model.path, a model directory, or model.run, "
+                "a run's id, not model.rung"
             )
         return self
 

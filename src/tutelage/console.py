@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from tutelage.study.grid import Node
+    from tutelage.study.graph import Node
 
 out = Console()
 err = Console(stderr=True)

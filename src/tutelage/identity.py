@@ -25,6 +25,8 @@ def run_id(config: RunConfig) -> str:
     fields["objective"].pop("chunk_tokens")
     if fields["stage"] == "pretrain":  # as in run ids from before there were stages
         fields.pop("stage")
+    if fields["model"]["run"] is None:  # as in run ids from before a run could be named
+        fields["model"].pop("run")
     for section in ("model", "teacher"):
         path = (fields[section] or {}).get("path")
         if path is not None:

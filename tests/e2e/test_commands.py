@@ -103,7 +103,7 @@ def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
         (["train", "run.yaml", "objective.alpha=0.5"], "there is no teacher"),
         (["train", "run.yaml", "tokens=lots"], "not a token budget"),
         (["train", "run.yaml", "tokens=10"], "less than one batch"),
-        (["train", "run.yaml", "nonsense"], "write key=value"),
+        (["train", "run.yaml", "nonsense"], "nonsense: no such file"),
         (["train", "run.yaml", "model.rung=nano"], "no such shape"),
         (["train", "run.yaml", "runtime.device=cuda"], "no such device"),
         (["train", "run.yaml", "output=/proc/x"], "/proc/x"),

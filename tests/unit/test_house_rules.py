@@ -20,7 +20,7 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 MIN_EXPLANATION = 12
 
-_BASE = {"types", "errors", "files", "settings", "configio", "config", "objectiveconfig"}
+_BASE = {"types", "errors", "files", "settings", "configio", "config", "objectiveconfig", "cacheformats"}
 _ROOMS = {"data", "models", "objective", "teachers"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "configio": {"errors"},
     "settings": set(),
     "objectiveconfig": {"settings"},
+    "cacheformats": {"settings"},
     "config": {"types", "errors", "settings", "objectiveconfig"},
     "data": _BASE,
     "models": _BASE,
@@ -45,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},
     "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals"},
     "analysis": {"types", "errors", "files", "resampling", "study.results", "study.planfile"},
-    "console": {"types", "errors", "train.loop", "study.runner", "study.grid"},
+    "console": {"types", "errors", "train.loop", "study.runner", "study.graph"},
     "doctor": {"errors", "provenance", "data.corpora"},
     "__main__": {"cli"},
     "cli_teach": _BASE | {"teachers", "console"},

@@ -70,7 +70,7 @@ def _template() -> jinja2.Template:
 
 
 def _student(results: Results) -> str:
-    student = results.plan.student
+    student = results.plan.students[0]
     return (
         f"{student.rung}, {words.count(student.parameters)} parameters, "
         f"{words.count(student.tokens)} training tokens"

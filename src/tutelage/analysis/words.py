@@ -140,7 +140,7 @@ def _control_sentence(control: Verdict, gaining: Sequence[Verdict]) -> str:
 
 def notes(results: Results, findings: Findings) -> list[str]:
     """What the numbers can and cannot show, each as one short paragraph."""
-    student = results.plan.student
+    student = results.plan.students[0]
     n = len(findings.verdicts) * 2
     return [
         _seed_note(findings),

@@ -82,6 +82,7 @@ class Rung:
 
 # name, hidden, layers, heads, head_dim, mlp, lr, summary
 _NANO = (
+    ("nano-20k", 32, 2, 4, 8, 80, 8.0e-3, "CPU: weak teacher of the mini study"),
     ("nano-50k", 48, 2, 4, 16, 120, 6.0e-3, "CPU: tests, and the weak teacher of the demo"),
     ("nano-150k", 64, 3, 4, 16, 192, 6.0e-3, "CPU: student of the demo"),
     ("nano-350k", 96, 3, 6, 16, 320, 6.0e-3, "CPU: strong teacher of the demo"),

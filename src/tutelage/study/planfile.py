@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
     from pathlib import Path
 
-Kind = Literal["teacher", "baseline", "student"]
+Kind = Literal["teacher", "baseline", "student", "after"]
 
 
 class PlanStudent(Section):
-    """The student that every baseline and student run trains."""
+    """A student setting: what a baseline and the students compared with it have in common."""
 
+    name: str = Field(description="name in tables and figures")
     rung: str = Field(description="name of its shape")
     tokens: int = Field(ge=1, description="training tokens of each run")
     parameters: int = Field(ge=1, description="parameters, embeddings included")
@@ -32,9 +33,13 @@ class PlanStudent(Section):
 class PlanTeacher(Section):
     """One teacher, or a control in a teacher's place."""
 
-    name: Name = Field(description="name in tables and figures")
+    name: str = Field(description="name in tables and figures")
     control: bool = Field(description="true if it knows nothing of the context, like the unigram")
     description: str = Field(description="what it is, in a few words")
+    rung: str | None = Field(None, description="its shape; null for controls and given models")
+    tokens: int | None = Field(None, description="its training tokens, where the study trains it")
+    parameters: int | None = Field(None, description="parameters, embeddings included, where known")
+    run: Name | None = Field(None, description="run id, where the study trains it")
 
 
 class PlanDomain(Section):
@@ -45,25 +50,41 @@ class PlanDomain(Section):
 
 
 class PlanRun(Section):
-    """One run: a teacher, a student without a teacher (baseline), or a student with one."""
+    """One run: a teacher, a student without a teacher (baseline), one with a teacher, or a stage after.
+
+    A student's `arm` says what is done with its teacher; an untaught student with an arm is another control,
+    such as one with the compute of a teacher in tokens. Runs of one student, teacher and arm that differ in
+    seed are replicates.
+    """
 
     run: Name = Field(description="run id, the name of its directory")
     kind: Kind
-    teacher: Name | None = Field(description="its own name, its teacher's (student), or null (baseline)")
-    alpha: Fraction | None = Field(description="weight of the distillation loss; students only")
+    group: str = Field(description="student group of the study file that asked for it; teachers: 'teachers'")
+    student: str | None = Field(description="student setting; null for teachers")
+    teacher: str | None = Field(description="its own name (teacher), its teacher's, or null")
+    arm: str | None = Field(description="what is done with the teacher, in words; null for teacher, baseline")
+    alpha: Fraction | None = Field(description="weight of the distillation loss where it is one number")
     seed: int = Field(description="seed of the run; a student is compared with the baseline of its seed")
+    tokens: int = Field(ge=1, description="training tokens")
+    parameters: int = Field(ge=1, description="parameters, embeddings included")
+    flops: float = Field(ge=0, description="estimate of its training, teacher included")
+    baseline: Name | None = Field(description="run id it is compared with; null for teachers and baselines")
+    stage: Name | None = Field(None, description="post-training stage (kind after)")
+    after: Name | None = Field(None, description="run id that the stage went on from (kind after)")
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanRun:
-        if (self.teacher is None) != (self.kind == "baseline"):
-            raise ValueError(f"run {self.run}: a {self.kind} run needs {_needs(self.kind)}")
-        if self.kind == "student" and self.alpha is None:
-            raise ValueError(f"run {self.run}: a student run needs an alpha")
+        if (self.student is None) != (self.kind == "teacher"):
+            raise ValueError(f"run {self.run}: every run but a teacher's has a student setting")
+        if self.kind == "student" and (self.arm is None or self.baseline is None):
+            raise ValueError(f"run {self.run}: a student run needs an arm and a baseline")
+        if self.kind in {"teacher", "baseline"} and (self.arm, self.baseline) != (None, None):
+            raise ValueError(f"run {self.run}: a {self.kind} run has neither arm nor baseline")
+        if (self.kind == "after") != (self.after is not None and self.stage is not None):
+            raise ValueError(
+                f"run {self.run}: stage and after belong to runs of kind after, and only to them"
+            )
         return self
-
-
-def _needs(kind: Kind) -> str:
-    return "teacher null" if kind == "baseline" else "the name of a teacher"
 
 
 class Plan(Section):
@@ -71,16 +92,17 @@ class Plan(Section):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    schema_version: Literal[1] = Field(1, alias="schema", description="version of this file's format")
+    schema_version: Literal[2] = Field(2, alias="schema", description="version of this file's format")
     name: Name
     title: str = Field(description="heading of the report")
     seeds: tuple[int, ...] = Field(min_length=1, description="seeds of the student runs")
     runs_directory: str = Field("runs", description="directory of the runs, from the study's directory")
-    student: PlanStudent
+    students: tuple[PlanStudent, ...]
     teachers: tuple[PlanTeacher, ...]
     domains: tuple[PlanDomain, ...]
     in_domain: Name = Field(description="the domain that is the training distribution")
     runs: tuple[PlanRun, ...]
+    claims: tuple[int, ...] = Field((), description="numbers of the pre-registered claims")
     notes: tuple[str, ...] = Field((), description="remarks for the report")
 
     @model_validator(mode="after")
@@ -90,14 +112,19 @@ class Plan(Section):
             raise ValueError(f"in_domain is '{self.in_domain}' but the domains with that role are {inside}")
         if len(self.domains) == 1:
             raise ValueError("domains: at least one must have the role out_of_domain")
-        known = {teacher.name for teacher in self.teachers}
-        unknown = {run.teacher for run in self.runs if run.teacher is not None} - known
-        if unknown:
-            raise ValueError(f"runs name teachers that are not in 'teachers': {sorted(unknown)}")
-        _refuse_twice("teacher", [teacher.name for teacher in self.teachers])
+        for what, known in (("teacher", self.teachers), ("student", self.students)):
+            names = {entry.name for entry in known}
+            used = {run.model_dump()[what] for run in self.runs} - {None}
+            if unknown := sorted(used - names):
+                raise ValueError(f"runs name {what}s that are not in '{what}s': {unknown}")
+            _refuse_twice(what, [entry.name for entry in known])
         _refuse_twice("domain", [domain.name for domain in self.domains])
         _refuse_twice("run", [run.run for run in self.runs])
-        _refuse_twice("cell", [(r.kind, r.teacher, r.alpha, r.seed) for r in self.runs])
+        cells = [(r.kind, r.student, r.teacher, r.arm, r.seed, r.stage) for r in self.runs]
+        _refuse_twice("cell", cells)
+        ids = {run.run for run in self.runs}
+        if lost := [run.run for run in self.runs if run.baseline not in ids | {None}]:
+            raise ValueError(f"run {lost[0]}: its baseline is not among the runs")
         return self
 
 

@@ -30,9 +30,8 @@ def demo_study(seeds: int, tokens: str | None, *, quick: bool) -> StudyConfig:
             parse_tokens(budget)
         except ValueError as error:
             raise UserError(f"--tokens: {error}") from None
-        raw["student"]["tokens"] = budget
-        for teacher in raw["teachers"].values():
-            if teacher["tokens"] is not None:
-                teacher["tokens"] = budget
+        for part in (*raw["students"].values(), *raw["teachers"].values()):
+            if part["tokens"] is not None:
+                part["tokens"] = budget
     raw["seeds"] = list(range(_FIRST_SEED, _FIRST_SEED + seeds))
     return validate(StudyConfig, raw, "demo")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.synchronize import Event
 
-    from tutelage.study.grid import Node
+    from tutelage.study.graph import Node
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0

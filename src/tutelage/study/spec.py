@@ -1,4 +1,4 @@
-"""The study file: which teachers teach which student, how much, how often."""
+"""The study file: which teachers teach which students, how much, how often, and what is to be shown."""
 
 from __future__ import annotations
 
@@ -6,28 +6,58 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tutelage.cacheformats import Format
 from tutelage.data.config import Source, StoreConfig
-from tutelage.settings import Budget, Fraction, Name, Section
+from tutelage.settings import Budget, Name, Section
+from tutelage.study.axes import Grid
 from tutelage.types import Role
+
+Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9{][A-Za-z0-9._@{}-]*$", max_length=100)]
+"""A name; with a grid, axes in braces take their values: "{rung}@{tokens}"."""
+
+
+class CacheSpec(Section):
+    """What is kept of a teacher's targets, computed once for all its students."""
+
+    format: Format
+    temperature: float = Field(1.0, gt=0, description="T of the kept probabilities")
 
 
 class TeacherSpec(Section):
-    """A teacher of the study: a rung trained on a budget, or a control that knows no context."""
+    """Teachers: a shape trained on a budget, a given model, or a control that knows no context.
 
-    description: str = Field(description="a few words for tables")
+    With a grid this is one teacher per point, its axes being fields of this section or settings of a run.
+    """
+
+    description: str = Field("", description="a few words for tables")
     rung: str | None = Field(None, description="shape of a trained teacher")
     tokens: Budget | None = Field(None, description="its training tokens")
+    seed: int | None = Field(None, ge=0, description="weights and data order; default: teacher_seed")
+    model: str | None = Field(None, description="or: a model directory or Hub name")
     control: Literal["unigram", "uniform"] | None = Field(None, description="or: kind of control")
-    alphas: tuple[Annotated[Fraction, Field(gt=0)], ...] = Field(
-        (), description="default: those of the study"
+    corpus: StoreConfig | None = Field(
+        None, description="trained on this text instead, in the study's tokens; for cross-corpus teachers"
     )
+    cache: CacheSpec | None = Field(None, description="compute targets once and keep them; default: live")
+    run: dict[str, Any] = Field({}, description="settings of its run, as in a run file")
+    grid: Grid | None = Field(None, description="one teacher per point")
 
-    @model_validator(mode="after")
-    def _one(self) -> TeacherSpec:
-        trained = self.rung is not None and self.tokens is not None
-        if trained == (self.control is not None) or (self.rung is None) != (self.tokens is None):
-            raise ValueError("give 'rung' and 'tokens', or 'control'")
-        return self
+
+class StudentSpec(Section):
+    """A group of students: one per point of the grid and seed, each beside the same student untaught.
+
+    Axes: teacher (a name, or null), alpha (a number or a policy), rung, tokens, seed, compute_of (a teacher
+    whose forward's cost an untaught student gets as more tokens), short names such as temperature, and any
+    setting of a run by its dotted path.
+    """
+
+    description: str = Field("", description="what this group is to show")
+    rung: str | None = Field(None, description="shape, where it is no axis")
+    tokens: Budget | None = Field(None, description="training tokens, where they are no axis")
+    seeds: tuple[int, ...] = Field((), description="default: the study's")
+    run: dict[str, Any] = Field({}, description="settings of these runs, as in a run file")
+    grid: Grid = Field(description="points of the group")
+    then: tuple[Name, ...] = Field((), description="stages of `post_training` that follow each run")
 
 
 class DomainSpec(Section):
@@ -37,25 +67,36 @@ class DomainSpec(Section):
     role: Role = "out_of_domain"
 
 
-class StudentSpec(Section):
-    """The student."""
+class PostTraining(Section):
+    """A stage after pretraining, the same for every run it follows; scored like any run."""
 
-    rung: str
-    tokens: Budget
+    corpus: StoreConfig = Field(description="prompts and completions, in the study's tokens")
+    tokens: Budget = Field(description="training tokens")
+    run: dict[str, Any] = Field({}, description="settings of its runs, as in a run file; stage is sft")
 
 
 class StudyConfig(Section):
-    """One student, several teachers, a grid of alphas and seeds; every run paired by seed."""
+    """Teachers, students and the grids between them; every comparison paired by seed."""
 
     name: Name
     title: str = Field(description="headline of the report")
     corpus: StoreConfig = Field(description="training text; its held-out part is the in-domain test")
     in_domain: Name = Field("in-domain", description="name of the held-out part in tables")
-    domains: dict[str, DomainSpec] = Field(description="out-of-domain texts, by name")
-    student: StudentSpec
-    teachers: dict[str, TeacherSpec] = Field(min_length=1)
+    domains: dict[Name, DomainSpec] = Field(min_length=1, description="out-of-domain texts, by name")
+    teachers: dict[Pattern, TeacherSpec] = Field(description="teachers by name; a grid makes several")
+    students: dict[Name, StudentSpec] = Field(description="groups of students; none: only teachers are made")
     teacher_seed: int = Field(42, ge=0, description="weights and data order of every teacher")
-    alphas: tuple[Annotated[Fraction, Field(gt=0)], ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1, description="a seed sets student weights and data order")
+    post_training: dict[Name, PostTraining] = Field({}, description="stages that may follow a run, by name")
+    claims: tuple[Annotated[int, Field(ge=1, le=23)], ...] = Field(
+        (), description="numbers of the claims tested as pre-registered, with Holm's correction over them"
+    )
     run: dict[str, Any] = Field({}, description="settings of every run, as in a run file")
     notes: tuple[str, ...] = Field((), description="what a reader of the report must know")
+
+    @model_validator(mode="after")
+    def _stages(self) -> StudyConfig:
+        for name, group in self.students.items():
+            if unknown := sorted(set(group.then) - self.post_training.keys()):
+                raise ValueError(f"students.{name}.then: no stage '{unknown[0]}' in post_training")
+        return self

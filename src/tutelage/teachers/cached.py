@@ -5,10 +5,10 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from tutelage.cacheformats import HiddenFormat, MinVarianceFormat, MultinomialFormat
 from tutelage.errors import UserError
 from tutelage.teachers.cache import open_cache
 from tutelage.teachers.codec import HiddenRows
-from tutelage.teachers.config import HiddenFormat, MinVarianceFormat, MultinomialFormat
 from tutelage.types import Batch, DenseTargets, SparseTargets, Targets
 
 if TYPE_CHECKING:

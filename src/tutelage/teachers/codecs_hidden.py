@@ -14,8 +14,8 @@ from tutelage.teachers.codec import HiddenRows, chunks
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tutelage.cacheformats import HiddenFormat
     from tutelage.teachers.codec import Setting
-    from tutelage.teachers.config import HiddenFormat
     from tutelage.types import DenseTargets
 
 _DTYPES = {

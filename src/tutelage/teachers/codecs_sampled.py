@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from tutelage.cacheformats import MinVarianceFormat, MultinomialFormat
     from tutelage.teachers.codec import Setting
-    from tutelage.teachers.config import MinVarianceFormat, MultinomialFormat
     from tutelage.types import SparseTargets
 
     Integers = NDArray[np.integer[Any]]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from tutelage.cacheformats import TopKFormat
     from tutelage.teachers.codec import Setting
-    from tutelage.teachers.config import TopKFormat
     from tutelage.types import DenseTargets
 
     Integers = NDArray[np.integer[Any]]

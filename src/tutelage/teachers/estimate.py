@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.cacheformats import Format, HiddenFormat, MinVarianceFormat, MultinomialFormat, TopKFormat
 from tutelage.teachers.codec import Setting
-from tutelage.teachers.config import (
-    Format,
-    HiddenFormat,
-    MinVarianceFormat,
-    MultinomialFormat,
-    TopKFormat,
-)
 from tutelage.teachers.formats import FORMATS, make_codec
 from tutelage.teachers.job import make_plan, prepare
 from tutelage.teachers.shards import INDEX_BYTES

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tutelage.cacheformats import MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.teachers.bits import LARGEST_WIDTH
 from tutelage.teachers.codec import Codec, HiddenRows, Rows, Setting
 from tutelage.teachers.codecs_hidden import HiddenCodec
 from tutelage.teachers.codecs_sampled import MinVarianceCodec, MultinomialCodec
 from tutelage.teachers.codecs_sparse import TopKCodec
-from tutelage.teachers.config import MinVarianceFormat, TopKFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tutelage.teachers.config import Format
+    from tutelage.cacheformats import Format
 
 __all__ = ["FORMATS", "Codec", "HiddenRows", "Kind", "Rows", "Setting", "make_codec"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tutelage.cacheformats import Format
 from tutelage.errors import UserError
-from tutelage.teachers.config import Format
 from tutelage.types import LogitTransform
 
 if TYPE_CHECKING:

@@ -209,16 +209,28 @@ def _student(config: RunConfig, store: Store) -> tuple[PreTrainedModel, float]:
         rung = ladder.rung(config.model.rung)
         model = hub.build(rung, store.vocab_size, length, config.seed)
         return model, config.optim.lr or rung.lr
-    assert config.model.path is not None  # noqa: S101 - the config has exactly one of the two
-    model = hub.load(config.model.path, dtype=torch.float32)
+    path = _start(config)
+    model = hub.load(path, dtype=torch.float32)
     own = model.get_output_embeddings().weight.shape[0]
     if own < store.vocab_size:
         raise UserError(
-            f"model.path {config.model.path}: its vocabulary has {own} entries, the token store's has "
+            f"model {path}: its vocabulary has {own} entries, the token store's has "
             f"{store.vocab_size}; build the store with this model's tokenizer"
         )
-    check_same_tokenizer(f"model.path {config.model.path}", Path(config.model.path), store.path)
+    check_same_tokenizer(f"model {path}", Path(path), store.path)
     return model, config.optim.lr or _FALLBACK_LR
+
+
+def _start(config: RunConfig) -> str:
+    """Where the weights lie that the run goes on from."""
+    if config.model.path is not None:
+        return config.model.path
+    path = config.output / str(config.model.run) / "model"
+    if not path.is_dir():
+        raise UserError(
+            f"model.run {config.model.run}: {path} does not exist; train that run to its end first"
+        )
+    return str(path)
 
 
 def _teacher(config: RunConfig, store: Store, device: torch.device) -> Teacher:

@@ -7,7 +7,8 @@ import pytest
 
 from tutelage.errors import UserError
 from tutelage.identity import run_id
-from tutelage.study.grid import Node
+from tutelage.study.cells import Cell
+from tutelage.study.graph import Node
 from tutelage.study.runner import run_all
 
 
@@ -21,7 +22,8 @@ class Quiet:
 
 
 def node(config, needs=()):
-    return Node(run_id(config), "baseline", None, None, config.seed, config, needs, 1.0)
+    cell = Cell(config.name, "baseline", "test", "tiny", None, None, None, config.seed, "nano-50k", 1, {})
+    return Node(run_id(config), cell, config, needs, None, 1, 1, 1.0, 0.0)
 
 
 def status(one):

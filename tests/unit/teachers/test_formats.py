@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from tutelage.cacheformats import Format, HiddenFormat, MinVarianceFormat, MultinomialFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.objective.chunked import chunked_objective
 from tutelage.objective.objective import Objective
 from tutelage.objective.truncate import TopK, TopP, truncate
 from tutelage.teachers import codec as codec_module
 from tutelage.teachers.codecs_sampled import MinVarianceCodec, safe_bits
-from tutelage.teachers.config import Format, HiddenFormat, MinVarianceFormat, MultinomialFormat, TopKFormat
 from tutelage.teachers.formats import FORMATS, Setting, make_codec
 from tutelage.teachers.grids import (
     gold_codes,

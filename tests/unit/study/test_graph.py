@@ -6,7 +6,7 @@ from tutelage.configio import validate
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.settings import parse_tokens
-from tutelage.study.grid import Stores, expand
+from tutelage.study.graph import Stores, expand
 from tutelage.study.presets import demo_study
 from tutelage.study.spec import StudyConfig
 
@@ -14,36 +14,36 @@ from tutelage.study.spec import StudyConfig
 @pytest.fixture
 def nodes(store, other_store, tmp_path):
     study = demo_study(seeds=2, tokens="20K", quick=False)
-    stores = Stores(store, dict.fromkeys(study.domains, other_store))
+    stores = Stores(store, dict.fromkeys(study.domains, other_store), {}, {})
     return expand(study, stores, tmp_path / "runs", open_store(store).vocab_size)
 
 
 def test_every_cell_is_there_once(nodes):
-    cells = [(node.kind, node.teacher, node.alpha, node.seed) for node in nodes]
+    cells = [(node.cell.kind, node.cell.teacher, node.cell.alpha, node.cell.seed) for node in nodes]
     assert len(set(cells)) == len(cells) == 3 + 2 * (1 + 3 * 2 + 1)
     assert len({node.id for node in nodes}) == len(nodes)
 
 
 def test_students_of_one_seed_differ_only_in_teacher_and_alpha(nodes):
-    students = [node.config for node in nodes if node.kind != "teacher" and node.seed == 43]
+    students = [node.config for node in nodes if node.cell.kind != "teacher" and node.cell.seed == 43]
     same = [s.model_dump(exclude={"name", "teacher", "objective"}) for s in students]
     assert all(one == same[0] for one in same)
     assert {s.data.seed for s in students} == {43} == {s.seed for s in students}
 
 
 def test_a_student_waits_for_exactly_its_teacher(nodes):
-    trained = {node.teacher: node.id for node in nodes if node.kind == "teacher"}
+    trained = {node.cell.teacher: node.id for node in nodes if node.cell.kind == "teacher"}
     assert set(trained) == {"weak", "same-level", "strong"}
     for node in nodes:
-        if node.kind == "student" and node.teacher != "unigram":
-            assert node.needs == (trained[node.teacher],)
-            assert node.config.teacher.run == trained[node.teacher]
+        if node.cell.kind == "student" and node.cell.teacher != "unigram":
+            assert node.needs == (trained[node.cell.teacher],)
+            assert node.config.teacher.run == trained[node.cell.teacher]
         else:
             assert node.needs == ()
 
 
 def test_ids_change_with_what_changes_the_result_and_with_nothing_else(store, other_store, tmp_path):
-    stores = Stores(store, dict.fromkeys(demo_study(1, None, quick=False).domains, other_store))
+    stores = Stores(store, dict.fromkeys(demo_study(1, None, quick=False).domains, other_store), {}, {})
 
     def ids(output, tokens="20K", **run):
         study = demo_study(1, tokens, quick=False)
@@ -57,14 +57,18 @@ def test_ids_change_with_what_changes_the_result_and_with_nothing_else(store, ot
 
 
 def test_estimate_counts_the_teacher_forward(nodes):
-    cost = {(node.kind, node.teacher): node.flops for node in nodes if node.seed in {42, 43}}
+    cost = {
+        (node.cell.kind, node.cell.teacher): node.flops + node.teacher_flops
+        for node in nodes
+        if node.cell.seed in {42, 43}
+    }
     assert cost["student", "unigram"] == cost["baseline", None]
     extra = cost["student", "same-level"] / cost["baseline", None]
     assert extra == pytest.approx(4 / 3)  # arXiv 2605.23857: 1.33 for a teacher of the student's size
 
 
 def test_quick_and_tokens_exclude_each_other_and_budgets_are_checked():
-    assert parse_tokens(demo_study(1, None, quick=True).student.tokens) < 200_000
+    assert parse_tokens(demo_study(1, None, quick=True).students["student"].tokens) < 200_000
     with pytest.raises(UserError, match="give one"):
         demo_study(1, "1M", quick=True)
     with pytest.raises(UserError, match="not a token budget"):
@@ -74,6 +78,6 @@ def test_quick_and_tokens_exclude_each_other_and_budgets_are_checked():
 def test_a_wrong_setting_of_all_runs_is_named(store, other_store, tmp_path):
     study = demo_study(1, None, quick=False)
     study = validate(StudyConfig, study.model_dump(mode="json") | {"run": {"optim": {"lrr": 1}}}, "test")
-    stores = Stores(store, dict.fromkeys(study.domains, other_store))
+    stores = Stores(store, dict.fromkeys(study.domains, other_store), {}, {})
     with pytest.raises(UserError, match="did you mean 'lr'"):
         expand(study, stores, tmp_path, 300)

@@ -1,0 +1,283 @@
+"""From a study file to its cells: every run that is to be, by name, before any text or model exists."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal
+
+from tutelage.configio import digest
+from tutelage.errors import UserError
+from tutelage.settings import parse_tokens
+from tutelage.study.factors import OWN, cell_name, merged, overlay, setting_of, slug, words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from tutelage.study.axes import Point
+    from tutelage.study.spec import StudentSpec, StudyConfig, TeacherSpec
+
+Kind = Literal["teacher", "baseline", "student", "after"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a study, by what it stands for.
+
+    Attributes:
+        name: readable and unique; the run's directory is `<name>-<hash8>`.
+        kind: a teacher, a student without one (baseline), a student with one, or a stage after one of them.
+        group: the student group that asked for it; of a teacher, "teachers".
+        student: name of shape, budget and settings that a student shares with its baseline; None: teacher.
+        teacher: own name of a teacher, the teacher's of a student; None: no teacher.
+        arm: what is done with the teacher, in words: "alpha 0.2, temperature 4"; None where nothing is.
+        alpha: weight of the distillation loss where it is one number.
+        seed: of the weights; students are paired by it.
+        rung: shape of the trained model.
+        tokens: its budget as written.
+        settings: of the run, as in a run file, less stores, models and teachers.
+        needs: names of cells to be finished first.
+        baseline: name of the cell a student is compared with.
+        stage: name of the post-training stage of kind "after".
+        compute_of: teacher whose forward's cost this untaught student gets as more tokens.
+    """
+
+    name: str
+    kind: Kind
+    group: str
+    student: str | None
+    teacher: str | None
+    arm: str | None
+    alpha: float | None
+    seed: int
+    rung: str
+    tokens: int | str
+    settings: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    baseline: str | None = None
+    stage: str | None = None
+    compute_of: str | None = None
+
+
+def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
+    """Every teacher by name, grids expanded; `rung`, `tokens`, `seed` and `run` of each are its own.
+
+    Raises:
+        UserError: a name appears twice or lacks an axis of its grid, or a teacher is not one of its kinds.
+    """
+    found: dict[str, TeacherSpec] = {}
+    for pattern, spec in study.teachers.items():
+        for point in spec.grid.points() if spec.grid is not None else [{}]:
+            where = f"study {study.name}: teachers.{pattern}"
+            name = _filled(pattern, point, where)
+            if name in found:
+                raise UserError(f"{where}: two teachers are called {name}; name every axis of the grid")
+            found[name] = _one_teacher(spec, point, study.teacher_seed, where)
+    return found
+
+
+def cells_of(study: StudyConfig) -> list[Cell]:
+    """Every run of `study` once: teachers, baselines, students, then what follows them.
+
+    Raises:
+        UserError: a cell cannot be built; the message names it.
+    """
+    teachers = teachers_of(study)
+    cells = {
+        cell.name: cell
+        for name, spec in teachers.items()
+        if spec.rung is not None
+        for cell in [_teacher_cell(study, name, spec)]
+    }
+    for group, spec in study.students.items():
+        where = f"study {study.name}: students.{group}"
+        for point in _with_teachers(spec.grid.points(), teachers, where):
+            for seed in [point["seed"]] if "seed" in point else spec.seeds or study.seeds:
+                for cell in _student_cells(study, group, point, int(seed), teachers):
+                    _add(cells, cell)
+    order: dict[Kind, int] = {"teacher": 0, "baseline": 1, "student": 2, "after": 3}
+    return sorted(cells.values(), key=lambda cell: order[cell.kind])
+
+
+def _add(cells: dict[str, Cell], cell: Cell) -> None:
+    """A cell that two groups ask for is one run."""
+    if (known := cells.setdefault(cell.name, cell)).settings != cell.settings:
+        raise UserError(f"cells of groups {known.group} and {cell.group} are both called {cell.name}")
+
+
+def _filled(pattern: str, point: Point, where: str) -> str:
+    try:
+        name = pattern.format(**point)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{where}: the name asks for {error}; axes of the grid: {sorted(point)}") from None
+    if point and name == pattern:
+        raise UserError(f"{where}: with a grid, the name needs its axes in braces: {{{'}@{'.join(point)}}}")
+    return name
+
+
+def _one_teacher(spec: TeacherSpec, point: Point, seed: int, where: str) -> TeacherSpec:
+    own = {axis: value for axis, value in point.items() if axis in {"rung", "tokens", "seed"}}
+    settings = {axis: value for axis, value in point.items() if axis not in own}
+    one = spec.model_copy(
+        update={"seed": spec.seed if spec.seed is not None else seed}
+        | own
+        | {"run": merged(spec.run, overlay(settings, where)), "grid": None}
+    )
+    kinds = [one.rung is not None, one.model is not None, one.control is not None]
+    if sum(kinds) != 1 or (one.rung is None) != (one.tokens is None):
+        raise UserError(f"{where}: give 'rung' and 'tokens', or 'model', or 'control'")
+    return one
+
+
+def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec) -> Cell:
+    assert spec.rung is not None and spec.tokens is not None and spec.seed is not None  # noqa: S101, PT018 - checked
+    settings = {"seed": spec.seed, "model": {"rung": spec.rung}, "data": {"seed": spec.seed}}
+    return Cell(
+        name=f"teacher-{slug(name)}",
+        kind="teacher",
+        group="teachers",
+        student=None,
+        teacher=name,
+        arm=None,
+        alpha=None,
+        seed=spec.seed,
+        rung=spec.rung,
+        tokens=spec.tokens,
+        settings=_checked_budget(study, name, merged(study.run, merged(settings, spec.run)), spec.tokens),
+    )
+
+
+def _checked_budget(
+    study: StudyConfig, name: str, settings: dict[str, Any], tokens: int | str
+) -> dict[str, Any]:
+    try:
+        parse_tokens(tokens, 1)
+    except ValueError as error:
+        raise UserError(f"study {study.name}: {name}: {error}") from None
+    return settings | {"tokens": tokens}
+
+
+def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], where: str) -> Iterator[Point]:
+    """Every point, those whose teacher is a pattern ("*@50B") once per teacher that matches."""
+    for point in points:
+        wanted = point.get("teacher")
+        if wanted is None:
+            yield point
+            continue
+        names = [name for name in teachers if name == wanted or fnmatchcase(name, str(wanted))]
+        if not names:
+            near = difflib.get_close_matches(str(wanted), teachers, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"{where}: teacher {wanted!r} is unknown; {hint}known: {', '.join(teachers)}")
+        yield from (point | {"teacher": name} for name in names)
+
+
+def _student_cells(
+    study: StudyConfig, group: str, point: Point, seed: int, teachers: Mapping[str, TeacherSpec]
+) -> Iterator[Cell]:
+    """The student of a point, the baseline it is compared with, and the stages that follow each."""
+    spec = study.students[group]
+    where = f"study {study.name}: students.{group}"
+    rung, tokens = point.get("rung", spec.rung), point.get("tokens", spec.tokens)
+    if rung is None or tokens is None:
+        raise UserError(f"{where}: a student needs 'rung' and 'tokens', in the group or as an axis")
+    teaching, shared = _told_apart({axis: value for axis, value in point.items() if axis not in OWN})
+    own = {"seed": seed, "model": {"rung": rung}, "data": {"seed": seed}}
+    settings = merged(own, merged(study.run, merged(spec.run, overlay(shared, where))))
+    objective = settings.pop("objective", {})  # a baseline has none, whatever the group's students have
+    student = _joined([str(rung), str(tokens), words(shared), _own_words(spec)])
+    baseline = Cell(
+        name=cell_name(["student", student], seed),
+        kind="baseline",
+        group=group,
+        student=student,
+        teacher=None,
+        arm=None,
+        alpha=None,
+        seed=seed,
+        rung=str(rung),
+        tokens=tokens,
+        settings=_checked_budget(study, student, settings, tokens),
+    )
+    cells = [baseline]
+    if (teacher := point.get("teacher")) is not None:
+        taught = _taught(baseline, teachers[teacher], str(teacher), teaching, where)
+        cells.append(replace(taught, settings=merged({"objective": objective}, taught.settings)))
+    elif (matched := point.get("compute_of")) is not None:
+        cells.append(_compute_matched(baseline, str(matched), teachers, where))
+    elif teaching:
+        raise UserError(f"{where}: {words(teaching)} without a teacher; add the axis 'teacher'")
+    for cell in cells:
+        yield cell
+        yield from (_after(study, cell, stage) for stage in spec.then)
+
+
+def _told_apart(factors: Point) -> tuple[Point, Point]:
+    """(what is done with the teacher, what the baseline shares)."""
+    teaching = {axis for axis in factors if setting_of(axis).startswith("objective.")}
+    return (
+        {axis: value for axis, value in factors.items() if axis in teaching},
+        {axis: value for axis, value in factors.items() if axis not in teaching},
+    )
+
+
+def _taught(baseline: Cell, spec: TeacherSpec, teacher: str, teaching: Point, where: str) -> Cell:
+    if "alpha" not in teaching:
+        raise UserError(f"{where}: teacher {teacher} without alpha; add the axis 'alpha'")
+    alpha = teaching["alpha"]
+    arm = words(teaching)
+    return replace(
+        baseline,
+        name=cell_name(["student", baseline.student, teacher, arm], baseline.seed),
+        kind="student",
+        teacher=teacher,
+        arm=arm,
+        alpha=float(alpha) if isinstance(alpha, int | float) else None,
+        settings=merged(baseline.settings, overlay(teaching, where)),
+        needs=(f"teacher-{slug(teacher)}",) if spec.rung is not None else (),
+        baseline=baseline.name,
+    )
+
+
+def _compute_matched(baseline: Cell, teacher: str, teachers: Mapping[str, TeacherSpec], where: str) -> Cell:
+    if teacher not in teachers or teachers[teacher].rung is None:
+        known = ", ".join(teachers)
+        raise UserError(f"{where}: compute_of {teacher!r} is no trained teacher; known: {known}")
+    arm = f"compute of {teacher}"
+    return replace(
+        baseline,
+        name=cell_name(["student", baseline.student, arm], baseline.seed),
+        kind="student",
+        arm=arm,
+        baseline=baseline.name,
+        compute_of=teacher,
+    )
+
+
+def _after(study: StudyConfig, cell: Cell, stage: str) -> Cell:
+    """A run's post-training: the same stage for all, compared with the baseline's."""
+    spec = study.post_training[stage]
+    seed = {"seed": cell.seed, "data": {"seed": cell.seed}}
+    settings = merged(merged(study.run, spec.run), seed | {"stage": "sft", "tokens": spec.tokens})
+    return replace(
+        cell,
+        name=f"{cell.name}-{slug(stage)}",
+        kind="after",
+        tokens=spec.tokens,
+        settings=settings,
+        needs=(cell.name,),
+        baseline=None if cell.baseline is None else f"{cell.baseline}-{slug(stage)}",
+        stage=stage,
+        compute_of=None,
+    )
+
+
+def _own_words(spec: StudentSpec) -> str:
+    """Settings of a whole group are part of what its students are."""
+    settings = {key: value for key, value in spec.run.items() if key != "objective"}
+    return f"settings {digest(settings)}" if settings else ""
+
+
+def _joined(parts: list[str]) -> str:
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,97 @@
+"""What an axis of a grid means: which setting of a run it is, how it reads in tables and in names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config import RunConfig
+from tutelage.configio import digest
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tutelage.study.axes import Point
+
+_SHORT = {
+    "alpha": "objective.alpha",
+    "temperature": "objective.temperature",
+    "divergence": "objective.divergence",
+    "mixing": "objective.mixing",
+    "truncation": "objective.truncation",
+    "gate": "objective.gate",
+    "tail": "objective.tail",
+    "lr": "optim.lr",
+    "data_seed": "data.seed",
+    "sequence_length": "data.sequence_length",
+}
+"""Short names of axes, and the setting of a run that each stands for."""
+
+OWN = {"rung", "tokens", "seed", "teacher", "compute_of"}
+"""Axes that are no setting of a run by themselves."""
+
+_NAME = re.compile(r"[^A-Za-z0-9.]+")
+_LONGEST = 60
+
+
+def setting_of(axis: str) -> str:
+    """The dotted path of the setting that an axis stands for."""
+    return _SHORT.get(axis, axis)
+
+
+def overlay(factors: Point, where: str) -> dict[str, Any]:
+    """Axis values as nested settings of a run.
+
+    Raises:
+        UserError: an axis is no setting of a run.
+    """
+    settings: dict[str, Any] = {}
+    for axis, value in factors.items():
+        path = setting_of(axis).split(".")
+        if path[0] not in RunConfig.model_fields:
+            known = [*sorted(OWN), *_SHORT, *RunConfig.model_fields]
+            near = difflib.get_close_matches(axis, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"{where}: axis '{axis}' is unknown; {hint}known: {', '.join(known)}")
+        nested: Any = value
+        for key in reversed(path):
+            nested = {key: nested}
+        settings = merged(settings, nested)
+    return settings
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def slug(text: str) -> str:
+    """`text` as part of a directory's name."""
+    return _NAME.sub("-", text).strip("-.")
+
+
+def cell_name(parts: Sequence[str | None], seed: int) -> str:
+    """Readable, and unique also where it had to be cut."""
+    text = "-".join(slug(part) for part in parts if part)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}-{digest(parts)}"
+    return f"{text}-s{seed}"
+
+
+def words(factors: Point) -> str:
+    """`alpha 0.2, temperature 4`; of sections their kind and settings: `gap_driven floor 0.1`."""
+    return ", ".join(_word(axis, value) for axis, value in factors.items())
+
+
+def _word(axis: str, value: object) -> str:
+    if isinstance(value, dict):
+        kind = value.get("policy", value.get("kind", axis))
+        rest = " ".join(f"{key} {item}" for key, item in value.items() if key not in {"policy", "kind"})
+        return f"{kind} {rest}".strip()
+    return f"{axis} {value:g}" if isinstance(value, float) else f"{axis} {value}"

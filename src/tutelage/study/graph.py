@@ -1,0 +1,192 @@
+"""From cells to a graph of runs: every run's full config and id, and what must be finished before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config import RunConfig, RunData
+from tutelage.configio import validate
+from tutelage.identity import run_id
+from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
+from tutelage.models.ladder import rung
+from tutelage.settings import parse_tokens
+from tutelage.study.cells import cells_of, teachers_of
+from tutelage.study.factors import merged
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from tutelage.study.cells import Cell
+    from tutelage.study.spec import StudyConfig, TeacherSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One run of a study, ready to start.
+
+    Attributes:
+        id: run id, the name of its directory.
+        cell: what it stands for.
+        config: the run.
+        needs: run ids to be finished first.
+        baseline: run id of what it is compared with; None for teachers and baselines.
+        tokens: training tokens.
+        parameters: of the trained model, embeddings included.
+        flops: estimate of its training, forward and backward.
+        teacher_flops: estimate of its teacher's forward passes; 0 without a teacher or with a control.
+    """
+
+    id: str
+    cell: Cell
+    config: RunConfig
+    needs: tuple[str, ...]
+    baseline: str | None
+    tokens: int
+    parameters: int
+    flops: float
+    teacher_flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Token stores of a study, all in the tokens of its corpus.
+
+    Attributes:
+        corpus: training text.
+        domains: out-of-domain texts, by name.
+        teachers: training text of the teachers that have their own, by teacher.
+        stages: pairs of the post-training stages, by name.
+    """
+
+    corpus: Path
+    domains: Mapping[str, Path]
+    teachers: Mapping[str, Path]
+    stages: Mapping[str, Path]
+
+
+def expand(study: StudyConfig, stores: Stores, output: Path, vocab_size: int) -> list[Node]:
+    """All runs of `study`, in an order in which each comes after what it needs.
+
+    Args:
+        study: the study.
+        stores: its token stores, which exist.
+        output: directory of run directories.
+        vocab_size: entries of the tokenizer.
+
+    Raises:
+        UserError: a run's settings are wrong; the message names the cell.
+    """
+    make = _Binder(study, stores, output, vocab_size, teachers_of(study), {})
+    return [make.node(cell) for cell in cells_of(study)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Binder:
+    study: StudyConfig
+    stores: Stores
+    output: Path
+    vocab_size: int
+    teachers: Mapping[str, TeacherSpec]
+    nodes: dict[str, Node]
+
+    def node(self, cell: Cell) -> Node:
+        """The node of a cell whose needs are nodes already."""
+        cost = Cost.of(cell, self.teachers, self.vocab_size, self._length(cell))
+        settings = merged(cell.settings, self._places(cell))
+        settings["tokens"] = cost.tokens if cell.compute_of else cell.tokens
+        config = validate(RunConfig, settings, f"study {self.study.name}: {cell.name}")
+        node = Node(
+            id=run_id(config),
+            cell=cell,
+            config=config,
+            needs=tuple(self.nodes[name].id for name in cell.needs),
+            baseline=None if cell.baseline is None else self.nodes[cell.baseline].id,
+            tokens=cost.tokens,
+            parameters=cost.parameters,
+            flops=cost.flops,
+            teacher_flops=cost.teacher_flops,
+        )
+        self.nodes[cell.name] = node
+        return node
+
+    def _length(self, cell: Cell) -> int:
+        length: int = cell.settings.get("data", {}).get("sequence_length", _SEQUENCE_LENGTH)
+        return length
+
+    def _places(self, cell: Cell) -> dict[str, Any]:
+        """What names directories: stores, output, models and teachers."""
+        store = self.stores.corpus
+        if cell.kind == "teacher":
+            store = self.stores.teachers.get(str(cell.teacher), store)
+        if cell.stage is not None:
+            store = self.stores.stages[cell.stage]
+        places: dict[str, Any] = {
+            "name": cell.name,
+            "data": {"store": str(store)},
+            "output": str(self.output),
+            "eval": {"domains": self._domains()},
+        }
+        if cell.kind == "after":
+            places["model"] = {"run": self.nodes[cell.needs[0]].id}
+        elif cell.kind == "student" and cell.teacher is not None:
+            places["teacher"] = self._teacher(cell.teacher, cell)
+        return places
+
+    def _teacher(self, name: str, cell: Cell) -> dict[str, Any]:
+        spec = self.teachers[name]
+        if spec.control is not None:
+            return {"kind": spec.control}
+        if spec.model is not None:
+            teacher: dict[str, Any] = {"kind": "model", "path": spec.model}
+        else:
+            teacher = {"kind": "run", "run": self.nodes[cell.needs[0]].id}
+        cache = {} if spec.cache is None else {"cache": spec.cache.model_dump(mode="json")}
+        return teacher | cache
+
+    def _domains(self) -> list[dict[str, str]]:
+        inside = {"name": self.study.in_domain, "store": str(self.stores.corpus), "role": "in_domain"}
+        outside = [
+            {"name": name, "store": str(self.stores.domains[name]), "role": spec.role}
+            for name, spec in self.study.domains.items()
+        ]
+        return [inside, *outside]
+
+
+_SEQUENCE_LENGTH = int(RunData.model_fields["sequence_length"].default)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Estimate of a cell, from shapes alone.
+
+    Attributes:
+        tokens: training tokens.
+        parameters: of the trained model, embeddings included.
+        flops: of training, forward and backward.
+        teacher_flops: of the teacher's forward passes.
+    """
+
+    tokens: int
+    parameters: int
+    flops: float
+    teacher_flops: float
+
+    @classmethod
+    def of(
+        cls, cell: Cell, teachers: Mapping[str, TeacherSpec], vocab_size: int, sequence_length: int
+    ) -> Cost:
+        """Cost of a cell; a teacher that is a given model or a control counts as free."""
+
+        def forward(name: str) -> float:
+            return forward_flops(rung(name), vocab_size, sequence_length)
+
+        total = parameters(rung(cell.rung), vocab_size).total
+        tokens = parse_tokens(cell.tokens, total)
+        of = cell.compute_of or (cell.teacher if cell.kind == "student" else None)
+        shape = teachers[of].rung if of is not None else None
+        teacher = forward(shape) if shape is not None else 0.0
+        if cell.compute_of is not None:
+            tokens, teacher = round(tokens * kd_cost_factor(teacher, forward(cell.rung))), 0.0
+        return cls(tokens, total, 3 * forward(cell.rung) * tokens, teacher * tokens)

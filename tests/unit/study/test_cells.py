@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+
+from tutelage.configio import validate
+from tutelage.errors import UserError
+from tutelage.study.cells import cells_of, teachers_of
+from tutelage.study.spec import StudyConfig
+
+BASE = {
+    "name": "test",
+    "title": "A test",
+    "corpus": {"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]},
+    "domains": {"scripture": {"source": {"kind": "corpus", "name": "kjv"}}},
+    "teachers": {
+        "{rung}@{tokens}": {"grid": {"product": {"rung": ["nano-20k", "nano-50k"], "tokens": ["1M", "2M"]}}},
+        "unigram": {"control": "unigram"},
+    },
+    "students": {},
+    "seeds": [43, 44],
+}
+
+
+def study(**changes):
+    return validate(StudyConfig, BASE | changes, "test")
+
+
+def group(grid, **more):
+    return {"main": {"rung": "nano-50k", "tokens": "1M", "grid": grid} | more}
+
+
+def test_a_grid_of_teachers_is_named_by_its_axes():
+    found = teachers_of(study())
+    assert list(found) == ["nano-20k@1M", "nano-20k@2M", "nano-50k@1M", "nano-50k@2M", "unigram"]
+    assert (found["nano-50k@2M"].rung, found["nano-50k@2M"].tokens) == ("nano-50k", "2M")
+    assert {cell.seed for cell in cells_of(study())} == {42}
+
+
+def test_a_pattern_stands_for_every_teacher_that_matches():
+    cells = cells_of(study(students=group({"product": {"teacher": ["nano-*@1M"], "alpha": [0.4]}})))
+    assert {cell.teacher for cell in cells if cell.kind == "student"} == {"nano-20k@1M", "nano-50k@1M"}
+
+
+def test_students_that_share_everything_but_the_teacher_share_a_baseline():
+    grid = {"product": {"teacher": ["nano-20k@1M"], "alpha": [0.2, 0.4], "temperature": [1.0, 2.0]}}
+    cells = {cell.name: cell for cell in cells_of(study(students=group(grid)))}
+    students = [cell for cell in cells.values() if cell.kind == "student"]
+    assert len(students) == 2 * 2 * 2
+    for cell in students:
+        baseline = cells[cell.baseline]
+        assert baseline.kind == "baseline"
+        assert baseline.seed == cell.seed
+        assert baseline.settings == {k: v for k, v in cell.settings.items() if k != "objective"}
+        assert cell.needs == ("teacher-nano-20k-1M",)
+    assert {cell.arm for cell in students} >= {"alpha 0.2, temperature 1", "alpha 0.4, temperature 2"}
+
+
+def test_what_is_not_about_the_teacher_makes_another_student_with_its_own_baseline():
+    grid = {"product": {"teacher": ["unigram"], "alpha": [0.1], "lr": [1e-3, 2e-3], "rung": ["nano-20k"]}}
+    cells = cells_of(study(students=group(grid)))
+    assert len({cell.student for cell in cells if cell.kind == "student"}) == 2
+    assert sum(cell.kind == "baseline" for cell in cells) == 2 * 2
+    assert {cell.settings["optim"]["lr"] for cell in cells if cell.kind == "baseline"} == {1e-3, 2e-3}
+
+
+def test_a_cell_that_two_groups_ask_for_is_one_run():
+    grid = {"product": {"teacher": ["unigram"], "alpha": [0.1]}}
+    twice = group(grid) | {"again": group(grid)["main"]}
+    assert len(cells_of(study(students=twice))) == len(cells_of(study(students=group(grid))))
+
+
+def test_a_policy_is_an_alpha_and_no_number():
+    grid = {"product": {"teacher": ["unigram"], "alpha": [{"policy": "salt", "value": 0.8, "until": 0.3}]}}
+    (cell,) = (c for c in cells_of(study(students=group(grid), seeds=[43])) if c.kind == "student")
+    assert cell.alpha is None
+    assert cell.arm == "salt value 0.8 until 0.3"
+    assert cell.settings["objective"]["alpha"]["policy"] == "salt"
+
+
+def test_objective_settings_of_a_group_reach_its_students_and_not_their_baseline():
+    run = {"objective": {"divergence": "reverse_kl"}}
+    cells = cells_of(study(students=group({"product": {"teacher": ["unigram"], "alpha": [0.1]}}, run=run)))
+    for cell in cells:
+        expected = {"divergence": "reverse_kl", "alpha": 0.1} if cell.kind == "student" else None
+        assert cell.settings.get("objective") == expected or cell.kind == "teacher"
+
+
+def test_seeds_can_be_an_axis():
+    grid = {"zip": {"teacher": ["nano-20k@1M", "nano-50k@1M"], "seed": [7, 8]}}
+    cells = cells_of(study(students=group({"cross": [grid, {"product": {"alpha": [0.4]}}]})))
+    found = {(cell.teacher, cell.seed) for cell in cells if cell.kind == "student"}
+    assert found == {("nano-20k@1M", 7), ("nano-50k@1M", 8)}
+
+
+def test_a_stage_follows_students_and_baselines_alike():
+    pairs = {"name": "pairs", "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}]}
+    stages = {"sft": {"corpus": pairs, "tokens": "100K"}}
+    grid = {"product": {"teacher": ["unigram"], "alpha": [0.1]}}
+    cells = {c.name: c for c in cells_of(study(students=group(grid, then=["sft"]), post_training=stages))}
+    after = [cell for cell in cells.values() if cell.kind == "after"]
+    assert len(after) == 2 * 2
+    for cell in after:
+        before = cells[cell.needs[0]]
+        assert cell.settings["stage"] == "sft"
+        if before.kind == "student":
+            assert cells[cell.baseline].needs == (before.baseline,)
+
+
+@pytest.mark.parametrize(
+    ("students", "message"),
+    [
+        (group({"product": {"teacher": ["nano-2k@1M"], "alpha": [0.1]}}), "did you mean 'nano-20k@1M'"),
+        (group({"product": {"teacher": ["unigram"]}}), "teacher unigram without alpha"),
+        (group({"product": {"alpha": [0.1]}}), "alpha 0.1 without a teacher"),
+        (group({"product": {"temprature": [2.0]}}), "did you mean 'temperature'"),
+        (group({"product": {"compute_of": ["unigram"]}}), "compute_of 'unigram' is no trained teacher"),
+        (group({"product": {"rung": ["nano-20k"], "tokens": ["lots"]}}), "not a token budget"),
+        ({"main": {"grid": {"product": {"rung": ["nano-20k"]}}}}, "needs 'rung' and 'tokens'"),
+        (group({"product": {"rung": ["nano-20k"]}}, then=["sft"]), "no stage 'sft'"),
+    ],
+)
+def test_a_cell_that_cannot_be_built_is_named(students, message):
+    with pytest.raises(UserError, match=message):
+        cells_of(study(students=students))
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        ({"a": {"grid": {"product": {"rung": ["nano-20k"], "tokens": ["1M"]}}}}, "axes in braces"),
+        ({"{size}": {"grid": {"product": {"rung": ["nano-20k"]}}}}, "asks for 'size'"),
+        (
+            {"{rung}": {"grid": {"product": {"rung": ["a"], "tokens": ["1M", "2M"]}}}},
+            "two teachers are called a",
+        ),
+        ({"a": {"rung": "nano-20k"}}, "give 'rung' and 'tokens', or 'model', or 'control'"),
+        ({"a": {"control": "unigram", "model": "x"}}, "give 'rung' and 'tokens', or 'model', or 'control'"),
+    ],
+)
+def test_a_teacher_that_is_none_is_named(teachers, message):
+    with pytest.raises(UserError, match=message):
+        teachers_of(study(teachers=teachers))
