@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +26,44 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. seeds=[43,44]", metavar="[KEY=VALUE]...")
 ]
 Directory = Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")]
+
+
+@study_app.command("plan")
+def study_plan(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="study files or presets, and settings to change; of several studies the runs they share "
+            "count once",
+            metavar="FILE... [KEY=VALUE]...",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="the study's directory, to go by how fast its finished runs were")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="h100, a100, l40s, ..., cpu; default: h100")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many")] = 1,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1.0, help="part of the peak that is reached")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="of a device for an hour")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Say what a study will take before anything runs: runs, FLOPs, memory, time, energy, cost.
+
+    Nothing is built or downloaded. Every cell is checked, so what cannot be run is named here.
+    """
+    from tutelage.console_study import print_forecast
+    from tutelage.study.forecast import Machine, forecast
+    from tutelage.study.presets import load_study
+
+    overrides = [text for text in files if "=" in text]
+    studies = [load_study(text, overrides) for text in files if "=" not in text]
+    found = forecast(studies, Machine(device, devices, mfu, price), output)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        print_forecast(found, " ".join(files))
 
 
 @study_app.command("run")

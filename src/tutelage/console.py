@@ -28,10 +28,12 @@ err = Console(stderr=True)
 
 
 def period(seconds: float) -> str:
-    """A length of time as people say it: "12 s", "3.4 min", "5.6 h"."""
+    """A length of time as people say it: "12 s", "3.4 min", "5.6 h", "9.5 days"."""
     if seconds < 100:  # noqa: PLR2004 - two digits
         return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"  # noqa: PLR2004 - the same
+    if seconds < 360_000:  # noqa: PLR2004 - the same
+        return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"  # noqa: PLR2004 - the same
+    return f"{seconds / 86400:,.1f} days"
 
 
 def short(number: float) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 from rich.table import Table
 
-from tutelage.console import out, period
+from tutelage.console import out, period, short
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,6 +94,44 @@ class StudyTable:
                     highlight=False,
                     markup=False,
                 )
+
+
+def print_forecast(found: dict[str, Any], files: str) -> None:
+    """What `tutelage study plan` says."""
+    table = Table("runs", box=None, pad_edge=False)
+    for name in ("number", "tokens"):
+        table.add_column(name, justify="right")
+    for kind, row in found["runs"].items():
+        table.add_row(kind, f"{row['runs']:,}", short(row["tokens"]))
+    table.add_row("all", f"{found['total_runs']:,}", short(found["total_tokens"]))
+    out.print(table)
+    table = Table("\nwork", box=None, pad_edge=False)
+    table.add_column("\nFLOPs", justify="right")
+    table.add_column("\nshare", justify="right")
+    total = sum(found["flops"].values())
+    for purpose, flops in found["flops"].items():
+        table.add_row(purpose, f"{flops:.3g}", f"{flops / total:.1%}")
+    table.add_row("all", f"{total:.3g}", "")
+    out.print(table)
+    memory, hours, path = found["memory"], found["time"], found["critical_path"]
+    lines = [
+        f"\nmemory   {memory['bytes'] / 1e9:.3g} GB on one device at most, by {memory['run']}"
+        + ("" if memory["fits"] else ": more than the device has, so it must be divided over several"),
+        f"         = {memory['formula']}",
+        f"cache    {found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most",
+        f"time     {period(hours['wall_seconds'])} on {found['source']}",
+        f"         {hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted",
+        f"path     {period(path['seconds'])} at least, on any number of devices: {' > '.join(path['runs'])}",
+    ]
+    if found["energy_kwh"] is not None:
+        lines.append(
+            f"energy   {found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted"
+        )
+    if found["cost"] is not None:
+        lines.append(f"cost     {found['cost']:,.2f} at {found['price']:g} per device hour")
+    lines += [f"note     {note}" for note in found["notes"]]
+    lines.append(f"next     tutelage study run {files}")
+    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_status(status: Status, directory: Path) -> None:

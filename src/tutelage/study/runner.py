@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from tutelage.configio import digest
 from tutelage.errors import Stopped, UserError
 from tutelage.signals import stop_signal
+from tutelage.study.chains import chain_weights
 from tutelage.study.engines.base import RunTask
 from tutelage.train.rundir import RunDirectory
 
@@ -113,7 +114,8 @@ class _Work:
 
     def __post_init__(self) -> None:
         self._recipes = {node.id: _recipe(node) for node in self.nodes}
-        self._weights = chain_weights(self.nodes)
+        costs = {node.id: node.flops + node.teacher_flops for node in self.nodes}
+        self._weights = chain_weights(costs, {node.id: node.needs for node in self.nodes})
         self._keys = map(str, itertools.count())
         self._tried: set[str] = set()
 
@@ -211,17 +213,6 @@ class _Work:
         key = _company(first)
         alike = [node for node in ready if node.id not in self._tried and _company(node) == key]
         return alike[:size]
-
-
-def chain_weights(nodes: Sequence[Node]) -> dict[str, float]:
-    """FLOPs of each run and of the longest chain of runs that wait for it."""
-    behind = dict.fromkeys((node.id for node in nodes), 0.0)
-    weights = {}
-    for node in reversed(nodes):
-        weights[node.id] = node.flops + node.teacher_flops + behind[node.id]
-        for need in node.needs:
-            behind[need] = max(behind[need], weights[node.id])
-    return weights
 
 
 def _company(node: Node) -> str:

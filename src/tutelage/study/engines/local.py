@@ -17,19 +17,24 @@ from tutelage.study.engines.base import Outcome, perform
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerContext, SpawnContext
     from multiprocessing.synchronize import Event
     from types import TracebackType
     from typing import Self
 
     from tutelage.study.engines.base import Task
 
+    _Context = ForkServerContext | SpawnContext
+
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0
-_SPAWN = multiprocessing.get_context("spawn")  # threads of ours and CUDA do not survive a fork
 
 
 class LocalEngine:
-    """An `Engine` of long-lived worker processes: torch is imported once per worker, not once per run.
+    """An `Engine` of long-lived worker processes.
+
+    On the CPU they are forked from a server that has imported torch and done nothing else, so a worker starts
+    in no time and they share that memory. CUDA does not survive a fork: with GPUs each starts afresh.
 
     Args:
         workers: how many.
@@ -40,6 +45,10 @@ class LocalEngine:
         self.slots = workers
         self._gpus = gpus
         self._workers: list[_Worker | None] = [None] * workers
+        self._context: _Context = multiprocessing.get_context("spawn")
+        if not gpus and sys.platform == "linux":
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(["tutelage.pipeline"])
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +68,7 @@ class LocalEngine:
         worker = self._workers[place]
         if worker is None or not worker.process.is_alive():
             gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
-            worker = self._workers[place] = _Worker(_share(place, self.slots), gpu)
+            worker = self._workers[place] = _Worker(self._context, _share(place, self.slots), gpu)
         worker.start(key, task.model_dump_json())
 
     def wait(self, seconds: float) -> dict[str, Outcome]:
@@ -91,11 +100,11 @@ class LocalEngine:
 class _Worker:
     """A process that does one task after another until `leave` is set."""
 
-    def __init__(self, cores: set[int] | None, gpu: str | None) -> None:
+    def __init__(self, context: _Context, cores: set[int] | None, gpu: str | None) -> None:
         self.key: str | None = None
-        self.leave: Event = _SPAWN.Event()
-        self.connection, theirs = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=_serve, args=(theirs, self.leave, cores, gpu), daemon=True)
+        self.leave: Event = context.Event()
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.leave, cores, gpu), daemon=True)
         self.process.start()
         theirs.close()
 
