@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
-from tutelage.configio import digest
+from tutelage.configio import digest, merged
 from tutelage.errors import UserError
 from tutelage.settings import parse_tokens
-from tutelage.study.factors import OWN, cell_name, merged, overlay, setting_of, slug, words
+from tutelage.study.factors import OWN, cell_name, overlay, setting_of, slug, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config import RunConfig, RunData
-from tutelage.configio import validate
+from tutelage.configio import merged, validate
 from tutelage.identity import run_id
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
 from tutelage.models.ladder import rung
 from tutelage.settings import parse_tokens
 from tutelage.study.cells import cells_of, teachers_of
-from tutelage.study.factors import merged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tutelage.configio import load, validate
 from tutelage.errors import UserError
 from tutelage.settings import parse_tokens
 from tutelage.study.spec import StudyConfig
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _FIRST_SEED = 43
 _QUICK_TOKENS = "150K"
+_PRESETS = Path(str(resources.files("tutelage.presets")))
+_NO_STUDIES = {"evals", "paper/common"}
+"""The suites of `tutelage eval`, and what the paper's studies build on."""
+
+
+def preset_names() -> list[str]:
+    """Names of the studies that come with the package: "demo", "mini", "paper/mixing" and so on."""
+    files = sorted(_PRESETS.rglob("*.yaml"))
+    names = [file.relative_to(_PRESETS).with_suffix("").as_posix() for file in files]
+    return [name for name in names if name not in _NO_STUDIES]
+
+
+def load_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
+    """A preset by its name, or a study file by its path, which ends with .yaml.
+
+    Raises:
+        UserError: there is none, or it is wrong; the message names file and field.
+    """
+    if study.endswith((".yaml", ".yml")):
+        return load(StudyConfig, Path(study), overrides)
+    if study not in (names := preset_names()):
+        near = difflib.get_close_matches(study, names, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(f"study {study!r}: no such preset and no .yaml file; {hint}known: {', '.join(names)}")
+    return load(StudyConfig, _PRESETS / f"{study}.yaml", overrides)
 
 
 def demo_study(seeds: int, tokens: str | None, *, quick: bool) -> StudyConfig:
@@ -20,8 +50,7 @@ def demo_study(seeds: int, tokens: str | None, *, quick: bool) -> StudyConfig:
     Raises:
         UserError: the budget is no number of tokens, or is given together with `quick`.
     """
-    with resources.as_file(resources.files("tutelage.presets") / "demo.yaml") as path:
-        raw = load(StudyConfig, Path(path)).model_dump(mode="json")
+    raw = load_study("demo").model_dump(mode="json")
     if quick and tokens is not None:
         raise UserError("--quick and --tokens both set the budget; give one")
     budget = _QUICK_TOKENS if quick else tokens

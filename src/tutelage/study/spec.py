@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tutelage.cacheformats import Format
 from tutelage.data.config import Source, StoreConfig
@@ -65,6 +65,7 @@ class DomainSpec(Section):
 
     source: Source
     role: Role = "out_of_domain"
+    max_bytes: int | None = Field(None, ge=1, description="read no more text than this, in bytes of UTF-8")
 
 
 class PostTraining(Section):
@@ -75,8 +76,19 @@ class PostTraining(Section):
     run: dict[str, Any] = Field({}, description="settings of its runs, as in a run file; stage is sft")
 
 
+def _with_base(schema: dict[str, Any]) -> None:
+    """What a file may say and `tutelage.configio.load` resolves: then the base has what is required."""
+    names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    schema["properties"]["base"] = names | {
+        "description": "files this one builds on, by name without .yaml: beside it, or presets"
+    }
+    schema["anyOf"] = [{"required": ["base"]}, {"required": schema.pop("required")}]
+
+
 class StudyConfig(Section):
     """Teachers, students and the grids between them; every comparison paired by seed."""
+
+    model_config = ConfigDict(json_schema_extra=_with_base)
 
     name: Name
     title: str = Field(description="headline of the report")

@@ -61,7 +61,14 @@ def _build_stores(study: StudyConfig, directory: Path, say: Callable[[str], None
         corpus=corpus,
         domains={
             name: build(
-                StoreConfig(name=name, sources=(spec.source,), tokenizer=tokenizer, validation=0.5, test=0.5)
+                StoreConfig(
+                    name=name,
+                    sources=(spec.source,),
+                    tokenizer=tokenizer,
+                    validation=0.5,
+                    test=0.5,
+                    max_bytes=spec.max_bytes,
+                )
             )
             for name, spec in study.domains.items()
         },
