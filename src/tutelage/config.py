@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from tutelage.cacheformats import CacheSettings, misfit
 from tutelage.objectiveconfig import ObjectiveConfig, WsdAlpha
 from tutelage.settings import Budget, Fraction, Name, Section, check_plain_tokens, check_tokens
 from tutelage.types import Role
@@ -55,14 +56,21 @@ class OptimConfig(Section):
     final_lr: Fraction = Field(0.1, description="learning rate at the last step, as a fraction of the peak")
 
 
-class RunTeacher(Section):
+class _Kept(Section):
+    cache: CacheSettings | None = Field(
+        None,
+        description="compute its targets once and keep them in caches/ beside the output; default: live",
+    )
+
+
+class RunTeacher(_Kept):
     """A teacher that is a finished run in the same output directory."""
 
     kind: Literal["run"]
     run: str = Field(description="run id, the name of its directory")
 
 
-class ModelTeacher(Section):
+class ModelTeacher(_Kept):
     """A teacher that is any causal language model in Hugging Face format with the same vocabulary."""
 
     kind: Literal["model"]
@@ -205,6 +213,10 @@ class RunConfig(Section):
             raise ValueError(
                 "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"
             )
+        if isinstance(self.teacher, RunTeacher | ModelTeacher) and (cache := self.teacher.cache) is not None:
+            reason = misfit(cache.format, cache.temperature, objective, "teacher.cache")
+            if reason is not None:
+                raise ValueError(reason)
         if isinstance(self.teacher, ControlTeacher) and gate == "teacher_entropy":
             raise ValueError(
                 f"objective.gate.kind = teacher_entropy sorts tokens, but the {self.teacher.kind} teacher is "

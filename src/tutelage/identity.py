@@ -27,6 +27,8 @@ def run_id(config: RunConfig) -> str:
         fields.pop("stage")
     if fields["model"]["run"] is None:  # as in run ids from before a run could be named
         fields["model"].pop("run")
+    if fields["teacher"] and fields["teacher"].get("cache") is None:  # as before targets could be kept
+        fields["teacher"].pop("cache", None)
     for section in ("model", "teacher"):
         path = (fields[section] or {}).get("path")
         if path is not None:

@@ -35,6 +35,7 @@ class Node:
         parameters: of the trained model, embeddings included.
         flops: estimate of its training, forward and backward.
         teacher_flops: estimate of its teacher's forward passes; 0 without a teacher or with a control.
+            Counted in every student, also where a cache pays it once for all: a student's cost is its own.
     """
 
     id: str
