@@ -49,11 +49,20 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: Fraction = Field(
-        0.05, description="fraction of steps of linear warm-up; default in stage sft: 0.01"
+    warmup: Fraction | str = Field(
+        0.05,
+        union_mode="left_to_right",
+        description="linear warm-up: fraction of the steps, or tokens ('2M'); default in stage sft: 0.01",
     )
     decay: Fraction = Field(0.2, description="fraction of steps of linear decay at the end (wsd only)")
     final_lr: Fraction = Field(0.1, description="learning rate at the last step, as a fraction of the peak")
+
+    @field_validator("warmup")
+    @classmethod
+    def _budget(cls, warmup: float | str) -> float | str:
+        if isinstance(warmup, str):
+            check_plain_tokens(warmup)
+        return warmup
 
 
 class _Kept(Section):
@@ -119,6 +128,10 @@ class CheckpointConfig(Section):
 
     every: Budget = Field("100M", description="tokens between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
+    trunk: bool = Field(
+        default=False,
+        description="keep one more, where the decay begins (wsd), for longer runs to start from",
+    )
 
     _check = field_validator("every")(check_plain_tokens)
 
@@ -132,10 +145,19 @@ class RuntimeConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="also send the rows there (extra `trackers`)"
     )
+    trunk: str | None = Field(
+        None,
+        description="shorter run with checkpoint.trunk in the same output directory, to start from: it has "
+        "computed the same steps up to its decay",
+    )
 
 
 _SFT_LR, _SFT_WARMUP = 1e-5, 0.01
 """The paper's, for its 1.7B students."""
+
+
+NOT_THE_RESULT = {"name", "eval", "checkpoint", "runtime", "output", "micro_batch_tokens"}
+"""Fields of a run that do not change the trained weights."""
 
 
 class RunConfig(Section):
@@ -181,6 +203,20 @@ class RunConfig(Section):
                 "stage = sft goes on from a trained model; give model.path, a model directory, or model.run, "
                 "a run's id, not model.rung"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _branching(self) -> RunConfig:
+        """Up to the decay, runs that differ in their budget are one, if nothing else depends on it."""
+        trunk = self.runtime.trunk is not None
+        if (trunk or self.checkpoint.trunk) and self.optim.schedule != "wsd":
+            raise ValueError(f"a trunk needs optim.schedule = wsd, not {self.optim.schedule}")
+        if trunk and not isinstance(self.optim.warmup, str):
+            raise ValueError(
+                f"runtime.trunk: optim.warmup = {self.optim.warmup} depends on the budget; give it in tokens"
+            )
+        if trunk and self.teacher is not None:
+            raise ValueError("runtime.trunk: a run with a teacher starts at its beginning; drop one of them")
         return self
 
     @model_validator(mode="after")

@@ -128,6 +128,8 @@ class _Binder:
             "output": str(self.output),
             "eval": {"domains": self._domains()},
         }
+        if cell.trunk is not None:
+            places["runtime"] = {"trunk": self.nodes[cell.trunk].id}
         if cell.kind == "after":
             places["model"] = {"run": self.nodes[cell.needs[0]].id}
         elif cell.kind == "student" and cell.teacher is not None:

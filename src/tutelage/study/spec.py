@@ -34,6 +34,11 @@ class TeacherSpec(Section):
     cache: CacheSettings | None = Field(
         None, description="compute targets once for all students, in caches/; default: live"
     )
+    trunk: bool = Field(
+        default=False,
+        description="budgets are branches of one run: each starts where the decay of the next shorter one "
+        "begins; needs optim.schedule wsd and a warm-up in tokens",
+    )
     run: dict[str, Any] = Field({}, description="settings of its run, as in a run file")
     grid: Grid | None = Field(None, description="one teacher per point")
 

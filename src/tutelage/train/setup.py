@@ -145,7 +145,10 @@ def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
             clip=config.optim.clip,
             autocast=_autocast(config, device),
         ),
-        policy=make_policy(config.objective.alpha, partial(learning_rate, config.optim, 1.0)),
+        policy=make_policy(
+            config.objective.alpha,
+            partial(learning_rate, config.optim, 1.0, batch_tokens=config.global_batch_tokens),
+        ),
         loader=_loader(config, store, world, steps),
         steps=steps,
         lr=lr,
