@@ -50,7 +50,9 @@ def ours(setup: Setup, alpha: float) -> Callable[[int], None]:
     """The step as the loop takes it."""
 
     def step(index: int) -> None:
-        lr = learning_rate(setup.config.optim, setup.lr, index, setup.steps)
+        lr = learning_rate(
+            setup.config.optim, setup.lr, index, setup.steps, batch_tokens=setup.config.global_batch_tokens
+        )
         train_step([Turn(setup.trainee, alpha, lr)], [setup.loader.batch(index)])
 
     return step

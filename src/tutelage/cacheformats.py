@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from tutelage.settings import Section
+
+if TYPE_CHECKING:
+    from tutelage.objectiveconfig import ObjectiveConfig
 
 
 class TopKFormat(Section):
@@ -43,3 +46,36 @@ class HiddenFormat(Section):
 Format = Annotated[
     TopKFormat | MultinomialFormat | MinVarianceFormat | HiddenFormat, Field(discriminator="kind")
 ]
+
+
+class CacheSettings(Section):
+    """What is kept of a teacher's targets, computed once for all its students."""
+
+    format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
+    temperature: float = Field(1.0, gt=0, description="T of the kept probabilities; hidden serves every T")
+
+
+def misfit(kept: Format, temperature: float, objective: ObjectiveConfig, where: str) -> str | None:
+    """What `objective` asks for that kept targets cannot give, in words; None if they can.
+
+    Args:
+        kept: what is kept of the distributions.
+        temperature: T of the kept probabilities.
+        objective: of the student.
+        where: what holds the targets, for the message.
+    """
+    if isinstance(kept, HiddenFormat):
+        return None
+    if objective.truncation is not None:
+        return f"objective.truncation: the targets of {where} are sparse already ({kept.kind}); drop it"
+    if objective.temperature != temperature and objective.divergence != "hard_labels":
+        return (
+            f"objective.temperature = {objective.temperature:g}: {where} holds probabilities at temperature "
+            f"{temperature:g}; use that, or teach again at the other"
+        )
+    if isinstance(kept, MultinomialFormat | MinVarianceFormat) and objective.divergence != "forward_kl":
+        return (
+            f"objective.divergence = {objective.divergence}: samples ({kept.kind} in {where}) are "
+            "unbiased for forward_kl only; use that, or a cache of format topk or hidden"
+        )
+    return None

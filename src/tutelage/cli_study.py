@@ -58,12 +58,13 @@ def study_plan(
     from tutelage.study.presets import load_study
 
     overrides = [text for text in files if "=" in text]
-    studies = [load_study(text, overrides) for text in files if "=" not in text]
+    names = [text for text in files if "=" not in text]
+    studies = [load_study(name, overrides) for name in names]
     found = forecast(studies, Machine(device, devices, mfu, price), output)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
-        print_forecast(found, " ".join(files))
+        print_forecast(found, [" ".join([name, *overrides]) for name in names])
 
 
 @study_app.command("run")

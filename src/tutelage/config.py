@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from tutelage.cacheformats import CacheSettings, misfit
 from tutelage.objectiveconfig import ObjectiveConfig, WsdAlpha
 from tutelage.settings import Budget, Fraction, Name, Section, check_plain_tokens, check_tokens
 from tutelage.types import Role
@@ -48,21 +49,37 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: Fraction = Field(
-        0.05, description="fraction of steps of linear warm-up; default in stage sft: 0.01"
+    warmup: Fraction | str = Field(
+        0.05,
+        union_mode="left_to_right",
+        description="linear warm-up: fraction of the steps, or tokens ('2M'); default in stage sft: 0.01",
     )
     decay: Fraction = Field(0.2, description="fraction of steps of linear decay at the end (wsd only)")
     final_lr: Fraction = Field(0.1, description="learning rate at the last step, as a fraction of the peak")
 
+    @field_validator("warmup")
+    @classmethod
+    def _budget(cls, warmup: float | str) -> float | str:
+        if isinstance(warmup, str):
+            check_plain_tokens(warmup)
+        return warmup
 
-class RunTeacher(Section):
+
+class _Kept(Section):
+    cache: CacheSettings | None = Field(
+        None,
+        description="compute its targets once and keep them in caches/ beside the output; default: live",
+    )
+
+
+class RunTeacher(_Kept):
     """A teacher that is a finished run in the same output directory."""
 
     kind: Literal["run"]
     run: str = Field(description="run id, the name of its directory")
 
 
-class ModelTeacher(Section):
+class ModelTeacher(_Kept):
     """A teacher that is any causal language model in Hugging Face format with the same vocabulary."""
 
     kind: Literal["model"]
@@ -111,6 +128,10 @@ class CheckpointConfig(Section):
 
     every: Budget = Field("100M", description="tokens between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
+    trunk: bool = Field(
+        default=False,
+        description="keep one more, where the decay begins (wsd), for longer runs to start from",
+    )
 
     _check = field_validator("every")(check_plain_tokens)
 
@@ -124,10 +145,19 @@ class RuntimeConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="also send the rows there (extra `trackers`)"
     )
+    trunk: str | None = Field(
+        None,
+        description="shorter run with checkpoint.trunk in the same output directory, to start from: it has "
+        "computed the same steps up to its decay",
+    )
 
 
 _SFT_LR, _SFT_WARMUP = 1e-5, 0.01
 """The paper's, for its 1.7B students."""
+
+
+NOT_THE_RESULT = {"name", "eval", "checkpoint", "runtime", "output", "micro_batch_tokens"}
+"""Fields of a run that do not change the trained weights."""
 
 
 class RunConfig(Section):
@@ -176,6 +206,20 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _branching(self) -> RunConfig:
+        """Up to the decay, runs that differ in their budget are one, if nothing else depends on it."""
+        trunk = self.runtime.trunk is not None
+        if (trunk or self.checkpoint.trunk) and self.optim.schedule != "wsd":
+            raise ValueError(f"a trunk needs optim.schedule = wsd, not {self.optim.schedule}")
+        if trunk and not isinstance(self.optim.warmup, str):
+            raise ValueError(
+                f"runtime.trunk: optim.warmup = {self.optim.warmup} depends on the budget; give it in tokens"
+            )
+        if trunk and self.teacher is not None:
+            raise ValueError("runtime.trunk: a run with a teacher starts at its beginning; drop one of them")
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         length = self.data.sequence_length
         if self.global_batch_tokens % length:
@@ -205,6 +249,10 @@ class RunConfig(Section):
             raise ValueError(
                 "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"
             )
+        if isinstance(self.teacher, RunTeacher | ModelTeacher) and (cache := self.teacher.cache) is not None:
+            reason = misfit(cache.format, cache.temperature, objective, "teacher.cache")
+            if reason is not None:
+                raise ValueError(reason)
         if isinstance(self.teacher, ControlTeacher) and gate == "teacher_entropy":
             raise ValueError(
                 f"objective.gate.kind = teacher_entropy sorts tokens, but the {self.teacher.kind} teacher is "

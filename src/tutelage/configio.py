@@ -1,6 +1,7 @@
 """YAML and dotted overrides in, validated frozen configs out; one clear line for everything wrong.
 
-Also the identity of a config: a hash over the fields that change the result.
+A file may build on others: `base: other`, or several. Also the identity of a config: a hash over the fields
+that change the result.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
@@ -16,8 +19,7 @@ from pydantic import BaseModel, ValidationError
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from pydantic_core import ErrorDetails
 
@@ -27,12 +29,69 @@ Model = TypeVar("Model", bound=BaseModel)
 def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     """Read `path` (YAML), apply `overrides` ("optim.lr=1e-3") and validate as `kind`.
 
+    `base: NAME` in a file puts its settings on top of those of NAME.yaml, section by section; NAME is looked
+    up beside the file, then among the presets of the package. With a list, a later base is on top.
+
     Raises:
-        UserError: the file is missing or no YAML, an override is malformed, or a field is wrong.
+        UserError: a file is missing or no YAML, an override is malformed, or a field is wrong.
     """
     from omegaconf import OmegaConf  # noqa: PLC0415 - 0.1 s that `--help` should not pay
     from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415
 
+    raw, files = _built(path, ())
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"override {text!r}: write key=value, for example optim.lr=1e-3")
+    try:
+        whole = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+        data = OmegaConf.to_container(whole, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    return validate(kind, data, " on ".join(map(str, files)))
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _built(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
+    """The settings of a file on top of those of its bases, and the files they are from.
+
+    Args:
+        path: the file.
+        above: files that build on it.
+    """
+    raw = _read(path)
+    names = raw.pop("base", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: base = {names!r}: give the name of a file without .yaml, or several")
+    result: dict[str, Any] = {}
+    files = [path]
+    for name in names:
+        base = _base(name, path)
+        if base.resolve() in [file.resolve() for file in (*above, path)]:
+            raise UserError(f"{path}: base = {name!r}: {base} builds on {path}, so neither has an end")
+        settings, more = _built(base, (*above, path))
+        result = merged(result, settings)
+        files += [file for file in more if file not in files]
+    return merged(result, raw), files
+
+
+def _base(name: str, path: Path) -> Path:
+    presets = Path(str(resources.files("tutelage.presets")))
+    for folder in (path.parent, presets):
+        if (file := folder / f"{name}.yaml").is_file():
+            return file
+    raise UserError(f"{path}: base = {name!r}: there is no {path.parent / name}.yaml and no preset {name}")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,15 +102,7 @@ def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of settings at the top level")
-    for text in overrides:
-        if "=" not in text:
-            raise UserError(f"override {text!r}: write key=value, for example optim.lr=1e-3")
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    return validate(kind, data, str(path))
+    return raw
 
 
 def validate(kind: type[Model], data: object, where: str) -> Model:

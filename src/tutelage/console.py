@@ -38,11 +38,11 @@ def period(seconds: float) -> str:
 
 def short(number: float) -> str:
     """Three digits and a unit: "950", "12.3K", "4.56M"."""
-    for unit in ("", "K", "M"):
+    for unit in ("", "K", "M", "B"):
         if number < 999.5:  # noqa: PLR2004 - three digits
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}B"
+    return f"{number:.3g}T"
 
 
 class RunBar:

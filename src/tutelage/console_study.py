@@ -13,6 +13,7 @@ from rich.table import Table
 from tutelage.console import out, period, short
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -96,7 +97,7 @@ class StudyTable:
                 )
 
 
-def print_forecast(found: dict[str, Any], files: str) -> None:
+def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
     """What `tutelage study plan` says."""
     table = Table("runs", box=None, pad_edge=False)
     for name in ("number", "tokens"):
@@ -119,9 +120,9 @@ def print_forecast(found: dict[str, Any], files: str) -> None:
         + ("" if memory["fits"] else ": more than the device has, so it must be divided over several"),
         f"         = {memory['formula']}",
         f"cache    {found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most",
-        f"time     {period(hours['wall_seconds'])} on {found['source']}",
+        f"time     {period(hours['wall_seconds'])} on {found['source']}, each run on one",
         f"         {hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted",
-        f"path     {period(path['seconds'])} at least, on any number of devices: {' > '.join(path['runs'])}",
+        f"path     {period(path['seconds'])} at least, on any number of them: {' > '.join(path['runs'])}",
     ]
     if found["energy_kwh"] is not None:
         lines.append(
@@ -130,7 +131,7 @@ def print_forecast(found: dict[str, Any], files: str) -> None:
     if found["cost"] is not None:
         lines.append(f"cost     {found['cost']:,.2f} at {found['price']:g} per device hour")
     lines += [f"note     {note}" for note in found["notes"]]
-    lines.append(f"next     tutelage study run {files}")
+    lines += [f"next     tutelage study run {file}" for file in files]
     out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 

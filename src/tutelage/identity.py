@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutelage.config import NOT_THE_RESULT
 from tutelage.configio import digest
 from tutelage.data.store import open_store
 
 if TYPE_CHECKING:
     from tutelage.config import RunConfig
-
-_NOT_THE_RESULT = {"name", "eval", "checkpoint", "runtime", "output", "micro_batch_tokens"}
 
 
 def run_id(config: RunConfig) -> str:
@@ -20,13 +19,15 @@ def run_id(config: RunConfig) -> str:
     The hash covers the fields that change the trained weights. The token store and models given by
     path enter by their content, so moving them changes nothing and changing them changes everything.
     """
-    fields: dict[str, Any] = config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
+    fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
     fields["data"]["store"] = open_store(config.data.store).fingerprint
     fields["objective"].pop("chunk_tokens")
     if fields["stage"] == "pretrain":  # as in run ids from before there were stages
         fields.pop("stage")
     if fields["model"]["run"] is None:  # as in run ids from before a run could be named
         fields["model"].pop("run")
+    if fields["teacher"] and fields["teacher"].get("cache") is None:  # as before targets could be kept
+        fields["teacher"].pop("cache", None)
     for section in ("model", "teacher"):
         path = (fields[section] or {}).get("path")
         if path is not None:

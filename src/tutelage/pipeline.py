@@ -20,6 +20,7 @@ from tutelage.train.rundir import RunDirectory
 from tutelage.train.session import Session
 from tutelage.train.setup import Setup, prepare
 from tutelage.train.trackers import Tracker, open_tracker
+from tutelage.train.trunk import start_from_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +116,9 @@ def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
             setup = prepare(config, teacher)
             teacher = teacher or setup.trainee.teacher
             if setup.world.is_main:
+                start_from_trunk(setup, directory)
                 _announce(setup, directory, watcher)
+            distributed.barrier()
             trackers = _trackers(setup, directory)
             for tracker in trackers:
                 closing.callback(tracker.close)

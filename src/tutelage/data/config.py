@@ -101,7 +101,9 @@ class TokenizerConfig(Section):
     sample_bytes: int | None = Field(
         None, ge=1, description="train the tokenizer on about this much text; default: 4000 per entry"
     )
-    path: Path | None = Field(None, description="use this tokenizer.json (or directory) and train none")
+    path: Path | None = Field(
+        None, description="use this tokenizer.json, directory or Hub name, and train none"
+    )
 
 
 class StoreConfig(Section):

@@ -22,6 +22,7 @@ from tutelage.data.manifest import SCHEMA_VERSION, Manifest, SourceRecord, read_
 from tutelage.data.sources import Tally, describe
 from tutelage.data.textfiles import known_bytes
 from tutelage.data.tokenize import load_tokenizer, train_tokenizer
+from tutelage.data.tokenizerfiles import find_tokenizer
 from tutelage.data.writer import training_texts, write_splits
 from tutelage.errors import UserError
 from tutelage.files import claimed, make_directory, new_directory, write_text
@@ -125,8 +126,9 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
         UserError: a source or the tokenizer cannot be read, there is no text, or the disk is too small.
     """
     progress = progress or _silent
-    ready = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
-    chat = _chat(config, ready)
+    place = None if config.tokenizer.path is None else find_tokenizer(config.tokenizer.path)
+    ready = None if place is None else load_tokenizer(place)
+    chat = None if ready is None or place is None else _chat(config, ready, place)
     sources = [describe(source) for source in config.sources]
     identity = {
         "schema_version": SCHEMA_VERSION,
@@ -206,14 +208,12 @@ def verify_store(path: Path) -> Store:
     return store
 
 
-def _chat(config: StoreConfig, tokenizer: TextTokenizer | None) -> Chat | None:
+def _chat(config: StoreConfig, tokenizer: TextTokenizer, place: Path) -> Chat | None:
     if not config.uses_chat:
         return None
-    assert tokenizer is not None  # noqa: S101 - the config has checked that
-    assert config.tokenizer.path is not None  # noqa: S101
     from tutelage.data.chat import load_chat  # noqa: PLC0415 - imports jinja2 and more, rarely needed
 
-    return load_chat(tokenizer, config.tokenizer.path)
+    return load_chat(tokenizer, place)
 
 
 def _silent(_stage: str, _bytes: int) -> None:

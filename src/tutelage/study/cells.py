@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
-from tutelage.configio import digest
+from tutelage.configio import digest, merged
 from tutelage.errors import UserError
 from tutelage.settings import parse_tokens
-from tutelage.study.factors import OWN, cell_name, merged, overlay, setting_of, slug, words
+from tutelage.study.factors import OWN, cell_name, overlay, setting_of, slug, words
+from tutelage.study.trunks import branched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -41,6 +42,7 @@ class Cell:
         baseline: name of the cell a student is compared with.
         stage: name of the post-training stage of kind "after".
         compute_of: teacher whose forward's cost this untaught student gets as more tokens.
+        trunk: name of the cell of a shorter run that this one is a branch of.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Cell:
     baseline: str | None = None
     stage: str | None = None
     compute_of: str | None = None
+    trunk: str | None = None
 
 
 def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
@@ -84,12 +87,9 @@ def cells_of(study: StudyConfig) -> list[Cell]:
         UserError: a cell cannot be built; the message names it.
     """
     teachers = teachers_of(study)
-    cells = {
-        cell.name: cell
-        for name, spec in teachers.items()
-        if spec.rung is not None
-        for cell in [_teacher_cell(study, name, spec)]
-    }
+    trained = {name: spec for name, spec in teachers.items() if spec.rung is not None}
+    alone = [_teacher_cell(study, name, spec) for name, spec in trained.items()]
+    cells = {cell.name: cell for cell in branched(alone, trained)}
     for group, spec in study.students.items():
         where = f"study {study.name}: students.{group}"
         for point in _with_teachers(spec.grid.points(), teachers, where):

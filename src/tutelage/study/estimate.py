@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.cacheformats import HiddenFormat, MinVarianceFormat, TopKFormat
 from tutelage.config import RunConfig
-from tutelage.configio import digest, validate
+from tutelage.configio import digest, merged, validate
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, parameters
 from tutelage.models.ladder import rung
 from tutelage.study.cells import cells_of, teachers_of
 from tutelage.study.chains import critical_path, makespan
-from tutelage.study.factors import merged
 from tutelage.study.graph import Cost
 from tutelage.study.hardware import run_memory
 
@@ -172,6 +171,7 @@ class _Reader:
         self._vocab_size = _vocab_size(study)
         self._keys: dict[str, str] = {}
         self._read: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}
 
     def work(self, cell: Cell) -> Work:
         """The cost of a cell whose needs are known."""
@@ -183,6 +183,7 @@ class _Reader:
         except UserError as error:
             raise UserError(f"study {self.study.name}: {cell.name}: {error}") from None
         key = self._keys[cell.name] = f"{cell.name}-{digest([cell.settings, self._taught(cell)])}"
+        self._tokens[cell.name] = cost.tokens
         kept = self._is_kept(cell)
         if kept:
             self._read[str(cell.teacher)] = max(cost.tokens, self._read.get(str(cell.teacher), 0))
@@ -193,7 +194,7 @@ class _Reader:
             cell=cell,
             needs=tuple(self._keys[name] for name in cell.needs),
             tokens=cost.tokens,
-            flops=cost.flops,
+            flops=cost.flops * (1 - self._branched(cell, config) / cost.tokens),
             teacher_flops=0.0 if kept else cost.teacher_flops,
             scoring_flops=cost.flops / cost.tokens / _TRAINING * scored,
             memory=run_memory(
@@ -220,6 +221,10 @@ class _Reader:
             flops += forward_flops(shape, vocab_size, length) * tokens
             size += kept_bytes(spec.cache.format, vocab_size, shape.hidden) * tokens
         return Caches(flops, size)
+
+    def _branched(self, cell: Cell, config: RunConfig) -> float:
+        """Tokens that a branch of a trunk does not train: the shorter run's, up to its decay."""
+        return 0.0 if cell.trunk is None else self._tokens[cell.trunk] * (1 - config.optim.decay)
 
     def _checked(self, cell: Cell) -> RunConfig:
         """The run's settings as a config, with stand-ins for what is not there yet."""

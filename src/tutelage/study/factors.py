@@ -7,11 +7,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config import RunConfig
-from tutelage.configio import digest
+from tutelage.configio import digest, merged
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from tutelage.study.axes import Point
 
@@ -62,15 +62,6 @@ def overlay(factors: Point, where: str) -> dict[str, Any]:
     return settings
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
-
-
 def slug(text: str) -> str:
     """`text` as part of a directory's name."""
     return _NAME.sub("-", text).strip("-.")
@@ -85,8 +76,12 @@ def cell_name(parts: Sequence[str | None], seed: int) -> str:
 
 
 def words(factors: Point) -> str:
-    """`alpha 0.2, temperature 4`; of sections their kind and settings: `gap_driven floor 0.1`."""
-    return ", ".join(_word(axis, value) for axis, value in factors.items())
+    """`alpha 0.2, temperature 4`; of sections their kind and settings: `gap_driven floor 0.1`.
+
+    Alpha first, then by name, whatever the order in a file: the same cell has the same words everywhere.
+    """
+    ordered = sorted(factors, key=lambda axis: (axis != "alpha", axis))
+    return ", ".join(_word(axis, factors[axis]) for axis in ordered)
 
 
 def _word(axis: str, value: object) -> str:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config import RunConfig, RunData
-from tutelage.configio import validate
+from tutelage.configio import merged, validate
 from tutelage.identity import run_id
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
 from tutelage.models.ladder import rung
 from tutelage.settings import parse_tokens
 from tutelage.study.cells import cells_of, teachers_of
-from tutelage.study.factors import merged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +35,7 @@ class Node:
         parameters: of the trained model, embeddings included.
         flops: estimate of its training, forward and backward.
         teacher_flops: estimate of its teacher's forward passes; 0 without a teacher or with a control.
+            Counted in every student, also where a cache pays it once for all: a student's cost is its own.
     """
 
     id: str
@@ -128,6 +128,8 @@ class _Binder:
             "output": str(self.output),
             "eval": {"domains": self._domains()},
         }
+        if cell.trunk is not None:
+            places["runtime"] = {"trunk": self.nodes[cell.trunk].id}
         if cell.kind == "after":
             places["model"] = {"run": self.nodes[cell.needs[0]].id}
         elif cell.kind == "student" and cell.teacher is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tutelage.cacheformats import Format
+from tutelage.cacheformats import CacheSettings
 from tutelage.data.config import Source, StoreConfig
 from tutelage.settings import Budget, Name, Section
 from tutelage.study.axes import Grid
@@ -14,13 +14,6 @@ from tutelage.types import Role
 
 Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9{][A-Za-z0-9._@{}-]*$", max_length=100)]
 """A name; with a grid, axes in braces take their values: "{rung}@{tokens}"."""
-
-
-class CacheSpec(Section):
-    """What is kept of a teacher's targets, computed once for all its students."""
-
-    format: Format
-    temperature: float = Field(1.0, gt=0, description="T of the kept probabilities")
 
 
 class TeacherSpec(Section):
@@ -38,7 +31,14 @@ class TeacherSpec(Section):
     corpus: StoreConfig | None = Field(
         None, description="trained on this text instead, in the study's tokens; for cross-corpus teachers"
     )
-    cache: CacheSpec | None = Field(None, description="compute targets once and keep them; default: live")
+    cache: CacheSettings | None = Field(
+        None, description="compute targets once for all students, in caches/; default: live"
+    )
+    trunk: bool = Field(
+        default=False,
+        description="budgets are branches of one run: each starts where the decay of the next shorter one "
+        "begins; needs optim.schedule wsd and a warm-up in tokens",
+    )
     run: dict[str, Any] = Field({}, description="settings of its run, as in a run file")
     grid: Grid | None = Field(None, description="one teacher per point")
 
@@ -65,6 +65,7 @@ class DomainSpec(Section):
 
     source: Source
     role: Role = "out_of_domain"
+    max_bytes: int | None = Field(None, ge=1, description="read no more text than this, in bytes of UTF-8")
 
 
 class PostTraining(Section):
@@ -100,3 +101,19 @@ class StudyConfig(Section):
             if unknown := sorted(set(group.then) - self.post_training.keys()):
                 raise ValueError(f"students.{name}.then: no stage '{unknown[0]}' in post_training")
         return self
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic's
+        """The schema of a study file. It may say `base`, and then parts of it are elsewhere.
+
+        `tutelage.configio.load` puts such a file on top of its base before anything is required.
+        """
+        schema = super().model_json_schema(*args, **kwargs)
+        schema["properties"]["base"] = {
+            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+            "description": "files this one builds on, by name without .yaml: beside it, or presets",
+        }
+        schema["anyOf"] = [{"required": ["base"]}, {"required": schema.pop("required")}]
+        for section in (StoreConfig, DomainSpec, StudentSpec, PostTraining):
+            del schema["$defs"][section.__name__]["required"]
+        return schema

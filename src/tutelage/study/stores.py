@@ -47,7 +47,12 @@ def build_stores(
     tokenizer = TokenizerConfig(path=corpus)
     wanted = {
         ("domain", name): StoreConfig(
-            name=name, sources=(spec.source,), tokenizer=tokenizer, validation=0.5, test=0.5
+            name=name,
+            sources=(spec.source,),
+            tokenizer=tokenizer,
+            validation=0.5,
+            test=0.5,
+            max_bytes=spec.max_bytes,
         )
         for name, spec in study.domains.items()
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from tutelage.cacheformats import HiddenFormat, MinVarianceFormat, MultinomialFormat
+from tutelage.cacheformats import HiddenFormat, misfit
 from tutelage.errors import UserError
 from tutelage.teachers.cache import open_cache
 from tutelage.teachers.codec import HiddenRows
@@ -86,27 +86,10 @@ def cached_teacher(
     """
     cache = open_cache(path)
     cache.check_fits(store, sequence_length)
-    if not isinstance(cache.manifest.format, HiddenFormat):
-        _check_objective(cache, objective)
+    reason = misfit(cache.manifest.format, cache.manifest.temperature, objective, str(path))
+    if reason is not None:
+        raise UserError(reason)
     return CachedTeacher(cache, device)
-
-
-def _check_objective(cache: Cache, objective: ObjectiveConfig) -> None:
-    kept, temperature = cache.manifest.format, cache.manifest.temperature
-    if objective.truncation is not None:
-        raise UserError(
-            f"objective.truncation: the targets of {cache.path} are sparse already ({kept.kind}); drop it"
-        )
-    if objective.temperature != temperature and objective.divergence != "hard_labels":
-        raise UserError(
-            f"objective.temperature = {objective.temperature:g}: {cache.path} holds probabilities at "
-            f"temperature {temperature:g}; use that, or teach again at the other"
-        )
-    if isinstance(kept, MultinomialFormat | MinVarianceFormat) and objective.divergence != "forward_kl":
-        raise UserError(
-            f"objective.divergence = {objective.divergence}: samples ({kept.kind} in {cache.path}) are "
-            "unbiased for forward_kl only; use that, or a cache of format topk or hidden"
-        )
 
 
 def _key(batch: Batch) -> Key:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from tutelage.cacheformats import Format, MinVarianceFormat
-from tutelage.config import LiveTeacher
+from tutelage.config import ControlTeacher, LiveTeacher
 from tutelage.settings import Name, Section
 
 
@@ -32,6 +32,13 @@ class TeachConfig(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
     runs: Path = Field(Path("runs"), description="directory that holds the run of a teacher of kind run")
     output: Path = Field(Path("caches"), description="directory of caches")
+
+    @field_validator("teacher")
+    @classmethod
+    def _live(cls, teacher: LiveTeacher) -> LiveTeacher:
+        if not isinstance(teacher, ControlTeacher) and teacher.cache is not None:
+            raise ValueError("cache is for students; what this cache keeps is said by format and temperature")
+        return teacher
 
     @field_validator("format", mode="before")
     @classmethod

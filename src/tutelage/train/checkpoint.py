@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+TRUNK = "trunk-"
+"""Before the name of a checkpoint that longer runs start from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Counters:
@@ -48,6 +51,22 @@ def save(
 ) -> Path:
     """Write `directory/step-N` and remove all but the newest `keep` checkpoints."""
     path = directory / f"step-{counters.step:09d}"
+    _write(path, model, optimizer, counters)
+    for old in _all(directory)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def save_trunk(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters
+) -> Path:
+    """Write `directory/trunk-step-N`, which stays: longer runs start from it."""
+    path = directory / f"{TRUNK}step-{counters.step:09d}"
+    _write(path, model, optimizer, counters)
+    return path
+
+
+def _write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> None:
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
@@ -58,9 +77,6 @@ def save(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors"
         )
         (partial / "counters.json").write_text(json.dumps(asdict(counters)), encoding="utf-8")
-    for old in _all(directory)[:-keep]:
-        shutil.rmtree(old)
-    return path
 
 
 def load_latest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:

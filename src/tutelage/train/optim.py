@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.settings import parse_tokens
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -24,14 +26,22 @@ def adamw(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def learning_rate(config: OptimConfig, peak: float, step: int, steps: int) -> float:
-    """Learning rate of 0-based optimizer step `step` of `steps`.
+def decay_start(config: OptimConfig, steps: int) -> int:
+    """The first step of the linear decay of a wsd run of `steps`."""
+    return steps - max(1, round(config.decay * steps))
 
-    Linear warm-up over the first `warmup` of the steps, reaching the peak on its last step; then
+
+def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, *, batch_tokens: int) -> float:
+    """Learning rate of 0-based optimizer step `step` of `steps`, each of `batch_tokens`.
+
+    Linear warm-up over the first `warmup` (steps or tokens), reaching the peak on its last step; then
     cosine down to `final_lr` of the peak on the last step, or constant, or (wsd) constant and a linear
     decay over the last `decay` of the steps, ending at `final_lr` of the peak.
     """
-    warmup = math.ceil(config.warmup * steps)
+    if isinstance(config.warmup, str):
+        warmup = math.ceil(parse_tokens(config.warmup) / batch_tokens)
+    else:
+        warmup = math.ceil(config.warmup * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     low = config.final_lr * peak
@@ -40,6 +50,6 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int) -> fl
     if config.schedule == "cosine":
         progress = (step - warmup) / max(1, steps - 1 - warmup)
         return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    decay_start = steps - max(1, round(config.decay * steps))
-    progress = max(0, step - decay_start + 1) / (steps - decay_start)
+    start = decay_start(config, steps)
+    progress = max(0, step - start + 1) / (steps - start)
     return peak + (low - peak) * progress

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.train import checkpoint
-from tutelage.train.optim import learning_rate
+from tutelage.train.optim import decay_start, learning_rate
 from tutelage.train.step import Turn
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Session:
     def turn(self) -> Turn:
         """What the student does in the next step."""
         setup = self.setup
-        lr = learning_rate(setup.config.optim, setup.lr, self.step, setup.steps)
+        batch = setup.config.global_batch_tokens
+        lr = learning_rate(setup.config.optim, setup.lr, self.step, setup.steps, batch_tokens=batch)
         alpha = setup.policy.alpha(self.step, setup.steps)
         return Turn(setup.trainee, alpha, lr, setup.policy.needs_teacher(self.step))
 
@@ -72,6 +73,8 @@ class Session:
         self._clock.tick(config.global_batch_tokens if turn.asks_teacher else 0)
         finished = self.step == setup.steps
         saving = stopping or finished or self.step % self._every == 0
+        if config.checkpoint.trunk and self.step == decay_start(config.optim, setup.steps):
+            self._save_trunk()
         if saving or self.step % config.runtime.log_every == 0:
             self._log(report, saving=saving)
         if not setup.world.is_main:
@@ -86,6 +89,15 @@ class Session:
         self._failed = True
         if self.setup.world.is_main:
             self.directory.write_state("failed", error=str(error))
+
+    def _save_trunk(self) -> None:
+        if self.setup.world.is_main:
+            checkpoint.save_trunk(
+                self.directory.checkpoints,
+                self.setup.model,
+                self.setup.trainee.optimizer,
+                self._clock.counters(self.step),
+            )
 
     def _log(self, report: StepReport, *, saving: bool) -> None:
         setup, config = self.setup, self.setup.config

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config import CacheTeacher
+from tutelage.config import CacheTeacher, ControlTeacher
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -19,6 +19,7 @@ from tutelage.objectiveconfig import TopKTruncation
 from tutelage.settings import parse_tokens
 from tutelage.teachers import check_same_tokenizer, make_teacher
 from tutelage.teachers.cached import cached_teacher
+from tutelage.teachers.kept import kept_targets
 from tutelage.train import distributed
 from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.step import Trainee
@@ -144,7 +145,10 @@ def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
             clip=config.optim.clip,
             autocast=_autocast(config, device),
         ),
-        policy=make_policy(config.objective.alpha, partial(learning_rate, config.optim, 1.0)),
+        policy=make_policy(
+            config.objective.alpha,
+            partial(learning_rate, config.optim, 1.0, batch_tokens=config.global_batch_tokens),
+        ),
         loader=_loader(config, store, world, steps),
         steps=steps,
         lr=lr,
@@ -234,11 +238,15 @@ def _start(config: RunConfig) -> str:
 
 
 def _teacher(config: RunConfig, store: Store, device: torch.device) -> Teacher:
-    length = config.data.sequence_length
-    if isinstance(config.teacher, CacheTeacher):
-        return cached_teacher(config.teacher.path, store, length, config.objective, device)
-    assert config.teacher is not None  # noqa: S101 - asked for only if there is one
-    return make_teacher(config.teacher, store, runs=config.output, context_length=length, device=device)
+    teacher, length = config.teacher, config.data.sequence_length
+    assert teacher is not None  # noqa: S101 - asked for only if there is one
+    if isinstance(teacher, CacheTeacher):
+        return cached_teacher(teacher.path, store, length, config.objective, device)
+    if not isinstance(teacher, ControlTeacher) and teacher.cache is not None:
+        half = _autocast(config, device) == torch.bfloat16
+        cache = kept_targets(config, teacher, "bfloat16" if half else "float32")
+        return cached_teacher(cache, store, length, config.objective, device)
+    return make_teacher(teacher, store, runs=config.output, context_length=length, device=device)
 
 
 def _steps(config: RunConfig, parameters: int) -> int:

@@ -82,8 +82,8 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"checkpoint": {"every": "2x"}}, "checkpoint.every"),
         ({"global_batch_tokens": 100}, "multiple of data.sequence_length (128)"),
         ({"micro_batch_tokens": 384}, "divide global_batch_tokens"),
-        ({"model": {}}, "exactly one of 'rung' and 'path'"),
-        ({"model": {"rung": "a", "path": "b"}}, "exactly one of 'rung' and 'path'"),
+        ({"model": {}}, "exactly one of 'rung', 'path' and 'run'"),
+        ({"model": {"rung": "a", "path": "b"}}, "exactly one of 'rung', 'path' and 'run'"),
         ({"seed": "43"}, "seed = '43'"),
         ({"optim": {"betas": [0.9]}}, "optim.betas"),
         ({"eval": {"domains": [{"name": "x", "stor": "y"}]}}, "eval.domains.0.stor: unknown setting"),
@@ -125,3 +125,42 @@ def test_override_without_equals_sign(tmp_path):
 def test_digest_depends_on_content_and_not_on_order(data):
     assert digest(data) == digest(dict(reversed(data.items())))
     assert digest(data) != digest(data | {"one more": 1})
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_a_file_builds_on_others_section_by_section(tmp_path):
+    write(
+        tmp_path,
+        first="{model: {rung: nano-50k}, data: {store: s, seed: 1}, tokens: 1M}",
+        second="{data: {seed: 2}, optim: {betas: [0.8, 0.9]}}",
+        third="{base: second, optim: {clip: 0.5}}",
+        own="{base: [first, third], tokens: 2M}",
+    )
+    config = load(RunConfig, tmp_path / "own.yaml", ["seed=5"])
+    assert (config.model.rung, config.tokens, config.seed) == ("nano-50k", "2M", 5)
+    assert (str(config.data.store), config.data.seed) == ("s", 2)
+    assert (config.optim.betas, config.optim.clip) == ((0.8, 0.9), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"own": "{base: nowhere}"},
+            r"own\.yaml: base = 'nowhere': there is no .*nowhere\.yaml and no",
+        ),
+        ({"own": "{base: {a: 1}}"}, r"own\.yaml: base = \{'a': 1\}: give the name"),
+        ({"own": "{base: own}"}, r"base = 'own': .*own\.yaml builds on .*own\.yaml, so neither has an end"),
+        ({"own": "{base: b}", "b": "{base: own}"}, r"b\.yaml: base = 'own'"),
+        ({"own": "{base: b}", "b": "[1]"}, r"b\.yaml: expected a mapping"),
+        ({"own": "{base: b}", "b": "{tokenss: 1}"}, r"own\.yaml on .*b\.yaml: tokenss: unknown setting"),
+    ],
+)
+def test_a_base_that_is_wrong_is_named(tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
+        load(RunConfig, write(tmp_path, **files) / "own.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -168,3 +169,41 @@ def test_bad_tokenizers_are_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
         load_tokenizer(tmp_path)
+
+
+FIND = """
+import sys
+from pathlib import Path
+from tutelage.data.tokenizerfiles import find_tokenizer
+from tutelage.errors import UserError
+try:
+    print(find_tokenizer(Path(sys.argv[1])))
+except UserError as error:
+    print(error)
+"""
+
+
+def found(name, home, folder) -> str:
+    """What `find_tokenizer` says in a process whose downloads lie in `home`, without a network."""
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FIND, name]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_a_hub_name_stands_for_what_was_downloaded(tmp_path):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    repository = home / "hub" / "models--some--model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    TRAINED.save(snapshot)
+    elsewhere.mkdir()
+    assert found("some/model", home, elsewhere) == str(snapshot)
+    assert load_tokenizer(snapshot) == TRAINED
+    (elsewhere / "some" / "model").mkdir(parents=True)
+    assert found("some/model", home, elsewhere) == "some/model"  # what is here comes first
+    message = found("some/other", home, elsewhere)
+    assert message.startswith("tokenizer.path = some/other: no such file or directory here, and not found on")
+    assert found("stores/a/b", home, elsewhere) == "stores/a/b"  # no Hub name: not asked for

@@ -38,7 +38,9 @@ PAGE = Path(__file__).parents[3] / "docs/explanation/mixing-policies.md"
 
 def make(name, **changes):
     settings = {"alpha": {"policy": name} | EXAMPLES[name] | changes}
-    return make_policy(validate(ObjectiveConfig, settings, "test").alpha, partial(learning_rate, WSD, 1.0))
+    return make_policy(
+        validate(ObjectiveConfig, settings, "test").alpha, partial(learning_rate, WSD, 1.0, batch_tokens=1)
+    )
 
 
 def feed(policy, gaps, first=0, steps=101):
@@ -78,7 +80,7 @@ def test_a_run_of_one_step_takes_the_first_value(name):
 def test_wsd_follows_the_learning_rate_to_the_digit():
     policy = make("wsd", peak=1.0)
     assert [policy.alpha(step, 37) for step in range(37)] == [
-        learning_rate(WSD, 1.0, step, 37) for step in range(37)
+        learning_rate(WSD, 1.0, step, 37, batch_tokens=1) for step in range(37)
     ]
 
 

@@ -92,6 +92,90 @@ def test_seeds_can_be_an_axis():
     assert found == {("nano-20k@1M", 7), ("nano-50k@1M", 8)}
 
 
+def test_an_axis_can_be_any_setting_of_a_run_by_its_path():
+    grid = {
+        "product": {
+            "teacher": ["unigram"],
+            "alpha": [0.1],
+            "optim.weight_decay": [0.0, 0.1],
+            "objective.skew": [0.2],
+            "objective.divergence": ["skew_kl"],
+        }
+    }
+    cells = cells_of(study(students=group(grid), seeds=[43], run={"optim": {"clip": 0.5}}))
+    students = [cell for cell in cells if cell.kind == "student"]
+    assert [cell.settings["optim"] for cell in students] == [
+        {"clip": 0.5, "weight_decay": 0.0},
+        {"clip": 0.5, "weight_decay": 0.1},
+    ]
+    assert {cell.arm for cell in students} == {"alpha 0.1, objective.divergence skew_kl, objective.skew 0.2"}
+    # what is not about the teacher is the baseline's too; what is about it, is not
+    baselines = {cell.name: cell for cell in cells if cell.kind == "baseline"}
+    assert [baselines[cell.baseline].settings["optim"] for cell in students] == [
+        cell.settings["optim"] for cell in students
+    ]
+    assert all("objective" not in cell.settings for cell in baselines.values())
+
+
+def test_a_group_and_a_teacher_can_override_any_setting():
+    own = {"tokens": "1M", "run": {"optim": {"clip": 2.0}, "data": {"seed": 7}}}
+    teachers = {"{rung}": own | {"grid": {"product": {"rung": ["nano-20k"], "optim.lr": [0.1]}}}}
+    run = {"optim": {"weight_decay": 0.0}, "objective": {"divergence": "jsd"}}
+    grid = {"product": {"teacher": ["nano-20k"], "alpha": [0.1]}}
+    cells = {
+        cell.kind: cell
+        for cell in cells_of(study(teachers=teachers, students=group(grid, run=run), seeds=[43]))
+    }
+    assert cells["teacher"].settings["optim"] == {"clip": 2.0, "lr": 0.1}
+    assert (cells["teacher"].seed, cells["teacher"].settings["data"]) == (42, {"seed": 7})
+    assert cells["student"].settings["optim"] == {"weight_decay": 0.0} == cells["baseline"].settings["optim"]
+    assert cells["student"].settings["objective"] == {"divergence": "jsd", "alpha": 0.1}
+    # another setting of the whole group makes another student, with another name
+    plain = {"product": {"teacher": ["unigram"], "alpha": [0.1]}}
+    (other,) = (cell for cell in cells_of(study(students=group(plain), seeds=[43])) if cell.arm)
+    assert cells["student"].student.startswith(f"{other.student} settings ")
+
+
+def test_exclude_drops_cells_and_the_baselines_that_only_they_had():
+    teachers = ["nano-20k@1M", "nano-50k@1M"]
+    product = {"rung": ["nano-20k", "nano-50k"], "teacher": teachers, "alpha": [0.2, 0.8]}
+    exclude = [{"rung": "nano-20k", "teacher": "nano-50k@1M"}, {"rung": "nano-20k", "alpha": [0.2, 0.8]}]
+    cells = cells_of(study(students=group({"product": product, "exclude": exclude}), seeds=[43]))
+    assert {cell.rung for cell in cells if cell.kind in {"student", "baseline"}} == {"nano-50k"}
+    assert sum(cell.kind == "student" for cell in cells) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("*@2M", {"nano-20k@2M", "nano-50k@2M"}),
+        ("nano-2*", {"nano-20k@1M", "nano-20k@2M"}),
+        ("nano-[25]0k@1M", {"nano-20k@1M", "nano-50k@1M"}),
+        ("uni*", {"unigram"}),
+        ("nano-50k@1M", {"nano-50k@1M"}),
+    ],
+)
+def test_patterns_of_teachers(pattern, matches):
+    cells = cells_of(study(students=group({"product": {"teacher": [pattern], "alpha": [0.4]}})))
+    assert {cell.teacher for cell in cells if cell.kind == "student"} == matches
+
+
+def test_the_order_of_axes_in_a_file_changes_no_name():
+    def names(*axes):
+        values = {
+            "teacher": ["unigram"],
+            "alpha": [0.1],
+            "temperature": [2.0],
+            "lr": [1e-3],
+            "optim.clip": [2],
+        }
+        grid = {"product": {axis: values[axis] for axis in axes}}
+        return {cell.name for cell in cells_of(study(students=group(grid)))}
+
+    given = ("teacher", "alpha", "temperature", "lr", "optim.clip")
+    assert names(*given) == names(*reversed(given))
+
+
 def test_a_stage_follows_students_and_baselines_alike():
     pairs = {"name": "pairs", "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}]}
     stages = {"sft": {"corpus": pairs, "tokens": "100K"}}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tutelage.config import OptimConfig
-from tutelage.train.optim import adamw, learning_rate
+from tutelage.train.optim import adamw, decay_start, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,12 @@ from tutelage.train.optim import adamw, learning_rate
 )
 def test_learning_rate_at_the_knots(schedule, step, expected):
     config = OptimConfig(schedule=schedule, warmup=0.1, decay=0.2, final_lr=0.1)
-    assert learning_rate(config, 1.0, step, 100) == pytest.approx(expected)
+    assert learning_rate(config, 1.0, step, 100, batch_tokens=1) == pytest.approx(expected)
 
 
 def test_cosine_falls_and_never_leaves_its_bounds():
     config = OptimConfig(warmup=0.0)
-    rates = [learning_rate(config, 2.0, step, 57) for step in range(57)]
+    rates = [learning_rate(config, 2.0, step, 57, batch_tokens=1) for step in range(57)]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(0.2)
@@ -38,7 +38,20 @@ def test_cosine_falls_and_never_leaves_its_bounds():
 
 def test_one_step_runs_have_a_learning_rate():
     for schedule in ("cosine", "wsd", "constant"):
-        assert learning_rate(OptimConfig(schedule=schedule), 1.0, 0, 1) > 0
+        assert learning_rate(OptimConfig(schedule=schedule), 1.0, 0, 1, batch_tokens=1) > 0
+
+
+def test_a_warm_up_in_tokens_does_not_follow_the_budget():
+    config = OptimConfig(schedule="wsd", warmup="1K", decay=0.2)
+    short, long = (
+        [learning_rate(config, 1.0, step, steps, batch_tokens=100) for step in range(40)]
+        for steps in (50, 400)
+    )
+    assert short == long
+    assert short[9:] == [1.0] * 31  # 1,000 tokens are ten steps
+    assert short[4] == 0.5
+    assert decay_start(config, 50) == 40
+    assert learning_rate(config, 1.0, 40, 50, batch_tokens=100) < 1.0
 
 
 def test_only_matrices_decay():

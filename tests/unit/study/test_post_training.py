@@ -1,0 +1,106 @@
+"""Runs that go on from other runs, alone and as stages of a study."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny import run_tiny, tiny_study
+
+from tutelage.config import RunConfig
+from tutelage.configio import load
+from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.data.store import build_store
+from tutelage.errors import UserError
+from tutelage.evals.records import read_scores
+from tutelage.identity import run_id
+from tutelage.pipeline import run
+from tutelage.study.planfile import load_plan
+from tutelage.train.rundir import RunDirectory
+
+PAIRS = {"kind": "corpus_pairs", "name": "rare_diseases"}
+
+
+@pytest.fixture(scope="module")
+def pairs(store, tmp_path_factory):
+    config = StoreConfig(
+        name="pairs", sources=(PAIRS,), tokenizer=TokenizerConfig(path=store), max_bytes=60_000
+    )
+    return build_store(config, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def make_after(make_config, pairs):
+    """A function from where to begin to a run of stage sft."""
+
+    def make(model, **changes):
+        data = {"store": str(pairs), "sequence_length": 32}
+        return make_config(**({"name": "after", "stage": "sft", "model": model, "data": data} | changes))
+
+    return make
+
+
+def weights(directory):
+    return (directory.model / "model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_from_another_by_id_as_from_its_directory(make_config, make_after):
+    base = make_config(name="base")
+    by_id = make_after({"run": run_id(base)})
+    known = run_id(by_id)  # nothing is trained yet
+    first = run(base)
+    second = run(by_id)
+    assert second.id == known == run_id(by_id)
+    by_path = run(make_after({"path": str(first.model)}, name="by-path"))
+    assert weights(second) == weights(by_path) != weights(first)
+
+
+def test_its_id_follows_the_run_it_begins_with(make_config, make_after):
+    ids = {run_id(make_after({"run": run_id(make_config(seed=seed))})) for seed in (1, 2)}
+    assert len(ids) == 2
+
+
+def test_the_run_must_be_there_and_at_its_end(make_config, make_after):
+    base = make_config(name="base")
+    config = make_after({"run": run_id(base)})
+    with pytest.raises(UserError, match=f"model.run {run_id(base)}: .* train that run to its end first"):
+        run(config)
+    unfinished = RunDirectory(base.output / run_id(base))
+    unfinished.checkpoints.mkdir(parents=True)
+    unfinished.write_state("stopped")
+    with pytest.raises(UserError, match="train that run to its end first"):
+        run(config)
+    run(base)
+    assert run(config).is_done()
+
+
+def test_exactly_one_beginning(make_config):
+    with pytest.raises(UserError, match="exactly one of 'rung', 'path' and 'run'"):
+        make_config(model={"rung": "nano-50k", "run": "x"})
+
+
+@pytest.mark.slow
+def test_a_study_fine_tunes_and_scores_students_and_baselines_alike(tmp_path):
+    stage = {
+        "corpus": {"name": "diseases", "sources": [PAIRS], "max_bytes": 100_000},
+        "tokens": "3K",
+        "run": {"optim": {"lr": 0.002}},
+    }
+    main = tiny_study().students["main"].model_dump(mode="json")
+    study = tiny_study(students={"main": main | {"then": ["sft"]}}, post_training={"sft": stage})
+    run_tiny(study, tmp_path, workers=2)
+    plan = {one.run: one for one in load_plan(tmp_path).runs}
+    assert sorted(one.kind for one in plan.values()) == ["after", "after", "baseline", "student", "teacher"]
+    for one in plan.values():
+        directory = RunDirectory(tmp_path / "runs" / one.run)
+        assert directory.is_done()
+        assert {row["domain"] for row in read_scores(directory.scores)} == {"in-domain", "scripture"}
+        if one.kind == "after":
+            config = load(RunConfig, directory.path / "config.yaml")
+            assert (config.stage, config.model.run, config.optim.warmup) == ("sft", one.after, 0.01)
+            assert plan[one.after].kind in {"baseline", "student"}
+            log = (directory.path / "metrics.jsonl").read_text().splitlines()
+            assert json.loads(log[-1])["ce"] < json.loads(log[0])["ce"]
+    (taught,) = (one for one in plan.values() if one.kind == "after" and one.teacher is not None)
+    assert plan[taught.baseline].kind == "after"
+    assert plan[plan[taught.baseline].after].run == plan[taught.after].baseline

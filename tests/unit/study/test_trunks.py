@@ -1,0 +1,69 @@
+"""Teachers of a study whose budgets are branches of one run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny import run_tiny, tiny_study
+
+from tutelage.errors import UserError
+from tutelage.study.cells import cells_of
+from tutelage.study.graph import Stores, expand
+from tutelage.train.rundir import RunDirectory
+
+GRID = {"product": {"rung": ["nano-20k", "nano-50k"], "tokens": ["6K", "2K", "4K"]}}
+OPTIM = {"schedule": "wsd", "warmup": "512"}
+
+
+def study(**teacher):
+    spec = {"trunk": True, "run": {"optim": OPTIM}, "grid": GRID} | teacher
+    return tiny_study(teachers={"{rung}@{tokens}": spec}, students={})
+
+
+def test_budgets_are_chained_from_the_smallest_to_the_largest():
+    cells = {cell.name: cell for cell in cells_of(study())}
+    assert {name: cell.trunk for name, cell in cells.items()} == {
+        f"teacher-{rung}-{tokens}": shorter and f"teacher-{rung}-{shorter}"
+        for rung in ("nano-20k", "nano-50k")
+        for tokens, shorter in (("2K", None), ("4K", "2K"), ("6K", "4K"))
+    }
+    for cell in cells.values():
+        assert cell.needs == (() if cell.trunk is None else (cell.trunk,))
+        assert cell.settings["checkpoint"]["trunk"] == (cell.tokens != "6K")
+    assert all(cell.trunk is None for cell in cells_of(study(trunk=False)))
+
+
+def test_other_recipes_are_other_trunks(store, other_store, tmp_path):
+    grid = {"product": {"rung": ["nano-20k"], "tokens": ["2K", "4K"], "lr": [0.001, 0.002]}}
+    spec = {"trunk": True, "run": {"optim": OPTIM}, "grid": grid}
+    lr = tiny_study(teachers={"{rung}@{tokens}@{lr}": spec}, students={})
+    nodes = expand(lr, Stores(store, {"scripture": other_store}, {}, {}), tmp_path, 300)
+    by_id = {node.id: node.config for node in nodes}
+    branches = [config for config in by_id.values() if config.runtime.trunk is not None]
+    assert len(branches) == 2
+    for config in branches:
+        assert by_id[config.runtime.trunk].optim.lr == config.optim.lr
+
+
+def test_a_trunk_does_not_change_ids_and_wrong_schedules_are_named(store, other_store, tmp_path):
+    stores = Stores(store, {"scripture": other_store}, {}, {})
+    ids = [{node.id for node in expand(study(trunk=trunk), stores, tmp_path, 300)} for trunk in (True, False)]
+    assert ids[0] == ids[1]
+    with pytest.raises(UserError, match=r"teacher-nano-20k-2K: .*a trunk needs optim\.schedule = wsd"):
+        expand(study(run={}), stores, tmp_path, 300)
+
+
+@pytest.mark.slow
+def test_a_study_trains_the_branches_and_not_the_trunk_twice(tmp_path):
+    one = {"product": {"rung": ["nano-20k"], "tokens": ["2K", "6K"]}}
+    run_tiny(study(grid=one), tmp_path)
+    short, long = sorted((tmp_path / "runs").iterdir(), key=lambda path: "6K" in path.name)
+    assert RunDirectory(short).is_done()
+    assert RunDirectory(long).is_done()
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (short, long)]
+    rows = [[json.loads(line) for line in log] for log in logs]
+    assert [len(log) for log in rows] == [2000 // 256, 6000 // 256]
+    # seconds too, so these were not computed again; of the first 7 steps, 1 is decay
+    assert rows[0][:6] == rows[1][:6]
+    assert rows[0][6]["lr"] < rows[1][6]["lr"]

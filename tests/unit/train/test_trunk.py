@@ -1,0 +1,92 @@
+"""Budgets as branches of one warm-up-stable-decay run."""
+
+from __future__ import annotations
+
+import pytest
+from test_run import StopAt, assert_same_weights, losses
+
+from tutelage.errors import Stopped, UserError
+from tutelage.identity import run_id
+from tutelage.pipeline import run
+from tutelage.train.loop import Nobody
+
+OPTIM = {"schedule": "wsd", "warmup": "512", "decay": 0.25}
+
+
+class Began(Nobody):
+    """Remembers the step from which a run went on."""
+
+    def begin(self, run, step, steps):
+        self.step = step
+
+
+def budget(make_config, steps, trunk=None, **changes):
+    """A run of some steps that keeps a trunk, and starts from that of another one."""
+    threads = {"device": "cpu", "threads": 1, "log_every": 1}
+    base = {
+        "name": f"steps-{steps}",
+        "model": {"rung": "nano-20k"},
+        "tokens": steps * 256,
+        "optim": OPTIM,
+        "checkpoint": {"every": 4 * 256, "trunk": True},
+        "runtime": threads | ({} if trunk is None else {"trunk": run_id(trunk)}),
+    }
+    return make_config(**base | changes)
+
+
+def test_a_longer_run_from_a_shorter_ones_trunk_is_bitwise_the_one_trained_alone(make_config, tmp_path):
+    short = budget(make_config, 8)
+    middle = budget(make_config, 12, short)
+    long = budget(make_config, 16, middle)
+    run(short)
+    for config, begins in ((middle, 6), (long, 9)):
+        watcher = Began()
+        branch = run(config, watcher)
+        assert watcher.step == begins  # three quarters of the shorter run's steps
+        steps = config.tokens // 256
+        alone = run(budget(make_config, steps, output=str(tmp_path / "alone")))
+        assert alone.id == branch.id  # where it starts does not change what it is
+        assert_same_weights(branch, alone)
+        assert losses(branch) == losses(alone)
+        assert branch.state()["tokens"] == alone.state()["tokens"]
+
+
+def test_a_branch_goes_on_from_its_own_checkpoint_once_it_has_one(make_config, tmp_path):
+    short = budget(make_config, 8)
+    run(short)
+    config = budget(make_config, 16, short)
+    with pytest.raises(Stopped):
+        run(config, StopAt(10))
+    watcher = Began()
+    resumed = run(config, watcher)
+    assert watcher.step == 10
+    assert losses(resumed) == losses(run(budget(make_config, 16, output=str(tmp_path / "alone"))))
+
+
+def test_what_is_no_trunk_is_refused(make_config):
+    short = budget(make_config, 8)
+    config = budget(make_config, 16, short)
+    with pytest.raises(UserError, match=r"has no checkpoint from where its decay begins; train it with"):
+        run(config)
+    run(short)
+    with pytest.raises(UserError, match="it is no beginning of this run: seed is 43 there and 44 here"):
+        run(budget(make_config, 16, short, seed=44))
+    with pytest.raises(UserError, match="decays later than this run does"):
+        run(budget(make_config, 4, short))
+    assert run(config).is_done()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": OPTIM | {"schedule": "cosine"}}, r"a trunk needs optim\.schedule = wsd, not cosine"),
+        ({"optim": OPTIM | {"warmup": 0.1}}, r"warmup = 0\.1 depends on the budget; give it in tokens"),
+        ({"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.1}}, "starts at its beginning"),
+        ({"optim": OPTIM | {"warmup": "lots"}}, "not a token budget"),
+        ({"optim": OPTIM | {"warmup": "2x"}}, "counts tokens per parameter"),
+        ({"optim": OPTIM | {"warmup": 1.5}}, r"optim\.warmup"),
+    ],
+)
+def test_what_cannot_branch_is_refused(make_config, changes, message):
+    with pytest.raises(UserError, match=message):
+        budget(make_config, 16, budget(make_config, 8), **changes)
