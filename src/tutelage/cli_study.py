@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tutelage.errors import UserError
+
 if TYPE_CHECKING:
     from tutelage.study.engines.base import Engine
     from tutelage.study.spec import StudyConfig
@@ -41,7 +43,9 @@ def study_plan(
     output: Annotated[
         Path | None, typer.Option(help="the study's directory, to go by how fast its finished runs were")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="h100, a100, l40s, ..., cpu; default: h100")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="h100, a100, l40s, ...; default: cpu if the study says so, else h100")
+    ] = None,
     devices: Annotated[int, typer.Option(min=1, help="how many")] = 1,
     mfu: Annotated[
         float | None, typer.Option(min=0.001, max=1.0, help="part of the peak that is reached")
@@ -59,8 +63,12 @@ def study_plan(
 
     overrides = [text for text in files if "=" in text]
     names = [text for text in files if "=" not in text]
+    if not names:
+        raise UserError("study plan: name a study file or a preset before KEY=VALUE settings")
     studies = [load_study(name, overrides) for name in names]
-    found = forecast(studies, Machine(device, devices, mfu, price), output)
+    if device is None and all(study_device(study) == "cpu" for study in studies):
+        device = "cpu"
+    found = forecast(studies, Machine(device or "h100", devices, mfu, price), output)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:

@@ -122,12 +122,9 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
         f"cache    {found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most",
         f"time     {period(hours['wall_seconds'])} on {found['source']}, each run on one",
         f"         {hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted",
+        f"energy   {found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted",
         f"path     {period(path['seconds'])} at least, on any number of them: {' > '.join(path['runs'])}",
     ]
-    if found["energy_kwh"] is not None:
-        lines.append(
-            f"energy   {found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted"
-        )
     if found["cost"] is not None:
         lines.append(f"cost     {found['cost']:,.2f} at {found['price']:g} per device hour")
     lines += [f"note     {note}" for note in found["notes"]]

@@ -29,13 +29,13 @@ class Machine:
     """What a person says of the hardware.
 
     Attributes:
-        device: name of the kind of device; None: by measured speed if there is one, else an H100.
+        device: name of the kind of device.
         devices: how many.
         mfu: part of the device's peak that is reached; None: the usual one.
         price: of a device for an hour.
     """
 
-    device: str | None
+    device: str
     devices: int
     mfu: float | None
     price: float | None
@@ -47,7 +47,7 @@ def forecast(studies: Sequence[StudyConfig], machine: Machine, directory: Path |
     Args:
         studies: what is to be run; runs they share count once.
         machine: where.
-        directory: of a study whose finished runs say how fast this machine is; None: by the data sheet.
+        directory: of a study whose finished runs say how fast a device is; None: by the data sheet.
 
     Raises:
         UserError: a cell cannot be built, or a device is unknown.
@@ -68,30 +68,29 @@ def forecast(studies: Sequence[StudyConfig], machine: Machine, directory: Path |
         "memory": {
             "bytes": most.memory,
             "run": most.cell.name,
-            "fits": device is None or most.memory <= device.memory,
+            "fits": most.memory <= device.memory,
             "formula": _FORMULA,
         },
         "cache_bytes": caches.bytes,
         "source": words,
         "time": {"wall_seconds": took.wall, "device_seconds": took.device},
         "critical_path": {"seconds": took.path_seconds, "runs": [names[key] for key in took.path]},
-        "energy_kwh": None if device is None else device.watts * took.device / _WATTS_HOUR,
+        "energy_kwh": device.watts * took.device / _WATTS_HOUR,
         "price": machine.price,
         "cost": None if machine.price is None else machine.price * took.device / 3600,
         "notes": notes,
     }
 
 
-def _source(machine: Machine, directory: Path | None) -> tuple[Device | Speeds, str, Device | None]:
-    """Where speeds come from, in words, and the device if it is known."""
-    if machine.device is None and directory is not None:
+def _source(machine: Machine, directory: Path | None) -> tuple[Device | Speeds, str, Device]:
+    """Where speeds come from, that in words, and the device."""
+    device = find_device(machine.device)
+    if directory is not None:
         timings = read_timings(directory, load_plan(directory))
         if timings:
-            words = f"{machine.devices} x this machine, by the speed of {len(timings)} finished runs"
-            return Speeds(timings), words, None
-    name = machine.device or "h100"
-    device = find_device(name)
+            words = f"{machine.devices} x what {len(timings)} finished runs of {directory} were trained on"
+            return Speeds(timings), words, device
     reached = machine.mfu or device.mfu
     peak = f"{device.peak_flops / 1e12:g} TFLOP/s"
-    words = f"{machine.devices} x {name} ({device.summary}) at {reached:.0%} of {peak}"
+    words = f"{machine.devices} x {machine.device} ({device.summary}) at {reached:.0%} of {peak}"
     return device, words, device
