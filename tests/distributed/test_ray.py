@@ -70,6 +70,7 @@ print("most", watcher.most)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
     pytest.importorskip("ray")
     teacher = make_config(name="teacher", seed=7, tokens=256 * 400)

@@ -70,6 +70,7 @@ REGISTRIES = [
     ("tutelage.teachers.formats", "FORMATS", attrgetter("summary")),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
+    ("tutelage.study.hardware", "DEVICES", attrgetter("summary")),
 ]
 """Every registry, a dict from the name users write, and what to read an entry's explanation from."""
 
