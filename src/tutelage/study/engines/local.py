@@ -187,7 +187,8 @@ def visible_gpus() -> list[str]:
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named or [str(number) for number in range(int(done.stdout))]
+    count = int(done.stdout)
+    return (named or [str(number) for number in range(count)])[:count]
 
 
 def default_workers() -> int:
