@@ -141,7 +141,8 @@ class _Worker:
             return Outcome(status="stopped")
         code = self.process.exitcode or 0
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return Outcome(status="failed", text=f"its process ended {how} (out of memory?)")
+        guess = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return Outcome(status="failed", text=f"its process ended {how}{guess}")
 
 
 def _serve(connection: Connection, leave: Event, cores: set[int] | None, gpu: str | None) -> None:
