@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from tutelage.console import out
 from tutelage.console_study import StudyTable, print_status
@@ -94,3 +96,18 @@ def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
     assert sum("done" in line for line in lines) == 2
     assert sum("failed" in line for line in lines) == 1
     assert json.dumps(ids[0])[1:-1] in lines[0]
+
+
+def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_path, monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+    monkeypatch.setattr("tutelage.console_study.out", screen)
+    with StudyTable() as table:
+        table.show(
+            Board(nodes, {nodes[3].id}, {nodes[2].id}, {nodes[0].id, nodes[1].id}, {nodes[4].id: "hot"})
+        )
+    shown = screen.file.getvalue()
+    row = next(line for line in shown.splitlines() if nodes[3].id in line)
+    for part in ("running", "50%", "3.250", "500", "20 s"):
+        assert part in row
+    assert "elsewhere" in next(line for line in shown.splitlines() if nodes[2].id in line)
+    assert "2 of 11 runs done, 1 failed" in shown
