@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tutelage.errors import UserError
+from tutelage.files import BusyError, claimed
 
 if TYPE_CHECKING:
     from tutelage.study.engines.base import Engine
@@ -153,7 +154,12 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, rules: R
     with StudyTable() as table:
         run_study(study, directory, engine, table, lambda text: out.print(text, highlight=False), rules)
     print_verdicts(load_results(directory), out)
-    report = build_report(directory)
+    try:
+        with claimed(directory / "report.lock", f"report of {directory}"):
+            build_report(directory)
+    except BusyError:
+        out.print("\nanother runner has just finished too and writes the report", highlight=False)
+    report = directory / "report.html"
     out.print(f"\nreport   {report}\nruns     {directory / 'runs'}", highlight=False, soft_wrap=True)
     out.print("next     open the report in a browser; more seeds for narrower intervals", highlight=False)
 

@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli_teach": _BASE | {"teachers", "console"},
     "cli_eval": {"errors", "analysis", "console", "evals"},
-    "cli_study": {"errors", "analysis", "console", "console_study", "study"},
+    "cli_study": {"errors", "files", "analysis", "console", "console_study", "study"},
     "cli": _BASE
     | _ROOMS
     | {"cli_eval", "cli_study", "cli_teach", "analysis", "console", "doctor", "pipeline", "study"},
