@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tutelage.cli_eval import evaluate
+from tutelage.cli_study import local_engine, run_and_report, study_app
 from tutelage.cli_teach import teach
 from tutelage.errors import Stopped, UserError
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from tutelage.data.config import StoreConfig
-    from tutelage.study.spec import StudyConfig
 
 app = typer.Typer(
     name="tutelage",
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Turn text into token stores; look at them; check them.")
 app.add_typer(data_app, name="data")
+app.add_typer(study_app, name="study")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. optim.lr=1e-3", metavar="[KEY=VALUE]...")
@@ -71,28 +72,10 @@ def demo(
     domain, prints the verdicts and writes report.html. Interrupt it and run it again: it goes on.
     """
     from tutelage.study.presets import demo_study
+    from tutelage.study.study import Rules
 
-    _run_study(demo_study(seeds, tokens, quick=quick), output, workers)
-
-
-def _run_study(study: StudyConfig, output: Path, workers: int | None) -> None:
-    from tutelage.analysis.report import build_report
-    from tutelage.analysis.terminal import print_verdicts
-    from tutelage.console import StudyTable, out
-    from tutelage.study.results import load_results
-    from tutelage.study.runner import default_workers
-    from tutelage.study.study import run_study
-
-    with StudyTable() as table:
-        run_study(
-            study, output, workers or default_workers(), table, lambda text: out.print(text, highlight=False)
-        )
-    print_verdicts(load_results(output), out)
-    report = build_report(output)
-    out.print(f"\nreport   {report}\nruns     {output / 'runs'}", highlight=False, soft_wrap=True)
-    out.print(
-        "next     open the report in a browser; --seeds 3 for intervals over training noise", highlight=False
-    )
+    study = demo_study(seeds, tokens, quick=quick)
+    run_and_report(study, output, local_engine(study, workers), Rules())
 
 
 @app.command()

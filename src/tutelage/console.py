@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,33 +17,32 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from types import TracebackType
     from typing import Self
-
-    from tutelage.study.graph import Node
 
 out = Console()
 err = Console(stderr=True)
 
 
 def period(seconds: float) -> str:
-    """A length of time as people say it: "12 s", "3.4 min", "5.6 h"."""
+    """A length of time as people say it: "12 s", "3.4 min", "5.6 h", "9.5 days"."""
     if seconds < 100:  # noqa: PLR2004 - two digits
         return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"  # noqa: PLR2004 - the same
+    if seconds < 360_000:  # noqa: PLR2004 - the same
+        return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"  # noqa: PLR2004 - the same
+    return f"{seconds / 86400:,.1f} days"
 
 
 def short(number: float) -> str:
     """Three digits and a unit: "950", "12.3K", "4.56M"."""
-    for unit in ("", "K", "M"):
+    for unit in ("", "K", "M", "B"):
         if number < 999.5:  # noqa: PLR2004 - three digits
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}B"
+    return f"{number:.3g}T"
 
 
 class RunBar:
@@ -215,84 +212,3 @@ class EvalBar:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         err.print(text, highlight=False, soft_wrap=True)
-
-
-class StudyTable:
-    """State of a study's runs, redrawn twice a second. A `StudyWatcher` and a context manager."""
-
-    def __init__(self) -> None:
-        self._live = Live(console=out, auto_refresh=False)
-        self._start = time.monotonic()
-        self._flops_at_start: float | None = None
-        self._printed: set[str] = set()
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def show(
-        self, nodes: Sequence[Node], running: set[str], finished: set[str], failed: Mapping[str, str]
-    ) -> None:
-        """Draw what runs, what is done and how long the rest will take."""
-        table = Table(box=None, pad_edge=False)
-        for name, justify in (("run", "left"), ("done", "right"), ("ce", "right"), ("tokens/s", "right")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        done_flops = 0.0
-        for node in nodes:
-            state = _state(node)
-            part = 1.0 if node.id in finished else state.get("step", 0) / max(1, state.get("steps", 1))
-            done_flops += part * node.flops
-            if node.id in running:
-                ce = state.get("ce")
-                table.add_row(
-                    node.id,
-                    f"{part:.0%}",
-                    f"{ce:.3f}" if ce else "",
-                    f"{state.get('tokens_per_second', 0):,.0f}",
-                )
-        total = sum(node.flops for node in nodes)
-        table.caption = (
-            f"{len(finished)} of {len(nodes)} runs done"
-            + (f", {len(failed)} failed" if failed else "")
-            + f" · {done_flops / total:.0%} of the work · {self._left(done_flops, total)}"
-        )
-        table.caption_justify = "left"
-        if out.is_terminal:
-            self._live.update(table, refresh=True)
-        else:
-            self._print_news(nodes, finished, failed)
-
-    def _left(self, done: float, total: float) -> str:
-        """Time left, from the work done in this session."""
-        if self._flops_at_start is None:
-            self._flops_at_start = done
-        gained, seconds = done - self._flops_at_start, time.monotonic() - self._start
-        if gained <= 0:
-            return "estimating time left"
-        left = (total - done) / gained * seconds
-        return f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"  # noqa: PLR2004
-
-    def _print_news(self, nodes: Sequence[Node], finished: set[str], failed: Mapping[str, str]) -> None:
-        """Without a terminal: one line per run that ended."""
-        for node in nodes:
-            if node.id in (finished | failed.keys()) - self._printed:
-                self._printed.add(node.id)
-                word = "failed" if node.id in failed else "done"
-                out.print(
-                    f"[{len(self._printed)}/{len(nodes)}] {node.id} {word}", highlight=False, markup=False
-                )
-
-
-def _state(node: Node) -> dict[str, float]:
-    """What the run last wrote of itself; a file being replaced just now reads as before or after."""
-    try:
-        text = (node.config.output / node.id / "state.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    state: dict[str, float] = json.loads(text)
-    return state

@@ -44,14 +44,18 @@ ALLOWED: dict[str, set[str]] = {
     "train": _BASE | _ROOMS | {"signals"},
     "evals": _BASE | {"data", "models", "presets", "resampling", "train.rundir"},
     "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},
-    "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals"},
+    "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals", "train.rundir"},
     "analysis": {"types", "errors", "files", "resampling", "study.results", "study.planfile"},
-    "console": {"types", "errors", "train.loop", "study.runner", "study.graph"},
+    "console": {"types", "errors", "train.loop"},
+    "console_study": {"console", "study.runner", "study.status"},
     "doctor": {"errors", "provenance", "data.corpora"},
     "__main__": {"cli"},
     "cli_teach": _BASE | {"teachers", "console"},
     "cli_eval": {"errors", "analysis", "console", "evals"},
-    "cli": _BASE | _ROOMS | {"cli_eval", "cli_teach", "analysis", "console", "doctor", "pipeline", "study"},
+    "cli_study": {"errors", "analysis", "console", "console_study", "study"},
+    "cli": _BASE
+    | _ROOMS
+    | {"cli_eval", "cli_study", "cli_teach", "analysis", "console", "doctor", "pipeline", "study"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 
@@ -66,6 +70,7 @@ REGISTRIES = [
     ("tutelage.teachers.formats", "FORMATS", attrgetter("summary")),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
+    ("tutelage.study.hardware", "DEVICES", attrgetter("summary")),
 ]
 """Every registry, a dict from the name users write, and what to read an entry's explanation from."""
 

@@ -1,110 +1,240 @@
-"""Run a study's runs in local worker processes, each as soon as what it needs is finished."""
+"""Run a study's runs, each as soon as what it needs is finished, beside other runners of the same study."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
+import itertools
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from tutelage.config import RunConfig
+from tutelage.configio import digest
 from tutelage.errors import Stopped, UserError
 from tutelage.signals import stop_signal
+from tutelage.study.chains import chain_weights
+from tutelage.study.engines.base import RunTask
+from tutelage.train.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from multiprocessing.synchronize import Event
+    from collections.abc import Mapping, Sequence
 
+    from tutelage.study.claims import Claims
+    from tutelage.study.engines.base import Engine, Outcome
+    from tutelage.study.failures import Failures
     from tutelage.study.graph import Node
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 60.0
+_BUSY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Where the runs of a study are, by run id.
+
+    Attributes:
+        nodes: all of them.
+        running: those that this runner works on.
+        elsewhere: those that other runners work on.
+        finished: those with nothing left to do.
+        failed: those that are given up, with the reason.
+    """
+
+    nodes: Sequence[Node]
+    running: set[str]
+    elsewhere: set[str]
+    finished: set[str]
+    failed: Mapping[str, str]
 
 
 class StudyWatcher(Protocol):
     """Whoever looks on while a study runs."""
 
-    def show(
-        self, nodes: Sequence[Node], running: set[str], finished: set[str], failed: dict[str, str]
-    ) -> None:
-        """Called every half second with the ids of runs in each state."""
+    def show(self, board: Board) -> None:
+        """Called about twice a second."""
 
 
-def default_workers() -> int:
-    """One single-threaded worker per core, at most four, so that memory stays under 4 GiB."""
-    return max(1, min(4, os.cpu_count() or 1))
+def run_all(
+    nodes: Sequence[Node],
+    engine: Engine,
+    claims: Claims,
+    failures: Failures,
+    watcher: StudyWatcher,
+    cohort: int = 1,
+) -> None:
+    """Run `nodes` until each is finished or given up, here or by another runner.
 
+    Finished runs cost nothing, stopped and abandoned ones go on from their checkpoints, and a run that fails
+    is tried again before it stops those that need it, and only those.
 
-def run_all(nodes: Sequence[Node], workers: int, watcher: StudyWatcher) -> None:
-    """Run `nodes`; finished ones cost nothing, stopped ones go on, a failed one stops only its dependants.
+    Args:
+        nodes: the runs; each comes after what it needs.
+        engine: where they run, entered.
+        claims: of this runner, entered.
+        failures: of the study.
+        watcher: shown the state of all runs twice a second.
+        cohort: largest number of students of one teacher and seed that train together.
 
     Raises:
         UserError: some runs failed; the message lists them. What finished is kept.
-        Stopped: on Ctrl-C, after the running ones have written their checkpoints.
+        Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
-    waiting, finished, failed = list(nodes), set[str](), dict[str, str]()
-    futures: dict[Future[None], Node] = {}
-    context = multiprocessing.get_context("spawn")
-    leave = context.Event()
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(leave,))
-    with stop_signal() as stop, pool:
-        while waiting or futures:
-            _fail_dependants(waiting, failed)
-            ready = [node for node in waiting if finished.issuperset(node.needs)]
-            for node in ready[: workers - len(futures)]:
-                waiting.remove(node)
-                futures[pool.submit(_work, node.config.model_dump_json())] = node
-            watcher.show(nodes, {node.id for node in futures.values()}, finished, failed)
-            done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            if stop.is_set() or any(isinstance(future.exception(), Stopped) for future in done):
-                leave.set()
-                pool.shutdown(wait=True, cancel_futures=True)
+    work = _Work(nodes, engine, claims, failures, cohort)
+    with stop_signal() as stop:
+        work.look()
+        while not work.is_over():
+            work.start_ready()
+            watcher.show(work.board())
+            work.take_note(engine.wait(_POLL_SECONDS))
+            if stop.is_set() or claims.is_asked_to_stop():
+                work.stop()
                 raise Stopped
-            for future in done:
-                node, error = futures.pop(future), future.exception()
-                if error is None:
-                    finished.add(node.id)
-                else:
-                    failed[node.id] = f"{type(error).__name__}: {error}"
-    watcher.show(nodes, set(), finished, failed)
-    if failed:
-        lines = "\n".join(f"  {run}: {reason}" for run, reason in failed.items())
+            work.look()
+    watcher.show(work.board())
+    if work.failed:
+        lines = "\n".join(f"  {run}: {reason}" for run, reason in work.failed.items())
         raise UserError(
-            f"{len(failed)} of {len(nodes)} runs failed; the others are finished and kept\n{lines}"
+            f"{len(work.failed)} of {len(nodes)} runs failed; the others are finished and kept\n{lines}\n"
+            "`tutelage study retry DIR` lets them be tried again"
         )
 
 
-def _fail_dependants(waiting: list[Node], failed: dict[str, str]) -> None:
-    for node in list(waiting):
-        broken = [need for need in node.needs if need in failed]
-        if broken:
-            waiting.remove(node)
-            failed[node.id] = f"needs {broken[0]}, which failed"
+@dataclass
+class _Work:
+    """The runner's state between two looks at the disk."""
+
+    nodes: Sequence[Node]
+    engine: Engine
+    claims: Claims
+    failures: Failures
+    cohort: int
+    finished: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, list[Node]] = field(default_factory=dict)
+    not_before: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._recipes = {node.id: _recipe(node) for node in self.nodes}
+        costs = {node.id: node.flops + node.teacher_flops for node in self.nodes}
+        self._weights = chain_weights(costs, {node.id: node.needs for node in self.nodes})
+        self._keys = map(str, itertools.count())
+        self._tried: set[str] = set()
+
+    def look(self) -> None:
+        """Learn from disk what other runners have done; let go of runs that they took over."""
+        self.claims.look()
+        self._tried = self.failures.attempted()
+        marked = self.failures.marked()
+        failed: dict[str, str] = {}
+        for node in self.nodes:
+            if node.id in self.finished:
+                continue
+            if self._holding(node) == "done" and _directory(node).is_done():
+                self.finished.add(node.id)
+            elif node.id in marked and node.id not in self._ours():
+                failed[node.id] = marked[node.id]
+            elif broken := [need for need in node.needs if need in failed]:
+                failed[node.id] = f"needs {broken[0]}, which failed"
+        self.failed = failed
+        for key, members in self.tasks.items():
+            if any(self._holding(node) != "ours" for node in members):
+                self.engine.cancel(key)
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return not self.tasks and len(self.finished) + len(self.failed) == len(self.nodes)
+
+    def start_ready(self) -> None:
+        """Fill the engine with runs that nobody works on, those with most work behind them first."""
+        now = time.monotonic()
+        ready = [
+            node
+            for node in self.nodes
+            if node.id not in self.finished
+            and node.id not in self.failed
+            and self.finished.issuperset(node.needs)
+            and self.not_before.get(node.id, 0.0) <= now
+            and self._holding(node) == "free"
+        ]
+        ready.sort(key=lambda node: -self._weights[node.id])
+        while ready and (free := self.engine.slots - len(self.tasks)) > 0:
+            together = self._together(ready, free)
+            ready = [node for node in ready if node not in together]
+            taken = [node for node in together if self.claims.take(node.id, self._recipes[node.id])]
+            if taken:
+                key = next(self._keys)
+                self.tasks[key] = taken
+                self.engine.start(key, RunTask(configs=tuple(node.config for node in taken)))
+
+    def take_note(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Give back the claims of tasks that have ended."""
+        for key, outcome in outcomes.items():
+            members = self.tasks.pop(key)
+            for node in members:
+                if self._holding(node) != "ours":  # taken over meanwhile: not ours to judge
+                    continue
+                if outcome.status == "done":
+                    self.finished.add(node.id)
+                elif outcome.status == "busy":
+                    self.not_before[node.id] = time.monotonic() + _BUSY_SECONDS
+                elif outcome.status == "failed" and not (len(members) > 1 and _directory(node).is_done()):
+                    own = _directory(node).state().get("error") if len(members) > 1 else None
+                    self.failures.add(node.id, own or outcome.text, _checkpoint(node))
+                self.claims.give_back(node.id, done=outcome.status == "done")
+
+    def stop(self) -> None:
+        """Ask everything of ours to stop and wait until it has."""
+        for key in self.tasks:
+            self.engine.cancel(key)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while self.tasks and time.monotonic() < deadline:
+            self.take_note(self.engine.wait(_POLL_SECONDS))
+
+    def board(self) -> Board:
+        """The state for a watcher."""
+        left = [node for node in self.nodes if node.id not in self.finished]
+        theirs = {node.id for node in left if self._holding(node) == "theirs"}
+        return Board(self.nodes, self._ours(), theirs, set(self.finished), dict(self.failed))
+
+    def _ours(self) -> set[str]:
+        return {node.id for members in self.tasks.values() for node in members}
+
+    def _holding(self, node: Node) -> str:
+        return self.claims.holding(node.id, self._recipes[node.id])
+
+    def _together(self, ready: Sequence[Node], free: int) -> list[Node]:
+        """The first run that is ready and those that can share its batches, as long as no slot stays empty.
+
+        A run that failed before is tried alone, so that it cannot take others with it again.
+        """
+        first = ready[0]
+        if first.cell.kind != "student" or first.id in self._tried:
+            return [first]
+        size = max(1, min(self.cohort, len(ready) // free))
+        key = _company(first)
+        alike = [node for node in ready if node.id not in self._tried and _company(node) == key]
+        return alike[:size]
 
 
-def _start_worker(leave: Event) -> None:
-    """A worker stops its run, checkpointed, when the study is stopped and when its parent has died.
-
-    Ctrl-C in a terminal reaches workers too; they leave it to the parent, which sets `leave`.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        while not leave.wait(_POLL_SECONDS):
-            if parent is not None and not parent.is_alive():
-                break
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_GRACE_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _company(node: Node) -> str:
+    """Equal for students that `check_cohort` lets train together."""
+    config = node.config
+    parts = (config.teacher, config.data, config.runtime)
+    rest = [config.stage, config.global_batch_tokens, config.micro_batch_tokens, config.dtype]
+    return f"{node.cell.kind} {parts} {rest}"
 
 
-def _work(config_json: str) -> None:
-    from tutelage.pipeline import run  # noqa: PLC0415 - torch is imported in workers, not in the parent
+def _recipe(node: Node) -> str:
+    """What a run is finished with: its id says how it was trained, this adds on what it was scored."""
+    config = node.config.eval
+    domains = [(domain.name, domain.store.name, domain.role) for domain in config.domains]
+    return digest([node.id, domains, config.max_documents, config.max_tokens])
 
-    run(RunConfig.model_validate_json(config_json))
+
+def _directory(node: Node) -> RunDirectory:
+    return RunDirectory(node.config.output / node.id)
+
+
+def _checkpoint(node: Node) -> int:
+    """The step that the run would go on from."""
+    steps = [path.name.removeprefix("step-") for path in _directory(node).checkpoints.glob("step-*")]
+    return max(map(int, steps), default=0)

@@ -2,83 +2,120 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutelage.data.config import StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store, open_store
-from tutelage.errors import UserError
-from tutelage.files import claimed, make_directory
+from tutelage.data.store import open_store
+from tutelage.errors import Stopped, UserError
+from tutelage.files import BusyError, claimed, make_directory
 from tutelage.study.cells import teachers_of
-from tutelage.study.graph import Node, Stores, expand
-from tutelage.study.planfile import Plan, PlanDomain, PlanRun, PlanStudent, PlanTeacher, save_plan
-from tutelage.study.runner import StudyWatcher, run_all
+from tutelage.study.claims import Claims, is_gone, runners
+from tutelage.study.failures import Failures
+from tutelage.study.graph import Node, expand
+from tutelage.study.planfile import (
+    Plan,
+    PlanDomain,
+    PlanRun,
+    PlanStudent,
+    PlanTeacher,
+    load_plan,
+    save_plan,
+)
+from tutelage.study.runner import run_all
+from tutelage.study.stores import build_stores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tutelage.study.engines.base import Engine
+    from tutelage.study.runner import StudyWatcher
     from tutelage.study.spec import StudyConfig
+
+_POLL_SECONDS = 0.5
+_FRESH_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a study is run; nothing here changes its results.
+
+    Attributes:
+        retries: further attempts at a run after one that failed without getting further.
+        cohort: largest number of students of one teacher and seed that train together.
+    """
+
+    retries: int = 1
+    cohort: int = 1
 
 
 def run_study(
-    study: StudyConfig, directory: Path, workers: int, watcher: StudyWatcher, say: Callable[[str], None]
+    study: StudyConfig,
+    directory: Path,
+    engine: Engine,
+    watcher: StudyWatcher,
+    say: Callable[[str], None],
+    rules: Rules | None = None,
 ) -> None:
-    """Build the stores, write the plan, and run what is not finished yet.
+    """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
 
     Args:
         study: what to run.
-        directory: everything lands here: data/, runs/, plan.json.
-        workers: processes that train at the same time.
+        directory: everything lands here: data/, runs/, plan.json, queue/.
+        engine: where the work is done.
         watcher: shown the state of all runs twice a second.
         say: told what is being done between the runs.
+        rules: how it is run.
 
     Raises:
-        UserError: input is wrong, or some runs failed.
-        Stopped: on Ctrl-C; the same call goes on.
+        UserError: input is wrong, some runs failed, or a runner works on another study in `directory`.
+        Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
     """
+    rules = rules or Rules()
     make_directory(directory)
-    with claimed(directory / "lock", f"study {directory}"):
-        stores = _build_stores(study, directory / "data", say)
-        vocab_size = open_store(stores.corpus).vocab_size
-        nodes = expand(study, stores, directory / "runs", vocab_size)
-        _check_budgets(nodes)
-        save_plan(directory, make_plan(study, nodes))
-        run_all(nodes, workers, watcher)
+    with engine, Claims(directory) as claims:
+        with _prepared_alone(directory, claims, say):
+            stores = build_stores(study, directory / "data", engine, claims, say)
+            nodes = expand(study, stores, directory / "runs", open_store(stores.corpus).vocab_size)
+            _check_budgets(nodes)
+            _publish(directory, make_plan(study, nodes), claims)
+        run_all(nodes, engine, claims, Failures(directory, rules.retries), watcher, rules.cohort)
 
 
-def _build_stores(study: StudyConfig, directory: Path, say: Callable[[str], None]) -> Stores:
-    def build(config: StoreConfig) -> Path:
-        say(f"text: {config.name}")
-        return build_store(config, directory)
+@contextlib.contextmanager
+def _prepared_alone(directory: Path, claims: Claims, say: Callable[[str], None]) -> Iterator[None]:
+    """Be the only one on this machine that prepares the study; others wait, and then find it prepared."""
+    with contextlib.ExitStack() as held:
+        said = False
+        while True:
+            try:
+                held.enter_context(claimed(directory / "lock", f"study {directory}"))
+                break
+            except BusyError:
+                if not said:
+                    say("another runner prepares the study")
+                said = True
+                if claims.is_asked_to_stop():
+                    raise Stopped from None
+                time.sleep(_POLL_SECONDS)
+        yield
 
-    corpus = build(study.corpus)
-    tokenizer = TokenizerConfig(path=corpus)
 
-    def in_its_tokens(config: StoreConfig) -> Path:
-        return build(config.model_copy(update={"tokenizer": tokenizer}))
-
-    return Stores(
-        corpus=corpus,
-        domains={
-            name: build(
-                StoreConfig(
-                    name=name,
-                    sources=(spec.source,),
-                    tokenizer=tokenizer,
-                    validation=0.5,
-                    test=0.5,
-                    max_bytes=spec.max_bytes,
-                )
-            )
-            for name, spec in study.domains.items()
-        },
-        teachers={
-            name: in_its_tokens(spec.corpus)
-            for name, spec in teachers_of(study).items()
-            if spec.corpus is not None
-        },
-        stages={name: in_its_tokens(spec.corpus) for name, spec in study.post_training.items()},
-    )
+def _publish(directory: Path, plan: Plan, claims: Claims) -> None:
+    """Write plan.json, unless a living runner works on another plan."""
+    others = [
+        runner
+        for token, runner in runners(directory).items()
+        if token != claims.token and not is_gone(runner) and time.time() - runner.time < _FRESH_SECONDS
+    ]
+    if others and (directory / "plan.json").exists() and load_plan(directory) != plan:
+        raise UserError(
+            f"{directory}: process {others[0].pid} on {others[0].host} runs another plan there; stop it "
+            f"with `tutelage study stop {directory}`, or give another --output"
+        )
+    save_plan(directory, plan)
 
 
 def _check_budgets(nodes: list[Node]) -> None:

@@ -2,64 +2,140 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 
 import pytest
 
-from tutelage.errors import UserError
+from tutelage.errors import Stopped, UserError
 from tutelage.identity import run_id
 from tutelage.study.cells import Cell
+from tutelage.study.claims import Claims, ask_to_stop
+from tutelage.study.engines.local import LocalEngine
+from tutelage.study.failures import Failures
 from tutelage.study.graph import Node
 from tutelage.study.runner import run_all
 
 
 class Quiet:
-    """Remembers the largest number of runs that went on at the same time."""
+    """Remembers what it was shown."""
 
-    most = 0
+    def __init__(self):
+        self.most = 0
+        self.board = None
 
-    def show(self, nodes, running, finished, failed):
-        self.most = max(self.most, len(running))
+    def show(self, board):
+        self.most = max(self.most, len(board.running))
+        self.board = board
 
 
-def node(config, needs=()):
-    cell = Cell(config.name, "baseline", "test", "tiny", None, None, None, config.seed, "nano-50k", 1, {})
+def node(config, needs=(), kind="baseline"):
+    cell = Cell(config.name, kind, "test", "tiny", None, None, None, config.seed, "nano-50k", 1, {})
     return Node(run_id(config), cell, config, needs, None, 1, 1, 1.0, 0.0)
+
+
+def taught(make_config, teacher, alpha, **changes):
+    settings = {"teacher": {"kind": "run", "run": teacher.id}, "objective": {"alpha": alpha}} | changes
+    return node(make_config(name=f"alpha-{alpha}", **settings), (teacher.id,), "student")
+
+
+def run(nodes, folder, watcher=None, workers=2, retries=1, cohort=1):
+    with LocalEngine(workers, []) as engine, Claims(folder, 0.2) as claims:
+        run_all(nodes, engine, claims, Failures(folder, retries), watcher or Quiet(), cohort)
 
 
 def status(one):
     return json.loads((one.config.output / one.id / "state.json").read_text())["status"]
 
 
-def test_runs_wait_for_what_they_need_and_failures_stop_only_dependants(make_config):
+def weights(one):
+    return (one.config.output / one.id / "model" / "model.safetensors").read_bytes()
+
+
+def elsewhere(nodes, folder):
+    return [
+        dataclasses.replace(one, config=one.config.model_copy(update={"output": folder})) for one in nodes
+    ]
+
+
+def test_runs_wait_for_what_they_need_and_failures_stop_only_dependants(make_config, tmp_path):
     teacher = node(make_config(name="teacher", seed=7))
     broken = node(make_config(name="broken", optim={"lr": 1e30, "clip": 1e30, "warmup": 0.0}))
-
-    def student(of):
-        config = make_config(
-            name=f"of-{of.config.name}", teacher={"kind": "run", "run": of.id}, objective={"alpha": 0.5}
-        )
-        return node(config, (of.id,))
-
-    taught, orphan = student(teacher), student(broken)
+    student, orphan = taught(make_config, teacher, 0.5), taught(make_config, broken, 0.5)
     watcher = Quiet()
+    nodes = [broken, teacher, orphan, student]
     with pytest.raises(UserError, match="2 of 4 runs failed") as caught:
-        run_all([taught, orphan, broken, teacher], 2, watcher)
+        run(nodes, tmp_path, watcher)
     assert "lower optim.lr" in str(caught.value)
     assert f"needs {broken.id}" in str(caught.value)
-    assert status(teacher) == status(taught) == "done"
+    assert status(teacher) == status(student) == "done"
     assert status(broken) == "failed"
     assert watcher.most == 2
+    failures = Failures(tmp_path, 1)
+    attempts = json.loads((tmp_path / "queue" / "failures" / f"{broken.id}.json").read_text())["attempts"]
+    assert len(attempts) == 2
+    assert all("lower optim.lr" in one["error"] for one in attempts)
+    with pytest.raises(UserError, match="2 of 4"):  # the mark stays
+        run(nodes, tmp_path)
+    assert failures.clear(broken.id)
+    with pytest.raises(UserError, match="2 of 4"):  # tried again, and broken again
+        run(nodes, tmp_path, retries=0)
+    assert len(failures.attempted()) == 1
 
 
-def test_number_of_workers_does_not_change_results(make_config, tmp_path):
-    first = [node(make_config(seed=seed)) for seed in (1, 2)]
-    second = [
-        dataclasses.replace(one, config=one.config.model_copy(update={"output": tmp_path / "other"}))
-        for one in first
+def test_number_of_workers_and_cohorts_do_not_change_results(make_config, tmp_path):
+    teacher = node(make_config(name="teacher", seed=7))
+    first = [teacher, *(taught(make_config, teacher, alpha) for alpha in (0.2, 0.5, 0.8))]
+    second, third = elsewhere(first, tmp_path / "b" / "runs"), elsewhere(first, tmp_path / "c" / "runs")
+    run(first, tmp_path, workers=2)
+    run(second, tmp_path / "b", workers=1)
+    run(third, tmp_path / "c", workers=1, cohort=3)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert a.id == b.id == c.id
+        assert weights(a) == weights(b) == weights(c)
+    state = json.loads((third[1].config.output / third[1].id / "state.json").read_text())
+    assert state["cohort"] == 3
+
+
+def test_what_is_finished_is_not_started_again(make_config, tmp_path):
+    nodes = [node(make_config(seed=seed)) for seed in (1, 2)]
+    run(nodes, tmp_path)
+    before = sorted((tmp_path / "queue" / "claims").iterdir())
+    run(nodes, tmp_path)
+    assert sorted((tmp_path / "queue" / "claims").iterdir()) == before
+    assert len(before) == 2
+
+
+def test_stop_checkpoints_and_the_same_call_goes_on(make_config, tmp_path):
+    nodes = [node(make_config(seed=seed, tokens=256 * 4000)) for seed in (1, 2)]
+    with LocalEngine(2, []) as engine, Claims(tmp_path, 0.2) as claims:
+
+        class Impatient(Quiet):
+            def show(self, board):
+                if all((one.config.output / one.id / "checkpoints").exists() for one in nodes):
+                    ask_to_stop(tmp_path, claims.token)
+
+        with pytest.raises(Stopped):
+            run_all(nodes, engine, claims, Failures(tmp_path, 1), Impatient())
+    assert {status(one) for one in nodes} == {"stopped"}
+    assert Failures(tmp_path, 1).attempted() == set()
+    with Claims(tmp_path, 0.2) as claims:
+        claims.look()
+        assert all(claims.take(one.id, "recipe") for one in nodes)
+
+
+def test_two_runners_share_the_work(make_config, tmp_path):
+    nodes = [node(make_config(seed=seed, tokens=256 * 40)) for seed in range(6)]
+    watchers = [Quiet(), Quiet()]
+    threads = [
+        threading.Thread(target=run, args=(nodes, tmp_path, watcher), kwargs={"workers": 1})
+        for watcher in watchers
     ]
-    run_all(first, 2, Quiet())
-    run_all(second, 1, Quiet())
-    for a, b in zip(first, second, strict=True):
-        assert a.id == b.id
-        files = [one.config.output / one.id / "model" / "model.safetensors" for one in (a, b)]
-        assert files[0].read_bytes() == files[1].read_bytes()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert {status(one) for one in nodes} == {"done"}
+    assert all(len(watcher.board.finished) == len(nodes) for watcher in watchers)
+    claims = [json.loads(path.read_text()) for path in (tmp_path / "queue" / "claims").iterdir()]
+    assert len(claims) == len(nodes)  # each was begun once
+    assert len({claim["owner"] for claim in claims}) == 2

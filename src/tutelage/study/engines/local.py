@@ -1,0 +1,195 @@
+"""Tasks in worker processes on this machine, each on its own cores and, where there are some, its own GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+from tutelage.study.engines.base import Outcome, perform
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerContext, SpawnContext
+    from multiprocessing.synchronize import Event
+    from types import TracebackType
+    from typing import Self
+
+    from tutelage.study.engines.base import Task
+
+    _Context = ForkServerContext | SpawnContext
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 30.0
+
+
+class LocalEngine:
+    """An `Engine` of long-lived worker processes.
+
+    On the CPU they are forked from a server that has imported torch and done nothing else, so a worker starts
+    in no time and they share that memory. CUDA does not survive a fork: with GPUs each starts afresh.
+
+    Args:
+        workers: how many.
+        gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES; worker i sees number i, round and round.
+    """
+
+    def __init__(self, workers: int, gpus: list[str]) -> None:
+        self.slots = workers
+        self._gpus = gpus
+        self._workers: list[_Worker | None] = [None] * workers
+        self._context: _Context = multiprocessing.get_context("spawn")
+        if not gpus and sys.platform == "linux":
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(["tutelage.pipeline"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        there = [worker for worker in self._workers if worker is not None]
+        for worker in there:
+            worker.leave.set()
+        for worker in there:
+            worker.end()
+
+    def start(self, key: str, task: Task) -> None:
+        """See `Engine`."""
+        place = next(i for i, worker in enumerate(self._workers) if worker is None or worker.key is None)
+        worker = self._workers[place]
+        if worker is None or not worker.process.is_alive():
+            gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
+            worker = self._workers[place] = _Worker(self._context, _share(place, self.slots), gpu)
+        worker.start(key, task.model_dump_json())
+
+    def wait(self, seconds: float) -> dict[str, Outcome]:
+        """See `Engine`."""
+        busy = [worker for worker in self._workers if worker is not None and worker.key is not None]
+        if not busy:
+            time.sleep(seconds)
+            return {}
+        wait([part for worker in busy for part in (worker.connection, worker.process.sentinel)], seconds)
+        outcomes = {}
+        for worker in busy:
+            key = str(worker.key)
+            outcome = worker.outcome()
+            if outcome is not None:
+                outcomes[key] = outcome
+        for place, one in enumerate(self._workers):
+            if one is not None and one.key is None and one.leave.is_set():
+                one.end()
+                self._workers[place] = None
+        return outcomes
+
+    def cancel(self, key: str) -> None:
+        """See `Engine`."""
+        for worker in self._workers:
+            if worker is not None and worker.key == key:
+                worker.leave.set()
+
+
+class _Worker:
+    """A process that does one task after another until `leave` is set."""
+
+    def __init__(self, context: _Context, cores: set[int] | None, gpu: str | None) -> None:
+        self.key: str | None = None
+        self.leave: Event = context.Event()
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.leave, cores, gpu), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def start(self, key: str, task: str) -> None:
+        self.key = key
+        with contextlib.suppress(BrokenPipeError):  # it died just now: `outcome` says so
+            self.connection.send_bytes(task.encode())
+
+    def outcome(self) -> Outcome | None:
+        """How the task ended; None while it goes on."""
+        try:
+            if self.connection.poll():
+                outcome = Outcome.model_validate_json(self.connection.recv_bytes())
+            elif self.process.is_alive():
+                return None
+            else:
+                outcome = self._died()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            outcome = self._died()
+        self.key = None
+        return outcome
+
+    def end(self) -> None:
+        """Wait for the process, which was told to leave, or has died."""
+        self.process.join(_GRACE_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+    def _died(self) -> Outcome:
+        if self.leave.is_set():
+            return Outcome(status="stopped")
+        code = self.process.exitcode or 0
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return Outcome(status="failed", text=f"its process ended {how} (out of memory?)")
+
+
+def _serve(connection: Connection, leave: Event, cores: set[int] | None, gpu: str | None) -> None:
+    """Do what comes in. Ctrl-C in a terminal reaches workers too; they leave it to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    threading.Thread(target=_follow, args=(leave,), daemon=True).start()
+    while True:
+        try:
+            task = connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return
+        connection.send_bytes(perform(task.decode()).encode())
+        if leave.is_set():
+            return
+
+
+def _follow(leave: Event) -> None:
+    """Stop the run, checkpointed, when that is asked for and when the parent has died."""
+    parent = multiprocessing.parent_process()
+    while not leave.wait(_POLL_SECONDS):
+        if parent is not None and not parent.is_alive():
+            break
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os._exit(1)
+
+
+def _share(place: int, workers: int) -> set[int] | None:
+    """The cores of a worker: all in equal parts; None where that cannot be or they are too few."""
+    if sys.platform != "linux":
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // workers
+    return set(cores[place * each : (place + 1) * each]) or None
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that torch can use, by their names for CUDA_VISIBLE_DEVICES. Asks a process of its own."""
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named or [str(number) for number in range(int(done.stdout))]
+
+
+def default_workers() -> int:
+    """One single-threaded worker per core, at most four, so that memory stays under 4 GiB."""
+    return max(1, min(4, os.cpu_count() or 1))

@@ -1,0 +1,95 @@
+"""Tasks on a Ray cluster (extra `ray`): each on its cores and GPU, wherever there are some.
+
+Tasks travel as JSON text. The study's directory must be the same on every node, as on a cluster's file
+system.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from tutelage.errors import UserError
+from tutelage.study.engines.base import Outcome, perform
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from tutelage.study.engines.base import Task
+
+
+class RayEngine:
+    """An `Engine` on a Ray cluster.
+
+    Args:
+        address: of the cluster; None: the one that RAY_ADDRESS or this machine knows, else a new one here.
+        workers: tasks at the same time; None: as many as the cluster has GPUs, or CPUs, now.
+        device: `runtime.device` of the runs: cpu takes a core per task, anything else a GPU if there is one.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster at that address.
+    """
+
+    def __init__(self, address: str | None, workers: int | None, device: str) -> None:
+        try:
+            import ray  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise UserError("--engine ray needs Ray: pip install 'tutelage[ray]'") from None
+        self._ray = ray
+        self._address, self._workers, self._device = address, workers, device
+        self._running: dict[Any, str] = {}
+        self._cancelled: set[str] = set()
+
+    def __enter__(self) -> Self:
+        try:
+            self._ray.init(address=self._address, logging_level="ERROR", log_to_driver=False)
+        except ConnectionError as error:
+            raise UserError(f"--ray-address {self._address}: {' '.join(str(error).split())}") from None
+        resources = self._ray.cluster_resources()
+        gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
+        self.slots = self._workers or gpus or int(resources.get("CPU", 1))
+        needs = self._ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
+        self._perform = needs(_perform_there)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._running:
+            self._ray.cancel(task, force=True)
+        self._ray.shutdown()
+
+    def start(self, key: str, task: Task) -> None:
+        """See `Engine`."""
+        self._running[self._perform.remote(task.model_dump_json(), os.getcwd())] = key  # noqa: PTH109 - text
+
+    def wait(self, seconds: float) -> dict[str, Outcome]:
+        """See `Engine`."""
+        if not self._running:
+            time.sleep(seconds)
+            return {}
+        ended, _ = self._ray.wait(list(self._running), timeout=seconds)
+        return {self._running[task]: self._outcome(task, self._running.pop(task)) for task in ended}
+
+    def cancel(self, key: str) -> None:
+        """See `Engine`."""
+        for task, name in self._running.items():
+            if name == key and key not in self._cancelled:
+                self._cancelled.add(key)
+                self._ray.cancel(task, force=False)  # Ctrl-C in the worker, which checkpoints
+
+    def _outcome(self, task: Any, key: str) -> Outcome:  # noqa: ANN401 - a reference of Ray's
+        errors = self._ray.exceptions
+        try:
+            return Outcome.model_validate_json(self._ray.get(task))
+        except errors.RayError as error:
+            if key in self._cancelled:
+                return Outcome(status="stopped")
+            return Outcome(status="failed", text=" ".join(str(error).split())[:500])
+
+
+def _perform_there(task: str, folder: str) -> str:
+    os.chdir(folder)
+    return perform(task)

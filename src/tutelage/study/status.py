@@ -1,0 +1,159 @@
+"""How a study stands, read from its directory while others may be working on it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tutelage.errors import UserError
+from tutelage.study.claims import Claims, ask_to_stop, is_gone, runners
+from tutelage.study.failures import Failures
+from tutelage.study.planfile import Plan, load_plan
+from tutelage.study.speed import Speeds, estimate_error, likeness, read_timings
+from tutelage.train.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_FRESH_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Active:
+    """A run that a runner works on: its budget, who, and what it last wrote of itself (state.json)."""
+
+    run: str
+    tokens: int
+    where: str
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A study at this moment.
+
+    Attributes:
+        name: of the study.
+        counts: runs by state: done, running, stopped, failed, waiting.
+        active: the runs that go on.
+        failed: runs that are given up, with the reason.
+        retried: runs of which an attempt failed and that will be tried again.
+        runners: host and process of each runner, and the time since its heartbeat; dead ones are named so.
+        seconds_left: training time of all runs that are not done, one after the other, by measured speed;
+            None before a run is done.
+        timed: finished runs behind that speed.
+        error: median relative error of a run's estimated training time; None before two runs are done.
+    """
+
+    name: str
+    counts: dict[str, int]
+    active: list[Active]
+    failed: dict[str, str]
+    retried: list[str]
+    runners: list[str]
+    seconds_left: float | None
+    timed: int
+    error: float | None
+
+
+def read_status(directory: Path, retries: int = 1) -> Status:
+    """The status of the study in `directory`.
+
+    Raises:
+        UserError: there is no valid plan.json.
+    """
+    plan = load_plan(directory)
+    claims, failures = Claims(directory), Failures(directory, retries)
+    claims.look()
+    marked, attempted = failures.marked(), failures.attempted()
+    counts: Counter[str] = Counter()
+    active: list[Active] = []
+    left: list[str] = []
+    for run in plan.runs:
+        state = RunDirectory(directory / plan.runs_directory / run.run).state()
+        owner = claims.owner(run.run)
+        if state.get("status") == "done":
+            word = "done"
+        elif owner is not None:
+            word = "running"
+            active.append(Active(run.run, run.tokens, owner, state))
+        elif run.run in marked:
+            word = "failed"
+        else:
+            word = "stopped" if state else "waiting"
+        counts[word] += 1
+        if word != "done":
+            left.append(run.run)
+    timings = read_timings(directory, plan)
+    return Status(
+        name=plan.name,
+        counts=dict(counts),
+        active=active,
+        failed={run: reason for run, reason in marked.items() if run in left},
+        retried=sorted((attempted - marked.keys()) & set(left)),
+        runners=[_described(token, directory) for token in runners(directory)],
+        seconds_left=_seconds_left(plan, left, Speeds(timings)),
+        timed=len(timings),
+        error=estimate_error(timings),
+    )
+
+
+def stop_study(directory: Path, patience_seconds: float = 90.0) -> tuple[int, int]:
+    """Ask every living runner of a study to checkpoint and end, and wait for them.
+
+    Returns:
+        How many were asked, and how many of them are still there.
+
+    Raises:
+        UserError: there is no valid plan.json.
+    """
+    load_plan(directory)
+    asked = [token for token, runner in runners(directory).items() if not is_gone(runner)]
+    for token in asked:
+        ask_to_stop(directory, token)
+    deadline = time.monotonic() + patience_seconds
+    left = set(asked)
+    while left and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        left = {token for token, runner in runners(directory).items() if not is_gone(runner)} & left
+    return len(asked), len(left)
+
+
+def retry_runs(directory: Path, names: Sequence[str]) -> list[str]:
+    """Forget the failed attempts at `names`, or at all runs, so that runners try them again.
+
+    Returns:
+        The runs that had failed attempts.
+
+    Raises:
+        UserError: there is no valid plan.json, or a name is no run of it.
+    """
+    known = [run.run for run in load_plan(directory).runs]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{directory}: no run {unknown[0]} in its plan; `tutelage study status` names them")
+    failures = Failures(directory, 0)
+    return [run for run in names or known if failures.clear(run)]
+
+
+def _seconds_left(plan: Plan, left: Sequence[str], speeds: Speeds) -> float | None:
+    total = 0.0
+    for run in plan.runs:
+        if run.run in left:
+            speed = speeds.of(*likeness(plan, run))
+            if speed is None:
+                return None
+            total += run.flops / speed
+    return total
+
+
+def _described(token: str, directory: Path) -> str:
+    runner = runners(directory)[token]
+    age = max(0.0, time.time() - runner.time)
+    if is_gone(runner):
+        return f"{runner.host} process {runner.pid}: dead"
+    late = "" if age < _FRESH_SECONDS else ": silent, dead unless its clock is off"
+    return f"{runner.host} process {runner.pid}: heartbeat {age:.0f} s ago{late}"

@@ -1,0 +1,102 @@
+"""A study on a real Ray cluster of two nodes on this machine: the files are those of the local engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tutelage.identity import run_id
+from tutelage.pipeline import run
+
+ON_RAY = """
+import json, sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from tutelage.config import RunConfig
+from tutelage.data.config import StoreConfig
+from tutelage.errors import Stopped, UserError
+from tutelage.identity import run_id
+from tutelage.study.cells import Cell
+from tutelage.study.claims import Claims, ask_to_stop
+from tutelage.study.engines.base import StoreTask
+from tutelage.study.engines.ray import RayEngine
+from tutelage.study.failures import Failures
+from tutelage.study.graph import Node
+from tutelage.study.runner import run_all
+
+folder, text = Path(sys.argv[1]), sys.argv[2]
+nodes = []
+for config in map(RunConfig.model_validate_json, json.loads(text)):
+    needs = (config.teacher.run,) if config.teacher else ()
+    cell = Cell(config.name, "baseline", "test", "tiny", None, None, None, config.seed, "nano-50k", 1, {})
+    nodes.append(Node(run_id(config), cell, config, needs, None, 1, 1, 1.0, 0.0))
+
+class Watcher:
+    most = 0
+    stopping = True
+    def show(self, board):
+        self.most = max(self.most, len(board.running))
+        begun = [node for node in nodes if (node.config.output / node.id / "checkpoints").exists()]
+        if self.stopping and begun:
+            ask_to_stop(folder, self.token)
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+watcher = Watcher()
+for attempt in range(2):
+    with RayEngine(cluster.address, None, "cpu") as engine, Claims(folder, 0.5) as claims:
+        assert engine.slots == 2
+        if attempt == 0:
+            broken = StoreConfig(name="none", sources=({"kind": "corpus", "name": "nothing"},))
+            engine.start("store", StoreTask(config=broken, directory=folder))
+            while not (ended := engine.wait(0.5)):
+                pass
+            assert ended["store"].status == "failed" and "nothing" in ended["store"].text
+        watcher.token, watcher.stopping = claims.token, attempt == 0
+        try:
+            run_all(nodes, engine, claims, Failures(folder, 0), watcher)
+        except Stopped:
+            assert attempt == 0
+            states = [json.loads(path.read_text())["status"] for path in folder.glob("runs/*/state.json")]
+            print("stopped", sorted(states), flush=True)
+cluster.shutdown()
+print("most", watcher.most)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
+    pytest.importorskip("ray")
+    teacher = make_config(name="teacher", seed=7, tokens=256 * 400)
+    configs = [teacher] + [
+        make_config(
+            name="student",
+            seed=seed,
+            teacher={"kind": "run", "run": run_id(teacher)},
+            objective={"alpha": 0.5},
+            tokens=256 * 40,
+        )
+        for seed in (1, 2)
+    ]
+    there = [config.model_copy(update={"output": tmp_path / "ray" / "runs"}) for config in configs]
+    text = json.dumps([config.model_dump_json() for config in there])
+    done = subprocess.run(
+        [sys.executable, "-c", ON_RAY, str(tmp_path / "ray"), text],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"RAY_DISABLE_IMPORT_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stopped ['stopped']" in done.stdout
+    assert "most 2" in done.stdout  # with one core per node, on both
+    for config, other in zip(configs, there, strict=True):
+        run(config)
+        files = [one.output / run_id(config) / "model" / "model.safetensors" for one in (config, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tutelage.study.claims import Claims, ask_to_stop, is_gone, read_runner, runners
+from tutelage.study.failures import Failures
+
+BEAT = 0.05
+CLAIMER = """
+import sys, time
+from pathlib import Path
+from tutelage.study.claims import Claims
+with Claims(Path(sys.argv[1]), 0.05) as claims:
+    claims.look()
+    free = [run for run in map(str, range(200)) if claims.holding(run, "recipe") == "free"]
+    won = [run for run in free if claims.take(run, "recipe")]
+    print(",".join(won), flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def start(directory, seconds=0.0):
+    return subprocess.Popen(
+        [sys.executable, "-c", CLAIMER, str(directory), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def elsewhere(directory, token, **changes):
+    """Make a runner look like one on another machine, whose processes cannot be seen from here."""
+    path = directory / "queue" / "runners" / f"{token}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": "another"} | changes))
+    return path
+
+
+def looks(claims, times):
+    for _ in range(times):
+        time.sleep(BEAT * 1.1)
+        claims.look()
+        claims.holding("run", "recipe")
+    return claims.holding("run", "recipe")
+
+
+def test_of_many_claimants_each_run_has_one(tmp_path):
+    started = [start(tmp_path, 5) for _ in range(4)]
+    won = [process.communicate(timeout=60)[0].strip().split(",") for process in started]
+    assert sorted(run for part in won for run in part if run) == sorted(map(str, range(200)))
+
+
+def test_a_claim_holds_until_it_is_given_back(tmp_path):
+    with Claims(tmp_path, BEAT) as ours, Claims(tmp_path, BEAT) as theirs:
+        assert ours.take("run", "recipe")
+        theirs.look()
+        assert theirs.holding("run", "recipe") == "theirs"
+        ours.look()
+        assert ours.holding("run", "recipe") == "ours"
+        ours.give_back("run", done=False)
+        theirs.look()
+        assert theirs.holding("run", "recipe") == "free"
+        assert theirs.take("run", "recipe")
+        assert not ours.take("run", "recipe")  # it has not looked since
+        theirs.give_back("run", done=True)
+        ours.look()
+        assert ours.holding("run", "recipe") == "done"
+        assert ours.holding("run", "more domains") == "free"
+
+
+def test_a_killed_runner_on_this_machine_is_seen_at_once(tmp_path):
+    process = start(tmp_path, 60)
+    process.stdout.readline()
+    with Claims(tmp_path, 5.0) as claims:
+        claims.look()
+        assert claims.holding("7", "recipe") == "theirs"
+        process.kill()
+        process.communicate()
+        claims.look()
+        assert claims.holding("7", "recipe") == "free"
+        assert claims.take("7", "recipe")
+
+
+def test_a_silent_runner_elsewhere_is_taken_over_and_notices(tmp_path):
+    with (
+        Claims(tmp_path, 3600) as silent,
+        Claims(tmp_path, BEAT, 3) as ours,
+        Claims(tmp_path, BEAT, 3) as third,
+    ):
+        silent.take("run", "recipe")
+        elsewhere(tmp_path, silent.token)
+        assert looks(ours, 2) == "theirs"
+        assert looks(ours, 3) == "free"
+        looks(third, 5)
+        assert [ours.take("run", "recipe"), third.take("run", "recipe")] == [True, False]
+        silent.look()
+        assert silent.holding("run", "recipe") == "theirs"
+
+
+@pytest.mark.parametrize("skew", [-86400.0, 86400.0])
+def test_clocks_of_other_machines_do_not_matter(tmp_path, skew):
+    """A beating runner is alive, whatever time it says it is."""
+    with Claims(tmp_path, 3600) as other, Claims(tmp_path, BEAT, 3) as ours:
+        other.take("run", "recipe")
+        for beat in range(8):
+            elsewhere(tmp_path, other.token, beat=beat, time=time.time() + skew)
+            assert looks(ours, 1) == "theirs"
+
+
+def test_a_pause_of_the_reader_is_no_silence_of_others(tmp_path):
+    with Claims(tmp_path, 3600) as other, Claims(tmp_path, BEAT, 3) as ours:
+        other.take("run", "recipe")
+        elsewhere(tmp_path, other.token)
+        looks(ours, 1)
+        time.sleep(BEAT * 10)
+        assert looks(ours, 1) == "theirs"
+
+
+def test_a_claim_caught_while_it_is_written_is_respected_and_one_left_so_is_not(tmp_path):
+    with Claims(tmp_path, BEAT, 3) as claims:
+        (tmp_path / "queue" / "claims" / "run.1.json").touch()
+        claims.look()
+        assert claims.holding("run", "recipe") == "theirs"
+        assert looks(claims, 5) == "free"
+        assert claims.take("run", "recipe")
+        assert (tmp_path / "queue" / "claims" / "run.2.json").exists()
+
+
+def test_the_heart_beats_and_a_stop_is_for_one_runner(tmp_path):
+    with Claims(tmp_path, BEAT) as one, Claims(tmp_path, BEAT) as two:
+        path = tmp_path / "queue" / "runners" / f"{one.token}.json"
+        first = read_runner(path).beat
+        deadline = time.monotonic() + 10
+        while read_runner(path).beat < first + 2 and time.monotonic() < deadline:
+            time.sleep(BEAT)
+        assert read_runner(path).beat >= first + 2
+        assert not is_gone(read_runner(path))
+        assert set(runners(tmp_path)) == {one.token, two.token}
+        ask_to_stop(tmp_path, one.token)
+        assert [one.is_asked_to_stop(), two.is_asked_to_stop()] == [True, False]
+    assert runners(tmp_path) == {}
+    assert list((tmp_path / "queue" / "runners").iterdir()) == []
+
+
+def test_only_attempts_without_progress_count(tmp_path):
+    failures = Failures(tmp_path, retries=1)
+    for step in (0, 10, 20):
+        failures.add("run", f"killed after {step}", step)
+        assert failures.marked() == {}
+    failures.add("run", "again", 20)
+    assert failures.marked() == {"run": "again"}
+    assert Failures(tmp_path, retries=2).marked() == {}
+    assert failures.clear("run")
+    assert failures.marked() == {}
+    assert failures.attempted() == set()
+    assert not failures.clear("run")

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutelage.configio import validate
+from tutelage.errors import UserError
+from tutelage.models import hub
+from tutelage.models.flops import training_flops
+from tutelage.models.ladder import LADDER, rung
+from tutelage.study.chains import chain_weights, critical_path, makespan
+from tutelage.study.estimate import by_kind, by_purpose, duration, kept_bytes, works_of
+from tutelage.study.forecast import Machine, forecast
+from tutelage.study.hardware import DEVICES, activation_values, find_device, run_memory
+from tutelage.study.presets import demo_study, load_study
+from tutelage.study.spec import StudyConfig
+from tutelage.study.speed import Speeds, Timing, estimate_error
+
+DEMO = demo_study(2, "100K", quick=False)
+
+
+@st.composite
+def graphs(draw):
+    size = draw(st.integers(1, 8))
+    costs = {str(i): draw(st.floats(0.5, 10)) for i in range(size)}
+    needs = {str(i): [str(j) for j in range(i) if draw(st.booleans())] for i in range(size)}
+    return costs, needs
+
+
+@settings(deadline=None)
+@given(graphs(), st.integers(1, 4))
+def test_makespan_lies_between_its_bounds(graph, devices):
+    costs, needs = graph
+    total, path = sum(costs.values()), sum(costs[name] for name in critical_path(costs, needs))
+    took = makespan(costs, needs, devices)
+    assert max(path, total / devices) <= took * (1 + 1e-9)
+    assert took <= (total - path) / devices + path + 1e-9  # Graham's bound
+    assert makespan(costs, needs, 1) == pytest.approx(total)
+    assert makespan(costs, needs, len(costs)) == pytest.approx(path)
+
+
+@settings(deadline=None)
+@given(graphs())
+def test_the_critical_path_is_the_costliest_chain(graph):
+    costs, needs = graph
+    chains = {(name,) for name in costs}
+    while longer := {(need, *chain) for chain in chains for need in needs[chain[0]]} - chains:
+        chains |= longer
+    costliest = max(sum(costs[name] for name in chain) for chain in chains)
+    path = critical_path(costs, needs)
+    assert sum(costs[name] for name in path) == pytest.approx(costliest)
+    assert max(chain_weights(costs, needs).values()) == pytest.approx(costliest)
+    assert all(before in needs[after] for before, after in itertools.pairwise(path))
+
+
+def test_flops_are_told_apart_and_add_up_to_the_shapes():
+    works, caches, notes = works_of([DEMO])
+    assert {kind: runs for kind, (runs, _) in by_kind(works).items()} == {
+        "teacher": 3,
+        "baseline": 2,
+        "student": 14,
+    }
+    purposes = by_purpose(works, caches)
+    per_token = {
+        name: training_flops(rung(name), 512, 128) for name in ("nano-50k", "nano-150k", "nano-350k")
+    }
+    assert purposes["teacher training"] == pytest.approx(1e5 * sum(per_token.values()))
+    assert purposes["student training"] == pytest.approx(1e5 * 16 * per_token["nano-150k"])
+    assert purposes["teacher forward"] == pytest.approx(1e5 * 4 * sum(per_token.values()) / 3)
+    assert (caches.flops, caches.bytes, notes) == (0, 0, [])
+
+
+def test_runs_that_studies_share_count_once():
+    one, _, _ = works_of([DEMO])
+    assert len(works_of([DEMO, DEMO])[0]) == len(one)
+    more = demo_study(3, "100K", quick=False)
+    assert len(works_of([DEMO, more])[0]) == len(works_of([more])[0])
+    other = validate(StudyConfig, DEMO.model_dump(mode="json") | {"run": {"optim": {"lr": 0.1}}}, "test")
+    assert len(works_of([DEMO, other])[0]) == 2 * len(one)
+
+
+def test_a_kept_teacher_is_run_once_and_takes_room():
+    raw = DEMO.model_dump(mode="json")
+    raw["teachers"]["strong"]["cache"] = {"format": {"kind": "sample_min_variance", "ids": 16}}
+    works, caches, _ = works_of([validate(StudyConfig, raw, "test")])
+    forward = training_flops(rung("nano-350k"), 512, 128) / 3
+    assert caches.flops == pytest.approx(1e5 * forward)
+    assert caches.bytes == pytest.approx(1e5 * 16 * (9 + 16) / 8)
+    assert all(work.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
+
+
+def test_what_cannot_be_run_is_named_before_anything_runs():
+    raw = DEMO.model_dump(mode="json")
+    with pytest.raises(UserError, match="nano-50kk"):
+        works_of([validate(StudyConfig, json.loads(json.dumps(raw).replace("nano-50k", "nano-50kk")), "t")])
+    with pytest.raises(UserError, match="did you mean 'lr'"):
+        works_of([validate(StudyConfig, raw | {"run": {"optim": {"lrr": 1}}}, "t")])
+    with pytest.raises(UserError, match="did you mean 'h100'"):
+        find_device("H10O")
+    with pytest.raises(UserError, match="did you mean 'demo'"):
+        load_study("demoo")
+    raw["corpus"]["tokenizer"]["path"] = "/no/such/tokenizer"
+    with pytest.raises(UserError, match="is not here"):
+        works_of([validate(StudyConfig, raw, "t")])
+
+
+@pytest.mark.parametrize("name", ["nano-150k", "qwen3-0.15b"])
+def test_activations_are_what_autograd_keeps(name):
+    """Storages that the backward pass holds, weights and the loss left out."""
+    shape, tokens = LADDER[name], 64
+    model = hub.build(shape, 300, tokens, seed=1)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    body, _ = hub.body_and_head(model)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = body(torch.zeros(1, tokens, dtype=torch.long))
+    held = sum(size for size, _ in kept.values()) / 4 / tokens
+    assert hidden is not None
+    assert activation_values(shape) == pytest.approx(held, rel=0.2)
+
+
+def test_memory_counts_state_teacher_and_micro_batch():
+    shape = rung("nano-150k")
+    alone = run_memory(shape, 1000, 0, 1, 300, bf16=False)
+    assert alone == 16 * 1000 + 4 * activation_values(shape) + 4 * 300
+    assert run_memory(shape, 1000, 500, 1, 300, bf16=False) == alone + 4 * 500 + 4 * 300
+    assert all(device.mfu <= 1 and device.memory > 1e9 for device in DEVICES.values())
+
+
+def test_time_energy_and_cost_follow_from_the_device():
+    works, _, _ = works_of([DEMO])
+    device = DEVICES["h100"]
+    took = duration(works, 2, device, 0.5)
+    assert took.device == pytest.approx(sum(work.total for work in works) / (0.5 * device.peak_flops))
+    assert took.path_seconds <= took.wall <= took.device
+    found = forecast([DEMO], Machine("h100", 2, 0.5, 3.0), None)
+    assert found["energy_kwh"] == pytest.approx(700 * took.device / 3.6e6)
+    assert found["cost"] == pytest.approx(3.0 * took.device / 3600)
+    assert found["memory"]["fits"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_speed_is_that_of_the_most_alike_and_its_error_is_left_out_of_itself():
+    timings = [
+        Timing("a", None, 100.0, 10.0),
+        Timing("a", None, 100.0, 10.0),
+        Timing("a", "t", 100.0, 20.0),
+        Timing("b", None, 100.0, 5.0),
+    ]
+    speeds = Speeds(timings)
+    assert speeds.of("a", None) == 10
+    assert speeds.of("a", "t") == 5
+    assert speeds.of("a", "other") == 10
+    assert speeds.of("new", None) == 10
+    assert speeds.of("b", None, without=20.0) == 10
+    assert estimate_error(timings) == pytest.approx(0.25)  # of 0, 0, |20/10-1|, |5/10-1|
+    assert estimate_error(timings[:1]) is None
+    assert Speeds([]).of("a", None) is None
+
+
+def test_kept_bytes_by_format():
+    formats = [
+        ({"kind": "topk", "k": 8}, 8 * (10 + 16) / 8),
+        ({"kind": "hidden", "dtype": "float16"}, 128.0),
+        ({"kind": "sample_multinomial", "draws": 4}, 4 * (10 + 16) / 8),
+    ]
+    for kept, expected in formats:
+        raw = DEMO.model_dump(mode="json")
+        raw["teachers"]["strong"]["cache"] = {"format": kept}
+        spec = validate(StudyConfig, raw, "t").teachers["strong"].cache
+        assert kept_bytes(spec.format, 1000, 64) == expected
+
+
+def test_plan_is_quick_and_loads_no_torch():
+    code = (
+        "import sys, time\nstart = time.process_time()\nfrom tutelage.cli import app\n"
+        "app(['study', 'plan', 'mini', '--json'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'polars'} & set(sys.modules)\n"
+        "print(time.process_time() - start, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["total_runs"] == len(works_of([load_study("mini")])[0])
+    assert float(done.stderr) < 5
