@@ -91,7 +91,7 @@ def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"RAY_DISABLE_IMPORT_WARNING": "1"},
+        env=os.environ | {"RAY_worker_niceness": "0"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped ['stopped']" in done.stdout

@@ -141,7 +141,8 @@ class _Worker:
             return Outcome(status="stopped")
         code = self.process.exitcode or 0
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return Outcome(status="failed", text=f"its process ended {how} (out of memory?)")
+        guess = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return Outcome(status="failed", text=f"its process ended {how}{guess}")
 
 
 def _serve(connection: Connection, leave: Event, cores: set[int] | None, gpu: str | None) -> None:
@@ -187,7 +188,8 @@ def visible_gpus() -> list[str]:
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named or [str(number) for number in range(int(done.stdout))]
+    count = int(done.stdout)
+    return (named or [str(number) for number in range(count)])[:count]
 
 
 def default_workers() -> int:

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tutelage.console import out
+from tutelage.console_study import StudyTable, print_status
+from tutelage.errors import UserError
+from tutelage.study.claims import Claims
+from tutelage.study.failures import Failures
+from tutelage.study.forecast import Machine, forecast
+from tutelage.study.graph import Stores, expand
+from tutelage.study.planfile import save_plan
+from tutelage.study.presets import demo_study
+from tutelage.study.runner import Board
+from tutelage.study.status import read_status, retry_runs, stop_study
+from tutelage.study.study import make_plan
+from tutelage.train.rundir import RunDirectory
+
+STUDY = demo_study(1, "20K", quick=False)
+
+
+@pytest.fixture
+def nodes(store, other_store, tmp_path):
+    """Two runs done, one stopped, one that goes on, one given up, one to be tried again, the rest waiting."""
+    stores = Stores(store, dict.fromkeys(STUDY.domains, other_store), {}, {})
+    found = expand(STUDY, stores, tmp_path / "runs", 300)
+    save_plan(tmp_path, make_plan(STUDY, found))
+    for node, status, speed in zip(
+        found[:4], ("done", "done", "stopped", "running"), (1e9, 2e9, 1e9, 1e9), strict=True
+    ):
+        directory = RunDirectory(tmp_path / "runs" / node.id)
+        directory.path.mkdir(parents=True)
+        seconds = (node.flops + node.teacher_flops) / speed
+        directory.write_state(status, seconds=seconds, step=5, steps=10)
+        directory.append_metrics({"step": 5, "tokens": 10_000, "loss": 3.25, "tokens_per_second": 500.0})
+    failures = Failures(tmp_path, 1)
+    failures.add(found[4].id, "too hot", 0)
+    failures.add(found[4].id, "too hot again", 0)
+    failures.add(found[5].id, "unlucky", 0)
+    return found
+
+
+def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, tmp_path):
+    with Claims(tmp_path) as claims:
+        claims.take(nodes[3].id, "recipe")
+        status = read_status(tmp_path)
+        with out.capture() as shown:
+            print_status(status, tmp_path)
+    rest = len(nodes) - 5
+    assert status.counts == {"done": 2, "stopped": 1, "running": 1, "failed": 1, "waiting": rest}
+    assert status.failed == {nodes[4].id: "too hot again"}
+    assert status.retried == [nodes[5].id]
+    assert [one.run for one in status.active] == [nodes[3].id]
+    assert status.error == pytest.approx(0.75)  # each by the other's speed: |2 - 1| and |1/2 - 1|
+    flops = sum(node.flops + node.teacher_flops for node in nodes[2:])
+    assert flops / 2e9 <= status.seconds_left <= flops / 1e9
+    text = shown.get()
+    for part in ("2 done", "3.250", "too hot again", "heartbeat", "75%", "study retry"):
+        assert part in text
+    assert read_status(tmp_path).counts["stopped"] == 2  # nobody is at it any more
+    assert read_status(tmp_path).runners == []
+
+
+def test_stop_asks_and_says_who_is_still_there(nodes, tmp_path):
+    with Claims(tmp_path) as claims:
+        assert stop_study(tmp_path, 0.3) == (1, 1)
+        assert claims.is_asked_to_stop()
+    assert stop_study(tmp_path, 0.3) == (0, 0)
+
+
+def test_retry_clears_what_is_named(nodes, tmp_path):
+    with pytest.raises(UserError, match="no run nonsense"):
+        retry_runs(tmp_path, ["nonsense"])
+    assert retry_runs(tmp_path, [nodes[5].id]) == [nodes[5].id]
+    assert retry_runs(tmp_path, []) == [nodes[4].id]
+    assert read_status(tmp_path).failed == {}
+
+
+def test_plan_goes_by_how_fast_finished_runs_were(nodes, tmp_path):
+    found = forecast([STUDY], Machine("cpu", 1, None, None), tmp_path)
+    assert "2 finished runs" in found["source"]
+    total = sum(found["flops"].values())
+    assert total / 2e9 <= found["time"]["wall_seconds"] <= total / 1e9
+
+
+def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
+    ids = [node.id for node in nodes]
+    with out.capture() as shown, StudyTable() as table:
+        for finished in (set(ids[:1]), set(ids[:2]), set(ids[:2])):
+            table.show(Board(nodes, {ids[3]}, set(), finished, {ids[4]: "too hot"}))
+    lines = shown.get().splitlines()
+    assert sum("done" in line for line in lines) == 2
+    assert sum("failed" in line for line in lines) == 1
+    assert json.dumps(ids[0])[1:-1] in lines[0]
