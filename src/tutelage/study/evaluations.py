@@ -42,7 +42,8 @@ DOCUMENT_COLUMNS = pl.Schema(
         "document": pl.Int64,
         "bytes": pl.Int64,
         "nll": pl.Float64,
-        **dict.fromkeys(_FITTED, pl.Float64()),
+        "nll_temperature": pl.Float64,
+        "nll_unigram": pl.Float64,
     }
 )
 _BEHIND = {

@@ -59,7 +59,7 @@ def _text(path: Path) -> str:
 
 def _parse(where: str, text: str, kind: type[T]) -> T:
     try:
-        record: T = _adapter(kind).validate_json(text, strict=True)
+        record: T = _adapter(kind).validate_json(text, strict=True)  # type: ignore[arg-type] # a type is hashable
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
