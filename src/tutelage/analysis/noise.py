@@ -55,10 +55,9 @@ def drawn_gains(
     Returns:
         Percent, positive where the run needs fewer bits, shape [P, 1 + K]; column 0 is the point estimate.
     """
-    return np.mean(
-        [100 * (1 - (runs_PN @ draws_NK) / (bases_PN @ draws_NK)) for bases_PN, runs_PN, draws_NK in domains],
-        axis=0,
-    )
+    gains_DPK = [100 * (1 - (runs_PN @ draws) / (bases_PN @ draws)) for bases_PN, runs_PN, draws in domains]
+    mean_PK: NDArray[np.float64] = np.mean(gains_DPK, axis=0)
+    return mean_PK
 
 
 def percentile_interval(drawn_PK: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

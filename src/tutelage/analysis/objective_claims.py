@@ -86,14 +86,11 @@ def _same_but_targets(pair: PairFinding, full: PairFinding) -> bool:
 def not_scale(view: View) -> list[Part]:
     """Unscaled mixtures against the convex mixture of the same proportions."""
     changes = []
-    for phrase, equal in (
-        ("mixing keep_full_ce", lambda alpha: alpha / (1 + alpha)),
-        ("mixing keep_full_kd", lambda alpha: 1 / (2 - alpha)),
-    ):
-        for cell in view.verdicts:
-            if says(cell.arm, phrase) and cell.alpha is not None:
-                mixture = _interpolated(view, cell, equal(cell.alpha))
-                changes.append(minus(view.gain(cell, _OUTSIDE), mixture))
+    for cell in view.verdicts:
+        if cell.alpha is not None and says(cell.arm, "mixing"):
+            ce = says(cell.arm, "mixing keep_full_ce")
+            equal = cell.alpha / (1 + cell.alpha) if ce else 1 / (2 - cell.alpha)
+            changes.append(minus(view.gain(cell, _OUTSIDE), _interpolated(view, cell, equal)))
     return [Part("gain less that of the convex mixture of the same proportions", mean_of(changes), "within")]
 
 
