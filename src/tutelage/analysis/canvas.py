@@ -162,5 +162,6 @@ def key_of(pairs: Sequence[PairFinding], *, with_baseline: bool = False) -> Key:
     dashes |= {name: _DASHES[i % len(_DASHES)] for i, name in enumerate(controls)}
     if with_baseline:
         colours, dashes = {NO_TEACHER: INK} | colours, {NO_TEACHER: [1, 0]} | dashes
-    series: dict[str | None, str] = {None: NO_TEACHER, **names, **controls}
+    series: dict[str | None, str] = {None: NO_TEACHER}
+    series.update(names | controls)
     return Key(series, colours, dashes)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ def mean_of(many: Iterable[Series]) -> Series:
     most = max((len(one) for one in filled), default=0)
     whole = [one for one in filled if len(one) == most]
     seeds = set.intersection(*(set(one) for one in whole)) if whole else set()
-    return {seed: float(np.mean([one[seed] for one in whole])) for seed in sorted(seeds)}
+    return {seed: fmean(one[seed] for one in whole) for seed in sorted(seeds)}
 
 
 def says(arm: str, phrase: str) -> bool:
@@ -99,7 +98,7 @@ class View:
         def mean(cell: Verdict) -> float:
             own = self._valid[cell.cell]
             others = [gain for other, gain in own.items() if other != seed]
-            return float(np.mean(others or [own[seed]]))
+            return fmean(others or [own[seed]])
 
         return max(cells, key=mean)
 
@@ -113,7 +112,7 @@ class View:
 
     def validation(self, cells: Sequence[Verdict]) -> float:
         """The largest mean validation gain among `cells`."""
-        return max(float(np.mean([*self._valid[cell.cell].values()])) for cell in cells)
+        return max(fmean(self._valid[cell.cell].values()) for cell in cells)
 
     def variants(self, *phrases: str, alpha: float | None = None) -> list[tuple[Verdict, Verdict]]:
         """Cells whose arm says `phrases[0]`, each with the cell that lacks all of `phrases`."""

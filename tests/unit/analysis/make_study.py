@@ -90,7 +90,7 @@ def plan_teacher(name, trained, description):
 
 def short(arm, alpha):
     """The arm as it is written in GAINS."""
-    return alpha if arm is not None and arm == f"alpha {alpha}" else arm
+    return alpha if alpha is not None and arm == f"alpha {alpha:g}" else arm
 
 
 def run_row(kind, student, teacher, arm, seed, size):
@@ -106,7 +106,7 @@ def run_row(kind, student, teacher, arm, seed, size):
         "group": "teachers" if kind == "teacher" else "main",
         "student": student,
         "teacher": teacher,
-        "arm": f"alpha {arm}" if isinstance(arm, float) else arm,
+        "arm": f"alpha {arm:g}" if isinstance(arm, float) else arm,
         "alpha": alpha,
         "seed": seed,
         "tokens": size[1],

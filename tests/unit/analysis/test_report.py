@@ -11,7 +11,7 @@ from make_study import write_study
 from tutelage.analysis.report import build_report
 from tutelage.errors import UserError
 
-FIGURES = ("alpha", "trade-off", "domains", "learning", "cost")
+FIGURES = ("heat", "alpha", "trade-off", "domains", "calibration", "learning", "cost")
 
 
 @pytest.fixture(scope="module")
