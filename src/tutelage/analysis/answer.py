@@ -118,7 +118,8 @@ def _control_sentence(control: Verdict, gaining: Sequence[Verdict]) -> str:
     gain = f"The {control.teacher} control, which knows nothing of the context, gains {size}"
     if not matched:
         return f"{gain} out of domain, less than every real teacher: smoothing alone does not explain theirs."
-    names = join([str(v.teacher) for v in matched])
+    few = len(matched) <= _FEW
+    names = join([str(v.teacher) for v in matched]) if few else f"{len(matched)} of {len(gaining)} teachers"
     theirs = "its gain" if len(matched) == 1 else "their gains"
     return (
         f"{gain} out of domain, as much as or more than {names}: "

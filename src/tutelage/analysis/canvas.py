@@ -61,6 +61,7 @@ _CONFIG: dict[str, Any] = {
 _RELATIONS = ("weak-to-strong", "same-level", "strong-to-weak")
 _DASHES = ([5, 3], [2, 2])
 _LINE_LEGEND = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1)
+_POINT_LEGEND = alt.Legend(symbolType="circle", symbolOpacity=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +137,11 @@ class Key:
         colours = {name: colour for name, colour in self.colours.items() if name in series}
         return Key(self.series, colours, {name: self.dashes[name] for name in colours})
 
-    def colour(self) -> alt.Color:
-        """Colour by the column `series`."""
+    def colour(self, *, points: bool = False) -> alt.Color:
+        """Colour by the column `series`, with lines or points in the legend."""
         scale = alt.Scale(domain=[*self.colours], range=[*self.colours.values()])
-        return alt.Color("series:N", title=None, scale=scale, legend=_LINE_LEGEND)
+        legend = _POINT_LEGEND if points else _LINE_LEGEND
+        return alt.Color("series:N", title=None, scale=scale, legend=legend)
 
     def dash(self) -> alt.StrokeDash:
         """Dash by the column `series`."""

@@ -19,6 +19,8 @@ _SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 _FEW_DOMAINS = 6
 _FEW_ROWS = 24
 _FEW_LABELS = 30
+_FAR = -10.0
+"""Percent: losses beyond it are left out of a drawing, where they would squeeze the rest."""
 _TILES = ["#E69F00", "#f4f4f4", "#56B4E9"]
 
 
@@ -47,8 +49,8 @@ def heat_map(verdicts: Sequence[Verdict], suffix: str) -> Figure:
         name=f"heat{suffix}",
         title="Alpha by teacher",
         caption="Percent fewer bits per byte than without a teacher, one row per teacher and one column per "
-        f"alpha: blue helps, orange hurts. Means over {_seeds(verdicts)}, test split.",
-        spoken="Heat maps of gain by teacher and alpha. " + _in_words(verdicts),
+        f"alpha: blue helps, orange hurts. Means over {words.seeds(verdicts)}, test split.",
+        spoken="Heat maps of gain by teacher and alpha. " + words.in_words(verdicts),
         chart=alt.hconcat(*panels, data=inline(data), spacing=18),
         data=data,
     )
@@ -80,8 +82,8 @@ def alpha_curves(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         name=f"alpha{suffix}",
         title="How much teacher?",
         caption="Above zero, the student with this teacher needs fewer bits per byte than without. Bars are "
-        f"95% intervals ({_intervals(verdicts)}); alpha 0 is the student without a teacher; test split.",
-        spoken="Gain against alpha. " + _in_words(verdicts),
+        f"95% intervals ({words.intervals(verdicts)}); alpha 0 is the student without a teacher; test split.",
+        spoken="Gain against alpha. " + words.in_words(verdicts),
         chart=chart,
         data=data.drop("series"),
     )
@@ -105,6 +107,8 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         ],
         schema_overrides={"alpha": pl.Float64},
     )
+    near = data.filter((pl.col("in_domain") > _FAR) & (pl.col("out_of_domain") > _FAR))
+    near = data if near.is_empty() else near
     many = len(verdicts) > _FEW_LABELS
     shown = key.only(data["series"].unique())
     base = alt.Chart().encode(
@@ -128,14 +132,16 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         labels = text.encode(text=alt.Text("alpha:Q", format="~g")).transform_filter(constant)
         layers.append(labels)
     triangles = " Triangles are other arms than a constant alpha." if data["alpha"].null_count() else ""
+    rest = data.height - near.height
+    triangles += f" Losses beyond {-_FAR:g}% are not drawn ({rest} of {data.height})." if rest else ""
     named = "One point per teacher and arm" if many else "One point per teacher and alpha (the label)"
     return Figure(
         name=f"trade-off{suffix}",
         title="In domain against out of domain",
         caption=f"{named}, constants joined in order of alpha. Top right gains on both, top left pays in "
-        f"domain for a gain out of domain.{triangles} Means over {_seeds(verdicts)}, test split.",
-        spoken="Gain in domain against gain out of domain. " + _in_words(verdicts),
-        chart=alt.layer(*layers, data=inline(data)).properties(width=460, height=330),
+        f"domain for a gain out of domain.{triangles} Means over {words.seeds(verdicts)}, test split.",
+        spoken="Gain in domain against gain out of domain. " + words.in_words(verdicts),
+        chart=alt.layer(*layers, data=inline(near)).properties(width=460, height=330),
         data=data.drop("series"),
     )
 
@@ -145,7 +151,10 @@ def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
     rows = [row for pair in pairs for row in _strength_rows(pair)]
     data = pl.DataFrame(rows)
     sides = ["in domain", "out of domain", "out of domain, fitted"]
-    colour = alt.Color("side:N", title=None).scale(domain=sides, range=["#0090D8", "#D55E00", "#E69F00"])
+    legend = alt.Legend(symbolOpacity=1)
+    colour = alt.Color("side:N", title=None, legend=legend).scale(
+        domain=sides, range=["#0090D8", "#D55E00", "#E69F00"]
+    )
     panels = []
     for field, title, log, detail in (
         ("parameters", "teacher's parameters", True, "tokens:N"),
@@ -172,9 +181,9 @@ def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
         title="Is a stronger teacher better?",
         caption="Gain at each real teacher's best alpha (chosen on validation), against its parameters "
         "(lines join equal tokens), its tokens (lines join equal shapes) and its measured strength; right of "
-        f"0 the teacher is better than the untaught student. Bars are 95% intervals ({_intervals(best)}).",
+        f"0 the teacher is better than the untaught student. Bars are 95% intervals ({words.intervals(best)}).",
         spoken="Gain at the best alpha against the teacher's size, tokens and measured strength. "
-        + _in_words([v for v in best if not v.control]),
+        + words.in_words([v for v in best if not v.control]),
         chart=alt.hconcat(*panels, data=inline(data)).resolve_scale(y="shared"),
         data=data,
     )
@@ -240,7 +249,7 @@ def domain_gains(findings: Findings, verdicts: Sequence[Verdict], suffix: str) -
         title="Gain on each text",
         caption="Percent fewer bits per byte than without a teacher, by text (the first is the training "
         "text): blue helps, orange hurts; raw, and with temperature and unigram mixture fitted to every "
-        f"model on the validation split. Means over {_seeds(verdicts)}, test split.",
+        f"model on the validation split. Means over {words.seeds(verdicts)}, test split.",
         spoken=f"Heat maps of gains for {len(rows)} pairs of teacher and arm on {len(columns)} texts.",
         chart=alt.hconcat(*panels, data=inline(data), spacing=18),
         data=data.drop("row"),
@@ -269,25 +278,3 @@ def _with_origin(data: pl.DataFrame) -> pl.DataFrame:
         alpha=zero, gain=zero, low=zero, high=zero
     )
     return pl.concat([origin, data]).sort("side", "teacher", "alpha", maintain_order=True)
-
-
-def _in_words(verdicts: Sequence[Verdict]) -> str:
-    if len(verdicts) <= _FEW_ROWS:
-        return "; ".join(words.sentence(verdict) for verdict in verdicts) + "."
-    helping = sum(words.effect(v.out_of_domain) == "helps" for v in verdicts)
-    inside = sum(words.effect(v.in_domain) == "helps" for v in verdicts)
-    return (
-        f"Of {len(verdicts)} arms {helping} help out of domain and {inside} in domain; the table lists them."
-    )
-
-
-def _seeds(verdicts: Sequence[Verdict]) -> str:
-    counts = sorted({verdict.n_seeds for verdict in verdicts})
-    number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-    return f"n = {number} {'seed' if counts[-1] == 1 else 'seeds'}"
-
-
-def _intervals(verdicts: Sequence[Verdict]) -> str:
-    kinds = {verdict.interval for verdict in verdicts}
-    names = {"seeds": "paired t over seeds", "documents": "bootstrap over documents where there is one seed"}
-    return f"{_seeds(verdicts)}; " + ", ".join(name for kind, name in names.items() if kind in kinds)

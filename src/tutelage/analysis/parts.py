@@ -49,7 +49,7 @@ class Part:
         return exceeds(numbers, -self.margin if self.statement == "not below" else 0.0)
 
     def seeds_needed(self, level: float) -> int | None:
-        """Seeds that would settle it if mean and spread stayed what they are; None: more than a thousand."""
+        """Seeds that would settle it if mean and spread stayed what they are; None: more than a hundred."""
         numbers = [*self.values.values()]
         if self.statement not in {"within", "not below"}:
             return seeds_needed(numbers, 0.0, level)

@@ -51,7 +51,7 @@ def calibration(
         .encode(
             x=alt.X("raw:Q", title="gain out of domain, raw (%)"),
             y=alt.Y("fitted:Q", title="gain out of domain, fitted (%)"),
-            color=key.colour(),
+            color=key.colour(points=True),
         )
     )
     panels = [alt.layer(line.encode(x="raw:Q", y="fitted:Q"), gains).properties(width=240, height=230)]
@@ -62,7 +62,7 @@ def calibration(
             .encode(
                 x=alt.X("ece_in_domain:Q", title="change of calibration error in domain"),
                 y=alt.Y("ece_out_of_domain:Q", title="change out of domain"),
-                color=key.colour(),
+                color=key.colour(points=True),
             )
             .properties(width=240, height=230)
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _DIGITS = 9
 """Differences are rounded to this many digits: less is rounding error, which would look like certainty."""
-_MOST_SEEDS = 1000
+_MOST_SEEDS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def seeds_needed(differences: ArrayLike, bound: float = 0.0, level: float = 0.05
         level: one less the confidence of the interval.
 
     Returns:
-        A number of at least 2; None if a thousand would not do.
+        A number of at least 2; None if a hundred would not do.
     """
     values = np.round(np.asarray(differences, dtype=np.float64) - bound, _DIGITS)
     n = np.arange(2, _MOST_SEEDS + 1)

@@ -15,6 +15,7 @@ GAIN_CAPTION = (
     "positive is better. Test split, 95% intervals."
 )
 NO_TEACHER = "no teacher"
+_FEW_ROWS = 24
 
 
 def signed(percent: float, digits: int = 1) -> str:
@@ -73,6 +74,31 @@ def sentence(v: Verdict) -> str:
         f"{taught_by(v)}, {v.arm}: "
         f"in-domain {plus_minus(v.in_domain)}, out-of-domain {plus_minus(v.out_of_domain)}: {verdict(v)}"
     )
+
+
+def in_words(verdicts: Sequence[Verdict]) -> str:
+    """Each verdict as a sentence; of many, how many help."""
+    if len(verdicts) <= _FEW_ROWS:
+        return "; ".join(sentence(v) for v in verdicts) + "."
+    helping = sum(effect(v.out_of_domain) == "helps" for v in verdicts)
+    inside = sum(effect(v.in_domain) == "helps" for v in verdicts)
+    return (
+        f"Of {len(verdicts)} arms {helping} help out of domain and {inside} in domain; the table lists them."
+    )
+
+
+def seeds(verdicts: Sequence[Verdict]) -> str:
+    """`n = 3 seeds`."""
+    counts = sorted({v.n_seeds for v in verdicts})
+    number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"n = {number} {'seed' if counts[-1] == 1 else 'seeds'}"
+
+
+def intervals(verdicts: Sequence[Verdict]) -> str:
+    """How many seeds there are, and over what the intervals run."""
+    kinds = {v.interval for v in verdicts}
+    names = {"seeds": "paired t over seeds", "documents": "bootstrap over documents where there is one seed"}
+    return f"{seeds(verdicts)}; " + ", ".join(name for kind, name in names.items() if kind in kinds)
 
 
 def count(number: float) -> str:
