@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 _FEW_DOMAINS = 6
-_FEW_ROWS = 24
 _FEW_LABELS = 30
 _FAR = -10.0
 """Percent: losses beyond it are left out of a drawing, where they would squeeze the rest."""
@@ -181,7 +180,8 @@ def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
         title="Is a stronger teacher better?",
         caption="Gain at each real teacher's best alpha (chosen on validation), against its parameters "
         "(lines join equal tokens), its tokens (lines join equal shapes) and its measured strength; right of "
-        f"0 the teacher is better than the untaught student. Bars are 95% intervals ({words.intervals(best)}).",
+        "0 the teacher is better than the untaught student. Bars are 95% intervals "
+        f"({words.intervals(best)}).",
         spoken="Gain at the best alpha against the teacher's size, tokens and measured strength. "
         + words.in_words([v for v in best if not v.control]),
         chart=alt.hconcat(*panels, data=inline(data)).resolve_scale(y="shared"),
