@@ -71,6 +71,7 @@ REGISTRIES = [
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
     ("tutelage.study.hardware", "DEVICES", attrgetter("summary")),
+    ("tutelage.analysis.claims", "CLAIMS", attrgetter("text")),
 ]
 """Every registry, a dict from the name users write, and what to read an entry's explanation from."""
 
