@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ def scores(seed=0, tokens=4000, bias=0.0, documents=DOCUMENTS):
 def plain_error(confidence, correct, edges):
     """The textbook sum over bins, by comparing every token with every bin."""
     total = 0.0
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         inside = [low <= c < high or (high == edges[-1] and c == high) for c in confidence]
         if any(inside):
             gap = np.mean(correct[inside]) - np.mean(confidence[inside].astype(np.float64))
