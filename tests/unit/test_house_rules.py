@@ -66,6 +66,7 @@ REGISTRIES = [
     ("tutelage.teachers.formats", "FORMATS", attrgetter("summary")),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
+    ("tutelage.evals.packagetasks", "PACKAGE_TASKS", attrgetter("summary")),
 ]
 """Every registry, a dict from the name users write, and what to read an entry's explanation from."""
 

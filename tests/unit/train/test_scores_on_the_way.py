@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import polars as pl
 import pytest
@@ -97,7 +98,8 @@ def test_scores_that_are_there_are_not_computed_again(make_config, evaluation, m
 
 def test_every_run_of_a_cohort_is_scored(make_config, evaluation):
     configs = [
-        make_config(name=name, seed=seed, eval=evaluation | {"every": EVERY}) for name, seed in ("a1", "b2")
+        make_config(name=name, seed=seed, eval=evaluation | {"every": EVERY})
+        for name, seed in (("a", 1), ("b", 2))
     ]
     for directory in run_cohort(configs):
         assert pl.read_ndjson(directory.scores)["step"].unique().sort().to_list() == [5, 10, 12]
@@ -124,7 +126,7 @@ def test_time_for_scoring_is_not_training_time(make_config, evaluation, monkeypa
         clock[0] += 1000.0
         return []
 
-    real = __import__("time").perf_counter
+    real = time.perf_counter
     monkeypatch.setattr("tutelage.train.session.time.perf_counter", lambda: real() + clock[0])
     monkeypatch.setattr(suite, "score", slow)
     directory = run(make_config(eval=evaluation | {"every": EVERY}))
