@@ -189,7 +189,7 @@ def _progress(path: Path) -> dict[str, object]:
 
 def _evaluation(path: Path, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Scores and document losses of one run, checked for completeness and against each other."""
-    scores = _scores(path, plan)
+    scores = _scores(path)
     documents = _documents(path)
     bits = scores.filter(pl.col("metric") == "bits_per_byte")
     values = {(row["domain"], row["split"]): row["value"] for row in bits.iter_rows(named=True)}
@@ -211,23 +211,16 @@ def _evaluation(path: Path, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
     return scores, documents
 
 
-def _scores(path: Path, plan: Plan) -> pl.DataFrame:
-    """The latest score after the last step, of each of the study's domains, split and metric.
-
-    A run scored again appends its new rows, as does one scored while it trains; rows of other domains,
-    tasks and probes are there if `tutelage eval` was asked for them.
-    """
+def _scores(path: Path) -> pl.DataFrame:
+    """The latest score of each domain, split and metric: a run scored again appends its new rows."""
     scores = read_lines(path / "scores.jsonl", TypeAdapter(Score))
     for number, score in enumerate(scores, start=1):
         if score.run != path.name:
             raise UnreadableError(f"scores.jsonl, line {number}: belongs to run {score.run}")
-        if not (math.isfinite(score.value) and score.value >= 0):
+        if not (math.isfinite(score.value) and score.value > 0):
             raise UnreadableError(f"scores.jsonl, line {number}: the value is {score.value}")
-    frame = pl.DataFrame([asdict(score) for score in scores])
-    frame = frame.filter(pl.col("domain").is_in([domain.name for domain in plan.domains]))
-    frame = frame.sort("step", maintain_order=True).select(_SCORE_COLUMNS.names())
-    last = frame.unique(["domain", "split", "metric"], keep="last", maintain_order=True)
-    return last.sort("domain", "split", "metric")
+    frame = pl.DataFrame([asdict(score) for score in scores]).select(_SCORE_COLUMNS.names())
+    return frame.unique(["domain", "split", "metric"], keep="last").sort("domain", "split", "metric")
 
 
 def _documents(path: Path) -> pl.DataFrame:

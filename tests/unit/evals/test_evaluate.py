@@ -99,7 +99,7 @@ def test_evaluating_again_computes_and_adds_nothing(store, model, command, monke
 
 
 def test_a_document_that_was_trained_on_is_left_out(make_config, store, tmp_path, command):
-    """The training store's own source, split otherwise: most of its test documents are training documents."""
+    """The training store's own source, split otherwise: some of its test documents are training documents."""
     config = StoreConfig(
         name="again",
         sources=({"kind": "corpus", "name": "sotu"},),
@@ -114,7 +114,7 @@ def test_a_document_that_was_trained_on_is_left_out(make_config, store, tmp_path
     assert code == 0
     rows = pl.read_ndjson(trained.scores).filter(split="test")
     share = rows.filter(metric="overlap_documents")["value"].item()
-    assert 0.2 < share < 0.9
+    assert 0.05 < share < 0.9
     assert set(rows["role"]) == {"in_domain"}
     assert f"trained on {share:.1%} of its documents (left out)" in printed
     left = pl.read_parquet(trained.documents).filter(split="test")["document"].to_list()
@@ -151,11 +151,11 @@ def untouched(model):
         (untouched, ["--suite", "online"], "choose offline or paper"),
         (untouched, ["--store", "x"], "write NAME=DIRECTORY"),
         (untouched, ["--store", "x=nowhere"], "nowhere"),
-        (untouched, ["--device", "tpu"], "tpu"),
+        (untouched, ["--device", "tpu"], "device = tpu: torch sees no such device here"),
         (untouched, ["--mechanism"], "give one model, --teacher MODEL and --baseline MODEL"),
         (without_weights, ["--domain", "kjv"], "tiny"),
         (with_another_tokenizer, ["--store", "speeches=STORE"], "made with another tokenizer"),
-        (untouched, ["--store", "empty=EMPTY"], "split 'test' of"),
+        (untouched, ["--store", "empty=EMPTY"], "domain empty: split 'validation' of"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_compute(
