@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer
 
+from tutelage import provenance
 from tutelage.configio import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenize import load_tokenizer
@@ -198,8 +199,10 @@ def _check_known(names: Sequence[str], manager: TaskManager) -> None:
 
 def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
     """Load a task's data, and fix its shots and its version."""
-    from datasets.exceptions import DatasetsError  # noqa: PLC0415 - an extra, and slow to import
+    from datasets import disable_progress_bars  # noqa: PLC0415 - an extra, and slow to import
+    from datasets.exceptions import DatasetsError  # noqa: PLC0415 - the same
 
+    disable_progress_bars()
     paper = next((task for task in PAPER_TASKS if task.name == name), None)
     try:
         loaded = manager.load([name])
@@ -271,6 +274,7 @@ def _scores(subject: Subject, task: _Prepared, model: HFLM, limit: int | None) -
                     n=int(row["sample_len"]),
                     higher_is_better=directions.get(metric) is not False,
                     version=task.version,
+                    code=provenance.code(),
                 )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tutelage.data.corpora import Corpus
-from tutelage.evals.tasks import CHOICES, MULTIPLE_CHOICE, write_task
+from tutelage.evals.tasks import CHOICES, write_choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ def build_package_task(name: str, output: Path) -> BuiltTask:
         UserError: the package is missing, or has another version or content.
     """
     task = PACKAGE_TASKS[name]
-    return write_task(name, task.items(list(task.source.documents())), MULTIPLE_CHOICE, output)
+    return write_choices(name, task.items(list(task.source.documents())), output)
 
 
 def analogies(lines: Sequence[str]) -> list[Item]:

@@ -119,18 +119,16 @@ def build_task(
             f"task {name}: {len(texts)} documents, trained context {context} tokens: not one question fits; "
             "held-out text of some thousand characters in two or more documents and a context of 64 do"
         )
-    return write_task(name, items, config, output)
+    return _write_task(name, items, config, output)
 
 
-def write_task(name: str, items: Sequence[Item], config: Mapping[str, Any], output: Path) -> BuiltTask:
-    """Write questions and the task file that goes with them into `<output>/<name>-<digest8>`.
+def write_choices(name: str, items: Sequence[Item], output: Path) -> BuiltTask:
+    """Write questions with several answers as a task; items have `prompt`, `choices` and `gold`."""
+    return _write_task(name, items, _MULTIPLE_CHOICE, output)
 
-    Args:
-        name: what lm-eval is to call it.
-        items: the questions; `prompt` is what the model reads.
-        config: the part of the task file that says what is right and how it is scored.
-        output: directory of task directories.
-    """
+
+def _write_task(name: str, items: Sequence[Item], config: Mapping[str, Any], output: Path) -> BuiltTask:
+    """Into `<output>/<name>-<digest8>`; `config` says what is right and how it is scored."""
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     digest = hashlib.sha256(lines.encode()).hexdigest()
     directory = output.resolve() / f"{name}-{digest[:8]}"
@@ -184,16 +182,15 @@ def last_word_items(texts: Sequence[str], tokenizer: Tokenizer, context: int) ->
 
 _COMMON = {"test_split": "test", "num_fewshot": 0, "doc_to_text": "prompt"}
 _ACCURACY = {"aggregation": "mean", "higher_is_better": True}
-MULTIPLE_CHOICE = {
+_MULTIPLE_CHOICE = {
     "output_type": "multiple_choice",
     "doc_to_choice": "choices",
     "doc_to_target": "gold",
     "metric_list": [{"metric": "acc", **_ACCURACY}, {"metric": "acc_norm", **_ACCURACY}],
 }
-"""For `write_task`: items have `choices`, and `gold` is the place of the right one."""
 
 _KINDS: dict[str, tuple[Callable[[Sequence[str], Tokenizer, int], list[Item]], dict[str, Any]]] = {
-    "continuation": (continuation_items, MULTIPLE_CHOICE),
+    "continuation": (continuation_items, _MULTIPLE_CHOICE),
     "last_word": (
         last_word_items,
         {

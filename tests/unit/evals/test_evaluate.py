@@ -63,6 +63,7 @@ def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_stor
     assert rows.select("domain", "split", "metric", "version", "step").is_unique().all()
     assert set(rows["domain"]) == {"scripture", "phenotypes"}
     assert rows["step"].unique().to_list() == [12]
+    assert rows["code"].str.starts_with("tutelage ").all()
     raw = rows.filter(metric="bits_per_byte")
     assert (raw["low"] <= raw["value"]).all()
     assert (raw["value"] <= raw["high"]).all()

@@ -107,6 +107,26 @@ def test_batching_of_windows_and_logits_does_not_matter(model, opened, documents
     np.testing.assert_allclose(parts.nll_N, whole.nll_N, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [77, 2000])
+def test_logits_of_a_bounded_number_of_tokens_exist(model, opened, tokens, monkeypatch):
+    """Whatever the length of the text: memory does not grow with tokens times vocabulary."""
+    monkeypatch.setattr(perplexity, "_LOGITS", 300 * 64)
+    monkeypatch.setattr(perplexity, "_FEWEST_ROWS", 16)
+    shapes = []
+    measured = perplexity._measured
+
+    def noted(logits_NV, *rest):
+        shapes.append(tuple(logits_NV.shape))
+        return measured(logits_NV, *rest)
+
+    monkeypatch.setattr(perplexity, "_measured", noted)
+    documents = read_documents(opened, "test", 3, tokens)
+    score_tokens(model, documents, opened.eos_id, CONTEXT)
+    assert sum(rows for rows, _ in shapes) == sum(len(document.tokens_N) for document in documents)
+    assert max(rows for rows, _ in shapes) == 64
+    assert {width for _, width in shapes} == {300}
+
+
 def test_a_permutation_of_the_documents_leaves_every_score_unchanged(model, opened):
     documents = read_documents(opened, "validation", 12, 60)
     shuffled = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
