@@ -10,41 +10,47 @@ import typer
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tutelage.evals.evaluate import Request
+
+Stores = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=DIR", help="also this token store; may be repeated")
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="instead: a downstream task; 'paper', a name of lm-eval's, word_analogy, or continuation or "
+        "last_word (:DOMAIN or :STORE); may be repeated"
+    ),
+]
+Mechanism = Annotated[
+    bool, typer.Option("--mechanism", help="instead: on which tokens MODEL gains, and what its teacher knew")
+]
+Probes = Annotated[
+    bool,
+    typer.Option("--probes", help="instead: copying in context, drafting for --teacher, samples to read"),
+]
 
 
 def evaluate(
     model: Annotated[list[str], typer.Argument(help="run directories, model directories or Hub names")],
     domain: Annotated[list[str] | None, typer.Option(help="only this domain; may be repeated")] = None,
     suite: Annotated[str | None, typer.Option(help="offline (default) or paper (needs the Hub)")] = None,
-    store: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="also this token store; may be repeated")
-    ] = None,
+    store: Stores = None,
     output: Annotated[Path, typer.Option(help="token stores, and scores of models that are no run")] = Path(
         "evals"
     ),
-    max_documents: Annotated[
-        int | None, typer.Option(min=1, help="per domain and split; default: 50")
-    ] = None,
+    max_documents: Annotated[int | None, typer.Option(min=1, help="of a domain's split; default: 50")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="per document; default: 2048")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="instead: a downstream task; 'paper', a name of lm-eval's, or continuation or last_word "
-            "(:DOMAIN or :STORE); may be repeated"
-        ),
-    ] = None,
+    task: Tasks = None,
     limit: Annotated[int | None, typer.Option(min=1, help="with --task: questions per task")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="with --task: of the forward passes")] = 16,
-    mechanism: Annotated[
-        bool,
-        typer.Option("--mechanism", help="instead: on which tokens MODEL gains, and what its teacher knew"),
-    ] = False,
-    teacher: Annotated[str | None, typer.Option(help="with --mechanism: the teacher of MODEL")] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="with --mechanism: the same student without a teacher")
-    ] = None,
+    mechanism: Mechanism = False,
+    probes: Probes = False,
+    teacher: Annotated[str | None, typer.Option(help="with --mechanism or --probes: MODEL's teacher")] = None,
+    baseline: Annotated[str | None, typer.Option(help="with --mechanism: the student without one")] = None,
 ) -> None:
     """Score models: bits per byte and calibration, in and out of domain, raw and after fitting.
 
@@ -56,21 +62,25 @@ def evaluate(
     hard a token is, by position and by who is right. The text is the test split of its training store, or
     what --domain, --suite and --store name.
 
-    With --task, models answer questions: accuracy, by lm-eval's own evaluator.
+    With --task, models answer questions: accuracy, by lm-eval's own evaluator. With --probes: how well they
+    copy in context, how many of their tokens --teacher would accept as drafts, and samples to read.
     """
     from tutelage.evals.evaluate import Request, select
 
-    _check_task_options(task, limit, alone=not (domain or suite or store or mechanism))
+    instead = {"--task": bool(task), "--mechanism": mechanism, "--probes": probes}
+    _check_options(
+        instead, {"--domain": domain, "--suite": suite, "--store": store}, limit, teacher, baseline
+    )
     if task:
         _tasks(model, task, output, limit, batch_size, device)
         return
-    named = domain or suite or store or not mechanism
+    named = domain or suite or store or not (mechanism or probes)
     domains, stores = select(domain or [], suite, store or []) if named else ({}, {})
     request = Request(domains, stores, output, max_documents, max_tokens, device)
     if mechanism:
         _mechanism(model, teacher, baseline, request)
-    elif teacher or baseline:
-        raise UserError("--teacher and --baseline belong to --mechanism; give that too, or leave them out")
+    elif probes:
+        _probes(model, teacher, request)
     else:
         _score(model, request)
 
@@ -111,11 +121,28 @@ def _mechanism(model: list[str], teacher: str | None, baseline: str | None, requ
     )
 
 
-def _check_task_options(task: list[str] | None, limit: int | None, *, alone: bool) -> None:
-    if task and not alone:
-        raise UserError("--task goes alone: leave out --domain, --suite, --store and --mechanism")
-    if limit is not None and not task:
+def _check_options(
+    instead: Mapping[str, bool],
+    texts: Mapping[str, object],
+    limit: int | None,
+    teacher: str | None,
+    baseline: str | None,
+) -> None:
+    """Refuse options that do not go together."""
+    chosen = [option for option, given in instead.items() if given]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: one at a time")
+    without = {"--task": {"--domain", "--suite", "--store"}, "--probes": {"--domain", "--suite"}}
+    for option in chosen:
+        extra = [name for name, value in texts.items() if value and name in without.get(option, ())]
+        if extra:
+            raise UserError(f"{option} does not go with {' and '.join(extra)}; leave that out")
+    if limit is not None and not instead["--task"]:
         raise UserError("--limit belongs to --task; for texts there is --max-documents")
+    if teacher and not (instead["--mechanism"] or instead["--probes"]):
+        raise UserError("--teacher belongs to --mechanism and --probes; give one of them, or leave it out")
+    if baseline and not instead["--mechanism"]:
+        raise UserError("--baseline belongs to --mechanism; give that too, or leave it out")
 
 
 def _tasks(
@@ -135,6 +162,28 @@ def _tasks(
             subject, task, limit=limit, batch_size=batch_size, device=device, stores=stores
         )
     ]
-    print_tasks(scores, out)
+    print_tasks(scores, "task", "questions", out)
     for subject in subjects:
+        out.print(f"scores   {subject.scores}", highlight=False, soft_wrap=True)
+
+
+def _probes(model: list[str], teacher: str | None, request: Request) -> None:
+    from tutelage.analysis.scoretable import print_tasks
+    from tutelage.console import out
+    from tutelage.evals.probes import run_probes
+    from tutelage.evals.subject import find_subject
+
+    if len(request.stores) > 1:
+        raise UserError("--probes reads one text; give one --store, or none for a run's own")
+    store = next(iter(request.stores.values()), None)
+    subjects = [find_subject(name, request.output) for name in model]
+    judge = find_subject(teacher, request.output) if teacher else None
+    scores = [
+        score
+        for subject in subjects
+        for score in run_probes(subject, store=store, teacher=judge, device=request.device)
+    ]
+    print_tasks(scores, "probe", "sequences or documents", out)
+    for subject in subjects:
+        out.print(f"samples  {subject.samples}", highlight=False, soft_wrap=True)
         out.print(f"scores   {subject.scores}", highlight=False, soft_wrap=True)

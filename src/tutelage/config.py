@@ -116,11 +116,20 @@ class EvalDomain(Section):
 
 
 class EvalConfig(Section):
-    """What is scored when a run ends."""
+    """What is scored when a run ends, and on the way there."""
 
+    every: Budget | None = Field(None, description="tokens between scorings; default: only at the end")
     domains: tuple[EvalDomain, ...] = ()
     max_documents: int = Field(200, ge=1, description="documents per domain and split")
     max_tokens: int = Field(4096, ge=1, description="tokens per document, from its beginning")
+
+    @model_validator(mode="after")
+    def _something(self) -> EvalConfig:
+        if self.every is not None:
+            check_plain_tokens(self.every)
+            if not self.domains:
+                raise ValueError("eval.every is set but eval.domains is empty; name a domain or drop 'every'")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -13,17 +13,20 @@ from tutelage.errors import Stopped, UserError
 from tutelage.evals import suite
 from tutelage.identity import run_id
 from tutelage.models import hub
+from tutelage.settings import parse_tokens
 from tutelage.train import distributed
 from tutelage.train.cohort import check_cohort
 from tutelage.train.loop import Nobody, Watcher, train
 from tutelage.train.rundir import RunDirectory
-from tutelage.train.session import Session
+from tutelage.train.session import Hook, Session
 from tutelage.train.setup import Setup, prepare
 from tutelage.train.trackers import Tracker, open_tracker
 from tutelage.train.trunk import start_from_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
 
     from tutelage.config import RunConfig
 
@@ -91,7 +94,7 @@ def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
     """The runs with something left to do, each once."""
     left: dict[str, Run] = {}
     for config, directory in runs:
-        if directory.is_done() and not suite.missing(config, directory):
+        if directory.is_done() and not suite.missing(config, directory, int(directory.state()["step"])):
             watcher.note(f"{directory.path} is finished; nothing to do")
         else:
             left[directory.id] = config, directory
@@ -103,7 +106,7 @@ def _score(runs: Sequence[Run]) -> None:
     for config, directory in runs:
         step = int(directory.state()["step"])
         model = hub.load(str(directory.model)).to(hub.pick_device(config.runtime.device))
-        suite.score(config, directory, model, step)
+        suite.score(config, directory, model, step, finished=True)
         directory.write_state("done")
 
 
@@ -122,8 +125,24 @@ def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
             trackers = _trackers(setup, directory)
             for tracker in trackers:
                 closing.callback(tracker.close)
-            sessions.append(Session(setup, directory, trackers, len(runs)))
+            hook = _scoring(config, directory, watcher)
+            sessions.append(Session(setup, directory, trackers, len(runs), hook))
         return train(sessions, watcher) if sessions else []
+
+
+def _scoring(config: RunConfig, directory: RunDirectory, watcher: Watcher) -> Hook | None:
+    """Scores on the way, every `eval.every` tokens; the last ones come from the exported model."""
+    if config.eval.every is None:
+        return None
+
+    def call(model: PreTrainedModel, step: int) -> None:
+        scores = suite.score(config, directory, model, step, finished=False)
+        bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
+        if bits:
+            values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
+            watcher.note(f"step {step:,}, bits per byte of validation text: {values}")
+
+    return Hook(parse_tokens(config.eval.every), call)
 
 
 def _mark_failed(runs: Sequence[Run], error: BaseException) -> None:

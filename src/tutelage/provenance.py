@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import shutil
@@ -42,6 +43,16 @@ def collect(device: str) -> dict[str, Any]:
         "threads": _threads(),
         "device": f"{device} ({_accelerator(device) or cpu or platform.machine()})",
     }
+
+
+@functools.cache
+def code() -> str:
+    """Versions and commit in one line: "tutelage 0.1.0, torch 2.13.0, commit 0123abc, changed"."""
+    commit, dirty = _commit(Path(__file__))
+    parts = [f"{name} {installed(name)}" for name in ("tutelage", "torch", "transformers")]
+    parts += [f"commit {commit[:12]}"] if commit else []
+    parts += ["changed"] if dirty else []
+    return ", ".join(parts)
 
 
 def installed(package: str) -> str | None:

@@ -175,6 +175,7 @@ class Score:
         version: identity of the evaluation data and settings; scores compare only within one version.
         low: lower end of the 95% bootstrap interval over documents; None if there is none.
         high: its upper end.
+        code: versions and commit of the code that measured it; None where that was not recorded.
     """
 
     run: str
@@ -191,3 +192,4 @@ class Score:
     version: str
     low: float | None = None
     high: float | None = None
+    code: str | None = None

@@ -1,4 +1,4 @@
-"""`tutelage eval --task` as a user types it."""
+"""`tutelage eval --task` and `--probes` as a user types them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,32 @@ def test_models_side_by_side(folder, store, tutelage):
     assert rows[0][0]["version"] == rows[1][0]["version"]
 
 
+def test_probes_side_by_side(folder, store, tutelage):
+    arguments = ("--probes", "--store", f"text={store}", "--teacher", "seed-1", "--device", "cpu")
+    done = tutelage("eval", "seed-0", *arguments, cwd=folder)
+    for text in ("copying", "acceptance:seed-1", "accepted_length", "(n=64)", "samples.md"):
+        assert text in done.stdout
+    (page,) = folder.glob("evals/seed-0*/samples.md")
+    assert page.read_text(encoding="utf-8").count("Greedy:") == 4
+
+
+def test_word_analogies_come_from_a_package(folder, tutelage):
+    done = tutelage("eval", "seed-0", "--task", "word_analogy", "--limit", "20", cwd=folder)
+    assert "word_analogy" in done.stdout
+    assert "(n=20)" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--task", "continuation:kvj"], "did you mean 'kjv'?"),
+        (["--task", "word_analogies"], "did you mean 'word_analogy'?"),
         (["--limit", "3"], "--limit belongs to --task"),
+        (["--task", "word_analogy", "--probes"], "--task and --probes: one at a time"),
+        (["--probes"], "probes need a token store"),
+        (["--probes", "--domain", "kjv"], "--probes does not go with --domain"),
+        (["--teacher", "seed-1"], "--teacher belongs to --mechanism and --probes"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, message, folder, tutelage):

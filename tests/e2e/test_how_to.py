@@ -13,7 +13,7 @@ import pytest
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "how-to").glob("*.md"))
 NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
-NEEDS = {"loss-in-hugging-face-trainer": "accelerate"}
+NEEDS = {"evaluate": "lm_eval", "loss-in-hugging-face-trainer": "accelerate"}
 TITAN = """
 import torch
 from torch import nn

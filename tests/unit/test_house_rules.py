@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "teachers": _BASE | {"data", "models", "objective", "signals"},
     "identity": _BASE | {"data", "models", "teachers.manifest"},
     "train": _BASE | _ROOMS | {"signals"},
-    "evals": _BASE | {"data", "models", "presets", "resampling", "train.rundir"},
+    "evals": _BASE | {"data", "models", "presets", "provenance", "resampling", "train.rundir"},
     "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},
     "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals", "train.rundir"},
     "analysis": {"types", "errors", "files", "resampling", "study.results", "study.planfile"},
@@ -71,6 +71,8 @@ REGISTRIES = [
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
     ("tutelage.study.hardware", "DEVICES", attrgetter("summary")),
+    ("tutelage.analysis.claims", "CLAIMS", attrgetter("text")),
+    ("tutelage.evals.packagetasks", "PACKAGE_TASKS", attrgetter("summary")),
 ]
 """Every registry, a dict from the name users write, and what to read an entry's explanation from."""
 

@@ -96,3 +96,12 @@ def test_the_processor_is_as_the_system_names_it():
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     name = provenance.cpu_model()
     assert name is None or name in text or "model name" not in text
+
+
+def test_code_is_one_line_with_versions_and_commit():
+    commit = provenance.collect("cpu")["commit"]
+    text = provenance.code()
+    assert text.startswith(f"tutelage {version('tutelage')}, torch {version('torch')}, transformers ")
+    assert ("commit" in text) == (commit is not None)
+    assert commit is None or commit[:12] in text
+    assert "\n" not in text

@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import altair as alt
 import vl_convert
 
+from tutelage.analysis.words import NO_TEACHER
 from tutelage.files import new_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     import polars as pl
 
-    from tutelage.study.results import Results
+    from tutelage.analysis.verdicts import PairFinding
 
 INK = "currentColor"
 GREY = "#8a8a8a"
 PALETTE = ("#D55E00", "#0090D8", "#CC79A7", "#009E73", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, the blue a little lighter so that it also shows on a dark page."""
-NO_TEACHER = "no teacher"
 _FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 """One set of metrics: labels are placed here by the width that the browser will give them."""
 _PNG_SCALE = 2.0
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
+    "padding": {"left": 14, "right": 14, "top": 4, "bottom": 4},
     "font": _FONT,
     "view": {"stroke": None},
     "title": {"color": INK, "fontSize": 13, "fontWeight": 600, "anchor": "start"},
@@ -57,7 +58,10 @@ _CONFIG: dict[str, Any] = {
         "columnPadding": 16,
     },
 }
+_RELATIONS = ("weak-to-strong", "same-level", "strong-to-weak")
+_DASHES = ([5, 3], [2, 2])
 _LINE_LEGEND = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1)
+_POINT_LEGEND = alt.Legend(symbolType="circle", symbolOpacity=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,26 +118,52 @@ def zero_line(axis: Literal["x", "y"]) -> alt.Chart:
     return line
 
 
-def teacher_colour(results: Results, *, with_baseline: bool = False) -> alt.Color:
-    """Colour by teacher, the same in every figure."""
-    colours = _by_teacher(results, [*PALETTE], GREY)
+@dataclass(frozen=True)
+class Key:
+    """What colour and dash a teacher has, the same in every figure of a student.
+
+    Attributes:
+        series: name in the legend, by teacher.
+        colours: by name in the legend, in its order.
+        dashes: likewise; controls are dashed.
+    """
+
+    series: Mapping[str | None, str]
+    colours: Mapping[str, str]
+    dashes: Mapping[str, list[int]]
+
+    def only(self, series: Collection[str]) -> Key:
+        """The same with fewer entries in the legend."""
+        colours = {name: colour for name, colour in self.colours.items() if name in series}
+        return Key(self.series, colours, {name: self.dashes[name] for name in colours})
+
+    def colour(self, *, points: bool = False) -> alt.Color:
+        """Colour by the column `series`, with lines or points in the legend."""
+        scale = alt.Scale(domain=[*self.colours], range=[*self.colours.values()])
+        legend = _POINT_LEGEND if points else _LINE_LEGEND
+        return alt.Color("series:N", title=None, scale=scale, legend=legend)
+
+    def dash(self) -> alt.StrokeDash:
+        """Dash by the column `series`."""
+        scale = alt.Scale(domain=[*self.dashes], range=[*self.dashes.values()])
+        return alt.StrokeDash("series:N", title=None, scale=scale, legend=_LINE_LEGEND)
+
+
+def key_of(pairs: Sequence[PairFinding], *, with_baseline: bool = False) -> Key:
+    """A colour for each teacher; where there are more than colours, one for each measured relation."""
+    real = [pair for pair in pairs if not pair.teacher.control]
+    many = len(real) > len(PALETTE)
+    names = {
+        pair.teacher.name: (pair.relation or "not measured") if many else pair.teacher.name for pair in real
+    }
+    order = [*_RELATIONS, "not measured"] if many else [*names.values()]
+    used = [name for name in order if name in names.values()]
+    controls = {pair.teacher.name: pair.teacher.name for pair in pairs if pair.teacher.control}
+    colours = {name: PALETTE[i] for i, name in enumerate(used)} | dict.fromkeys(controls, GREY)
+    dashes = {name: [1, 0] for name in used}
+    dashes |= {name: _DASHES[i % len(_DASHES)] for i, name in enumerate(controls)}
     if with_baseline:
-        colours = {NO_TEACHER: INK} | colours
-    scale = alt.Scale(domain=[*colours], range=[*colours.values()])
-    return alt.Color("teacher:N", title=None, scale=scale, legend=_LINE_LEGEND)
-
-
-def teacher_dash(results: Results, *, with_baseline: bool = False) -> alt.StrokeDash:
-    """Controls are dashed."""
-    dashes = _by_teacher(results, [[1, 0]], [5, 3])
-    if with_baseline:
-        dashes = {NO_TEACHER: [1, 0]} | dashes
-    scale = alt.Scale(domain=[*dashes], range=[*dashes.values()])
-    return alt.StrokeDash("teacher:N", title=None, scale=scale, legend=_LINE_LEGEND)
-
-
-def _by_teacher(results: Results, real: Sequence[Any], control: object) -> dict[str, Any]:
-    """Values by teacher name: real teachers take `real` in turn, controls `control`."""
-    names = [teacher.name for teacher in results.plan.teachers if not teacher.control]
-    values = {name: real[i % len(real)] for i, name in enumerate(names)}
-    return {t.name: values.get(t.name, control) for t in results.plan.teachers}
+        colours, dashes = {NO_TEACHER: INK} | colours, {NO_TEACHER: [1, 0]} | dashes
+    series: dict[str | None, str] = {None: NO_TEACHER}
+    series.update(names | controls)
+    return Key(series, colours, dashes)

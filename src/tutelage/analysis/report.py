@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import polars as pl
 
-from tutelage.analysis import words
+from tutelage.analysis import answer, sections, words
 from tutelage.analysis.canvas import save_all
-from tutelage.analysis.costs import ledger
+from tutelage.analysis.outcomes import LEVEL, judge_claims
+from tutelage.analysis.parts import MARGIN
 from tutelage.analysis.plots import figures
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN, Findings, judge
 from tutelage.files import write_text
@@ -19,8 +20,11 @@ from tutelage.study.results import Provenance, Results, load_results
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tutelage.analysis.stats import Estimate
-    from tutelage.analysis.verdicts import TeacherFinding, Verdict
+    from tutelage.analysis.outcomes import Outcome
+
+_MOST_DRAWN = 6
+"""Students whose figures fit a page; of the others there are tables."""
+_FEW_VALUES = 8
 
 
 def build_report(directory: Path) -> Path:
@@ -38,23 +42,36 @@ def build_report(directory: Path) -> Path:
     """
     results = load_results(directory)
     findings = judge(results)
-    charts = figures(results, findings)
-    drawings = save_all(charts, directory / "figures")
+    outcomes = judge_claims(results, findings)
+    students = list(dict.fromkeys(verdict.student for verdict in findings.verdicts))
+    charts = figures(results, findings, students[:_MOST_DRAWN])
+    drawings = save_all([chart for some in charts.values() for chart in some], directory / "figures")
+    drawn: dict[str | None, list[dict[str, object]]] = {
+        student: [{"figure": chart, "svg": drawings[chart.name]} for chart in some]
+        for student, some in charts.items()
+    }
     page = _template().render(
+        style=resources.files("tutelage.analysis").joinpath("report.css").read_text(encoding="utf-8"),
         plan=results.plan,
-        headline=words.headline(findings),
-        student=_student(results),
-        teachers=[_teacher(finding, findings) for finding in findings.teachers],
-        verdicts=[_row(v) for v in findings.verdicts],
+        tally=answer.tally(outcomes),
+        headline=answer.headline(findings),
+        students=[_student(results, findings, name, drawn) for name in students],
+        undrawn=students[_MOST_DRAWN:],
+        cost_figures=drawn[None],
         gain_caption=words.GAIN_CAPTION,
+        level=f"{LEVEL:.0%}",
         margin=f"{SAME_LEVEL_MARGIN:.0%}",
-        figures=[{"figure": chart, "svg": drawings[chart.name]} for chart in charts],
-        domains=_domains(findings),
-        costs=_costs(results),
-        notes=words.notes(results, findings),
+        no_difference=f"{MARGIN:g}",
+        tournaments=sections.tournament_tables(results, findings),
+        compute=sections.compute_rows(results, findings),
+        calibration=sections.calibration_rows(results, findings),
+        spread=sections.spread_rows(results),
+        costs=sections.cost_rows(results),
+        notes=answer.notes(results, findings),
         provenance=_provenance(results),
         unfinished=_unfinished(results),
         problems=results.problems,
+        **_claims(outcomes),
     )
     path = directory / "report.html"
     write_text(path, page)
@@ -69,83 +86,34 @@ def _template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _student(results: Results) -> str:
-    student = results.plan.students[0]
-    return (
-        f"{student.rung}, {words.count(student.parameters)} parameters, "
-        f"{words.count(student.tokens)} training tokens"
-    )
-
-
-def _teacher(finding: TeacherFinding, findings: Findings) -> dict[str, Any]:
-    """One line of the first table: what the teacher is, and its best result."""
-    own = None
-    if finding.bits_per_byte is not None:
-        difference = 100 * (finding.bits_per_byte / findings.student_bits_per_byte - 1)
-        own = f"{finding.bits_per_byte:.3f} bits per byte ({words.signed(difference)})"
+def _claims(outcomes: tuple[Outcome, ...]) -> dict[str, Any]:
+    """Announced claims, other claims that have runs, and the numbers of those that have none."""
+    others = [outcome for outcome in outcomes if not outcome.announced]
+    tested = [outcome for outcome in others if outcome.p is not None]
     return {
-        "name": finding.teacher.name,
-        "description": finding.teacher.description,
-        "relation": "control" if finding.teacher.control else finding.relation or "not measured",
-        "own": own,
-        "best": None if finding.best is None else _row(finding.best),
+        "claims": sections.claim_rows([outcome for outcome in outcomes if outcome.announced]),
+        "explored": sections.claim_rows(tested),
+        "untested": [outcome.number for outcome in others if outcome.p is None],
     }
 
 
-def _row(v: Verdict) -> dict[str, Any]:
-    """A verdict as text for the tables."""
+def _student(
+    results: Results, findings: Findings, name: str, drawn: dict[str | None, list[dict[str, object]]]
+) -> dict[str, Any]:
+    """Everything about one student setting."""
+    student = next(student for student in results.plan.students if student.name == name)
+    verdicts = [v for v in findings.verdicts if v.student == name]
     return {
-        "teacher": v.teacher,
-        "alpha": f"{v.alpha:g}",
-        "gains": [_gain(v.in_domain), _gain(v.out_of_domain)],
-        "interval": words.interval_name(v),
-        "words": words.verdict(v),
+        "id": list(dict.fromkeys(v.student for v in findings.verdicts)).index(name) + 1,
+        "name": name,
+        "about": f"{student.rung}, {words.count(student.parameters)} parameters, "
+        f"{words.count(student.tokens)} training tokens",
+        "pairs": [sections.pair_row(pair) for pair in findings.pairs if pair.student.name == name],
+        "verdicts": [sections.verdict_row(v) for v in verdicts],
+        "fitted": any(v.fitted is not None for v in verdicts),
+        "domains": sections.domain_table(findings, name),
+        "figures": drawn.get(name, []),
     }
-
-
-def _gain(estimate: Estimate) -> dict[str, str]:
-    effect = words.effect(estimate)
-    return {
-        "mean": words.signed(estimate.mean, 2),
-        "span": words.span(estimate),
-        "effect": effect if effect in ("helps", "hurts") else "unclear",
-    }
-
-
-def _domains(findings: Findings) -> dict[str, Any]:
-    """Rows by text: bits per byte without a teacher, and the gain of each teacher at its best alpha."""
-    best = [finding.best for finding in findings.teachers if finding.best is not None]
-    order = findings.domains.select("domain", "role").unique(maintain_order=True)
-    baseline = dict(findings.baseline.select("domain", "bits_per_byte").iter_rows())
-    gains = {
-        (row["teacher"], row["alpha"], row["domain"]): row["gain"]
-        for row in findings.domains.iter_rows(named=True)
-    }
-    rows = [
-        {
-            "name": domain,
-            "role": "in domain" if role == "in_domain" else "out of domain",
-            "baseline": f"{baseline[domain]:.3f}",
-            "gains": [words.signed(gains[v.teacher, v.alpha, domain]) for v in best],
-        }
-        for domain, role in order.iter_rows()
-    ]
-    return {"columns": [f"{v.teacher}, alpha {v.alpha:g}" for v in best], "rows": rows}
-
-
-def _costs(results: Results) -> list[dict[str, str]]:
-    return [
-        {
-            "label": row["label"],
-            "runs": str(row["runs"]),
-            "tokens": words.count(row["tokens"]),
-            "train": f"{row['train_flops']:.2e}",
-            "teacher": f"{row['teacher_flops']:.2e}" if row["teacher_flops"] else "none",
-            "seconds": f"{row['seconds']:.0f}",
-            "speed": words.count(row["tokens_per_second"]),
-        }
-        for row in ledger(results).iter_rows(named=True)
-    ]
 
 
 def _provenance(results: Results) -> list[tuple[str, str]]:
@@ -159,9 +127,16 @@ def _provenance(results: Results) -> list[tuple[str, str]]:
         "command": [r.command if isinstance(r.command, str) else " ".join(r.command) for r in records],
     }
     facts |= {name: [record.versions.get(name) or "none" for record in records] for name in sorted(versions)}
-    listed = [(name, ", ".join(sorted(set(values)))) for name, values in facts.items() if values]
+    listed = [(name, _different(values)) for name, values in facts.items() if values]
     times = sorted(record.time for record in records)
     return [("runs started", f"{times[0]} to {times[-1]}"), *listed] if times else []
+
+
+def _different(values: list[str]) -> str:
+    """Each value once; of many the first few."""
+    found = sorted(set(values))
+    rest = f" and {len(found) - _FEW_VALUES} more" if len(found) > _FEW_VALUES else ""
+    return ", ".join(found[:_FEW_VALUES]) + rest
 
 
 def _commit(record: Provenance) -> str:

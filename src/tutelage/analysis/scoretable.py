@@ -54,18 +54,20 @@ def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], 
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def print_tasks(scores: Sequence[Score], console: Console) -> None:
-    """Print models by downstream tasks, value and standard error, the best of each row marked.
+def print_tasks(scores: Sequence[Score], what: str, unit: str, console: Console) -> None:
+    """Print models by tasks or probes, value and standard error, the best of each row marked.
 
     Args:
-        scores: of role "downstream".
+        scores: of role "downstream" or "probe".
+        what: heads the first column.
+        unit: what n and the standard error count, in the plural.
         console: where to.
     """
     found = {(score.run, score.domain, score.metric): score for score in scores}
     models = list(dict.fromkeys(score.run for score in scores))
-    table = Table("task", "metric", *models, box=None, pad_edge=False)
-    table.caption = "Value ± standard error over questions" + (
-        "; * best of the models that got the same questions" if len(models) > 1 else ""
+    table = Table(what, "metric", *models, box=None, pad_edge=False)
+    table.caption = f"Value ± standard error over n {unit}" + (
+        f"; * best of the models that got the same {unit}" if len(models) > 1 else ""
     )
     table.caption_justify = "left"
     for domain, metric in dict.fromkeys((score.domain, score.metric) for score in scores):

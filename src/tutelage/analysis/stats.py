@@ -1,4 +1,4 @@
-"""Intervals: paired t over seeds, paired bootstrap over documents."""
+"""Intervals and tests over seeds, the replicates: paired t, equivalence, Holm's correction, flat regions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from tutelage.resampling import DRAWS, resampled_sums
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+_DIGITS = 9
+"""Differences are rounded to this many digits: less is rounding error, which would look like certainty."""
+_MOST_SEEDS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,24 @@ class Estimate:
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How surprising some differences are if a statement is false, and if it is true.
+
+    Attributes:
+        support: one-sided p value against "the statement is false"; small speaks for it.
+        contradict: one-sided p value against "the statement is true"; small speaks against it.
+    """
+
+    support: float
+    contradict: float
+
+    @property
+    def p(self) -> float:
+        """Two-sided p value: twice the smaller one."""
+        return min(1.0, 2 * min(self.support, self.contradict))
 
 
 def t_interval(differences: ArrayLike, confidence: float = 0.95) -> Estimate:
@@ -51,44 +71,114 @@ def t_interval(differences: ArrayLike, confidence: float = 0.95) -> Estimate:
     if n < 2:  # noqa: PLR2004 - one value has no spread
         raise ValueError(f"a t interval needs at least two differences, got {n}")
     mean = float(values.mean())
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = float(half_width(np.array([n]), np.array([values.std(ddof=1)]), confidence)[0])
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def paired_document_bootstrap(
-    domains: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
-    seed: int = 0,
-    draws: int = DRAWS,
-    confidence: float = 0.95,
-) -> Estimate:
-    """Percentile bootstrap of the gain of one run over another: evaluation noise only.
-
-    The gain on a domain is 100 (1 - sum nll_run / sum nll_base) percent: the relative drop in bits per
-    byte, in which the bytes cancel because both runs score the same documents. Each draw takes, within
-    each domain, as many documents as there are, with replacement and the same ones for both runs; its
-    value is the mean of the domains' gains. The interval runs between the (1 -+ confidence) / 2
-    quantiles of the draws. It says nothing of how another training seed would have come out.
+def half_width(
+    n: NDArray[np.int64], deviation: NDArray[np.float64], confidence: float = 0.95
+) -> NDArray[np.float64]:
+    """Half of the t interval of many means at once; NaN for n = 1.
 
     Args:
-        domains: per domain, the losses in nats of the same documents, (base, run), shape [documents].
-        seed: seed of the draws.
-        draws: number of draws.
+        n: number of differences behind each mean.
+        deviation: their standard deviation (n - 1 in the denominator).
         confidence: coverage, between 0 and 1.
+    """
+    wide: NDArray[np.float64] = stats.t.ppf((1 + confidence) / 2, n - 1) * deviation / np.sqrt(n)
+    return wide
+
+
+def exceeds(differences: ArrayLike, bound: float = 0.0) -> Evidence:
+    """One-sided t tests of "the mean is above `bound`".
+
+    Args:
+        differences: one number per seed; at least two.
+        bound: what the mean is compared with.
+    """
+    values = np.round(np.asarray(differences, dtype=np.float64) - bound, _DIGITS)
+    n, mean, error = len(values), float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    if error == 0.0:
+        support = 0.5 if mean == 0.0 else float(mean < 0)
+        return Evidence(support, 1 - support)
+    t = mean / error
+    return Evidence(float(stats.t.sf(t, n - 1)), float(stats.t.cdf(t, n - 1)))
+
+
+def stays_within(differences: ArrayLike, margin: float) -> Evidence:
+    """Two one-sided t tests (Schuirmann 1987) of "the mean is between -margin and margin".
+
+    Args:
+        differences: one number per seed; at least two.
+        margin: half the width of what counts as no difference; positive.
+    """
+    above, below = exceeds(differences, -margin), exceeds(differences, margin)
+    return Evidence(max(above.support, below.contradict), min(above.contradict, below.support))
+
+
+def differs(differences: ArrayLike) -> Evidence:
+    """Test "the mean is not 0" by Student's t, on the side it is on. Nothing can contradict that."""
+    one = exceeds(differences)
+    return Evidence(min(one.support, one.contradict), 1.0)
+
+
+def all_of(parts: Sequence[Evidence]) -> Evidence:
+    """Evidence for the conjunction: all parts must be supported, any part can contradict (Bonferroni)."""
+    return Evidence(
+        max(part.support for part in parts), min(1.0, len(parts) * min(part.contradict for part in parts))
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p values: rejecting those at most a keeps the family-wise error rate at a.
+
+    Args:
+        p_values: one per comparison of the family.
 
     Returns:
-        Gain in percent, positive if the run needs fewer bits; `n` counts documents.
-
-    Raises:
-        ValueError: no domain, an empty one, or two lengths that differ.
+        Adjusted p values in the same order.
     """
-    if not domains or any(len(base) != len(run) or len(base) == 0 for base, run in domains):
-        raise ValueError("every domain needs the losses of the same documents, at least one, for both runs")
-    rng = np.random.default_rng(seed)
-    drawn = np.zeros(draws)
-    mean = 0.0
-    for base, run in domains:
-        base_sum, run_sum = resampled_sums(np.stack([base, run], axis=1), rng, draws).T
-        drawn += 100 * (1 - run_sum / base_sum) / len(domains)
-        mean += 100 * (1 - float(run.sum() / base.sum())) / len(domains)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(mean, float(low), float(high), sum(len(base) for base, _ in domains))
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def flat_region(gains_SA: NDArray[np.float64], best: int, level: float = 0.05) -> list[int]:
+    """Columns that cannot be told from the best: paired two-sided t tests over seeds, uncorrected.
+
+    Args:
+        gains_SA: gain by seed and alpha.
+        best: column of the best.
+        level: of each test. With one seed nothing can be told apart.
+
+    Returns:
+        Column numbers, `best` among them.
+    """
+    seeds, columns = gains_SA.shape
+    if seeds < 2:  # noqa: PLR2004 - one value has no spread
+        return list(range(columns))
+    return [
+        column
+        for column in range(columns)
+        if column == best or differs(gains_SA[:, best] - gains_SA[:, column]).p > level
+    ]
+
+
+def seeds_needed(differences: ArrayLike, bound: float = 0.0, level: float = 0.05) -> int | None:
+    """Seeds with which a t interval would leave out `bound`, if mean and spread stayed what they are.
+
+    Args:
+        differences: one number per seed; at least two.
+        bound: what the interval is to leave out.
+        level: one less the confidence of the interval.
+
+    Returns:
+        A number of at least 2; None if a hundred would not do.
+    """
+    values = np.round(np.asarray(differences, dtype=np.float64) - bound, _DIGITS)
+    n = np.arange(2, _MOST_SEEDS + 1)
+    enough = half_width(n, np.full(len(n), values.std(ddof=1)), 1 - level) < abs(values.mean())
+    return int(n[enough.argmax()]) if enough.any() else None

@@ -1,8 +1,6 @@
 """Does this teacher help this student? Gains over the no-teacher student, with intervals.
 
-A gain is in percent of the no-teacher bits per byte of the same seed; positive is better (fewer bits).
-The out-of-domain gain is the mean of the domains' gains. Choices use the validation split, reports the
-test split.
+Choices use the validation split, reports the test split.
 """
 
 from __future__ import annotations
@@ -12,11 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 
-from tutelage.analysis.stats import Estimate, paired_document_bootstrap, t_interval
+from tutelage.analysis.gains import Fit, Gains, Side, measure
+from tutelage.analysis.noise import document_noise
+from tutelage.analysis.stats import Estimate, flat_region
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from tutelage.study.planfile import PlanTeacher
+    from collections.abc import Mapping, Sequence
+
+    from tutelage.study.planfile import PlanStudent, PlanTeacher
     from tutelage.study.results import Results
     from tutelage.types import Split
 
@@ -26,49 +28,82 @@ Relation = Literal["weak-to-strong", "same-level", "strong-to-weak"]
 SAME_LEVEL_MARGIN = 0.01
 """Teacher and student are on the same level if their bits per byte differ by at most this fraction."""
 
-_BASELINE = pl.col("kind") == "baseline"
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one teacher at one alpha did to the student, on the test split.
+    """What one teacher, used in one way, did to one student, on the test split.
 
     Attributes:
-        teacher: name.
+        cell: its number in `Gains.cells`.
+        student: name of the student setting.
+        teacher: name; None for a student without one that has an arm of its own.
+        arm: what is done with the teacher.
+        stage: post-training stage after which this was measured; None: after pretraining.
+        alpha: weight of the distillation loss where it is one number.
+        constant: whether that number is all there is to the arm.
         control: whether it is a control, without knowledge of context.
-        alpha: weight of the distillation loss.
-        in_domain: gain in percent on the training distribution.
-        out_of_domain: gain in percent, mean over the other domains.
-        interval: "seeds": paired t interval over seeds; "documents": paired bootstrap over the scored
-            documents, which leaves out training noise.
+        gains: percent by fit and role, with intervals over seeds; with one seed, over documents.
+        noise: the same with intervals over documents: evaluation noise only.
         n_seeds: paired seeds behind the gains.
     """
 
-    teacher: str
+    cell: int
+    student: str
+    teacher: str | None
+    arm: str
+    stage: str | None
+    alpha: float | None
+    constant: bool
     control: bool
-    alpha: float
-    in_domain: Estimate
-    out_of_domain: Estimate
-    interval: Interval
+    gains: Mapping[tuple[Fit, Side], Estimate]
+    noise: Mapping[tuple[Fit, Side], Estimate]
     n_seeds: int
+
+    @property
+    def in_domain(self) -> Estimate:
+        """Raw gain on the training distribution."""
+        return self.gains["raw", "in_domain"]
+
+    @property
+    def out_of_domain(self) -> Estimate:
+        """Raw gain, mean over the other domains."""
+        return self.gains["raw", "out_of_domain"]
+
+    @property
+    def fitted(self) -> Estimate | None:
+        """Out-of-domain gain with temperature and unigram mixture fitted; None where they were not."""
+        return self.gains.get(("unigram", "out_of_domain"))
+
+    @property
+    def interval(self) -> Interval:
+        """Over what the intervals of `gains` run."""
+        return "seeds" if self.n_seeds > 1 else "documents"
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherFinding:
-    """One teacher: how good it is itself, and its best result.
+class PairFinding:
+    """One student and one teacher: how good the teacher is beside the student, and its best result.
 
     Attributes:
+        student: from the plan.
         teacher: from the plan.
-        bits_per_byte: its own, in domain, on the validation split; None if it was not scored.
-        relation: measured by `bits_per_byte` against the no-teacher student; None if not scored.
-        best: verdict at the alpha with the largest out-of-domain gain on the validation split; None
-            if no student of this teacher is finished.
+        bits_per_byte: of the teacher, in domain, on the validation split; None if it was not scored.
+        student_bits: of the same student without a teacher, mean over seeds; None if not scored.
+        relation: measured by the two; None if one is missing.
+        nominal: the pair by parameters and tokens; None where the teacher's are not known.
+        best: verdict at the alpha with the largest out-of-domain gain on the validation split; None if no
+            student of this teacher is finished.
+        flat: alphas that cannot be told from the best on the validation split, best included.
     """
 
+    student: PlanStudent
     teacher: PlanTeacher
     bits_per_byte: float | None
+    student_bits: float | None
     relation: Relation | None
+    nominal: Relation | Literal["mixed"] | None
     best: Verdict | None
+    flat: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +111,18 @@ class Findings:
     """Every answer of a study.
 
     Attributes:
-        student_bits_per_byte: of the no-teacher student, in domain, validation, mean over seeds.
-        verdicts: by teacher in the plan's order, then by rising alpha.
-        teachers: in the plan's order.
-        domains: teacher, control, alpha, domain, role, gain (percent, mean over seeds, test split),
-            n_seeds; the training distribution comes first.
-        baseline: domain, bits_per_byte of the no-teacher student (test split, mean over seeds).
+        gains: the tables behind it.
+        verdicts: in the order of `Gains.cells`: by student, stage, teacher; rising alphas before other arms.
+        pairs: student settings with each of their teachers, in the plan's order.
+        domains: cell, student, teacher, arm, stage, domain, role, fit, gain (percent, mean over seeds, test
+            split), n_seeds; the training distribution comes first.
+        baseline: student, domain, bits_per_byte (mean) and deviation (over seeds; null for one) and n of the
+            no-teacher student, test split.
     """
 
-    student_bits_per_byte: float
+    gains: Gains
     verdicts: tuple[Verdict, ...]
-    teachers: tuple[TeacherFinding, ...]
+    pairs: tuple[PairFinding, ...]
     domains: pl.DataFrame
     baseline: pl.DataFrame
 
@@ -97,45 +133,17 @@ def judge(results: Results) -> Findings:
     Raises:
         UserError: no student is finished, or none has a finished no-teacher run of its seed beside it.
     """
-    gains = _gains(results)
-    if gains.is_empty():
+    gains = measure(results)
+    if gains.domains.is_empty():
         raise UserError(f"study {results.plan.name}: {_why_empty(results)}")
-    verdicts = tuple(
-        _verdict(results, teacher, alpha, gains.filter(teacher=teacher.name, alpha=alpha, split="test"))
-        for teacher in results.plan.teachers
-        for alpha in gains.filter(teacher=teacher.name)["alpha"].unique().sort()
-    )
-    student = float(_in_domain(results, _BASELINE)["bits_per_byte"].item())
+    verdicts = _verdicts(results, gains)
     return Findings(
-        student_bits_per_byte=student,
+        gains=gains,
         verdicts=verdicts,
-        teachers=tuple(_finding(results, t, student, gains, verdicts) for t in results.plan.teachers),
+        pairs=_pairs(results, gains, verdicts),
         domains=_domain_table(results, gains),
-        baseline=_own_bits(results, _BASELINE, "test"),
+        baseline=_baseline(results),
     )
-
-
-def _gains(results: Results) -> pl.DataFrame:
-    """One row per finished student, domain and split that has a baseline of its seed."""
-    scored = _scored(results)
-    base = scored.filter(kind="baseline").select(
-        "seed", "domain", "split", base_run="run", base_value="value"
-    )
-    return (
-        scored.filter(kind="student")
-        .join(base, on=["seed", "domain", "split"])
-        .with_columns(gain=100 * (1 - pl.col("value") / pl.col("base_value")))
-        .sort("teacher", "alpha", "seed", "split", "domain")
-    )
-
-
-def _scored(results: Results) -> pl.DataFrame:
-    """Bits per byte of done runs with what the plan says of run and domain."""
-    roles = pl.DataFrame({d.name: d.role for d in results.plan.domains}).unpivot(
-        variable_name="domain", value_name="role"
-    )
-    bits = results.scores.filter(metric="bits_per_byte").join(roles, on="domain")
-    return results.runs.join(bits, on="run")
 
 
 def _why_empty(results: Results) -> str:
@@ -147,49 +155,54 @@ def _why_empty(results: Results) -> str:
     return "; ".join((reason, *results.problems[:1]))
 
 
-def _verdict(results: Results, teacher: PlanTeacher, alpha: float, cell: pl.DataFrame) -> Verdict:
-    n_seeds = cell["seed"].n_unique()
-    return Verdict(
-        teacher=teacher.name,
-        control=teacher.control,
-        alpha=alpha,
-        in_domain=_estimate(results, cell.filter(role="in_domain")),
-        out_of_domain=_estimate(results, cell.filter(role="out_of_domain")),
-        interval="seeds" if n_seeds > 1 else "documents",
-        n_seeds=n_seeds,
-    )
+def _verdicts(results: Results, gains: Gains) -> tuple[Verdict, ...]:
+    seeds = _estimates(gains.estimates.filter(split="test").with_columns(n=pl.col("n").cast(pl.Int64)))
+    noise = _estimates(document_noise(results, gains))
+    found = []
+    for row in gains.cells.iter_rows(named=True):
+        own, documents = seeds[row["cell"]], noise[row["cell"]]
+        n_seeds = max(estimate.n for estimate in own.values())
+        fields = {name: row[name] for name in row if name != "pair"}
+        best = own if n_seeds > 1 else documents
+        found.append(Verdict(**fields, gains=best, noise=documents, n_seeds=n_seeds))
+    return tuple(found)
 
 
-def _estimate(results: Results, cell: pl.DataFrame) -> Estimate:
-    """Over seeds where there are several, else over documents; `cell` holds the domains of one role."""
-    per_seed = cell.group_by("seed", maintain_order=True).agg(pl.col("gain").mean())["gain"]
-    if len(per_seed) > 1:
-        return t_interval(per_seed.to_numpy())
-    runs = cell.select("base_run", "run").row(0)
-    documents = results.documents.filter(split="test").sort("domain", "document")
-    pairs = []
-    for domain in cell["domain"]:
-        base, run = (documents.filter(domain=domain, run=name)["nll"].to_numpy() for name in runs)
-        pairs.append((base, run))
-    return paired_document_bootstrap(pairs)
+def _estimates(table: pl.DataFrame) -> dict[int, dict[tuple[Fit, Side], Estimate]]:
+    found: dict[int, dict[tuple[Fit, Side], Estimate]] = {}
+    columns = table.select("cell", "fit", "role", "gain", "low", "high", "n")
+    for cell, fit, role, *numbers in columns.iter_rows():
+        found.setdefault(cell, {})[fit, role] = Estimate(*numbers)
+    return found
 
 
-def _finding(
-    results: Results,
-    teacher: PlanTeacher,
-    student: float,
-    gains: pl.DataFrame,
-    verdicts: tuple[Verdict, ...],
-) -> TeacherFinding:
-    scored = _in_domain(results, (pl.col("kind") == "teacher") & (pl.col("teacher") == teacher.name))
-    own = None if scored.is_empty() else float(scored["bits_per_byte"].item())
-    best = _best_alpha(gains.filter(teacher=teacher.name, split="validation", role="out_of_domain"))
-    return TeacherFinding(
-        teacher=teacher,
-        bits_per_byte=own,
-        relation=None if own is None else relation(own, student),
-        best=next((v for v in verdicts if (v.teacher, v.alpha) == (teacher.name, best)), None),
-    )
+def _pairs(results: Results, gains: Gains, verdicts: Sequence[Verdict]) -> tuple[PairFinding, ...]:
+    planned = results.runs.filter(kind="student").select("student", "teacher").drop_nulls()
+    wanted = set(planned.unique().rows())
+    own = dict(_in_domain(results, "teacher").iter_rows())
+    alone = dict(_in_domain(results, "student").iter_rows())
+    chosen = _best_cells(gains)
+    by_cell = {verdict.cell: verdict for verdict in verdicts}
+    found = []
+    for student in results.plan.students:
+        for teacher in results.plan.teachers:
+            if (student.name, teacher.name) not in wanted:
+                continue
+            bits, beside = own.get(teacher.name), alone.get(student.name)
+            best, flat = chosen.get((student.name, teacher.name), (None, ()))
+            found.append(
+                PairFinding(
+                    student=student,
+                    teacher=teacher,
+                    bits_per_byte=bits,
+                    student_bits=beside,
+                    relation=None if bits is None or beside is None else relation(bits, beside),
+                    nominal=nominal(teacher, student),
+                    best=None if best is None else by_cell[best],
+                    flat=flat,
+                )
+            )
+    return tuple(found)
 
 
 def relation(teacher: float, student: float) -> Relation:
@@ -199,32 +212,77 @@ def relation(teacher: float, student: float) -> Relation:
     return "strong-to-weak" if teacher < student else "weak-to-strong"
 
 
-def _best_alpha(validation: pl.DataFrame) -> float | None:
-    """The alpha with the largest mean out-of-domain gain; the smaller one of two equals."""
-    means = validation.group_by("alpha").agg(pl.col("gain").mean()).sort("alpha")
-    return None if means.is_empty() else float(means["alpha"][means["gain"].arg_max() or 0])
+def nominal(teacher: PlanTeacher, student: PlanStudent) -> Relation | Literal["mixed"] | None:
+    """Name the pair by parameters and tokens: mixed if one says stronger and the other weaker."""
+    if teacher.parameters is None or teacher.tokens is None:
+        return None
+    signs = {
+        (ours > theirs) - (ours < theirs)
+        for ours, theirs in (
+            (teacher.parameters, student.parameters),
+            (teacher.tokens, student.tokens),
+        )
+    }
+    if signs == {0}:
+        return "same-level"
+    if {-1, 1} <= signs:
+        return "mixed"
+    return "strong-to-weak" if 1 in signs else "weak-to-strong"
 
 
-def _domain_table(results: Results, gains: pl.DataFrame) -> pl.DataFrame:
-    order = {teacher.name: i for i, teacher in enumerate(results.plan.teachers)}
+def _best_cells(gains: Gains) -> dict[tuple[str, str], tuple[int, tuple[float, ...]]]:
+    """Cell of the best constant alpha of each pair and the alphas as good; the smaller of two equals.
+
+    Chosen by the mean out-of-domain gain on the validation split. A pair without constants has its best arm.
+    """
+    valid = gains.sides.filter(split="validation", role="out_of_domain", fit="raw")
+    cells = gains.cells.filter(pl.col("stage").is_null(), pl.col("teacher").is_not_null())
+    rows = valid.join(cells.drop("stage"), on="cell")
+    found = {}
+    for (student, teacher), pair in rows.partition_by("student", "teacher", as_dict=True).items():
+        constants = pair.filter("constant")
+        some = pair if constants.is_empty() else constants
+        means = some.group_by("cell", "alpha").agg(pl.col("gain").mean()).sort("cell")
+        best = int(means["cell"][means["gain"].arg_max() or 0])
+        table = some.pivot("cell", index="seed", values="gain", sort_columns=True).drop("seed").drop_nulls()
+        places = [int(name) for name in table.columns]
+        flat = flat_region(table.to_numpy(), places.index(best)) if table.height else [places.index(best)]
+        alphas = dict(means.select("cell", "alpha").iter_rows())
+        region = [alphas[places[i]] for i in flat]
+        found[str(student), str(teacher)] = best, tuple(sorted(a for a in region if a is not None))
+    return found
+
+
+def _domain_table(results: Results, gains: Gains) -> pl.DataFrame:
     inside_first = sorted(results.plan.domains, key=lambda domain: domain.role)
     rank = {domain.name: i for i, domain in enumerate(inside_first)}
-    controls = [teacher.name for teacher in results.plan.teachers if teacher.control]
     return (
-        gains.filter(split="test")
-        .group_by("teacher", "alpha", "domain", "role")
+        gains.domains.filter(split="test")
+        .group_by("cell", "domain", "role", "fit")
         .agg(pl.col("gain").mean(), n_seeds=pl.len())
-        .with_columns(control=pl.col("teacher").is_in(controls))
-        .sort(pl.col("teacher").replace_strict(order), "alpha", pl.col("domain").replace_strict(rank))
+        .join(gains.cells.select("cell", "student", "teacher", "arm", "stage"), on="cell")
+        .sort("cell", pl.col("domain").replace_strict(rank), "fit")
+        .select("cell", "student", "teacher", "arm", "stage", "domain", "role", "fit", "gain", "n_seeds")
     )
 
 
-def _own_bits(results: Results, which: pl.Expr, split: Split) -> pl.DataFrame:
-    """Mean bits per byte by domain of the runs that `which` selects."""
-    chosen = _scored(results).filter(which).filter(split=split)
-    return chosen.group_by("domain").agg(bits_per_byte=pl.col("value").mean()).sort("domain")
+def _raw(results: Results, kind: str, split: Split) -> pl.DataFrame:
+    """Raw bits per byte of the runs of one kind."""
+    scores = results.scores.filter(metric="bits_per_byte", split=split).select("run", "domain", "value")
+    return results.runs.filter(kind=kind).join(scores, on="run")
 
 
-def _in_domain(results: Results, which: pl.Expr) -> pl.DataFrame:
-    """The in-domain row of `_own_bits` on the validation split; no row if nothing is scored."""
-    return _own_bits(results, which, "validation").filter(domain=results.plan.in_domain)
+def _baseline(results: Results) -> pl.DataFrame:
+    value = pl.col("value")
+    return (
+        _raw(results, "baseline", "test")
+        .group_by("student", "domain")
+        .agg(bits_per_byte=value.mean(), deviation=value.std(), n=pl.len())
+        .sort("student", "domain")
+    )
+
+
+def _in_domain(results: Results, key: Literal["teacher", "student"]) -> pl.DataFrame:
+    """(name, bits per byte in domain on the validation split) of teachers, or of untaught students."""
+    rows = _raw(results, "teacher" if key == "teacher" else "baseline", "validation")
+    return rows.filter(domain=results.plan.in_domain).group_by(key).agg(pl.col("value").mean())

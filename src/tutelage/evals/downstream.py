@@ -2,7 +2,8 @@
 
 Nothing of lm-eval is wrapped or rewritten: `lm_eval --model hf --model_args pretrained=DIR,max_length=C`
 gives the same numbers. A task is a name of lm-eval's, one of the paper's sixteen with the paper's shots and
-metric, or is built from held-out text (`tutelage.evals.tasks`).
+metric, comes inside a package (`tutelage.evals.packagetasks`) or is built from held-out text
+(`tutelage.evals.tasks`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer
 
+from tutelage import provenance
 from tutelage.configio import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenize import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.domains import check_sources, domain_store, find_domain
+from tutelage.evals.packagetasks import PACKAGE_TASKS, build_package_task
 from tutelage.evals.papertasks import PAPER_TASKS
 from tutelage.evals.records import add_scores, read_scores
 from tutelage.evals.subject import Subject, check_tokenizer
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 _SEED = 1234  # lm-eval's own, so that few-shot examples are those of its command line
 _BOOTSTRAP = 1000
+_OFFLINE = (*KINDS, *PACKAGE_TASKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +85,10 @@ def run_downstream(
 
     Args:
         subject: the model; its trained context is lm-eval's `max_length`.
-        tasks: "paper", names of lm-eval (the paper's sixteen with the paper's shots and metric), and
-            "continuation" or "last_word", built from the test split of the run's training store, or of any
-            domain or token store: "continuation:kjv", "continuation:stores/speeches-1a2b3c4d".
+        tasks: "paper", names of lm-eval (the paper's sixteen with the paper's shots and metric) or of
+            `PACKAGE_TASKS`, and "continuation" or "last_word", built from the test split of the run's
+            training store, or of any domain or token store: "continuation:kjv",
+            "continuation:stores/speeches-1a2b3c4d".
         limit: questions per task, the first ones; None for all.
         batch_size: of the model's forward passes; scores do not depend on it, but for rounding.
         device: auto, cpu, cuda or mps.
@@ -102,7 +107,7 @@ def run_downstream(
     make_directory(subject.output)
     with claimed(subject.output / "lock", str(subject.output)):
         names = _expanded(tasks)
-        built = {name: _built(subject, name, stores) for name in names if _kind(name) in KINDS}
+        built = {name: _built(subject, name, stores) for name in names if _kind(name) in _OFFLINE}
         manager = _manager([task.directory for task in built.values()], defaults=len(built) < len(names))
         names = list(dict.fromkeys(built[name].name if name in built else name for name in names))
         _check_different(built)
@@ -144,6 +149,8 @@ def _kind(task: str) -> str:
 
 
 def _built(subject: Subject, task: str, stores: Path) -> BuiltTask:
+    if task in PACKAGE_TASKS:
+        return build_package_task(task, subject.output / "tasks")
     kind, _, where = task.partition(":")
     store = _text(subject, task, where, stores)
     tokenizer = Tokenizer.from_str(load_tokenizer(subject.model).json)
@@ -185,15 +192,17 @@ def _manager(directories: list[Path], *, defaults: bool) -> TaskManager:
 def _check_known(names: Sequence[str], manager: TaskManager) -> None:
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, ["paper", *KINDS, *manager.all_tasks], n=1)
+            near = difflib.get_close_matches(name, ["paper", *_OFFLINE, *manager.all_tasks], n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""
             raise UserError(f"task {name!r} is unknown; {hint}`lm-eval ls tasks` lists them")
 
 
 def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
     """Load a task's data, and fix its shots and its version."""
-    from datasets.exceptions import DatasetsError  # noqa: PLC0415 - an extra, and slow to import
+    from datasets import disable_progress_bars  # noqa: PLC0415 - an extra, and slow to import
+    from datasets.exceptions import DatasetsError  # noqa: PLC0415 - the same
 
+    disable_progress_bars()
     paper = next((task for task in PAPER_TASKS if task.name == name), None)
     try:
         loaded = manager.load([name])
@@ -201,7 +210,7 @@ def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"task {name}: its data cannot be loaded ({reason}); most tasks need the Hugging Face Hub, "
-            f"{' and '.join(KINDS)} do not"
+            f"{', '.join(_OFFLINE)} do not"
         ) from None
     leaves = list(loaded["tasks"].values())
     for task in leaves:
@@ -265,6 +274,7 @@ def _scores(subject: Subject, task: _Prepared, model: HFLM, limit: int | None) -
                     n=int(row["sample_len"]),
                     higher_is_better=directions.get(metric) is not False,
                     version=task.version,
+                    code=provenance.code(),
                 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
+from tutelage import provenance
 from tutelage.configio import digest
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -274,4 +275,5 @@ def _score(subject: Subject, domain: str, metric: str, measured: Measured, n: in
         version=version,
         low=measured.low,
         high=measured.high,
+        code=provenance.code(),
     )

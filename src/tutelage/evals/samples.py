@@ -52,7 +52,7 @@ def write_samples(model: PreTrainedModel, store: Store, subject: Subject) -> Non
         texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
         samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
     title = f"{subject.id}, step {subject.step}"
-    write_text(subject.output / "samples.md", _page(title, samples))
+    write_text(subject.samples, _page(title, samples))
     write_json(path, {"version": version, "model": subject.id, "step": subject.step, "samples": samples})
 
 

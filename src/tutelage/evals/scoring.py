@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from tutelage import provenance
 from tutelage.configio import digest
 from tutelage.data.store import token_counts
 from tutelage.evals.calibration import adaptive_edges, calibration_error, fixed_edges, reliability
@@ -216,6 +217,7 @@ def _row(subject: Subject, target: Target, split: Split, metric: str, measured: 
         version=target.version,
         low=measured.low,
         high=measured.high,
+        code=provenance.code(),
     )
 
 

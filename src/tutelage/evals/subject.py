@@ -52,6 +52,11 @@ class Subject:
         return self.output / "documents.parquet"
 
     @property
+    def samples(self) -> Path:
+        """What the model writes, for people to read."""
+        return self.output / "samples.md"
+
+    @property
     def calibration(self) -> Path:
         """Fits and reliability curves behind the scores, by domain."""
         return self.output / "calibration.json"

@@ -1,26 +1,32 @@
-"""Scores of a finished run on the domains of its config, appended once and never twice."""
+"""Scores of a run on the domains of its config, appended once and never twice."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.domains import SCORED, check_splits
-from tutelage.evals.records import read_scores
+from tutelage.evals.records import add_scores, read_scores
 from tutelage.evals.scoring import Target, keep, score_domain, training_unigram
 from tutelage.evals.subject import Subject
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
     from transformers import PreTrainedModel
 
     from tutelage.config import EvalDomain, RunConfig
     from tutelage.train.rundir import RunDirectory
+    from tutelage.types import Score
 
 
-def missing(config: RunConfig, directory: RunDirectory) -> list[EvalDomain]:
-    """Domains that `config` asks for and of which `directory` lacks a score of a split."""
-    there = {(row["domain"], row["split"], row["version"]) for row in read_scores(directory.scores)}
+def missing(config: RunConfig, directory: RunDirectory, step: int) -> list[EvalDomain]:
+    """Domains that `config` asks for and of which `directory` lacks a score of a split after `step` steps."""
+    rows = read_scores(directory.scores)
+    there = {(row["domain"], row["split"], row["version"]) for row in rows if row["step"] == step}
     return [
         domain
         for domain in config.eval.domains
@@ -46,9 +52,22 @@ def version(config: RunConfig, domain: EvalDomain) -> str:
     return _target(config, domain).version
 
 
-def score(config: RunConfig, directory: RunDirectory, model: PreTrainedModel, step: int) -> None:
-    """Compute and append every missing score and what lies behind it."""
-    domains = missing(config, directory)
+def score(
+    config: RunConfig, directory: RunDirectory, model: PreTrainedModel, step: int, *, finished: bool
+) -> list[Score]:
+    """Compute and append every score that is missing after `step` steps.
+
+    Args:
+        config: says what is scored.
+        directory: of the run.
+        model: its model as it is after `step` steps; left in eval mode.
+        step: optimizer steps it has taken.
+        finished: the model is the run's last, whose losses per document and reliability curves are kept too.
+
+    Returns:
+        The scores that were missing.
+    """
+    domains = missing(config, directory, step)
     subject = Subject(
         id=directory.id,
         model=directory.model,
@@ -59,9 +78,21 @@ def score(config: RunConfig, directory: RunDirectory, model: PreTrainedModel, st
         output=directory.path,
         training_store=config.data.store,
     )
-    unigram_V = training_unigram(open_store(config.data.store)) if domains else None
+    found: list[Score] = []
     for domain in domains:
-        keep(subject, domain.name, score_domain(model, subject, _target(config, domain), unigram_V))
+        outcome = score_domain(model, subject, _target(config, domain), _unigram(config.data.store))
+        if finished:
+            keep(subject, domain.name, outcome)
+        else:
+            add_scores(subject.scores, outcome.scores)
+        found += outcome.scores
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _unigram(store: Path) -> np.ndarray:
+    """Counting a large store takes a while, and a run in training asks again and again."""
+    return training_unigram(open_store(store))
 
 
 def _target(config: RunConfig, domain: EvalDomain) -> Target:

@@ -24,7 +24,7 @@ from tutelage.errors import UserError
 from tutelage.files import new_directory, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tokenizers import Encoding
@@ -44,6 +44,7 @@ _LAST_WORD = re.compile(r"(?<=\S) ([^\W\d_]{3,})(?=[.,;:!?)]|\n|$)")
 _FORMAT = 1
 
 Item = dict[str, Any]
+"""One question, as a line of `items.jsonl`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,16 @@ def build_task(
             f"task {name}: {len(texts)} documents, trained context {context} tokens: not one question fits; "
             "held-out text of some thousand characters in two or more documents and a context of 64 do"
         )
+    return _write_task(name, items, config, output)
+
+
+def write_choices(name: str, items: Sequence[Item], output: Path) -> BuiltTask:
+    """Write questions with several answers as a task; items have `prompt`, `choices` and `gold`."""
+    return _write_task(name, items, _MULTIPLE_CHOICE, output)
+
+
+def _write_task(name: str, items: Sequence[Item], config: Mapping[str, Any], output: Path) -> BuiltTask:
+    """Into `<output>/<name>-<digest8>`; `config` says what is right and how it is scored."""
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     digest = hashlib.sha256(lines.encode()).hexdigest()
     directory = output.resolve() / f"{name}-{digest[:8]}"
@@ -171,16 +182,15 @@ def last_word_items(texts: Sequence[str], tokenizer: Tokenizer, context: int) ->
 
 _COMMON = {"test_split": "test", "num_fewshot": 0, "doc_to_text": "prompt"}
 _ACCURACY = {"aggregation": "mean", "higher_is_better": True}
+_MULTIPLE_CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "metric_list": [{"metric": "acc", **_ACCURACY}, {"metric": "acc_norm", **_ACCURACY}],
+}
+
 _KINDS: dict[str, tuple[Callable[[Sequence[str], Tokenizer, int], list[Item]], dict[str, Any]]] = {
-    "continuation": (
-        continuation_items,
-        {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "metric_list": [{"metric": "acc", **_ACCURACY}, {"metric": "acc_norm", **_ACCURACY}],
-        },
-    ),
+    "continuation": (continuation_items, _MULTIPLE_CHOICE),
     "last_word": (
         last_word_items,
         {

@@ -167,7 +167,7 @@ def pick_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
-    if not available[name]:
+    if not available.get(name, False):
         raise UserError(f"device = {name}: torch sees no such device here; use 'auto' or 'cpu'")
     return torch.device(name)
 

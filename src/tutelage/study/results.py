@@ -1,71 +1,47 @@
-"""A study's result files as tables. What cannot be read is reported and left out, never averaged in.
-
-The evaluation of a run (`scores.jsonl` and `documents.parquet`) counts whole or not at all: with one
-domain missing, its mean over domains would be the mean of other domains than everyone else's.
-"""
+"""A study's result files as tables. What cannot be read is reported and left out, never averaged in."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 import polars as pl
-from pydantic import TypeAdapter
 
+from tutelage.study.evaluations import read_evaluations
 from tutelage.study.planfile import Plan, load_plan
 from tutelage.study.records import Record, UnreadableError, read_lines, read_model
-from tutelage.types import Score
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 __all__ = ["Plan", "Provenance", "Results", "load_plan", "load_results"]
 
-_RUN_COLUMNS = pl.Schema(
-    {
-        "run": pl.String,
-        "kind": pl.String,
-        "teacher": pl.String,
-        "alpha": pl.Float64,
-        "seed": pl.Int64,
-        "status": pl.String,
-        "error": pl.String,
-        "tokens": pl.Int64,
-        "seconds": pl.Float64,
-        "tokens_per_second": pl.Float64,
-        "parameters": pl.Int64,
-        "train_flops": pl.Float64,
-        "teacher_flops": pl.Float64,
-    }
-)
-_SCORE_COLUMNS = pl.Schema(
-    {
-        "run": pl.String,
-        "domain": pl.String,
-        "split": pl.String,
-        "metric": pl.String,
-        "value": pl.Float64,
-        "n": pl.Int64,
-        "version": pl.String,
-    }
-)
-_DOCUMENT_COLUMNS = pl.Schema(
-    {
-        "run": pl.String,
-        "domain": pl.String,
-        "split": pl.String,
-        "document": pl.Int64,
-        "bytes": pl.Int64,
-        "nll": pl.Float64,
-    }
-)
+_PLANNED = {
+    "run": pl.String(),
+    "kind": pl.String(),
+    "group": pl.String(),
+    "student": pl.String(),
+    "teacher": pl.String(),
+    "arm": pl.String(),
+    "alpha": pl.Float64(),
+    "seed": pl.Int64(),
+    "baseline": pl.String(),
+    "stage": pl.String(),
+}
+_MEASURED = {
+    "status": pl.String(),
+    "error": pl.String(),
+    "tokens": pl.Int64(),
+    "seconds": pl.Float64(),
+    "tokens_per_second": pl.Float64(),
+    "parameters": pl.Int64(),
+    "train_flops": pl.Float64(),
+    "teacher_flops": pl.Float64(),
+}
 _CURVE_COLUMNS = pl.Schema({"run": pl.String, "tokens": pl.Int64, "ce": pl.Float64})
-_AGREEMENT = 1e-6
-"""Largest relative difference between a score and the documents behind it: rounding, no more."""
 
 
 class _Status(Record):
@@ -105,10 +81,12 @@ class Results:
 
     Attributes:
         plan: what was to be run.
-        runs: one row for every planned run. `status` is done, running, stopped, failed, "not started" or
-            "unreadable"; token counts, seconds and FLOPs are null unless it is done.
-        scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation.
-        documents: run, domain, split, document, bytes, nll (nats, sum over the document); the same runs.
+        runs: one row for every planned run, with what the plan says of it. `status` is done, running,
+            stopped, failed, "not started" or "unreadable"; tokens, seconds and FLOPs are null unless done.
+        scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation, at the last
+            step that they were scored at.
+        documents: run, domain, split, document, bytes, and losses in nats, sums over the document: nll, and
+            nll_temperature and nll_unigram with calibration fitted (null where it was not); the same runs.
         curves: run, tokens, ce (nats per token) of done runs.
         provenance: of done runs, by run id.
         problems: one sentence for each file that was left out, and why.
@@ -135,34 +113,35 @@ def load_results(directory: Path) -> Results:
         UserError: there is no valid `plan.json`. Nothing else in the study is fatal.
     """
     plan = load_plan(directory)
+    place = directory / plan.runs_directory
     problems: list[str] = []
-    rows: list[dict[str, object]] = []
-    evaluations: dict[str, tuple[pl.DataFrame, pl.DataFrame]] = {}
-    curves: dict[str, pl.DataFrame] = {}
+    rows: list[tuple[object, ...]] = []
+    curves: list[tuple[str, int, float]] = []
     provenance: dict[str, Provenance] = {}
+    planned_row = attrgetter(*_PLANNED)
     for planned in plan.runs:
-        path = directory / plan.runs_directory / planned.run
+        path = place / planned.run
         progress: dict[str, object] = {"status": "unreadable"}
         with _reported(problems, planned.run, ""):
             progress = _progress(path)
-        rows.append(planned.model_dump() | progress)
+        rows.append(planned_row(planned) + tuple(progress.get(name) for name in _MEASURED))
         if progress["status"] != "done":
             continue
-        with _reported(problems, planned.run, "; its scores are left out"):
-            evaluations[planned.run] = _evaluation(path, plan)
         with _reported(problems, planned.run, "; its learning curve is left out"):
-            curves[planned.run] = _curve(path)
+            points = read_lines(path / "metrics.jsonl", _CurvePoint)
+            curves += [(planned.run, point.tokens, point.ce) for point in points]
         with _reported(problems, planned.run, ""):
             provenance[planned.run] = read_model(path / "provenance.json", Provenance)
-    for run in _odd_ones({run: _identity(*frames) for run, frames in evaluations.items()}):
-        del evaluations[run]
-        problems.append(f"{run}: scored on other text or settings than most runs; its scores are left out")
+    runs = pl.DataFrame(rows, schema=_PLANNED | _MEASURED, orient="row")
+    done = runs.filter(status="done")["run"].to_list()
+    scores, documents, left_out = read_evaluations(place, done, plan)
+    problems += [f"{run}: {reason}; its scores are left out" for run, reason in left_out.items()]
     return Results(
         plan=plan,
-        runs=pl.DataFrame(rows, schema=_RUN_COLUMNS),
-        scores=_stack([scores for scores, _ in evaluations.values()], _SCORE_COLUMNS),
-        documents=_stack([documents for _, documents in evaluations.values()], _DOCUMENT_COLUMNS),
-        curves=_stack(list(curves.values()), _CURVE_COLUMNS),
+        runs=runs,
+        scores=scores,
+        documents=documents,
+        curves=pl.DataFrame(curves, schema=_CURVE_COLUMNS, orient="row"),
         provenance=provenance,
         problems=tuple(problems),
     )
@@ -184,82 +163,5 @@ def _progress(path: Path) -> dict[str, object]:
     status = read_model(path / "state.json", _Status)
     if status.status != "done":
         return status.model_dump()
-    return status.model_dump() | read_model(path / "state.json", _Ledger).model_dump()
-
-
-def _evaluation(path: Path, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Scores and document losses of one run, checked for completeness and against each other."""
-    scores = _scores(path)
-    documents = _documents(path)
-    bits = scores.filter(pl.col("metric") == "bits_per_byte")
-    values = {(row["domain"], row["split"]): row["value"] for row in bits.iter_rows(named=True)}
-    sums = documents.group_by("domain", "split").agg(pl.col("bytes", "nll").sum())
-    totals = {(row["domain"], row["split"]): row for row in sums.iter_rows(named=True)}
-    for domain in plan.domains:
-        for split in ("validation", "test"):
-            key = (domain.name, split)
-            if key not in values:
-                raise UnreadableError(f"scores.jsonl: no bits_per_byte of {domain.name} ({split})")
-            if key not in totals:
-                raise UnreadableError(f"documents.parquet: no documents of {domain.name} ({split})")
-            expected = totals[key]["nll"] / math.log(2) / totals[key]["bytes"]
-            if not math.isclose(values[key], expected, rel_tol=_AGREEMENT):
-                raise UnreadableError(
-                    f"scores.jsonl says {values[key]:.6g} bits per byte for {domain.name} ({split}), "
-                    f"documents.parquet says {expected:.6g}"
-                )
-    return scores, documents
-
-
-def _scores(path: Path) -> pl.DataFrame:
-    """The latest score of each domain, split and metric: a run scored again appends its new rows."""
-    scores = read_lines(path / "scores.jsonl", TypeAdapter(Score))
-    for number, score in enumerate(scores, start=1):
-        if score.run != path.name:
-            raise UnreadableError(f"scores.jsonl, line {number}: belongs to run {score.run}")
-        if not (math.isfinite(score.value) and score.value > 0):
-            raise UnreadableError(f"scores.jsonl, line {number}: the value is {score.value}")
-    frame = pl.DataFrame([asdict(score) for score in scores]).select(_SCORE_COLUMNS.names())
-    return frame.unique(["domain", "split", "metric"], keep="last").sort("domain", "split", "metric")
-
-
-def _documents(path: Path) -> pl.DataFrame:
-    try:
-        frame = pl.read_parquet(path / "documents.parquet")
-        frame = (
-            frame.with_columns(run=pl.lit(path.name))
-            .select(_DOCUMENT_COLUMNS.names())
-            .cast(_DOCUMENT_COLUMNS)
-        )
-    except FileNotFoundError:
-        raise UnreadableError("documents.parquet: no such file") from None
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UnreadableError(f"documents.parquet: {' '.join(str(error).split())[:200]}") from None
-    if frame.null_count().sum_horizontal().item() or not frame["nll"].is_finite().all():
-        raise UnreadableError("documents.parquet: a loss or a key is missing or not finite")
-    if frame.select("domain", "split", "document").is_duplicated().any():
-        raise UnreadableError("documents.parquet: a document appears twice")
-    return frame.sort("domain", "split", "document")
-
-
-def _curve(path: Path) -> pl.DataFrame:
-    points = read_lines(path / "metrics.jsonl", TypeAdapter(_CurvePoint))
-    frame = pl.DataFrame([point.model_dump() for point in points])
-    return frame.with_columns(run=pl.lit(path.name)).select(_CURVE_COLUMNS.names()).cast(_CURVE_COLUMNS)
-
-
-def _identity(scores: pl.DataFrame, documents: pl.DataFrame) -> Hashable:
-    """What was scored: evaluation versions, and the documents with their sizes."""
-    versions = scores.select("domain", "split", "metric", "version").rows()
-    texts = documents.select("domain", "split", "document", "bytes")
-    return tuple(versions), texts.hash_rows(seed=0).sum()
-
-
-def _odd_ones(identities: Mapping[str, Hashable]) -> list[str]:
-    """Runs whose identity is not the most common one."""
-    usual = Counter(identities.values()).most_common(1)
-    return [run for run, identity in identities.items() if identity != usual[0][0]]
-
-
-def _stack(frames: list[pl.DataFrame], schema: pl.Schema) -> pl.DataFrame:
-    return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+    costs = read_model(path / "state.json", _Ledger)
+    return status.model_dump() | costs.model_dump()

@@ -77,6 +77,8 @@ def train(sessions: Sequence[Session], watcher: Watcher) -> list[UserError]:
             if teacher is not None:
                 teacher.expect(upcoming)
             due = [session for session in sessions if session.is_due(step)]
+            for session in due:
+                session.between_steps()
             turns = [session.turn() for session in due]
             reports = train_step(turns, batches)
             if is_main:

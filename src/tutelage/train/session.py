@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tutelage.errors import UserError
@@ -13,12 +13,28 @@ from tutelage.train.optim import decay_start, learning_rate
 from tutelage.train.step import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PreTrainedModel
 
     from tutelage.train.rundir import RunDirectory
     from tutelage.train.setup import Setup
     from tutelage.train.trackers import Tracker
     from tutelage.types import StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """Something to do now and then with a model in training, for example to score it.
+
+    Attributes:
+        tokens: how often, in training tokens.
+        call: gets the model and the steps it has taken; must leave weights, gradients and random state as
+            they are, and do nothing the second time, because a resumed run passes the same steps again.
+    """
+
+    tokens: int
+    call: Callable[[PreTrainedModel, int], None]
 
 
 class Session:
@@ -29,16 +45,23 @@ class Session:
         directory: where it writes.
         trackers: who else gets its metrics.
         cohort: how many runs train together, for the record.
+        hook: called between steps, on the main process only; the others wait in their next step.
     """
 
     def __init__(
-        self, setup: Setup, directory: RunDirectory, trackers: Sequence[Tracker], cohort: int
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        trackers: Sequence[Tracker],
+        cohort: int,
+        hook: Hook | None = None,
     ) -> None:
         self.setup = setup
         self.directory = directory
         self.row: dict[str, float] = {}
         self._trackers = trackers
         self._cohort = cohort
+        self._hook = hook
         counters = checkpoint.load_latest(directory.checkpoints, setup.model, setup.trainee.optimizer)
         setup.load_memory(counters)
         self.step = counters.step
@@ -52,6 +75,18 @@ class Session:
     def is_due(self, step: int) -> bool:
         """Whether this run has `step` before it; one whose checkpoint is further on waits for the others."""
         return not self._failed and self.step <= step < self.setup.steps
+
+    def between_steps(self) -> None:
+        """Call the hook if it is due. Its time is not training time."""
+        if self._hook is None or not self.setup.world.is_main:
+            return
+        steps = max(1, self._hook.tokens // self.setup.config.global_batch_tokens)
+        if self.step == 0 or self.step % steps:
+            return
+        start = time.perf_counter()
+        self._hook.call(self.setup.model, self.step)
+        self.setup.model.train()
+        self._clock.leave_out(time.perf_counter() - start)
 
     def turn(self) -> Turn:
         """What the student does in the next step."""
@@ -146,6 +181,10 @@ class _Clock:
 
     def tick(self, teacher_tokens: int) -> None:
         self._teacher_tokens += teacher_tokens
+
+    def leave_out(self, seconds: float) -> None:
+        self._start += seconds
+        self._last += seconds
 
     def counters(self, step: int) -> checkpoint.Counters:
         seconds = self._before.seconds + time.perf_counter() - self._start

@@ -21,72 +21,130 @@ GAINS = {
     ("strong", 0.4): (2.2, 1.6),
     ("unigram", 0.2): (-2.5, 2.9),
 }
-"""(teacher, alpha): gain in percent in domain, and out of domain (fables; recipes get 1 point more)."""
-TEACHER_BITS = {"weak": 1.75, "strong": 1.60}
+"""(teacher, alpha or arm): gain in percent in domain, and out of domain (fables; recipes 1 more)."""
+KNOWLEDGE = {"unigram": 0.0}
+"""Part of the out-of-domain gain that is left when calibration is fitted; 0.5 for whom it does not name."""
+TEACHERS = {"weak": (1.75, 130_000, TOKENS := 2_000_000), "strong": (1.60, 1_300_000, 4_000_000)}
+"""Trained teachers: bits per byte in domain, parameters, tokens."""
+STUDENT = "tiny 2M"
 DOCUMENTS = 20
-TOKENS = 2_000_000
+PARAMETERS = 380_000
 
 
-def write_study(path, seeds=(43, 44, 45), title="Does a teacher help?", gains=None, description="a teacher"):
-    """Write the study and return `path`. `gains` replaces GAINS."""
-    gains = GAINS if gains is None else gains
-    teachers = list(dict.fromkeys(teacher for teacher, _ in gains))
-    runs = [cell("teacher", t, None, 42) for t in teachers if t in TEACHER_BITS]
-    runs += [cell("baseline", None, None, seed) for seed in seeds]
-    runs += [cell("student", t, alpha, seed) for (t, alpha) in gains for seed in seeds]
+def write_study(
+    path, seeds=(43, 44, 45), title="Does a teacher help?", gains=None, description="a teacher", **more
+):
+    """Write the study and return `path`.
+
+    Args:
+        path: where.
+        seeds: of every student.
+        title: heading.
+        gains: instead of GAINS; keys may begin with the name of a student.
+        description: of every teacher.
+        more: `claims`; `stages`: gains after a stage; `teachers` instead of TEACHERS; `sizes`: (parameters,
+            tokens) by student; `offsets`: instead of OFFSETS, by seed.
+    """
+    wanted = {(STUDENT, *k) if len(k) == 2 else k: v for k, v in (GAINS if gains is None else gains).items()}
+    trained = more.get("teachers", TEACHERS)
+    sizes = {STUDENT: (PARAMETERS, TOKENS)} | more.get("sizes", {})
+    names = list(dict.fromkeys(teacher for _, teacher, _ in wanted if teacher is not None))
+    students = list(dict.fromkeys(student for student, _, _ in wanted))
+    rows = [run_row("teacher", None, t, None, 42, trained[t][1:]) for t in names if t in trained]
+    rows += [run_row("baseline", s, None, None, seed, sizes[s]) for s in students for seed in seeds]
+    rows += [run_row("student", *key, seed, sizes[key[0]]) for key in wanted for seed in seeds]
     plan = {
-        "schema": 1,
+        "schema": 2,
         "name": "demo",
         "title": title,
         "seeds": list(seeds),
-        "runs_directory": "runs",
-        "student": {"rung": "tiny", "tokens": TOKENS, "parameters": 380_000},
-        "teachers": [{"name": t, "control": t == "unigram", "description": description} for t in teachers],
+        "students": [
+            {"name": s, "rung": s.split()[0], "tokens": sizes[s][1], "parameters": sizes[s][0]}
+            for s in students
+        ],
+        "teachers": [plan_teacher(t, trained, description) for t in names],
         "domains": [{"name": name, "role": role} for name, role in DOMAINS.items()],
         "in_domain": "speeches",
-        "runs": runs,
+        "runs": rows,
+        "claims": list(more.get("claims", ())),
         "notes": ["The text is old & short."],
     }
     path.mkdir(parents=True, exist_ok=True)
     save_plan(path, Plan.model_validate_json(json.dumps(plan)))
-    for row in runs:
-        write_run(path / "runs" / row["run"], row, gains)
+    for row in rows:
+        own = trained[row["teacher"]][0] if row["kind"] == "teacher" else None
+        gain = wanted.get((row["student"], row["teacher"], short(row["arm"], row["alpha"])))
+        noise = more.get("offsets", OFFSETS).get(row["seed"], 0.0)
+        write_run(path / "runs" / row["run"], row, own, gain, noise)
     return path
 
 
-def cell(kind, teacher, alpha, seed):
+def plan_teacher(name, trained, description):
+    fields = {"name": name, "control": name in ("unigram", "uniform"), "description": description}
+    if name not in trained:
+        return fields
+    _, parameters, tokens = trained[name]
+    more = {"rung": "tiny", "tokens": tokens, "parameters": parameters, "run": f"teacher-{name}-42"}
+    return fields | more
+
+
+def short(arm, alpha):
+    """The arm as it is written in GAINS."""
+    return alpha if alpha is not None and arm == f"alpha {alpha:g}" else arm
+
+
+def run_row(kind, student, teacher, arm, seed, size):
     """One row of the plan's `runs`."""
-    name = "-".join(str(part) for part in (kind, teacher, alpha, seed) if part is not None)
-    return {"run": name, "kind": kind, "teacher": teacher, "alpha": alpha, "seed": seed}
+    alpha = arm if isinstance(arm, float) else None
+    if isinstance(arm, str) and arm.startswith("alpha "):
+        alpha = float(arm.split()[1].rstrip(","))
+    special = None if student in (None, STUDENT) else student.replace(" ", "-")
+    word = None if arm is None else str(arm).replace(" ", "-").replace(",", "")
+    return {
+        "run": "-".join(str(part) for part in (kind, special, teacher, word, seed) if part is not None),
+        "kind": kind,
+        "group": "teachers" if kind == "teacher" else "main",
+        "student": student,
+        "teacher": teacher,
+        "arm": f"alpha {arm:g}" if isinstance(arm, float) else arm,
+        "alpha": alpha,
+        "seed": seed,
+        "tokens": size[1],
+        "parameters": size[0],
+        "flops": 6.0 * size[0] * size[1],
+        "baseline": "-".join(str(p) for p in ("baseline", special, seed) if p is not None)
+        if kind == "student"
+        else None,
+    }
 
 
-def bits_per_byte(row, domain, split, gains):
+def bits_per_byte(row, own, gain, noise, domain, split, fit):
     """The score that the run is to have: validation is a hundredth above test for everyone."""
-    bits = BASE_BITS[domain] * (1.01 if split == "validation" else 1.0)
-    if row["kind"] == "teacher":
-        return bits * TEACHER_BITS[row["teacher"]] / BASE_BITS["speeches"]
+    bits = BASE_BITS[domain] * (1.01 if split == "validation" else 1.0) * (1.0 if fit == "raw" else 0.98)
+    if own is not None:
+        return bits * own / BASE_BITS["speeches"]
     bits *= 1 + (row["seed"] - 43) / 1000
-    if row["kind"] == "baseline":
+    if gain is None:
         return bits
-    inside, outside = gains[(row["teacher"], row["alpha"])]
-    gain = {"speeches": inside, "fables": outside, "recipes": outside + 1}[domain]
-    return bits * (1 - (gain + OFFSETS[row["seed"]]) / 100)
+    inside, outside = gain
+    part = 1.0 if fit == "raw" else KNOWLEDGE.get(row["teacher"], 0.5)
+    percent = {"speeches": inside, "fables": outside * part, "recipes": (outside + 1) * part}[domain]
+    return bits * (1 - (percent + noise) / 100)
 
 
-def write_run(path, row, gains):
+def write_run(path, row, own, gain, noise):
     """All files of one finished run."""
     path.mkdir(parents=True)
-    student_flops = 6 * 380_000 * TOKENS
     state = {
         "status": "done",
         "step": 1953,
         "steps": 1953,
-        "tokens": TOKENS,
+        "tokens": row["tokens"],
         "seconds": 100.0,
-        "tokens_per_second": TOKENS / 100,
-        "parameters": 380_000,
-        "train_flops": float(student_flops),
-        "teacher_flops": 0.25 * student_flops if row["kind"] == "student" else 0.0,
+        "tokens_per_second": row["tokens"] / 100,
+        "parameters": row["parameters"],
+        "train_flops": row["flops"],
+        "teacher_flops": 0.25 * row["flops"] if row["kind"] == "student" and row["teacher"] else 0.0,
         "error": None,
     }
     (path / "state.json").write_text(json.dumps(state))
@@ -102,7 +160,7 @@ def write_run(path, row, gains):
     (path / "provenance.json").write_text(json.dumps(provenance))
     (path / "config.yaml").write_text("name: run\n")
     write_metrics(path)
-    write_evaluation(path, row, gains)
+    write_evaluation(path, row, own, gain, noise)
 
 
 def write_metrics(path):
@@ -116,20 +174,28 @@ def write_metrics(path):
             file.write(json.dumps(row) + "\n")
 
 
-def write_evaluation(path, row, gains):
+def write_evaluation(path, row, own, gain, noise):
     """Documents of random sizes whose losses sum to exactly the wanted score, and the scores."""
     frames, scores = [], []
     for domain, role in DOMAINS.items():
         for split in ("validation", "test"):
             rng = np.random.default_rng(len(domain) * 10 + len(split))  # the same documents in every run
             size = rng.integers(500, 3000, DOCUMENTS)
-            noise = np.random.default_rng(sum(path.name.encode())).normal(1, 0.01, DOCUMENTS)
-            shape = size * rng.uniform(0.8, 1.2, DOCUMENTS) * noise
-            bits = bits_per_byte(row, domain, split, gains)
-            nll = shape / shape.sum() * bits * math.log(2) * size.sum()
+            bumps = np.random.default_rng(sum(path.name.encode())).normal(1, 0.01, DOCUMENTS)
+            shape = size * rng.uniform(0.8, 1.2, DOCUMENTS) * bumps
             frame = {"domain": domain, "split": split, "document": np.arange(DOCUMENTS), "bytes": size}
-            frames.append(pl.DataFrame(frame | {"tokens": size // 2, "nll": nll}))
-            for metric, value in (("bits_per_byte", bits), ("perplexity", 2 ** (2 * bits))):
+            metrics = {}
+            for fit, suffix in (("raw", ""), ("temperature", "_temperature"), ("unigram", "_unigram")):
+                bits = bits_per_byte(row, own, gain, noise, domain, split, fit)
+                fitted = fit != "raw" and split == "validation"
+                losses = shape / shape.sum() * bits * math.log(2) * size.sum()
+                frame[f"nll{suffix}"] = np.full(DOCUMENTS, np.nan) if fitted else losses
+                metrics |= {} if fitted else {f"bits_per_byte{suffix}": bits}
+            metrics["perplexity"] = 2 ** (2 * metrics["bits_per_byte"])
+            if split == "test":
+                metrics["ece"] = 0.02 if row["teacher"] is None else 0.03
+            frames.append(pl.DataFrame(frame | {"tokens": size // 2}).fill_nan(None))
+            for metric, value in metrics.items():
                 score = Score(
                     run=path.name, step=1953, tokens=TOKENS, domain=domain, role=role, split=split,
                     metric=metric, value=float(value), stderr=0.01, n=DOCUMENTS, higher_is_better=False,

@@ -11,7 +11,7 @@ from make_study import write_study
 from tutelage.analysis.report import build_report
 from tutelage.errors import UserError
 
-FIGURES = ("alpha", "trade-off", "domains", "learning", "cost")
+FIGURES = ("heat", "alpha", "trade-off", "domains", "calibration", "learning", "cost")
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,14 @@ def test_the_page_says_answer_numbers_and_limits_in_this_order(report):
     words = visible(text_of(report))
     parts = [
         "Does a teacher help this student? Out of domain yes, but no more than smoothing does",
-        "weak 0.4 -1.20% -1.45 to -0.95 +3.30% +3.05 to +3.55 helps out of domain, hurts",
-        "in domain weak-to-strong 1.768 bits per byte (+6.0%) a teacher",
-        "strong 0.2 +1.00% +0.75 to +1.25 +1.40% +1.15 to +1.65 t, 3 seeds helps in and out of domain",
+        "weak 0.4 -1.20% -1.45 to -0.95 +3.30% +3.05 to +3.55 +1.65% +1.40 to +1.90 helps out of domain,",
+        "hurts in domain weak-to-strong 1.768 bits per byte (+6.0%) by size and tokens weak-to-strong",
+        "strong 0.2 +1.00% +0.75 to +1.25 +1.40% +1.15 to +1.65 +0.70% +0.45 to +0.95 t, 3 seeds",
         "Bars are 95% intervals (n = 3 seeds; paired t over seeds)",
-        "fables out of domain 3.203 +2.8% +1.6% +2.9%",
+        "fables out of domain 3.203 +2.8% +1.4% +1.6% +0.8% +2.9% +0.0%",
+        "tiny 2M from weak 0.4 +3.30% +3.05 to +3.55 +1.65% +1.40 to +1.90",
+        "tiny 2M from weak 0.4 -1.20% -1.45 to -0.95 +3.30% +3.05 to +3.55 1.25 0.34 none none",
+        "tiny 2M 3 1.652 0.10% 3.403 0.10%",
         "student of weak 6 2M 4.56e+12 1.14e+12 100 20K",
         "What these numbers can and cannot show The seed is the replicate",
         "commit 0123abc with uncommitted changes device cpu",
@@ -85,15 +88,15 @@ def test_figures_are_files_with_their_numbers(report):
     alpha = pl.read_csv(folder / "alpha.csv")
     cell = alpha.filter(teacher="weak", side="out of domain", alpha=0.4)
     assert cell["gain"].item() == pytest.approx(3.3)
-    assert pl.read_csv(folder / "domains.csv").height == 5 * 3
-    assert pl.read_csv(folder / "cost.csv")["flops"].max() == pytest.approx(6 * 380_000 * 2_000_000)
+    assert pl.read_csv(folder / "domains.csv").height == 5 * 3 * 2  # cells, domains, raw and fitted
+    assert pl.read_csv(folder / "cost.csv")["flops"].max() == pytest.approx(6 * 1_300_000 * 4_000_000)
 
 
 def test_figures_take_the_colour_of_the_page(report):
     for name in FIGURES:
         svg = text_of(report.parent / "figures" / f"{name}.svg")
         fills = set(re.findall(r"<text[^>]*fill=\"([^\"]+)\"", svg))
-        assert fills <= ({"currentColor", "#111"} if name == "domains" else {"currentColor"})
+        assert fills <= ({"currentColor", "#111"} if name in ("domains", "heat") else {"currentColor"})
 
 
 def test_the_same_files_give_the_same_page(report, tmp_path):
@@ -130,7 +133,10 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
     assert "student-strong-0.4-45 failed loss is not <finite>" in words
     assert "student-unigram-0.2-43 not started" in words
     assert "student-weak-0.2-44: scores.jsonl, line 1" in words
-    assert "hurts in domain not measured a teacher" in words
+    assert (
+        "hurts in domain not measured by size and tokens weak-to-strong (0.34x parameters, 1x tokens)"
+        in words
+    )
     assert "unigram no student of this teacher is finished control a teacher" in words
     # seeds 43 and 45: gains -0.6 and -0.7, t(1, 0.975) = 12.706, half 12.706 * 0.05
     assert "weak 0.2 -0.65% -1.29 to -0.01" in words
@@ -190,6 +196,50 @@ def test_a_browser_draws_the_page(report, tmp_path):
     anchors = re.findall(r'href="#([^"]+)"', dom)
     assert len(anchors) >= 6
     assert all(f'id="{anchor}"' in dom for anchor in anchors)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A study of two students with policies, a compute-matched student and claims."""
+    names = ("weak", "strong", "unigram")
+    gains = {("tiny 2M", t, a): (a, 3 * a - 4 * a * a) for t in names for a in (0.1, 0.2, 0.4, 0.6, 1.0)}
+    gains |= {("wide 2M", t, a): (-a, 2 * a) for t in names[:2] for a in (0.2, 0.4)}
+    gains |= {("tiny 2M", "weak", "linear start 0.8 end 0.0"): (0.5, 0.5)}
+    gains |= {("tiny 2M", None, "compute of weak"): (1.0, 1.0)}
+    path = tmp_path_factory.mktemp("several") / "study"
+    sizes = {"wide 2M": (800_000, 2_000_000)}
+    return build_report(write_study(path, gains=gains, sizes=sizes, claims=[1, 2, 11]))
+
+
+def test_several_students_have_their_own_tables_and_figures(several):
+    words = visible(text_of(several))
+
+    assert "2 student settings, 3 teachers" in words
+    assert "Of 3 announced claims: 1 supported (1)" in words
+    assert "Open: no runs with mixing keep_full_ce or keep_full_kd" in words
+    assert "Claims that were not announced" in words
+    assert "tiny 2M, taught by weak (weak-to-strong)" in words or "linear start 0.8 end 0.0 +0.50%" in words
+    names = {file.stem for file in (several.parent / "figures").glob("*.svg")}
+    assert {"heat-tiny-2M", "heat-wide-2M", "trade-off-wide-2M", "cost"} <= names
+    ids = re.findall(r'\sid="([^"]+)"', text_of(several))
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_never_scrolls_sideways(several, report, tmp_path, width):
+    for number, page in enumerate((several, report)):
+        frame = tmp_path / f"frame-{number}.html"
+        frame.write_text(
+            f'<iframe id="f" src="{page.as_uri()}" style="width:{width}px;height:900px"></iframe>'
+            '<p id="o"></p>'
+            "<script>document.getElementById('f').onload = () => { document.getElementById('o').textContent ="
+            " 'wide ' + document.getElementById('f').contentDocument.documentElement.scrollWidth }</script>"
+        )
+        flags = ("--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=5000")
+        dom = chromium(frame, tmp_path / f"profile-{number}", *flags).stdout
+
+        assert int(re.findall(r"wide (\d+)", dom)[0]) <= width
 
 
 @pytest.mark.browser

@@ -37,7 +37,7 @@ def test_a_whole_study_loads_without_a_problem(study):
     assert results.problems == ()
     assert results.unfinished.is_empty()
     assert results.runs.height == 2 + 3 + 5 * 3
-    assert results.scores.height == 20 * 3 * 2 * 2  # runs, domains, splits, metrics
+    assert results.scores.height == 20 * 3 * (2 + 5)  # runs, domains, metrics of validation and of test
     assert results.documents.height == 20 * 3 * 2 * 20
     assert set(results.provenance) == set(results.runs["run"])
     assert results.curves.filter(run=RUN).height == 199
@@ -48,7 +48,7 @@ def test_a_plan_survives_writing_and_reading(study, tmp_path):
     save_plan(tmp_path, plan)
 
     assert load_plan(tmp_path) == plan
-    assert json.loads((tmp_path / "plan.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "plan.json").read_text())["schema"] == 2
 
 
 def test_no_plan_is_a_user_error(tmp_path):
@@ -59,7 +59,7 @@ def test_no_plan_is_a_user_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema"),
+        ({"schema": 1}, "schema"),
         ({"in_domain": "fables"}, "in_domain is 'fables'"),
         (
             {"domains": [{"name": "speeches", "role": "in_domain"}]},
@@ -79,9 +79,11 @@ def test_a_wrong_plan_is_a_user_error(study, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "baseline"}, "needs teacher null"),
-        ({"teacher": None}, "needs the name of a teacher"),
-        ({"alpha": None}, "needs an alpha"),
+        ({"kind": "baseline"}, "has neither arm nor baseline"),
+        ({"student": None}, "every run but a teacher's has a student"),
+        ({"arm": None}, "needs an arm and a baseline"),
+        ({"baseline": "baseline-46"}, "its baseline is not among the runs"),
+        ({"kind": "after"}, "stage and after belong to"),
         ({"run": "baseline-43"}, "the same run appears twice"),
         ({"seed": 43}, "the same cell appears twice"),
     ],
@@ -161,6 +163,54 @@ def test_a_run_scored_again_counts_with_its_latest_rows(study):
 
     assert results.problems == ()
     assert results.scores.filter(run=RUN, metric="bits_per_byte")["value"].max() < 5
+
+
+def test_scores_from_the_middle_of_a_run_do_not_count(study):
+    path = study / "runs" / RUN / "scores.jsonl"
+    early = [json.loads(line) | {"value": 9.9, "step": 100} for line in path.read_text().splitlines()]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in early))
+
+    results = load_results(study)
+
+    assert results.problems == ()
+    assert results.scores.filter(run=RUN, metric="bits_per_byte")["value"].max() < 5
+
+
+def test_a_run_without_fitted_scores_among_runs_that_have_them_is_left_out(study):
+    path = study / "runs" / RUN / "scores.jsonl"
+    path.write_text(
+        "".join(row for row in path.read_text().splitlines(keepends=True) if "_unigram" not in row)
+    )
+
+    assert "other text or settings" in load_results(study).problems[0]
+
+
+def test_a_study_without_fitted_scores_loads(study):
+    for path in (study / "runs").iterdir():
+        rows = (path / "scores.jsonl").read_text().splitlines(keepends=True)
+        (path / "scores.jsonl").write_text("".join(row for row in rows if "byte_" not in row))
+        documents = pl.read_parquet(path / "documents.parquet").drop("nll_temperature", "nll_unigram")
+        documents.write_parquet(path / "documents.parquet")
+
+    results = load_results(study)
+
+    assert results.problems == ()
+    assert results.documents["nll_unigram"].null_count() == results.documents.height
+
+
+def test_many_damaged_runs_are_each_told_apart(study):
+    runs = sorted((study / "runs").iterdir())
+    (runs[0] / "documents.parquet").write_bytes(b"PAR1")
+    (runs[1] / "documents.parquet").unlink()
+    fitted = pl.read_parquet(runs[2] / "documents.parquet").with_columns(
+        nll_unigram=pl.col("nll_unigram") * 2
+    )
+    fitted.write_parquet(runs[2] / "documents.parquet")
+
+    problems = load_results(study).problems
+
+    assert [problem.split(":")[0] for problem in sorted(problems)] == [run.name for run in runs[:3]]
+    assert "bits_per_byte_unigram" in sorted(problems)[2]
 
 
 def test_a_damaged_curve_leaves_the_scores_alone(study):

@@ -2,8 +2,21 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from tutelage.analysis.stats import paired_document_bootstrap, t_interval
+from tutelage.analysis.noise import document_draws, drawn_gains, percentile_interval
+from tutelage.analysis.stats import (
+    Estimate,
+    all_of,
+    differs,
+    exceeds,
+    flat_region,
+    half_width,
+    holm,
+    seeds_needed,
+    stays_within,
+    t_interval,
+)
 
 
 def test_t_interval_is_the_textbook_one():
@@ -31,10 +44,107 @@ def test_t_interval_covers_the_truth_as_often_as_it_says(n):
     assert abs(covered - 0.95) < 0.015  # three standard errors of a proportion over 2000
 
 
+def test_many_half_widths_are_those_of_one_interval():
+    values = np.random.default_rng(0).normal(0, 1, 4)
+    one = t_interval(values)
+
+    many = half_width(np.array([4, 1]), np.array([values.std(ddof=1), np.nan]))
+
+    assert many[0] == pytest.approx(one.high - one.mean)
+    assert np.isnan(many[1])
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.7])
+def test_one_sided_p_values_are_those_of_scipy(bound):
+    values = np.random.default_rng(1).normal(0.5, 1, 5)
+    found = exceeds(values, bound)
+
+    assert found.support == pytest.approx(stats.ttest_1samp(values, bound, alternative="greater").pvalue)
+    assert found.contradict == pytest.approx(stats.ttest_1samp(values, bound, alternative="less").pvalue)
+    assert differs(values).p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert differs(values).contradict == 1.0
+
+
+def test_equal_differences_are_certain_and_rounding_error_is_no_difference():
+    assert exceeds([0.3, 0.3, 0.3]).support == 0.0
+    assert exceeds([-0.3, -0.3]).contradict == 0.0
+    assert exceeds([1e-15, 2e-15, 3e-15]).p == 1.0
+
+
+def test_equivalence_is_the_larger_of_two_one_sided_tests():
+    values = [0.1, -0.1, 0.05, 0.0]
+    lower = stats.ttest_1samp(values, -0.5, alternative="greater").pvalue
+    upper = stats.ttest_1samp(values, 0.5, alternative="less").pvalue
+
+    assert stays_within(values, 0.5).support == pytest.approx(max(lower, upper))
+    assert stays_within([1.0, 1.1, 0.9], 0.5).contradict < 0.05
+
+
+@pytest.mark.parametrize("edge", [-0.5, 0.5])
+def test_equivalence_is_rarely_found_at_the_edge_of_the_margin(edge):
+    rng = np.random.default_rng(5)
+
+    found = np.mean([stays_within(rng.normal(edge, 0.1, 4), 0.5).support < 0.05 for _ in range(2000)])
+
+    assert found < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_all_parts_support_and_one_contradicts():
+    whole = all_of([exceeds([1.0, 1.1, 0.9]), exceeds([-1.0, -1.1, -0.9])])
+
+    assert whole.support > 0.9
+    assert whole.contradict == pytest.approx(2 * exceeds([-1.0, -1.1, -0.9]).contradict)
+
+
+def test_holm_is_the_textbook_one():
+    # Holm (1979): 0.01 * 4, 0.013 * 3 (kept at least the one before), 0.04 * 2, 0.3
+    assert holm([0.04, 0.01, 0.3, 0.013]) == pytest.approx([0.08, 0.04, 0.3, 0.04])
+    assert holm([]) == []
+    assert holm([0.9, 0.9]) == [1.0, 1.0]
+
+
+def test_holm_keeps_the_family_wise_error_rate_with_dependent_tests():
+    rng = np.random.default_rng(6)
+    families, size = 2000, 15
+    shared = rng.normal(size=(families, 5, 1))
+    data = shared + rng.normal(size=(families, 5, size))  # as with one baseline behind every gain
+    p = stats.ttest_1samp(data, 0, axis=1).pvalue
+
+    wrong = np.mean([min(holm(list(row))) <= 0.05 for row in p])
+
+    assert wrong < 0.05 + 3 * math.sqrt(0.05 * 0.95 / families)
+
+
+def test_the_flat_region_holds_what_cannot_be_told_from_the_best():
+    gains = np.array([[1.0, 0.9, -3.0], [1.2, 1.4, -2.8], [0.9, 0.8, -3.1]])
+
+    assert flat_region(gains, 0) == [0, 1]
+    assert flat_region(gains[:1], 0) == [0, 1, 2]  # one seed tells nothing apart
+
+
+def test_seeds_needed_is_where_the_interval_leaves_zero_out():
+    values = [0.1, 0.5, 0.3]
+    n = seeds_needed(values)
+    half = [float(half_width(np.array([k]), np.array([np.std(values, ddof=1)]))[0]) for k in (n - 1, n)]
+
+    assert half[0] > 0.3 > half[1]
+    assert seeds_needed([0.1, -0.1, 0.0]) is None
+    assert seeds_needed(values, level=0.01) > n
+
+
 def documents(rng, gain, n=200):
     """Losses of n documents of very different sizes; the expected run loss is `gain` percent lower."""
     base = rng.lognormal(7, 0.8, n)
     return base, base * (1 - gain / 100 + rng.normal(0, 0.05, n))
+
+
+def paired_document_bootstrap(domains, seed=0, draws=2000):
+    """The bootstrap of one run over another."""
+    rng = np.random.default_rng(seed)
+    tables = [(base[None], run[None], document_draws(len(base), rng, draws)) for base, run in domains]
+    drawn = drawn_gains(tables)
+    low, high = percentile_interval(drawn)
+    return Estimate(float(drawn[0, 0]), float(low[0]), float(high[0]), sum(len(base) for base, _ in domains))
 
 
 def test_bootstrap_point_estimate_is_the_ratio_of_sums():
@@ -87,9 +197,3 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says(gain):
     missed = np.mean([not i.low <= gain <= i.high for i in intervals])
 
     assert 0.02 < missed < 0.09  # nominal 0.05; heavy-tailed sizes make the percentile interval a bit short
-
-
-@pytest.mark.parametrize("domains", [[], [(np.array([]), np.array([]))], [(np.ones(3), np.ones(2))]])
-def test_bootstrap_refuses_domains_that_do_not_pair(domains):
-    with pytest.raises(ValueError, match="same documents"):
-        paired_document_bootstrap(domains)

@@ -7,10 +7,10 @@ import pytest
 from make_study import write_study
 from rich.console import Console
 
-from tutelage.analysis import words
+from tutelage.analysis import answer, words
 from tutelage.analysis.stats import Estimate
 from tutelage.analysis.terminal import print_verdicts
-from tutelage.analysis.verdicts import Verdict, judge, relation
+from tutelage.analysis.verdicts import Verdict, judge, nominal, relation
 from tutelage.errors import UserError
 from tutelage.study.results import load_results
 
@@ -21,6 +21,10 @@ HALF = 4.302653 * 0.1 / math.sqrt(3)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return findings_of(tmp_path_factory.mktemp("whole"))
+
+
+def headline(findings):
+    return "\n".join(answer.headline(findings))
 
 
 def findings_of(path, **study):
@@ -61,8 +65,8 @@ def test_one_seed_takes_the_bootstrap_over_documents_and_says_so(tmp_path):
     assert weak.out_of_domain.n == 40
     assert weak.out_of_domain.mean == pytest.approx(3.3)
     assert weak.out_of_domain.low < 3.3 < weak.out_of_domain.high
-    assert "training noise is not in the intervals" in words.headline(findings)
-    assert words.notes(results, findings)[0].startswith("One seed")
+    assert "training noise is not in the intervals" in headline(findings)
+    assert answer.notes(results, findings)[0].startswith("One seed")
 
 
 def test_pairs_share_a_seed(tmp_path):
@@ -76,7 +80,7 @@ def test_pairs_share_a_seed(tmp_path):
 
 
 def test_the_pair_is_named_by_measured_bits(whole):
-    teachers = {t.teacher.name: t for t in whole.teachers}
+    teachers = {p.teacher.name: p for p in whole.pairs}
 
     # no teacher: 1.65 * 1.01 * (1 + 0.001) on validation; teachers: 1.75 * 1.01 and 1.60 * 1.01
     assert teachers["weak"].bits_per_byte == pytest.approx(1.75 * 1.01)
@@ -96,12 +100,65 @@ def test_same_level_is_within_one_percent(teacher, expected):
     assert relation(2.0 * teacher, 2.0) == expected
 
 
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "expected"),
+    [
+        (380_000, 2_000_000, "same-level"), (380_000, 1_000_000, "weak-to-strong"),
+        (500_000, 2_000_000, "strong-to-weak"), (500_000, 1_000_000, "mixed"), (None, None, None),
+    ],
+)  # fmt: skip
+def test_the_nominal_label_is_by_parameters_and_tokens(whole, parameters, tokens, expected):
+    pair = whole.pairs[0]
+    teacher = pair.teacher.model_copy(update={"parameters": parameters, "tokens": tokens})
+
+    assert nominal(teacher, pair.student) == expected
+
+
+def test_fitted_gains_and_evaluation_noise_stand_beside_the_raw_ones(whole):
+    weak = verdict_of(whole, "weak", 0.4)
+
+    # (2.8 + 3.8) / 2 out of domain; half of each is left when calibration is fitted
+    assert weak.out_of_domain.mean == pytest.approx(3.3)
+    assert weak.fitted.mean == pytest.approx(1.65)
+    noise = weak.noise["raw", "out_of_domain"]
+    assert noise.mean == pytest.approx(3.3)
+    assert noise.low < 3.3 < noise.high
+    assert noise.n == 40
+
+
+def test_the_flat_region_holds_alphas_that_are_as_good_on_validation(whole):
+    flat = {pair.teacher.name: pair.flat for pair in whole.pairs}
+
+    assert flat["strong"] == (0.4,)  # the other is 0.7 less at every seed
+    assert flat["unigram"] == (0.2,)
+
+
+def test_cells_of_several_students_are_kept_apart(tmp_path):
+    gains = {
+        ("tiny 2M", "weak", 0.4): (0.0, 1.0),
+        ("wide 2M", "weak", 0.4): (0.0, 3.0),
+        ("wide 2M", "weak", "linear start 0.8 end 0.0"): (0.0, 4.0),
+        ("wide 2M", None, "compute of weak"): (2.0, 1.0),
+    }
+    found = findings_of(tmp_path, gains=gains, sizes={"wide 2M": (800_000, 2_000_000)})
+
+    rows = [(v.student, v.teacher, v.arm, round(v.out_of_domain.mean, 6)) for v in found.verdicts]
+    assert rows == [
+        ("tiny 2M", "weak", "alpha 0.4", 1.5),
+        ("wide 2M", "weak", "alpha 0.4", 3.5),
+        ("wide 2M", "weak", "linear start 0.8 end 0.0", 4.5),
+        ("wide 2M", None, "compute of weak", 1.5),
+    ]
+    assert [pair.best.arm for pair in found.pairs] == ["alpha 0.4", "alpha 0.4"]
+    assert [text.split(":")[0] for text in answer.headline(found)] == ["tiny 2M", "wide 2M"]
+
+
 def test_alpha_is_chosen_on_validation_not_on_test(tmp_path):
     path = write_study(tmp_path / "study", seeds=(43,))
     student = path / "runs" / "student-weak-0.2-43"
     damage_validation(student)
 
-    best = next(t.best for t in judge(load_results(path)).teachers if t.teacher.name == "weak")
+    best = next(p.best for p in judge(load_results(path)).pairs if p.teacher.name == "weak")
 
     assert best.alpha == 0.2  # now best on validation
     assert best.out_of_domain.mean == pytest.approx(1.7)  # and still the lesser one on test
@@ -118,25 +175,20 @@ def damage_validation(run):
 
 
 def test_a_control_as_good_as_the_teachers_is_called_smoothing(whole):
-    headline = words.headline(whole)
+    said = headline(whole)
 
-    assert headline.startswith(
-        "Out of domain yes, but no more than smoothing does: weak (alpha 0.4) gains +3.3%"
-    )
-    assert (
-        "as much as or more than weak and strong: smoothing alone is enough to explain their gains"
-        in headline
-    )
+    assert said.startswith("Out of domain yes, but no more than smoothing does: weak (alpha 0.4) gains +3.3%")
+    assert "as much as or more than weak and strong: smoothing alone is enough to explain their gains" in said
 
 
 def test_a_lesser_control_clears_the_teachers(tmp_path):
     gains = {("weak", 0.4): (-0.6, 2.0), ("unigram", 0.1): (-1.0, 0.2)}
-    headline = words.headline(findings_of(tmp_path, gains=gains))
+    said = headline(findings_of(tmp_path, gains=gains))
 
-    assert headline.startswith(
+    assert said.startswith(
         "Yes, out of domain: weak (alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2"
     )
-    assert "smoothing alone does not explain theirs" in headline
+    assert "smoothing alone does not explain theirs" in said
 
 
 @pytest.mark.parametrize(
@@ -149,28 +201,29 @@ def test_a_lesser_control_clears_the_teachers(tmp_path):
     ],
 )
 def test_headline_leads_with_the_answer(tmp_path, gains, lead):
-    assert words.headline(findings_of(tmp_path, gains=gains)).startswith(lead)
+    assert headline(findings_of(tmp_path, gains=gains)).startswith(lead)
 
 
 def test_headline_of_many_teachers_counts_them_and_names_the_best(tmp_path):
     gains = {("weak", 0.4): (-0.6, 2.0), ("strong", 0.4): (2.0, 1.0), ("same", 0.4): (0.0, -2.0)}
 
-    assert words.headline(findings_of(tmp_path, gains=gains)) == (
+    assert headline(findings_of(tmp_path, gains=gains)) == (
         "Some do, out of domain: of 3 teachers, 2 help out of domain and 1 in domain; "
-        "best out of domain: weak (alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2 in domain."
+        "best out of domain: weak (alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2 in domain. "
+        "With calibration fitted, weak keeps +1.2% ± 0.2 and strong keeps +0.8% ± 0.2 out of domain."
     )
 
 
 def test_only_controls_is_no_answer(tmp_path):
     findings = findings_of(tmp_path, gains={("unigram", 0.1): (-1.0, 0.2)})
 
-    assert words.headline(findings).startswith("No real teacher has a finished student yet")
+    assert headline(findings).startswith("No real teacher has a finished student yet")
 
 
 def test_without_a_control_the_notes_say_so(tmp_path):
     results = load_results(write_study(tmp_path / "study", gains={("weak", 0.4): (-0.6, 2.0)}))
 
-    assert words.notes(results, judge(results))[1].startswith("No comparison with a control")
+    assert answer.notes(results, judge(results))[1].startswith("No comparison with a control")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +240,10 @@ def test_without_a_control_the_notes_say_so(tmp_path):
 def test_words_come_from_the_intervals(inside, outside, expected):
     estimates = [Estimate((low + high) / 2, low, high, 3) for low, high in (inside, outside)]
 
-    assert words.verdict(Verdict("weak", False, 0.2, *estimates, "seeds", 3)) == expected
+    gains = {("raw", "in_domain"): estimates[0], ("raw", "out_of_domain"): estimates[1]}
+    v = Verdict(0, "tiny", "weak", "alpha 0.2", None, 0.2, True, False, gains, {}, 3)
+
+    assert words.verdict(v) == expected
 
 
 def test_numbers_are_worded_without_a_negative_zero():

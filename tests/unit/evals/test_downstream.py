@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.downstream import _check_known, _manager, _prepared, run_downstream
+from tutelage.evals.packagetasks import PACKAGE_TASKS, build_package_task
 from tutelage.evals.papertasks import PAPER_TASKS
 from tutelage.evals.records import read_scores
 from tutelage.evals.subject import Subject
@@ -134,6 +135,24 @@ def test_too_little_text_or_context_is_said(kind, documents, context, texts, tok
 
 def test_one_document_has_no_wrong_continuations(texts, tokenizer):
     assert continuation_items(texts[:1], tokenizer, CONTEXT) == []
+
+
+def test_analogies_are_the_files_and_each_has_one_right_answer(tmp_path):
+    task = PACKAGE_TASKS["word_analogy"]
+    lines = list(task.source.documents())
+    known = {tuple(line.split()) for line in lines if not line.startswith(":")}
+    pairs = {(question[:3], question[3]) for question in known}
+    built = build_package_task("word_analogy", tmp_path)
+    items = [json.loads(line) for line in (built.directory / "items.jsonl").read_text("utf-8").splitlines()]
+    assert len(items) == 1400
+    assert max(collections.Counter(item["category"] for item in items).values()) == 100
+    for item in items:
+        a, _, _, b, _, c, _, _ = item["prompt"].split()
+        d = item["choices"][item["gold"]]
+        assert (a, b, c, d) in known
+        assert sum(((a, b, c), choice) in pairs for choice in item["choices"]) == 1
+        assert len({a, b, c, *item["choices"]}) == 7
+    assert len({item["category"] for item in items[:40]}) > 8  # so that --limit takes of everything
 
 
 def test_a_missing_package_comes_with_its_command(subject, monkeypatch):

@@ -1,3 +1,5 @@
+"""Losses against transformers' own forward, and what they must not depend on."""
+
 from __future__ import annotations
 
 import math
@@ -7,71 +9,175 @@ import pytest
 import torch
 
 from tutelage.data.store import open_store
-from tutelage.evals import perplexity
-from tutelage.evals.perplexity import DocumentLosses, score_documents
+from tutelage.evals import perplexity, windows
+from tutelage.evals.perplexity import DocumentLosses, ratio, score_tokens
+from tutelage.evals.windows import read_documents
 from tutelage.models.hub import build
 from tutelage.models.ladder import rung
+
+CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build(rung("nano-50k"), 300, 32, seed=1)
+    built = build(rung("nano-50k"), 300, CONTEXT, seed=1)
+    for weight in built.parameters():
+        weight.data *= 2  # far from uniform
+    return built.eval()
 
 
-def plain(model, store, split, documents, max_tokens, context=32):
-    """The same losses through transformers' own forward and torch's own cross-entropy, token by token."""
-    opened = open_store(store)
-    view = opened.split(split)
-    result = []
-    for index in range(documents):
-        a, b = (int(x) for x in view.offsets[index : index + 2, 0])
-        tokens = [opened.eos_id, *map(int, view.tokens[a : min(b - 1, a + max_tokens)])]
-        total = 0.0
-        for start in range(0, len(tokens) - 1, context):
-            piece = torch.tensor(tokens[start : start + context + 1])
-            logits = model(input_ids=piece[None, :-1]).logits[0]
-            total += torch.nn.functional.cross_entropy(logits.double(), piece[1:], reduction="sum").item()
-        result.append(total)
-    return result
+@pytest.fixture(scope="module")
+def opened(store):
+    return open_store(store)
 
 
-def test_losses_are_those_of_transformers(model, store):
-    found = score_documents(model, open_store(store), "test", 32, max_documents=3, max_tokens=77)
-    with torch.no_grad():
-        np.testing.assert_allclose(found.nll_N, plain(model, store, "test", 3, 77), rtol=1e-5)
+@pytest.fixture(scope="module")
+def documents(opened):
+    return read_documents(opened, "test", 3, 77)
+
+
+def plain_logits(model, tokens, first, stride=CONTEXT):
+    """float64 logits, one row per prediction, of a window that scores the tokens from `first` on."""
+    start = max(0, first - (CONTEXT - stride))
+    end = min(len(tokens) - 1, CONTEXT if first == 0 else first + stride)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([tokens[start:end]])).logits[0].double()
+    return logits[first - start :], tokens[first + 1 : end + 1], end
+
+
+def plain(model, document, eos_id, stride=CONTEXT):
+    """The same numbers through transformers' own forward and torch's own softmax, window by window."""
+    tokens = [eos_id, *document.tokens_N.tolist()]
+    rows, labels, first = [], [], 0
+    while first < len(tokens) - 1:
+        logits, wanted, first = plain_logits(model, tokens, first, stride)
+        rows.append(logits)
+        labels += wanted
+    return torch.cat(rows), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("stride", [CONTEXT, 12])
+def test_losses_are_those_of_transformers(model, opened, documents, stride):
+    found = score_tokens(model, documents, opened.eos_id, CONTEXT, stride).losses(documents)
+    theirs = [
+        torch.nn.functional.cross_entropy(*plain(model, document, opened.eos_id, stride), reduction="sum")
+        for document in documents
+    ]
+    np.testing.assert_allclose(found.nll_N, np.array(theirs), rtol=1e-5)
     assert list(found.tokens_N) == [77, 77, 77]
+    mean = float(sum(theirs)) / (3 * 77)
+    assert found.perplexity().value == pytest.approx(math.exp(mean), rel=1e-5)
+    assert found.bits_per_byte().value == pytest.approx(
+        mean * 231 / math.log(2) / found.bytes_N.sum(), rel=1e-5
+    )
 
 
-def test_batching_of_windows_does_not_matter(model, store, monkeypatch):
-    arguments = (model, open_store(store), "validation", 32, 4, 100)
-    whole = score_documents(*arguments)
-    monkeypatch.setattr(perplexity, "_FORWARD_TOKENS", 32)
-    monkeypatch.setattr(perplexity, "_LOGIT_TOKENS", 7)
-    np.testing.assert_allclose(score_documents(*arguments).nll_N, whole.nll_N, rtol=1e-5)
+def test_every_number_of_a_token_is_a_plain_recomputation(model, opened, documents):
+    powers = (0.5, 2.0)
+    found = score_tokens(model, documents, opened.eos_id, CONTEXT, powers=powers, every=3)
+    pieces = [plain(model, document, opened.eos_id) for document in documents]
+    logits_NV, labels_N = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    p_NV = logits_NV.softmax(1)
+    at = np.lexsort((found.logp_N, found.label_N, found.document_N))
+    owner_N = np.repeat(np.arange(3), 77)
+    gold_N = logits_NV.log_softmax(1).gather(1, labels_N[:, None])[:, 0].numpy()
+    theirs = np.lexsort((gold_N, labels_N.numpy(), owner_N))
+    assert len(at) == 231
+    brier_N = ((p_NV - torch.nn.functional.one_hot(labels_N, 300)) ** 2).sum(1).numpy()
+    for ours, plain_N in (
+        (found.logp_N, gold_N),
+        (found.confidence_N, p_NV.amax(1).numpy()),
+        (found.correct_N, (logits_NV.argmax(1) == labels_N).numpy()),
+        (found.brier_N, brier_N),
+    ):
+        np.testing.assert_allclose(ours[at], plain_N[theirs], rtol=2e-5, atol=2e-6)
+    assert found.sampled_N.sum() == 3 * 26
+    for k, power in enumerate(powers):
+        at_power_N = (power * logits_NV).log_softmax(1).gather(1, labels_N[:, None])[:, 0].numpy()
+        thirds = at_power_N[np.tile(np.arange(77) % 3 == 0, 3)]
+        np.testing.assert_allclose(np.sort(found.powered_MK[:, k]), np.sort(thirds), rtol=2e-5, atol=2e-6)
 
 
-def test_bytes_are_those_of_the_text(model, store):
-    found = score_documents(model, open_store(store), "test", 32, max_documents=2, max_tokens=10**9)
-    view = open_store(store).split("test")
-    assert list(found.bytes_N) == list(np.diff(view.offsets[:3, 1].astype(np.int64)))
+def test_batching_of_windows_and_logits_does_not_matter(model, opened, documents, monkeypatch):
+    whole = score_tokens(model, documents, opened.eos_id, CONTEXT).losses(documents)
+    monkeypatch.setattr(windows, "FORWARD_TOKENS", CONTEXT)
+    monkeypatch.setattr(perplexity, "_LOGITS", 1)
+    monkeypatch.setattr(perplexity, "_FEWEST_ROWS", 7)
+    parts = score_tokens(model, documents, opened.eos_id, CONTEXT).losses(documents)
+    np.testing.assert_allclose(parts.nll_N, whole.nll_N, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [77, 2000])
+def test_logits_of_a_bounded_number_of_tokens_exist(model, opened, tokens, monkeypatch):
+    """Whatever the length of the text: memory does not grow with tokens times vocabulary."""
+    monkeypatch.setattr(perplexity, "_LOGITS", 300 * 64)
+    monkeypatch.setattr(perplexity, "_FEWEST_ROWS", 16)
+    shapes = []
+    measured = perplexity._measured
+
+    def noted(logits_NV, *rest):
+        shapes.append(tuple(logits_NV.shape))
+        return measured(logits_NV, *rest)
+
+    monkeypatch.setattr(perplexity, "_measured", noted)
+    documents = read_documents(opened, "test", 3, tokens)
+    score_tokens(model, documents, opened.eos_id, CONTEXT)
+    assert sum(rows for rows, _ in shapes) == sum(len(document.tokens_N) for document in documents)
+    assert max(rows for rows, _ in shapes) == 64
+    assert {width for _, width in shapes} == {300}
+
+
+def test_a_permutation_of_the_documents_leaves_every_score_unchanged(model, opened):
+    documents = read_documents(opened, "validation", 12, 60)
+    shuffled = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
+    ours, theirs = (
+        score_tokens(model, order, opened.eos_id, CONTEXT).losses(order) for order in (documents, shuffled)
+    )
+    for ahead, back in zip(
+        (ours.bits_per_byte(), ours.perplexity()), (theirs.bits_per_byte(), theirs.perplexity()), strict=True
+    ):
+        assert (ahead.value, ahead.stderr) == pytest.approx((back.value, back.stderr), rel=1e-6)
+        assert (ahead.low, ahead.high) == pytest.approx((back.low, back.high), rel=1e-6)
+
+
+def test_bytes_are_those_of_the_text(opened):
+    whole = read_documents(opened, "test", 2, 10**9)
+    view = opened.split("test")
+    assert [document.size for document in whole] == list(np.diff(view.offsets[:3, 1].astype(np.int64)))
+    short = read_documents(opened, "test", 2, 50)
+    assert all(50 <= document.size <= 50 * 12 for document in short)
+
+
+def test_no_window_is_longer_than_the_context_and_every_token_is_scored_once(opened):
+    documents = read_documents(opened, "test", 3, 100)
+    for stride in (1, 7, CONTEXT):
+        seen = set()
+        for block in windows.blocks(documents, opened.eos_id, CONTEXT, stride):
+            assert block.inputs_BT.shape[1] <= CONTEXT
+            for row, column in (block.labels_BT != -100).nonzero().tolist():
+                place = (int(block.documents_BT[row, column]), int(block.places_BT[row, column]))
+                assert place not in seen
+                seen.add(place)
+                assert block.labels_BT[row, column] == documents[place[0]].tokens_N[place[1]]
+        assert len(seen) == sum(len(document.tokens_N) for document in documents)
 
 
 def test_bits_per_byte_and_its_standard_error_are_the_ratio_estimator():
     rng = np.random.default_rng(0)
-    n, draws, true = 60, 400, 1.5
+    n, draws, true = 60, 200, 1.5
     estimates, errors = [], []
     for _ in range(draws):
         size = rng.integers(500, 1500, n)
         nll = size * true * math.log(2) + rng.normal(0, 60, n)
-        losses = DocumentLosses(nll, size // 2, size)
-        value, stderr = losses.bits_per_byte()
-        estimates.append(value)
-        errors.append(stderr)
-    assert np.mean(estimates) == pytest.approx(true, abs=0.002)
-    assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.1)
+        found = DocumentLosses(nll, size // 2, size).bits_per_byte()
+        estimates.append(found.value)
+        errors.append(found.stderr)
+    assert np.mean(estimates) == pytest.approx(true, abs=0.003)
+    assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.15)
 
 
 def test_one_document_has_no_standard_error():
-    value, stderr = DocumentLosses(np.array([math.log(2) * 8]), np.array([2]), np.array([8])).bits_per_byte()
-    assert value == pytest.approx(1.0)
-    assert math.isnan(stderr)
+    found = ratio(np.array([8.0]), np.array([8]))
+    assert found.value == pytest.approx(1.0)
+    assert math.isnan(found.stderr)
+    assert (found.low, found.high) == (None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tutelage.configio import validate
+from tutelage.study.engines.local import LocalEngine
 from tutelage.study.spec import StudyConfig
 from tutelage.study.study import run_study
 
@@ -45,7 +46,7 @@ TINY: dict[str, Any] = {
 class Quiet:
     """Looks on and says nothing."""
 
-    def show(self, nodes, running, finished, failed):
+    def show(self, board):
         """Do nothing."""
 
 
@@ -54,4 +55,4 @@ def tiny_study(**changes: Any) -> StudyConfig:
 
 
 def run_tiny(study: StudyConfig, directory: Path, workers: int = 1) -> None:
-    run_study(study, directory, workers, Quiet(), [].append)
+    run_study(study, directory, LocalEngine(workers, []), Quiet(), [].append)

@@ -297,7 +297,7 @@ def test_the_store_must_have_the_models_tokenizer(make_sft, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "pairs", "paths": [str(tmp_path / "a.jsonl")]}
     other = build_store(store_config(sources=[source], tokenizer={"vocab_size": 290}), tmp_path)
-    with pytest.raises(UserError, match=r"model\.path .*: its tokenizer differs from that of"):
+    with pytest.raises(UserError, match=r"model .*: its tokenizer differs from that of"):
         run(make_sft(data={"store": str(other), "sequence_length": LENGTH}))
 
 

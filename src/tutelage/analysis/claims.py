@@ -1,0 +1,219 @@
+"""The claims that a study can test: CLAIMS, and what each of them needs of a study file.
+
+Each is a statement of arXiv 2605.23857 or of the work around it, with the tests that it stands or falls with.
+Gains are percent fewer bits per byte than the untaught student of the same seed and data.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tutelage.analysis import objective_claims as objective
+from tutelage.analysis import strength_claims as strength
+from tutelage.analysis.parts import Claim, Need
+from tutelage.analysis.verdicts import nominal
+from tutelage.analysis.view import says
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tutelage.study.planfile import Plan, PlanRun, PlanStudent, PlanTeacher
+
+
+def missing_for(plan: Plan, claim: int) -> str | None:
+    """What `plan` lacks to test a claim: "no runs with ..."; None if nothing.
+
+    Args:
+        plan: of a study, before or after anything was run. Pairs are named by parameters and tokens here,
+            because nothing is measured yet.
+        claim: its number in CLAIMS.
+
+    Raises:
+        UserError: there is no claim of that number.
+    """
+    if claim not in CLAIMS:
+        raise UserError(f"claim {claim} is unknown; claims: 1 to {max(CLAIMS)}")
+    lacking = [need.what for need in CLAIMS[claim].needs if not need.met(plan)]
+    return f"no runs with {' and '.join(lacking)}" if lacking else None
+
+
+def _taught(plan: Plan) -> Iterator[tuple[PlanRun, PlanStudent, PlanTeacher]]:
+    """Runs with a real teacher."""
+    students = {student.name: student for student in plan.students}
+    teachers = {teacher.name: teacher for teacher in plan.teachers}
+    for run in plan.runs:
+        if run.kind != "student" or run.student is None or run.teacher is None:
+            continue
+        if not teachers[run.teacher].control:
+            yield run, students[run.student], teachers[run.teacher]
+
+
+def _some(what: str, wanted: Callable[[PlanRun, PlanStudent, PlanTeacher], bool]) -> Need:
+    """A need that one run with a real teacher meets."""
+    return Need(what, lambda plan: any(wanted(*row) for row in _taught(plan)))
+
+
+def _arm(what: str, *phrases: str) -> Need:
+    """A need that a run meets whose arm says all of `phrases`."""
+    return _some(what, lambda run, _s, _t: all(says(run.arm or "", phrase) for phrase in phrases))
+
+
+def _several(
+    what: str, number: int, of: Callable[[PlanRun, PlanStudent, PlanTeacher], tuple[object, object]]
+) -> Need:
+    """A need for `number` values of the second of a pair, beside the same value of the first."""
+
+    def met(plan: Plan) -> bool:
+        found: dict[object, set[object]] = {}
+        for row in _taught(plan):
+            key, value = of(*row)
+            found.setdefault(key, set()).add(value)
+        return any(len(values) >= number for values in found.values())
+
+    return Need(what, met)
+
+
+def _constant(run: PlanRun) -> bool:
+    return run.alpha is not None and run.arm == f"alpha {run.alpha:g}"
+
+
+def _weaker(student: PlanStudent, teacher: PlanTeacher) -> bool:
+    return nominal(teacher, student) in {"weak-to-strong", "mixed"}
+
+
+def _undertrained(student: PlanStudent, teacher: PlanTeacher) -> bool:
+    return teacher.tokens is not None and teacher.tokens <= strength.UNDERTRAINED * student.tokens
+
+
+_TEACHER = _some("a real teacher and constant alphas", lambda run, _s, _t: _constant(run))
+_WEAK = _some("a weaker teacher", lambda run, s, t: _constant(run) and _weaker(s, t))
+_WEAK_ALONE = _some(
+    "a weaker teacher at alpha 1", lambda r, s, t: _constant(r) and r.alpha == 1 and _weaker(s, t)
+)
+_SAME = _some("a teacher of the student's shape and tokens", lambda _r, s, t: nominal(t, s) == "same-level")
+_SMALL = _some(
+    f"an undertrained teacher and alpha <= {strength.SMALL:g}",
+    lambda run, s, t: _undertrained(s, t) and (run.alpha or 1.0) <= strength.SMALL,
+)
+_LARGE = _some(
+    f"an undertrained teacher and alpha >= {strength.LARGE:g}",
+    lambda run, s, t: _undertrained(s, t) and (run.alpha or 0.0) >= strength.LARGE,
+)
+_THREE = _several("three teachers of one student", 3, lambda _r, s, t: (s.name, t.name))
+_ALPHAS = _several("three constant alphas of one pair", 3, lambda r, s, t: ((s.name, t.name), r.alpha))
+_FOUR = _several("four teachers of one student", 4, lambda _r, s, t: (s.name, t.name))
+_BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.rung, t.name), s.tokens))
+_SIZES = _several(
+    "students of two sizes at one budget", 2, lambda _r, s, t: ((s.tokens, t.name), s.parameters)
+)
+_PURE = _some("a real teacher at alpha 1", lambda run, _s, _t: _constant(run) and run.alpha == 1)
+_CONTROL = Need("a control in the teacher's place", lambda plan: any(t.control for t in plan.teachers))
+_TOP_K = _arm("top-k truncation at alpha 1", "top_k", "alpha 1")
+_SAMPLED = _some("sampled targets", lambda _r, _s, t: (t.targets or "").startswith("sample"))
+_FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm or ""))
+_MECHANISM = Need(
+    "a mechanism evaluation, which no study runs: `tutelage eval --mechanism` does", lambda _: False
+)
+_STAGE = Need("a stage of post_training", lambda plan: any(run.kind == "after" for run in plan.runs))
+_MATCHED = Need("compute_of", lambda plan: any((r.arm or "").startswith("compute of ") for r in plan.runs))
+_OWN_DATA = Need(
+    "a teacher of a student's own seed",
+    lambda plan: any(
+        run.seed in plan.seeds and not _runs_of(plan, run.teacher).isdisjoint({run.seed})
+        for run in plan.runs
+        if run.kind == "teacher"
+    ),
+)
+_FOREIGN = _some("a teacher of another corpus", lambda _r, _s, t: t.corpus is not None)
+
+
+def _runs_of(plan: Plan, teacher: str | None) -> set[int]:
+    """Seeds of the students of a teacher."""
+    return {run.seed for run in plan.runs if run.kind == "student" and run.teacher == teacher}
+
+
+CLAIMS: dict[int, Claim] = {
+    1: Claim("A weaker teacher, at its best alpha, helps out of domain.", (_WEAK,), strength.weak_gains),
+    2: Claim("A weaker teacher at alpha 1 hurts in domain.", (_WEAK_ALONE,), strength.weak_alone_hurts),
+    3: Claim("The best alpha rises with the teacher's strength.", (_THREE, _ALPHAS), strength.alpha_rises),
+    4: Claim(
+        "A teacher of the student's own level helps out of domain and changes little in domain.",
+        (_SAME,),
+        strength.same_level,
+    ),
+    5: Claim(
+        "An undertrained teacher (at most a quarter of the student's tokens) helps out of domain at small "
+        "alphas and hurts at large ones.",
+        (_SMALL, _LARGE),
+        strength.undertrained,
+    ),
+    6: Claim(
+        "The gain is concave in the teacher's strength, and for some student the strongest is not the best.",
+        (_FOUR,),
+        strength.saturates,
+    ),
+    7: Claim("The gain is larger out of domain than in domain.", (_TEACHER,), strength.outside_more),
+    8: Claim("The gain grows with the difficulty of tokens.", (_MECHANISM,), objective.difficulty),
+    9: Claim(
+        "At alpha 1, temperatures 0.5, 1 and 2 are alike; 4 and hard labels are worse.",
+        (
+            *(_arm(f"temperature {t}", f"temperature {t}", "alpha 1") for t in ("0.5", "2", "4")),
+            _arm("hard_labels", "divergence hard_labels", "alpha 1"),
+        ),
+        objective.temperatures,
+    ),
+    10: Claim(
+        "At alpha 1, renormalised top-k hurts and sampled targets match the whole distribution.",
+        (_TOP_K, _SAMPLED),
+        objective.truncation,
+    ),
+    11: Claim(
+        "What counts is the mixture, not the scale of the loss.",
+        (_some("mixing keep_full_ce or keep_full_kd", lambda r, _s, _t: says(r.arm or "", "mixing")),),
+        objective.not_scale,
+    ),
+    12: Claim("The gain falls as the student's tokens grow.", (_BUDGETS,), strength.falls_with_tokens),
+    13: Claim("The gain changes with the student's size.", (_SIZES,), strength.changes_with_size),
+    14: Claim(
+        "For weaker teachers, schedules that begin with distillation do no worse than the best constant.",
+        (_WEAK, _FIRST),
+        objective.early_teaching,
+    ),
+    15: Claim(
+        "Teaching only where the teacher is better does no worse than the best constant.",
+        (_arm("the gate teacher_better", "teacher_better"),),
+        objective.gating,
+    ),
+    16: Claim(
+        "Teachers that know no context (unigram, uniform) give less than real ones.",
+        (_TEACHER, _CONTROL),
+        strength.controls_give_less,
+    ),
+    17: Claim("Copying in context suffers at alpha 1.", (_PURE,), objective.copying),
+    18: Claim("The gain survives the same post-training.", (_TEACHER, _STAGE), objective.after_tuning),
+    19: Claim(
+        "An untaught student with the teacher's compute is the stronger baseline.",
+        (_MATCHED,),
+        strength.compute_matched,
+        strength.compute_matched_remark,
+    ),
+    20: Claim(
+        "The gain survives a teacher trained on the student's own data.",
+        (_OWN_DATA,),
+        strength.identical_data,
+    ),
+    21: Claim("The gain survives a teacher of another corpus.", (_FOREIGN,), strength.cross_corpus),
+    22: Claim(
+        "Reverse KL is worse in domain than forward KL.",
+        (_arm("divergence reverse_kl", "divergence reverse_kl"),),
+        objective.reverse_kl,
+    ),
+    23: Claim(
+        "With the whole distribution the student is about as calibrated as without a teacher; with a "
+        "top-k of it several times worse.",
+        (_PURE, _TOP_K),
+        objective.calibration,
+    ),
+}
+"""By the numbers that a study file lists under `claims`."""

@@ -1,0 +1,161 @@
+"""Comparisons of a report: policies against constants, equal compute, the spread of the baseline's seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from tutelage.analysis.stats import Estimate, t_interval
+from tutelage.analysis.view import Series, View, minus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tutelage.analysis.gains import Side
+    from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
+    from tutelage.study.results import Results
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """One arm in the tournament of a student and a teacher.
+
+    Attributes:
+        verdict: its gains.
+        ahead: out-of-domain gain less that of the best constant alpha, paired by seed; None for that one and
+            with less than two seeds.
+        raw_front: whether no other arm gains as much on both sides and more on one, raw.
+        fitted_front: the same with the out-of-domain gain fitted.
+        cost: FLOPs of a run, teacher forward included, as a multiple of the untaught student's.
+    """
+
+    verdict: Verdict
+    ahead: Estimate | None
+    raw_front: bool
+    fitted_front: bool
+    cost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EqualCompute:
+    """One pair at its best alpha: at equal tokens, and against the untaught student of equal compute.
+
+    Attributes:
+        pair: with its best verdict.
+        cost: FLOPs of a run, teacher forward included, as a multiple of the untaught student's.
+        teacher_training: FLOPs of training the teacher, as the same multiple; None if the study did not.
+        matched: the untaught student that spent the teacher's forward on tokens; None if there is none.
+        lead: gain of the pair less that of `matched`, by side; None with less than two seeds.
+    """
+
+    pair: PairFinding
+    cost: float | None
+    teacher_training: float | None
+    matched: Verdict | None
+    lead: dict[Side, Estimate | None]
+
+
+def tournaments(results: Results, findings: Findings) -> list[tuple[PairFinding, list[Entrant]]]:
+    """Every pair that has other arms than constant alphas: its arms by falling out-of-domain gain."""
+    view = View(results, findings)
+    costs = _costs(results, findings)
+    found = []
+    for pair in findings.pairs:
+        arms = view.arms(pair.student.name, pair.teacher.name)
+        if pair.best is None or all(arm.constant for arm in arms):
+            continue
+        champion = view.gain(pair.best, "out_of_domain")
+        raw = _front([(arm.in_domain.mean, arm.out_of_domain.mean) for arm in arms])
+        fitted = _front([(arm.in_domain.mean, (arm.fitted or arm.out_of_domain).mean) for arm in arms])
+        entrants = [
+            Entrant(
+                verdict=arm,
+                ahead=None if arm is pair.best else _paired(view.gain(arm, "out_of_domain"), champion),
+                raw_front=raw[i],
+                fitted_front=fitted[i],
+                cost=costs.get(arm.cell),
+            )
+            for i, arm in enumerate(arms)
+        ]
+        found.append((pair, sorted(entrants, key=lambda one: -one.verdict.out_of_domain.mean)))
+    return found
+
+
+def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
+    """Every pair with a real teacher and a best alpha."""
+    view = View(results, findings)
+    costs = _costs(results, findings)
+    trained = results.runs.filter(kind="teacher").select("teacher", "train_flops").drop_nulls()
+    training = dict(trained.iter_rows())
+    alone = dict(
+        results.runs.filter(kind="baseline").group_by("student").agg(pl.col("train_flops").mean()).iter_rows()
+    )
+    sides: tuple[Side, Side] = ("in_domain", "out_of_domain")
+    found = []
+    for pair in findings.pairs:
+        if pair.best is None or pair.teacher.control:
+            continue
+        name, base = pair.teacher.name, alone.get(pair.student.name)
+        spent = view.arms(pair.student.name, None)
+        matched = next((v for v in spent if v.arm == f"compute of {name}"), None)
+        lead = {
+            side: None if matched is None else _paired(view.gain(pair.best, side), view.gain(matched, side))
+            for side in sides
+        }
+        own = training[name] / base if name in training and base else None
+        found.append(EqualCompute(pair, costs.get(pair.best.cell), own, matched, lead))
+    return found
+
+
+def seed_spread(results: Results) -> pl.DataFrame:
+    """How much untaught students of one setting differ from seed to seed, before any comparison.
+
+    Returns:
+        student, n, in_domain and out_of_domain (bits per byte, the latter a mean over domains), and
+        in_domain_spread and out_of_domain_spread (standard deviation over seeds in percent of the mean; null
+        for one seed). Test split.
+    """
+    roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
+    order = {student.name: i for i, student in enumerate(results.plan.students)}
+    scores = results.scores.filter(metric="bits_per_byte", split="test").join(roles, on="domain")
+    value = pl.col("value")
+    return (
+        results.runs.filter(kind="baseline")
+        .join(scores, on="run")
+        .group_by("student", "seed", "role")
+        .agg(value.mean())
+        .group_by("student", "role")
+        .agg(n=pl.len(), mean=value.mean(), spread=100 * value.std() / value.mean())
+        .pivot("role", index=["student", "n"], values=["mean", "spread"])
+        .rename({f"mean_{side}": side for side in ("in_domain", "out_of_domain")})
+        .rename({f"spread_{side}": f"{side}_spread" for side in ("in_domain", "out_of_domain")})
+        .sort(pl.col("student").replace_strict(order, return_dtype=pl.Int64))
+    )
+
+
+def _costs(results: Results, findings: Findings) -> dict[int, float]:
+    """FLOPs of each cell's runs, teacher forward included, as a multiple of their baselines'."""
+    spent = results.runs.select(
+        "run", total=pl.col("train_flops") + pl.col("teacher_flops"), own=pl.col("train_flops")
+    )
+    pairs = findings.gains.domains.select("cell", "run", "base_run").unique()
+    return dict(
+        pairs.join(spent.select("run", "total"), on="run")
+        .join(spent.select(base_run="run", base="own"), on="base_run")
+        .filter(pl.col("base") > 0)
+        .group_by("cell")
+        .agg((pl.col("total") / pl.col("base")).mean())
+        .iter_rows()
+    )
+
+
+def _paired(first: Series, second: Series) -> Estimate | None:
+    values = [*minus(first, second).values()]
+    return t_interval(values) if len(values) > 1 else None
+
+
+def _front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other point beats on one coordinate without losing on the other."""
+    return [not any(x >= one[0] and y >= one[1] and (x, y) != one for x, y in points) for one in points]

@@ -1,0 +1,194 @@
+"""`tutelage eval` on texts, end to end: real runs and models through the command line's own entry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import polars as pl
+import pytest
+
+from tutelage.cli import main
+from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.data.store import build_store, open_store
+from tutelage.errors import UserError
+from tutelage.evals import evaluate
+from tutelage.models import hub
+from tutelage.models.ladder import LADDER
+from tutelage.pipeline import run
+
+LIMITS = ["--max-documents", "4", "--max-tokens", "90", "--device", "cpu"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Type a command; the exit code, what is printed and what is complained about."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tutelage", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model(store, tmp_path):
+    built = hub.build(LADDER["nano-50k"], open_store(store).vocab_size, 48, seed=0)
+    hub.save(built, tmp_path / "tiny", store)
+    return tmp_path / "tiny"
+
+
+def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_store, model, command):
+    trained = run(make_config())
+    what = [trained.path, model, "--store", f"scripture={other_store}", "--domain", "phenotypes", *LIMITS]
+    code, printed, complaint = command("eval", *what)
+    assert (code, complaint) == (0, "")
+    for text in (
+        "scripture",
+        "phenotypes",
+        "temperature fitted",
+        "and unigram mixed in",
+        "*",
+        "[",
+        trained.id,
+    ):
+        assert text in printed
+    rows = pl.read_ndjson(trained.scores)
+    assert rows.select("domain", "split", "metric", "version", "step").is_unique().all()
+    assert set(rows["domain"]) == {"scripture", "phenotypes"}
+    assert rows["step"].unique().to_list() == [12]
+    assert rows["code"].str.starts_with("tutelage ").all()
+    raw = rows.filter(metric="bits_per_byte")
+    assert (raw["low"] <= raw["value"]).all()
+    assert (raw["value"] <= raw["high"]).all()
+    expected = {"bits_per_byte", "perplexity", "ece", "ece_adaptive", "brier", "overlap_documents"}
+    expected |= {"bits_per_byte_temperature", "bits_per_byte_unigram", "overlap_8grams"}
+    assert set(rows.filter(domain="scripture", split="test")["metric"]) == expected
+    documents = pl.read_parquet(trained.documents).filter(domain="scripture", split="test")
+    for metric, column in (("bits_per_byte", "nll"), ("bits_per_byte_unigram", "nll_unigram")):
+        value = rows.filter(domain="scripture", split="test", metric=metric)["value"].item()
+        bits = documents[column].sum() / documents["bytes"].sum() / 0.6931471805599453
+        assert value == pytest.approx(bits)
+    curves = json.loads((trained.path / "calibration.json").read_text())
+    assert sum(point["tokens"] for point in curves["scripture"]["reliability"]["ece"]) == sum(
+        documents["tokens"]
+    )
+    assert curves["scripture"]["fit"]["unigram"] == "training text"
+    (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
+    assert len(scores.read_text().splitlines()) == rows.height - 2 * 2  # its training text is not known
+
+
+def test_evaluating_again_computes_and_adds_nothing(store, model, command, monkeypatch):
+    what = ["eval", model, "--store", f"speeches={store}", *LIMITS]
+    _, first, _ = command(*what)
+    (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
+    before = scores.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score_domain", None)
+        code, second, _ = command(*what, model)
+        assert code == 0
+    assert second == first
+    assert scores.read_bytes() == before
+    command("eval", model, "--store", f"speeches={store}", "--max-documents", "3", "--max-tokens", "90")
+    assert len(scores.read_bytes().splitlines()) == 2 * len(before.splitlines())
+
+
+def test_a_document_that_was_trained_on_is_left_out(make_config, store, tmp_path, command):
+    """The training store's own source, split otherwise: some of its test documents are training documents."""
+    config = StoreConfig(
+        name="again",
+        sources=({"kind": "corpus", "name": "sotu"},),
+        tokenizer=TokenizerConfig(path=store),
+        validation=0.4,
+        test=0.6,
+        max_bytes=400_000,
+    )
+    again = build_store(config, tmp_path)
+    trained = run(make_config())
+    code, printed, _ = command("eval", trained.path, "--store", f"again={again}", *LIMITS)
+    assert code == 0
+    rows = pl.read_ndjson(trained.scores).filter(split="test")
+    share = rows.filter(metric="overlap_documents")["value"].item()
+    assert 0.05 < share < 0.9
+    assert set(rows["role"]) == {"in_domain"}
+    assert f"trained on {share:.1%} of its documents (left out)" in printed
+    left = pl.read_parquet(trained.documents).filter(split="test")["document"].to_list()
+    bounds, known = open_store(again).split("test"), open_store(store).split("train")
+    train = known.tokens.tobytes()
+    for index in left:
+        a, b = (int(x) for x in bounds.offsets[index : index + 2, 0])
+        assert bounds.tokens[a:b].tobytes() not in train
+
+
+def without_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def with_another_tokenizer(model):
+    config = StoreConfig(
+        name="other",
+        sources=({"kind": "corpus", "name": "kjv"},),
+        tokenizer=TokenizerConfig(vocab_size=290),
+        max_bytes=100_000,
+    )
+    other = build_store(config, model.parent)
+    shutil.copy(other / "tokenizer.json", model / "tokenizer.json")
+
+
+def untouched(model):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (untouched, ["--domain", "kvj"], "domain 'kvj': no such domain; did you mean 'kjv'"),
+        (untouched, ["--suite", "online"], "choose offline or paper"),
+        (untouched, ["--store", "x"], "write NAME=DIRECTORY"),
+        (untouched, ["--store", "x=nowhere"], "nowhere"),
+        (untouched, ["--device", "tpu"], "device = tpu: torch sees no such device here"),
+        (untouched, ["--mechanism"], "give one model, --teacher MODEL and --baseline MODEL"),
+        (without_weights, ["--domain", "kjv"], "tiny"),
+        (with_another_tokenizer, ["--store", "speeches=STORE"], "made with another tokenizer"),
+        (untouched, ["--store", "empty=EMPTY"], "domain empty: split 'validation' of"),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_compute(
+    damage, arguments, message, store, model, command, tmp_path, monkeypatch
+):
+    if "empty=EMPTY" in arguments:
+        text = tmp_path / "text.txt"
+        text.write_text("All of it is for training.\n" * 50)
+        config = StoreConfig(
+            name="empty",
+            sources=({"kind": "files", "paths": (str(text),)},),
+            tokenizer=TokenizerConfig(path=store),
+            validation=0.0,
+            test=0.0,
+        )
+        arguments = ["--store", f"empty={build_store(config, tmp_path)}"]
+    damage(model)
+    monkeypatch.setattr(evaluate, "load", None)
+    code, _, complaint = command("eval", model, *(text.replace("STORE", str(store)) for text in arguments))
+    assert code == 2
+    assert message in complaint
+    assert complaint.startswith("error: ")
+    assert complaint.count("\n") == 1
+
+
+def test_a_missing_field_and_an_empty_text_are_said(tmp_path, store):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "It is here."}\n{"txt": "It is not."}\n')
+    for source, message in (
+        ({"kind": "files", "paths": (str(file),)}, "text"),
+        ({"kind": "files", "paths": (str(tmp_path / "none-*.txt"),)}, "none-"),
+    ):
+        config = StoreConfig(name="x", sources=(source,), tokenizer=TokenizerConfig(path=store))
+        with pytest.raises(UserError, match=message):
+            build_store(config, tmp_path / "stores")

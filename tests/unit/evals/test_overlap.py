@@ -1,0 +1,101 @@
+"""What of a text was trained on: against plain recomputations on a real store."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.data.store import build_store, open_store
+from tutelage.evals import overlap
+from tutelage.evals.overlap import GRAM, copied_grams, trained_on
+from tutelage.evals.windows import read_documents
+
+
+@pytest.fixture(scope="module")
+def training(store):
+    return open_store(store)
+
+
+@pytest.fixture(scope="module")
+def mixed(training, tmp_path_factory):
+    """A text half of whose documents were trained on, and one of which quotes the training text."""
+    folder = tmp_path_factory.mktemp("mixed")
+    tokenizer = Tokenizer.from_file(str(training.path / "tokenizer.json"))
+    view = training.split("train")
+    bounds = view.offsets[:, 0].astype(int)
+    texts = [tokenizer.decode(view.tokens[a : b - 1].tolist()) for a, b in itertools.pairwise(bounds[:7])]
+    quoting = (
+        "Of my own invention, with zeal and a kettle. " + texts[0][3000:4000] + " And so on and so forth."
+    )
+    for number, text in enumerate(
+        [*texts, quoting, *(f"{n} geese fly over hill {n}. " * 40 for n in range(9))]
+    ):
+        (folder / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    config = StoreConfig(
+        name="mixed",
+        sources=({"kind": "files", "paths": (str(folder / "*.txt"),)},),
+        tokenizer=TokenizerConfig(path=training.path),
+        validation=0.5,
+        test=0.5,
+    )
+    return open_store(build_store(config, folder))
+
+
+def texts_of(store, split):
+    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
+    view = store.split(split)
+    bounds = view.offsets[:, 0].astype(int)
+    return [tokenizer.decode(view.tokens[a : b - 1].tolist()) for a, b in itertools.pairwise(bounds)]
+
+
+def grams(text):
+    words = re.findall(r"\w+", text.lower())
+    return [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
+
+
+def test_documents_that_were_trained_on_are_found(training, mixed, tmp_path):
+    known = trained_on(training, {"mixed": mixed}, tmp_path)
+    trained = set(texts_of(training, "train"))
+    total = 0
+    for split in ("validation", "test"):
+        expected = {i for i, text in enumerate(texts_of(mixed, split)) if text in trained}
+        assert known["mixed", split] == expected
+        total += len(expected)
+    assert total == 6
+    (file,) = tmp_path.glob("trained-on-*.json")
+    before = file.stat().st_mtime_ns
+    assert trained_on(training, {"mixed": mixed}, tmp_path) == known
+    assert file.stat().st_mtime_ns == before
+
+
+def test_held_out_text_of_the_same_store_was_not_trained_on(training, tmp_path):
+    known = trained_on(training, {"own": training}, tmp_path)
+    assert known == {("own", "validation"): frozenset(), ("own", "test"): frozenset()}
+
+
+def test_copied_grams_are_a_plain_count(training, mixed, tmp_path):
+    documents = {
+        ("mixed", split): read_documents(mixed, split, 100, 10**6) for split in ("validation", "test")
+    }
+    found = copied_grams(training, documents, tmp_path)
+    there = {gram for text in texts_of(training, "train") for gram in grams(text)}
+    copied = 0
+    for split in ("validation", "test"):
+        for text, n, m in zip(texts_of(mixed, split), *found["mixed", split], strict=True):
+            assert n == len(grams(text))
+            assert m == sum(gram in there for gram in grams(text))
+            copied += 0 < m < n
+    assert copied >= 1
+    again = copied_grams(training, documents, tmp_path)
+    assert all(np.array_equal(again[key], found[key]) for key in found)
+
+
+def test_short_texts_have_no_grams():
+    assert len(overlap._grams([1] * (GRAM - 1))) == 0
+    assert len(overlap._grams([1] * GRAM)) == 1
+    assert len(overlap._grams([1] * 5 + [0] + [1] * GRAM)) == 1  # no gram reaches over a foreign word

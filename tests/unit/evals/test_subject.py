@@ -1,0 +1,107 @@
+"""What can be evaluated, and what is said of what cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import transformers
+
+from tutelage.data.store import open_store
+from tutelage.errors import Stopped, UserError
+from tutelage.evals.subject import check_tokenizer, find_subject
+from tutelage.models import hub
+from tutelage.models.ladder import LADDER
+from tutelage.pipeline import run
+from tutelage.train.loop import Nobody
+
+
+@pytest.fixture
+def directory(store, tmp_path):
+    model = hub.build(LADDER["nano-50k"], open_store(store).vocab_size, 48, seed=0)
+    hub.save(model, tmp_path / "models" / "tiny", store)
+    return tmp_path / "models" / "tiny"
+
+
+def test_a_run_is_scored_where_it_lies(make_config, store):
+    finished = run(make_config())
+    subject = find_subject(str(finished.path), finished.path / "elsewhere")
+    assert (subject.id, subject.step, subject.tokens, subject.context) == (finished.id, 12, 12 * 256, 32)
+    assert subject.output == finished.path
+    assert subject.training_store == store
+
+
+def test_a_model_directory_is_named_by_its_weights(directory, tmp_path):
+    subject = find_subject(str(directory), tmp_path / "out")
+    assert subject.id.startswith("tiny-")
+    assert (subject.step, subject.tokens, subject.context) == (0, 0, 48)
+    assert subject.output == tmp_path / "out" / subject.id
+    assert not subject.output.exists()
+    moved = shutil.copytree(directory, tmp_path / "copy" / "tiny")
+    assert find_subject(str(moved), tmp_path).id == subject.id
+
+
+def test_an_unfinished_run_says_how_far_it_is(make_config):
+    class Stop(Nobody):
+        def advance(self, step):
+            if step == 5:
+                raise Stopped
+
+    config = make_config()
+    with pytest.raises(Stopped):
+        run(config, Stop())
+    (path,) = config.output.iterdir()
+    with pytest.raises(UserError, match=r"has not finished training \(running, step 4 of 12\)"):
+        find_subject(str(path), path)
+
+
+def break_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def break_config(directory):
+    (directory / "config.json").write_text("{}", encoding="utf-8")
+
+
+def break_tokenizer(directory):
+    (directory / "tokenizer.json").unlink()
+
+
+def shrink_vocabulary(directory):
+    model = hub.build(LADDER["nano-50k"], 200, 48, seed=0)
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_weights, "models/tiny"),
+        (break_config, "no model that transformers knows"),
+        (break_tokenizer, "tokenizer"),
+        (
+            shrink_vocabulary,
+            "its tokenizer has 300 ids, the model knows 200; the tokenizer belongs to another",
+        ),
+    ],
+)
+def test_a_directory_that_is_no_model_is_refused(directory, tmp_path, damage, message):
+    damage(directory)
+    with pytest.raises(UserError, match=message) as caught:
+        check_tokenizer(find_subject(str(directory), tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "no where", "a/b/c"])
+def test_a_path_that_is_not_there_is_said(name, tmp_path):
+    with pytest.raises(
+        UserError, match="no such directory; give a run directory, a model directory or a Hub"
+    ):
+        find_subject(name, tmp_path)
+
+
+def test_a_model_without_a_length_is_refused(directory, tmp_path):
+    config = transformers.BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2).to_dict()
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="no max_position_embeddings, so the trained length is unknown"):
+        find_subject(str(directory), tmp_path)
