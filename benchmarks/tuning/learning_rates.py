@@ -16,11 +16,14 @@ from pathlib import Path
 import polars as pl
 
 from tutelage.configio import validate
-from tutelage.console import StudyTable
+from tutelage.console_study import StudyTable
 from tutelage.data.store import build_store, open_store
+from tutelage.study.claims import Claims
+from tutelage.study.engines.local import LocalEngine, default_workers
+from tutelage.study.failures import Failures
 from tutelage.study.graph import Node, Stores, expand
 from tutelage.study.presets import demo_study
-from tutelage.study.runner import default_workers, run_all
+from tutelage.study.runner import run_all
 from tutelage.study.spec import StudyConfig
 
 RUNGS = ["nano-50k", "nano-150k", "nano-350k"]
@@ -57,8 +60,9 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     arguments = parser.parse_args()
     nodes = sweep(arguments)
-    with StudyTable() as table:
-        run_all(nodes, default_workers(), table)
+    engine = LocalEngine(default_workers(), [])
+    with engine, Claims(arguments.output) as claims, StudyTable() as table:
+        run_all(nodes, engine, claims, Failures(arguments.output, 1), table)
     print(f"{arguments.tokens} tokens, {arguments.seeds} seeds, validation bits per byte")
     for name in arguments.rungs:
         results = {}

@@ -227,7 +227,7 @@ def _recipe(node: Node) -> str:
     """What a run is finished with: its id says how it was trained, this adds on what it was scored."""
     config = node.config.eval
     domains = [(domain.name, domain.store.name, domain.role) for domain in config.domains]
-    return digest([node.id, domains, config.max_documents, config.max_tokens])
+    return digest([node.id, domains, config.model_dump(mode="json", exclude={"domains"})])
 
 
 def _directory(node: Node) -> RunDirectory:
