@@ -38,8 +38,9 @@ def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], 
     models = list(dict.fromkeys(row["run"] for row in rows))
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     table = Table("domain", *models, box=None, pad_edge=False)
-    table.caption = "Bits per byte of test text, 95% interval over documents; less is better" + (
-        "; * best of the models scored on the same text in the same windows" if len(models) > 1 else ""
+    table.caption = (
+        "Bits per byte of test text, calibration error; less is better; 95% interval over documents"
+        + ("; * best of the models scored on the same text in the same windows" if len(models) > 1 else "")
     )
     table.caption_justify = "left"
     for domain in domains:
@@ -80,7 +81,7 @@ def _task_cell(score: Score | None, row: Sequence[Score | None]) -> Text:
     if score is None:
         return Text("-")
     rivals = [other.value for other in row if other is not None and other.version == score.version]
-    best = len(rivals) > 1 and score.value == (max if score.higher_is_better else min)(rivals)
+    best = score.value == (max if score.higher_is_better else min)(rivals) and len(set(rivals)) > 1
     noise = "" if math.isnan(score.stderr) else f" ± {score.stderr:.3f}"
     return Text(f"{score.value:.3f}{noise} (n={score.n}){' *' if best else ''}", "bold green" if best else "")
 
@@ -95,7 +96,7 @@ def _cells(found: Sequence[Mapping[str, Any] | None]) -> list[Text]:
         rivals = [
             other["value"] for other in found if other is not None and other["version"] == row["version"]
         ]
-        best = len(rivals) > 1 and row["value"] == min(rivals)
+        best = row["value"] == min(rivals) and len(set(rivals)) > 1
         interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
         cells.append(
             Text(f"{row['value']:.3f}{interval}{' *' if best else ''}", "bold green" if best else "")
