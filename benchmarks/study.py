@@ -201,7 +201,7 @@ def _write_evaluation(path: Path, row: Row) -> None:
 
 
 def _factor(row: Row) -> float:
-    """Bits of a run as a multiple of the middle one's: size and tokens help, teachers a little."""
+    """Bits of a run as a multiple: size and tokens help, teachers a little."""
     size = math.log(float(str(row["parameters"])) * float(str(row["tokens"])))
     alpha = row["alpha"]
     helped = 0.04 * alpha * (1 - alpha) if isinstance(alpha, float) else 0.0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import altair as alt
 import vl_convert
+from altair.utils.schemapi import debug_mode
 
 from tutelage.analysis.words import NO_TEACHER
 from tutelage.files import new_directory
@@ -30,6 +31,7 @@ PALETTE = ("#D55E00", "#0090D8", "#CC79A7", "#009E73", "#E69F00", "#56B4E9")
 _FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 """One set of metrics: labels are placed here by the width that the browser will give them."""
 _PNG_SCALE = 2.0
+_WHITE = '><rect width="100%" height="100%" fill="white"/>'
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
     "padding": {"left": 14, "right": 14, "top": 4, "bottom": 4},
@@ -59,6 +61,7 @@ _CONFIG: dict[str, Any] = {
     },
 }
 _RELATIONS = ("weak-to-strong", "same-level", "strong-to-weak")
+_GREYS = (GREY, "#b59f7b")
 _DASHES = ([5, 3], [2, 2])
 _LINE_LEGEND = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1)
 _POINT_LEGEND = alt.Legend(symbolType="circle", symbolOpacity=1)
@@ -97,18 +100,19 @@ def save_all(figures: Sequence[Figure], directory: Path) -> dict[str, str]:
     drawings: dict[str, str] = {}
     with new_directory(directory) as partial:
         for figure in figures:
-            spec = figure.chart.to_dict() | {"config": _CONFIG}
+            spec = figure.chart.to_dict(validate=False) | {"config": _CONFIG}
             drawings[figure.name] = vl_convert.vegalite_to_svg(spec)
             (partial / f"{figure.name}.svg").write_text(drawings[figure.name], encoding="utf-8")
-            page = spec | {"background": "white"}
-            (partial / f"{figure.name}.png").write_bytes(vl_convert.vegalite_to_png(page, scale=_PNG_SCALE))
+            page = drawings[figure.name].replace(">", _WHITE, 1)  # inside the svg element, under all else
+            (partial / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(page, scale=_PNG_SCALE))
             figure.data.write_csv(partial / f"{figure.name}.csv")
     return drawings
 
 
 def inline(data: pl.DataFrame) -> alt.InlineData:
-    """The rows inside the chart, with no limit on their number."""
-    return alt.InlineData(values=data.to_dicts())
+    """The rows inside the chart, with no limit on their number, and not held against a schema one by one."""
+    with debug_mode(False):
+        return alt.InlineData(values=data.to_dicts())
 
 
 def zero_line(axis: Literal["x", "y"]) -> alt.Chart:
@@ -159,7 +163,8 @@ def key_of(pairs: Sequence[PairFinding], *, with_baseline: bool = False) -> Key:
     order = [*_RELATIONS, "not measured"] if many else [*names.values()]
     used = [name for name in order if name in names.values()]
     controls = {pair.teacher.name: pair.teacher.name for pair in pairs if pair.teacher.control}
-    colours = {name: PALETTE[i] for i, name in enumerate(used)} | dict.fromkeys(controls, GREY)
+    colours = {name: PALETTE[i] for i, name in enumerate(used)}
+    colours |= {name: _GREYS[i % len(_GREYS)] for i, name in enumerate(controls)}
     dashes = {name: [1, 0] for name in used}
     dashes |= {name: _DASHES[i % len(_DASHES)] for i, name in enumerate(controls)}
     if with_baseline:

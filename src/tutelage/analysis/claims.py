@@ -39,11 +39,13 @@ def missing_for(plan: Plan, claim: int) -> str | None:
 
 
 def _taught(plan: Plan) -> Iterator[tuple[PlanRun, PlanStudent, PlanTeacher]]:
-    """Runs with a real teacher."""
+    """Runs with a real teacher, one of each student, teacher and arm: seeds do not matter to a need."""
     students = {student.name: student for student in plan.students}
     teachers = {teacher.name: teacher for teacher in plan.teachers}
-    for run in plan.runs:
-        if run.kind != "student" or run.student is None or run.teacher is None:
+    for run in {
+        (run.student, run.teacher, run.arm): run for run in plan.runs if run.kind == "student"
+    }.values():
+        if run.student is None or run.teacher is None:
             continue
         if not teachers[run.teacher].control:
             yield run, students[run.student], teachers[run.teacher]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 _FEW_DOMAINS = 6
 _FEW_LABELS = 30
+_TITLE_WIDTH = 150
 _FAR = -10.0
 """Percent: losses beyond it are left out of a drawing, where they would squeeze the rest."""
 _TILES = ["#E69F00", "#f4f4f4", "#56B4E9"]
@@ -37,11 +38,12 @@ def heat_map(verdicts: Sequence[Verdict], suffix: str) -> Figure:
     )
     numbers = base.mark_text(fontSize=10, color="#111").encode(text=alt.Text("gain:Q", format="+.1f"))
     sides = data["side"].unique(maintain_order=True).to_list()
+    step = max(34, _TITLE_WIDTH // len(alphas))
     panels = [
         alt.layer(tiles, numbers)
         .encode(y=alt.Y("teacher:N", title=None, sort=rows).axis(labels=i == 0, ticks=i == 0))
         .transform_filter(f"datum.side === '{side}'")
-        .properties(width=alt.Step(34), height=alt.Step(26), title=side)
+        .properties(width=alt.Step(step), height=alt.Step(26), title=side)
         for i, side in enumerate(sides)
     ]
     return Figure(

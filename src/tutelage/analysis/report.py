@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tutelage.analysis.outcomes import Outcome
 
-_MOST_DRAWN = 6
+_MOST_DRAWN = 4
 """Students whose figures fit a page; of the others there are tables."""
 _FEW_VALUES = 8
 

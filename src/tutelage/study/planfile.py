@@ -124,8 +124,8 @@ class Plan(Section):
         _refuse_twice("run", [run.run for run in self.runs])
         cells = [(r.kind, r.student, r.teacher, r.arm, r.seed, r.stage) for r in self.runs]
         _refuse_twice("cell", cells)
-        ids = {run.run for run in self.runs}
-        if lost := [run.run for run in self.runs if run.baseline not in ids | {None}]:
+        known_runs = {run.run for run in self.runs} | {None}
+        if lost := [run.run for run in self.runs if run.baseline not in known_runs]:
             raise ValueError(f"run {lost[0]}: its baseline is not among the runs")
         return self
 

@@ -49,7 +49,8 @@ class _Status(Record):
     error: str | None = None
 
 
-class _Ledger(Record):
+class _Done(_Status):
+    status: Literal["done"]
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -158,10 +159,13 @@ def _reported(problems: list[str], run: str, consequence: str) -> Iterator[None]
 
 def _progress(path: Path) -> dict[str, object]:
     """Status of a run and, if it is done, its costs."""
-    if not (path / "state.json").exists():
-        return {"status": "not started"}
-    status = read_model(path / "state.json", _Status)
-    if status.status != "done":
+    file = path / "state.json"
+    try:
+        return read_model(file, _Done).model_dump()
+    except UnreadableError:
+        if not file.exists():
+            return {"status": "not started"}
+        status = read_model(file, _Status)
+        if status.status == "done":
+            raise
         return status.model_dump()
-    costs = read_model(path / "state.json", _Ledger)
-    return status.model_dump() | costs.model_dump()
