@@ -73,7 +73,24 @@ def study_plan(
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
+        for study in studies:
+            _say_untestable(study)
         print_forecast(found, [" ".join([name, *overrides]) for name in names])
+
+
+def _say_untestable(study: StudyConfig) -> None:
+    """Name the announced claims that no run of the study can decide."""
+    from tutelage.analysis.claims import missing_for
+    from tutelage.console import out
+    from tutelage.study.planned import draft_of
+
+    if not study.claims:
+        return
+    plan = draft_of(study)
+    for claim in study.claims:
+        if lacking := missing_for(plan, claim):
+            text = f"note     {study.name}: claim {claim} is announced and cannot be decided: {lacking}"
+            out.print(text, highlight=False, soft_wrap=True)
 
 
 @study_app.command("run")
@@ -151,6 +168,7 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, rules: R
     from tutelage.study.results import load_results
     from tutelage.study.study import run_study
 
+    _say_untestable(study)
     with StudyTable() as table:
         run_study(study, directory, engine, table, lambda text: out.print(text, highlight=False), rules)
     print_verdicts(load_results(directory), out)

@@ -75,6 +75,8 @@ def read_evaluations(
     problems: dict[str, str] = {}
     scores = _scores(directory, runs, problems)
     documents = _documents(directory, [run for run in runs if run not in problems], problems)
+    asked = pl.col("domain").is_in([domain.name for domain in plan.domains])  # others: `tutelage eval`
+    scores, documents = scores.filter(asked), documents.filter(asked)
     for run, reason in _gaps(scores, documents, plan) + _disagreements(scores, documents):
         problems.setdefault(run, reason)
     good = ~pl.col("run").is_in([*problems])

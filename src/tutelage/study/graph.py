@@ -93,7 +93,7 @@ class _Binder:
 
     def node(self, cell: Cell) -> Node:
         """The node of a cell whose needs are nodes already."""
-        cost = Cost.of(cell, self.teachers, self.vocab_size, self._length(cell))
+        cost = Cost.of(cell, self.teachers, self.vocab_size, sequence_length(cell))
         settings = merged(cell.settings, self._places(cell))
         settings["tokens"] = cost.tokens if cell.compute_of else cell.tokens
         config = validate(RunConfig, settings, f"study {self.study.name}: {cell.name}")
@@ -110,10 +110,6 @@ class _Binder:
         )
         self.nodes[cell.name] = node
         return node
-
-    def _length(self, cell: Cell) -> int:
-        length: int = cell.settings.get("data", {}).get("sequence_length", _SEQUENCE_LENGTH)
-        return length
 
     def _places(self, cell: Cell) -> dict[str, Any]:
         """What names directories: stores, output, models and teachers."""
@@ -156,7 +152,11 @@ class _Binder:
         return [inside, *outside]
 
 
-_SEQUENCE_LENGTH = int(RunData.model_fields["sequence_length"].default)
+def sequence_length(cell: Cell) -> int:
+    """Tokens per sequence of a cell's run."""
+    default = RunData.model_fields["sequence_length"].default
+    length: int = cell.settings.get("data", {}).get("sequence_length", default)
+    return length
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,11 @@ from typing import TYPE_CHECKING
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.files import BusyError, claimed, make_directory
-from tutelage.study.cells import teachers_of
 from tutelage.study.claims import Claims, is_gone, runners
 from tutelage.study.failures import Failures
 from tutelage.study.graph import Node, expand
-from tutelage.study.planfile import (
-    Plan,
-    PlanDomain,
-    PlanRun,
-    PlanStudent,
-    PlanTeacher,
-    load_plan,
-    save_plan,
-)
+from tutelage.study.planfile import Plan, load_plan, save_plan
+from tutelage.study.planned import plan_of
 from tutelage.study.runner import run_all
 from tutelage.study.stores import build_stores
 
@@ -80,7 +72,7 @@ def run_study(
             stores = build_stores(study, directory / "data", engine, claims, say)
             nodes = expand(study, stores, directory / "runs", open_store(stores.corpus).vocab_size)
             _check_budgets(nodes)
-            _publish(directory, make_plan(study, nodes), claims)
+            _publish(directory, plan_of(study, nodes), claims)
         run_all(nodes, engine, claims, Failures(directory, rules.retries), watcher, rules.cohort)
 
 
@@ -131,62 +123,3 @@ def _check_budgets(nodes: list[Node]) -> None:
                 f"{available[node.config.data.store]:,} of the training split, so text would repeat; lower "
                 "the budget or add text"
             )
-
-
-def make_plan(study: StudyConfig, nodes: list[Node]) -> Plan:
-    """What `plan.json` says of `nodes`."""
-    trained = {node.cell.teacher: node for node in nodes if node.cell.kind == "teacher"}
-    students = {
-        node.cell.student: PlanStudent(
-            name=node.cell.student, rung=node.cell.rung, tokens=node.tokens, parameters=node.parameters
-        )
-        for node in nodes
-        if node.cell.kind == "baseline" and node.cell.student is not None
-    }
-    teachers = []
-    for name, spec in teachers_of(study).items():
-        node = trained.get(name)
-        teachers.append(
-            PlanTeacher(
-                name=name,
-                control=spec.control is not None,
-                description=spec.description,
-                rung=spec.rung,
-                tokens=None if node is None else node.tokens,
-                parameters=None if node is None else node.parameters,
-                run=None if node is None else node.id,
-            )
-        )
-    outside = tuple(PlanDomain(name=name, role=spec.role) for name, spec in study.domains.items())
-    return Plan(
-        name=study.name,
-        title=study.title,
-        seeds=study.seeds,
-        students=tuple(students.values()),
-        teachers=tuple(teachers),
-        domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
-        in_domain=study.in_domain,
-        runs=tuple(_plan_run(node) for node in nodes),
-        claims=study.claims,
-        notes=study.notes,
-    )
-
-
-def _plan_run(node: Node) -> PlanRun:
-    cell = node.cell
-    return PlanRun(
-        run=node.id,
-        kind=cell.kind,
-        group=cell.group,
-        student=cell.student,
-        teacher=cell.teacher,
-        arm=cell.arm,
-        alpha=cell.alpha,
-        seed=cell.seed,
-        tokens=node.tokens,
-        parameters=node.parameters,
-        flops=node.flops + node.teacher_flops,
-        baseline=node.baseline,
-        stage=cell.stage,
-        after=node.needs[0] if cell.kind == "after" else None,
-    )

@@ -14,10 +14,10 @@ from tutelage.study.failures import Failures
 from tutelage.study.forecast import Machine, forecast
 from tutelage.study.graph import Stores, expand
 from tutelage.study.planfile import save_plan
+from tutelage.study.planned import plan_of
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import Board
 from tutelage.study.status import read_status, retry_runs, stop_study
-from tutelage.study.study import make_plan
 from tutelage.train.rundir import RunDirectory
 
 STUDY = demo_study(1, "20K", quick=False)
@@ -28,7 +28,7 @@ def nodes(store, other_store, tmp_path):
     """Two runs done, one stopped, one that goes on, one given up, one to be tried again, the rest waiting."""
     stores = Stores(store, dict.fromkeys(STUDY.domains, other_store), {}, {})
     found = expand(STUDY, stores, tmp_path / "runs", 300)
-    save_plan(tmp_path, make_plan(STUDY, found))
+    save_plan(tmp_path, plan_of(STUDY, found))
     for node, status, speed in zip(
         found[:4], ("done", "done", "stopped", "running"), (1e9, 2e9, 1e9, 1e9), strict=True
     ):

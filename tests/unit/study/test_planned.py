@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from tiny import tiny_study
+
+from tutelage.analysis.claims import missing_for
+from tutelage.data.store import open_store
+from tutelage.study.graph import Stores, expand
+from tutelage.study.planned import draft_of, plan_of
+from tutelage.study.presets import load_study
+
+IDS = {"run", "baseline", "after"}
+
+
+def test_a_draft_is_the_plan_but_for_run_ids(store, other_store, tmp_path):
+    study = tiny_study()
+    stores = Stores(store, {"scripture": other_store}, {}, {})
+    nodes = expand(study, stores, tmp_path / "runs", open_store(store).vocab_size)
+    draft, plan = draft_of(study), plan_of(study, nodes)
+    assert [run.run for run in plan.runs] == [node.id for node in nodes]
+    assert [run.run for run in draft.runs] == [node.cell.name for node in nodes]
+    for drafted, planned in zip(draft.runs, plan.runs, strict=True):
+        assert drafted.model_dump(exclude=IDS) == planned.model_dump(exclude=IDS)
+        assert (drafted.baseline is None) == (planned.baseline is None)
+    assert draft.students == plan.students
+
+
+def test_announced_claims_that_no_run_can_decide_are_known_before_anything_is_built():
+    plan = draft_of(load_study("mini"))
+    assert [claim for claim in plan.claims if missing_for(plan, claim)] == []
+    assert "post_training" in str(missing_for(plan, 18))
+
+
+def test_a_plan_says_what_a_teacher_reads_and_keeps():
+    corpus = {"name": "scripture", "sources": [{"kind": "corpus", "name": "kjv"}]}
+    cache = {"format": {"kind": "topk", "k": 5}}
+    weak = {"rung": "nano-20k", "tokens": "4K", "corpus": corpus, "cache": cache}
+    (teacher,) = draft_of(tiny_study(teachers={"weak": weak})).teachers
+    assert (teacher.corpus, teacher.targets) == ("scripture", "topk")
