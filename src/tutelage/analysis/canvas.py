@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import altair as alt
+import polars as pl
 import vl_convert
 from altair.utils.schemapi import debug_mode
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
-    import polars as pl
-
     from tutelage.analysis.verdicts import PairFinding
 
 INK = "currentColor"
@@ -31,6 +30,8 @@ PALETTE = ("#D55E00", "#0090D8", "#CC79A7", "#009E73", "#E69F00", "#56B4E9")
 _FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 """One set of metrics: labels are placed here by the width that the browser will give them."""
 _PNG_SCALE = 2.0
+_FARTHEST = -10.0
+"""Percent: losses beyond it are left out of a drawing, where they would squeeze the rest."""
 _WHITE = '><rect width="100%" height="100%" fill="white"/>'
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
@@ -172,3 +173,17 @@ def key_of(pairs: Sequence[PairFinding], *, with_baseline: bool = False) -> Key:
     series: dict[str | None, str] = {None: NO_TEACHER}
     series.update(names | controls)
     return Key(series, colours, dashes)
+
+
+def within_reach(data: pl.DataFrame, *columns: str) -> tuple[pl.DataFrame, str]:
+    """The rows whose losses a figure can show without flattening the others, and a sentence on the rest.
+
+    Args:
+        data: rows of a figure.
+        columns: gains in percent.
+    """
+    near = data.filter(*(pl.col(column) > _FARTHEST for column in columns))
+    if near.is_empty() or near.height == data.height:
+        return data, ""
+    rest = data.height - near.height
+    return near, f" Losses beyond {-_FARTHEST:g}% are not drawn ({rest} of {data.height})."

@@ -8,7 +8,7 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis import words
-from tutelage.analysis.canvas import INK, Figure, Key, inline, zero_line
+from tutelage.analysis.canvas import INK, Figure, Key, inline, within_reach, zero_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,6 @@ _SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 _FEW_DOMAINS = 6
 _FEW_LABELS = 30
 _TITLE_WIDTH = 150
-_FAR = -10.0
-"""Percent: losses beyond it are left out of a drawing, where they would squeeze the rest."""
 _TILES = ["#E69F00", "#f4f4f4", "#56B4E9"]
 
 
@@ -108,8 +106,7 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         ],
         schema_overrides={"alpha": pl.Float64},
     )
-    near = data.filter((pl.col("in_domain") > _FAR) & (pl.col("out_of_domain") > _FAR))
-    near = data if near.is_empty() else near
+    near, left_out = within_reach(data, "in_domain", "out_of_domain")
     many = len(verdicts) > _FEW_LABELS
     shown = key.only(data["series"].unique())
     base = alt.Chart().encode(
@@ -133,8 +130,7 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         labels = text.encode(text=alt.Text("alpha:Q", format="~g")).transform_filter(constant)
         layers.append(labels)
     triangles = " Triangles are other arms than a constant alpha." if data["alpha"].null_count() else ""
-    rest = data.height - near.height
-    triangles += f" Losses beyond {-_FAR:g}% are not drawn ({rest} of {data.height})." if rest else ""
+    triangles += left_out
     named = "One point per teacher and arm" if many else "One point per teacher and alpha (the label)"
     return Figure(
         name=f"trade-off{suffix}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import altair as alt
 import polars as pl
 
-from tutelage.analysis.canvas import GREY, INK, PALETTE, Figure, Key, inline, key_of
+from tutelage.analysis.canvas import GREY, INK, PALETTE, Figure, Key, inline, key_of, within_reach
 from tutelage.analysis.costs import ledger
 from tutelage.analysis.words import NO_TEACHER
 
@@ -41,8 +41,9 @@ def calibration(
         if v.fitted is not None
     ]
     data = pl.DataFrame(rows)
-    key = key.only(data["series"].unique())
-    both = [*data["raw"], *data["fitted"], 0.0]
+    near, left_out = within_reach(data, "raw", "fitted")
+    key = key.only(near["series"].unique())
+    both = [*near["raw"], *near["fitted"], 0.0]
     ends = [{"raw": end, "fitted": end} for end in (min(both), max(both))]
     line = alt.Chart(alt.InlineData(values=ends)).mark_line(color=INK, opacity=0.5, strokeWidth=1)
     gains = (
@@ -72,10 +73,10 @@ def calibration(
         caption="Left: what is left of a raw gain out of domain when every model gets its best temperature "
         "and unigram mixture; on the line all of it, at zero none. Right: expected calibration error less "
         "that of the student without a teacher; below zero is better calibrated. Means over seeds, test "
-        "split.",
+        f"split.{left_out}",
         spoken="Raw against fitted gain out of domain, and change of calibration error in and out of domain, "
         f"for {len(rows)} arms.",
-        chart=alt.hconcat(*panels, data=inline(data)),
+        chart=alt.hconcat(*panels, data=inline(near)),
         data=data.drop("series"),
     )
 
