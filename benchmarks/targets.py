@@ -5,7 +5,7 @@ compared with the teacher's full distribution through the gradient it gives a st
 frequencies and nothing else. Two errors, both relative to the dense gradient: of one position's logits, and
 of the head's gradient summed over all positions, where unbiased errors average out and biased ones stay.
 
-    python benchmarks/pretrained.py smollm2
+    python benchmarks/models/pretrained.py smollm2
     python benchmarks/targets.py --model smollm2 [--positions 2048] [--figure docs/figures]
 
 Other projects' bytes are what their own code writes per token (LAB.md says how each was found); their errors
@@ -189,6 +189,23 @@ def equal_variance(problem: Problem, table: pl.DataFrame) -> str:
     )
 
 
+def equal_bytes(table: pl.DataFrame) -> list[str]:
+    """At each number of draws, the variance of the largest min-variance samples that take no more bytes."""
+    ours = table.filter(pl.col("series") == "min-variance")
+    lines = []
+    for row in table.filter(pl.col("name").str.starts_with("RS-KD")).iter_rows(named=True):
+        fitting = ours.filter(pl.col("bytes") <= row["bytes"])
+        if fitting.is_empty():
+            lines.append(f"{row['name']}, {row['bytes']:.1f} bytes: none of ours is that small")
+            continue
+        best = fitting.sort("bytes").row(-1, named=True)
+        lines.append(
+            f"{row['name']}, {row['bytes']:.1f} bytes: {best['name']} take {best['bytes']:.1f} and have "
+            f"{(best['position'] / row['position']) ** 2:.2f} x the variance"
+        )
+    return lines
+
+
 def figure(table: pl.DataFrame, n: int) -> Figure:
     """Both errors against bytes per token."""
     series = [*OURS, "other projects"]
@@ -238,7 +255,7 @@ def main() -> None:
         ids = "" if math.isnan(row["ids"]) else f"{row['ids']:.1f}"
         errors = f"{row['position']:.3%} | {row['batch']:.3%}"
         print(f"| {row['name']} | {ids} | {row['bytes']:.1f} | {errors} |")
-    print(f"\n{verdict}")
+    print("\n".join(["", verdict, *equal_bytes(table)]))
     if arguments.figure:
         save_all([figure(table, arguments.positions)], arguments.figure / "targets")
         print(f"figure   {arguments.figure / 'targets'}")
