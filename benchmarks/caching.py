@@ -5,7 +5,7 @@ share of the step that waits for the reader; the reader's own CPU time. Pass: th
 logits alone, against the whole writer (sampling, packing, checksums, files).
 
     python benchmarks/caching.py [--student nano-350k] [--vocabulary 4096] [--rounds 7]
-    python benchmarks/caching.py --teacher smollm2   # the pass alone, with a pretrained teacher
+    python benchmarks/caching.py --teacher smollm2 [--bytes 24000]   # the pass, with a pretrained teacher
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ if TYPE_CHECKING:
     from tutelage.types import Batch, Targets
 
 STEPS, TOKENS, LENGTH = 8, 1024, 128
-PASS_BYTES, BATCH = 24_000, 1024
+BATCH = 1024
 FORMATS: dict[str, dict[str, Any]] = {
     "min-variance, 16 ids": {"kind": "sample_min_variance", "ids": 16},
     "top 50": {"kind": "topk", "k": 50},
     "50 draws": {"kind": "sample_multinomial", "draws": 50},
 }
+PASS_FORMATS = FORMATS | {"hidden states": {"kind": "hidden"}}
 
 
 class Timed:
@@ -139,9 +140,9 @@ def step_table(student: str, vocabulary: int, rounds: int, folder: Path) -> None
         print(f"| {name} | {ratio:.3f} | {wait:.2%} | {read:.2%} |", flush=True)
 
 
-def pass_table(model: Path, folder: Path) -> None:
-    """The writer beside the bare forward."""
-    store = open_store(store_of(folder, f'{{"path": "{model.absolute()}"}}', PASS_BYTES))
+def pass_table(model: Path, names: list[str] | None, limit: int, folder: Path) -> None:
+    """The writer beside the bare forward, over `limit` bytes of text."""
+    store = open_store(store_of(folder, f'{{"path": "{model.absolute()}"}}', limit))
     teacher = hub.load(str(model), dtype=torch.float32)
     split = store.split("train")
     loader = Loader(split, LENGTH, BATCH // LENGTH, seed=0)
@@ -155,13 +156,13 @@ def pass_table(model: Path, folder: Path) -> None:
     print(f"{model.name}, {len(split.tokens):,} tokens, vocabulary {store.vocab_size}")
     print("| format | forward with logits, tokens/s of CPU | writing, tokens/s of CPU | share |")
     print("|---|---|---|---|")
-    for name, settings in (FORMATS | {"hidden states": {"kind": "hidden"}}).items():
+    for name in names or [*PASS_FORMATS]:
         teach = {
             "store": str(store.path),
             "teacher": {"kind": "model", "path": str(model)},
             "context_length": LENGTH,
             "batch_tokens": BATCH,
-            "format": settings,
+            "format": PASS_FORMATS[name],
             "output": str(folder),
         }
         config = validate(TeachConfig, teach, "caching")
@@ -180,11 +181,13 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--teacher", type=Path, help="Hugging Face directory: measure the pass with it")
+    parser.add_argument("--formats", nargs="+", choices=PASS_FORMATS, help="of the pass; default: all")
+    parser.add_argument("--bytes", type=int, default=24_000, help="of text, for the pass")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.teacher:
-            pass_table(arguments.teacher, Path(folder))
+            pass_table(arguments.teacher, arguments.formats, arguments.bytes, Path(folder))
         else:
             step_table(arguments.student, arguments.vocabulary, arguments.rounds, Path(folder))
 

@@ -5,7 +5,7 @@ included, from the same inputs: float32, T=1, student width 512, teacher width 1
 its own. Its first run gives the peak memory above the inputs and is checked against float64; the later ones
 are timed, in turn with the matrix products that the method cannot do without.
 
-    python benchmarks/objective.py [--quick] [--shape 2048x50304] [--repeats 3] [--only TEXT] [--json FILE]
+    python benchmarks/objective.py [--quick] [--shape 2048x50304] [--repeats 3] [--json FILE] [--only T ...]
 
 Peers that are not installed are skipped; benchmarks/peers.txt says how to install them.
 """
@@ -146,17 +146,18 @@ def shown(error: float) -> str:
     return f"{error:.0e}" if error < WRONG else f"**wrong: {error:.1g}**"
 
 
-def measure_all(shape: str, repeats: int, only: str) -> list[Row]:
+def measure_all(shape: str, repeats: int, only: list[str]) -> list[Row]:
     """Every method at one shape, one process after the other."""
     tokens, vocab = (int(part) for part in shape.split("x"))
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         problem = make_problem(tokens, vocab, {})
         save_truth(make_problem(tokens, vocab, sparse_targets(problem)), folder)
         del problem
         for index, method in enumerate(METHODS):
-            if only in f"{method.group}: {method.name}" or method.group == GROUP_CE:
+            name = f"{method.group}: {method.name}"
+            if any(text in name for text in only) or method.group == GROUP_CE:
                 rows.append(in_own_process(index, shape, repeats, folder) | {"shape": shape})
                 print(json.dumps(rows[-1]), file=sys.stderr)  # so that a run cut short is not lost
     return rows
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"only {SHAPES[0]}")
     parser.add_argument("--shape", action="append", help="TOKENSxVOCABULARY; repeat for several")
     parser.add_argument("--repeats", type=int, default=3, help="least number of timed runs of each method")
-    parser.add_argument("--only", default="", help="methods whose 'group: name' contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="methods whose 'group: name' contains one")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

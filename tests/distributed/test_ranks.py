@@ -12,13 +12,26 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tutelage.configio import validate
 from tutelage.pipeline import run
+from tutelage.teachers.config import TeachConfig
+from tutelage.teachers.writer import write_cache
+
+
+@pytest.fixture(params=["unigram", "cache"])
+def teacher(request, store, tmp_path):
+    """The unigram control, alive or as samples on disk."""
+    live = {"kind": "unigram"}
+    if request.param == "unigram":
+        return live
+    teach = {"store": str(store), "teacher": live, "context_length": 32, "output": str(tmp_path / "caches")}
+    return {"kind": "cache", "path": str(write_cache(validate(TeachConfig, teach, "test")))}
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(make_config, tmp_path):
-    alone = run(make_config(teacher={"kind": "unigram"}, objective={"alpha": 0.4}))
-    config = make_config(teacher={"kind": "unigram"}, objective={"alpha": 0.4}, output=str(tmp_path / "two"))
+def test_two_ranks_equal_one(make_config, tmp_path, teacher):
+    alone = run(make_config(teacher=teacher, objective={"alpha": 0.4}))
+    config = make_config(teacher=teacher, objective={"alpha": 0.4}, output=str(tmp_path / "two"))
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     done = subprocess.run(

@@ -83,7 +83,9 @@ def test_blocks_run_in_order(page, tmp_path):
     run("set -e\n" + "\n".join(blocks(page, "bash")), tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchtitan") is None, reason="pip install --no-deps -r tests/torchtitan.txt"
+)
 def test_tutored_loss_is_torchtitans_own_at_alpha_0(tmp_path):
     page = next(page for page in PAGES if page.stem == "loss-in-torchtitan")
     (text,) = (text for text in blocks(page, "python") if text.startswith("# tutored_loss.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -449,6 +450,8 @@ def test_metrics_are_the_sums_they_say():
 
 BAD = [
     ({"alpha": 1.5}, "alpha 1.5"),
+    ({"alpha": -0.1}, "alpha -0.1"),
+    ({"alpha": math.nan}, "alpha nan"),
     ({"targets": None}, "targets is None"),
     ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels"),
     ({"labels": torch.zeros(37)}, "must be int64"),
@@ -461,6 +464,9 @@ BAD = [
     ({"targets": DenseTargets(torch.zeros(36, 11), torch.zeros(53, 11))}, "targets.hidden"),
     ({"targets": DenseTargets(torch.zeros(37, 10), torch.zeros(53, 11))}, "targets.hidden"),
     ({"targets": LogitTargets(torch.zeros(37, 52))}, "teacher vocabulary 52"),
+    ({"targets": LogitTargets(torch.full((37, 53), -torch.inf))}, "targets.logits: has 1961 values"),
+    ({"targets": LogitTargets(torch.zeros(37, 53, dtype=torch.int64))}, "targets.logits is torch.int64"),
+    ({"hidden": torch.zeros(37, 16, dtype=torch.int32)}, "hidden is torch.int32"),
     ({"targets": DenseTargets(torch.zeros(37, 11, device="meta"), torch.zeros(53, 11))}, "is on meta"),
     ({"objective": Objective(truncation=TopK(54))}, "top_k k = 54: above the vocabulary of 53"),
     ({"objective": Objective(vocab_size=54)}, "vocab_size 54"),
@@ -493,6 +499,9 @@ def test_bad_inputs_are_named(change, message):
         ({"probs_NK": torch.full((37, 4), 0.1)}, "targets.probs"),
         ({"tail_N": torch.zeros(36)}, "targets.tail"),
         ({"temperature": 2.0}, "must equal the objective's"),
+        ({"ids_NK": torch.zeros(37, 5, dtype=torch.int32)}, "targets.ids is torch.int32: must be int64"),
+        ({"probs_NK": torch.full((37, 5), torch.nan)}, "targets.probs: has 185 values that are NaN"),
+        ({"tail_N": torch.full((37,), torch.nan)}, "targets.tail: has 37 values that are NaN"),
     ],
 )
 def test_bad_sparse_targets_are_named(change, message):
@@ -510,6 +519,7 @@ def test_bad_sparse_targets_are_named(change, message):
     ("settings_", "message"),
     [
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"divergence": "forward_kll"}, "choose one of"),
         ({"mixing": "half"}, "choose one of"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tutelage.objective.objective import Objective
 
 _MASS_TOLERANCE = 1e-3
+_IDS = {"labels", "targets.ids"}
 
 
 def check_inputs(
@@ -55,6 +56,7 @@ def check_inputs(
         _check_vocabulary(targets.logits_NV.shape[1], vocab, objective)
     elif isinstance(targets, SparseTargets):
         tensors |= {"targets.ids": targets.ids_NK, "targets.probs": targets.probs_NK}
+        tensors |= {"targets.tail": targets.tail_N}
         _check_sparse(targets, n, objective)
     _check_places(tensors)
     if hidden_ND.device.type == "cpu":
@@ -109,9 +111,12 @@ def _check_places(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}: must be on {device}, where hidden is")
-        floating = name not in {"labels", "targets.ids"}
-        if tensor.is_floating_point() != floating:
-            raise ValueError(f"{name} is {tensor.dtype}: must be {'floating point' if floating else 'int64'}")
+        if name in _IDS:
+            fits, right = tensor.dtype == torch.int64, "int64"
+        else:
+            fits, right = tensor.is_floating_point(), "floating point"
+        if not fits:
+            raise ValueError(f"{name} is {tensor.dtype}: must be {right}")
 
 
 def _check_values(

@@ -410,7 +410,7 @@ def test_the_command_prints_the_cells_and_draws_them(subjects, store, tmp_path, 
     ("arguments", "message"),
     [
         (["--mechanism", "{student}"], "give one model, --teacher MODEL and --baseline MODEL"),
-        (["{student}", "--teacher", "{teacher}"], "belong to --mechanism"),
+        (["{student}", "--teacher", "{teacher}"], "belongs to --mechanism"),
         (
             ["--mechanism", "{student}", "--teacher", "{teacher}", "--baseline", "{baseline}"],
             "its training text is not known; name a text with --domain or --store",

@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import load_file
 from test_run import StopAt, assert_same_weights, losses
 
+from tutelage.configio import validate
 from tutelage.errors import Stopped, UserError
 from tutelage.pipeline import run, run_cohort
+from tutelage.teachers.cache import Cache
+from tutelage.teachers.config import TeachConfig
 from tutelage.teachers.online import OnlineTeacher
+from tutelage.teachers.writer import write_cache
 from tutelage.train.rundir import RunDirectory
 
 
@@ -66,6 +70,41 @@ def test_the_teacher_is_asked_once_per_batch(members, monkeypatch):
     run_cohort(members(micro_batch_tokens=128))
     assert len(asked) == 12 * 2
     assert len(set(asked)) == len(asked)
+
+
+def test_a_cohort_reads_its_cache_once_per_batch_and_each_is_as_alone(
+    make_config, store, teacher, tmp_path, monkeypatch
+):
+    teach = {
+        "store": str(store),
+        "teacher": {"kind": "run", "run": teacher.id},
+        "context_length": 32,
+        "device": "cpu",
+        "runs": str(teacher.path.parent),
+        "output": str(tmp_path / "caches"),
+    }
+    taught = {"kind": "cache", "path": str(write_cache(validate(TeachConfig, teach, "test")))}
+
+    def students(output):
+        return [
+            make_config(
+                name=f"alpha{alpha}", seed=seed, teacher=taught, objective={"alpha": alpha}, output=output
+            )
+            for seed, alpha in enumerate((0.2, 0.6, 1.0))
+        ]
+
+    alone = [run(config) for config in students(str(tmp_path / "solo"))]
+    asked = []
+    read = Cache.read
+    monkeypatch.setattr(
+        Cache, "read", lambda self, starts, length: (asked.append(starts), read(self, starts, length))[1]
+    )
+    together = run_cohort(students(str(tmp_path / "together")))
+    assert len(asked) == len(set(asked)) == 12 + 1  # and the batch after the last, which was read ahead
+    for a, b in zip(together, alone, strict=True):
+        assert a.id == b.id
+        assert losses(a) == losses(b)
+        assert_same_weights(a, b)
 
 
 def test_a_stopped_cohort_goes_on_bitwise_even_from_uneven_checkpoints(members, tmp_path, teacher):
