@@ -20,7 +20,16 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 MIN_EXPLANATION = 12
 
-_BASE = {"types", "errors", "files", "settings", "configio", "config", "objectiveconfig", "cacheformats"}
+_BASE = {
+    "types",
+    "errors",
+    "files",
+    "settings",
+    "configio",
+    "config",
+    "objectiveconfig",
+    "cacheformats",
+}
 _ROOMS = {"data", "models", "objective", "teachers"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
@@ -35,11 +44,12 @@ ALLOWED: dict[str, set[str]] = {
     "settings": set(),
     "objectiveconfig": {"settings"},
     "cacheformats": {"settings", "objectiveconfig"},
+    "manifests": {"errors"},
     "config": {"types", "errors", "settings", "objectiveconfig", "cacheformats"},
-    "data": _BASE,
+    "data": _BASE | {"manifests"},
     "models": _BASE,
     "objective": _BASE,
-    "teachers": _BASE | {"data", "models", "objective", "signals"},
+    "teachers": _BASE | {"manifests", "data", "models", "objective", "signals"},
     "identity": _BASE | {"data", "models", "teachers.manifest"},
     "train": _BASE | _ROOMS | {"signals"},
     "evals": _BASE | {"data", "models", "presets", "provenance", "resampling", "train.rundir"},

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import JsonValue
 
 from tutelage.errors import UserError
+from tutelage.manifests import ManifestHead, ManifestRecord, read_manifest_file
 from tutelage.types import Split
 
 if TYPE_CHECKING:
@@ -19,11 +20,7 @@ SCHEMA_VERSION = 1
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class SplitRecord(_Record):
+class SplitRecord(ManifestRecord):
     """One split.
 
     Attributes:
@@ -40,7 +37,7 @@ class SplitRecord(_Record):
     files: dict[str, str]
 
 
-class SourceRecord(_Record):
+class SourceRecord(ManifestRecord):
     """One source: what fixed its text (versions, licence, checksums) and what was taken from it."""
 
     source: dict[str, JsonValue]
@@ -48,7 +45,7 @@ class SourceRecord(_Record):
     bytes: int
 
 
-class Manifest(_Record):
+class Manifest(ManifestRecord):
     """Everything about a store but the tokens.
 
     Attributes:
@@ -98,36 +95,15 @@ def read_manifest(store: Path) -> Manifest:
     Raises:
         UserError: it is missing, is no manifest, or has another schema version.
     """
-    path = store / "manifest.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        what = "has no manifest.json" if store.is_dir() else "no such directory"
-        raise UserError(f"{store}: not a token store ({what}); `tutelage data build` makes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    try:
-        version = _Version.model_validate_json(text).schema_version
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{store}: token store of schema version {version}, this version reads {SCHEMA_VERSION}; "
-                "build it again with `tutelage data build`"
-            )
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: not the manifest of a token store ({field}: {first['msg']})") from None
-    _check_complete(path, manifest)
+    manifest = read_manifest_file(
+        store, Manifest, ManifestHead, SCHEMA_VERSION, "token store", "tutelage data build"
+    )
+    _check_complete(store / "manifest.json", manifest)
     return manifest
 
 
 def _endings(manifest: Manifest) -> tuple[str, ...]:
     return ("bin", "idx", "mask") if manifest.masked else ("bin", "idx")
-
-
-class _Version(BaseModel):
-    schema_version: int
 
 
 def _check_complete(path: Path, manifest: Manifest) -> None:

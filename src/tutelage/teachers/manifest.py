@@ -12,10 +12,9 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from tutelage.cacheformats import Format
 from tutelage.errors import UserError
+from tutelage.manifests import ManifestHead, ManifestRecord, read_manifest_file
 from tutelage.types import LogitTransform
 
 if TYPE_CHECKING:
@@ -25,11 +24,7 @@ SCHEMA_VERSION = 1
 """Raised when the bytes of a cache change. It is part of a cache's name, so old ones are not continued."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TeacherRecord(_Record):
+class TeacherRecord(ManifestRecord):
     """Who taught.
 
     Attributes:
@@ -45,7 +40,7 @@ class TeacherRecord(_Record):
     forward_flops: float
 
 
-class ShardRecord(_Record):
+class ShardRecord(ManifestRecord):
     """One finished shard.
 
     Attributes:
@@ -63,7 +58,7 @@ class ShardRecord(_Record):
     index_sha256: str
 
 
-class Layout(_Record):
+class Layout(ManifestRecord):
     """Where positions lie.
 
     Attributes:
@@ -106,7 +101,7 @@ class Layout(_Record):
         return f"shards/{shard:06d}.bin"
 
 
-class CacheManifest(_Record):
+class CacheManifest(ManifestRecord):
     """Everything about a cache but the targets. No date, place or machine: equal caches are equal bytes.
 
     Attributes:
@@ -175,27 +170,10 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
     Raises:
         UserError: it is missing, is no manifest of a cache, or has another schema version.
     """
-    path = cache / "manifest.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        what = "has no manifest.json" if cache.is_dir() else "no such directory"
-        raise UserError(f"{cache}: not a teacher cache ({what}); `tutelage teach` makes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    try:
-        version = _Head.model_validate_json(text).schema_version
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{cache}: teacher cache of schema version {version}, this version reads {SCHEMA_VERSION}; "
-                "write it again with `tutelage teach`"
-            )
-        manifest = CacheManifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: not the manifest of a teacher cache ({field}: {first['msg']})") from None
-    _check_shards(path, manifest)
+    manifest = read_manifest_file(
+        cache, CacheManifest, _Head, SCHEMA_VERSION, "teacher cache", "tutelage teach"
+    )
+    _check_shards(cache / "manifest.json", manifest)
     return manifest
 
 
@@ -208,8 +186,7 @@ def cache_fingerprint(cache: Path) -> str:
     return read_cache_manifest(cache).fingerprint
 
 
-class _Head(BaseModel):
-    schema_version: int
+class _Head(ManifestHead):
     teacher: object  # a token store has a schema version too
 
 
