@@ -53,9 +53,8 @@ def command(folder, output):
 
 
 def start(folder, output):
-    return subprocess.Popen(
-        command(folder, output), stdout=subprocess.DEVNULL, stderr=(folder / "errors.txt").open("a")
-    )
+    with (folder / "errors.txt").open("a") as errors:
+        return subprocess.Popen(command(folder, output), stdout=subprocess.DEVNULL, stderr=errors)
 
 
 def parents():
