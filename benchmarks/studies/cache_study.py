@@ -4,7 +4,8 @@ The claim tested (arXiv 2503.16870, in direction): renormalised top-k hurts loss
 samples do as well as the whole distribution. alpha is 1, where the difference shows most. The seeds of one
 format train together as a cohort; every format sees the same batches.
 
-    python benchmarks/studies/cache_study.py OUTPUT [--seeds 3] [--tokens 700K] [--bytes 4000000] [--vocabulary 2048]
+    python benchmarks/studies/cache_study.py OUTPUT [--seeds 3] [--tokens 700K] [--bytes 4000000] \
+        [--vocabulary 2048]
 
 A cache covers all of the text, of which the students read `--tokens`; so `--bytes` should not be far above.
 
