@@ -23,7 +23,7 @@ _PAIRS = {
 _ALONE = {
     "entropy": "entropy (nats)",
     "max_prob": "largest probability",
-    "gold_logp": "log-probability of the token (nats)",
+    "gold_logp": "log p of the token (nats)",
     "gold_rank": "rank of the token",
     "above_uniform": "tokens above 1/V",
     "top10_mass": "mass of the top 10",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,21 @@ import polars as pl
 
 from tutelage.analysis import answer, sections, words
 from tutelage.analysis.canvas import save_all
+from tutelage.analysis.mechanism import CHANCE, read_mechanism
+from tutelage.analysis.mechanism_plots import mechanism_figures
 from tutelage.analysis.outcomes import LEVEL, judge_claims
 from tutelage.analysis.parts import MARGIN
 from tutelage.analysis.plots import figures
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN, Findings, judge
+from tutelage.errors import UserError
 from tutelage.files import write_text
 from tutelage.study.results import Provenance, Results, load_results
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tutelage.analysis.canvas import Figure
+    from tutelage.analysis.mechanism import Mechanism
     from tutelage.analysis.outcomes import Outcome
 
 _MOST_DRAWN = 4
@@ -45,7 +51,11 @@ def build_report(directory: Path) -> Path:
     outcomes = judge_claims(results, findings)
     students = list(dict.fromkeys(verdict.student for verdict in findings.verdicts))
     charts = figures(results, findings, students[:_MOST_DRAWN])
-    drawings = save_all([chart for some in charts.values() for chart in some], directory / "figures")
+    mechanisms, unreadable = _mechanisms(directory)
+    seen = [chart for _, some in mechanisms for chart in some]
+    drawings = save_all(
+        [*(chart for some in charts.values() for chart in some), *seen], directory / "figures"
+    )
     drawn: dict[str | None, list[dict[str, object]]] = {
         student: [{"figure": chart, "svg": drawings[chart.name]} for chart in some]
         for student, some in charts.items()
@@ -58,6 +68,11 @@ def build_report(directory: Path) -> Path:
         students=[_student(results, findings, name, drawn) for name in students],
         undrawn=students[_MOST_DRAWN:],
         cost_figures=drawn[None],
+        mechanisms=[
+            {"found": found, "figures": [{"figure": chart, "svg": drawings[chart.name]} for chart in some]}
+            for found, some in mechanisms
+        ],
+        chance=CHANCE,
         gain_caption=words.GAIN_CAPTION,
         level=f"{LEVEL:.0%}",
         margin=f"{SAME_LEVEL_MARGIN:.0%}",
@@ -70,12 +85,28 @@ def build_report(directory: Path) -> Path:
         notes=answer.notes(results, findings),
         provenance=_provenance(results),
         unfinished=_unfinished(results),
-        problems=results.problems,
+        problems=[*results.problems, *unreadable],
         **_claims(outcomes),
     )
     path = directory / "report.html"
     write_text(path, page)
     return path
+
+
+def _mechanisms(directory: Path) -> tuple[list[tuple[Mechanism, list[Figure]]], list[str]]:
+    """What `tutelage eval --mechanism --output DIRECTORY` left, with figures; and what is wrong with it."""
+    found: list[tuple[Mechanism, list[Figure]]] = []
+    problems = []
+    for path in sorted(directory.glob("mechanism/*/*/mechanism.json")):
+        try:
+            one = read_mechanism(path.parent)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        prefix = f"mechanism-{len(found) + 1}"
+        charts = [replace(chart, name=f"{prefix}-{chart.name}") for chart in mechanism_figures(one)]
+        found.append((one, charts))
+    return found, problems
 
 
 def _template() -> jinja2.Template:

@@ -7,6 +7,7 @@ import sys
 import polars as pl
 import pytest
 from make_study import write_study
+from test_mechanism_figures import write as write_mechanism
 
 from tutelage.analysis.report import build_report
 from tutelage.errors import UserError
@@ -248,3 +249,19 @@ def test_a_browser_would_show_console_errors(tmp_path):
     page.write_text("<script>console.error('broken')</script>")
 
     assert "CONSOLE" in chromium(page, tmp_path / "profile", "--dump-dom").stderr
+
+
+def test_mechanism_evaluations_left_in_the_study_are_shown_and_damaged_ones_named(tmp_path):
+    study = write_study(tmp_path / "study")
+    for name in ("good", "damaged"):
+        folder = study / "mechanism" / "student--teacher--baseline" / name
+        folder.mkdir(parents=True)
+        write_mechanism(folder)
+    (folder / "summary.parquet").write_text("no parquet")
+    page = text_of(build_report(study))
+    words = visible(page)
+
+    assert "Mechanism: on which tokens" in words
+    assert page.count('aria-labelledby="mechanism"') == 1
+    assert (study / "figures" / "mechanism-1-entropy.csv").exists()
+    assert "no finished mechanism evaluation" in words[words.index("Result files that could not be used") :]
