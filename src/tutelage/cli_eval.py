@@ -99,10 +99,11 @@ def _score(model: list[str], request: Request) -> None:
 
 def _mechanism(model: list[str], teacher: str | None, baseline: str | None, request: Request) -> None:
     from tutelage.analysis.canvas import save_all
-    from tutelage.analysis.mechanism import print_mechanism, read_mechanism
+    from tutelage.analysis.mechanism import print_mechanism
     from tutelage.analysis.mechanism_plots import mechanism_figures
     from tutelage.console import EvalBar, out
     from tutelage.evals.mechanism import run_on_texts
+    from tutelage.study.mechanisms import read_mechanism
 
     if len(model) != 1 or teacher is None or baseline is None:
         raise UserError("--mechanism: give one model, --teacher MODEL and --baseline MODEL")

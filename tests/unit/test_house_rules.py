@@ -55,13 +55,21 @@ ALLOWED: dict[str, set[str]] = {
     "evals": _BASE | {"data", "models", "presets", "provenance", "resampling", "train.rundir"},
     "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},
     "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals", "train.rundir"},
-    "analysis": {"types", "errors", "files", "resampling", "study.results", "study.planfile"},
+    "analysis": {
+        "types",
+        "errors",
+        "files",
+        "resampling",
+        "study.results",
+        "study.planfile",
+        "study.mechanisms",
+    },
     "console": {"types", "errors", "train.loop"},
     "console_study": {"console", "study.runner", "study.status"},
     "doctor": {"errors", "provenance", "data.corpora"},
     "__main__": {"cli"},
     "cli_teach": _BASE | {"teachers", "console"},
-    "cli_eval": {"errors", "analysis", "console", "evals"},
+    "cli_eval": {"errors", "analysis", "console", "evals", "study.mechanisms"},
     "cli_study": {"errors", "files", "analysis", "console", "console_study", "study"},
     "cli": _BASE
     | _ROOMS

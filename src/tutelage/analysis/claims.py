@@ -114,25 +114,22 @@ _CONTROL = Need("a control in the teacher's place", lambda plan: any(t.control f
 _TOP_K = _arm("top-k truncation at alpha 1", "top_k", "alpha 1")
 _SAMPLED = _some("sampled targets", lambda _r, _s, t: (t.targets or "").startswith("sample"))
 _FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm or ""))
-_MECHANISM = Need(
-    "a mechanism evaluation, which no study runs: `tutelage eval --mechanism` does", lambda _: False
-)
 _STAGE = Need("a stage of post_training", lambda plan: any(run.kind == "after" for run in plan.runs))
 _MATCHED = Need("compute_of", lambda plan: any((r.arm or "").startswith("compute of ") for r in plan.runs))
 _OWN_DATA = Need(
-    "a teacher of a student's own seed",
-    lambda plan: any(
-        run.seed in plan.seeds and not _runs_of(plan, run.teacher).isdisjoint({run.seed})
-        for run in plan.runs
-        if run.kind == "teacher"
+    "a teacher of a student's own batches",
+    lambda plan: (
+        not _students_of(plan).isdisjoint(
+            (teacher.name, teacher.data_seed) for teacher in plan.teachers if teacher.corpus is None
+        )
     ),
 )
 _FOREIGN = _some("a teacher of another corpus", lambda _r, _s, t: t.corpus is not None)
 
 
-def _runs_of(plan: Plan, teacher: str | None) -> set[int]:
-    """Seeds of the students of a teacher."""
-    return {run.seed for run in plan.runs if run.kind == "student" and run.teacher == teacher}
+def _students_of(plan: Plan) -> set[tuple[str | None, int | None]]:
+    """(teacher, seed of the student's batches) of every taught run."""
+    return {(run.teacher, run.seed) for run in plan.runs if run.kind == "student"}
 
 
 CLAIMS: dict[int, Claim] = {
@@ -156,7 +153,7 @@ CLAIMS: dict[int, Claim] = {
         strength.saturates,
     ),
     7: Claim("The gain is larger out of domain than in domain.", (_TEACHER,), strength.outside_more),
-    8: Claim("The gain grows with the difficulty of tokens.", (_MECHANISM,), objective.difficulty),
+    8: Claim("The gain grows with the difficulty of tokens.", (_TEACHER,), objective.difficulty),
     9: Claim(
         "At alpha 1, temperatures 0.5, 1 and 2 are alike; 4 and hard labels are worse.",
         (

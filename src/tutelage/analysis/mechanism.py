@@ -1,23 +1,16 @@
-"""Where a student gains: what `tutelage eval --mechanism` wrote, for a terminal and as figures."""
+"""Where a student gains: a mechanism evaluation for a terminal."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-from polars.exceptions import PolarsError
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
-
-from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
+
+    from tutelage.study.mechanisms import Mechanism
 
 _HEADINGS = {
     "all": "",
@@ -34,71 +27,6 @@ CHANCE = (
     "improve with any other model, so compare these cells with those of a baseline of another seed."
 )
 """What to keep in mind where cells are made with the gold token: regression to the mean."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mechanism:
-    """A finished mechanism evaluation.
-
-    Attributes:
-        student: id of the model trained with the teacher.
-        teacher: id of its teacher.
-        baseline: id of the model trained without.
-        text: name and split of what was read.
-        documents: number of documents read.
-        tokens: number of tokens read.
-        context: length of the windows in tokens.
-        cells: summary.parquet with the ends `low95` and `high95` of 95% intervals (Student's t over
-            documents; null for one document).
-    """
-
-    student: str
-    teacher: str
-    baseline: str
-    text: str
-    documents: int
-    tokens: int
-    context: int
-    cells: pl.DataFrame
-
-    def of(self, quantity: str, of: str, *groupings: str) -> pl.DataFrame:
-        """The cells of one quantity in one or more groupings, in their order."""
-        chosen = (pl.col("quantity") == quantity) & (pl.col("of") == of)
-        return self.cells.filter(chosen & pl.col("grouping").is_in(groupings))
-
-
-def read_mechanism(directory: Path) -> Mechanism:
-    """Read the result files in `directory`.
-
-    Raises:
-        UserError: a file is missing or is not what the evaluation writes.
-    """
-    try:
-        facts = json.loads((directory / "mechanism.json").read_text(encoding="utf-8"))
-        cells = pl.read_parquet(directory / "summary.parquet")
-        return Mechanism(
-            student=facts["student"],
-            teacher=facts["teacher"],
-            baseline=facts["baseline"],
-            text=f"{facts['text']}, {facts['split']} split",
-            documents=facts["documents"],
-            tokens=facts["tokens"],
-            context=facts["context"],
-            cells=_with_intervals(cells),
-        )
-    except (OSError, ValueError, KeyError, TypeError, PolarsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{directory}: no finished mechanism evaluation ({type(error).__name__}: {reason}); delete it "
-            "and evaluate again"
-        ) from None
-
-
-def _with_intervals(cells: pl.DataFrame) -> pl.DataFrame:
-    """Student's t with one degree of freedom less than documents."""
-    factor = pl.Series(stats.t.ppf(0.975, cells["documents"].to_numpy() - 1))
-    half = pl.col("stderr") * factor
-    return cells.with_columns(low95=pl.col("mean") - half, high95=pl.col("mean") + half)
 
 
 def print_mechanism(found: Mechanism, console: Console) -> None:

@@ -8,10 +8,12 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis.canvas import GREY, INK, PALETTE, Figure, inline, zero_line
-from tutelage.analysis.mechanism import CHANCE, Mechanism
+from tutelage.analysis.mechanism import CHANCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tutelage.study.mechanisms import Mechanism
 
 _GAIN, _LEAD = "gain of the student", "lead of the teacher"
 _MODELS = {"student": PALETTE[0], "teacher": PALETTE[1], "baseline": GREY}

@@ -42,9 +42,17 @@ def by_skill(arm: str) -> bool:
     return says(arm, "teacher_better")
 
 
-def difficulty(_view: View) -> list[Part]:
-    """Gain by token difficulty: of a mechanism evaluation, which is no part of a study's files."""
-    return [Part("gain on the hardest tokens less that on the easiest", {}, "above 0")]
+def difficulty(view: View) -> list[Part]:
+    """Gain by difficulty of tokens, from the mechanism evaluations that were made of runs."""
+    found: dict[tuple[int, str], Series] = {}
+    known = view.runs()
+    for one in view.results.mechanisms:
+        if (one.student, one.baseline) in known:
+            cell, seed = known[one.student, one.baseline]
+            contrast = one.of("gain", "student", "entropy contrast")["mean"].item()
+            found.setdefault((cell, one.text), {})[seed] = contrast
+    label = "gain on the hardest fifth of tokens less that on the easiest (`tutelage eval --mechanism`)"
+    return [Part(label, mean_of(found.values()), "above 0", unit="nats per token")]
 
 
 def temperatures(view: View) -> list[Part]:
@@ -134,7 +142,8 @@ def copying(view: View) -> list[Part]:
     scores = view.scores("accuracy", "copying")
     pure = [cell for pair in view.pairs() for cell in view.constants(pair, lambda a: a == 1)]
     changes = _scores(scores, pure, lambda own, base: 100 * (own - base))
-    return [Part("accuracy of copying at alpha 1 less the baseline's", changes, "below 0", unit="points")]
+    label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval --probes`)"
+    return [Part(label, changes, "below 0", unit="points")]
 
 
 def after_tuning(view: View) -> list[Part]:

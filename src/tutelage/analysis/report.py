@@ -11,22 +11,22 @@ import polars as pl
 
 from tutelage.analysis import answer, sections, words
 from tutelage.analysis.canvas import save_all
-from tutelage.analysis.mechanism import CHANCE, read_mechanism
+from tutelage.analysis.mechanism import CHANCE
 from tutelage.analysis.mechanism_plots import mechanism_figures
 from tutelage.analysis.outcomes import LEVEL, judge_claims
 from tutelage.analysis.parts import MARGIN
 from tutelage.analysis.plots import figures
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN, Findings, judge
-from tutelage.errors import UserError
 from tutelage.files import write_text
 from tutelage.study.results import Provenance, Results, load_results
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from tutelage.analysis.canvas import Figure
-    from tutelage.analysis.mechanism import Mechanism
     from tutelage.analysis.outcomes import Outcome
+    from tutelage.study.mechanisms import Mechanism
 
 _MOST_DRAWN = 4
 """Students whose figures fit a page; of the others there are tables."""
@@ -51,7 +51,7 @@ def build_report(directory: Path) -> Path:
     outcomes = judge_claims(results, findings)
     students = list(dict.fromkeys(verdict.student for verdict in findings.verdicts))
     charts = figures(results, findings, students[:_MOST_DRAWN])
-    mechanisms, unreadable = _mechanisms(directory)
+    mechanisms = _drawn(results.mechanisms)
     seen = [chart for _, some in mechanisms for chart in some]
     drawings = save_all(
         [*(chart for some in charts.values() for chart in some), *seen], directory / "figures"
@@ -85,7 +85,7 @@ def build_report(directory: Path) -> Path:
         notes=answer.notes(results, findings),
         provenance=_provenance(results),
         unfinished=_unfinished(results),
-        problems=[*results.problems, *unreadable],
+        problems=results.problems,
         **_claims(outcomes),
     )
     path = directory / "report.html"
@@ -93,20 +93,12 @@ def build_report(directory: Path) -> Path:
     return path
 
 
-def _mechanisms(directory: Path) -> tuple[list[tuple[Mechanism, list[Figure]]], list[str]]:
-    """What `tutelage eval --mechanism --output DIRECTORY` left, with figures; and what is wrong with it."""
-    found: list[tuple[Mechanism, list[Figure]]] = []
-    problems = []
-    for path in sorted(directory.glob("mechanism/*/*/mechanism.json")):
-        try:
-            one = read_mechanism(path.parent)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        prefix = f"mechanism-{len(found) + 1}"
-        charts = [replace(chart, name=f"{prefix}-{chart.name}") for chart in mechanism_figures(one)]
-        found.append((one, charts))
-    return found, problems
+def _drawn(mechanisms: Sequence[Mechanism]) -> list[tuple[Mechanism, list[Figure]]]:
+    """Each mechanism evaluation with its figures, numbered."""
+    return [
+        (one, [replace(chart, name=f"mechanism-{i}-{chart.name}") for chart in mechanism_figures(one)])
+        for i, one in enumerate(mechanisms, start=1)
+    ]
 
 
 def _template() -> jinja2.Template:

@@ -156,17 +156,18 @@ def compute_matched_remark(view: View) -> str:
 
 
 def identical_data(view: View) -> list[Part]:
-    """Teachers trained with the student's own data order."""
-    seeds = {run.teacher: run.seed for run in view.plan.runs if run.kind == "teacher"}
-    gains = []
+    """Teachers that read the student's own batches: each seed has its own, those of one shape are one arm."""
+    arms: dict[tuple[str, str | None, int | None], dict[float, list[Verdict]]] = {}
     for pair in view.pairs():
-        gain = _at_best(view, [pair])
-        seed = seeds.get(pair.teacher.name)
-        gains += [{seed: gain[seed]}] if seed is not None and seed in gain else []
-    by_seed: Series = {}
-    for seed in sorted({seed for gain in gains for seed in gain}):
-        by_seed[seed] = float(np.mean([gain[seed] for gain in gains if seed in gain]))
-    return [Part("gain out of domain, teacher of the student's own data", by_seed, "above 0")]
+        teacher = pair.teacher
+        if teacher.corpus is not None:
+            continue
+        for cell in view.constants(pair):
+            if cell.alpha is not None and teacher.data_seed in view.gain(cell, _OUTSIDE):
+                kind = pair.student.name, teacher.rung, teacher.tokens
+                arms.setdefault(kind, {}).setdefault(cell.alpha, []).append(cell)
+    gain = mean_of(view.best_of([*alphas.values()], _OUTSIDE) for alphas in arms.values())
+    return [Part("gain out of domain, teacher of the student's own batches", gain, "above 0")]
 
 
 def cross_corpus(view: View) -> list[Part]:

@@ -87,7 +87,7 @@ def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
     """Every pair with a real teacher and a best alpha."""
     view = View(results, findings)
     costs = _costs(results, findings)
-    trained = results.runs.filter(kind="teacher").select("teacher", "train_flops").drop_nulls()
+    trained = results.runs.filter(kind="teacher").select("run", "train_flops").drop_nulls()
     training = dict(trained.iter_rows())
     alone = dict(
         results.runs.filter(kind="baseline").group_by("student").agg(pl.col("train_flops").mean()).iter_rows()
@@ -104,7 +104,8 @@ def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
             side: None if matched is None else _paired(view.gain(pair.best, side), view.gain(matched, side))
             for side in sides
         }
-        own = training[name] / base if name in training and base else None
+        run = pair.teacher.run
+        own = training[run] / base if run in training and base else None
         found.append(EqualCompute(pair, costs.get(pair.best.cell), own, matched, lead))
     return found
 

@@ -285,4 +285,13 @@ def _baseline(results: Results) -> pl.DataFrame:
 def _in_domain(results: Results, key: Literal["teacher", "student"]) -> pl.DataFrame:
     """(name, bits per byte in domain on the validation split) of teachers, or of untaught students."""
     rows = _raw(results, "teacher" if key == "teacher" else "baseline", "validation")
+    if key == "teacher":  # several may go by one run, with different targets
+        run_of = pl.DataFrame(
+            {
+                "teacher": [t.name for t in results.plan.teachers],
+                "run": [t.run for t in results.plan.teachers],
+            },
+            schema=dict.fromkeys(("teacher", "run"), pl.String),
+        )
+        rows = rows.drop("teacher").join(run_of, on="run")
     return rows.filter(domain=results.plan.in_domain).group_by(key).agg(pl.col("value").mean())

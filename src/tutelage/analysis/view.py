@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,15 @@ def mean_of(many: Iterable[Series]) -> Series:
     whole = [one for one in filled if len(one) == most]
     seeds = set.intersection(*(set(one) for one in whole)) if whole else set()
     return {seed: fmean(one[seed] for one in whole) for seed in sorted(seeds)}
+
+
+def _joined(parts: Iterable[Series]) -> Series:
+    return {seed: value for part in parts for seed, value in part.items()}
+
+
+def _mean_but(seed: int, values: Series) -> float:
+    """Mean over the other seeds; with none, the value of this one."""
+    return fmean([value for other, value in values.items() if other != seed] or [values[seed]])
 
 
 def says(arm: str, phrase: str) -> bool:
@@ -88,19 +98,19 @@ class View:
         Validation and test documents of a run share its training noise, so that a choice by the run's own
         validation gain would flatter it. With one seed there is no other, and its own has to do.
         """
+        return self.best_of([[cell] for cell in cells], side)
+
+    def best_of(self, arms: Sequence[Sequence[Verdict]], side: Side) -> Series:
+        """The same with arms that are several cells each, of different seeds."""
+        gains = [_joined(self.gain(cell, side) for cell in arm) for arm in arms]
+        valid = [_joined(self._valid[cell.cell] for cell in arm) for arm in arms]
         found: Series = {}
-        for seed in {seed for cell in cells for seed in self.gain(cell, side)}:
-            chosen = self._chosen([cell for cell in cells if seed in self.gain(cell, side)], seed)
-            found[seed] = self.gain(chosen, side)[seed]
-        return dict(sorted(found.items()))
-
-    def _chosen(self, cells: Sequence[Verdict], seed: int) -> Verdict:
-        def mean(cell: Verdict) -> float:
-            own = self._valid[cell.cell]
-            others = [gain for other, gain in own.items() if other != seed]
-            return fmean(others or [own[seed]])
-
-        return max(cells, key=mean)
+        for seed in sorted({seed for gain in gains for seed in gain}):
+            means = [
+                _mean_but(seed, own) if seed in gain else -inf for own, gain in zip(valid, gains, strict=True)
+            ]
+            found[seed] = gains[means.index(max(means))][seed]
+        return found
 
     def best_alpha(self, cells: Sequence[Verdict]) -> Series:
         """The alpha with the largest validation gain of each seed by itself."""
@@ -129,13 +139,17 @@ class View:
         """Gain of variants less that of the plain cells, mean over them."""
         return mean_of(minus(self.gain(one, side), self.gain(other, side)) for one, other in variants)
 
+    def runs(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(cell, seed) of a run and the baseline that it is compared with."""
+        pairs = self.findings.gains.domains.select("run", "base_run", "cell", "seed").unique()
+        return {(run, base): (cell, seed) for run, base, cell, seed in pairs.iter_rows()}
+
     def scores(self, metric: str, domain: str) -> dict[tuple[int, int], tuple[float, float]]:
         """(score, score of the baseline) of a metric on one domain, by cell and seed; test split or probe."""
         known = self.results.scores.filter(metric=metric, domain=domain)
         values = dict(known.select("run", "value").iter_rows())
-        runs = self.findings.gains.domains.select("cell", "seed", "run", "base_run").unique()
         return {
-            (cell, seed): (values[run], values[base])
-            for cell, seed, run, base in runs.iter_rows()
+            place: (values[run], values[base])
+            for (run, base), place in self.runs().items()
             if run in values and base in values
         }

@@ -80,6 +80,17 @@ def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
     return found
 
 
+def trained_as(teachers: Mapping[str, TeacherSpec]) -> dict[str, str]:
+    """The name that each trained teacher's run goes by: teachers that differ in targets alone are one run."""
+    training = {"rung", "tokens", "seed", "run", "corpus", "trunk"}
+    first: dict[str, str] = {}
+    return {
+        name: first.setdefault(digest(spec.model_dump(mode="json", include=training)), name)
+        for name, spec in teachers.items()
+        if spec.rung is not None
+    }
+
+
 def cells_of(study: StudyConfig) -> list[Cell]:
     """Every run of `study` once: teachers, baselines, students, then what follows them.
 
@@ -87,14 +98,15 @@ def cells_of(study: StudyConfig) -> list[Cell]:
         UserError: a cell cannot be built; the message names it.
     """
     teachers = teachers_of(study)
-    trained = {name: spec for name, spec in teachers.items() if spec.rung is not None}
+    run_of = trained_as(teachers)
+    trained = {name: teachers[name] for name in dict.fromkeys(run_of.values())}
     alone = [_teacher_cell(study, name, spec) for name, spec in trained.items()]
     cells = {cell.name: cell for cell in branched(alone, trained)}
     for group, spec in study.students.items():
         where = f"study {study.name}: students.{group}"
         for point in _with_teachers(spec.grid.points(), teachers, where):
             for seed in [point["seed"]] if "seed" in point else spec.seeds or study.seeds:
-                for cell in _student_cells(study, group, point, int(seed), teachers):
+                for cell in _student_cells(study, group, point, int(seed), teachers, run_of):
                     _add(cells, cell)
     order: dict[Kind, int] = {"teacher": 0, "baseline": 1, "student": 2, "after": 3}
     return sorted(cells.values(), key=lambda cell: order[cell.kind])
@@ -174,7 +186,12 @@ def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], whe
 
 
 def _student_cells(
-    study: StudyConfig, group: str, point: Point, seed: int, teachers: Mapping[str, TeacherSpec]
+    study: StudyConfig,
+    group: str,
+    point: Point,
+    seed: int,
+    teachers: Mapping[str, TeacherSpec],
+    run_of: Mapping[str, str],
 ) -> Iterator[Cell]:
     """The student of a point, the baseline it is compared with, and the stages that follow each."""
     spec = study.students[group]
@@ -202,7 +219,7 @@ def _student_cells(
     )
     cells = [baseline]
     if (teacher := point.get("teacher")) is not None:
-        taught = _taught(baseline, teachers[teacher], str(teacher), teaching, where)
+        taught = _taught(baseline, str(teacher), run_of.get(teacher), teaching, where)
         cells.append(replace(taught, settings=merged({"objective": objective}, taught.settings)))
     elif (matched := point.get("compute_of")) is not None:
         cells.append(_compute_matched(baseline, str(matched), teachers, where))
@@ -222,7 +239,7 @@ def _told_apart(factors: Point) -> tuple[Point, Point]:
     )
 
 
-def _taught(baseline: Cell, spec: TeacherSpec, teacher: str, teaching: Point, where: str) -> Cell:
+def _taught(baseline: Cell, teacher: str, run: str | None, teaching: Point, where: str) -> Cell:
     if "alpha" not in teaching:
         raise UserError(f"{where}: teacher {teacher} without alpha; add the axis 'alpha'")
     alpha = teaching["alpha"]
@@ -235,7 +252,7 @@ def _taught(baseline: Cell, spec: TeacherSpec, teacher: str, teaching: Point, wh
         arm=arm,
         alpha=float(alpha) if isinstance(alpha, int | float) else None,
         settings=merged(baseline.settings, overlay(teaching, where)),
-        needs=(f"teacher-{slug(teacher)}",) if spec.rung is not None else (),
+        needs=() if run is None else (f"teacher-{slug(run)}",),
         baseline=baseline.name,
     )
 

@@ -33,6 +33,8 @@ SCORE_COLUMNS = pl.Schema(
         "version": pl.String,
     }
 )
+PROBE = "copying"
+"""What `tutelage eval --probes` adds to the scores of a run: no text, so no part of its evaluation."""
 _FITTED = ("nll_temperature", "nll_unigram")
 DOCUMENT_COLUMNS = pl.Schema(
     {
@@ -75,8 +77,9 @@ def read_evaluations(
     problems: dict[str, str] = {}
     scores = _scores(directory, runs, problems)
     documents = _documents(directory, [run for run in runs if run not in problems], problems)
-    asked = pl.col("domain").is_in([domain.name for domain in plan.domains])  # others: `tutelage eval`
-    scores, documents = scores.filter(asked), documents.filter(asked)
+    asked = [domain.name for domain in plan.domains]  # others: `tutelage eval`
+    scores = scores.filter(pl.col("domain").is_in([*asked, PROBE]))
+    documents = documents.filter(pl.col("domain").is_in(asked))
     for run, reason in _gaps(scores, documents, plan) + _disagreements(scores, documents):
         problems.setdefault(run, reason)
     good = ~pl.col("run").is_in([*problems])

@@ -40,6 +40,7 @@ class PlanTeacher(Section):
     tokens: int | None = Field(None, description="its training tokens, where the study trains it")
     parameters: int | None = Field(None, description="parameters, embeddings included, where known")
     run: Name | None = Field(None, description="run id, where the study trains it")
+    data_seed: int | None = Field(None, description="seed of its data order, where the study trains it")
     corpus: str | None = Field(None, description="name of its training text, where it has one of its own")
     targets: str | None = Field(None, description="format of its cached targets; null: computed as needed")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tutelage.study.cells import cells_of, teachers_of
+from tutelage.study.cells import cells_of, teachers_of, trained_as
 from tutelage.study.graph import Cost, sequence_length
 from tutelage.study.planfile import Plan, PlanDomain, PlanRun, PlanStudent, PlanTeacher
 
@@ -65,7 +65,9 @@ def draft_of(study: StudyConfig) -> Plan:
 
 
 def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
-    trained = {cell.teacher: run for cell, run in planned if cell.kind == "teacher"}
+    teachers = teachers_of(study)
+    run_of = trained_as(teachers)
+    trained = {cell.teacher: (cell, run) for cell, run in planned if cell.kind == "teacher"}
     students = {
         cell.student: PlanStudent(
             name=cell.student, rung=cell.rung, tokens=run.tokens, parameters=run.parameters
@@ -79,7 +81,10 @@ def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
         title=study.title,
         seeds=study.seeds,
         students=tuple(students.values()),
-        teachers=tuple(_teacher(name, spec, trained.get(name)) for name, spec in teachers_of(study).items()),
+        teachers=tuple(
+            _teacher(name, spec, *trained.get(run_of.get(name), (None, None)))
+            for name, spec in teachers.items()
+        ),
         domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
         in_domain=study.in_domain,
         runs=tuple(run for _, run in planned),
@@ -88,7 +93,7 @@ def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
     )
 
 
-def _teacher(name: str, spec: TeacherSpec, run: PlanRun | None) -> PlanTeacher:
+def _teacher(name: str, spec: TeacherSpec, cell: Cell | None, run: PlanRun | None) -> PlanTeacher:
     return PlanTeacher(
         name=name,
         control=spec.control is not None,
@@ -97,6 +102,7 @@ def _teacher(name: str, spec: TeacherSpec, run: PlanRun | None) -> PlanTeacher:
         tokens=None if run is None else run.tokens,
         parameters=None if run is None else run.parameters,
         run=None if run is None else run.run,
+        data_seed=None if cell is None else cell.settings["data"]["seed"],
         corpus=None if spec.corpus is None else spec.corpus.name,
         targets=None if spec.cache is None else spec.cache.format.kind,
     )

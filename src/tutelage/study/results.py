@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import polars as pl
 
 from tutelage.study.evaluations import read_evaluations
+from tutelage.study.mechanisms import Mechanism, read_mechanisms
 from tutelage.study.planfile import Plan, load_plan
 from tutelage.study.records import Record, UnreadableError, read_lines, read_model
 
@@ -85,11 +86,12 @@ class Results:
         runs: one row for every planned run, with what the plan says of it. `status` is done, running,
             stopped, failed, "not started" or "unreadable"; tokens, seconds and FLOPs are null unless done.
         scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation, at the last
-            step that they were scored at.
+            step that they were scored at. Of the planned domains, and of the probe "copying".
         documents: run, domain, split, document, bytes, and losses in nats, sums over the document: nll, and
             nll_temperature and nll_unigram with calibration fitted (null where it was not); the same runs.
         curves: run, tokens, ce (nats per token) of done runs.
         provenance: of done runs, by run id.
+        mechanisms: of its runs, as `tutelage eval --mechanism --output STUDY` leaves them there.
         problems: one sentence for each file that was left out, and why.
     """
 
@@ -99,6 +101,7 @@ class Results:
     documents: pl.DataFrame
     curves: pl.DataFrame
     provenance: Mapping[str, Provenance]
+    mechanisms: tuple[Mechanism, ...]
     problems: tuple[str, ...]
 
     @property
@@ -137,6 +140,7 @@ def load_results(directory: Path) -> Results:
     done = runs.filter(status="done")["run"].to_list()
     scores, documents, left_out = read_evaluations(place, done, plan)
     problems += [f"{run}: {reason}; its scores are left out" for run, reason in left_out.items()]
+    mechanisms, damaged = read_mechanisms(directory)
     return Results(
         plan=plan,
         runs=runs,
@@ -144,7 +148,8 @@ def load_results(directory: Path) -> Results:
         documents=documents,
         curves=pl.DataFrame(curves, schema=_CURVE_COLUMNS, orient="row"),
         provenance=provenance,
-        problems=tuple(problems),
+        mechanisms=mechanisms,
+        problems=(*problems, *damaged),
     )
 
 

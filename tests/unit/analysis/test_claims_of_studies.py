@@ -162,7 +162,7 @@ def test_more_announced_claims_need_more_evidence(study):
         (1, None),
         (11, "no runs with mixing keep_full_ce or keep_full_kd"),
         (18, "no runs with a stage of post_training"),
-        (20, "no runs with a teacher of a student's own seed"),
+        (20, "no runs with a teacher of a student's own batches"),
         (23, "no runs with top-k truncation at alpha 1"),
     ],
 )

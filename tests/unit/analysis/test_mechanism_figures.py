@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from tutelage.analysis.canvas import save_all
-from tutelage.analysis.mechanism import print_mechanism, read_mechanism
+from tutelage.analysis.mechanism import print_mechanism
 from tutelage.analysis.mechanism_plots import mechanism_figures
 from tutelage.errors import UserError
+from tutelage.study.mechanisms import read_mechanism
 
 FACTS = {
     "student": "kid-1",

@@ -36,6 +36,17 @@ def test_a_grid_of_teachers_is_named_by_its_axes():
     assert {cell.seed for cell in cells_of(study())} == {42}
 
 
+def test_teachers_that_differ_in_targets_alone_are_trained_once():
+    cache = {"format": {"kind": "topk", "k": 5}}
+    both = {"rung": "nano-20k", "tokens": "1M"}
+    teachers = {"live": both, "kept": both | {"cache": cache}, "other": both | {"seed": 1}}
+    grid = {"product": {"teacher": ["live", "kept", "other"], "alpha": [0.4]}}
+    cells = cells_of(study(teachers=teachers, students=group(grid)))
+    assert [cell.teacher for cell in cells if cell.kind == "teacher"] == ["live", "other"]
+    needs = {cell.teacher: cell.needs for cell in cells if cell.kind == "student"}
+    assert needs == {"live": ("teacher-live",), "kept": ("teacher-live",), "other": ("teacher-other",)}
+
+
 def test_a_pattern_stands_for_every_teacher_that_matches():
     cells = cells_of(study(students=group({"product": {"teacher": ["nano-*@1M"], "alpha": [0.4]}})))
     assert {cell.teacher for cell in cells if cell.kind == "student"} == {"nano-20k@1M", "nano-50k@1M"}

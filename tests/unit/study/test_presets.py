@@ -27,7 +27,7 @@ RUNS = {
     "paper/longer-student": (48, (8, 2, 48, 0)),  # 24 and 24; "+1", the plain 300B run, is a baseline
     "paper/architecture": (66, (4, 4, 60, 0)),  # "~66": 60 students and 4 baselines are 64
     "paper/temperature": (40, (4, 1, 40, 0)),  # 8 of them, at T = 1, are cells of mixing
-    "paper/top-k": (40, (4, 1, 40, 0)),  # 8 of them, the whole distribution, are cells of mixing
+    "paper/top-k": (40, (4, 1, 44, 0)),  # 8 of the 40 are cells of mixing; 4 with sampled targets are ours
     "paper/loss-scale": (6, (1, 1, 6, 0)),
     # The matrix says both "every run above" and 109. The runs of mixing and student-size are the nearest
     # whole rows: 96 students and 4 baselines.
@@ -53,7 +53,7 @@ def test_run_counts_are_the_papers_or_the_table_says_why(name):
         own_teachers = 2 if name == "paper/controls" else 0
         assert papers - (students + baselines + own_teachers) == explained[name]
     else:
-        assert students == papers
+        assert students - (4 if name == "paper/top-k" else 0) == papers
 
 
 def test_a_cell_of_two_presets_is_one_run():
@@ -76,8 +76,9 @@ def test_a_cell_of_two_presets_is_one_run():
         cells["paper/mixing"]
     )
     assert len(one_t) == 8
-    # The matrix adds up to about 660, with the 24 of mixing and 16 of temperature and top-k counted twice.
-    assert len(shared) == 619
+    # The matrix adds up to about 660, with the 24 of mixing and 16 of temperature and top-k counted twice;
+    # 4 are our own.
+    assert len(shared) == 623
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -138,7 +139,7 @@ def test_the_whole_matrix_expands_in_seconds_without_torch(store):
     )
     runs, seconds, torch = done.stdout.split()
     assert torch == "False"
-    assert int(runs) == 619
+    assert int(runs) == 623
     assert float(seconds) < 5.0  # of this process's own time, whatever else the machine does
     assert time.perf_counter() - began < 60
 

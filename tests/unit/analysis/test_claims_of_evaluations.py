@@ -1,0 +1,91 @@
+"""Claims that need mechanism evaluations, probes, or teachers of a student's own batches."""
+
+import json
+from dataclasses import asdict
+
+import polars as pl
+import pytest
+from make_study import TOKENS, write_study
+from test_mechanism_figures import FACTS
+from test_mechanism_figures import write as write_mechanism
+
+from tutelage.analysis.claims import missing_for
+from tutelage.analysis.outcomes import judge_claims
+from tutelage.analysis.verdicts import judge
+from tutelage.study.planfile import load_plan, save_plan
+from tutelage.study.results import load_results
+from tutelage.types import Score
+
+CONTRASTS = {43: 0.30, 44: 0.32, 45: 0.31}
+
+
+def outcome(study, number):
+    results = load_results(study)
+    assert results.problems == ()
+    return judge_claims(results, judge(results))[number - 1]
+
+
+def test_the_gain_by_difficulty_comes_from_mechanism_evaluations(tmp_path):
+    study = write_study(tmp_path / "study")
+    assert "eval --mechanism" in outcome(study, 8).open
+
+    for seed, contrast in CONTRASTS.items():
+        folder = study / "mechanism" / f"seed-{seed}" / "speeches-test-1"
+        folder.mkdir(parents=True)
+        write_mechanism(folder)
+        ids = {"student": f"student-weak-0.4-{seed}", "baseline": f"baseline-{seed}"}
+        (folder / "mechanism.json").write_text(json.dumps(FACTS | ids))
+        wanted = (pl.col("grouping") == "entropy contrast") & (pl.col("quantity") == "gain")
+        cells = pl.read_parquet(folder / "summary.parquet")
+        mean = pl.when(wanted).then(contrast).otherwise("mean").alias("mean")
+        cells.with_columns(mean).write_parquet(folder / "summary.parquet")
+    found = outcome(study, 8)
+
+    assert found.answer == "supported"
+    assert found.tested[0].part.values == pytest.approx(CONTRASTS)
+
+
+def test_a_mechanism_evaluation_of_another_baseline_is_no_evidence(tmp_path):
+    study = write_study(tmp_path / "study")
+    folder = study / "mechanism" / "x" / "speeches-test-1"
+    folder.mkdir(parents=True)
+    write_mechanism(folder)
+    ids = {"student": "student-weak-0.4-43", "baseline": "baseline-44"}
+    (folder / "mechanism.json").write_text(json.dumps(FACTS | ids))
+
+    assert outcome(study, 8).tested[0].part.values == {}
+
+
+def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
+    study = write_study(tmp_path / "study", gains={("weak", 1.0): (-1.0, 1.0)})
+    assert "eval --probes" in outcome(study, 17).open
+
+    for seed in (43, 44, 45):
+        for run, accuracy in ((f"baseline-{seed}", 0.5), (f"student-weak-1.0-{seed}", 0.4 + seed / 1000)):
+            score = Score(
+                run=run, step=1953, tokens=TOKENS, domain="copying", role="probe", split="test",
+                metric="accuracy", value=accuracy, stderr=0.01, n=64, higher_is_better=True, version="1",
+            )  # fmt: skip
+            with (study / "runs" / run / "scores.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(score)) + "\n")
+    found = outcome(study, 17)
+
+    assert found.answer == "supported"
+    assert found.tested[0].effect.mean == pytest.approx(-5.6)  # points: 100 (.444 - .5)
+
+
+def test_teachers_of_a_students_own_batches_count_for_that_student_alone(tmp_path):
+    own = {f"own-{seed}": (1.7, 130_000, TOKENS) for seed in (43, 44, 45)}
+    gains = {(name, alpha): (0.0, 2.0 + alpha) for name in own for alpha in (0.2, 0.4)}
+    study = write_study(tmp_path / "study", gains=gains, teachers=own)
+    plan = load_plan(study)
+    assert missing_for(plan, 20) == "no runs with a teacher of a student's own batches"
+
+    teachers = [t.model_copy(update={"data_seed": int(t.name.removeprefix("own-"))}) for t in plan.teachers]
+    save_plan(study, plan.model_copy(update={"teachers": tuple(teachers)}))
+    found = outcome(study, 20)
+
+    assert missing_for(load_plan(study), 20) is None
+    assert found.answer == "supported"
+    # alpha 0.4 on fables, a point more on recipes, and the noise of each seed
+    assert found.tested[0].part.values == pytest.approx({43: 2.9, 44: 3.0, 45: 2.8})
