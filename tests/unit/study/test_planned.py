@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import pytest
 from tiny import tiny_study
 
 from tutelage.analysis.claims import missing_for
 from tutelage.data.store import open_store
 from tutelage.study.graph import Stores, expand
 from tutelage.study.planned import draft_of, plan_of
-from tutelage.study.presets import load_study
+from tutelage.study.presets import load_study, preset_names
 
 IDS = {"run", "baseline", "after"}
 
@@ -25,9 +26,16 @@ def test_a_draft_is_the_plan_but_for_run_ids(store, other_store, tmp_path):
 
 
 def test_announced_claims_that_no_run_can_decide_are_known_before_anything_is_built():
-    plan = draft_of(load_study("mini"))
+    mini, demo = draft_of(load_study("mini")), draft_of(load_study("demo"))
+    assert mini.claims == (*range(1, 24),)
+    assert [claim for claim in mini.claims if missing_for(mini, claim)] == []
+    assert "post_training" in str(missing_for(demo, 18))
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("paper/")])
+def test_the_papers_presets_can_decide_what_they_announce(name):
+    plan = draft_of(load_study(name))
     assert [claim for claim in plan.claims if missing_for(plan, claim)] == []
-    assert "post_training" in str(missing_for(plan, 18))
 
 
 def test_a_plan_says_what_a_teacher_reads_and_keeps():
