@@ -60,7 +60,7 @@ def sparse_rows(
         slots.ids_BK,
         slots.p_BK,
         slots.tail_B1,
-        slots.owner_BK,
+        _first_with_id(ids_CK) if slots.has_bucket else None,
         labels_C,
         ce_weight_C,
         kd_weight_C,
@@ -69,6 +69,17 @@ def sparse_rows(
     )
     ce_C, kd_C = out_2C.unbind()
     return ce_C, kd_C
+
+
+def _first_with_id(ids_CK: Tensor) -> Tensor:
+    """True in one slot per distinct id of a row, so that repeats are not counted twice.
+
+    By sorting: there are no logits here to write to, and the order of writes would be anyone's.
+    """
+    sorted_CK, order_CK = ids_CK.sort(stable=True, dim=-1)
+    is_new_CK = torch.ones_like(ids_CK, dtype=torch.bool)
+    is_new_CK[:, 1:] = sorted_CK[:, 1:] != sorted_CK[:, :-1]
+    return torch.empty_like(is_new_CK).scatter_(1, order_CK, is_new_CK)
 
 
 def _check_rows(name: str, logits_CV: Tensor) -> None:
