@@ -40,7 +40,8 @@ class SparseCodec(ABC):
         parts = []
         for rows, logits_CV, gold_C in chunks(targets, labels_N, first, self._setting.vocab_size):
             places = np.arange(first + rows.start, first + rows.stop, dtype=np.int64)
-            logits_CV.div_(self._setting.temperature)
+            if self._setting.temperature != 1.0:  # a pass over memory
+                logits_CV.div_(self._setting.temperature)
             parts.append(self._reduced(logits_CV, gold_C.cpu().numpy(), places))
         arrays = [np.concatenate(chunk) for chunk in zip(*parts, strict=True)]
         starts = range(0, len(labels_N), block)
