@@ -82,7 +82,7 @@ def demo(
 def report(
     directory: Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")],
 ) -> None:
-    """Rebuild the verdicts and report.html of a study from its result files. Trains nothing."""
+    """Rebuild a study's verdicts, report.html, figures and tables from its result files. Trains nothing."""
     from tutelage.analysis.report import build_report
     from tutelage.analysis.terminal import print_verdicts
     from tutelage.console import out
@@ -90,6 +90,7 @@ def report(
 
     print_verdicts(load_results(directory), out)
     out.print(f"\nreport   {build_report(directory)}", highlight=False, soft_wrap=True)
+    out.print(f"tables   {directory / 'tables'}", highlight=False, soft_wrap=True)
 
 
 @app.command()

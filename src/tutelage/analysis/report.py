@@ -11,6 +11,7 @@ import polars as pl
 
 from tutelage.analysis import answer, sections, words
 from tutelage.analysis.canvas import save_all
+from tutelage.analysis.exports import save_tables
 from tutelage.analysis.mechanism import CHANCE
 from tutelage.analysis.mechanism_plots import mechanism_figures
 from tutelage.analysis.outcomes import LEVEL, judge_claims
@@ -34,7 +35,7 @@ _FEW_VALUES = 8
 
 
 def build_report(directory: Path) -> Path:
-    """Write `directory/report.html` and `directory/figures/*.{svg,png,csv}` from the study's result files.
+    """Write `report.html`, `figures/*.{svg,png,csv}` and `tables/*.csv` to `directory` from its result files.
 
     Args:
         directory: a study directory, with `plan.json` and its runs.
@@ -88,6 +89,7 @@ def build_report(directory: Path) -> Path:
         problems=results.problems,
         **_claims(outcomes),
     )
+    save_tables(results, findings, outcomes, directory / "tables")
     path = directory / "report.html"
     write_text(path, page)
     return path

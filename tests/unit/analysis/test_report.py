@@ -100,14 +100,31 @@ def test_figures_take_the_colour_of_the_page(report):
         assert fills <= ({"currentColor", "#111"} if name in ("domains", "heat") else {"currentColor"})
 
 
+def test_the_tables_lie_beside_the_page_as_csv(report):
+    tables = {file.stem: pl.read_csv(file) for file in (report.parent / "tables").iterdir()}
+
+    assert set(tables) == {"gains", "pairs", "claims"}  # constants alone are no tournament
+    weak = (
+        tables["gains"].filter(teacher="weak", alpha=0.4, fit="raw", side="out_of_domain").row(0, named=True)
+    )
+    assert weak["gain"] == pytest.approx(3.3)
+    assert (weak["gain_low"], weak["gain_high"]) == pytest.approx((3.05, 3.55), abs=0.005)
+    assert (weak["gain_n"], weak["interval"]) == (3, "seeds")
+    pair = tables["pairs"].filter(teacher="strong").row(0, named=True)
+    assert (pair["relation"], pair["best"]) == ("strong-to-weak", "alpha 0.4")
+    first = tables["claims"].filter(claim=1, fit="raw").row(0, named=True)
+    assert (first["statement"], first["effect_n"]) == ("above 0", 3)
+
+
 def test_the_same_files_give_the_same_page(report, tmp_path):
     copy = shutil.copytree(report.parent, tmp_path / "elsewhere")
-    before = {file.name: file.read_bytes() for file in (copy / "figures").iterdir()}
+    places = [copy / "figures", copy / "tables"]
+    before = {file: file.read_bytes() for place in places for file in place.iterdir()}
 
     again = build_report(copy)
 
     assert again.read_bytes() == report.read_bytes()
-    assert {file.name: file.read_bytes() for file in (copy / "figures").iterdir()} == before
+    assert {file: file.read_bytes() for place in places for file in place.iterdir()} == before
 
 
 def test_what_a_user_wrote_is_escaped(tmp_path):
@@ -224,6 +241,10 @@ def test_several_students_have_their_own_tables_and_figures(several):
     assert {"heat-tiny-2M", "heat-wide-2M", "trade-off-wide-2M", "cost"} <= names
     ids = re.findall(r'\sid="([^"]+)"', text_of(several))
     assert len(ids) == len(set(ids))
+    policies = pl.read_csv(several.parent / "tables" / "policies.csv")
+    schedule = policies.filter(arm="linear start 0.8 end 0.0").row(0, named=True)
+    assert schedule["in_domain"] == pytest.approx(0.5)
+    assert schedule["ahead"] == pytest.approx(1.0 - 1.06)  # of alpha 0.4, 0.56 and on recipes a point more
 
 
 @pytest.mark.browser

@@ -1,0 +1,130 @@
+"""What a report says, as tables for other programs: `tables/*.csv` beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from tutelage.analysis.tables import tournaments
+from tutelage.files import make_directory, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tutelage.analysis.outcomes import Outcome
+    from tutelage.analysis.stats import Estimate
+    from tutelage.analysis.verdicts import Findings
+    from tutelage.study.results import Results
+
+Row = dict[str, Any]
+
+
+def save_tables(
+    results: Results, findings: Findings, outcomes: Sequence[Outcome], directory: Path
+) -> list[Path]:
+    """Write `gains.csv`, `pairs.csv`, `claims.csv` and `policies.csv` to `directory`; returns their paths.
+
+    A table without rows is no file: `policies.csv` needs arms that are no constants.
+    Gains are percent fewer bits per byte than without a teacher, intervals are 95%; see
+    docs/explanation/verdicts-and-claims.md.
+    """
+    make_directory(directory)
+    tables = {
+        "gains": _gains(findings),
+        "pairs": _pairs(findings),
+        "claims": _claims(outcomes),
+        "policies": _policies(results, findings),
+    }
+    paths = []
+    for name, rows in tables.items():
+        path = directory / f"{name}.csv"
+        if not rows:
+            path.unlink(missing_ok=True)  # of an earlier report
+            continue
+        write_text(path, pl.DataFrame(rows, infer_schema_length=None).write_csv())
+        paths.append(path)
+    return paths
+
+
+def _estimate(prefix: str, estimate: Estimate | None) -> Row:
+    names = (prefix, f"{prefix}_low", f"{prefix}_high", f"{prefix}_n")
+    values = (None,) * len(names) if estimate is None else dataclasses.astuple(estimate)
+    return dict(zip(names, values, strict=True))
+
+
+def _gains(findings: Findings) -> list[Row]:
+    """One row per cell, fit and side; `interval` says over what it runs."""
+    return [
+        {"student": v.student, "teacher": v.teacher, "arm": v.arm, "alpha": v.alpha, "stage": v.stage}
+        | {"fit": fit, "side": side, "interval": v.interval}
+        | _estimate("gain", estimate)
+        for v in findings.verdicts
+        for (fit, side), estimate in v.gains.items()
+    ]
+
+
+def _pairs(findings: Findings) -> list[Row]:
+    """One row per student and teacher."""
+    return [
+        {
+            "student": pair.student.name,
+            "teacher": pair.teacher.name,
+            "control": pair.teacher.control,
+            "relation": pair.relation,
+            "nominal": pair.nominal,
+            "teacher_bits_per_byte": pair.bits_per_byte,
+            "student_bits_per_byte": pair.student_bits,
+            "best": None if pair.best is None else pair.best.arm,
+            "as_good": " ".join(f"{alpha:g}" for alpha in pair.flat),
+        }
+        for pair in findings.pairs
+    ]
+
+
+def _claims(outcomes: Sequence[Outcome]) -> list[Row]:
+    """One row per test of a claim; a claim without any has one all the same."""
+    return [
+        {
+            "claim": outcome.number,
+            "text": outcome.text,
+            "announced": outcome.announced,
+            "fit": fit,
+            "answer": answer,
+            "p": outcome.p if fit == "raw" else None,
+            "p_adjusted": outcome.adjusted if fit == "raw" else None,
+            "test": tested.part.label,
+            "statement": tested.part.reads(),
+            "unit": tested.part.unit,
+        }
+        | _estimate("effect", tested.effect)
+        for outcome in outcomes
+        for fit, answer, tests in (
+            ("raw", outcome.answer, outcome.tested),
+            ("unigram", outcome.fitted, outcome.fitted_tested),
+        )
+        for tested in tests
+    ]
+
+
+def _policies(results: Results, findings: Findings) -> list[Row]:
+    """One row per arm of every pair that has other arms than constants."""
+    return [
+        {
+            "student": pair.student.name,
+            "teacher": pair.teacher.name,
+            "relation": pair.relation,
+            "arm": one.verdict.arm,
+            "in_domain": one.verdict.in_domain.mean,
+            "out_of_domain": one.verdict.out_of_domain.mean,
+            "fitted": None if one.verdict.fitted is None else one.verdict.fitted.mean,
+            "front": one.raw_front,
+            "fitted_front": one.fitted_front,
+            "cost": one.cost,
+        }
+        | _estimate("ahead", one.ahead)
+        for pair, entrants in tournaments(results, findings)
+        for one in entrants
+    ]
