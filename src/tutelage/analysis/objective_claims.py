@@ -43,16 +43,21 @@ def by_skill(arm: str) -> bool:
 
 
 def difficulty(view: View) -> list[Part]:
-    """Gain by difficulty of tokens, from the mechanism evaluations that were made of runs."""
-    found: dict[tuple[int, str], Series] = {}
+    """Gain by difficulty of tokens, from the mechanism evaluations that were made of runs; a test per text."""
+    found: dict[str, dict[int, Series]] = {}
     known = view.runs()
     for one in view.results.mechanisms:
         if (one.student, one.baseline) in known:
             cell, seed = known[one.student, one.baseline]
             contrast = one.of("gain", "student", "entropy contrast")["mean"].item()
-            found.setdefault((cell, one.text), {})[seed] = contrast
-    label = "gain on the hardest fifth of tokens less that on the easiest (`tutelage eval --mechanism`)"
-    return [Part(label, mean_of(found.values()), "above 0", unit="nats per token")]
+            found.setdefault(one.text, {}).setdefault(cell, {})[seed] = contrast
+    label = "gain on the hardest fifth of tokens less that on the easiest"
+    if not found:
+        return [Part(f"{label} (`tutelage eval --mechanism`)", {}, "above 0")]
+    return [
+        Part(f"{label}, {text}", mean_of(cells.values()), "above 0", unit="nats per token")
+        for text, cells in sorted(found.items())
+    ]
 
 
 def temperatures(view: View) -> list[Part]:
@@ -72,7 +77,7 @@ def temperatures(view: View) -> list[Part]:
 def truncation(view: View) -> list[Part]:
     """Renormalised top-k, and sampled targets, against the whole distribution, at alpha 1."""
     cut = view.variants("top_k", "tail", alpha=1.0)
-    sampled = [pair for pair in view.pairs() if (pair.teacher.targets or "").startswith("sample")]
+    sampled = [pair for pair in view.all_pairs() if (pair.teacher.targets or "").startswith("sample")]
     changes = []
     for pair in sampled:
         for full in view.pairs():

@@ -158,7 +158,7 @@ def compute_matched_remark(view: View) -> str:
 def identical_data(view: View) -> list[Part]:
     """Teachers that read the student's own batches: each seed has its own, those of one shape are one arm."""
     arms: dict[tuple[str, str | None, int | None], dict[float, list[Verdict]]] = {}
-    for pair in view.pairs():
+    for pair in view.all_pairs():
         teacher = pair.teacher
         if teacher.corpus is not None:
             continue
@@ -172,7 +172,7 @@ def identical_data(view: View) -> list[Part]:
 
 def cross_corpus(view: View) -> list[Part]:
     """Teachers trained on another corpus."""
-    pairs = [pair for pair in view.pairs() if pair.teacher.corpus is not None]
+    pairs = [pair for pair in view.all_pairs() if pair.teacher.corpus is not None]
     return [Part("gain out of domain, teacher of another corpus", _at_best(view, pairs), "above 0")]
 
 
@@ -225,16 +225,20 @@ def _fit(pairs: Sequence[PairFinding], values: Sequence[Series], degree: int) ->
 def _student_slope(
     view: View, same: Callable[[PairFinding], str], size: Callable[[PairFinding], int]
 ) -> Series:
-    """Slope of the out-of-domain gain on log2 of a size of the student, mean over groups of one teacher."""
+    """Slope of the out-of-domain gain on log2 of a size of the student, mean over groups of one teacher.
+
+    Of several students of one size (other learning rates, say) the one with most alphas counts.
+    """
 
     def group(pair: PairFinding) -> tuple[str, str]:
         return pair.teacher.name, same(pair)
 
     slopes = []
     for _, found in groupby(sorted(view.pairs(), key=group), key=group):
-        pairs = [*found]
-        sizes = [math.log2(size(pair)) for pair in pairs]
-        if len(set(sizes)) > 1:
+        richest = {size(pair): pair for pair in sorted(found, key=lambda pair: len(view.constants(pair)))}
+        pairs = [*richest.values()]
+        sizes = [math.log2(value) for value in richest]
+        if len(sizes) > 1:
             kept = _common_alphas(view, pairs)
             gains = [view.best(view.constants(pair, kept), _OUTSIDE) for pair in pairs]
             seeds = set.intersection(*(set(gain) for gain in gains))

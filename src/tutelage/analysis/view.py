@@ -83,14 +83,25 @@ class View:
         return [v for v in cells if v.constant and v.alpha is not None and keep(v.alpha)]
 
     def pairs(self, *relations: str) -> list[PairFinding]:
-        """Pairs with a real teacher and constant alphas, of the given measured relations; default: all."""
+        """Pairs with an ordinary teacher, of the given measured relations; default: of all.
+
+        Ordinary is who read the study's text, in another order than its students, and whose whole
+        distribution is learned. The others have claims of their own, and would change what a mean is of.
+        """
         return [
             pair
-            for pair in self.findings.pairs
-            if not pair.teacher.control
-            and (not relations or pair.relation in relations)
-            and self.constants(pair)
+            for pair in self.all_pairs()
+            if (not relations or pair.relation in relations)
+            and (pair.teacher.corpus, pair.teacher.targets) == (None, None)
+            and self._seeds(pair) != {pair.teacher.data_seed}
         ]
+
+    def all_pairs(self) -> list[PairFinding]:
+        """Pairs with any real teacher and constant alphas."""
+        return [pair for pair in self.findings.pairs if not pair.teacher.control and self.constants(pair)]
+
+    def _seeds(self, pair: PairFinding) -> set[int]:
+        return {seed for cell in self.constants(pair) for seed in self.gain(cell, "out_of_domain")}
 
     def best(self, cells: Sequence[Verdict], side: Side) -> Series:
         """Gain of the best of `cells`, which is chosen for each seed by the other seeds.

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import polars as pl
 import pytest
-from make_study import TOKENS, write_study
+from make_study import TEACHERS, TOKENS, write_study
 from test_mechanism_figures import FACTS
 from test_mechanism_figures import write as write_mechanism
 
@@ -89,3 +89,26 @@ def test_teachers_of_a_students_own_batches_count_for_that_student_alone(tmp_pat
     assert found.answer == "supported"
     # alpha 0.4 on fables, a point more on recipes, and the noise of each seed
     assert found.tested[0].part.values == pytest.approx({43: 2.9, 44: 3.0, 45: 2.8})
+
+
+def test_a_teacher_of_another_corpus_counts_for_its_own_claim_alone(tmp_path):
+    teachers = {"weak": TEACHERS["weak"], "foreign": (1.9, 130_000, TOKENS)}
+    gains = {("weak", alpha): (0.0, 1.0) for alpha in (0.2, 0.4)}
+    gains |= {("foreign", 0.2): (-3.0, 6.0)}
+    study = write_study(tmp_path / "study", gains=gains, teachers=teachers)
+    plan = load_plan(study)
+    of = [t.model_copy(update={"corpus": "plays"} if t.name == "foreign" else {}) for t in plan.teachers]
+    save_plan(study, plan.model_copy(update={"teachers": tuple(of)}))
+
+    assert outcome(study, 1).tested[0].effect.mean == pytest.approx(1.5)  # recipes gain a point more
+    assert outcome(study, 21).tested[0].effect.mean == pytest.approx(6.5)
+
+
+def test_students_with_other_settings_do_not_hide_the_gain_by_tokens(tmp_path):
+    gains = {("tiny 2M", "weak", alpha): (0.0, 1.0) for alpha in (0.2, 0.4)}
+    gains |= {("tiny 1M", "weak", alpha): (0.0, 3.0) for alpha in (0.2, 0.4)}
+    gains |= {("tiny 2M lr 0.1", "weak", 0.6): (0.0, 9.0)}
+    sizes = {"tiny 1M": (380_000, 1_000_000), "tiny 2M lr 0.1": (380_000, 2_000_000)}
+    study = write_study(tmp_path / "study", gains=gains, sizes=sizes)
+
+    assert outcome(study, 12).tested[0].effect.mean == pytest.approx(-2.0)  # per doubling
