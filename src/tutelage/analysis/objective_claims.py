@@ -43,7 +43,7 @@ def by_skill(arm: str) -> bool:
 
 
 def difficulty(view: View) -> list[Part]:
-    """Gain by difficulty of tokens, from the mechanism evaluations that were made of runs; a test per text."""
+    """Gain by difficulty of tokens, from the mechanism evaluations made of runs; a test per text."""
     found: dict[str, dict[int, Series]] = {}
     known = view.runs()
     for one in view.results.mechanisms:
