@@ -59,13 +59,13 @@ def print_mechanism(found: Mechanism, console: Console) -> None:
             Text(("  " if heading else "") + (gain["label"] if is_cell else heading)),
             f"{gain['n'] / found.tokens:.1%}" if is_cell else "",
             f"{-losses[key]['mean']:.3f}" if is_cell else "",
-            _plus_minus(gain),
-            _plus_minus(leads[key]),
+            plus_minus(gain),
+            plus_minus(leads[key]),
         )
     console.print(table)
 
 
-def _plus_minus(cell: dict[str, Any]) -> str:
+def plus_minus(cell: dict[str, Any]) -> str:
     """`+0.123 ± 0.045`, or the mean alone where there is no interval."""
     if cell["high95"] is None:
         return f"{cell['mean']:+.3f}"

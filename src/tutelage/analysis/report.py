@@ -73,6 +73,7 @@ def build_report(directory: Path) -> Path:
             {"found": found, "figures": [{"figure": chart, "svg": drawings[chart.name]} for chart in some]}
             for found, some in mechanisms
         ],
+        mechanism_rows=sections.mechanism_rows(results.mechanisms),
         chance=CHANCE,
         gain_caption=words.GAIN_CAPTION,
         level=f"{LEVEL:.0%}",
@@ -96,10 +97,11 @@ def build_report(directory: Path) -> Path:
 
 
 def _drawn(mechanisms: Sequence[Mechanism]) -> list[tuple[Mechanism, list[Figure]]]:
-    """Each mechanism evaluation with its figures, numbered."""
+    """One mechanism evaluation of each teacher, with its figures, numbered."""
+    first = {one.teacher: one for one in reversed(mechanisms)}.values()
     return [
         (one, [replace(chart, name=f"mechanism-{i}-{chart.name}") for chart in mechanism_figures(one)])
-        for i, one in enumerate(mechanisms, start=1)
+        for i, one in enumerate([*reversed(first)][:_MOST_DRAWN], start=1)
     ]
 
 

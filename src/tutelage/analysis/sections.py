@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.analysis import words
 from tutelage.analysis.costs import ledger
+from tutelage.analysis.mechanism import plus_minus
 from tutelage.analysis.run_plots import calibration_errors
 from tutelage.analysis.tables import equal_compute, seed_spread, tournaments
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tutelage.analysis.outcomes import Outcome, Tested
     from tutelage.analysis.stats import Estimate
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
+    from tutelage.study.mechanisms import Mechanism
     from tutelage.study.results import Results
 
 Row = dict[str, Any]
@@ -197,6 +199,26 @@ def calibration_rows(results: Results, findings: Findings) -> list[Row]:
                     for fit in ("raw", "temperature", "unigram")
                 ],
                 "errors": [f"{own[name]:+.4f}" if name in own else "" for name in names],
+            }
+        )
+    return rows
+
+
+def mechanism_rows(mechanisms: Sequence[Mechanism]) -> list[Row]:
+    """The gain of every mechanism evaluation: overall, by difficulty, and by who was right."""
+    cells = (("all", 0), ("entropy contrast", 0), ("right", 0), ("right", 1))
+    rows = []
+    for one in mechanisms:
+        known = {
+            (row["grouping"], row["bin"]): row
+            for row in one.of("gain", "student", *(c[0] for c in cells)).iter_rows(named=True)
+        }
+        rows.append(
+            {
+                "student": one.student,
+                "baseline": one.baseline,
+                "text": one.text,
+                "gains": [plus_minus(known[cell]) if cell in known else "" for cell in cells],
             }
         )
     return rows
