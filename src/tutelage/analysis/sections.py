@@ -216,7 +216,6 @@ def mechanism_rows(mechanisms: Sequence[Mechanism]) -> list[Row]:
         rows.append(
             {
                 "student": one.student,
-                "baseline": one.baseline,
                 "text": one.text,
                 "gains": [plus_minus(known[cell]) if cell in known else "" for cell in cells],
             }

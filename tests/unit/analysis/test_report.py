@@ -284,6 +284,6 @@ def test_mechanism_evaluations_left_in_the_study_are_shown_and_damaged_ones_name
 
     assert "Mechanism: on which tokens" in words
     assert page.count('aria-labelledby="mechanism"') == 1
-    assert "kid-1 alone-3 speeches, test split +0.170 ± 0.028 +0.170 ± 0.028 +0.170 ± 0.028 -1.170" in words
+    assert "kid-1 speeches, test split +0.170 ± 0.028 +0.170 ± 0.028 +0.170 ± 0.028 -1.170" in words
     assert (study / "figures" / "mechanism-1-entropy.csv").exists()
     assert "no finished mechanism evaluation" in words[words.index("Result files that could not be used") :]
