@@ -24,6 +24,8 @@ _ROWS = {
 """Metrics of a domain in the order shown, and the label of each row."""
 
 _WORTH_A_NOTE = 0.01
+_AT_A_TIME = 4
+"""Models side by side."""
 
 
 def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], console: Console) -> None:
@@ -37,20 +39,18 @@ def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], 
     test = {(row["run"], row["domain"], row["metric"]): row for row in rows if row["split"] == "test"}
     models = list(dict.fromkeys(row["run"] for row in rows))
     domains = list(dict.fromkeys(row["domain"] for row in rows))
-    table = Table("domain", *models, box=None, pad_edge=False)
-    table.caption = (
-        "Bits per byte of test text, calibration error; less is better; 95% interval over documents"
-        + ("; * best of the models scored on the same text in the same windows" if len(models) > 1 else "")
+    caption = "Bits per byte of test text, calibration error; less is better; 95% interval over documents" + (
+        "; * best of the models scored on the same text in the same windows" if len(models) > 1 else ""
     )
-    table.caption_justify = "left"
+    lines: list[tuple[list[str], list[Text]]] = []
     for domain in domains:
         metric = metrics.get(domain, "bits_per_byte")
         name = domain if metric == "bits_per_byte" else f"{domain} ({metric})"
         for pattern, label in _ROWS.items():
             found = [test.get((model, domain, pattern.format(metric=metric))) for model in models]
             if any(found):
-                table.add_row(label.format(domain=name), *_cells(found))
-    console.print(table)
+                lines.append(([label.format(domain=name)], _cells(found)))
+    _print(["domain"], models, lines, caption, console)
     for line in _overlap_notes(test, models, domains):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -66,15 +66,33 @@ def print_tasks(scores: Sequence[Score], what: str, unit: str, console: Console)
     """
     found = {(score.run, score.domain, score.metric): score for score in scores}
     models = list(dict.fromkeys(score.run for score in scores))
-    table = Table(what, "metric", *models, box=None, pad_edge=False)
-    table.caption = f"Value ± standard error over n {unit}" + (
+    caption = f"Value ± standard error over n {unit}" + (
         f"; * best of the models that got the same {unit}" if len(models) > 1 else ""
     )
-    table.caption_justify = "left"
+    lines = []
     for domain, metric in dict.fromkeys((score.domain, score.metric) for score in scores):
         row = [found.get((model, domain, metric)) for model in models]
-        table.add_row(domain, metric, *(_task_cell(score, row) for score in row))
-    console.print(table)
+        lines.append(([domain, metric], [_task_cell(score, row) for score in row]))
+    _print([what, "metric"], models, lines, caption, console)
+
+
+def _print(
+    heads: Sequence[str],
+    models: Sequence[str],
+    lines: Sequence[tuple[Sequence[str], Sequence[Text]]],
+    caption: str,
+    console: Console,
+) -> None:
+    """A table of models, or several below each other where there are more than a terminal has room for."""
+    for start in range(0, len(models), _AT_A_TIME):
+        some = slice(start, start + _AT_A_TIME)
+        table = Table(*heads, *models[some], box=None, pad_edge=False, caption_justify="left")
+        for labels, cells in lines:
+            table.add_row(*labels, *cells[some])
+        table.caption = caption if some.stop >= len(models) else None
+        console.print(table)
+        if table.caption is None:
+            console.print()
 
 
 def _task_cell(score: Score | None, row: Sequence[Score | None]) -> Text:
