@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+COPYING = "copying"
+"""What scores of copying in context are filed under in place of a text's name."""
+
 IGNORE_INDEX = -100
 """Label value of a position that carries no loss (the convention of torch and transformers)."""
 

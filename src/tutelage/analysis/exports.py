@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def save_tables(
-    results: Results, findings: Findings, outcomes: Sequence[Outcome], directory: Path
-) -> list[Path]:
-    """Write `gains.csv`, `pairs.csv`, `claims.csv` and `policies.csv` to `directory`; returns their paths.
+def save_tables(results: Results, findings: Findings, outcomes: Sequence[Outcome], directory: Path) -> None:
+    """Write `gains.csv`, `pairs.csv`, `claims.csv`, `policies.csv` and `scores.csv` to `directory`.
 
     A table without rows is no file: `policies.csv` needs arms that are no constants.
     Gains are percent fewer bits per byte than without a teacher, intervals are 95%; see
@@ -33,20 +31,25 @@ def save_tables(
     """
     make_directory(directory)
     tables = {
-        "gains": _gains(findings),
-        "pairs": _pairs(findings),
-        "claims": _claims(outcomes),
-        "policies": _policies(results, findings),
+        "gains": pl.DataFrame(_gains(findings), infer_schema_length=None),
+        "pairs": pl.DataFrame(_pairs(findings), infer_schema_length=None),
+        "claims": pl.DataFrame(_claims(outcomes), infer_schema_length=None),
+        "policies": pl.DataFrame(_policies(results, findings), infer_schema_length=None),
+        "scores": _scores(results),
     }
-    paths = []
-    for name, rows in tables.items():
+    for name, table in tables.items():
         path = directory / f"{name}.csv"
-        if not rows:
+        if table.is_empty():
             path.unlink(missing_ok=True)  # of an earlier report
-            continue
-        write_text(path, pl.DataFrame(rows, infer_schema_length=None).write_csv())
-        paths.append(path)
-    return paths
+        else:
+            write_text(path, table.write_csv())
+
+
+def _scores(results: Results) -> pl.DataFrame:
+    """One row per run, text and metric, test split: what every other number is made of."""
+    columns = ("run", "kind", "student", "teacher", "arm", "stage", "seed")
+    scores = results.scores.filter(split="test").select("run", "domain", "metric", "value")
+    return results.runs.select(columns).join(scores, on="run", maintain_order="left_right")
 
 
 def _estimate(prefix: str, estimate: Estimate | None) -> Row:
@@ -85,7 +88,7 @@ def _pairs(findings: Findings) -> list[Row]:
 
 
 def _claims(outcomes: Sequence[Outcome]) -> list[Row]:
-    """One row per test of a claim; a claim without any has one all the same."""
+    """One row per test of a claim and fit; a test without numbers has a row without an effect."""
     return [
         {
             "claim": outcome.number,

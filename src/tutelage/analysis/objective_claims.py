@@ -8,6 +8,7 @@ import numpy as np
 
 from tutelage.analysis.parts import Part
 from tutelage.analysis.view import Series, mean_of, minus, says
+from tutelage.types import COPYING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -144,7 +145,7 @@ def _arms_less_constants(view: View, pairs: Iterable[PairFinding], wanted: Calla
 
 def copying(view: View) -> list[Part]:
     """Accuracy of copying in context at alpha 1 less that of the baseline."""
-    scores = view.scores("accuracy", "copying")
+    scores = view.scores("accuracy", COPYING)
     pure = [cell for pair in view.pairs() for cell in view.constants(pair, lambda a: a == 1)]
     changes = _scores(scores, pure, lambda own, base: 100 * (own - base))
     label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval --probes`)"

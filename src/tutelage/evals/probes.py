@@ -23,7 +23,7 @@ from tutelage.evals.subject import Subject, check_tokenizer
 from tutelage.evals.windows import FORWARD_TOKENS, blocks, read_documents
 from tutelage.files import claimed, make_directory
 from tutelage.models.hub import body_and_head, load, logit_transform, pick_device
-from tutelage.types import IGNORE_INDEX, Score, transformed
+from tutelage.types import COPYING, IGNORE_INDEX, Score, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +96,7 @@ def _copying(subject: Subject, student: PreTrainedModel, text: Store) -> list[Sc
     def measure() -> dict[str, Measured]:
         return {"accuracy": copying_accuracy(student, ids_V, text.eos_id, segment)}
 
-    return _once(subject, "copying", version, SEQUENCES, measure)
+    return _once(subject, COPYING, version, SEQUENCES, measure)
 
 
 def _accepted(subject: Subject, student: PreTrainedModel, teacher: Subject, text: Store) -> list[Score]:

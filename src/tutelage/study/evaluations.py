@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from tutelage.study.records import UnreadableError, read_lines
-from tutelage.types import Score
+from tutelage.types import COPYING, Score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +33,6 @@ SCORE_COLUMNS = pl.Schema(
         "version": pl.String,
     }
 )
-PROBE = "copying"
-"""What `tutelage eval --probes` adds to the scores of a run: no text, so no part of its evaluation."""
 _FITTED = ("nll_temperature", "nll_unigram")
 DOCUMENT_COLUMNS = pl.Schema(
     {
@@ -78,7 +76,7 @@ def read_evaluations(
     scores = _scores(directory, runs, problems)
     documents = _documents(directory, [run for run in runs if run not in problems], problems)
     asked = [domain.name for domain in plan.domains]  # others: `tutelage eval`
-    scores = scores.filter(pl.col("domain").is_in([*asked, PROBE]))
+    scores = scores.filter(pl.col("domain").is_in([*asked, COPYING]))
     documents = documents.filter(pl.col("domain").is_in(asked))
     for run, reason in _gaps(scores, documents, plan) + _disagreements(scores, documents):
         problems.setdefault(run, reason)

@@ -103,7 +103,9 @@ def test_figures_take_the_colour_of_the_page(report):
 def test_the_tables_lie_beside_the_page_as_csv(report):
     tables = {file.stem: pl.read_csv(file) for file in (report.parent / "tables").iterdir()}
 
-    assert set(tables) == {"gains", "pairs", "claims"}  # constants alone are no tournament
+    bits = tables["scores"].filter(run="baseline-43", domain="fables", metric="bits_per_byte")
+    assert bits["value"].to_list() == pytest.approx([3.2])
+    assert set(tables) == {"gains", "pairs", "claims", "scores"}  # constants alone are no tournament
     weak = (
         tables["gains"].filter(teacher="weak", alpha=0.4, fit="raw", side="out_of_domain").row(0, named=True)
     )

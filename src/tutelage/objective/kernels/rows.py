@@ -130,7 +130,7 @@ def teacher_slots(ids_BK: Tensor, probs_BK: Tensor, tail_B: Tensor, tail: str) -
 def _one_per_id(ids_BK: Tensor, scratch_BV: Tensor) -> Tensor:
     """True in one slot per distinct id of a row, so that repeats are not counted twice.
 
-    The slot whose number stays in the id's place of the scratch; three times as fast as sorting.
+    The slot whose number stays in the id's place of the scratch, which takes less time than sorting.
     """
     slots_BK = torch.arange(ids_BK.shape[1], dtype=scratch_BV.dtype, device=ids_BK.device).expand_as(ids_BK)
     return scratch_BV.scatter_(1, ids_BK, slots_BK).gather(1, ids_BK) == slots_BK
