@@ -81,13 +81,20 @@ def demo(
 @app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")],
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="print the table of verdicts as Markdown, and write nothing")
+    ] = False,
 ) -> None:
     """Rebuild a study's verdicts, report.html, figures and tables from its result files. Trains nothing."""
     from tutelage.analysis.report import build_report
-    from tutelage.analysis.terminal import print_verdicts
+    from tutelage.analysis.terminal import markdown, print_verdicts
+    from tutelage.analysis.verdicts import judge
     from tutelage.console import out
     from tutelage.study.results import load_results
 
+    if as_markdown:
+        sys.stdout.write(markdown(judge(load_results(directory))))
+        return
     print_verdicts(load_results(directory), out)
     out.print(f"\nreport   {build_report(directory)}", highlight=False, soft_wrap=True)
     out.print(f"tables   {directory / 'tables'}", highlight=False, soft_wrap=True)

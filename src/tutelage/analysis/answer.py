@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tutelage.analysis.costs import overhead
-from tutelage.analysis.words import count, effect, join, plus_minus
+from tutelage.analysis.family import supported
+from tutelage.analysis.words import ONE_SEED, count, effect, join, level, plus_minus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from tutelage.analysis.gains import Side
     from tutelage.analysis.outcomes import Outcome
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
     from tutelage.study.results import Results
@@ -18,19 +20,34 @@ _NO_CONTROL = (
     "No comparison with a control was made here: a teacher that only smooths the targets, such as the "
     "unigram, can gain out of domain too, so a gain alone does not show that the teacher taught anything."
 )
+_NO_REAL = "No real teacher has a finished student yet; only controls can be judged."
 _ENOUGH_SEEDS = 5
 _FEW = 2
 
 
-def headline(findings: Findings) -> list[str]:
-    """Answer to: does this teacher help this student? One paragraph per student."""
+def headline(findings: Findings, outcomes: Sequence[Outcome]) -> list[str]:
+    """Answer to: does this teacher help this student? One paragraph per student.
+
+    It counts only what survives a correction for everything it looks at. Where the study announced claims,
+    they are that family: the first paragraph says which are supported, and the others only show numbers.
+    """
     students = list(dict.fromkeys(pair.student.name for pair in findings.pairs))
-    answers = []
+    announced = [outcome for outcome in outcomes if outcome.announced]
+    answers = [_claimed(announced)] if announced else []
     for student in students:
         pairs = [pair for pair in findings.pairs if pair.student.name == student]
         if len(students) == 1 or any(pair.best is not None for pair in pairs):
-            answers.append(_answer(pairs, "" if len(students) == 1 else f"{student}: "))
+            name = "" if len(students) == 1 else f"{student}: "
+            answers.append(
+                _shown(pairs, name) if announced else _answer(pairs, supported(findings, student), name)
+            )
     return answers
+
+
+def _claimed(announced: Sequence[Outcome]) -> str:
+    """The answer of a study that said beforehand what it would test."""
+    texts = [f"{one.text} (claim {one.number})" for one in announced if one.answer == "supported"]
+    return f"Supported: {' '.join(texts)}" if texts else "None of the announced claims is supported."
 
 
 def tally(outcomes: Sequence[Outcome]) -> str:
@@ -46,12 +63,26 @@ def tally(outcomes: Sequence[Outcome]) -> str:
     return f"Of {len(announced)} announced {noun}: {', '.join(parts)}."
 
 
-def _answer(pairs: Sequence[PairFinding], name: str) -> str:
-    best = [pair.best for pair in pairs if pair.best is not None and not pair.best.control]
+def _best(pairs: Sequence[PairFinding]) -> list[Verdict]:
+    return [pair.best for pair in pairs if pair.best is not None and not pair.best.control]
+
+
+def _shown(pairs: Sequence[PairFinding], name: str) -> str:
+    """Numbers of one student, without a word on whether they are more than noise."""
+    best = _best(pairs)
+    return f"{name}{_numbers(best)}." if best else f"{name}{_NO_REAL}"
+
+
+def _answer(pairs: Sequence[PairFinding], effects: Mapping[tuple[int, Side], str], name: str) -> str:
+    best = _best(pairs)
     if not best:
-        return f"{name}No real teacher has a finished student yet; only controls can be judged."
-    helping = [v for v in best if effect(v.out_of_domain) == "helps"]
-    inside = [v for v in best if effect(v.in_domain) == "helps"]
+        return f"{name}{_NO_REAL}"
+    judged = [v for v in best if v.judged]
+    if not judged:
+        return f"{name}Not judged: {_numbers(best)}. {ONE_SEED}"
+    outside = {v.cell: effects.get((v.cell, "out_of_domain")) for v in judged}
+    helping = [v for v in judged if outside[v.cell] == "helps"]
+    inside = [v for v in judged if effects.get((v.cell, "in_domain")) == "helps"]
     if helping and all(_matching(pairs, v) for v in helping):
         lead = "Out of domain yes, but no more than smoothing does"
     elif helping:
@@ -59,28 +90,35 @@ def _answer(pairs: Sequence[PairFinding], name: str) -> str:
     elif inside:
         lead = "In domain only"
     else:
-        lead = "No clear gain" if any(effect(v.out_of_domain) != "hurts" for v in best) else "No"
-    answer = [f"{name}{lead}: {_summary(best, len(helping), len(inside))}."]
+        lead = "No clear gain" if any(word != "hurts" for word in outside.values()) else "No"
+    answer = [f"{name}{lead}: {_summary(judged, len(helping), len(inside))}."]
     if helping:
         answer += [*control_sentences(pairs), *_fitted_sentence(helping)]
-    if max(v.n_seeds for v in best) == 1:
-        answer.append("This is one seed, so training noise is not in the intervals.")
+    if len(judged) < len(best):
+        answer.append(f"{len(best) - len(judged)} more with one seed are shown, not judged.")
     return " ".join(answer)
 
 
-def _summary(best: Sequence[Verdict], n_outside: int, n_inside: int) -> str:
-    """Every teacher's gains; with many teachers, how many help and the gains of the best."""
+def _numbers(best: Sequence[Verdict]) -> str:
+    """Every teacher's gains; of many teachers those of the best."""
     gains = [
-        f"{v.teacher} ({v.arm}) gains {plus_minus(v.out_of_domain)} out of domain, "
+        f"{v.teacher} ({level(v)} teacher, {v.arm}) gains {plus_minus(v.out_of_domain)} out of domain, "
         f"{plus_minus(v.in_domain)} in domain"
         for v in best
     ]
     if len(best) <= _FEW:
         return "; ".join(gains)
     top = max(range(len(best)), key=lambda i: best[i].out_of_domain.mean)
+    return f"best of {len(best)} teachers out of domain: {gains[top]}"
+
+
+def _summary(best: Sequence[Verdict], n_outside: int, n_inside: int) -> str:
+    """The numbers; with many teachers also how many help."""
+    if len(best) <= _FEW:
+        return _numbers(best)
     return (
-        f"of {len(best)} teachers, {n_outside} help out of domain and {n_inside} in domain; "
-        f"best out of domain: {gains[top]}"
+        f"{n_outside} of {len(best)} teachers help out of domain and {n_inside} in domain, corrected for all "
+        f"their alphas; {_numbers(best)}"
     )
 
 
@@ -93,18 +131,21 @@ def _fitted_sentence(helping: Sequence[Verdict]) -> list[str]:
     if len(fitted) <= _FEW:
         left = join([f"{v.teacher} keeps {plus_minus(estimate)}" for v, estimate in fitted])
         return [f"With calibration fitted, {left} out of domain."]
-    return [f"With calibration fitted, {kept} of these {len(fitted)} still help out of domain."]
+    return [f"With calibration fitted, {kept} of these {len(fitted)} intervals are still above zero there."]
 
 
 def control_sentences(pairs: Sequence[PairFinding]) -> list[str]:
-    """What each control says about the real teachers' out-of-domain gains, of one student."""
-    real = [pair.best for pair in pairs if pair.best is not None and not pair.best.control]
-    gaining = [v for v in real if v.out_of_domain.mean > 0]
+    """What each control says about the real teachers' out-of-domain gains, of one student.
+
+    Of one seed nothing: neither its control's gain nor its teachers' is told from noise.
+    """
+    gaining = [v for v in _best(pairs) if v.judged and v.out_of_domain.mean > 0]
     return [_control_sentence(control, gaining) for control in _controls(pairs) if gaining]
 
 
 def _controls(pairs: Sequence[PairFinding]) -> list[Verdict]:
-    return [pair.best for pair in pairs if pair.best is not None and pair.best.control]
+    best = [pair.best for pair in pairs if pair.best is not None]
+    return [v for v in best if v.control and v.judged]
 
 
 def _matching(pairs: Sequence[PairFinding], real: Verdict) -> list[Verdict]:
@@ -129,21 +170,18 @@ def _control_sentence(control: Verdict, gaining: Sequence[Verdict]) -> str:
 
 def notes(results: Results, findings: Findings) -> list[str]:
     """What the numbers can and cannot show, each as one short paragraph."""
-    n = len(findings.verdicts) * 2
+    n = sum(v.judged for v in findings.verdicts) * 2
     plan = results.plan
     sizes = join([f"{count(s.parameters)} parameters on {count(s.tokens)} tokens" for s in plan.students])
     subject = "The student has" if len(plan.students) == 1 else "The students have"
     controls = [sentence for group in _by_student(findings) for sentence in control_sentences(group)]
+    unbeaten = not any(v.control for v in findings.verdicts)
     return [
         _seed_note(findings),
-        *(controls or [_NO_CONTROL]),
+        *(controls or [_NO_CONTROL] * unbeaten),
         f"{subject} {sizes}. Nothing here says what larger models, longer runs or other text would show.",
         _fitted_note(findings),
-        (
-            f"The tables of verdicts hold {n} raw intervals at 95%, uncorrected: with no effect anywhere, "
-            f"about {n * 0.05:.1f} of them would still exclude zero. Only the claims are corrected for their "
-            "number."
-        ),
+        *_many_note(n),
         (
             "In the tables, alpha is chosen and reported on different documents but on the same trained "
             "models, so the best row is still a little flattered. The tests of claims choose it for each "
@@ -151,6 +189,19 @@ def notes(results: Results, findings: Findings) -> list[str]:
         ),
         *_cost_note(results),
         *plan.notes,
+    ]
+
+
+def _many_note(n: int) -> list[str]:
+    if not n:
+        return []
+    return [
+        (
+            f"The tables of verdicts hold {n} raw intervals at 95%, uncorrected: with no effect anywhere, "
+            f"about {n * 0.05:.1f} of them would still exclude zero. The claims are corrected for their "
+            "number, and so is the headline: for every alpha of every real teacher, in and out of domain "
+            "(Holm)."
+        )
     ]
 
 
@@ -177,16 +228,8 @@ def _seed_note(findings: Findings) -> str:
     fewest = min(v.n_seeds for v in findings.verdicts)
     most = max(v.n_seeds for v in findings.verdicts)
     if most == 1:
-        return (
-            "One seed: each interval only says how much the result depends on which documents were "
-            "scored. Training noise is not in it, because the seed is the replicate. Run more seeds "
-            "before believing a small difference."
-        )
-    mixed = (
-        " Rows with one seed carry a bootstrap over documents instead, which leaves out training noise."
-        if fewest == 1
-        else ""
-    )
+        return f"{ONE_SEED} Evaluation noise, which is shown, is only that of the choice of documents."
+    mixed = " Rows with one seed are shown, not judged." if fewest == 1 else ""
     weight = (
         "" if fewest >= _ENOUGH_SEEDS else " Fewer than five seeds screen ideas; they do not settle them."
     )

@@ -64,6 +64,8 @@ _CONFIG: dict[str, Any] = {
 _RELATIONS = ("weak-to-strong", "same-level", "strong-to-weak")
 _GREYS = (GREY, "#b59f7b")
 _DASHES = ([5, 3], [2, 2])
+_GREY_DASHES = ([1, 0], [9, 3], [1, 3], [9, 3, 2, 3])
+"""Of teachers that are not judged and have no colour."""
 _LINE_LEGEND = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1)
 _POINT_LEGEND = alt.Legend(symbolType="circle", symbolOpacity=1)
 
@@ -123,6 +125,11 @@ def zero_line(axis: Literal["x", "y"]) -> alt.Chart:
     return line
 
 
+def one_seed(colour: str) -> dict[str, str]:
+    """A condition for a colour: `colour` where the row has one seed, which is shown and not judged."""
+    return {"test": "datum.n_seeds < 2", "value": colour}
+
+
 @dataclass(frozen=True)
 class Key:
     """What colour and dash a teacher has, the same in every figure of a student.
@@ -143,10 +150,10 @@ class Key:
         return Key(self.series, colours, {name: self.dashes[name] for name in colours})
 
     def colour(self, *, points: bool = False) -> alt.Color:
-        """Colour by the column `series`, with lines or points in the legend."""
+        """Colour by the column `series`, with lines or points in the legend; grey where there is one seed."""
         scale = alt.Scale(domain=[*self.colours], range=[*self.colours.values()])
         legend = _POINT_LEGEND if points else _LINE_LEGEND
-        return alt.Color("series:N", title=None, scale=scale, legend=legend)
+        return alt.Color("series:N", title=None, scale=scale, legend=legend, condition=one_seed(GREY))
 
     def dash(self) -> alt.StrokeDash:
         """Dash by the column `series`."""
@@ -155,7 +162,10 @@ class Key:
 
 
 def key_of(pairs: Sequence[PairFinding], *, with_baseline: bool = False) -> Key:
-    """A colour for each teacher; where there are more than colours, one for each measured relation."""
+    """A colour for each teacher; where there are more than colours, one for each measured relation.
+
+    Teachers of which nothing is judged are grey.
+    """
     real = [pair for pair in pairs if not pair.teacher.control]
     many = len(real) > len(PALETTE)
     names = {
@@ -164,9 +174,10 @@ def key_of(pairs: Sequence[PairFinding], *, with_baseline: bool = False) -> Key:
     order = [*_RELATIONS, "not measured"] if many else [*names.values()]
     used = [name for name in order if name in names.values()]
     controls = {pair.teacher.name: pair.teacher.name for pair in pairs if pair.teacher.control}
-    colours = {name: PALETTE[i] for i, name in enumerate(used)}
+    judged = {names[p.teacher.name] for p in real if p.best is not None and p.best.judged}
+    colours = {name: PALETTE[i] if name in judged else GREY for i, name in enumerate(used)}
     colours |= {name: _GREYS[i % len(_GREYS)] for i, name in enumerate(controls)}
-    dashes = {name: [1, 0] for name in used}
+    dashes = {name: [1, 0] if name in judged else _GREY_DASHES[i % 4] for i, name in enumerate(used)}
     dashes |= {name: _DASHES[i % len(_DASHES)] for i, name in enumerate(controls)}
     if with_baseline:
         colours, dashes = {NO_TEACHER: INK} | colours, {NO_TEACHER: [1, 0]} | dashes

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from tutelage.analysis.tables import tournaments
+from tutelage.analysis.words import effect, is_judged
 from tutelage.files import make_directory, write_text
 
 if TYPE_CHECKING:
@@ -53,17 +53,25 @@ def _scores(results: Results) -> pl.DataFrame:
 
 
 def _estimate(prefix: str, estimate: Estimate | None) -> Row:
+    """The columns of an estimate; of one seed there is no interval, so its ends are empty."""
     names = (prefix, f"{prefix}_low", f"{prefix}_high", f"{prefix}_n")
-    values = (None,) * len(names) if estimate is None else dataclasses.astuple(estimate)
-    return dict(zip(names, values, strict=True))
+    if estimate is None:
+        return dict.fromkeys(names)
+    ends = (estimate.low, estimate.high) if is_judged(estimate) else (None, None)
+    return dict(zip(names, (estimate.mean, *ends, estimate.n), strict=True))
 
 
 def _gains(findings: Findings) -> list[Row]:
-    """One row per cell, fit and side; `interval` says over what it runs."""
+    """One row per cell, fit and side; `interval` says over what it runs, "none" of one seed.
+
+    `noise_low` and `noise_high` bound what the choice of documents does, training noise left out.
+    """
     return [
         {"student": v.student, "teacher": v.teacher, "arm": v.arm, "alpha": v.alpha, "stage": v.stage}
-        | {"fit": fit, "side": side, "interval": v.interval}
+        | {"fit": fit, "side": side, "interval": "seeds" if is_judged(estimate) else "none"}
+        | {"words": effect(estimate)}
         | _estimate("gain", estimate)
+        | _estimate("noise", v.noise.get((fit, side)))
         for v in findings.verdicts
         for (fit, side), estimate in v.gains.items()
     ]
@@ -81,7 +89,7 @@ def _pairs(findings: Findings) -> list[Row]:
             "teacher_bits_per_byte": pair.bits_per_byte,
             "student_bits_per_byte": pair.student_bits,
             "best": None if pair.best is None else pair.best.arm,
-            "as_good": " ".join(f"{alpha:g}" for alpha in pair.flat),
+            "as_good": " ".join(f"{alpha:g}" for alpha in pair.flat) or None,
         }
         for pair in findings.pairs
     ]

@@ -8,11 +8,12 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis import words
-from tutelage.analysis.canvas import INK, Figure, Key, inline, within_reach, zero_line
+from tutelage.analysis.canvas import GREY, INK, Figure, Key, inline, one_seed, within_reach, zero_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tutelage.analysis.stats import Estimate
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
 
 _SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
@@ -20,6 +21,7 @@ _FEW_DOMAINS = 6
 _FEW_LABELS = 30
 _TITLE_WIDTH = 150
 _TILES = ["#E69F00", "#f4f4f4", "#56B4E9"]
+_UNJUDGED = "#dddddd"
 
 
 def heat_map(verdicts: Sequence[Verdict], suffix: str) -> Figure:
@@ -31,9 +33,7 @@ def heat_map(verdicts: Sequence[Verdict], suffix: str) -> Figure:
     base = alt.Chart().encode(
         x=alt.X("alpha:O", title="alpha", sort=alphas).axis(format="~g", labelAngle=0),
     )
-    tiles = base.mark_rect().encode(
-        color=alt.Color("gain:Q", legend=None).scale(domain=[-largest, 0, largest], range=_TILES)
-    )
+    tiles = base.mark_rect().encode(color=_tile_colour(largest))
     numbers = base.mark_text(fontSize=10, color="#111").encode(text=alt.Text("gain:Q", format="+.1f"))
     sides = data["side"].unique(maintain_order=True).to_list()
     step = max(34, _TITLE_WIDTH // len(alphas))
@@ -48,7 +48,8 @@ def heat_map(verdicts: Sequence[Verdict], suffix: str) -> Figure:
         name=f"heat{suffix}",
         title="Alpha by teacher",
         caption="Percent fewer bits per byte than without a teacher, one row per teacher and one column per "
-        f"alpha: blue helps, orange hurts. Means over {words.seeds(verdicts)}, test split.",
+        f"alpha: blue gains, orange loses. Means over {words.seeds(verdicts)}, test split."
+        + words.grey_note(verdicts),
         spoken="Heat maps of gain by teacher and alpha. " + words.in_words(verdicts),
         chart=alt.hconcat(*panels, data=inline(data), spacing=18),
         data=data,
@@ -81,7 +82,8 @@ def alpha_curves(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         name=f"alpha{suffix}",
         title="How much teacher?",
         caption="Above zero, the student with this teacher needs fewer bits per byte than without. Bars are "
-        f"95% intervals ({words.intervals(verdicts)}); alpha 0 is the student without a teacher; test split.",
+        f"95% intervals ({words.intervals(verdicts)}); alpha 0 is the student without a teacher; test split."
+        + words.grey_note(verdicts),
         spoken="Gain against alpha. " + words.in_words(verdicts),
         chart=chart,
         data=data.drop("series"),
@@ -130,7 +132,7 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         labels = text.encode(text=alt.Text("alpha:Q", format="~g")).transform_filter(constant)
         layers.append(labels)
     triangles = " Triangles are other arms than a constant alpha." if data["alpha"].null_count() else ""
-    triangles += left_out
+    triangles += left_out + words.grey_note(verdicts)
     named = "One point per teacher and arm" if many else "One point per teacher and alpha (the label)"
     return Figure(
         name=f"trade-off{suffix}",
@@ -146,10 +148,12 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
 def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
     """Gain at the best alpha against the teacher's size, its tokens and its measured strength."""
     rows = [row for pair in pairs for row in _strength_rows(pair)]
-    data = pl.DataFrame(rows)
+    data = pl.DataFrame(
+        rows, infer_schema_length=None, schema_overrides=dict.fromkeys(("low", "high"), pl.Float64)
+    )
     sides = ["in domain", "out of domain", "out of domain, fitted"]
     legend = alt.Legend(symbolOpacity=1)
-    colour = alt.Color("side:N", title=None, legend=legend).scale(
+    colour = alt.Color("side:N", title=None, legend=legend, condition=one_seed(GREY)).scale(
         domain=sides, range=["#0090D8", "#D55E00", "#E69F00"]
     )
     panels = []
@@ -179,7 +183,7 @@ def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
         caption="Gain at each real teacher's best alpha (chosen on validation), against its parameters "
         "(lines join equal tokens), its tokens (lines join equal shapes) and its measured strength; right of "
         "0 the teacher is better than the untaught student. Bars are 95% intervals "
-        f"({words.intervals(best)}).",
+        f"({words.intervals(best)}).{words.grey_note(best)}",
         spoken="Gain at the best alpha against the teacher's size, tokens and measured strength. "
         + words.in_words([v for v in best if not v.control]),
         chart=alt.hconcat(*panels, data=inline(data)).resolve_scale(y="shared"),
@@ -205,10 +209,7 @@ def _strength_rows(pair: PairFinding) -> list[dict[str, str | float | None]]:
         "strength": 100 * (1 - pair.bits_per_byte / pair.student_bits),
         "arm": pair.best.arm,
     }
-    return [
-        teacher | {"side": side, "gain": e.mean, "low": e.low, "high": e.high, "n_seeds": pair.best.n_seeds}
-        for side, e in sides.items()
-    ]
+    return [teacher | {"side": side, **_drawn(e), "n_seeds": pair.best.n_seeds} for side, e in sides.items()]
 
 
 def domain_gains(findings: Findings, verdicts: Sequence[Verdict], suffix: str) -> Figure:
@@ -226,9 +227,7 @@ def domain_gains(findings: Findings, verdicts: Sequence[Verdict], suffix: str) -
         x=alt.X("domain:N", title=None, sort=columns)
         .axis(orient="top", labelAngle=0 if len(columns) <= _FEW_DOMAINS else -40),
     )  # fmt: skip
-    tiles = base.mark_rect().encode(
-        color=alt.Color("gain:Q", legend=None).scale(domain=[-largest, 0, largest], range=_TILES)
-    )
+    tiles = base.mark_rect().encode(color=_tile_colour(largest))
     numbers = base.mark_text(fontSize=10, color="#111").encode(text=alt.Text("gain:Q", format="+.1f"))
     fits = {"raw": "raw", "unigram": "calibration fitted"}
     step = 66 if len(columns) <= _FEW_DOMAINS else 40
@@ -246,8 +245,9 @@ def domain_gains(findings: Findings, verdicts: Sequence[Verdict], suffix: str) -
         name=f"domains{suffix}",
         title="Gain on each text",
         caption="Percent fewer bits per byte than without a teacher, by text (the first is the training "
-        "text): blue helps, orange hurts; raw, and with temperature and unigram mixture fitted to every "
-        f"model on the validation split. Means over {words.seeds(verdicts)}, test split.",
+        "text): blue gains, orange loses; raw, and with temperature and unigram mixture fitted to every "
+        f"model on the validation split. Means over {words.seeds(verdicts)}, test split."
+        + words.grey_note(verdicts),
         spoken=f"Heat maps of gains for {len(rows)} pairs of teacher and arm on {len(columns)} texts.",
         chart=alt.hconcat(*panels, data=inline(data), spacing=18),
         data=data.drop("row"),
@@ -263,10 +263,21 @@ def _gain_rows(verdicts: Sequence[Verdict]) -> pl.DataFrame:
         if v.fitted is not None:
             named["out of domain, fitted"] = v.fitted
         for side, e in named.items():
-            numbers = {"gain": e.mean, "low": e.low, "high": e.high}
             where = {"teacher": v.teacher, "side": side, "alpha": v.alpha}
-            rows.append(where | numbers | {"n_seeds": v.n_seeds})
-    return pl.DataFrame(rows)
+            rows.append(where | _drawn(e) | {"n_seeds": v.n_seeds})
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys(("low", "high"), pl.Float64))
+
+
+def _drawn(estimate: Estimate) -> dict[str, float | None]:
+    """The columns of an estimate; one seed has no bar."""
+    ends = (estimate.low, estimate.high) if words.is_judged(estimate) else (None, None)
+    return dict(zip(("gain", "low", "high"), (estimate.mean, *ends), strict=True))
+
+
+def _tile_colour(largest: float) -> alt.Color:
+    """Orange to blue by gain, grey where there is one seed."""
+    scale = alt.Scale(domain=[-largest, 0, largest], range=_TILES)
+    return alt.Color("gain:Q", legend=None, scale=scale, condition=one_seed(_UNJUDGED))
 
 
 def _with_origin(data: pl.DataFrame) -> pl.DataFrame:

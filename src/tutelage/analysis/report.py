@@ -65,7 +65,7 @@ def build_report(directory: Path) -> Path:
         style=resources.files("tutelage.analysis").joinpath("report.css").read_text(encoding="utf-8"),
         plan=results.plan,
         tally=answer.tally(outcomes),
-        headline=answer.headline(findings),
+        headline=answer.headline(findings, outcomes),
         students=[_student(results, findings, name, drawn) for name in students],
         undrawn=students[_MOST_DRAWN:],
         cost_figures=drawn[None],

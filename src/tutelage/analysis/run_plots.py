@@ -9,7 +9,7 @@ import polars as pl
 
 from tutelage.analysis.canvas import GREY, INK, PALETTE, Figure, Key, inline, key_of, within_reach
 from tutelage.analysis.costs import ledger
-from tutelage.analysis.words import NO_TEACHER
+from tutelage.analysis.words import NO_TEACHER, grey_note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,7 @@ def calibration(
             "arm": v.arm,
             "raw": v.out_of_domain.mean,
             "fitted": v.fitted.mean,
+            "n_seeds": v.n_seeds,
         }
         | errors.get(v.cell, {})
         for v in verdicts
@@ -73,7 +74,7 @@ def calibration(
         caption="Left: what is left of a raw gain out of domain when every model gets its best temperature "
         "and unigram mixture; on the line all of it, at zero none. Right: expected calibration error less "
         "that of the student without a teacher; below zero is better calibrated. Means over seeds, test "
-        f"split.{left_out}",
+        f"split.{left_out}{grey_note(verdicts)}",
         spoken="Raw against fitted gain out of domain, and change of calibration error in and out of domain, "
         f"for {len(rows)} arms.",
         chart=alt.hconcat(*panels, data=inline(near)),

@@ -77,11 +77,11 @@ def verdict_row(v: Verdict) -> Row:
 def _gain(estimate: Estimate | None) -> dict[str, str] | None:
     if estimate is None:
         return None
-    effect = words.effect(estimate)
+    colours = {"helps": "helps", "hurts": "hurts", words.NOT_JUDGED: "soft"}
     return {
         "mean": words.signed(estimate.mean, 2),
         "span": words.span(estimate),
-        "effect": effect if effect in ("helps", "hurts") else "unclear",
+        "effect": colours.get(words.effect(estimate), "unclear"),
     }
 
 

@@ -26,15 +26,16 @@ class Entrant:
         verdict: its gains.
         ahead: out-of-domain gain less that of the best constant alpha, paired by seed; None for that one and
             with less than two seeds.
-        raw_front: whether no other arm gains as much on both sides and more on one, raw.
+        raw_front: whether no other arm gains as much on both sides and more on one, raw; None where some
+            arm has one seed.
         fitted_front: the same with the out-of-domain gain fitted.
         cost: FLOPs of a run, teacher forward included, as a multiple of the untaught student's.
     """
 
     verdict: Verdict
     ahead: Estimate | None
-    raw_front: bool
-    fitted_front: bool
+    raw_front: bool | None
+    fitted_front: bool | None
     cost: float | None
 
 
@@ -67,8 +68,8 @@ def tournaments(results: Results, findings: Findings) -> list[tuple[PairFinding,
         if pair.best is None or all(arm.constant for arm in arms):
             continue
         champion = view.gain(pair.best, "out_of_domain")
-        raw = _front([(arm.in_domain.mean, arm.out_of_domain.mean) for arm in arms])
-        fitted = _front([(arm.in_domain.mean, (arm.fitted or arm.out_of_domain).mean) for arm in arms])
+        raw = _front(arms, [(arm.in_domain.mean, arm.out_of_domain.mean) for arm in arms])
+        fitted = _front(arms, [(arm.in_domain.mean, (arm.fitted or arm.out_of_domain).mean) for arm in arms])
         entrants = [
             Entrant(
                 verdict=arm,
@@ -157,6 +158,8 @@ def _paired(first: Series, second: Series) -> Estimate | None:
     return t_interval(values) if len(values) > 1 else None
 
 
-def _front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other point beats on one coordinate without losing on the other."""
+def _front(arms: Sequence[Verdict], points: Sequence[tuple[float, float]]) -> list[bool] | list[None]:
+    """Which points no other point beats on one coordinate without losing on the other; None: not judged."""
+    if not all(arm.judged for arm in arms):
+        return [None] * len(points)
     return [not any(x >= one[0] and y >= one[1] and (x, y) != one for x, y in points) for one in points]

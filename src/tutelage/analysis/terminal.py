@@ -31,30 +31,70 @@ def print_verdicts(results: Results, console: Console) -> None:
         UserError: as `judge`.
     """
     findings = judge(results)
-    shown = _shown(findings)
-    kinds = sorted({words.interval_name(v) for v in shown})
-    caption = Text(f"{words.GAIN_CAPTION} Intervals: {', '.join(kinds)}.")
-    if len(shown) < len(findings.verdicts):
-        caption.append(f" Best alpha of each pair; all {len(findings.verdicts)} rows are in the report.")
-    table = Table(title=Text(results.plan.title), caption=caption, box=None, caption_justify="left")
-    several, fitted = len({v.student for v in shown}) > 1, any(v.fitted is not None for v in shown)
-    headings = ["teacher", "alpha", "in-domain", "out-of-domain", *["fitted"] * fitted, "in words"]
-    for heading in ["student"] * several + headings:
+    outcomes = judge_claims(results, findings)
+    headings, rows = verdict_table(findings)
+    table = Table(
+        title=Text(results.plan.title),
+        caption=Text(table_caption(findings)),
+        box=None,
+        caption_justify="left",
+    )
+    for heading in headings:
         table.add_column(heading)
-    for v in shown:
-        left = [v.student] * several + [words.taught_by(v), words.arm(v)]
-        gains = [words.plus_minus(v.in_domain), words.plus_minus(v.out_of_domain)]
-        if fitted:
-            gains.append("" if v.fitted is None else words.plus_minus(v.fitted))
-        table.add_row(*map(Text, (*left, *gains, words.verdict(v))))
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
-    for paragraph in answer.headline(findings):
+    for paragraph in answer.headline(findings, outcomes):
         console.print(Text(paragraph))
-    _print_claims(judge_claims(results, findings), console)
+    _print_claims(outcomes, console)
     for problem in results.problems:
         console.print(Text(f"left out: {problem}"))
     if results.unfinished.height:
         console.print(f"{results.unfinished.height} of {results.runs.height} planned runs are not done")
+
+
+def verdict_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of verdicts: every arm, or of many the best of each pair."""
+    shown = _shown(findings)
+    several, fitted = len({v.student for v in shown}) > 1, any(v.fitted is not None for v in shown)
+    headings = [
+        "teacher",
+        "measured",
+        "alpha",
+        "in domain",
+        "out of domain",
+        *["fitted"] * fitted,
+        "in words",
+    ]
+    rows = []
+    for v in shown:
+        name = f"{v.teacher} control" if v.control and v.teacher else v.teacher or words.NO_TEACHER
+        row = [name, "" if v.control else words.level(v), words.arm(v)]
+        row += [words.plus_minus(v.in_domain), words.plus_minus(v.out_of_domain)]
+        row += ["" if v.fitted is None else words.plus_minus(v.fitted)] * fitted
+        rows.append([v.student] * several + [*row, words.verdict(v)])
+    return ["student"] * several + headings, rows
+
+
+def table_caption(findings: Findings) -> str:
+    """What the numbers of the table are."""
+    shown = _shown(findings)
+    kinds = "; ".join(sorted({words.interval_name(v) for v in shown}))
+    caption = (
+        f"{words.GAIN_CAPTION} Measured: the teacher's own bits per byte in domain beside those of the "
+        f"student alone. Intervals: {kinds}."
+    )
+    if len(shown) < len(findings.verdicts):
+        caption += f" Best alpha of each pair; all {len(findings.verdicts)} rows are in the report."
+    return caption
+
+
+def markdown(findings: Findings) -> str:
+    """The table of verdicts and its caption as Markdown, as the README shows them."""
+    headings, rows = verdict_table(findings)
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [" | ".join(cells) for cells in (headings, ["---"] * len(headings), *escaped)]
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{table_caption(findings)}\n"
 
 
 def _shown(findings: Findings) -> list[Verdict]:

@@ -6,6 +6,7 @@ Choices use the validation split, reports the test split.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Literal
 
 import polars as pl
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from tutelage.study.results import Results
     from tutelage.types import Split
 
-Interval = Literal["seeds", "documents"]
 Relation = Literal["weak-to-strong", "same-level", "strong-to-weak"]
 
 SAME_LEVEL_MARGIN = 0.01
@@ -42,7 +42,9 @@ class Verdict:
         alpha: weight of the distillation loss where it is one number.
         constant: whether that number is all there is to the arm.
         control: whether it is a control, without knowledge of context.
-        gains: percent by fit and role, with intervals over seeds; with one seed, over documents.
+        relation: of teacher and student as measured; None where it was not, and of controls.
+        gains: percent by fit and role, with intervals over seeds, which of one seed have no ends: a single
+            run says nothing of how another would have come out.
         noise: the same with intervals over documents: evaluation noise only.
         n_seeds: paired seeds behind the gains.
     """
@@ -55,6 +57,7 @@ class Verdict:
     alpha: float | None
     constant: bool
     control: bool
+    relation: Relation | None
     gains: Mapping[tuple[Fit, Side], Estimate]
     noise: Mapping[tuple[Fit, Side], Estimate]
     n_seeds: int
@@ -75,9 +78,9 @@ class Verdict:
         return self.gains.get(("unigram", "out_of_domain"))
 
     @property
-    def interval(self) -> Interval:
-        """Over what the intervals of `gains` run."""
-        return "seeds" if self.n_seeds > 1 else "documents"
+    def judged(self) -> bool:
+        """Whether it may be worded as an effect: one seed is shown, not judged."""
+        return self.n_seeds > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,8 @@ class PairFinding:
         nominal: the pair by parameters and tokens; None where the teacher's are not known.
         best: verdict at the alpha with the largest out-of-domain gain on the validation split; None if no
             student of this teacher is finished.
-        flat: alphas that cannot be told from the best on the validation split, best included.
+        flat: alphas that cannot be told from the best on the validation split, best included; none where
+            there is one seed, which tells nothing apart.
     """
 
     student: PlanStudent
@@ -136,11 +140,12 @@ def judge(results: Results) -> Findings:
     gains = measure(results)
     if gains.domains.is_empty():
         raise UserError(f"study {results.plan.name}: {_why_empty(results)}")
-    verdicts = _verdicts(results, gains)
+    relations = _relations(results)
+    verdicts = _verdicts(results, gains, relations)
     return Findings(
         gains=gains,
         verdicts=verdicts,
-        pairs=_pairs(results, gains, verdicts),
+        pairs=_pairs(results, gains, verdicts, relations),
         domains=_domain_table(results, gains),
         baseline=_baseline(results),
     )
@@ -155,7 +160,24 @@ def _why_empty(results: Results) -> str:
     return "; ".join((reason, *results.problems[:1]))
 
 
-def _verdicts(results: Results, gains: Gains) -> tuple[Verdict, ...]:
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """Bits per byte in domain, validation split, of teachers and of untaught students by name."""
+
+    teachers: Mapping[str, float]
+    students: Mapping[str, float]
+
+    def relation(self, teacher: str | None, student: str) -> Relation | None:
+        own, alone = self.teachers.get(str(teacher)), self.students.get(student)
+        return None if own is None or alone is None else relation(own, alone)
+
+
+def _relations(results: Results) -> _Bits:
+    own, alone = _in_domain(results, "teacher"), _in_domain(results, "student")
+    return _Bits(dict(own.iter_rows()), dict(alone.iter_rows()))
+
+
+def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...]:
     seeds = _estimates(gains.estimates.filter(split="test").with_columns(n=pl.col("n").cast(pl.Int64)))
     noise = _estimates(document_noise(results, gains))
     found = []
@@ -163,24 +185,25 @@ def _verdicts(results: Results, gains: Gains) -> tuple[Verdict, ...]:
         own, documents = seeds[row["cell"]], noise[row["cell"]]
         n_seeds = max(estimate.n for estimate in own.values())
         fields = {name: row[name] for name in row if name != "pair"}
-        best = own if n_seeds > 1 else documents
-        found.append(Verdict(**fields, gains=best, noise=documents, n_seeds=n_seeds))
+        measured = bits.relation(row["teacher"], row["student"])
+        found.append(Verdict(**fields, relation=measured, gains=own, noise=documents, n_seeds=n_seeds))
     return tuple(found)
 
 
 def _estimates(table: pl.DataFrame) -> dict[int, dict[tuple[Fit, Side], Estimate]]:
     found: dict[int, dict[tuple[Fit, Side], Estimate]] = {}
     columns = table.select("cell", "fit", "role", "gain", "low", "high", "n")
-    for cell, fit, role, *numbers in columns.iter_rows():
+    ends = pl.col("low").fill_null(-inf), pl.col("high").fill_null(inf)
+    for cell, fit, role, *numbers in columns.with_columns(*ends).iter_rows():
         found.setdefault(cell, {})[fit, role] = Estimate(*numbers)
     return found
 
 
-def _pairs(results: Results, gains: Gains, verdicts: Sequence[Verdict]) -> tuple[PairFinding, ...]:
+def _pairs(
+    results: Results, gains: Gains, verdicts: Sequence[Verdict], known: _Bits
+) -> tuple[PairFinding, ...]:
     planned = results.runs.filter(kind="student").select("student", "teacher").drop_nulls()
     wanted = set(planned.unique().rows())
-    own = dict(_in_domain(results, "teacher").iter_rows())
-    alone = dict(_in_domain(results, "student").iter_rows())
     chosen = _best_cells(gains)
     by_cell = {verdict.cell: verdict for verdict in verdicts}
     found = []
@@ -188,15 +211,14 @@ def _pairs(results: Results, gains: Gains, verdicts: Sequence[Verdict]) -> tuple
         for teacher in results.plan.teachers:
             if (student.name, teacher.name) not in wanted:
                 continue
-            bits, beside = own.get(teacher.name), alone.get(student.name)
             best, flat = chosen.get((student.name, teacher.name), (None, ()))
             found.append(
                 PairFinding(
                     student=student,
                     teacher=teacher,
-                    bits_per_byte=bits,
-                    student_bits=beside,
-                    relation=None if bits is None or beside is None else relation(bits, beside),
+                    bits_per_byte=known.teachers.get(teacher.name),
+                    student_bits=known.students.get(student.name),
+                    relation=known.relation(teacher.name, student.name),
                     nominal=nominal(teacher, student),
                     best=None if best is None else by_cell[best],
                     flat=flat,
@@ -246,7 +268,7 @@ def _best_cells(gains: Gains) -> dict[tuple[str, str], tuple[int, tuple[float, .
         best = int(means["cell"][means["gain"].arg_max() or 0])
         table = some.pivot("cell", index="seed", values="gain", sort_columns=True).drop("seed").drop_nulls()
         places = [int(name) for name in table.columns]
-        flat = flat_region(table.to_numpy(), places.index(best)) if table.height else [places.index(best)]
+        flat = flat_region(table.to_numpy(), places.index(best)) if table.height > 1 else []
         alphas = dict(means.select("cell", "alpha").iter_rows())
         region = [alphas[places[i]] for i in flat]
         found[str(student), str(teacher)] = best, tuple(sorted(a for a in region if a is not None))

@@ -8,13 +8,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tutelage.analysis.stats import Estimate
-    from tutelage.analysis.verdicts import Verdict
+    from tutelage.analysis.verdicts import PairFinding, Verdict
 
 GAIN_CAPTION = (
     "Gain: percent fewer bits per byte than the same student without a teacher, same seed and data; "
-    "positive is better. Test split, 95% intervals."
+    "positive is better. Test split, 95% intervals over seeds."
 )
 NO_TEACHER = "no teacher"
+NOT_JUDGED = "not judged"
+ONE_SEED = (
+    "One seed is shown, not judged: another seed of the same runs can differ by more than these gains, and "
+    "one run cannot say by how much. Three seeds or more give an interval."
+)
+_LEVELS = {"weak-to-strong": "weaker", "same-level": "same level", "strong-to-weak": "stronger"}
 _FEW_ROWS = 24
 
 
@@ -23,18 +29,32 @@ def signed(percent: float, digits: int = 1) -> str:
     return f"{round(percent, digits) + 0.0:+.{digits}f}%"
 
 
+def is_judged(estimate: Estimate) -> bool:
+    """Whether there is spread behind it; one seed has none, and no interval."""
+    return estimate.n > 1
+
+
 def span(estimate: Estimate) -> str:
     """`+0.82 to +1.38`, in percent: two digits, so that the side of zero an end is on shows."""
+    if not is_judged(estimate):
+        return "one seed"
     return f"{signed(estimate.low, 2)[:-1]} to {signed(estimate.high, 2)[:-1]}"
 
 
 def plus_minus(estimate: Estimate) -> str:
-    """`+1.1% ± 0.3`, with half the width of the interval."""
+    """`+1.1% ± 0.3`, with half the width of the interval; `+1.1%` of one seed."""
+    if not is_judged(estimate):
+        return signed(estimate.mean)
     return f"{signed(estimate.mean)} ± {(estimate.high - estimate.low) / 2:.1f}"
 
 
 def effect(estimate: Estimate) -> str:
-    """`helps` or `hurts` if the whole interval is on that side of zero, else `no clear difference`."""
+    """`helps` or `hurts` if the whole interval is on that side of zero, else `no clear difference`.
+
+    One seed has no interval, so it is `not judged`, whatever the number.
+    """
+    if not is_judged(estimate):
+        return NOT_JUDGED
     if estimate.low > 0:
         return "helps"
     return "hurts" if estimate.high < 0 else "no clear difference"
@@ -42,24 +62,32 @@ def effect(estimate: Estimate) -> str:
 
 def interval_name(verdict: Verdict) -> str:
     """Which interval a row carries, and over what."""
-    if verdict.interval == "seeds":
-        return f"t, {verdict.n_seeds} seeds"
-    return "bootstrap, 1 seed"
+    return f"t, {verdict.n_seeds} seeds" if verdict.judged else "none, 1 seed"
 
 
 def verdict(verdict: Verdict) -> str:
     """`helps out of domain, hurts in domain`."""
     outside, inside = effect(verdict.out_of_domain), effect(verdict.in_domain)
+    if not verdict.judged:
+        return "one seed: not judged"
     if outside == inside:
         return outside if outside == "no clear difference" else f"{outside} in and out of domain"
     return f"{outside} out of domain, {inside} in domain"
 
 
+def level(v: Verdict | PairFinding) -> str:
+    """`weaker`, `same level`, `stronger`: the teacher beside its student, as measured; of others, what it is.
+
+    A teacher's name is what the study file calls it and says nothing of that.
+    """
+    return "not measured" if v.relation is None else _LEVELS[v.relation]
+
+
 def taught_by(v: Verdict) -> str:
-    """`weak teacher`, `unigram control`, or `no teacher`."""
+    """`strong (stronger teacher)`, in brackets what was measured; `unigram control`; `no teacher`."""
     if v.teacher is None:
         return NO_TEACHER
-    return f"{v.teacher} {'control' if v.control else 'teacher'}"
+    return f"{v.teacher} control" if v.control else f"{v.teacher} ({level(v)} teacher)"
 
 
 def arm(v: Verdict) -> str:
@@ -80,11 +108,13 @@ def in_words(verdicts: Sequence[Verdict]) -> str:
     """Each verdict as a sentence; of many, how many help."""
     if len(verdicts) <= _FEW_ROWS:
         return "; ".join(sentence(v) for v in verdicts) + "."
-    helping = sum(effect(v.out_of_domain) == "helps" for v in verdicts)
-    inside = sum(effect(v.in_domain) == "helps" for v in verdicts)
-    return (
-        f"Of {len(verdicts)} arms {helping} help out of domain and {inside} in domain; the table lists them."
-    )
+    judged = [v for v in verdicts if v.judged]
+    helping = sum(effect(v.out_of_domain) == "helps" for v in judged)
+    inside = sum(effect(v.in_domain) == "helps" for v in judged)
+    alone = len(verdicts) - len(judged)
+    counted = f"Of {len(judged)} arms {helping} help out of domain and {inside} in domain" if judged else ""
+    rest = f"{alone} with one seed are not judged" if alone else ""
+    return f"{'; '.join(part for part in (counted, rest) if part)}; the table lists them."
 
 
 def seeds(verdicts: Sequence[Verdict]) -> str:
@@ -96,9 +126,14 @@ def seeds(verdicts: Sequence[Verdict]) -> str:
 
 def intervals(verdicts: Sequence[Verdict]) -> str:
     """How many seeds there are, and over what the intervals run."""
-    kinds = {v.interval for v in verdicts}
-    names = {"seeds": "paired t over seeds", "documents": "bootstrap over documents where there is one seed"}
+    names = {True: "paired t over seeds", False: "none where there is one seed"}
+    kinds = {v.judged for v in verdicts}
     return f"{seeds(verdicts)}; " + ", ".join(name for kind, name in names.items() if kind in kinds)
+
+
+def grey_note(verdicts: Sequence[Verdict]) -> str:
+    """What a caption adds where a figure shows single seeds."""
+    return "" if all(v.judged for v in verdicts) else " Grey: one seed, shown and not judged."
 
 
 def count(number: float) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import polars as pl
 import pytest
-from make_study import write_study
+from make_study import GAINS, write_study
 from test_mechanism_figures import write as write_mechanism
 
 from tutelage.analysis.report import build_report
@@ -127,6 +127,38 @@ def test_the_same_files_give_the_same_page(report, tmp_path):
 
     assert again.read_bytes() == report.read_bytes()
     assert {file: file.read_bytes() for place in places for file in place.iterdir()} == before
+
+
+def test_one_seed_is_shown_grey_and_not_judged_on_page_figures_and_tables(tmp_path):
+    gains = GAINS | {("weak", "linear start 0.8 end 0.0"): (0.5, 2.5)}
+    report = build_report(write_study(tmp_path / "study", seeds=(43,), gains=gains))
+    page = text_of(report)
+    words = visible(page)
+
+    assert "weak 0.2 -0.60% one seed +1.70% one seed +0.85% one seed none, 1 seed" in words
+    assert "one seed: not judged" in words
+    assert not re.search(r'class="(helps|hurts|unclear)"', page)
+    judgement = re.search(
+        r"helps? (out|in)|hurts (out|in)|no clear|as good: |smoothing alone|raw and fitted", words
+    )
+    assert judgement is None, judgement
+    tables = {file.stem: pl.read_csv(file) for file in (report.parent / "tables").iterdir()}
+    assert set(tables["gains"]["interval"]) == {"none"}
+    assert set(tables["gains"]["words"]) == {"not judged"}
+    assert tables["gains"]["gain_low"].null_count() == tables["gains"].height
+    assert tables["gains"]["noise_low"].null_count() == 0
+    assert set(tables["gains"]["gain_n"]) == {1}
+    assert tables["pairs"]["as_good"].null_count() == tables["pairs"].height
+    assert tables["policies"]["front"].null_count() == tables["policies"].height
+    colours = {"#D55E00", "#0090D8", "#CC79A7", "#009E73", "#E69F00", "#56B4E9"}
+    for name in ("heat", "alpha", "trade-off", "domains", "calibration"):
+        figure = report.parent / "figures" / name
+        assert not colours & set(re.findall(r"#[0-9A-Fa-f]{6}", text_of(figure.with_suffix(".svg")))), name
+        assert "Grey: one seed, shown and not judged." in words
+    assert (
+        pl.read_csv(report.parent / "figures" / "alpha.csv").filter(pl.col("alpha") > 0)["low"].null_count()
+        > 0
+    )
 
 
 def test_what_a_user_wrote_is_escaped(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 
 import polars as pl
@@ -8,6 +9,8 @@ from make_study import write_study
 from rich.console import Console
 
 from tutelage.analysis import answer, words
+from tutelage.analysis.family import supported
+from tutelage.analysis.outcomes import judge_claims
 from tutelage.analysis.stats import Estimate
 from tutelage.analysis.terminal import print_verdicts
 from tutelage.analysis.verdicts import Verdict, judge, nominal, relation
@@ -23,8 +26,8 @@ def whole(tmp_path_factory):
     return findings_of(tmp_path_factory.mktemp("whole"))
 
 
-def headline(findings):
-    return "\n".join(answer.headline(findings))
+def headline(findings, outcomes=()):
+    return "\n".join(answer.headline(findings, outcomes))
 
 
 def findings_of(path, **study):
@@ -43,30 +46,81 @@ def test_gains_and_intervals_are_the_ones_worked_out_by_hand(whole):
     assert weak.in_domain.high == pytest.approx(-0.6 + HALF, rel=1e-5)
     assert weak.out_of_domain.mean == pytest.approx(1.7)
     assert weak.out_of_domain.low == pytest.approx(1.7 - HALF, rel=1e-5)
-    assert (weak.interval, weak.n_seeds, weak.in_domain.n) == ("seeds", 3, 3)
+    assert (weak.judged, weak.n_seeds, weak.in_domain.n) == (True, 3, 3)
 
 
 def test_sentence_says_numbers_and_words(whole):
     weak = verdict_of(whole, "weak", 0.2)
 
     assert words.sentence(weak) == (
-        "weak teacher, alpha 0.2: in-domain -0.6% ± 0.2, out-of-domain +1.7% ± 0.2: "
+        "weak (weaker teacher), alpha 0.2: in-domain -0.6% ± 0.2, out-of-domain +1.7% ± 0.2: "
         "helps out of domain, hurts in domain"
     )
 
 
-def test_one_seed_takes_the_bootstrap_over_documents_and_says_so(tmp_path):
+EFFECTS = re.compile(
+    r"help|hurt|no clear|\\byes\\b|some do|smoothing (alone )?(does|is)|as good|±", re.IGNORECASE
+)
+"""Words of judgement, and half widths of intervals."""
+
+
+def test_one_seed_is_shown_and_not_judged(tmp_path):
     results = load_results(write_study(tmp_path / "study", seeds=(43,)))
     findings = judge(results)
     weak = verdict_of(findings, "weak", 0.4)
 
-    assert (weak.interval, weak.n_seeds) == ("documents", 1)
-    assert weak.in_domain.n == 20
-    assert weak.out_of_domain.n == 40
+    assert (weak.judged, weak.n_seeds, weak.in_domain.n) == (False, 1, 1)
     assert weak.out_of_domain.mean == pytest.approx(3.3)
-    assert weak.out_of_domain.low < 3.3 < weak.out_of_domain.high
-    assert "training noise is not in the intervals" in headline(findings)
-    assert answer.notes(results, findings)[0].startswith("One seed")
+    assert (weak.out_of_domain.low, weak.out_of_domain.high) == (-math.inf, math.inf)
+    assert weak.noise["raw", "in_domain"].n == 20
+    assert weak.noise["raw", "out_of_domain"].n == 40
+    assert weak.noise["raw", "out_of_domain"].low < 3.3 < weak.noise["raw", "out_of_domain"].high
+    assert words.verdict(weak) == "one seed: not judged"
+    assert all(pair.flat == () for pair in findings.pairs)
+    assert supported(findings, weak.student) == {}
+    said = headline(findings)
+    assert said.startswith("Not judged: weak (weaker teacher, alpha 0.4) gains +3.3% out of domain")
+    assert words.ONE_SEED in said
+    first = answer.notes(results, findings)[0]
+    assert first.startswith("One seed is shown, not judged")
+    for text in (said, words.in_words(findings.verdicts), *answer.notes(results, findings)[1:2]):
+        assert not EFFECTS.search(text.replace(words.ONE_SEED, "")), text
+
+
+def test_of_a_study_with_both_only_what_has_seeds_is_judged(tmp_path):
+    path = write_study(tmp_path / "study")
+    for seed in (44, 45):
+        for alpha in (0.2, 0.4):
+            shutil.rmtree(path / "runs" / f"student-strong-{alpha}-{seed}")
+    findings = judge(load_results(path))
+
+    assert [verdict_of(findings, name, 0.4).judged for name in ("weak", "strong")] == [True, False]
+    assert "1 more with one seed are shown, not judged" in headline(findings)
+    assert "strong" not in headline(findings)
+    assert "; 10 with one seed are not judged" in words.in_words([*findings.verdicts] * 5)
+
+
+def test_the_headline_counts_what_survives_the_correction(tmp_path):
+    """Each arm alone is significant at 5%; corrected for all eight it is not."""
+    offsets = {43: 0.0, 44: 1.0, 45: -1.0}  # t = 3.0 / (1 / sqrt 3) = 5.2 with 2 degrees of freedom: p = .035
+    gains = {("weak", a): (0.0, 2.5) for a in (0.1, 0.2, 0.4, 0.6)}
+    findings = findings_of(tmp_path, gains=gains, offsets=offsets)
+
+    assert words.effect(findings.pairs[0].best.out_of_domain) == "helps"
+    assert supported(findings, "tiny 2M") == {}
+    assert headline(findings).startswith("No clear gain: ")
+
+
+def test_announced_claims_are_the_family_of_the_headline(tmp_path):
+    results = load_results(write_study(tmp_path / "study", claims=[1, 2]))
+    findings = judge(results)
+    outcomes = judge_claims(results, findings)
+    said = answer.headline(findings, outcomes)
+
+    supported_texts = [one.text for one in outcomes if one.announced and one.answer == "supported"]
+    assert said[0].startswith("Supported: " if supported_texts else "None of the announced claims")
+    assert all(text in said[0] for text in supported_texts)
+    assert not EFFECTS.search("".join(said[1:]).replace("±", ""))
 
 
 def test_pairs_share_a_seed(tmp_path):
@@ -150,7 +204,7 @@ def test_cells_of_several_students_are_kept_apart(tmp_path):
         ("wide 2M", None, "compute of weak", 1.5),
     ]
     assert [pair.best.arm for pair in found.pairs] == ["alpha 0.4", "alpha 0.4"]
-    assert [text.split(":")[0] for text in answer.headline(found)] == ["tiny 2M", "wide 2M"]
+    assert [text.split(":")[0] for text in answer.headline(found, ())] == ["tiny 2M", "wide 2M"]
 
 
 def test_alpha_is_chosen_on_validation_not_on_test(tmp_path):
@@ -177,7 +231,9 @@ def damage_validation(run):
 def test_a_control_as_good_as_the_teachers_is_called_smoothing(whole):
     said = headline(whole)
 
-    assert said.startswith("Out of domain yes, but no more than smoothing does: weak (alpha 0.4) gains +3.3%")
+    assert said.startswith(
+        "Out of domain yes, but no more than smoothing does: weak (weaker teacher, alpha 0.4) gains +3.3%"
+    )
     assert "as much as or more than weak and strong: smoothing alone is enough to explain their gains" in said
 
 
@@ -186,7 +242,7 @@ def test_a_lesser_control_clears_the_teachers(tmp_path):
     said = headline(findings_of(tmp_path, gains=gains))
 
     assert said.startswith(
-        "Yes, out of domain: weak (alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2"
+        "Yes, out of domain: weak (weaker teacher, alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2"
     )
     assert "smoothing alone does not explain theirs" in said
 
@@ -208,8 +264,9 @@ def test_headline_of_many_teachers_counts_them_and_names_the_best(tmp_path):
     gains = {("weak", 0.4): (-0.6, 2.0), ("strong", 0.4): (2.0, 1.0), ("same", 0.4): (0.0, -2.0)}
 
     assert headline(findings_of(tmp_path, gains=gains)) == (
-        "Some do, out of domain: of 3 teachers, 2 help out of domain and 1 in domain; "
-        "best out of domain: weak (alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2 in domain. "
+        "Some do, out of domain: 2 of 3 teachers help out of domain and 1 in domain, corrected for all their "
+        "alphas; best of 3 teachers out of domain: weak (weaker teacher, alpha 0.4) gains +2.5% ± 0.2 out of "
+        "domain, -0.6% ± 0.2 in domain. "
         "With calibration fitted, weak keeps +1.2% ± 0.2 and strong keeps +0.8% ± 0.2 out of domain."
     )
 
@@ -241,7 +298,7 @@ def test_words_come_from_the_intervals(inside, outside, expected):
     estimates = [Estimate((low + high) / 2, low, high, 3) for low, high in (inside, outside)]
 
     gains = {("raw", "in_domain"): estimates[0], ("raw", "out_of_domain"): estimates[1]}
-    v = Verdict(0, "tiny", "weak", "alpha 0.2", None, 0.2, True, False, gains, {}, 3)
+    v = Verdict(0, "tiny", "weak", "alpha 0.2", None, 0.2, True, False, None, gains, {}, 3)
 
     assert words.verdict(v) == expected
 
@@ -280,8 +337,9 @@ def test_the_terminal_gets_table_answer_and_gaps(tmp_path):
     console.file.close()
 
     assert "a [bold] title" in text
-    assert "weak teacher" in text
+    assert re.search(r"weak +weaker +0.4 ", text)
     assert "+3.3% ± 0.2" in text
-    assert "bootstrap, 1 seed" in text
+    assert "one seed: not judged" in text
+    assert "Intervals: none, 1 seed; t, 3 seeds." in text
     assert "left out: student-weak-0.2-44: scores.jsonl, line 1" in text
     assert "1 of 20 planned runs are not done" in text
