@@ -26,7 +26,7 @@ from tutelage.data.config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.evals.domains import SCORED, SUITES
 from tutelage.evals.evaluate import Request, evaluate, select
-from tutelage.evals.scoring import Target, score_domain
+from tutelage.evals.scoring import InDomain, Target, score_domain
 from tutelage.evals.subject import find_subject
 from tutelage.evals.windows import blocks
 from tutelage.models.hub import build, load, save
@@ -80,7 +80,7 @@ def main() -> None:
             start = time.process_time()
             tokens = bare(model, target)
             middle = time.process_time()
-            score_domain(model, subject, target, None)
+            score_domain(model, subject, target, InDomain(model, None))
             times["bare"].append(middle - start)
             times["ours"].append(time.process_time() - middle)
         share = statistics.median(b / o for b, o in zip(times["bare"][1:], times["ours"][1:], strict=True))

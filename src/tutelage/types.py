@@ -178,6 +178,8 @@ class Score:
         version: identity of the evaluation data and settings; scores compare only within one version.
         low: lower end of the 95% bootstrap interval over documents; None if there is none.
         high: its upper end.
+        fit_error: of a score with a fit, the root mean square error that the choice of the fit's documents
+            adds to it; NaN for a fit on one document, None where nothing was fitted.
         code: versions and commit of the code that measured it; None where that was not recorded.
     """
 
@@ -195,4 +197,5 @@ class Score:
     version: str
     low: float | None = None
     high: float | None = None
+    fit_error: float | None = None
     code: str | None = None

@@ -19,6 +19,7 @@ _ROWS = {
     "{metric}": "{domain}",
     "{metric}_temperature": "  temperature fitted",
     "{metric}_unigram": "  and unigram mixed in",
+    "{metric}_temperature_in_domain": "  temperature fitted in domain",
     "ece": "  calibration error",
 }
 """Metrics of a domain in the order shown, and the label of each row."""
@@ -50,7 +51,7 @@ def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], 
             found = [test.get((model, domain, pattern.format(metric=metric))) for model in models]
             if any(found):
                 lines.append(([label.format(domain=name)], _cells(found)))
-    _print(["domain"], models, lines, caption, console)
+    _print(["domain"], models, lines, caption + _fit_errors(test.values()), console)
     for line in _overlap_notes(test, models, domains):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -120,6 +121,16 @@ def _cells(found: Sequence[Mapping[str, Any] | None]) -> list[Text]:
             Text(f"{row['value']:.3f}{interval}{' *' if best else ''}", "bold green" if best else "")
         )
     return cells
+
+
+def _fit_errors(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What the fits add to the noise of the fitted rows, at most."""
+    errors = [row["fit_error"] for row in rows if row["fit_error"] is not None]
+    if not errors:
+        return ""
+    known = [error for error in errors if not math.isnan(error)]
+    text = f"at most ±{max(known):.4f}" if len(known) == len(errors) else "unknown for fits on one document"
+    return f"; error of the fits {text}"
 
 
 def _overlap_notes(

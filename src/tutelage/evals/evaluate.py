@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ from tutelage.evals.domains import (
 )
 from tutelage.evals.overlap import Overlap, copied_grams, trained_on
 from tutelage.evals.records import read_scores
-from tutelage.evals.scoring import Target, keep, score_domain, training_unigram
+from tutelage.evals.scoring import InDomain, Target, keep, score_domain
 from tutelage.evals.subject import Subject, check_tokenizer, find_subject
 from tutelage.evals.windows import read_documents
 from tutelage.files import claimed, make_directory
@@ -157,10 +157,11 @@ def _evaluated(
         todo = [target for target in targets if (target.name, target.version, subject.step) not in there]
         if todo:
             model = load(subject.model).to(device)
-            unigram_V = None if training is None else training_unigram(training)
+            own = None if training is None else _target(subject, request, "training-text", training)
+            in_domain = InDomain(model, own)
         for number, target in enumerate(todo, 1):
             watcher.domain(subject.id, target.name, number, len(todo))
-            keep(subject, target.name, score_domain(model, subject, target, unigram_V, watcher.advance))
+            keep(subject, target, score_domain(model, subject, target, in_domain, watcher.advance))
     rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {
         (target.name, target.version, subject.step): [] for target in targets
     }
@@ -190,21 +191,28 @@ def _targets(subject: Subject, request: Request, training: Store | None, progres
     targets = []
     for name, store in stores.items():
         known = request.domains.get(name)
-        factor = known.length_extrapolation if known else 1.0
-        context = round(min(subject.context, SUITES.context) * factor)
         role = known.role if known else "out_of_domain"
-        target = Target(
-            name=name,
+        target = replace(
+            _target(subject, request, name, store, known.length_extrapolation if known else 1.0),
             role=role if training is None else role_after(training, store),
-            store=store,
-            context=context,
-            stride=max(1, round(SUITES.stride * context)),
-            max_documents=request.max_documents or SUITES.max_documents,
-            max_tokens=request.max_tokens or SUITES.max_tokens,
             overlap=overlaps.get(name),
         )
         targets.append(target)
     return targets
+
+
+def _target(subject: Subject, request: Request, name: str, store: Store, factor: float = 1.0) -> Target:
+    """A text in the windows that suit the model, `factor` times as long as it was trained on."""
+    context = round(min(subject.context, SUITES.context) * factor)
+    return Target(
+        name=name,
+        role="in_domain",
+        store=store,
+        context=context,
+        stride=max(1, round(SUITES.stride * context)),
+        max_documents=request.max_documents or SUITES.max_documents,
+        max_tokens=request.max_tokens or SUITES.max_tokens,
+    )
 
 
 def _overlaps(

@@ -52,17 +52,17 @@ def add_scores(path: Path, scores: Iterable[Score]) -> None:
 
 
 def add_documents(path: Path, frame: pl.DataFrame) -> None:
-    """Keep per-document losses; those of the same domain and split that were there are replaced."""
+    """Keep per-document losses; those of the same domain, split and version that were there are replaced."""
     if frame.is_empty():
         return
     frames = [frame]
     if path.exists():
-        frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split"], how="anti"))
+        frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti"))
     with replacing(path) as partial:
         pl.concat(frames, how="diagonal_relaxed").write_parquet(partial)
 
 
-def add_calibration(path: Path, domain: str, record: dict[str, Any]) -> None:
-    """Keep one domain's fit and reliability curves, in place of what was there of it."""
+def add_calibration(path: Path, domain: str, version: str, record: dict[str, Any]) -> None:
+    """Keep the fit and reliability curves of one version of a domain's scores, beside those of others."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, known | {domain: record})
+    write_json(path, known | {domain: known.get(domain, {}) | {version: record}})

@@ -11,12 +11,20 @@ import polars as pl
 
 from tutelage import provenance
 from tutelage.configio import digest
-from tutelage.data.store import token_counts
 from tutelage.evals.calibration import adaptive_edges, calibration_error, fixed_edges, reliability
 from tutelage.evals.domains import SCORED
 from tutelage.evals.perplexity import DocumentLosses, Measured, TokenScores, ratio, score_tokens
 from tutelage.evals.records import add_calibration, add_documents, add_scores
-from tutelage.evals.smoothing import FIT_TOKENS, POWERS, Fit, fit, frequencies, own_unigram
+from tutelage.evals.smoothing import (
+    FIT_TOKENS,
+    POWERS,
+    Fit,
+    fit,
+    foreign_noise,
+    frequencies,
+    mixed,
+    own_unigram,
+)
 from tutelage.evals.windows import read_documents
 from tutelage.types import Score
 
@@ -30,6 +38,10 @@ if TYPE_CHECKING:
     from tutelage.evals.subject import Subject
     from tutelage.evals.windows import Document
     from tutelage.types import Role, Split
+
+
+FITTED = ("temperature", "unigram", "temperature_in_domain")
+"""Repairs of the calibration: ends of metrics ("bits_per_byte_...") and columns ("nll_...")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,11 @@ class Target:
         """Places of documents that are not scored because the model was trained on them."""
         return frozenset() if self.overlap is None else self.overlap[split].trained_on
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """How a document is cut into windows, as arguments of `score_tokens`."""
+        return {"eos_id": self.store.eos_id, "context": self.context, "stride": self.stride}
+
     def documents(self, split: Split) -> list[Document]:
         """What is scored."""
         return read_documents(self.store, split, self.max_documents, self.max_tokens, self.left_out(split))
@@ -83,7 +100,7 @@ class Outcome:
     Attributes:
         scores: rows for `scores.jsonl`.
         documents: rows for `documents.parquet`.
-        calibration: the domain's entry of `calibration.json`: the fit and the reliability curves.
+        calibration: the version's entry of `calibration.json`: the fit and the reliability curves.
     """
 
     scores: list[Score]
@@ -91,11 +108,44 @@ class Outcome:
     calibration: dict[str, Any]
 
 
+class InDomain:
+    """The temperature fitted on the validation split of a model's own training text.
+
+    It is what somebody gets who has no text of the target domain. A model whose training text is not known,
+    or has no validation split, has none.
+
+    Args:
+        model: the model, where it is to run.
+        target: the training text, with the windows and limits of the scored domains; None if not known.
+    """
+
+    def __init__(self, model: PreTrainedModel, target: Target | None) -> None:
+        self._model = model
+        self._target = target
+        self._fit: Fit | None = None
+
+    def fit(self, target: Target, own: Fit | None) -> Fit | None:
+        """The fit, made when it is first needed.
+
+        Args:
+            target: the domain that is scored.
+            own: its own fit, which is the answer where it is the training text itself.
+        """
+        if self._target is None:
+            return None
+        if self._fit is None and target.version == self._target.version:
+            self._fit = own
+        elif self._fit is None and (documents := self._target.documents("validation")):
+            tokens = _validation_tokens(self._model, self._target, documents)
+            self._fit, _ = _fitted(tokens, self._target.store.vocab_size)
+        return self._fit
+
+
 def score_domain(
     model: PreTrainedModel,
     subject: Subject,
     target: Target,
-    unigram_V: np.ndarray | None,
+    in_domain: InDomain,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Score both splits of a domain; fit on validation, apply to test.
@@ -107,69 +157,127 @@ def score_domain(
         model: the subject's model, where it is to run.
         subject: whose scores these are.
         target: the domain.
-        unigram_V: token probabilities of the training text; None: those of the domain's validation split.
+        in_domain: gives the temperature fitted on the subject's training text.
         progress: called with the number of tokens scored since the last call.
     """
     validation, test = (target.documents(split) for split in SCORED)
-    every = max(1, sum(len(document.tokens_N) for document in validation) // FIT_TOKENS)
-    windows = {"eos_id": target.store.eos_id, "context": target.context, "stride": target.stride}
-    rows: list[tuple[Split, str, Measured, int]] = []
+    rows: list[Row] = []
     frames: list[pl.DataFrame] = []
-    record: dict[str, Any] = {"version": target.version}
-    fitted = None
+    record: dict[str, Any] = {"fit": None}
+    repairs: list[Repair] = []
     if validation:
-        tokens = score_tokens(model, validation, **windows, powers=POWERS, every=every, progress=progress)
+        tokens = _validation_tokens(model, target, validation, progress)
         losses = tokens.losses(validation)
         rows += _raw("validation", losses)
-        frames.append(_frame(target.name, "validation", validation, losses, {}))
-        fitted, unigram_V = _fitted(tokens, unigram_V, target.store.vocab_size)
+        frames.append(_frame(target, "validation", validation, losses, {}))
+        fitted, unigram_V = _fitted(tokens, target.store.vocab_size)
+        repairs = _repairs(fitted, unigram_V, tokens, in_domain.fit(target, fitted))
         record["fit"] = asdict(fitted)
     if test:
-        powers = fitted.powers if fitted else ()
-        tokens = score_tokens(model, test, **windows, powers=powers, progress=progress)
+        powers = [repair.power for repair in repairs]
+        tokens = score_tokens(model, test, **target.windows, powers=powers, progress=progress)
         losses = tokens.losses(test)
         rows += _raw("test", losses)
-        repaired = _repaired(tokens, test, fitted, unigram_V)
-        rows += [
-            ("test", f"bits_per_byte_{name}", found.bits_per_byte(), len(test))
-            for name, found in repaired.items()
-        ]
-        found, record["reliability"] = _calibrated(tokens, len(test))
-        rows += [("test", metric, measured, len(test)) for metric, measured in found.items()]
-        frames.append(_frame(target.name, "test", test, losses, repaired))
+        repaired = {
+            repair.name: tokens.losses(test, repair.apply(powered_N, tokens.label_N))
+            for repair, powered_N in zip(repairs, tokens.powered_MK.T, strict=True)
+        }
+        for repair in repairs:
+            found = repaired[repair.name]
+            error = repair.error_nats(len(test)) * found.tokens_N.sum() / found.bytes_N.sum() / math.log(2)
+            rows.append(Row("test", f"bits_per_byte_{repair.name}", found.bits_per_byte(), len(test), error))
+        calibrated, record["reliability"] = _calibrated(tokens, len(test))
+        rows += [Row("test", metric, measured, len(test)) for metric, measured in calibrated.items()]
+        frames.append(_frame(target, "test", test, losses, repaired))
     rows += _overlaps(target)
-    scores = [_row(subject, target, *row) for row in rows]
+    scores = [_score(subject, target, row) for row in rows]
     return Outcome(scores, pl.concat(frames) if frames else pl.DataFrame(), record)
 
 
-def keep(subject: Subject, domain: str, outcome: Outcome) -> None:
+def keep(subject: Subject, target: Target, outcome: Outcome) -> None:
     """Write what was measured on one domain; the scores last, because they say that it is done."""
     add_documents(subject.documents, outcome.documents)
-    add_calibration(subject.calibration, domain, outcome.calibration)
+    add_calibration(subject.calibration, target.name, target.version, outcome.calibration)
     add_scores(subject.scores, outcome.scores)
 
 
-def training_unigram(store: Store) -> np.ndarray:
-    """Frequencies of a store's training tokens, as the unigram control has them."""
-    return frequencies(token_counts(store.split("train").tokens, store.vocab_size))
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A measurement on its way to `scores.jsonl`.
+
+    Attributes:
+        split: where it was made.
+        metric: what was measured.
+        measured: the value.
+        n: documents.
+        fit_error: what the noise of a fit adds to its standard error; NaN where that is not known, None where
+            nothing was fitted.
+    """
+
+    split: Split
+    metric: str
+    measured: Measured
+    n: int
+    fit_error: float | None = None
 
 
-def _fitted(tokens: TokenScores, unigram_V: np.ndarray | None, vocab_size: int) -> tuple[Fit, np.ndarray]:
-    """The fit on a validation split, and the unigram to use on test."""
-    if unigram_V is not None:
-        return fit(tokens.powered_MK, unigram_V[tokens.label_N[tokens.sampled_N]], "training text"), unigram_V
-    own_N = own_unigram(tokens.document_N, tokens.label_N, vocab_size)[tokens.sampled_N]
-    counts_V = np.bincount(tokens.label_N, minlength=vocab_size)
-    return fit(tokens.powered_MK, own_N, "validation split"), frequencies(counts_V)
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """One way of giving a model the calibration that suits it, ready for the test split.
+
+    Attributes:
+        name: ending of its metric and of its column in `documents.parquet`.
+        power: inverse temperature.
+        weight: of the unigram.
+        unigram_V: the unigram.
+        error_nats: error by the noise of the fit, in nats per token, of a score over so many documents.
+    """
+
+    name: str
+    power: float
+    weight: float
+    unigram_V: np.ndarray
+    error_nats: Callable[[int], float]
+
+    def apply(self, powered_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+        """Log-probabilities of tokens, given those at `power`."""
+        if self.weight == 0.0:
+            return powered_N.astype(np.float64)
+        return mixed(powered_N, self.unigram_V[label_N], self.weight)
 
 
-def _repaired(
-    tokens: TokenScores, documents: list[Document], fitted: Fit | None, unigram_V: np.ndarray | None
-) -> dict[str, DocumentLosses]:
-    if fitted is None or unigram_V is None:
-        return {}
-    alone_N, mixed_N = fitted.apply(tokens.powered_MK, unigram_V[tokens.label_N])
-    return {"temperature": tokens.losses(documents, alone_N), "unigram": tokens.losses(documents, mixed_N)}
+def _repairs(own: Fit, unigram_V: np.ndarray, validation: TokenScores, in_domain: Fit | None) -> list[Repair]:
+    repairs = [
+        Repair("temperature", 1 / own.temperature, 0.0, unigram_V, own.alone_noise.nats),
+        Repair("unigram", 1 / own.mixed_temperature, own.weight, unigram_V, own.mixed_noise.nats),
+    ]
+    if in_domain is not None:
+        foreign = foreign_noise(validation.powered_MK, in_domain)
+        error = own.alone_noise.nats if in_domain is own else lambda _: foreign
+        repairs.append(Repair("temperature_in_domain", 1 / in_domain.temperature, 0.0, unigram_V, error))
+    return repairs
+
+
+def _validation_tokens(
+    model: PreTrainedModel,
+    target: Target,
+    documents: list[Document],
+    progress: Callable[[int], None] = lambda _: None,
+) -> TokenScores:
+    """Every token of a validation split, some of them at all powers for the fit."""
+    every = max(1, sum(len(document.tokens_N) for document in documents) // FIT_TOKENS)
+    return score_tokens(model, documents, **target.windows, powers=POWERS, every=every, progress=progress)
+
+
+def _fitted(tokens: TokenScores, vocab_size: int) -> tuple[Fit, np.ndarray]:
+    """The fit on a validation split, and the split's unigram, to be used on test.
+
+    In the fit, a document's tokens have the unigram of the other documents, as the test split's have.
+    """
+    own_N = own_unigram(tokens.document_N, tokens.label_N, vocab_size)
+    some_N = tokens.sampled_N
+    unigram_V = frequencies(np.bincount(tokens.label_N, minlength=vocab_size))
+    return fit(tokens.powered_MK, own_N[some_N], tokens.document_N[some_N]), unigram_V
 
 
 def _calibrated(tokens: TokenScores, documents: int) -> tuple[dict[str, Measured], dict[str, Any]]:
@@ -181,48 +289,50 @@ def _calibrated(tokens: TokenScores, documents: int) -> tuple[dict[str, Measured
     return scores, {name: reliability(tokens, ends) for name, ends in edges.items()}
 
 
-def _raw(split: Split, losses: DocumentLosses) -> list[tuple[Split, str, Measured, int]]:
+def _raw(split: Split, losses: DocumentLosses) -> list[Row]:
     n = len(losses.nll_N)
     return [
-        (split, "bits_per_byte", losses.bits_per_byte(), n),
-        (split, "perplexity", losses.perplexity(), n),
+        Row(split, "bits_per_byte", losses.bits_per_byte(), n),
+        Row(split, "perplexity", losses.perplexity(), n),
     ]
 
 
-def _overlaps(target: Target) -> Iterator[tuple[Split, str, Measured, int]]:
+def _overlaps(target: Target) -> Iterator[Row]:
     """Shares of the test split that were trained on: of its documents, and of the rest's 8-grams."""
     if target.overlap is None:
         return
     overlap = target.overlap["test"]
     share = len(overlap.trained_on) / max(1, overlap.documents)
     deviation = math.sqrt(share * (1 - share) / max(1, overlap.documents))
-    yield "test", "overlap_documents", Measured(share, deviation, None, None), overlap.documents
+    yield Row("test", "overlap_documents", Measured(share, deviation, None, None), overlap.documents)
     if overlap.grams_N.sum():
-        yield "test", "overlap_8grams", ratio(overlap.copied_N, overlap.grams_N), len(overlap.grams_N)
+        measured = ratio(overlap.copied_N, overlap.grams_N)
+        yield Row("test", "overlap_8grams", measured, len(overlap.grams_N))
 
 
-def _row(subject: Subject, target: Target, split: Split, metric: str, measured: Measured, n: int) -> Score:
+def _score(subject: Subject, target: Target, row: Row) -> Score:
     return Score(
         run=subject.id,
         step=subject.step,
         tokens=subject.tokens,
         domain=target.name,
         role=target.role,
-        split=split,
-        metric=metric,
-        value=measured.value,
-        stderr=measured.stderr,
-        n=n,
+        split=row.split,
+        metric=row.metric,
+        value=row.measured.value,
+        stderr=row.measured.stderr,
+        n=row.n,
         higher_is_better=False,
         version=target.version,
-        low=measured.low,
-        high=measured.high,
+        low=row.measured.low,
+        high=row.measured.high,
+        fit_error=row.fit_error,
         code=provenance.code(),
     )
 
 
 def _frame(
-    domain: str,
+    target: Target,
     split: Split,
     documents: list[Document],
     losses: DocumentLosses,
@@ -230,13 +340,15 @@ def _frame(
 ) -> pl.DataFrame:
     n = len(documents)
     columns: dict[str, Any] = {
-        "domain": [domain] * n,
+        "domain": [target.name] * n,
         "split": [split] * n,
+        "version": [target.version] * n,
         "document": [document.index for document in documents],
         "bytes": losses.bytes_N,
         "tokens": losses.tokens_N,
         "nll": losses.nll_N,
     }
-    for name in ("temperature", "unigram"):
+    fitted = {f"nll_{name}": pl.Float64() for name in FITTED}
+    for name in FITTED:
         columns[f"nll_{name}"] = repaired[name].nll_N if name in repaired else [None] * n
-    return pl.DataFrame(columns, schema_overrides={"nll_temperature": pl.Float64, "nll_unigram": pl.Float64})
+    return pl.DataFrame(columns, schema_overrides=fitted)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
+from tutelage.config import EvalDomain
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.domains import SCORED, check_splits
 from tutelage.evals.records import add_scores, read_scores
-from tutelage.evals.scoring import Target, keep, score_domain, training_unigram
+from tutelage.evals.scoring import InDomain, Target, keep, score_domain
 from tutelage.evals.subject import Subject
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
     from transformers import PreTrainedModel
 
-    from tutelage.config import EvalDomain, RunConfig
+    from tutelage.config import RunConfig
     from tutelage.train.rundir import RunDirectory
     from tutelage.types import Score
 
@@ -78,21 +75,18 @@ def score(
         output=directory.path,
         training_store=config.data.store,
     )
+    own = EvalDomain(name="training-text", store=config.data.store, role="in_domain")
+    in_domain = InDomain(model, _target(config, own))
     found: list[Score] = []
     for domain in domains:
-        outcome = score_domain(model, subject, _target(config, domain), _unigram(config.data.store))
+        target = _target(config, domain)
+        outcome = score_domain(model, subject, target, in_domain)
         if finished:
-            keep(subject, domain.name, outcome)
+            keep(subject, target, outcome)
         else:
             add_scores(subject.scores, outcome.scores)
         found += outcome.scores
     return found
-
-
-@functools.lru_cache(maxsize=1)
-def _unigram(store: Path) -> np.ndarray:
-    """Counting a large store takes a while, and a run in training asks again and again."""
-    return training_unigram(open_store(store))
 
 
 def _target(config: RunConfig, domain: EvalDomain) -> Target:

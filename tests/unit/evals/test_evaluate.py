@@ -54,6 +54,8 @@ def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_stor
         "phenotypes",
         "temperature fitted",
         "and unigram mixed in",
+        "temperature fitted in domain",
+        "error of the fits",
         "*",
         "[",
         trained.id,
@@ -68,20 +70,20 @@ def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_stor
     assert (raw["low"] <= raw["value"]).all()
     assert (raw["value"] <= raw["high"]).all()
     expected = {"bits_per_byte", "perplexity", "ece", "ece_adaptive", "brier", "overlap_documents"}
-    expected |= {"bits_per_byte_temperature", "bits_per_byte_unigram", "overlap_8grams"}
+    fitted = {"bits_per_byte_temperature", "bits_per_byte_unigram", "bits_per_byte_temperature_in_domain"}
+    expected |= fitted | {"overlap_8grams"}
     assert set(rows.filter(domain="scripture", split="test")["metric"]) == expected
     documents = pl.read_parquet(trained.documents).filter(domain="scripture", split="test")
-    for metric, column in (("bits_per_byte", "nll"), ("bits_per_byte_unigram", "nll_unigram")):
+    for metric in ("bits_per_byte", *fitted):
+        column = metric.replace("bits_per_byte", "nll")
         value = rows.filter(domain="scripture", split="test", metric=metric)["value"].item()
         bits = documents[column].sum() / documents["bytes"].sum() / 0.6931471805599453
         assert value == pytest.approx(bits)
-    curves = json.loads((trained.path / "calibration.json").read_text())
-    assert sum(point["tokens"] for point in curves["scripture"]["reliability"]["ece"]) == sum(
-        documents["tokens"]
-    )
-    assert curves["scripture"]["fit"]["unigram"] == "training text"
+    (curves,) = json.loads((trained.path / "calibration.json").read_text())["scripture"].values()
+    assert sum(point["tokens"] for point in curves["reliability"]["ece"]) == sum(documents["tokens"])
+    assert curves["fit"]["documents"] == 4
     (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
-    assert len(scores.read_text().splitlines()) == rows.height - 2 * 2  # its training text is not known
+    assert len(scores.read_text().splitlines()) == rows.height - 3 * 2  # its training text is not known
 
 
 def test_evaluating_again_computes_and_adds_nothing(store, model, command, monkeypatch):
