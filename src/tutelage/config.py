@@ -15,8 +15,23 @@ from tutelage.objectiveconfig import ObjectiveConfig, WsdAlpha
 from tutelage.settings import Budget, Fraction, Name, Section, check_plain_tokens, check_tokens
 from tutelage.types import Role
 
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+"""How attention is computed, in transformers' words."""
 
-class ModelConfig(Section):
+
+class _Loaded(Section):
+    """What can be said of any model that is loaded."""
+
+    attn_implementation: Attention | None = Field(
+        None, description="how attention is computed; default: what transformers chooses for the family"
+    )
+    assume_same_tokenizer: bool = Field(
+        default=False,
+        description="you know that its ids are the token store's, although it comes without a tokenizer",
+    )
+
+
+class ModelConfig(_Loaded):
     """The student: a rung of the ladder with fresh weights, or a model to go on from."""
 
     rung: str | None = Field(None, description="name of a shape; `tutelage models` lists them")
@@ -65,7 +80,7 @@ class OptimConfig(Section):
         return warmup
 
 
-class _Kept(Section):
+class _Kept(_Loaded):
     cache: CacheSettings | None = Field(
         None,
         description="compute its targets once and keep them in caches/ beside the output; default: live",
@@ -177,7 +192,7 @@ class RunConfig(Section):
         "pretrain",
         description="sft: fine-tune model.path, loss on completions only; the store is one of pairs",
     )
-    seed: int = Field(43, ge=0, description="seed of the initial weights")
+    seed: int = Field(43, ge=0, description="seed of the initial weights and of dropout")
     model: ModelConfig
     data: RunData
     tokens: Budget = Field(description="training tokens: a number, '50M' or '20x' (per parameter)")

@@ -29,6 +29,10 @@ def run_id(config: RunConfig) -> str:
     if fields["teacher"] and fields["teacher"].get("cache") is None:  # as before targets could be kept
         fields["teacher"].pop("cache", None)
     for section in ("model", "teacher"):
+        if fields[section] is not None:
+            fields[section].pop("assume_same_tokenizer", None)  # a statement about the model, no change of it
+            if fields[section].get("attn_implementation") is None:  # as before it could be chosen
+                fields[section].pop("attn_implementation", None)
         path = (fields[section] or {}).get("path")
         if path is not None:
             fields[section]["path"] = _content(path, fields[section].get("kind"))

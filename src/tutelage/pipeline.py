@@ -105,7 +105,8 @@ def _score(runs: Sequence[Run]) -> None:
     """Score what is trained; with that a run is done."""
     for config, directory in runs:
         step = int(directory.state()["step"])
-        model = hub.load(str(directory.model)).to(hub.pick_device(config.runtime.device))
+        model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
+        model.to(hub.pick_device(config.runtime.device))
         suite.score(config, directory, model, step, finished=True)
         directory.write_state("done")
 
@@ -163,7 +164,10 @@ def _trackers(setup: Setup, directory: RunDirectory) -> list[Tracker]:
 
 def _announce(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
     config = setup.config
-    directory.write_config(to_yaml(config), provenance.collect(str(setup.device)))
+    record = provenance.collect(str(setup.device)) | {"notes": list(setup.notes)}
+    directory.write_config(to_yaml(config), record)
+    for note in setup.notes:
+        watcher.note(note)
     if setup.epochs > 1:
         watcher.note(_REPEAT_NOTE.format(epochs=setup.epochs, store=open_store(config.data.store).path))
     directory.write_state("running", parameters=setup.parameters, steps=setup.steps)

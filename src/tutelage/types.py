@@ -21,6 +21,21 @@ COPYING = "copying"
 IGNORE_INDEX = -100
 """Label value of a position that carries no loss (the convention of torch and transformers)."""
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""Files that may belong to a tokenizer of the Hugging Face format."""
+
 Role = Literal["in_domain", "out_of_domain"]
 ScoreRole = Role | Literal["downstream", "probe"]
 Split = Literal["train", "validation", "test"]

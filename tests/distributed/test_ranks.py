@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from tutelage.configio import validate
+from tutelage.models import hub
 from tutelage.pipeline import run
 from tutelage.teachers.config import TeachConfig
 from tutelage.teachers.writer import write_cache
@@ -28,13 +30,8 @@ def teacher(request, store, tmp_path):
     return {"kind": "cache", "path": str(write_cache(validate(TeachConfig, teach, "test")))}
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one(make_config, tmp_path, teacher):
-    alone = run(make_config(teacher=teacher, objective={"alpha": 0.4}))
-    config = make_config(teacher=teacher, objective={"alpha": 0.4}, output=str(tmp_path / "two"))
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    done = subprocess.run(
+def on_two_ranks(file):
+    return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             *("-m", "tutelage", "train", str(file)),
@@ -44,6 +41,15 @@ def test_two_ranks_equal_one(make_config, tmp_path, teacher):
         check=False,
         timeout=240,
     )
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(make_config, tmp_path, teacher):
+    alone = run(make_config(teacher=teacher, objective={"alpha": 0.4}))
+    config = make_config(teacher=teacher, objective={"alpha": 0.4}, output=str(tmp_path / "two"))
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = on_two_ranks(file)
     assert done.returncode == 0, done.stdout + done.stderr
     (two,) = Path(tmp_path / "two").iterdir()
     assert two.name == alone.id
@@ -56,3 +62,21 @@ def test_two_ranks_equal_one(make_config, tmp_path, teacher):
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (two, alone.path))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_dropout_draws_other_masks_on_every_rank_and_the_same_ones_again(make_config, store, tmp_path):
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=2,
+                       max_position_embeddings=32, word_embed_proj_dim=32, layerdrop=0.5)  # fmt: skip
+    hub.save(OPTForCausalLM(config), tmp_path / "start", store)
+    weights = []
+    for folder in ("first", "again"):
+        run_config = make_config(model={"path": str(tmp_path / "start")}, output=str(tmp_path / folder))
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(run_config.model_dump(mode="json")))
+        done = on_two_ranks(file)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (two,) = Path(tmp_path / folder).iterdir()
+        weights.append((two / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]

@@ -25,6 +25,14 @@ def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def mixed(*numbers: int) -> int:
+    """A seed of 63 bits that is a function of all `numbers` and their order."""
+    state = np.zeros(1, np.uint64)
+    for number in numbers:
+        state = splitmix64(splitmix64(state) ^ np.uint64(number & _MASK_64))
+    return int(state[0] >> np.uint64(1))
+
+
 def uniforms(seed: int, stream: int, places: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
     """Numbers uniform in (0, 1), [places, draws], each a function of (seed, stream, place, draw) alone.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tutelage.data.tokenizerfiles import tokenizer_json
 from tutelage.errors import UserError
 from tutelage.files import write_json
 
@@ -122,8 +123,10 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = tokenizer_json(path) if path.is_dir() else file.read_bytes().decode("utf-8")
         tokenizer = Tokenizer.from_str(text)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from None
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import Store, open_store
 from tutelage.errors import UserError
 from tutelage.evals.domains import (
@@ -26,6 +27,7 @@ from tutelage.evals.subject import Subject, check_tokenizer, find_subject
 from tutelage.evals.windows import read_documents
 from tutelage.files import claimed, make_directory
 from tutelage.models.hub import load, pick_device
+from tutelage.models.positions import check_length
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -137,11 +139,7 @@ def _check(subject: Subject, request: Request) -> None:
     tokenizer = check_tokenizer(subject)
     for name, path in request.stores.items():
         store = open_store(path)
-        if store.manifest.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(
-                f"store {name}: {path} was made with another tokenizer than {subject.model}; build it with "
-                f"tokenizer.path={subject.model}"
-            )
+        check_text_tokenizer(f"store {name}: {subject.model}", tokenizer.json, store)
         check_splits(name, store)
 
 
@@ -156,7 +154,11 @@ def _evaluated(
         there = {(row["domain"], row["version"], row["step"]) for row in read_scores(subject.scores)}
         todo = [target for target in targets if (target.name, target.version, subject.step) not in there]
         if todo:
-            model = load(subject.model).to(device)
+            model = load(subject.model)
+            note = check_length(model, subject.id, max(target.context for target in todo))
+            if note is not None:
+                watcher.note(note)
+            model.to(device)
             own = None if training is None else _target(subject, request, "training-text", training)
             in_domain = InDomain(model, own)
         for number, target in enumerate(todo, 1):

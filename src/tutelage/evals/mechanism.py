@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import torch
-from tokenizers import Tokenizer
 
 from tutelage.configio import digest
+from tutelage.data.sametokenizer import compare_tokenizers
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.cells import summarise
@@ -104,8 +104,7 @@ def run_mechanism(
             no numbers.
     """
     subjects = dict(zip(_ROLES, (student, teacher, baseline), strict=True))
-    for role, subject in subjects.items():
-        _check_same_ids(role, subject, store)
+    notes = _notes(subjects, store)
     documents = read_documents(store, split, max_documents, max_tokens)
     if not documents:
         raise UserError(f"{store.path}: split '{split}' has no document to read")
@@ -123,8 +122,17 @@ def run_mechanism(
         counts = {"documents": len(documents), "tokens": len(tokens), "vocab_size": store.vocab_size}
         tokens.write_parquet(partial / "tokens.parquet")
         summarise(tokens, settings["context"]).write_parquet(partial / "summary.parquet")
-        write_json(partial / "mechanism.json", names | counts | settings)
+        write_json(partial / "mechanism.json", names | counts | settings | {"notes": notes})
     return directory
+
+
+def _notes(subjects: Mapping[str, Subject], store: Store) -> list[str]:
+    """What to know about the models' tokenizers, which must give every id of the store its meaning."""
+    found = [
+        compare_tokenizers(f"{role} {subject.id}", check_tokenizer(subject).json, store)
+        for role, subject in subjects.items()
+    ]
+    return [note for note in found if note is not None]
 
 
 def _settings(
@@ -191,17 +199,6 @@ def run_on_texts(
         )
         directories.append(found)
     return directories
-
-
-def _check_same_ids(role: str, subject: Subject, store: Store) -> None:
-    """An id must mean the same token to the store and to the model."""
-    own = Tokenizer.from_str(check_tokenizer(subject).json)
-    stored = Tokenizer.from_file(str(store.path / "tokenizer.json"))
-    if own.get_vocab(with_added_tokens=True) != stored.get_vocab(with_added_tokens=True):
-        raise UserError(
-            f"{role} {subject.id}: has another tokenizer than {store.path}; student, teacher, baseline and "
-            "text must share one"
-        )
 
 
 def _open(subject: Subject, store: Store, device: str) -> _Model:

@@ -14,6 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from tutelage import provenance
 from tutelage.configio import digest
+from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.perplexity import Measured, ratio
@@ -74,11 +75,7 @@ def run_probes(
         raise UserError(f"{subject.id}: probes need a token store made with its tokenizer; name one")
     text, chosen = open_store(path), pick_device(device)
     for model in (subject, teacher) if teacher else (subject,):
-        if check_tokenizer(model).sha256 != text.manifest.tokenizer_sha256:
-            raise UserError(
-                f"{model.id}: its tokenizer is not that of {path}; build a store with "
-                f"tokenizer.path={model.model}"
-            )
+        check_text_tokenizer(model.id, check_tokenizer(model).json, text)
     make_directory(subject.output)
     with claimed(subject.output / "lock", str(subject.output)):
         student = load(subject.model).to(chosen)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tutelage.config import RunConfig
 from tutelage.configio import load
+from tutelage.data.sametokenizer import check_rows
 from tutelage.data.tokenize import TextTokenizer, load_tokenizer
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
+from tutelage.evals.domains import SUITES
 from tutelage.models.hub import weights_fingerprint
+from tutelage.models.positions import trained_length
 from tutelage.train.rundir import RunDirectory
+from tutelage.types import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_NEEDED = ("*.json", "*.safetensors")
+_NEEDED = ("*.json", "*.safetensors", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,7 @@ class Subject:
         revision: commit on the Hub that `model` is a copy of; None for local models.
         step: optimizer steps it has taken; 0 for a model that is no run.
         tokens: training tokens it has seen; 0 for a model that is no run.
-        context: the longest sequence it was trained on, in tokens.
+        context: the longest sequence it was trained on, in tokens; without positions, the suites' context.
         output: directory with its `scores.jsonl` and `documents.parquet`; it need not exist yet.
         training_store: token store a run was trained on; None for other models.
     """
@@ -115,18 +123,17 @@ def _model(path: Path, name: str, output: Path, revision: str | None) -> Subject
 
 
 def _trained_length(path: Path) -> int:
-    """Positions that the model's config.json speaks of, under whatever name its family uses."""
+    """Positions that the config.json speaks of; the suites' context where a family has no such number."""
+    return trained_length(_config(path)) or SUITES.context
+
+
+def _config(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig  # noqa: PLC0415 - seconds that a wrong name need not cost
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True)
-        return int(config.max_position_embeddings)
-    except AttributeError:
-        raise UserError(
-            f"{path / 'config.json'}: no max_position_embeddings, so the trained length is unknown; add it"
-        ) from None
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - a wrong field can raise anything
+        reason = one_line(error)
         raise UserError(f"{path}: no model that transformers knows: {reason}") from None
 
 
@@ -136,7 +143,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_NEEDED)))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(
             f"{name}: no such directory, and the Hugging Face Hub does not give such a model: {reason}"
         ) from None
@@ -148,13 +155,7 @@ def check_tokenizer(subject: Subject) -> TextTokenizer:
     Raises:
         UserError: there is none, or it has ids that the model does not know.
     """
-    from transformers import AutoConfig  # noqa: PLC0415 - as above
-
     tokenizer = load_tokenizer(subject.model)
-    config = AutoConfig.from_pretrained(subject.model, trust_remote_code=False).get_text_config(decoder=True)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{subject.model}: its tokenizer has {tokenizer.vocab_size:,} ids, the model knows "
-            f"{config.vocab_size:,}; the tokenizer belongs to another model"
-        )
+    rows = _config(subject.model).get_text_config(decoder=True).vocab_size
+    check_rows(str(subject.model), tokenizer.vocab_size, rows)
     return tokenizer

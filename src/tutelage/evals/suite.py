@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tutelage.config import EvalDomain
+from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import open_store
-from tutelage.errors import UserError
+from tutelage.data.tokenizerfiles import tokenizer_json
 from tutelage.evals.domains import SCORED, check_splits
 from tutelage.evals.records import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, Target, keep, score_domain
@@ -33,14 +34,10 @@ def missing(config: RunConfig, directory: RunDirectory, step: int) -> list[EvalD
 
 def check(config: RunConfig) -> None:
     """Raise UserError before training if a domain cannot be scored after it."""
-    training = open_store(config.data.store)
+    own = tokenizer_json(config.data.store)
     for domain in config.eval.domains:
         store = open_store(domain.store)
-        if store.manifest.tokenizer_sha256 != training.manifest.tokenizer_sha256:
-            raise UserError(
-                f"eval domain {domain.name}: {domain.store} was made with another tokenizer than "
-                f"{config.data.store}; build it with tokenizer.path={config.data.store}"
-            )
+        check_text_tokenizer(f"eval domain {domain.name}: {config.data.store}", own, store)
         check_splits(domain.name, store)
 
 

@@ -9,30 +9,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
 from tutelage.files import new_directory
+from tutelage.models.directory import check_config, check_directory, read_config, read_object
+from tutelage.models.export import Base, check_tokenizer_files, complete, computing
 from tutelage.models.flops import Parameters
+from tutelage.models.positions import trained_length
 from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import Any
 
     from transformers import PreTrainedModel
 
     from tutelage.models.ladder import Rung
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling",)  # Granite
@@ -43,11 +44,21 @@ _SOFTCAPS = (
 )  # Gemma 2; RecurrentGemma; xLSTM
 """Config fields of what a family does to its logits after the head; absent, None or 1 means nothing."""
 
-_VOLATILE = ("transformers_version", "_name_or_path", "use_cache")
-"""Config fields that do not change what a model computes."""
+_COMPARED = 64
+"""Tokens on which a written directory is compared with the model."""
+
+_TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit, that rounding explains."""
 
 
-def build(rung: Rung, vocab_size: int, context: int, seed: int, device: str = "cpu") -> PreTrainedModel:
+def build(
+    rung: Rung,
+    vocab_size: int,
+    context: int,
+    seed: int,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
     """A model with fresh float32 weights, a function of `seed` alone and not of the device.
 
     Weights are drawn on the CPU (normal, standard deviation 0.02) and then moved. The global random
@@ -57,12 +68,17 @@ def build(rung: Rung, vocab_size: int, context: int, seed: int, device: str = "c
     meta = device == "meta"
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attn_implementation or "sdpa"
+        )
     return model if meta else model.to(device)
 
 
 def load(
-    path_or_hub_name: str | Path, revision: str | None = None, dtype: torch.dtype | None = None
+    path_or_hub_name: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a local directory or the Hugging Face Hub, on the CPU, in eval mode.
 
@@ -70,41 +86,66 @@ def load(
         path_or_hub_name: a directory is preferred to a Hub name that is spelled the same.
         revision: commit or tag on the Hub.
         dtype: of the weights; None keeps what was saved.
+        attn_implementation: how attention is computed; None leaves the choice to transformers.
 
     Raises:
-        UserError: nothing is there, it is no model, weights are pickled, damaged or incomplete, the
-            Hub cannot be reached, or the logits are not a plain linear head of the hidden states.
+        UserError: nothing is there, it is no model, weights are pickled, damaged, incomplete or not finite,
+            the Hub cannot be reached, or the logits are not a plain linear head of the hidden states.
     """
     name = str(path_or_hub_name)
     local = _is_local(path_or_hub_name)
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
+        if not local:
+            file = hf_hub_download(name, "config.json", revision=revision)
+            check_config(read_object(Path(file)), f"{name}: config.json")
         with _no_progress_bars() if local else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
                 name,
                 revision=revision or "main",
                 dtype=dtype or "auto",
-                attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **chosen,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400]
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a wrong field of a config can raise anything
+        reason = one_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which tutelage does not run"
         raise UserError(f"{name}: cannot be loaded as a causal language model: {reason}") from None
+    _check_weights(model, report, name)
+    _check_logits(model, name)
+    return model
+
+
+def _check_weights(model: PreTrainedModel, report: dict[str, Any], name: str) -> None:
+    """Every weight must come from the files and be a number."""
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{name}: {len(missing)} weights are missing, for example {missing[0]}")
-    _check_logits(model, name)
-    return model
+    kinds = {_kind(key) for key in model.state_dict()}
+    if more := sorted(key for key in report["unexpected_keys"] if _kind(key) in kinds):
+        raise UserError(
+            f"{name}: config.json speaks of fewer layers than there are weights, for example {more[0]}"
+        )
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{name}: {key} holds numbers that are not finite (NaN or infinity)")
+
+
+def _kind(key: str) -> str:
+    """A weight's name without the number of its layer."""
+    return re.sub(r"\d+", "#", key)
 
 
 def _is_local(path_or_hub_name: str | Path) -> bool:
     """Whether it is a model directory; False for what can only be a Hub name."""
     name = str(path_or_hub_name)
     if Path(name).exists():
-        _check_directory(Path(name))
+        check_directory(Path(name))
         return True
     if isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such directory")
@@ -126,7 +167,7 @@ def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, s
     try:
         config = hf_hub_download(path_or_hub_name, "config.json", revision=revision)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
+        reason = one_line(error)
         raise UserError(f"{path_or_hub_name}: not found on the Hub: {reason}") from None
     commit = Path(config).parent.name  # files lie in snapshots/<commit>/
     return f"{path_or_hub_name}@{commit}", commit
@@ -142,20 +183,6 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _check_directory(directory: Path) -> None:
-    """Say what is wrong with a local model directory before transformers does, at length."""
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: no config.json, so this is no Hugging Face model directory")
-    if any(directory.glob("*.safetensors")):
-        return
-    if any(directory.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{directory}: pytorch_model.bin is a pickle, which can run code; if you trust it, convert it: "
-            "AutoModelForCausalLM.from_pretrained(path, use_safetensors=False).save_pretrained(new_path)"
-        )
-    raise UserError(f"{directory}: no *.safetensors, so there are no weights to load")
 
 
 def pick_device(name: str) -> torch.device:
@@ -202,20 +229,30 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel, name: str) -> None:
-    """Run four tokens both ways: a field we do not know must not give silently wrong probabilities."""
+    """Run four tokens: a field we do not know must not give silently wrong probabilities.
+
+    The head over the hidden states must give the model's own logits, and a token must not see the next.
+    """
+    family = type(model).__name__
     try:
         body, head = body_and_head(model)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     tokens_BT = torch.arange(4, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-    ours = transformed(
-        head(body(input_ids=tokens_BT, use_cache=False).last_hidden_state), logit_transform(model)
-    )
-    theirs = model(input_ids=tokens_BT, use_cache=False).logits
-    if ours.shape != theirs.shape or not torch.allclose(
-        ours.float(), theirs.float(), rtol=1e-3, atol=1e-5, equal_nan=True
-    ):
-        raise UserError(f"{name}: {type(model).__name__} computes its logits in a way not known here")
+    other_BT = torch.cat([tokens_BT[:, :-1], tokens_BT[:, :1]], 1)
+    try:
+        hidden_BTD = body(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        theirs = model(input_ids=tokens_BT, use_cache=False).logits
+        change_BTD = body(input_ids=other_BT, use_cache=False).last_hidden_state - hidden_BTD
+    except Exception as error:  # noqa: BLE001 - what a family needs besides tokens shows in any way
+        reason = one_line(error)
+        raise UserError(f"{name}: {family} cannot be run on tokens alone: {reason}") from None
+    ours = transformed(head(hidden_BTD), logit_transform(model))
+    if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-5):
+        raise UserError(f"{name}: {family} computes its logits in a way not known here")
+    rounding = 1e-5 if hidden_BTD.dtype.itemsize > 2 else 1e-2  # noqa: PLR2004 - bytes of half precision
+    if change_BTD[:, :-1].float().norm() > rounding * hidden_BTD.float().norm():
+        raise UserError(f"{name}: {family} lets tokens see later ones, so it is no causal language model")
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
@@ -244,25 +281,77 @@ def forward_flops(model: PreTrainedModel, context: int) -> float:
     return 2.0 * used + 2.0 * context * heads * head_dim * layers
 
 
-def save(model: PreTrainedModel, directory: Path, tokenizer_files_from: Path) -> None:
-    """Write a model directory in one step: config.json, model.safetensors and the tokenizer's files.
+def save(
+    model: PreTrainedModel,
+    directory: Path,
+    store: Path,
+    base: Base | None = None,
+    card: str | None = None,
+) -> float:
+    """Write a model directory in one step, and read it back to see that it is the same model.
+
+    It holds config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
     Args:
         model: what to save, in the dtype it has.
         directory: appears when complete; an older one is replaced.
-        tokenizer_files_from: token store (or model directory) whose tokenizer the model was trained with.
+        store: token store (or model directory) with the tokenizer that the model was trained with.
+        base: what the model goes on from.
+        card: content of README.md.
+
+    Returns:
+        The largest difference between the logits of the directory and those of `model`, on 64 tokens.
 
     Raises:
-        UserError: a tokenizer file is missing, or the directory cannot be written.
+        UserError: a tokenizer file is missing, the directory cannot be written, or what was written computes
+            other logits.
     """
-    for name in TOKENIZER_FILES:
-        if not (tokenizer_files_from / name).is_file():
-            raise UserError(f"{tokenizer_files_from}: no {name}; without its tokenizer a model is of no use")
+    check_tokenizer_files(store)
     with new_directory(directory) as partial:
-        with _no_progress_bars():
-            model.save_pretrained(partial)
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(tokenizer_files_from / name, partial / name)
+        own, model.generation_config = model.generation_config, GenerationConfig()  # a wrong one is refused
+        try:
+            with _no_progress_bars():
+                model.save_pretrained(partial)
+        finally:
+            model.generation_config = own
+        complete(partial, store, base, trained_length(model.config))
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        return _difference(model, partial, directory)
+
+
+@torch.no_grad()
+def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float:
+    """The largest difference of logits between a model and its written directory."""
+    try:
+        again = load(written, attn_implementation=model.config._attn_implementation).to(model.device)  # noqa: SLF001
+    except UserError as error:
+        raise UserError(str(error).replace(str(written), f"{directory} (as it would be written)")) from None
+    length = min(_COMPARED, trained_length(model.config) or _COMPARED)
+    tokens_BT = (torch.arange(length, device=model.device) * 7919).unsqueeze(0) % again.config.vocab_size
+    training = model.training
+    logits = [each.eval()(input_ids=tokens_BT, use_cache=False).logits.float() for each in (model, again)]
+    model.train(training)
+    difference = float((logits[0] - logits[1]).abs().max())
+    if not difference <= _TOLERANCE * max(1.0, float(logits[0].abs().max())):
+        raise UserError(
+            f"{directory}: what was written computes other logits than the model in memory (difference "
+            f"{difference:.3g}): {_cause(model, again)}"
+        )
+    return difference
+
+
+def _cause(model: PreTrainedModel, again: PreTrainedModel) -> str:
+    """The first weight or config field that writing and reading changed."""
+    weights = again.state_dict()
+    for name, weight in model.state_dict().items():
+        if name not in weights or not torch.equal(weight, weights[name]):
+            return f"{name} is not what it was"
+    own, read = computing(model.config.to_dict()), computing(again.config.to_dict())
+    for field in own:
+        if own[field] != read.get(field):
+            return f"{field} is {own[field]!r} in the model and {read.get(field)!r} in config.json"
+    return "weights and config are equal, so the family keeps something that is in neither"
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -274,13 +363,9 @@ def weights_fingerprint(directory: Path) -> str:
     Raises:
         UserError: the directory is no model directory.
     """
-    _check_directory(directory)
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{directory / 'config.json'}: not valid JSON: {error}") from None
-    shape = {field: value for field, value in config.items() if field not in _VOLATILE}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    check_directory(directory)
+    config = read_config(directory)
+    digest = hashlib.sha256(json.dumps(computing(config), sort_keys=True).encode())
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

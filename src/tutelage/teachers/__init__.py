@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
-
 from tutelage.config import ControlTeacher, RunTeacher
+from tutelage.data.sametokenizer import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub
+from tutelage.models.positions import check_length
 from tutelage.teachers import controls
 from tutelage.teachers.online import OnlineTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import numpy as np
     import torch
@@ -47,14 +47,20 @@ def make_teacher(
     if isinstance(teacher, ControlTeacher):
         return CONTROLS[teacher.kind](store.split("train").tokens, store.vocab_size)
     path, revision = locate(teacher, runs)
-    model = hub.load(path, revision=revision).to(device)
-    online = OnlineTeacher(model, hub.forward_flops(model, context_length))
-    if online.vocab_size < store.vocab_size:  # above it are padded rows, which the objective leaves out
-        raise UserError(
-            f"teacher {path}: its vocabulary has {online.vocab_size} entries, the token store's has "
-            f"{store.vocab_size}; teacher and student must share a tokenizer"
-        )
-    check_same_tokenizer(f"teacher {path}", Path(path), store.path)
+    what = f"teacher {path}"
+    tokenizer = check_model_tokenizer(
+        what,
+        path,
+        store,
+        revision=revision,
+        assume=teacher.assume_same_tokenizer,
+        setting="teacher.assume_same_tokenizer",
+    )
+    model = hub.load(path, revision=revision, attn_implementation=teacher.attn_implementation)
+    beyond = check_length(model, what, context_length)
+    notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
+    online = OnlineTeacher(model.to(device), hub.forward_flops(model, context_length), notes)
+    tokenizer.check_rows(what, online.vocab_size, store)
     return online
 
 
@@ -66,21 +72,3 @@ def locate(teacher: RunTeacher | ModelTeacher, runs: Path) -> tuple[str, str | N
     if not path.is_dir():
         raise UserError(f"teacher run {teacher.run}: {path} does not exist; train that run to its end first")
     return str(path), None
-
-
-def check_same_tokenizer(what: str, model: Path, store: Path) -> None:
-    """Equal vocabulary sizes are not enough: the ids must mean the same strings.
-
-    A Hub name, or weights without a tokenizer beside them, cannot be checked and pass.
-
-    Raises:
-        UserError: the tokenizers differ; the message begins with `what`.
-    """
-    if not (model / "tokenizer.json").is_file():
-        return
-    vocabularies = [Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab() for path in (model, store)]
-    if vocabularies[0] != vocabularies[1]:
-        raise UserError(
-            f"{what}: its tokenizer differs from that of {store}; they must share one "
-            "(build the store with tokenizer.path)"
-        )

@@ -14,12 +14,14 @@ class Teacher(Protocol):
     """A frozen teacher; losses never know which kind they have.
 
     Attributes:
-        vocab_size: number of token ids it gives probability to; must equal the student's.
+        vocab_size: number of token ids it gives probability to; at least the student's.
         forward_flops: FLOPs of its forward pass per token, for the cost ledger; 0 if it was paid before.
+        notes: what the user should know about it, for example what was assumed.
     """
 
     vocab_size: int
     forward_flops: float
+    notes: tuple[str, ...]
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Learn what will be asked for next, so that it can be fetched meanwhile; may do nothing."""

@@ -38,6 +38,7 @@ class CachedTeacher:
 
     def __init__(self, cache: Cache, device: torch.device) -> None:
         self.vocab_size = cache.manifest.vocab_size
+        self.notes = cache.manifest.teacher.notes
         self._cache = cache
         self._device = device
         self._head_VE: Tensor | None = None

@@ -29,6 +29,7 @@ class FixedTeacher:
     def __init__(self, probabilities_V: Tensor) -> None:
         self.vocab_size = probabilities_V.shape[0]
         self.forward_flops = 0.0
+        self.notes: tuple[str, ...] = ()
         self._head_V1 = probabilities_V.double().log().float().unsqueeze(1)
 
     def expect(self, batches: Sequence[Batch]) -> None:

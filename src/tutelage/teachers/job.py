@@ -122,6 +122,8 @@ def make_plan(config: TeachConfig) -> Plan:
         "teacher": fingerprint,
         "store": store.fingerprint,
     }
+    if not isinstance(teacher, ControlTeacher) and teacher.attn_implementation is not None:
+        content["attn_implementation"] = teacher.attn_implementation
     return Plan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
 
 
@@ -154,6 +156,7 @@ def prepare(plan: Plan) -> Job:
             id=_id(config.teacher),
             fingerprint=plan.teacher_fingerprint,
             forward_flops=teacher.forward_flops,
+            notes=teacher.notes,
         ),
         vocab_size=store.vocab_size,
         width=width,

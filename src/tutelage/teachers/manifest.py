@@ -32,12 +32,14 @@ class TeacherRecord(ManifestRecord):
         id: run id, path or Hub name, as it was first given.
         fingerprint: what fixes its weights: SHA-256 of a model directory, name@commit on the Hub.
         forward_flops: FLOPs of its forward pass per token.
+        notes: what the user should know about it, for example what was assumed.
     """
 
     kind: str
     id: str
     fingerprint: str
     forward_flops: float
+    notes: tuple[str, ...] = ()
 
 
 class ShardRecord(ManifestRecord):

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 class OnlineTeacher:
     """A causal language model, frozen, in eval mode; only its hidden states leave it."""
 
-    def __init__(self, model: PreTrainedModel, forward_flops: float) -> None:
+    def __init__(self, model: PreTrainedModel, forward_flops: float, notes: tuple[str, ...] = ()) -> None:
         model.eval().requires_grad_(requires_grad=False)
         self._body, self._head = body_and_head(model)
         self._transform = logit_transform(model)
         self.vocab_size: int = self._head.weight.shape[0]
         self.forward_flops = forward_flops
+        self.notes = notes
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Do nothing: the forward pass is the step's own work."""

@@ -77,6 +77,8 @@ def write_cache(config: TeachConfig, watcher: TeachWatcher | None = None) -> Pat
         watcher.note(f"{plan.path} is finished; nothing to do")
         return plan.path
     job = prepare(plan)
+    for note in job.teacher.notes:
+        watcher.note(note)
     make_directory(plan.path / "shards")
     with stop_signal() as stop, ThreadPoolExecutor(1, thread_name_prefix="encoder") as encoder:
         ledger = Ledger(job, stop)

@@ -1,5 +1,7 @@
 """Checkpoints that resume a run bitwise: weights, optimizer moments, loop counters. No pickle.
 
+There is no random state to keep: dropout is a function of seed, step and rank.
+
 One safetensors file holds every tensor, one JSON file the counters. A checkpoint appears under its
 name only when it is complete.
 """
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 TRUNK = "trunk-"
 """Before the name of a checkpoint that longer runs start from."""
@@ -67,7 +71,7 @@ def save_trunk(
 
 
 def _write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> None:
-    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -92,14 +96,13 @@ def load_latest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
     try:
         tensors = load_file(path)
         counters = Counters(**json.loads((found[-1] / "counters.json").read_text(encoding="utf-8")))
-        torch.set_rng_state(tensors["rng"])
         for name, parameter in model.named_parameters():
             with torch.no_grad():
                 parameter.copy_(tensors[f"model.{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            if any(f"optimizer.{key}.{name}" in tensors for key in _MOMENTS):  # else it had no gradient yet
+                optimizer.state[parameter] = {
+                    key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in _MOMENTS
+                }
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -15,7 +15,7 @@ from torch import distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,22 @@ def sum_(tensors: Sequence[Tensor]) -> None:
         for tensor in group:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
             start += tensor.numel()
+
+
+def fill_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give a parameter without a gradient zeros if another process has one for it.
+
+    A layer that was dropped here was perhaps not dropped there, and gradients can only be summed if every
+    process has the same ones.
+    """
+    if not dist.is_initialized():
+        return
+    missing = [int(parameter.grad is None) for parameter in parameters]
+    count = torch.tensor(missing, device=parameters[0].device)
+    dist.all_reduce(count)
+    for parameter, processes in zip(parameters, count.tolist(), strict=True):
+        if parameter.grad is None and processes < dist.get_world_size():
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.train import checkpoint
@@ -29,8 +30,8 @@ class Hook:
 
     Attributes:
         tokens: how often, in training tokens.
-        call: gets the model and the steps it has taken; must leave weights, gradients and random state as
-            they are, and do nothing the second time, because a resumed run passes the same steps again.
+        call: gets the model and the steps it has taken; must leave weights and gradients as they
+            are, and do nothing the second time, because a resumed run passes the same steps again.
     """
 
     tokens: int
@@ -94,7 +95,8 @@ class Session:
         batch = setup.config.global_batch_tokens
         lr = learning_rate(setup.config.optim, setup.lr, self.step, setup.steps, batch_tokens=batch)
         alpha = setup.policy.alpha(self.step, setup.steps)
-        return Turn(setup.trainee, alpha, lr, setup.policy.needs_teacher(self.step))
+        seed = mixed(setup.config.seed, self.step, setup.world.rank)
+        return Turn(setup.trainee, alpha, lr, setup.policy.needs_teacher(self.step), seed)
 
     def after(self, turn: Turn, report: StepReport, *, stopping: bool) -> None:
         """Take note of a step: policy, log row, checkpoint; at the last one the model directory.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from tutelage.config import CacheTeacher, ControlTeacher
 from tutelage.data.loader import Loader
+from tutelage.data.sametokenizer import check_model_tokenizer
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub, ladder
+from tutelage.models.positions import check_length
 from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
 from tutelage.objectiveconfig import TopKTruncation
 from tutelage.settings import parse_tokens
-from tutelage.teachers import check_same_tokenizer, make_teacher
+from tutelage.teachers import make_teacher
 from tutelage.teachers.cached import cached_teacher
 from tutelage.teachers.kept import kept_targets
 from tutelage.train import distributed
@@ -25,6 +26,8 @@ from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.step import Trainee
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from tutelage.config import RunConfig
@@ -57,6 +60,8 @@ class Setup:
         checkpoint_tokens: tokens between checkpoints.
         parameters: total parameters of the student.
         student_flops: forward + backward FLOPs per token of the student.
+        tokenizer: directory with the tokenizer of the model that the student goes on from, if it has one.
+        notes: what the user should know about student and teacher.
     """
 
     config: RunConfig
@@ -72,6 +77,8 @@ class Setup:
     checkpoint_tokens: int
     parameters: int
     student_flops: float
+    tokenizer: Path | None
+    notes: tuple[str, ...]
 
     @property
     def epochs(self) -> float:
@@ -106,6 +113,16 @@ class Setup:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """A student's model, its peak learning rate, and `tokenizer` and `notes` as in `Setup`."""
+
+    model: PreTrainedModel
+    lr: float
+    tokenizer: Path | None
+    notes: tuple[str, ...]
+
+
 def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
     """Open the store, build or load the models, and check that everything fits together.
 
@@ -122,11 +139,15 @@ def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
     world = distributed.start(device)
     store = open_store(config.data.store)
     _check_stage(config, store)
-    model, lr = _student(config, store)
-    model.to(device)
+    student = _student(config, store)
+    model, lr = student.model.to(device), student.lr
     body, head = hub.body_and_head(model)
     parameters = sum(p.numel() for p in model.parameters())
     steps = _steps(config, parameters)
+    if config.teacher is None:
+        teacher = None
+    elif teacher is None:
+        teacher = _teacher(config, store, device)
     sequences = config.global_batch_tokens // config.data.sequence_length
     micro = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
     return Setup(
@@ -140,7 +161,7 @@ def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
             parameters=tuple(p for p in model.parameters() if p.requires_grad),
             optimizer=adamw(model, config.optim, lr),
             objective=_objective(config.objective, store.vocab_size, hub.logit_transform(model)),
-            teacher=(teacher or _teacher(config, store, device)) if config.teacher is not None else None,
+            teacher=teacher,
             gate=make_gate(config.objective.gate),
             clip=config.optim.clip,
             autocast=_autocast(config, device),
@@ -156,6 +177,8 @@ def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
         checkpoint_tokens=parse_tokens(config.checkpoint.every),
         parameters=parameters,
         student_flops=3 * hub.forward_flops(model, config.data.sequence_length),
+        tokenizer=student.tokenizer,
+        notes=(*student.notes, *(teacher.notes if teacher is not None else ())),
     )
 
 
@@ -207,22 +230,27 @@ def _objective(config: ObjectiveConfig, vocab_size: int, student_logits: LogitTr
     )
 
 
-def _student(config: RunConfig, store: Store) -> tuple[PreTrainedModel, float]:
-    length = config.data.sequence_length
+def _student(config: RunConfig, store: Store) -> _Student:
+    length, attention = config.data.sequence_length, config.model.attn_implementation
     if config.model.rung is not None:
         rung = ladder.rung(config.model.rung)
-        model = hub.build(rung, store.vocab_size, length, config.seed)
-        return model, config.optim.lr or rung.lr
+        model = hub.build(rung, store.vocab_size, length, config.seed, attn_implementation=attention)
+        return _Student(model, config.optim.lr or rung.lr, None, ())
     path = _start(config)
-    model = hub.load(path, dtype=torch.float32)
-    own = model.get_output_embeddings().weight.shape[0]
-    if own < store.vocab_size:
-        raise UserError(
-            f"model {path}: its vocabulary has {own} entries, the token store's has "
-            f"{store.vocab_size}; build the store with this model's tokenizer"
-        )
-    check_same_tokenizer(f"model {path}", Path(path), store.path)
-    return model, config.optim.lr or _FALLBACK_LR
+    what = f"model {path}"
+    tokenizer = check_model_tokenizer(
+        what,
+        path,
+        store,
+        assume=config.model.assume_same_tokenizer,
+        setting="model.assume_same_tokenizer",
+    )
+    model = hub.load(path, dtype=torch.float32, attn_implementation=attention)
+    model.get_input_embeddings().padding_idx = None  # nothing is padded here, so no token may stand still
+    beyond = check_length(model, what, length)
+    tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
+    notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
+    return _Student(model, config.optim.lr or _FALLBACK_LR, tokenizer.directory, notes)
 
 
 def _start(config: RunConfig) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.data.hashing import mixed
 from tutelage.objective import Objective, chunked_objective
 from tutelage.train import distributed
 from tutelage.types import IGNORE_INDEX, Batch, LossSums, StepReport, Targets
@@ -60,12 +61,14 @@ class Turn:
         alpha: weight of the divergence.
         lr: learning rate.
         listen: ask the teacher even if it has no weight, for its cross-entropy.
+        seed: of dropout, different for every run seed, step and rank.
     """
 
     trainee: Trainee
     alpha: float
     lr: float
     listen: bool = False
+    seed: int = 0
 
     @property
     def asks_teacher(self) -> bool:
@@ -102,7 +105,9 @@ def train_step(turns: Sequence[Turn], micro_batches: Sequence[Batch]) -> list[St
     """Update every student once from all micro-batches of all ranks.
 
     The number of valid tokens over micro-batches and ranks is the only denominator, so neither
-    micro-batching nor the number of ranks changes the result beyond rounding.
+    micro-batching nor the number of ranks changes the result beyond rounding. Dropout is seeded per
+    micro-batch and rank: a student that has it draws other masks in each, and the same ones whenever the step
+    is taken again, alone, in a cohort or after a restart.
 
     Args:
         turns: the students, who share one teacher (or have none) and one compute dtype.
@@ -111,9 +116,10 @@ def train_step(turns: Sequence[Turn], micro_batches: Sequence[Batch]) -> list[St
     valid = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
     distributed.sum_([valid])
     totals = [torch.zeros(5, device=valid.device) for _ in turns]
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches):
         targets = teacher_targets(turns, batch)
         for turn, total in zip(turns, totals, strict=True):
+            torch.manual_seed(mixed(turn.seed, number))
             sums = loss_sums(turn.trainee, batch, targets if turn.asks_teacher else None, turn.alpha)
             (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
             total.add_(torch.stack([sums.loss.detach(), sums.ce, sums.kd, sums.teacher_ce, sums.taught]))
@@ -123,6 +129,7 @@ def train_step(turns: Sequence[Turn], micro_batches: Sequence[Batch]) -> list[St
 def _update(turn: Turn, totals: Tensor, valid: Tensor) -> StepReport:
     """Sum gradients over ranks, clip, step."""
     trainee = turn.trainee
+    distributed.fill_gradients(trainee.parameters)
     gradients: list[Tensor] = [p.grad for p in trainee.parameters if p.grad is not None]
     counted = trainee.gate.sums() if trainee.gate is not None else []
     distributed.sum_([totals, *counted, *gradients])

@@ -157,7 +157,7 @@ def untouched(model):
         (untouched, ["--device", "tpu"], "device = tpu: torch sees no such device here"),
         (untouched, ["--mechanism"], "give one model, --teacher MODEL and --baseline MODEL"),
         (without_weights, ["--domain", "kjv"], "tiny"),
-        (with_another_tokenizer, ["--store", "speeches=STORE"], "made with another tokenizer"),
+        (with_another_tokenizer, ["--store", "speeches=STORE"], "its tokenizer differs from that of"),
         (untouched, ["--store", "empty=EMPTY"], "domain empty: split 'validation' of"),
     ],
 )

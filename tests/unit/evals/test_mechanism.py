@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy, spearmanr
@@ -359,7 +361,9 @@ def test_models_of_another_tokenizer_are_refused(measure, subjects, store, tmp_p
     model = tmp_path / "other"
     save(load(subjects["teacher"].model), model, store)
     write_json(model / "tokenizer.json", other)
-    with pytest.raises(UserError, match=r"teacher other-.*another tokenizer.*must share one"):
+    with pytest.raises(
+        UserError, match=r"teacher other-.*its tokenizer differs from that of .*: id \d+ is .* must share one"
+    ):
         measure(teacher=find_subject(str(model), tmp_path))
     (model / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"other.tokenizer\.json: not a tokenizer\.json"):
@@ -373,11 +377,11 @@ def test_a_head_smaller_than_the_vocabulary_is_refused(measure, store, tmp_path)
 
 
 def test_damaged_weights_are_refused(measure, subjects, store, tmp_path):
-    model = load(subjects["student"].model)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[40:] = math.nan
-    save(model, tmp_path / "nan", store)
-    with pytest.raises(UserError, match=r"student nan-.*no numbers"):
+    weights = load_file(subjects["student"].model / "model.safetensors")
+    weights["model.embed_tokens.weight"][40:] = math.nan
+    shutil.copytree(subjects["student"].model, tmp_path / "nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight holds numbers that are not finite"):
         measure(student=find_subject(str(tmp_path / "nan"), tmp_path))
 
 

@@ -215,9 +215,12 @@ def test_samples_go_on_from_held_out_text(subjects, store):
 def test_a_store_with_another_tokenizer_is_refused(subjects, store, tmp_path):
     shutil.copytree(subjects[0].model, tmp_path / "model")
     strange = dataclasses.replace(subjects[0], model=tmp_path / "model")
-    with (strange.model / "tokenizer.json").open("a", encoding="utf-8") as file:
-        file.write("\n")
-    with pytest.raises(UserError, match=r"its tokenizer is not that of .*speeches"):
+    tokenizer = json.loads((strange.model / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (strange.model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"has the ids of .*speeches.* but other normalizer, so .*; build the"
+    ):
         run_probes(strange)
 
 

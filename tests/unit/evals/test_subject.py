@@ -10,6 +10,7 @@ import transformers
 
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
+from tutelage.evals.domains import SUITES
 from tutelage.evals.subject import check_tokenizer, find_subject
 from tutelage.models import hub
 from tutelage.models.ladder import LADDER
@@ -100,8 +101,7 @@ def test_a_path_that_is_not_there_is_said(name, tmp_path):
         find_subject(name, tmp_path)
 
 
-def test_a_model_without_a_length_is_refused(directory, tmp_path):
+def test_a_family_without_positions_reads_the_context_of_the_suites(directory, tmp_path):
     config = transformers.BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2).to_dict()
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UserError, match="no max_position_embeddings, so the trained length is unknown"):
-        find_subject(str(directory), tmp_path)
+    assert find_subject(str(directory), tmp_path).context == SUITES.context

@@ -168,7 +168,9 @@ def test_pickled_weights_beside_other_safetensors_are_not_read(model, saved):
 def test_load_refuses_damaged_weights(saved):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="model: cannot be loaded as a causal language model: ") as caught:
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: damaged: it has .* bytes, its header says"
+    ) as caught:
         load(saved)
     assert "\n" not in str(caught.value)
 
@@ -181,7 +183,7 @@ def test_load_refuses_missing_weights(saved):
         load(saved)
 
 
-@pytest.mark.parametrize("text", ["{", '{"model_type": "nonsense"}', '{"model_type": "t5"}'])
+@pytest.mark.parametrize("text", ['{"model_type": "nonsense"}', '{"model_type": "t5"}', "{}"])
 def test_load_refuses_a_config_that_is_no_causal_model(saved, text):
     (saved / "config.json").write_text(text)
     with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
@@ -316,5 +318,7 @@ def test_the_fingerprint_of_no_model_is_refused(saved, tmp_path):
 def test_an_encoder_decoder_is_no_causal_model(tmp_path):
     config = T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    with pytest.raises(UserError, match="t5: cannot be loaded"):
+    with pytest.raises(
+        UserError, match=r"t5/config\.json: is_encoder_decoder = true: it is no causal language model"
+    ):
         load(tmp_path / "t5")

@@ -1,0 +1,183 @@
+"""Whether a model and a token store mean the same by an id: the one comparison of tokenizers.
+
+An id must stand for the same string on both sides. A model may know more ids than the store uses. A tokenizer
+with other merges, normaliser or pre-tokenizer over the same vocabulary cuts text into other tokens, but each
+still is the string it stands for: for a teacher or a start model that is a note, because nothing can be done
+about it; for a text that is to be scored it is an error, because the store can be built again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from tutelage.data.tokenizerfiles import download_tokenizer, has_tokenizer, tokenizer_json
+from tutelage.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from tutelage.data.store import Store
+
+_CUTS = ("normalizer", "pre_tokenizer")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTokenizer:
+    """The tokenizer of a model that was found to fit a store.
+
+    Attributes:
+        directory: local directory with its files; None if the model has none.
+        ids: one more than its largest id; 0 if the model has none.
+        notes: what the user should know.
+    """
+
+    directory: Path | None
+    ids: int
+    notes: tuple[str, ...]
+
+    def check_rows(self, what: str, rows: int, store: Store) -> None:
+        """Refuse a model of `rows` ids that are fewer than its tokenizer's or the store's."""
+        check_rows(what, self.ids, rows)
+        if rows < store.vocab_size:  # above are padded rows, which the objective leaves out
+            raise UserError(
+                f"{what}: its vocabulary has {rows:,} entries, the token store's has {store.vocab_size:,}; "
+                "they must share a tokenizer (build the store with tokenizer.path)"
+            )
+
+
+def check_rows(what: str, ids: int, rows: int) -> None:
+    """Refuse a tokenizer of more ids than its model has."""
+    if ids > rows:
+        raise UserError(
+            f"{what}: its tokenizer has {ids:,} ids, the model knows {rows:,}; the tokenizer belongs to "
+            "another model"
+        )
+
+
+def check_model_tokenizer(
+    what: str,
+    model: str,
+    store: Store,
+    *,
+    revision: str | None = None,
+    assume: bool = False,
+    setting: str,
+) -> ModelTokenizer:
+    """Compare the tokenizer of a model, a directory or a name on the Hub, with that of a token store.
+
+    Args:
+        what: begins every message, for example "teacher PATH".
+        model: directory or Hub name.
+        store: the text.
+        revision: commit or tag on the Hub.
+        assume: take a model without a tokenizer to have the store's.
+        setting: name of the setting that says so.
+
+    Raises:
+        UserError: the tokenizers differ, or the model has none and `assume` is not set.
+    """
+    place = Path(model) if Path(model).exists() else download_tokenizer(what, model, revision)
+    if not has_tokenizer(place):
+        if not assume:
+            raise UserError(
+                f"{what}: it has no tokenizer, so it is not known whether its ids mean what those of "
+                f"{store.path} mean; put its tokenizer.json beside it, or set {setting}: true if you know it"
+            )
+        return ModelTokenizer(
+            None,
+            0,
+            (f"{what}: has no tokenizer; its ids are assumed to be those of {store.path} ({setting})",),
+        )
+    text = tokenizer_json(place)
+    note = compare_tokenizers(what, text, store)
+    return ModelTokenizer(place, max(_strings(what, text)) + 1, () if note is None else (note,))
+
+
+def compare_tokenizers(what: str, tokenizer: str, store: Store) -> str | None:
+    """Compare a tokenizer with that of a token store.
+
+    Args:
+        what: begins the message.
+        tokenizer: the text of a tokenizer.json.
+        store: the text.
+
+    Returns:
+        A note if the same ids are used but text is cut into them otherwise, else None.
+
+    Raises:
+        UserError: an id of the store means another string, or nothing; the message names the first.
+    """
+    stored = tokenizer_json(store.path)
+    if tokenizer == stored:
+        return None
+    own, theirs = _strings(what, tokenizer), _strings(str(store.path), stored)
+    for index in sorted(theirs):
+        if own.get(index) != theirs[index]:
+            meaning = repr(own[index]) if index in own else "nothing"
+            raise UserError(
+                f"{what}: its tokenizer differs from that of {store.path}: id {index} is {meaning} there and "
+                f"{theirs[index]!r} here; they must share one (build the store with tokenizer.path)"
+            )
+    different = _different_cuts(json.loads(tokenizer), json.loads(stored))
+    if not different:
+        return None
+    return (
+        f"{what}: its tokenizer has the ids of {store.path} but other {' and '.join(different)}, so "
+        "it learned from text that was cut into tokens otherwise"
+    )
+
+
+def check_text_tokenizer(what: str, tokenizer: str, store: Store) -> None:
+    """Refuse a text that is to be scored and was not cut as the model cuts it.
+
+    Raises:
+        UserError: an id means another string, or text is cut otherwise.
+    """
+    if (note := compare_tokenizers(what, tokenizer, store)) is not None:
+        raise UserError(f"{note}; build the store with this tokenizer (tokenizer.path)")
+
+
+def _strings(where: str, tokenizer: str) -> dict[int, str]:
+    """The string of every id."""
+    try:
+        vocabulary = Tokenizer.from_str(tokenizer).get_vocab(with_added_tokens=True)
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
+        reason = one_line(error)
+        raise UserError(f"{where}: tokenizer.json is not one ({reason})") from None
+    return {index: token for token, index in vocabulary.items()}
+
+
+def _different_cuts(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What decides how text is cut and differs."""
+    found = [
+        field.replace("_", "-") for field in _CUTS if _cutting(own.get(field)) != _cutting(theirs.get(field))
+    ]
+    models = [tokenizer["model"] for tokenizer in (own, theirs)]
+    if models[0].get("type") != models[1].get("type"):
+        found.append("kind of model")
+    elif _merges(models[0]) != _merges(models[1]):
+        found.append("merges")
+    special = [_special(tokenizer) for tokenizer in (own, theirs)]
+    if any(special[0].get(token, flag) != flag for token, flag in special[1].items()):
+        found.append("special tokens")
+    return found
+
+
+def _cutting(step: object) -> object:
+    """A step without what only concerns the places of tokens in the text."""
+    if isinstance(step, dict):
+        return {name: _cutting(value) for name, value in step.items() if name != "trim_offsets"}
+    return [_cutting(part) for part in step] if isinstance(step, list) else step
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Merges in order; a file has them as pairs or as strings with a space between."""
+    merges = model.get("merges") or []
+    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+
+
+def _special(tokenizer: dict[str, Any]) -> dict[str, bool]:
+    return {token["content"]: token["special"] for token in tokenizer.get("added_tokens") or []}

@@ -1,0 +1,155 @@
+"""Checks of a Hugging Face model directory's files, before any library reads them. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import UserError
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("n_embd", "n_layer", "n_head", "n_positions", "n_ctx"),
+    *(
+        "n_layers",
+        "n_heads",
+        "d_model",
+        "max_seq_len",
+        "num_layers",
+        "num_heads",
+        "context_length",
+        "state_size",
+    ),
+)
+"""Fields that count something, under the names of the families."""
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LENGTH_BYTES = 8
+_MAX_HEADER = 100_000_000  # the library's own bound
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse what cannot be a causal language model with plain weights.
+
+    Raises:
+        UserError: naming the file, the field and its value.
+    """
+    config = read_config(directory)
+    check_config(config, str(directory / "config.json"))
+    tensors = sum(_header_entries(path) for path in _weight_files(directory))
+    for section in _sections(config):
+        for field in _LAYERS:
+            layers = section.get(field)
+            if isinstance(layers, int) and layers > tensors:
+                raise UserError(
+                    f"{directory / 'config.json'}: {field} = {layers:,}, but the weights are {tensors:,} "
+                    "tensors; every layer has at least one"
+                )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read `config.json` of a model directory.
+
+    Raises:
+        UserError: it is missing or holds no JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no config.json, so this is no Hugging Face model directory")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that must hold a JSON object.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object but a {type(found).__name__}")
+    return found
+
+
+def check_config(config: dict[str, Any], where: str) -> None:
+    """Check the fields of a config.json that every family shares; `where` begins the message.
+
+    Raises:
+        UserError: a size is no positive integer, the weights are quantized, or the model is an
+            encoder-decoder.
+    """
+    for section in _sections(config):
+        for field in _SIZES:
+            value = section.get(field)
+            if value is None or isinstance(value, list):  # a list has one size per layer
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{where}: {field} = {value!r}: must be an integer of at least 1")
+    if (quantization := config.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(
+            f"{where}: quantization_config.quant_method = {method!r}: quantized weights cannot be used here; "
+            "give a model whose weights are plain floating-point numbers"
+        )
+    if config.get("is_encoder_decoder") is True:
+        raise UserError(f"{where}: is_encoder_decoder = true: it is no causal language model")
+
+
+def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and, in a model of several kinds of input, the part about text."""
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory: those its index names, or all."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file() and not (directory / "model.safetensors").is_file():
+        return _indexed(index)
+    if found := sorted(directory.glob("*.safetensors")):
+        return found
+    if any(directory.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{directory}: pytorch_model.bin is a pickle, which can run code; if you trust it, convert it: "
+            "AutoModelForCausalLM.from_pretrained(path, use_safetensors=False).save_pretrained(new_path)"
+        )
+    raise UserError(f"{directory}: no *.safetensors, so there are no weights to load")
+
+
+def _indexed(index: Path) -> list[Path]:
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: weight_map is missing or empty, so no weights are named")
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: weight_map.{name} = {file!r}: must be a file in the same directory")
+        if not (index.parent / file).is_file():
+            raise UserError(f"{index}: weight_map.{name} = {file!r}: there is no such file")
+    return [index.parent / file for file in sorted(set(places.values()))]
+
+
+def _header_entries(path: Path) -> int:
+    """The number of tensors that a safetensors file lists, with its length checked against the list."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or length > min(_MAX_HEADER, size - _LENGTH_BYTES):
+            raise UserError(f"{path}: damaged: {size:,} bytes are too few for its header")
+        header = file.read(length)
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        ends = [int(tensor["data_offsets"][1]) for tensor in tensors.values()]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: damaged: its header is no list of tensors") from None
+    expected = _LENGTH_BYTES + length + max(ends, default=0)
+    if size != expected:
+        raise UserError(f"{path}: damaged: it has {size:,} bytes, its header says {expected:,}")
+    return len(ends)

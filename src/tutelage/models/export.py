@@ -1,0 +1,202 @@
+"""What a model directory needs besides weights: tokenizer, special ids, and fields that older readers know.
+
+Readers before transformers 5 take rotary positions from `rope_theta` and `rope_scaling` and know nothing of
+`rope_parameters`; without those fields they compute other logits without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from tutelage.errors import UserError
+from tutelage.models.directory import read_object
+from tutelage.types import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_NEEDED = ("tokenizer.json", "tokenizer_config.json")
+_TEMPLATES = "additional_chat_templates"
+_GENERATION = "generation_config.json"
+_ROPE_OF_OLD = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct")
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+NO_COMPUTATION = (
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Config fields that do not change what a model computes from given ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a model goes on from, as far as its directory is concerned.
+
+    Attributes:
+        directory: of the model, with generation_config.json if it has one.
+        tokenizer: whether its tokenizer is the export's too.
+    """
+
+    directory: Path
+    tokenizer: bool
+
+
+def check_tokenizer_files(source: Path) -> None:
+    """Refuse a token store or model directory without the files that a tokenizer is loaded from.
+
+    Raises:
+        UserError: naming the missing file.
+    """
+    for name in _NEEDED:
+        if not (source / name).is_file():
+            raise UserError(f"{source}: no {name}; without its tokenizer a model is of no use")
+
+
+def complete(directory: Path, store: Path, base: Base | None, context: int | None) -> None:
+    """Add everything but weights to a directory that transformers has just written.
+
+    Args:
+        directory: holds config.json and weights.
+        store: directory with the tokenizer that the model was trained with.
+        base: what the model goes on from.
+        context: tokens it can read at once; None if there is no such number.
+
+    Raises:
+        UserError: a tokenizer file is missing or damaged.
+    """
+    for source in (store, *([base.directory] if base is not None and base.tokenizer else [])):
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+        if (source / _TEMPLATES).is_dir():
+            shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES)
+    settings = _tokenizer_settings(directory, store, context)
+    (directory / "tokenizer_config.json").write_text(_text(settings), encoding="utf-8")
+    ids = _special_ids(directory, settings)
+    path = directory / "config.json"
+    config = read_object(path)
+    rows = int(config["vocab_size"]) if isinstance(config.get("vocab_size"), int) else None
+    path.write_text(_text(for_older_readers(config) | _model_ids(config, ids, rows)), encoding="utf-8")
+    generation = _generation(None if base is None else base.directory / _GENERATION, ids)
+    (directory / _GENERATION).write_text(_text(generation), encoding="utf-8")
+
+
+def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the fields that transformers 4 reads rotary positions and dtype from."""
+    older = dict(config)
+    if config.get("dtype") is not None:
+        older["torch_dtype"] = config["dtype"]
+    if "num_local_experts" in config:
+        older["num_experts"] = config["num_local_experts"]
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return older
+    if _GLOBAL in rope and _LOCAL in rope:  # one set per kind of layer
+        older["rope_local_base_freq"] = rope[_LOCAL]["rope_theta"]
+        rope = rope[_GLOBAL]
+    if "rope_theta" not in rope:
+        return older
+    older["rope_theta"] = rope["rope_theta"]
+    scaling = {
+        name: value for name, value in rope.items() if name not in {"rope_theta", "partial_rotary_factor"}
+    }
+    older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    share = rope.get("partial_rotary_factor")
+    if share is not None:
+        older["partial_rotary_factor"] = share
+    if config.get("model_type") == "gpt_neox":
+        older["rotary_emb_base"] = rope["rope_theta"]
+        older["rotary_pct"] = 0.25 if share is None else share
+    return older
+
+
+def computing(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that change what a model computes, whoever wrote the file.
+
+    Special ids count as unset, and rotary positions count once, as `rope_parameters`.
+    """
+    left_out = set(NO_COMPUTATION) | ({"num_experts"} if "num_local_experts" in config else set())
+    if config.get("rope_parameters") is not None:
+        left_out |= set(_ROPE_OF_OLD) | {"partial_rotary_factor"}
+    unset = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {name: value for name, value in config.items() if name not in left_out} | unset
+
+
+def _text(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _tokenizer_settings(directory: Path, store: Path, context: int | None) -> dict[str, Any]:
+    """tokenizer_config.json with a pad token, the trained length and, if there is one, a chat template."""
+    settings = read_object(directory / "tokenizer_config.json")
+    stored = read_object(store / "tokenizer_config.json")
+    if not any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        for name, value in stored.items():
+            settings.setdefault(name, value)
+    elif settings.get("eos_token") is None:
+        settings["eos_token"] = stored.get("eos_token")
+    if settings.get("pad_token") is None:
+        settings["pad_token"] = settings.get("eos_token")
+    if context is not None:
+        settings["model_max_length"] = context
+    return settings
+
+
+def _special_ids(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
+    """The ids of the tokens that end, begin and pad a text, by their names in a config.json."""
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
+        raise UserError(f"tokenizer.json of {directory.name} is not one: {error}") from None
+    found = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = settings.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        index = None if content is None else tokenizer.token_to_id(content)
+        if index is not None:
+            found[f"{name}_id"] = int(index)
+    return found
+
+
+def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int | None) -> dict[str, Any]:
+    """Special ids of config.json: the tokenizer's, and what the model had where that says nothing.
+
+    A pad id that is also the end-of-text id stays out: whoever trains the model further would freeze the
+    embedding of the end of text.
+    """
+    found: dict[str, Any] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own = config.get(name)
+        known = isinstance(own, int) and (rows is None or own < rows)
+        found[name] = ids.get(name, own if known else None)
+    if found["pad_token_id"] == found["eos_token_id"]:
+        found["pad_token_id"] = None
+    return found
+
+
+def _generation(base: Path | None, ids: dict[str, int]) -> dict[str, Any]:
+    """generation_config.json: the base's, if somebody wrote one, with ids that end and pad a text."""
+    settings = read_object(base) if base is not None and base.is_file() else {}
+    if settings.get("_from_model_config"):
+        settings = {}
+    ends = settings.get("eos_token_id")
+    known: Sequence[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    own = ids.get("eos_token_id")
+    all_ends = list(dict.fromkeys([*known, *([] if own is None else [own])]))
+    if all_ends:
+        settings["eos_token_id"] = all_ends if len(all_ends) > 1 else all_ends[0]
+    for name in ("bos_token_id", "pad_token_id"):
+        if name in ids:
+            settings.setdefault(name, ids[name])
+    return settings

@@ -1,0 +1,161 @@
+"""The comparison of a model's tokenizer with a token store's."""
+
+import json
+import shutil
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from tutelage.data.sametokenizer import check_model_tokenizer, check_text_tokenizer, compare_tokenizers
+from tutelage.data.store import open_store
+from tutelage.data.tokenize import load_tokenizer
+from tutelage.data.tokenizerfiles import tokenizer_json
+from tutelage.errors import UserError
+
+
+@pytest.fixture
+def own(store):
+    return json.loads((store / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def text(store):
+    return open_store(store)
+
+
+def compare(tokenizer, text):
+    return compare_tokenizers("teacher t", json.dumps(tokenizer), text)
+
+
+def swapped(tokenizer, first, second):
+    words = {index: word for word, index in tokenizer["model"]["vocab"].items()}
+    words[first], words[second] = words[second], words[first]
+    tokenizer["model"]["vocab"] = {words[index]: index for index in sorted(words)}
+    return words[first], words[second]
+
+
+def test_the_first_id_that_differs_is_named_with_both_strings(own, text):
+    here, there = swapped(own, 261, 290)
+    message = (
+        f"teacher t: its tokenizer differs from that of {text.path}: "
+        f"id 261 is {here!r} there and {there!r} here"
+    )
+    with pytest.raises(UserError) as caught:
+        compare(own, text)
+    assert str(caught.value).startswith(message)
+
+
+def test_all_ids_permuted_are_refused(own, text):
+    words = sorted(own["model"]["vocab"], key=own["model"]["vocab"].get)
+    own["model"]["vocab"] = {word: index for index, word in enumerate([words[0], *reversed(words[1:])])}
+    with pytest.raises(UserError, match="id 1 is"):
+        compare(own, text)
+
+
+def test_how_a_file_is_written_does_not_count(own, text):
+    assert compare(own, text) is None
+    own["truncation"] = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+    own["model"]["merges"] = [" ".join(pair) for pair in own["model"]["merges"]]
+    own["pre_tokenizer"]["trim_offsets"] = not own["pre_tokenizer"]["trim_offsets"]
+    assert compare(own, text) is None
+
+
+def test_more_ids_on_the_models_side_are_fine(own, text):
+    own["model"]["vocab"] |= {"<extra>": 300, "<more>": 305}
+    own["added_tokens"] += [dict(own["added_tokens"][0], id=306, content="<|chat|>")]
+    assert compare(own, text) is None
+
+
+def test_fewer_are_not(own, text):
+    gone = next(word for word, index in own["model"]["vocab"].items() if index == 299)
+    del own["model"]["vocab"][gone]
+    own["model"]["merges"] = [pair for pair in own["model"]["merges"] if "".join(pair) != gone]
+    with pytest.raises(UserError, match=r"id 299 is nothing there and '.+' here"):
+        compare(own, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda own: own.update(normalizer={"type": "Lowercase"}), "normalizer"),
+        (lambda own: own["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer"),
+        (lambda own: own["model"].update(merges=own["model"]["merges"][::-1]), "merges"),
+        (lambda own: own["added_tokens"][0].update(special=False), "special tokens"),
+    ],
+)
+def test_other_cuts_over_the_same_ids_are_a_note_for_models_and_an_error_for_texts(own, text, change, word):
+    change(own)
+    assert f"has the ids of {text.path} but other {word}, so it learned from text" in compare(own, text)
+    with pytest.raises(UserError, match=f"other {word}, so .*; build the store with this tokenizer"):
+        check_text_tokenizer("model m", json.dumps(own), text)
+
+
+def test_no_tokenizer_needs_a_word_of_the_user(text, tmp_path):
+    arguments = {"what": "teacher t", "model": str(tmp_path), "store": text, "setting": "teacher.assume"}
+    with pytest.raises(
+        UserError, match=r"it has no tokenizer, .* or set teacher\.assume: true if you know it"
+    ):
+        check_model_tokenizer(**arguments)
+    found = check_model_tokenizer(**arguments, assume=True)
+    assert found.directory is None
+    assert found.notes[0].startswith("teacher t: has no tokenizer; its ids are assumed to be those of")
+
+
+def test_the_assumption_does_not_cover_a_tokenizer_that_differs(own, text, tmp_path):
+    swapped(own, 261, 290)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match="id 261"):
+        check_model_tokenizer("teacher t", str(tmp_path), text, assume=True, setting="x")
+
+
+def old_files(own, folder):
+    """vocab.json and merges.txt, as GPT-2 has them."""
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(own["model"]["vocab"]), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in own["model"]["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_older_files_are_converted(own, text, tmp_path):
+    folder = old_files(own, tmp_path / "old")
+    found = check_model_tokenizer("teacher t", str(folder), text, setting="x")
+    assert found.notes == ()
+    assert found.ids == 300
+    assert load_tokenizer(folder).eos_id == text.eos_id
+    swapped(own, 261, 290)
+    with pytest.raises(UserError, match="id 261"):
+        check_model_tokenizer("teacher t", str(old_files(own, tmp_path / "other")), text, setting="x")
+
+
+def test_a_converted_tokenizer_cuts_text_as_its_class_does(own, text, tmp_path):
+    folder = old_files(own, tmp_path / "old")
+    words = "The state of our Union is strong, isn't it?"
+    converted = Tokenizer.from_str(tokenizer_json(folder))
+    assert converted.encode(words).ids == AutoTokenizer.from_pretrained(folder)(words)["input_ids"]
+    stored = Tokenizer.from_file(str(text.path / "tokenizer.json"))
+    assert converted.encode(words).ids == stored.encode(words).ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_what_cannot_be_converted_is_one_line(text, name, tmp_path):
+    (tmp_path / name).write_bytes(b"no sentencepiece model")
+    with pytest.raises(
+        UserError, match=r"has no tokenizer\.json, and|there is no tokenizer\.json, and"
+    ) as caught:
+        check_model_tokenizer("teacher t", str(tmp_path), text, assume=True, setting="x")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer_is_one_line(text, store, tmp_path):
+    shutil.copy(store / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not one"):
+        check_model_tokenizer("teacher t", str(tmp_path), text, setting="x")

@@ -1,0 +1,168 @@
+"""Malformed model directories: one line with the file and the field, quickly."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tutelage.errors import UserError
+from tutelage.models.hub import build, identify, load, weights_fingerprint
+from tutelage.models.ladder import rung
+
+VOCAB, CONTEXT = 300, 32
+
+
+@pytest.fixture
+def directory(tmp_path):
+    build(rung("nano-50k"), VOCAB, CONTEXT, seed=7).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(directory):
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load(directory)
+    assert time.monotonic() - start < 20
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "model" in message
+    return message
+
+
+def change(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", "long"),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", 10**9),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 2.5),
+        ("vocab_size", True),
+        ("hidden_size", {"a": 1}),
+        ("intermediate_size", 0),
+        ("head_dim", 0),
+    ],
+)
+def test_a_size_that_is_none_is_named(directory, field, value):
+    change(directory, **{field: value})
+    assert f"config.json: {field} = " in refusal(directory)
+    with pytest.raises(UserError, match=field):
+        weights_fingerprint(directory)
+    with pytest.raises(UserError, match=field):
+        identify(str(directory))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vocab_size": 10**9},
+        {"hidden_size": 49},
+        {"num_attention_heads": 7},
+        {"rope_parameters": "fast"},
+        {"rope_parameters": {"rope_type": "new"}},
+        {"hidden_act": "sillu"},
+        {"dtype": "float12"},
+        {"layer_types": ["what"]},
+        {"rms_norm_eps": "small"},
+        {"model_type": "llama9"},
+        {"model_type": 3},
+        {"architectures": 3},
+        {"max_position_embeddings": 10**18, "model_type": "gpt2"},
+    ],
+    ids=str,
+)
+def test_no_config_ends_in_a_traceback(directory, fields):
+    change(directory, **fields)
+    try:
+        load(directory)
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - some fields are ignored, and that is fine
+
+
+def test_quantized_weights_are_refused(directory):
+    change(directory, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantization_config.quant_method = 'gptq'" in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "not valid JSON"), ("[1]", "not a JSON object but a list")]
+)
+def test_a_config_must_be_an_object(directory, text, reason):
+    (directory / "config.json").write_text(text)
+    assert reason in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"abc",
+        b"\xff" * 64,
+        (9).to_bytes(8, "little") + b"not json!",
+        (2).to_bytes(8, "little") + b"[]",
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_damaged(directory, content):
+    (directory / "model.safetensors").write_bytes(content)
+    assert "model.safetensors: damaged" in refusal(directory)
+
+
+def test_a_file_that_was_cut_or_grew_is_damaged(directory):
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[: len(whole) // 2], whole + b"\0"):
+        path.write_bytes(content)
+        assert "its header says" in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ({"weight_map": {"a": "../model.safetensors"}}, "must be a file in the same directory"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "must be a file in the same directory"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "there is no such file"),
+        ({"weight_map": {}}, "weight_map is missing or empty"),
+        ({}, "weight_map is missing or empty"),
+        ([], "not a JSON object"),
+    ],
+)
+def test_an_index_is_checked(directory, index, reason):
+    (directory / "model.safetensors").rename(directory / "part.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert reason in refusal(directory)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_named(directory, value):
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][17, 3] = value  # a rare token
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    assert "model.embed_tokens.weight holds numbers that are not finite" in refusal(directory)
+
+
+def test_more_layers_than_the_config_says_are_not_dropped(directory):
+    change(directory, num_hidden_layers=1)
+    assert "config.json speaks of fewer layers than there are weights" in refusal(directory)
+
+
+def test_other_shapes_than_the_config_says(directory):
+    change(directory, intermediate_size=121)
+    assert "cannot be loaded" in refusal(directory)
+
+
+def test_a_table_of_positions_larger_than_the_weights(tmp_path):
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    change(tmp_path / "model", n_positions=10**6)
+    assert "cannot be loaded" in refusal(tmp_path / "model")

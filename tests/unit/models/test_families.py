@@ -1,0 +1,138 @@
+"""Tiny random models of many families: the logits of transformers, and what happens beyond their length."""
+
+import pytest
+import torch
+import transformers as hf
+
+from tutelage.errors import UserError
+from tutelage.models.hub import body_and_head, load, logit_transform
+from tutelage.models.positions import check_length, trained_length
+from tutelage.types import transformed
+
+VOCAB, POSITIONS = 300, 64
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+SMALL = IDS | {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+OLD = IDS | {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+
+FAMILIES = {
+    "gpt2": lambda: hf.GPT2Config(**OLD),
+    "openai-gpt": lambda: hf.OpenAIGPTConfig(**OLD),
+    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**OLD),
+    "opt": lambda: hf.OPTConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, ffn_dim=48,
+                                word_embed_proj_dim=32),
+    "gpt_neo": lambda: hf.GPTNeoConfig(**IDS, vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4,
+                                       attention_types=[[["global", "local"], 1]], window_size=8,
+                                       max_position_embeddings=POSITIONS),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**SMALL),
+    "bloom": lambda: hf.BloomConfig(**IDS, vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": lambda: hf.MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=POSITIONS),
+    "mamba": lambda: hf.MambaConfig(**IDS, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
+    "rwkv": lambda: hf.RwkvConfig(**IDS, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=7,
+                                  attention_hidden_size=32, context_length=POSITIONS),
+    "gpt_oss": lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+                                       sliding_window=16,
+                                       rope_parameters={"rope_type": "default", "rope_theta": 150000.0}),
+    "gemma": lambda: hf.GemmaConfig(**GROUPED, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(**GROUPED, head_dim=8, sliding_window=16),
+    "gemma3_text": lambda: hf.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=16),
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "mistral": lambda: hf.MistralConfig(**GROUPED),
+    "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=8),
+    "falcon": lambda: hf.FalconConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"},
+                                      alibi=True),
+    "stablelm": lambda: hf.StableLmConfig(**GROUPED),
+    "starcoder2": lambda: hf.Starcoder2Config(**GROUPED),
+    "cohere": lambda: hf.CohereConfig(**SMALL),
+    "granite": lambda: hf.GraniteConfig(**GROUPED),
+    "olmo2": lambda: hf.Olmo2Config(**SMALL),
+    "smollm3": lambda: hf.SmolLM3Config(**GROUPED),
+    "xglm": lambda: hf.XGLMConfig(vocab_size=VOCAB, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4,
+                                  max_position_embeddings=POSITIONS),
+}  # fmt: skip
+TABLES = {"gpt2", "openai-gpt", "gpt_bigcode", "opt", "gpt_neo", "mpt"}
+WITHOUT = {"bloom", "mamba"}
+
+
+def written(family, folder):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(family, tmp_path):
+    model = written(family, tmp_path)
+    tokens_BT = (torch.arange(2 * 32).reshape(2, 32) * 7) % VOCAB
+    expected = model(input_ids=tokens_BT, use_cache=False).logits
+    again = load(tmp_path)
+    body, head = body_and_head(again)
+    hidden_BTD = body(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    assert torch.equal(transformed(head(hidden_BTD), logit_transform(again)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beyond_its_length_a_model_is_refused_or_a_note_is_made(family, tmp_path):
+    model = written(family, tmp_path)
+    if family in WITHOUT:
+        assert trained_length(model.config) is None
+        assert check_length(model, "model", 4 * POSITIONS) is None
+        return
+    assert trained_length(model.config) == POSITIONS
+    assert check_length(model, "model", POSITIONS) is None
+    if family in TABLES:
+        with pytest.raises(UserError, match=r"^model x: it has 64 positions, and sequences of 65 tokens"):
+            check_length(model, "model x", POSITIONS + 1)
+    else:
+        note = check_length(model, "model x", POSITIONS + 1)
+        assert note.startswith("model x: it was made for sequences of 64 tokens and reads 65 here")
+
+
+def test_the_implementation_of_attention_can_be_chosen(tmp_path):
+    written("llama", tmp_path)
+    assert load(tmp_path).config._attn_implementation == "sdpa"
+    assert load(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+    written("gpt_neo", tmp_path / "neo")
+    assert load(tmp_path / "neo").config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"neo: cannot be loaded .*attention .*yet") as caught:
+        load(tmp_path / "neo", attn_implementation="sdpa")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.BertConfig(**(SMALL | {"pad_token_id": 0})),
+        hf.RobertaConfig(**(SMALL | {"pad_token_id": 0})),
+        hf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4),
+        hf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4),
+        hf.CLIPConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_is_no_causal_language_model_is_one_line(config, tmp_path):
+    (hf.AutoModelForMaskedLM if config.model_type in {"bert", "roberta"} else hf.AutoModel).from_config(
+        config
+    ).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="other") as caught:
+        load(tmp_path / "other")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
+    config = hf.LlamaConfig(**GROUPED, is_causal=False)
+    model = hf.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "both-ways")
+    with pytest.raises(UserError, match="lets tokens see later ones, so it is no causal language model"):
+        load(tmp_path / "both-ways")
