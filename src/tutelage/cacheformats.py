@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from tutelage.objectiveconfig import Temperature
 from tutelage.settings import Section
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class CacheSettings(Section):
     """What is kept of a teacher's targets, computed once for all its students."""
 
     format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
-    temperature: float = Field(1.0, gt=0, description="T of the kept probabilities; hidden serves every T")
+    temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
 
 
 def misfit(kept: Format, temperature: float, objective: ObjectiveConfig, where: str) -> str | None:

@@ -15,6 +15,10 @@ from tutelage.settings import Fraction, Section
 
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 
+COLDEST, HOTTEST = 0.01, 100.0
+Temperature = Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
+"""T of both models' softmax in the divergence; beyond this, float32 holds too little of the loss."""
+
 
 class ConstantAlpha(Section):
     """The same alpha at every step."""
@@ -232,7 +236,7 @@ class ObjectiveConfig(Section):
     mixing: Literal["convex", "keep_full_ce", "keep_full_kd"] = Field(
         "convex", description="convex, or CE + alpha D (keep_full_ce), or (1 - alpha) CE + D (keep_full_kd)"
     )
-    temperature: float = Field(1.0, gt=0, description="T, divides both models' logits inside D")
+    temperature: Temperature = Field(1.0, description="T, divides both models' logits inside D")
     temperature_squared: bool = Field(True, description="multiply D, value and gradient, by T^2")
     tail: Literal["other_bucket", "renormalise", "none"] = Field(
         "other_bucket", description="teacher mass outside sparse targets: one bucket, spread, or left out"

@@ -10,7 +10,7 @@ This module imports no torch, so that the analysis and the command line can use 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +72,18 @@ class LogitTransform:
     Attributes:
         scale: factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
         softcap: c in c tanh(x / c), applied after the scale (Gemma 2); None for none.
+
+    Raises:
+        ValueError: the scale or the softcap is not a finite number above 0.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in (("scale", self.scale), ("softcap", self.softcap)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"logit transform {field} {value}: must be a finite number above 0")
 
 
 PLAIN = LogitTransform()
@@ -91,24 +99,34 @@ def transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
     return logits
 
 
+Rows: TypeAlias = "slice | Tensor"
+"""Which tokens: consecutive ones, or an int64 vector of their places."""
+
+
 @dataclass(frozen=True, slots=True)
 class DenseTargets:
-    """A teacher's full next-token distribution, as softmax(hidden @ head.T), never materialised whole.
+    """A teacher's full next-token distribution, as softmax(hidden @ head.T + bias), never materialised whole.
 
     Attributes:
         hidden_NE: teacher hidden states for N tokens, of the teacher's own width E.
         head_VE: the teacher's output embedding.
         transform: what the teacher does to its logits.
+        bias_V: the bias of its head (Phi, GPT-J); None for none.
     """
 
     hidden_NE: Tensor
     head_VE: Tensor
     transform: LogitTransform = PLAIN
+    bias_V: Tensor | None = None
+
+    def rows(self, rows: Rows) -> DenseTargets:
+        """The targets of some tokens."""
+        return DenseTargets(self.hidden_NE[rows], self.head_VE, self.transform, self.bias_V)
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTargets:
-    """A teacher's logits, for callers that have them already.
+    """A teacher's logits, for callers that have them already. They are read and never written to.
 
     Attributes:
         logits_NV: after the teacher's own transform.
@@ -116,13 +134,20 @@ class LogitTargets:
 
     logits_NV: Tensor
 
+    def rows(self, rows: Rows) -> LogitTargets:
+        """The targets of some tokens."""
+        return LogitTargets(self.logits_NV[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class SparseTargets:
     """A few token ids per position with their teacher probabilities.
 
+    Slots come in any order. A slot of probability 0 is unused, whatever id it holds: that id is not kept.
+    Of an id that stands in several slots the probabilities are added.
+
     Attributes:
-        ids_NK: int64, different within a row; unused slots repeat a used id with probability 0.
+        ids_NK: int64, at least one per position.
         probs_NK: float32. Probabilities of the ids (top-k, top-p), or unbiased weights (samples).
         tail_N: float32 teacher mass outside the ids; 0 for samples.
         gold_logp_N: float32 log-probability the teacher gives to the label, at T=1.
@@ -135,18 +160,29 @@ class SparseTargets:
     gold_logp_N: Tensor
     temperature: float = 1.0
 
+    def rows(self, rows: Rows) -> SparseTargets:
+        """The targets of some tokens."""
+        return SparseTargets(
+            self.ids_NK[rows],
+            self.probs_NK[rows],
+            self.tail_N[rows],
+            self.gold_logp_N[rows],
+            self.temperature,
+        )
+
 
 Targets = DenseTargets | LogitTargets | SparseTargets
 
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
-    """Sums over valid tokens as 0-d float32 tensors on the training device; losses in nats.
+    """Sums over valid tokens as 0-d tensors on the training device, float32 or wider; losses in nats.
 
     Attributes:
         loss: the mixed objective; the only one that carries a gradient.
         ce: cross-entropy of the student on the labels.
-        kd: T^2 times the divergence from the teacher (T^2 only if the objective asks for it).
+        kd: T^2 times the divergence from the teacher (T^2 only if the objective asks for it). A KL of two
+            distributions only where targets are not samples: see `tutelage.cacheformats.kd_name`.
         teacher_ce: cross-entropy of the teacher on the labels at T=1; 0 without a teacher.
         taught: alpha times the gate, so that taught / tokens is the mean effective alpha.
     """

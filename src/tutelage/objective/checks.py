@@ -24,6 +24,7 @@ def check_inputs(
     targets: Targets | None,
     alpha: float,
     objective: Objective,
+    bias_V: Tensor | None = None,
 ) -> None:
     """Raise ValueError if something does not fit together.
 
@@ -44,11 +45,13 @@ def check_inputs(
             f"labels {labels_N.dtype} {tuple(labels_N.shape)}: must be int64 [{n}], one per token"
         )
     vocab = objective.vocab_size or weight_VD.shape[0]
-    if not 1 <= vocab <= weight_VD.shape[0]:
+    if vocab > weight_VD.shape[0]:
         raise ValueError(f"vocab_size {vocab}: must be between 1 and the student's {weight_VD.shape[0]} rows")
     tensors = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
+    tensors |= _bias("bias", bias_V, weight_VD)
     if isinstance(targets, DenseTargets):
         tensors |= {"targets.hidden": targets.hidden_NE, "targets.head": targets.head_VE}
+        tensors |= _bias("targets.bias", targets.bias_V, targets.head_VE)
         _check_dense(targets, n, vocab, objective)
     elif isinstance(targets, LogitTargets):
         tensors |= {"targets.logits": targets.logits_NV}
@@ -56,11 +59,22 @@ def check_inputs(
         _check_vocabulary(targets.logits_NV.shape[1], vocab, objective)
     elif isinstance(targets, SparseTargets):
         tensors |= {"targets.ids": targets.ids_NK, "targets.probs": targets.probs_NK}
-        tensors |= {"targets.tail": targets.tail_N}
+        tensors |= {"targets.tail": targets.tail_N, "targets.gold_logp": targets.gold_logp_N}
         _check_sparse(targets, n, objective)
     _check_places(tensors)
     if hidden_ND.device.type == "cpu":
         _check_values(tensors, vocab, targets, objective)
+
+
+def _bias(name: str, bias_V: Tensor | None, weight_VD: Tensor) -> dict[str, Tensor]:
+    """The bias of a head by its name, if there is one."""
+    if bias_V is None:
+        return {}
+    if bias_V.shape != weight_VD.shape[:1]:
+        raise ValueError(
+            f"{name} {tuple(bias_V.shape)}: must be [{weight_VD.shape[0]}], one per row of its head"
+        )
+    return {name: bias_V}
 
 
 def _check_rows(name: str, tensor: Tensor, n: int) -> None:
@@ -90,6 +104,8 @@ def _check_dense(targets: DenseTargets, n: int, vocab: int, objective: Objective
 
 def _check_sparse(targets: SparseTargets, n: int, objective: Objective) -> None:
     _check_rows("targets.ids", targets.ids_NK, n)
+    if not targets.ids_NK.shape[1]:
+        raise ValueError(f"targets.ids {tuple(targets.ids_NK.shape)}: must hold at least one id per token")
     for name, tensor, shape in (
         ("targets.probs", targets.probs_NK, tuple(targets.ids_NK.shape)),
         ("targets.tail", targets.tail_N, (n,)),

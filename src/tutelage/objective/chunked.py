@@ -18,18 +18,24 @@ from torch.nn import functional
 from tutelage.objective.checks import check_inputs
 from tutelage.objective.divergences import DIVERGENCES, HARD_LABELS
 from tutelage.objective.kernels.dispatch import dense_rows, sparse_rows
-from tutelage.objective.objective import (
-    Objective,
-    buckets,
-    dense_logits,
-    hardened,
-    project,
-    reduce_targets,
-)
+from tutelage.objective.objective import Objective, buckets, dense_logits, hardened, reduce_targets
+from tutelage.objective.products import HeadProducts
 from tutelage.objective.stats import token_stats
-from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, LossSums, SparseTargets, Targets
+from tutelage.objective.truncate import TopP
+from tutelage.types import (
+    IGNORE_INDEX,
+    DenseTargets,
+    LogitTransform,
+    LossSums,
+    Rows,
+    SparseTargets,
+    Targets,
+    transformed,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from tutelage.objective.gates import Gate
@@ -43,10 +49,10 @@ _TEMPORARIES = 8
 """Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
 
 
-def default_chunk_tokens(vocab_size: int, device: str, dense: bool, divergence: str) -> int:
-    """Tokens per chunk, by the size of the vocabulary, the device and the kind of targets."""
+def default_chunk_tokens(vocab_size: int, device: str, dense: bool, objective: Objective) -> int:
+    """Tokens per chunk, by the size of the vocabulary, the device, the kind of targets and the objective."""
     size = _CHUNK_BYTES[device] / (4 * vocab_size)
-    if divergence not in {"forward_kl", HARD_LABELS}:
+    if objective.divergence not in {"forward_kl", HARD_LABELS} or isinstance(objective.truncation, TopP):
         return max(8, int(size / _TEMPORARIES))
     return max(8, int(size * _DENSE if dense else size))
 
@@ -59,21 +65,28 @@ def chunked_objective(
     alpha: float,
     objective: Objective,
     gate: Gate | None = None,
+    bias_V: Tensor | None = None,
 ) -> LossSums:
     """Same arguments, value, gradient and errors as `reference_objective`, in a few chunks of memory.
 
-    Gradients for `hidden_ND` and `weight_VD` are computed during the forward pass and scaled in the
-    backward pass. Logits are float32 whatever the dtype of the hidden states; the weight's gradient is
-    accumulated in float32.
+    Gradients for `hidden_ND`, `weight_VD` and `bias_V` are computed during the forward pass and scaled in
+    the backward pass. Logits, the loss, the gradient of the logits and the sums of all gradients are float32
+    (or float64) whatever the dtype of the hidden states, also under autocast; a gradient is rounded once, to
+    the dtype of what it belongs to. `tutelage.objective.products` says what a product rounds on CUDA.
+
+    Tokens without a label cost nothing: no head is multiplied for them. Which these are is asked of the
+    labels, on a GPU by waiting for them.
     """
-    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective)
+    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V)
     plan = _Plan(labels_N, targets, alpha, objective, gate, torch.is_grad_enabled())
-    return LossSums(*_ChunkedObjective.apply(hidden_ND, weight_VD, plan))  # type: ignore[no-untyped-call]
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        sums = _ChunkedObjective.apply(hidden_ND, weight_VD, bias_V, plan)  # type: ignore[no-untyped-call]
+    return LossSums(*sums)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the autograd function needs beside the two differentiable tensors."""
+    """What the autograd function needs beside the differentiable tensors."""
 
     labels_N: Tensor
     targets: Targets | None
@@ -89,30 +102,42 @@ class _ChunkedObjective(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - torch hands over an object of its own
         hidden_ND: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         plan: _Plan,
     ) -> tuple[Tensor, ...]:
-        weight = weight_VD[: plan.objective.vocab_size].to(hidden_ND.dtype)
-        wants_hidden = plan.wants_gradient and hidden_ND.requires_grad
-        wants_weight = plan.wants_gradient and weight_VD.requires_grad
-        d_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        sums = torch.zeros(5, dtype=torch.float32, device=hidden_ND.device)
+        vocab = len(weight_VD[: plan.objective.vocab_size])
+        head = HeadProducts.of(hidden_ND, weight_VD[:vocab])
+        d_hidden, d_weight, d_bias = (
+            torch.zeros_like(x, dtype=head.dtype)
+            if plan.wants_gradient and x is not None and x.requires_grad
+            else None
+            for x in (hidden_ND, weight_VD, bias_V)
+        )
+        sums = torch.zeros(5, dtype=head.dtype, device=hidden_ND.device)
+        targets = _cut_to(plan.targets, vocab)
         dense = plan.targets is not None and not isinstance(plan.targets, SparseTargets)
         size = plan.objective.chunk_tokens or default_chunk_tokens(
-            len(weight), hidden_ND.device.type, dense, plan.objective.divergence
+            vocab, hidden_ND.device.type, dense, plan.objective
         )
-        for start in range(0, hidden_ND.shape[0], size):
-            rows = slice(start, start + size)
-            chunk_sums, gradient_CV = _chunk(hidden_ND[rows], weight, rows, plan)
+        for rows in _chunks(plan.labels_N, size):
+            hidden_CD = hidden_ND[rows]
+            chunk_sums, gradient_CV = _chunk(
+                _logits(hidden_CD, head, bias_V, plan.objective.student_logits),
+                plan.labels_N[rows],
+                None if targets is None else targets.rows(rows),
+                plan,
+            )
             sums += chunk_sums
-            gradient_CV = gradient_CV.to(hidden_ND.dtype)
             if d_hidden is not None:
-                torch.mm(gradient_CV, weight, out=d_hidden[rows])
+                d_hidden[rows] = head.to_hidden(gradient_CV)
             if d_weight is not None:
-                _accumulate(d_weight[: len(weight)], gradient_CV, hidden_ND[rows])
+                head.add_to_weight(d_weight[:vocab], gradient_CV, hidden_CD)
+            if d_bias is not None:
+                d_bias[:vocab] += gradient_CV.sum(0)
             del gradient_CV  # or the next chunk's logits would stand beside it
-        ctx.gradients = d_hidden, d_weight
-        loss, *metrics = sums.unbind()
+        ctx.gradients = d_hidden, d_weight, d_bias
+        # Copies, since a view among the outputs of a function could not be changed in place.
+        loss, *metrics = (total.clone() for total in sums)
         ctx.mark_non_differentiable(*metrics)
         return loss, *metrics
 
@@ -122,40 +147,61 @@ class _ChunkedObjective(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - as above
         grad_loss: Tensor,
         *_: Tensor,
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        # Scaled in place: a second [V, D] buffer would cost as much memory as the weight itself.
-        d_hidden, d_weight = ctx.gradients
-        del ctx.gradients  # a second backward fails instead of scaling twice
-        return (
-            None if d_hidden is None else d_hidden.mul_(grad_loss),
-            None if d_weight is None else d_weight.mul_(grad_loss),
-            None,
-        )
+    ) -> tuple[Tensor | None, ...]:
+        # Scaled in place: a second [V, D] buffer would cost as much memory as the weight itself. Autograd
+        # rounds each to the dtype of its input.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "a second backward pass: the first handed the gradients on; call the objective again"
+            )
+        return *(None if x is None else x.mul_(grad_loss) for x in gradients), None
 
 
-def _accumulate(d_weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
-    """d_weight += gradient.T @ hidden, in float32."""
-    if gradient_CV.dtype == torch.float32:
-        d_weight_VD.addmm_(gradient_CV.T, hidden_CD)
-    else:
-        d_weight_VD += (gradient_CV.T @ hidden_CD).float()
+def _chunks(labels_N: Tensor, size: int) -> Iterator[Rows]:
+    """The tokens that have a label, some at a time. At least one chunk, so that gates are always called."""
+    kept_K = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
+    everything = len(kept_K) == len(labels_N)
+    for start in range(0, max(1, len(kept_K)), size):
+        rows = slice(start, start + size)
+        yield rows if everything else kept_K[rows]
 
 
-def _chunk(hidden_CD: Tensor, weight_VD: Tensor, rows: slice, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """Loss sums [5] of one chunk, and the gradient of its loss with respect to what the head gives."""
-    objective, labels_C = plan.objective, plan.labels_N[rows]
-    student_CV = project(hidden_CD, weight_VD, None, objective.student_logits)
-    slope_CV = _slope(student_CV, objective)
-    valid_C = labels_C != IGNORE_INDEX
-    if plan.targets is None:
+def _cut_to(targets: Targets | None, vocab: int) -> Targets | None:
+    """Targets without padded rows, and with a head that every chunk can multiply as it is."""
+    if not isinstance(targets, DenseTargets):
+        return targets
+    head = HeadProducts.of(targets.hidden_NE, targets.head_VE[:vocab])
+    bias_V = None if targets.bias_V is None else targets.bias_V[:vocab]
+    return DenseTargets(targets.hidden_NE, head.weight_VD, targets.transform, bias_V)
+
+
+def _logits(
+    hidden_CD: Tensor, head: HeadProducts, bias_V: Tensor | None, transform: LogitTransform
+) -> Tensor:
+    logits_CV = head.logits(hidden_CD)
+    if bias_V is not None:
+        logits_CV += bias_V[: logits_CV.shape[1]]
+    return transformed(logits_CV, transform)
+
+
+def _chunk(
+    student_CV: Tensor, labels_C: Tensor, targets: Targets | None, plan: _Plan
+) -> tuple[Tensor, Tensor]:
+    """Loss sums [5] of one chunk, and its gradient with respect to what the head gives.
+
+    The student's logits, after their transform, may be overwritten by the gradient.
+    """
+    objective = plan.objective
+    slope_CV = _slope(student_CV, objective.student_logits)
+    if targets is None:
         ce_C, gradient_CV = _cross_entropy(student_CV, labels_C)
         ce_weight_C, kd_C = torch.ones_like(ce_C), torch.zeros_like(ce_C)
         alpha_C = kd_weight_C = teacher_ce_C = kd_C
     else:
-        targets = _rows_of(plan.targets, rows)
-        teacher_CV = (
-            None if isinstance(targets, SparseTargets) else dense_logits(targets, slice(None), len(weight_VD))
-        )
+        teacher_CV = None
+        if not isinstance(targets, SparseTargets):
+            teacher_CV = dense_logits(targets, slice(None), student_CV.shape[1]).to(student_CV.dtype)
         alpha_C = _alpha(student_CV, teacher_CV, labels_C, targets, plan)
         ce_weight_C, kd_weight_C = objective.weights(alpha_C)
         ce_C, d_C, teacher_ce_C, gradient_CV = _teach(
@@ -170,38 +216,21 @@ def _chunk(hidden_CD: Tensor, weight_VD: Tensor, rows: slice, plan: _Plan) -> tu
     if slope_CV is not None:
         gradient_CV = gradient_CV * slope_CV
     loss_C = ce_weight_C * ce_C + kd_weight_C * kd_C
-    per_token = torch.stack([loss_C, ce_C, kd_C, teacher_ce_C, alpha_C])
-    return per_token.masked_fill(~valid_C, 0.0).sum(1), gradient_CV
+    return torch.stack([loss_C, ce_C, kd_C, teacher_ce_C, alpha_C]).sum(1), gradient_CV
 
 
-def _slope(student_CV: Tensor, objective: Objective) -> Tensor | float | None:
+def _slope(student_CV: Tensor, transform: LogitTransform) -> Tensor | float | None:
     """Derivative of the student's logit transform, from its output; None where it is 1."""
-    transform = objective.student_logits
     if transform.softcap is not None:
         return transform.scale * (1 - (student_CV / transform.softcap) ** 2)
     return None if transform.scale == 1.0 else transform.scale
-
-
-def _rows_of(targets: Targets, rows: slice) -> Targets:
-    """The targets of one chunk of tokens."""
-    if isinstance(targets, SparseTargets):
-        return SparseTargets(
-            targets.ids_NK[rows],
-            targets.probs_NK[rows],
-            targets.tail_N[rows],
-            targets.gold_logp_N[rows],
-            targets.temperature,
-        )
-    if isinstance(targets, LogitTargets):
-        return LogitTargets(targets.logits_NV[rows])
-    return DenseTargets(targets.hidden_NE[rows], targets.head_VE, targets.transform)
 
 
 def _alpha(
     student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, targets: Targets, plan: _Plan
 ) -> Tensor:
     """Alpha per token: the policy's, times the gate's factor."""
-    alpha_C = torch.full(labels_C.shape, plan.alpha, dtype=torch.float32, device=labels_C.device)
+    alpha_C = torch.full_like(student_CV[:, 0], plan.alpha)
     if plan.gate is None:
         return alpha_C
     ce_C = _label_losses(student_CV, labels_C)
@@ -214,13 +243,13 @@ def _alpha(
 
 
 def _label_losses(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    return functional.cross_entropy(logits_CV, labels_C, reduction="none", ignore_index=IGNORE_INDEX)
+    return functional.cross_entropy(logits_CV, labels_C, reduction="none")
 
 
 def _cross_entropy(student_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy per token and its gradient, in the place of the logits: a teacher without weight."""
     zero_C, one_C = torch.zeros_like(student_CV[:, 0]), torch.ones_like(student_CV[:, 0])
-    no_teacher = (labels_C.clamp(min=0).unsqueeze(1), zero_C.unsqueeze(1), zero_C)
+    no_teacher = (torch.zeros_like(labels_C).unsqueeze(1), zero_C.unsqueeze(1), zero_C)
     ce_C, _ = sparse_rows(student_CV, *no_teacher, labels_C, one_C, zero_C, 1.0, "none")
     return ce_C, student_CV
 
@@ -259,7 +288,7 @@ def _teach(
         teacher_ce_C = _label_losses(teacher_CV, labels_C)
     ce_weight_C, kd_weight_C = weights
     ce_C, ce_gradient_CV = _cross_entropy(student_CV, labels_C)
-    factor_C = kd_weight_C / objective.temperature * (labels_C != IGNORE_INDEX)
+    factor_C = kd_weight_C / objective.temperature
     gradient_CV = gradient_CV.mul_(factor_C.unsqueeze(1)).addcmul_(ce_gradient_CV, ce_weight_C.unsqueeze(1))
     return ce_C, d_C, teacher_ce_C, gradient_CV
 
@@ -270,11 +299,10 @@ def _bucketed(student_CV: Tensor, sparse: SparseTargets, objective: Objective) -
     The bucket's gradient goes to its members in proportion to their share of it; shares come from the
     complement's own log-sum-exp, so they are exact however small the bucket is.
     """
-    logq_CJ, logp_CJ, rest_CV = buckets(
+    logq_CJ, logp_CJ, rest_CV, ids_CK = buckets(
         (student_CV / objective.temperature).log_softmax(-1), sparse, objective.tail
     )
     d_C, gradient_CJ = DIVERGENCES[objective.divergence].value_and_gradient(logq_CJ, logp_CJ, objective.shape)
     share_CV = (rest_CV - logq_CJ[:, -1:].clamp(min=-1e30)).exp_()
-    used_CK = sparse.probs_NK > 0
     gradient_CV = share_CV.mul_(gradient_CJ[:, -1:])
-    return d_C, gradient_CV.scatter_add_(1, sparse.ids_NK, gradient_CJ[:, :-1] * used_CK)
+    return d_C, gradient_CV.scatter_add_(1, ids_CK, gradient_CJ[:, :-1])

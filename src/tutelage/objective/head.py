@@ -1,4 +1,4 @@
-"""Head and objective as one module, for wrappers that gather a module's parameters when it is called."""
+"""Heads as modules: what of one the objective may use, and a head that is called for its loss."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from tutelage.types import Targets
 
 
+def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [V, D] of a head and its bias [V] or None, for a head that is no more than these.
+
+    Raises:
+        ValueError: it computes something else as well, which would be left out in silence: an adapter (LoRA),
+            quantised weights, another layer.
+    """
+    parameters = dict(head.named_parameters())
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not plain or parameters.keys() - {"weight", "bias"}:
+        raise ValueError(
+            f"head {type(head).__module__}.{type(head).__name__}: must be a linear layer and no more; merge "
+            "an adapter (LoRA) into it, or leave the head out of the adapter's target modules"
+        )
+    return parameters["weight"], parameters.get("bias")
+
+
 class ObjectiveHead(nn.Module):
     """A head that is called for its loss instead of its logits.
 
@@ -25,16 +42,15 @@ class ObjectiveHead(nn.Module):
     after the forward pass, so there is nothing to gather again.
 
     Attributes:
-        head: the student's output embedding, without bias. Not to be tied to the input embedding if this
+        head: the student's output embedding, a linear layer. Not to be tied to the input embedding if this
             module is sharded on its own.
         objective: what is minimised.
     """
 
     def __init__(self, head: nn.Linear, objective: Objective) -> None:
-        """Raises ValueError if the head has a bias."""
+        """Raises ValueError if the head is more than a linear layer."""
         super().__init__()
-        if "bias" in dict(head.named_parameters()):
-            raise ValueError("head: has a bias; the objective knows only bias-free heads")
+        weight_and_bias(head)
         self.head = head
         self.objective = objective
 
@@ -51,6 +67,6 @@ class ObjectiveHead(nn.Module):
         Raises:
             ValueError: as `chunked_objective` does.
         """
-        sums = chunked_objective(hidden_ND, self.head.weight, labels_N, targets, alpha, self.objective, gate)
-        # The clone is no view: FSDP2 hangs a hook on what it is given, and a view can lose it.
-        return sums.loss.clone(), sums.ce, sums.kd, sums.teacher_ce, sums.taught
+        weight_VD, bias_V = weight_and_bias(self.head)
+        sums = chunked_objective(hidden_ND, weight_VD, labels_N, targets, alpha, self.objective, gate, bias_V)
+        return sums.loss, sums.ce, sums.kd, sums.teacher_ce, sums.taught

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from tutelage.objective.checks import check_inputs
 from tutelage.objective.divergences import DIVERGENCES, HARD_LABELS, Shape
+from tutelage.objective.kernels.rows import teacher_slots
+from tutelage.objective.products import HeadProducts, wide_dtype
 from tutelage.objective.stats import token_stats
-from tutelage.objective.truncate import TopK, Truncation, truncate
+from tutelage.objective.truncate import TopK, Truncation, check_count, merge_repeats, truncate
+from tutelage.objectiveconfig import COLDEST, HOTTEST
 from tutelage.types import (
     IGNORE_INDEX,
     PLAIN,
@@ -43,7 +46,8 @@ class Objective:
 
     Attributes:
         divergence: a name in `DIVERGENCES`, or "hard_labels" (forward KL from the teacher's argmax, T=1).
-        temperature: T > 0; both models' logits are divided by it inside the divergence.
+        temperature: T in [0.01, 100]; both models' logits are divided by it inside the divergence. Beyond,
+            float32 does not hold what is left: T^2 times a rounding error of 1e-7 is 0.001 nats at 100.
         temperature_squared: multiply the divergence, value and gradient, by T^2 (Hinton et al., arXiv
             1503.02531), which keeps its gradient from shrinking as T grows. Off for hard labels.
         mixing: "convex" (1 - alpha) CE + alpha D; "keep_full_ce" CE + alpha D; "keep_full_kd"
@@ -81,8 +85,11 @@ class Objective:
         ):
             if value not in allowed:
                 raise ValueError(f"{field} {value!r}: choose one of {', '.join(allowed)}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature}: must be above 0")
+        if not COLDEST <= self.temperature <= HOTTEST:
+            raise ValueError(f"temperature {self.temperature}: must be between {COLDEST:g} and {HOTTEST:g}")
+        for field, count in (("vocab_size", self.vocab_size), ("chunk_tokens", self.chunk_tokens)):
+            if count is not None:
+                check_count(field, count)
         for field, number in (("jsd_beta", self.jsd_beta), ("skew", self.skew)):
             if not 0 < number < 1:
                 raise ValueError(f"{field} {number}: must be strictly between 0 and 1")
@@ -108,18 +115,38 @@ class Objective:
 
 
 def project(
-    hidden_ND: Tensor, weight_VD: Tensor, vocab_size: int | None, transform: LogitTransform
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    vocab_size: int | None,
+    transform: LogitTransform,
+    bias_V: Tensor | None = None,
 ) -> Tensor:
-    """Float32 logits of the real vocabulary: padded rows of the head are left out, not set to zero."""
-    weight = weight_VD[:vocab_size].to(hidden_ND.dtype)
-    return transformed((hidden_ND @ weight.T).float(), transform)
+    """Logits of the real vocabulary, float32 or wider; padded rows of the head are left out, not set to zero.
+
+    Hidden states and head are brought to float32 before they are multiplied, also under autocast.
+    """
+    dtype = wide_dtype(hidden_ND, weight_VD)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        logits_NV = hidden_ND.to(dtype) @ weight_VD[:vocab_size].to(dtype).T
+    if bias_V is not None:
+        logits_NV = logits_NV + bias_V[:vocab_size]
+    return transformed(logits_NV, transform)
 
 
+@torch.no_grad()
 def dense_logits(targets: DenseTargets | LogitTargets, rows: slice, vocab_size: int | None) -> Tensor:
-    """Teacher logits [rows, V] of the real vocabulary, float32."""
+    """Teacher logits [rows, V] of the real vocabulary, float32 or wider.
+
+    Those of `LogitTargets` may be the caller's own memory, which must not change.
+    """
     if isinstance(targets, LogitTargets):
-        return targets.logits_NV[rows, :vocab_size].float()
-    return project(targets.hidden_NE[rows], targets.head_VE, vocab_size, targets.transform)
+        logits_NV = targets.logits_NV[rows, :vocab_size]
+        return logits_NV.to(wide_dtype(logits_NV))
+    head = HeadProducts.of(targets.hidden_NE, targets.head_VE[:vocab_size])
+    logits_NV = head.logits(targets.hidden_NE[rows])
+    if targets.bias_V is not None:
+        logits_NV += targets.bias_V[:vocab_size]
+    return transformed(logits_NV, targets.transform)
 
 
 def reduce_targets(logits_NV: Tensor, labels_N: Tensor, objective: Objective) -> SparseTargets | None:
@@ -138,34 +165,33 @@ def hardened(sparse: SparseTargets, objective: Objective) -> tuple[SparseTargets
     """(targets, divergence, tail policy, temperature), with hard labels as top-1 renormalised at T=1."""
     if objective.divergence != HARD_LABELS:
         return sparse, objective.divergence, objective.tail, objective.temperature
-    top_N1 = sparse.probs_NK.argmax(-1, keepdim=True)
-    one_N1 = torch.ones_like(top_N1, dtype=torch.float32)
-    top = SparseTargets(sparse.ids_NK.gather(1, top_N1), one_N1, one_N1[:, 0] * 0, sparse.gold_logp_N)
+    ids_NK, probs_NK = merge_repeats(sparse.ids_NK, sparse.probs_NK)
+    largest_N1, top_N1 = probs_NK.max(-1, keepdim=True)
+    one_N1 = (largest_N1 > 0).float()  # 0 where the teacher says nothing
+    top = SparseTargets(ids_NK.gather(1, top_N1), one_N1, one_N1[:, 0] * 0, sparse.gold_logp_N)
     return top, "forward_kl", "renormalise", 1.0
 
 
-def buckets(logq_NV: Tensor, sparse: SparseTargets, tail: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Student and teacher over kept ids and one bucket for the rest, and the student's rest.
+def buckets(logq_NV: Tensor, sparse: SparseTargets, tail: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student and teacher over kept ids and one bucket for the rest, the student's rest, and the ids.
 
     Returns:
-        logq_NJ, logp_NJ with J = K + 1 outcomes, the last being the bucket, and rest_NV: the student's
-        log-probabilities outside the kept ids, -inf on them. The bucket's log-probability is a
-        log-sum-exp over that rest, so an over-confident student loses neither value nor gradient.
+        logq_NJ, logp_NJ with J = K + 1 outcomes, the last being the bucket; rest_NV, the student's
+        log-probabilities outside the kept ids, -inf on them; and the ids_NK of the other outcomes, of which
+        those with logp -inf are no outcomes. The bucket's log-probability is a log-sum-exp over the rest,
+        so an over-confident student loses neither value nor gradient.
     """
-    used_NK = sparse.probs_NK > 0
-    kept_NV = torch.zeros_like(logq_NV).scatter_add_(1, sparse.ids_NK, used_NK.to(logq_NV.dtype)) > 0
+    slots = teacher_slots(sparse.ids_NK, sparse.probs_NK.to(logq_NV.dtype), sparse.tail_N, tail)
+    unused_NK = slots.p_BK == 0
+    kept_NV = torch.zeros_like(logq_NV).scatter_add_(1, slots.ids_BK, (~unused_NK).to(logq_NV.dtype)) > 0
     rest_NV = logq_NV.masked_fill(kept_NV, -torch.inf)
     empty_N1 = kept_NV.all(-1, keepdim=True)
     bucket_N1 = rest_NV.masked_fill(empty_N1, 0.0).logsumexp(-1, keepdim=True)
     bucket_N1 = bucket_N1.masked_fill(empty_N1, -torch.inf)
-    logq_NK = logq_NV.gather(1, sparse.ids_NK).masked_fill(~used_NK, -torch.inf)
-    logp_NK = sparse.probs_NK.log()
-    tail_N1 = sparse.tail_N.unsqueeze(1)
-    if tail == "renormalise":
-        logp_NK = logp_NK - sparse.probs_NK.sum(-1, keepdim=True).log()
-    if tail != "other_bucket":
-        tail_N1 = torch.zeros_like(tail_N1)
-    return torch.cat([logq_NK, bucket_N1], 1), torch.cat([logp_NK, tail_N1.log()], 1), rest_NV
+    logq_NK = logq_NV.gather(1, slots.ids_BK).masked_fill(unused_NK, -torch.inf)
+    tail_N1 = slots.tail_B1.to(logq_NV.dtype).masked_fill(empty_N1, 0.0)
+    logp_NJ = torch.cat([slots.p_BK, tail_N1], 1).log()
+    return torch.cat([logq_NK, bucket_N1], 1), logp_NJ, rest_NV, slots.ids_BK
 
 
 def reference_objective(
@@ -176,8 +202,11 @@ def reference_objective(
     alpha: float,
     objective: Objective,
     gate: Gate | None = None,
+    bias_V: Tensor | None = None,
 ) -> LossSums:
     """The objective summed over valid tokens, holding all [N, V] logits.
+
+    Hidden states and heads are multiplied in float32, whatever their dtype; nothing given is written to.
 
     Args:
         hidden_ND: student hidden states after the final norm.
@@ -187,17 +216,18 @@ def reference_objective(
         alpha: weight of the divergence, in [0, 1].
         objective: divergence, temperature, mixing.
         gate: factor on alpha per token; None for 1.
+        bias_V: the bias of the student's head; None for none.
 
     Raises:
         ValueError: naming the argument, its value and what would be right.
     """
-    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective)
+    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V)
     valid_N = labels_N != IGNORE_INDEX
-    logits_NV = project(hidden_ND, weight_VD, objective.vocab_size, objective.student_logits)
+    logits_NV = project(hidden_ND, weight_VD, objective.vocab_size, objective.student_logits, bias_V)
     ce_N = F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE_INDEX)
     if targets is None:
-        zero = torch.zeros((), device=ce_N.device)
-        return LossSums(ce_N.sum(), ce_N.sum().detach(), zero, zero, zero)
+        loss = ce_N.sum()
+        return LossSums(loss, loss.detach().clone(), *(torch.zeros_like(loss) for _ in range(3)))
     d_N, teacher_ce_N, teacher_NV = _divergence(logits_NV, labels_N, targets, objective)
     alpha_N = torch.full_like(ce_N, alpha)
     if gate is not None:
@@ -215,11 +245,11 @@ def _divergence(
     """Divergence and teacher CE per token, and the teacher's logits where it has them."""
     teacher_NV, sparse = None, targets if isinstance(targets, SparseTargets) else None
     if not isinstance(targets, SparseTargets):
-        teacher_NV = dense_logits(targets, slice(None), objective.vocab_size)
+        teacher_NV = dense_logits(targets, slice(None), objective.vocab_size).to(logits_NV.dtype)
         sparse = reduce_targets(teacher_NV, labels_N, objective)
     if sparse is not None:
         sparse, name, tail, t = hardened(sparse, objective)
-        logq_NJ, logp_NJ, _ = buckets((logits_NV / t).log_softmax(-1), sparse, tail)
+        logq_NJ, logp_NJ, *_ = buckets((logits_NV / t).log_softmax(-1), sparse, tail)
         return DIVERGENCES[name].value(logq_NJ, logp_NJ, objective.shape), -sparse.gold_logp_N, teacher_NV
     assert teacher_NV is not None  # noqa: S101 - targets are sparse or dense
     t = objective.temperature

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from tutelage.objective.truncate import TopK, TopP, Truncation, truncate
 from tutelage.teachers.bits import Columns, pack, width_of
@@ -87,6 +88,8 @@ class TopKCodec(SparseCodec):
     ) -> tuple[Integers, ...]:
         del places  # nothing is drawn
         ids_CK, probs_CK, tail_C = truncate(logits_CV.log_softmax(-1), self._truncation)
+        missing = 0, self._k - ids_CK.shape[1]  # chunks of a top-p differ in how many ids they need
+        ids_CK, probs_CK = F.pad(ids_CK, missing), F.pad(probs_CK, missing)
         logs = log_codes(probs_CK.log().cpu().numpy()), log_codes(tail_C.log().cpu().numpy())
         return ids_CK.cpu().numpy(), *logs, log_codes(gold), (probs_CK > 0).sum(-1).cpu().numpy()
 

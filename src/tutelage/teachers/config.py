@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from tutelage.cacheformats import Format, MinVarianceFormat
 from tutelage.config import ControlTeacher, LiveTeacher
+from tutelage.objectiveconfig import Temperature
 from tutelage.settings import Name, Section
 
 
@@ -22,7 +23,7 @@ class TeachConfig(Section):
         128, ge=2, description="tokens the teacher sees; students use this sequence length or a divisor of it"
     )
     format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
-    temperature: float = Field(1.0, gt=0, description="T of the kept probabilities; hidden serves every T")
+    temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
     seed: int = Field(0, ge=0, description="seed of the sampler")
     compress: bool = Field(default=False, description="zstd per block, where it makes the block smaller")
     shard_tokens: int = Field(2**18, ge=1, description="tokens per file; what a writer claims at a time")

@@ -13,6 +13,7 @@ import torch
 
 from tutelage.data.hashing import mixed
 from tutelage.objective import Objective, chunked_objective
+from tutelage.objective.head import weight_and_bias
 from tutelage.train import distributed
 from tutelage.types import IGNORE_INDEX, Batch, LossSums, StepReport, Targets
 
@@ -31,7 +32,7 @@ class Trainee:
 
     Attributes:
         body: maps token ids to hidden states after the final norm.
-        head: the output embedding, a bias-free linear layer.
+        head: the output embedding, a linear layer with or without bias.
         parameters: what the optimizer updates.
         optimizer: AdamW.
         objective: divergence and temperature.
@@ -86,8 +87,9 @@ def loss_sums(trainee: Trainee, batch: Batch, targets: Targets | None, alpha: fl
     if trainee.autocast is not None:
         hidden_ND = hidden_ND.to(trainee.autocast)
     labels_N = batch.labels_BT.flatten()
+    weight_VD, bias_V = weight_and_bias(trainee.head)
     return chunked_objective(
-        hidden_ND, trainee.head.weight, labels_N, targets, alpha, trainee.objective, trainee.gate
+        hidden_ND, weight_VD, labels_N, targets, alpha, trainee.objective, trainee.gate, bias_V
     )
 
 

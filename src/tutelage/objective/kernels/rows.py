@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from tutelage.objective.truncate import merge_repeats
 from tutelage.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def dense_rows(
     Args:
         student_CV: logits, float32 or bfloat16 (float64 for checks). Overwritten by the gradient of
             sum_C (ce_weight CE + kd_weight KL) with respect to them.
-        teacher_CV: logits of the teacher. Overwritten by scratch.
-        labels_C: next-token ids; where one is `IGNORE_INDEX`, outputs and gradient are zero.
+        teacher_CV: logits of the teacher; left as they are.
+        labels_C: next-token ids; where one is `IGNORE_INDEX`, outputs and gradient are zero, and where one
+            is outside the vocabulary they are NaN.
         ce_weight_C: weight of each token's cross-entropy in the gradient.
         kd_weight_C: weight of each token's KL in the gradient, T^2 already in it.
         temperature: T > 0; both sides' logits are divided by it inside the KL only.
@@ -52,11 +54,10 @@ def dense_rows(
     """
     out_3C = _outputs(3, student_CV)
     for rows, student_BV in _blocks(student_CV, DENSE_ENTRIES):
-        gold_B1 = labels_C[rows].clamp(min=0).unsqueeze(1)
+        gold_B1 = labels_C[rows].clamp(0, student_CV.shape[1] - 1).unsqueeze(1)
         weights = ce_weight_C[rows].unsqueeze(1), kd_weight_C[rows].unsqueeze(1)
-        teacher_BV = _working_copy(teacher_CV[rows])
-        out_3C[:, rows] = _dense_block(student_BV, teacher_BV, gold_B1, *weights, temperature)
-    ce_C, kd_C, teacher_ce_C = _drop_ignored(student_CV, out_3C, labels_C).unbind()
+        out_3C[:, rows] = _dense_block(student_BV, teacher_CV[rows], gold_B1, *weights, temperature)
+    ce_C, kd_C, teacher_ce_C = _mark_labels(student_CV, out_3C, labels_C).unbind()
     return ce_C, kd_C, teacher_ce_C
 
 
@@ -76,47 +77,57 @@ def sparse_rows(
     Args:
         student_CV: logits, float32 or bfloat16 (float64 for checks). Overwritten by the gradient of
             sum_C (ce_weight CE + kd_weight KL) with respect to them.
-        ids_CK: the kept entries, unique in a row but for unused slots, which repeat a used id.
-        probs_CK: their teacher probabilities or sampling weights at T, 0 in unused slots.
+        ids_CK: the kept entries, in any order.
+        probs_CK: their teacher probabilities or sampling weights at T. An entry in a slot of probability 0
+            is not kept, and the probabilities of one in several slots are added.
         tail_C: the teacher's mass outside `ids_CK`; read by `other_bucket` only.
-        labels_C: next-token ids; where one is `IGNORE_INDEX`, outputs and gradient are zero.
+        labels_C: next-token ids; where one is `IGNORE_INDEX`, outputs and gradient are zero, and where one
+            is outside the vocabulary they are NaN.
         ce_weight_C: weight of each token's cross-entropy in the gradient.
         kd_weight_C: weight of each token's KL in the gradient, T^2 already in it.
         temperature: T > 0; the student's logits are divided by it inside the KL only.
         tail: what becomes of the teacher's mass outside the kept entries.
-            `renormalise`: the kept probabilities are divided by their sum, q is the student's own.
+            `renormalise`: the kept probabilities are divided by their sum, q is the student's own. Where
+            nothing is kept the divergence is 0, and so is its gradient.
             `none`: sum_k w_k (log w_k - log q_k) with the weights as they are. With sampled weights it
             is an estimate with an unbiased gradient, (sum_k w_k) q - w; its value may be negative and
             differs from the KL's by a constant that does not depend on the student.
             `other_bucket`: all other entries form one bucket; its student mass is summed over the
-            complement, never taken as 1 - sum, so it is right however small. If `ids_CK` leaves no
-            entry for the bucket, `tail_C` is taken as 0.
+            complement, never taken as 1 - sum, so it is right however small. If every entry is kept,
+            `tail_C` is taken as 0.
 
     Returns:
         (ce_C, kd_C), unweighted, at least float32: cross-entropy at T = 1 and the divergence at T.
     """
     out_2C = _outputs(2, student_CV)
     for rows, student_BV in _blocks(student_CV, SPARSE_ENTRIES):
-        gold_B1 = labels_C[rows].clamp(min=0).unsqueeze(1)
+        gold_B1 = labels_C[rows].clamp(0, student_CV.shape[1] - 1).unsqueeze(1)
         weights = ce_weight_C[rows].unsqueeze(1), kd_weight_C[rows].unsqueeze(1)
         slots = teacher_slots(ids_CK[rows], probs_CK[rows], tail_C[rows], tail)
         out_2C[:, rows] = _sparse_block(student_BV, slots, gold_B1, *weights, temperature)
-    ce_C, kd_C = _drop_ignored(student_CV, out_2C, labels_C).unbind()
+    ce_C, kd_C = _mark_labels(student_CV, out_2C, labels_C).unbind()
     return ce_C, kd_C
 
 
 class Slots(NamedTuple):
-    """Sparse targets of some rows with their tail policy applied."""
+    """Sparse targets of some rows with their tail policy applied.
+
+    Attributes:
+        ids_BK: entries by rising id.
+        p_BK: their mass; an entry is kept in the one slot in which this is not 0.
+        tail_B1: mass of the bucket.
+        has_bucket: whether all other entries form one bucket.
+    """
 
     ids_BK: Tensor
     p_BK: Tensor
     tail_B1: Tensor
     has_bucket: bool
-    """Whether all other ids form one bucket."""
 
 
 def teacher_slots(ids_BK: Tensor, probs_BK: Tensor, tail_B: Tensor, tail: str) -> Slots:
     """Apply a tail policy to the teacher's side; without a bucket the tail mass becomes 0."""
+    ids_BK, probs_BK = merge_repeats(ids_BK, probs_BK)
     if tail == "other_bucket":
         return Slots(ids_BK, probs_BK, tail_B.unsqueeze(1), has_bucket=True)
     if tail == "renormalise":
@@ -127,26 +138,18 @@ def teacher_slots(ids_BK: Tensor, probs_BK: Tensor, tail_B: Tensor, tail: str) -
     return Slots(ids_BK, probs_BK, torch.zeros_like(tail_B).unsqueeze(1), has_bucket=False)
 
 
-def _one_per_id(ids_BK: Tensor, scratch_BV: Tensor) -> Tensor:
-    """True in one slot per distinct id of a row, so that repeats are not counted twice.
-
-    The slot whose number stays in the id's place of the scratch, which takes less time than sorting.
-    """
-    slots_BK = torch.arange(ids_BK.shape[1], dtype=scratch_BV.dtype, device=ids_BK.device).expand_as(ids_BK)
-    return scratch_BV.scatter_(1, ids_BK, slots_BK).gather(1, ids_BK) == slots_BK
-
-
 def _dense_block(
     s_BV: Tensor,
-    t_BV: Tensor,
+    teacher_BV: Tensor,
     gold_B1: Tensor,
     ce_weight_B1: Tensor,
     kd_weight_B1: Tensor,
     temperature: float,
 ) -> Tensor:
-    """[ce, kd, teacher_ce] of a few rows; `s_BV` becomes the gradient, `t_BV` scratch."""
+    """[ce, kd, teacher_ce] of a few rows; `s_BV` becomes the gradient."""
     s_BV.sub_(s_BV.amax(-1, keepdim=True))
-    t_BV.sub_(t_BV.amax(-1, keepdim=True))
+    teacher_BV = teacher_BV.to(s_BV.dtype)
+    t_BV = teacher_BV - teacher_BV.amax(-1, keepdim=True)
     gold_logit_B1, teacher_gold_logit_B1 = s_BV.gather(1, gold_B1), t_BV.gather(1, gold_B1)
     p_BV = t_BV.softmax(-1)
     teacher_log_z_B1 = _log_z(p_BV)
@@ -217,8 +220,10 @@ def _teach(
         log_z_B1 = _log_z(s_BV)
         log_rest_B1 = torch.zeros_like(max_B1)
     else:
-        owner_BK = _one_per_id(ids_BK, s_BV)
-        s_BV.scatter_(1, ids_BK, -torch.inf)
+        unused_BK = p_BK == 0
+        kept_BK.masked_fill_(unused_BK, -torch.inf)
+        # Added, since an entry may stand in used and unused slots, and writes have no order.
+        s_BV.scatter_add_(1, ids_BK, torch.full_like(p_BK, -torch.inf).masked_fill_(unused_BK, 0.0))
         rest_max_B1 = s_BV.amax(-1, keepdim=True)
         empty_B1 = rest_max_B1 == -torch.inf
         s_BV.index_fill_(0, empty_B1.squeeze(1).nonzero().squeeze(1), 0.0)  # softmax of all -inf is nan
@@ -226,16 +231,16 @@ def _teach(
         tail_B1 = tail_B1.masked_fill(empty_B1, 0.0)
         max_B1 = torch.maximum(rest_max_B1, kept_BK.amax(-1, keepdim=True))
         rest_B1 = rest_max_B1 - max_B1 + _log_z(s_BV)
-        owned_BK = (kept_BK - max_B1).masked_fill(~owner_BK, -torch.inf)
-        log_z_B1 = torch.cat([rest_B1, owned_BK], 1).logsumexp(-1, keepdim=True)
+        log_z_B1 = torch.cat([rest_B1, kept_BK - max_B1], 1).logsumexp(-1, keepdim=True)
         log_rest_B1 = rest_B1 - log_z_B1
     log_q_BK = kept_BK - max_B1 - log_z_B1
     kd_B1 = _slot_kl(p_BK, log_q_BK).sum(-1, keepdim=True) + _slot_kl(tail_B1, log_rest_B1)
     whole_B1 = extra_B1 + kd_weight_B1 * (p_BK.sum(-1, keepdim=True) + tail_B1)
     s_BV.mul_(whole_B1 * log_rest_B1.exp() - kd_weight_B1 * tail_B1)
-    if slots.has_bucket:
-        s_BV.scatter_(1, ids_BK, whole_B1 * log_q_BK.exp())
-    s_BV.scatter_add_(1, ids_BK, -kd_weight_B1 * p_BK)
+    gradient_BK = -kd_weight_B1 * p_BK
+    if slots.has_bucket:  # unused slots: log q is -inf, and adds nothing
+        gradient_BK.addcmul_(log_q_BK.exp(), whole_B1)
+    s_BV.scatter_add_(1, ids_BK, gradient_BK)
     return max_B1, log_z_B1, kd_B1
 
 
@@ -274,8 +279,11 @@ def _blocks(student_CV: Tensor, entries: int) -> Iterator[tuple[slice, Tensor]]:
             block_BV.copy_(working_BV)
 
 
-def _drop_ignored(student_CV: Tensor, out: Tensor, labels_C: Tensor) -> Tensor:
-    """Zero the outputs and the gradient of ignored rows, whatever their logits were."""
+def _mark_labels(student_CV: Tensor, out: Tensor, labels_C: Tensor) -> Tensor:
+    """Zero outputs and gradient of ignored rows; make those of labels outside the vocabulary NaN."""
     ignored_C = labels_C == IGNORE_INDEX
-    student_CV.index_fill_(0, ignored_C.nonzero().squeeze(1), 0.0)
-    return out.masked_fill_(ignored_C, 0.0)
+    unknown_C = ~ignored_C & ((labels_C < 0) | (labels_C >= student_CV.shape[1]))
+    for rows_C, value in ((ignored_C, 0.0), (unknown_C, torch.nan)):
+        student_CV.index_fill_(0, rows_C.nonzero().squeeze(1), value)
+        out.masked_fill_(rows_C, value)
+    return out

@@ -62,11 +62,20 @@ def _slot_kl(p: tl.tensor, log_q: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _token(label: tl.tensor, ce_weight: tl.tensor, kd_weight: tl.tensor, temperature: tl.tensor) -> tl.tensor:
-    """Whether a token counts, its label (0 if not), and its weights; the KL's with its derivative's 1 / T."""
-    valid = tl.load(label) != _IGNORE
-    gold = tl.where(valid, tl.load(label), 0)
-    return valid, gold, tl.load(ce_weight).to(tl.float32), tl.load(kd_weight).to(tl.float32) / temperature
+def _token(
+    label: tl.tensor, ce_weight: tl.tensor, kd_weight: tl.tensor, vocab: tl.tensor, temperature: tl.tensor
+) -> tl.tensor:
+    """Whether a token counts, its label (0 if it has none), its weights, and what to add to its outputs.
+
+    The KL's weight contains its derivative's 1 / T. Added is 0, or NaN to a token whose label is outside the
+    vocabulary; its weight of the cross-entropy is NaN, and so is its gradient.
+    """
+    gold = tl.load(label)
+    valid = gold != _IGNORE
+    known = (gold >= 0) & (gold < vocab)
+    wrong = tl.where(valid & (known == 0), float("nan"), 0.0)
+    ce_w = tl.load(ce_weight).to(tl.float32) + wrong
+    return valid, tl.where(known, gold, 0), ce_w, tl.load(kd_weight).to(tl.float32) / temperature, wrong
 
 
 @_tuned
@@ -90,7 +99,9 @@ def dense_kernel(
     row = tl.program_id(0).to(tl.int64)  # row * vocab passes 2^31
     student += row * student_stride
     teacher += row * teacher_stride
-    valid, gold, ce_w, kd_w = _token(labels + row, ce_weights + row, kd_weights + row, temperature)
+    valid, gold, ce_w, kd_w, wrong = _token(
+        labels + row, ce_weights + row, kd_weights + row, vocab, temperature
+    )
     gold_s = tl.load(student + gold).to(tl.float32)
     gold_t = tl.load(teacher + gold).to(tl.float32)
     max_s, z_1, z_s = _row_sums(student, vocab, temperature, HEATED, BLOCK)
@@ -109,17 +120,23 @@ def dense_kernel(
         onehot = tl.where(start + columns == gold, 1.0, 0.0)
         gradient = ce_w * (tl.exp(s) / z_1 - onehot) + kd_w * (tl.exp(log_q) - p)
         tl.store(student + start + columns, tl.where(valid, gradient, 0.0), mask=inside)
-    tl.store(out + row, tl.where(valid, max_s - gold_s + tl.log(z_1), 0.0))
-    tl.store(out + tokens + row, tl.where(valid, kd, 0.0))
-    tl.store(out + 2 * tokens + row, tl.where(valid, max_t - gold_t + tl.log(z_t1), 0.0))
+    tl.store(out + row, tl.where(valid, max_s - gold_s + tl.log(z_1) + wrong, 0.0))
+    tl.store(out + tokens + row, tl.where(valid, kd + wrong, 0.0))
+    tl.store(out + 2 * tokens + row, tl.where(valid, max_t - gold_t + tl.log(z_t1) + wrong, 0.0))
+
+
+@triton.jit
+def _used(probs: tl.tensor, slot: tl.tensor, slots: tl.tensor) -> tl.tensor:
+    """The slots whose entry is kept; there is one for each kept entry."""
+    return tl.load(probs + slot, mask=slot < slots, other=0.0) != 0.0
 
 
 @triton.jit
 def _student_sums(
     student: tl.tensor,
     ids: tl.tensor,
+    probs: tl.tensor,
     kept: tl.tensor,
-    owners: tl.tensor,
     vocab: tl.tensor,
     slots: tl.tensor,
     temperature: tl.tensor,
@@ -135,15 +152,15 @@ def _student_sums(
     slot = tl.arange(0, BLOCK_K)
     if BUCKET:
         for start in range(0, slots, BLOCK_K):
-            used = start + slot < slots
+            used = _used(probs, start + slot, slots)
             tl.store(student + tl.load(ids + start + slot, mask=used, other=0), float("-inf"), mask=used)
         tl.debug_barrier()
     max_r, z_r1, z_r = _row_sums(student, vocab, temperature, HEATED, BLOCK)
     max_s, z_1, z_s = max_r, z_r1, z_r
     if BUCKET:
         for start in range(0, slots, BLOCK_K):
-            owner = tl.load(owners + start + slot, mask=start + slot < slots, other=0) != 0
-            s = tl.load(kept + start + slot, mask=owner, other=float("-inf")).to(tl.float32)
+            used = _used(probs, start + slot, slots)
+            s = tl.load(kept + start + slot, mask=used, other=float("-inf")).to(tl.float32)
             max_s, z_1, z_s = _grow(s, max_s, z_1, z_s, temperature, HEATED)
     return max_s, z_1, z_s, max_r, z_r
 
@@ -212,19 +229,16 @@ def _write_kept(
     temperature: tl.tensor,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """The gradient at the kept entries. Slots without mass write first: they may repeat a used slot's id."""
+    """The gradient at the kept entries."""
     slot = tl.arange(0, BLOCK_K)
-    for has_mass in tl.static_range(2):
-        for start in range(0, slots, BLOCK_K):
-            used = start + slot < slots
-            entry = tl.load(ids + start + slot, mask=used, other=0)
-            p = tl.load(probs + start + slot, mask=used, other=0.0).to(tl.float32)
-            s = tl.load(kept + start + slot, mask=used, other=float("-inf")).to(tl.float32) - max_s
-            gradient = ce_w * (tl.exp(s) / z_1 - tl.where(entry == gold, 1.0, 0.0))
-            gradient += kd_w * (mass * tl.exp(s / temperature) / z_s - p)
-            mask = used & ((p != 0.0) == (has_mass == 1))
-            tl.store(student + entry, tl.where(valid, gradient, 0.0), mask=mask)
-        tl.debug_barrier()
+    for start in range(0, slots, BLOCK_K):
+        used = _used(probs, start + slot, slots)
+        entry = tl.load(ids + start + slot, mask=used, other=0)
+        p = tl.load(probs + start + slot, mask=used, other=0.0).to(tl.float32)
+        s = tl.load(kept + start + slot, mask=used, other=float("-inf")).to(tl.float32) - max_s
+        gradient = ce_w * (tl.exp(s) / z_1 - tl.where(entry == gold, 1.0, 0.0))
+        gradient += kd_w * (mass * tl.exp(s / temperature) / z_s - p)
+        tl.store(student + entry, tl.where(valid, gradient, 0.0), mask=used)
 
 
 @_tuned
@@ -234,7 +248,6 @@ def sparse_kernel(
     ids: tl.tensor,
     probs: tl.tensor,
     kept: tl.tensor,
-    owners: tl.tensor,
     tails: tl.tensor,
     labels: tl.tensor,
     ce_weights: tl.tensor,
@@ -253,18 +266,20 @@ def sparse_kernel(
     """Cross-entropy against labels and KL against kept entries; `out` is [ce, kd] x tokens.
 
     `kept` are the student's logits at `ids`, gathered before the launch; `probs` and `tails` have the tail
-    policy applied; `owners`, true in the first slot with an id, is read with BUCKET only.
+    policy applied, with each kept entry in one slot and probability 0 in all other slots.
     """
     row = tl.program_id(0).to(tl.int64)  # row * vocab passes 2^31
     student += row * stride
     ids += row * slots
     probs += row * slots
     kept += row * slots
-    valid, gold, ce_w, kd_w = _token(labels + row, ce_weights + row, kd_weights + row, temperature)
+    valid, gold, ce_w, kd_w, wrong = _token(
+        labels + row, ce_weights + row, kd_weights + row, vocab, temperature
+    )
     gold_s = tl.load(student + gold).to(tl.float32)
     tl.debug_barrier()  # every thread has read the gold logit before any overwrites it
     max_s, z_1, z_s, max_r, z_r = _student_sums(
-        student, ids, kept, owners + row * slots, vocab, slots, temperature, HEATED, BUCKET, BLOCK_K, BLOCK
+        student, ids, probs, kept, vocab, slots, temperature, HEATED, BUCKET, BLOCK_K, BLOCK
     )
     empty = max_r == float("-inf")
     max_r, z_r = tl.where(empty, max_s, max_r), tl.where(empty, 1.0, z_r)
@@ -280,5 +295,5 @@ def sparse_kernel(
     _write_kept(
         student, ids, probs, kept, slots, gold, valid, ce_w, kd_w, mass, max_s, z_1, z_s, temperature, BLOCK_K
     )
-    tl.store(out + row, tl.where(valid, max_s - gold_s + tl.log(z_1), 0.0))
-    tl.store(out + tokens + row, tl.where(valid, kd, 0.0))
+    tl.store(out + row, tl.where(valid, max_s - gold_s + tl.log(z_1) + wrong, 0.0))
+    tl.store(out + tokens + row, tl.where(valid, kd + wrong, 0.0))

@@ -21,7 +21,7 @@ def dense_rows(
     kd_weight_C: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `rows.dense_rows`; the teacher's logits are left as they are.
+    """As `rows.dense_rows`.
 
     Raises:
         ValueError: if the entries of a row are not adjacent in memory, or the two shapes differ.
@@ -60,7 +60,7 @@ def sparse_rows(
         slots.ids_BK,
         slots.p_BK,
         slots.tail_B1,
-        _first_with_id(ids_CK) if slots.has_bucket else None,
+        slots.has_bucket,
         labels_C,
         ce_weight_C,
         kd_weight_C,
@@ -69,17 +69,6 @@ def sparse_rows(
     )
     ce_C, kd_C = out_2C.unbind()
     return ce_C, kd_C
-
-
-def _first_with_id(ids_CK: Tensor) -> Tensor:
-    """True in one slot per distinct id of a row, so that repeats are not counted twice.
-
-    By sorting: there are no logits here to write to, and the order of writes would be anyone's.
-    """
-    sorted_CK, order_CK = ids_CK.sort(stable=True, dim=-1)
-    is_new_CK = torch.ones_like(ids_CK, dtype=torch.bool)
-    is_new_CK[:, 1:] = sorted_CK[:, 1:] != sorted_CK[:, :-1]
-    return torch.empty_like(is_new_CK).scatter_(1, order_CK, is_new_CK)
 
 
 def _check_rows(name: str, logits_CV: Tensor) -> None:
@@ -126,7 +115,7 @@ def _sparse(
     ids_CK: Tensor,
     p_CK: Tensor,
     tail_C1: Tensor,
-    owner_CK: Tensor | None,
+    has_bucket: bool,
     labels_C: Tensor,
     ce_weight_C: Tensor,
     kd_weight_C: Tensor,
@@ -142,7 +131,6 @@ def _sparse(
         ids_CK,
         p_CK.contiguous(),
         student_CV.gather(1, ids_CK),
-        ids_CK if owner_CK is None else owner_CK,
         tail_C1.contiguous(),
         labels_C.contiguous(),
         ce_weight_C.contiguous(),
@@ -155,7 +143,7 @@ def _sparse(
         temperature,
         HEATED=temperature != 1.0,
         enable_fp_fusion=True,
-        BUCKET=owner_CK is not None,
+        BUCKET=has_bucket,
         BLOCK_K=min(1024, triton.next_power_of_2(ids_CK.shape[1])),
     )
 

@@ -1,0 +1,125 @@
+"""The products of a head: logits, and the gradients behind them, kept in float32 whatever their operands are.
+
+A product of bfloat16 matrices that is itself rounded to bfloat16 is off by up to .4% of each logit. Where
+student and teacher nearly agree that is as large as their difference, and the gradient of the divergence,
+which is this difference, is off by half. So the operands may be half precision and the result may not.
+
+On CUDA, matrices of half precision are multiplied as they are, and their products are summed and returned in
+float32 (`out_dtype`). A float32 operand beside one of half precision is rounded to it first, as autocast
+does; the gradient of the logits, whose sums cancel, enters bfloat16 products as two addends that hold 16 of
+its bits. Elsewhere nothing is rounded: operands are brought to float32, some rows of the head at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+
+UPCAST_ROWS = 4096
+"""Rows of a head of half precision that stand in float32 at one time."""
+
+_LARGEST_EXPONENT = 14
+"""The gradient of logits is scaled until its largest entry is just below 2^14 before it becomes float16,
+which holds 2^15 and loses bits below 2^-14: entries 2^-28 of the largest are still exact to 11 bits."""
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """Float32, or float64 if one of the tensors is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProducts:
+    """What multiplies hidden states to logits, and a gradient of logits back.
+
+    Attributes:
+        weight_VD: the head, in the dtype in which it is multiplied.
+        dtype: of every result, float32 or float64.
+        half: the dtype to which operands are rounded before they are multiplied; None for no rounding.
+    """
+
+    weight_VD: Tensor
+    dtype: torch.dtype
+    half: torch.dtype | None
+
+    @classmethod
+    def of(cls, hidden_ND: Tensor, weight_VD: Tensor) -> HeadProducts:
+        """The products of a head with hidden states of this dtype, on their device."""
+        dtype, half = wide_dtype(hidden_ND, weight_VD), None
+        halves = {hidden_ND.dtype, weight_VD.dtype} & set(HALVES)
+        if hidden_ND.is_cuda and torch.version.hip is None and len(halves) == 1 and dtype == torch.float32:
+            half = halves.pop()
+        return cls(weight_VD if half is None else weight_VD.to(half), dtype, half)
+
+    @torch.no_grad()
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """The product hidden @ weight.T, [C, V], in new memory."""
+        if self.half is not None:
+            return self._half_product(hidden_CD.to(self.half), self.weight_VD.T)
+        hidden_CD = hidden_CD.to(self.dtype)
+        if self.weight_VD.dtype == self.dtype:
+            return hidden_CD @ self.weight_VD.T
+        logits_CV = hidden_CD.new_empty((len(hidden_CD), len(self.weight_VD)))
+        for rows, weight_RD in self._wide_rows():
+            torch.mm(hidden_CD, weight_RD.T, out=logits_CV[:, rows])
+        return logits_CV
+
+    @torch.no_grad()
+    def to_hidden(self, gradient_CV: Tensor) -> Tensor:
+        """The product gradient @ weight, [C, D]: from the gradient of logits to that of hidden states."""
+        if self.half is not None:
+            addends, scale = _halved(gradient_CV, self.half)
+            return sum(self._half_product(part_CV, self.weight_VD) for part_CV in addends) * scale
+        if self.weight_VD.dtype == self.dtype:
+            return gradient_CV @ self.weight_VD
+        d_hidden_CD = gradient_CV.new_zeros((len(gradient_CV), self.weight_VD.shape[1]))
+        for rows, weight_RD in self._wide_rows():
+            d_hidden_CD.addmm_(gradient_CV[:, rows], weight_RD)
+        return d_hidden_CD
+
+    @torch.no_grad()
+    def add_to_weight(self, d_weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+        """Add gradient.T @ hidden to `d_weight_VD`, in place."""
+        if self.half is not None:
+            addends, scale = _halved(gradient_CV, self.half)
+            for part_CV in addends:
+                d_weight_VD += self._half_product(part_CV.T, hidden_CD.to(self.half)).mul_(scale)
+        else:
+            d_weight_VD.addmm_(gradient_CV.T, hidden_CD.to(self.dtype))
+
+    def _wide_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.weight_VD), UPCAST_ROWS):
+            rows = slice(start, start + UPCAST_ROWS)
+            yield rows, self.weight_VD[rows].to(self.dtype)
+
+    def _half_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Of two matrices in `half`, in float32. Off CUDA, where tests look at it, by way of float32."""
+        if left.is_cuda:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return left.float() @ right.float()
+
+
+def _halved(gradient_CV: Tensor, half: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Matrices in half precision whose sum, times a 0-d power of two, is the gradient.
+
+    bfloat16 has the range of float32 but 8 bits, and rounding errors stay where the gradient itself cancels:
+    the rows of a head have a common part, which adds nothing because a gradient of logits sums to zero.
+    """
+    if half == torch.bfloat16:
+        high_CV = gradient_CV.to(half)
+        return [high_CV, (gradient_CV - high_CV).to(half)], gradient_CV.new_ones(())
+    exponent = _LARGEST_EXPONENT - torch.frexp(gradient_CV.abs().amax()).exponent
+    scale = torch.ldexp(gradient_CV.new_ones(()), -exponent)
+    return [torch.ldexp(gradient_CV, exponent).to(half)], scale
