@@ -23,8 +23,9 @@ import torch
 
 from tutelage.console import EvalBar
 from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.data.manifest import SCORED
 from tutelage.data.store import build_store, open_store
-from tutelage.evals.domains import SCORED, SUITES
+from tutelage.evals.domains import SUITES
 from tutelage.evals.evaluate import Request, evaluate, select
 from tutelage.evals.scoring import InDomain, Target, score_domain
 from tutelage.evals.subject import find_subject
@@ -43,7 +44,7 @@ def bare(model: PreTrainedModel, target: Target) -> int:
         for split in SCORED:
             documents = target.documents(split)
             tokens += sum(len(document.tokens_N) for document in documents)
-            for block in blocks(documents, target.store.eos_id, target.context, target.stride):
+            for block in blocks(documents, target.context, target.stride):
                 model(input_ids=block.inputs_BT, use_cache=False)
     return tokens
 

@@ -210,6 +210,21 @@ class StepReport:
     lr: float
 
 
+SCORING_VERSION = 2
+"""Raised when the same model and text give another number: which tokens are scored, what they see, what
+counts as a byte. It leads the version of every score; scores of another one are never shown beside these.
+1: every document was scored from an end-of-text mark."""
+
+FIRST_WINDOWS = "first_window_excess"
+"""Metric: loss of the first windows of documents minus that of their further windows, in nats per token."""
+
+
+def scoring_version(version: str) -> int:
+    """The `SCORING_VERSION` that made a score, out of its `version`; 1 where that does not say."""
+    leading, dash, _ = version.partition("-")
+    return int(leading) if dash and leading.isdecimal() else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """One measured quantity of one model, as a row of `scores.jsonl`.
@@ -226,7 +241,8 @@ class Score:
         stderr: standard error over documents.
         n: number of documents (items of a task).
         higher_is_better: direction of the metric.
-        version: identity of the evaluation data and settings; scores compare only within one version.
+        version: identity of the evaluation data and settings, led by `SCORING_VERSION` and a dash; scores
+            compare only within one version.
         low: lower end of the 95% bootstrap interval over documents; None if there is none.
         high: its upper end.
         fit_error: of a score with a fit, the root mean square error that the choice of the fit's documents

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tutelage.analysis.beginnings import beginning_warnings
 from tutelage.analysis.costs import overhead
 from tutelage.analysis.family import supported
 from tutelage.analysis.words import ONE_SEED, count, effect, join, level, plus_minus
@@ -177,6 +178,7 @@ def notes(results: Results, findings: Findings) -> list[str]:
     controls = [sentence for group in _by_student(findings) for sentence in control_sentences(group)]
     unbeaten = not any(v.control for v in findings.verdicts)
     return [
+        *(f"Warning: {warning}" for warning in beginning_warnings(results.scores.iter_rows(named=True))),
         _seed_note(findings),
         *(controls or [_NO_CONTROL] * unbeaten),
         f"{subject} {sizes}. Nothing here says what larger models, longer runs or other text would show.",

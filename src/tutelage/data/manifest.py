@@ -14,10 +14,13 @@ from tutelage.types import Split
 if TYPE_CHECKING:
     from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when what a build writes changes. It is part of a store's name, so old stores are not reused."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+SCORED: tuple[Split, Split] = ("validation", "test")
+"""Splits that are scored: choices and fits are made on the first, results are reported on the second."""
 
 
 class SplitRecord(ManifestRecord):
@@ -25,10 +28,10 @@ class SplitRecord(ManifestRecord):
 
     Attributes:
         documents: number of documents.
-        tokens: ids in `<split>.bin`, one end of text per document included.
+        tokens: ids in `<split>.bin`, with what begins and closes each document.
         bytes: UTF-8 bytes of the documents' text.
-        files: SHA-256 of each file, by name: `<split>.bin`, `<split>.idx` and, in a store with prompts,
-            `<split>.mask`.
+        files: SHA-256 of each file, by name: `<split>.bin`, `<split>.idx`, in a store with prompts
+            `<split>.mask`, and of a split that is scored `<split>.bytes`.
     """
 
     documents: int
@@ -56,6 +59,7 @@ class Manifest(ManifestRecord):
         vocab_size: one more than the largest id the tokenizer knows.
         dtype: little-endian type of the ids in the .bin files.
         eos_id: the id that closes every document.
+        begin_ids: the ids that begin every document: what the tokenizer puts in front of a text.
         tokenizer_sha256: checksum of tokenizer.json.
         sources: one record per source of the config, in its order.
         duplicates: documents dropped because the same text had come before.
@@ -69,6 +73,7 @@ class Manifest(ManifestRecord):
     vocab_size: int
     dtype: Literal["uint16", "uint32"]
     eos_id: int
+    begin_ids: tuple[int, ...]
     tokenizer_sha256: str
     sources: tuple[SourceRecord, ...]
     duplicates: int
@@ -81,11 +86,11 @@ class Manifest(ManifestRecord):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the tokenizer, the tokens and their mask: the same for equal content anywhere."""
+        """SHA-256 over tokenizer, tokens, mask and bytes per token: the same for equal content anywhere."""
         checksums = [self.tokenizer_sha256]
         for name in SPLITS:
             files = self.splits[name].files
-            checksums += [files[f"{name}.{ending}"] for ending in _endings(self)]
+            checksums += [files[f"{name}.{ending}"] for ending in _endings(self, name)]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()
 
 
@@ -102,14 +107,15 @@ def read_manifest(store: Path) -> Manifest:
     return manifest
 
 
-def _endings(manifest: Manifest) -> tuple[str, ...]:
-    return ("bin", "idx", "mask") if manifest.masked else ("bin", "idx")
+def _endings(manifest: Manifest, split: Split) -> tuple[str, ...]:
+    masks = ("mask",) if manifest.masked else ()
+    return ("bin", "idx", *masks, *(("bytes",) if split in SCORED else ()))
 
 
 def _check_complete(path: Path, manifest: Manifest) -> None:
     for name in SPLITS:
         files = manifest.splits[name].files if name in manifest.splits else {}
-        if set(files) != {f"{name}.{ending}" for ending in _endings(manifest)}:
+        if set(files) != {f"{name}.{ending}" for ending in _endings(manifest, name)}:
             raise UserError(
                 f"{path}: not the manifest of a token store (splits.{name} is missing or incomplete)"
             )

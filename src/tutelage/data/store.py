@@ -1,9 +1,11 @@
 """The token store: text as token ids on disk, split by document, written once and then only read.
 
 A store is a directory: `manifest.json`, `tokenizer.json` and, for each split, `<split>.bin` (ids, every
-document closed by the end-of-text id) and `<split>.idx` (uint64 [documents + 1, 2]: where each document
-begins, in tokens and in bytes of its text). A store of prompts and completions also has `<split>.mask`
-(uint8 per token: 0 in a prompt, 1 elsewhere), which is for stage sft.
+document begun by what the tokenizer puts in front of a text, which may be nothing, and closed by the
+end-of-text id) and `<split>.idx` (uint64 [documents + 1, 2]: where each document begins, in tokens and in
+bytes of its text). A store of prompts and completions also has `<split>.mask` (uint8 per token: 0 in a
+prompt, 1 elsewhere), which is for stage sft. The splits that are scored have `<split>.bytes` (uint32 per
+token: bytes of the source text that it stands for; 0 for what begins and closes a document).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 from tutelage.configio import digest
 from tutelage.data.config import FilesSource
-from tutelage.data.manifest import SCHEMA_VERSION, Manifest, SourceRecord, read_manifest
+from tutelage.data.manifest import SCHEMA_VERSION, SCORED, Manifest, SourceRecord, read_manifest
 from tutelage.data.sources import Tally, describe
 from tutelage.data.textfiles import known_bytes
 from tutelage.data.tokenize import load_tokenizer, train_tokenizer
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from tutelage.data.writer import Progress
     from tutelage.types import Split
 
-_IDX_ROW = 16
+_IDX_ROW, _BYTES_OF_COUNT = 16, 4
 _COUNT_TOKENS = 2**24
 
 
@@ -47,16 +49,19 @@ class SplitView:
     """One split, mapped from disk and read-only.
 
     Attributes:
-        tokens: ids of all documents, one after the other, each closed by the end-of-text id.
+        tokens: ids of all documents, one after the other, each begun by the store's `begin_ids` and closed by
+            the end-of-text id.
         offsets: uint64 [documents + 1, 2]; row i holds where document i begins in `tokens` and in the
             UTF-8 text; the last row holds the totals.
         mask: uint8 [tokens], 0 where a token belongs to a prompt and carries no loss, else 1; None where
             every token carries loss.
+        bytes: uint32 [tokens], bytes of the source text that each token stands for; None for train.
     """
 
     tokens: NDArray[Any]
     offsets: NDArray[np.uint64]
     mask: NDArray[np.uint8] | None = None
+    bytes: NDArray[np.uint32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +91,22 @@ class Store:
         """The id that closes every document."""
         return self.manifest.eos_id
 
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The ids that begin every document; none where the tokenizer puts nothing in front of a text."""
+        return self.manifest.begin_ids
+
     def split(self, name: Split) -> SplitView:
         """Map the split `name`; nothing is read before it is looked at."""
         record = self.manifest.splits[name]
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        tokens = _mapped(self.path / f"{name}.bin", dtype, (record.tokens,))
-        offsets = _mapped(self.path / f"{name}.idx", np.dtype("<u8"), (record.documents + 1, 2))
-        if not self.manifest.masked:
-            return SplitView(tokens, offsets)
+        per_token = (record.tokens,)
+        files = {ending: self.path / f"{name}.{ending}" for ending in ("bin", "idx", "mask", "bytes")}
         return SplitView(
-            tokens, offsets, _mapped(self.path / f"{name}.mask", np.dtype(np.uint8), (record.tokens,))
+            tokens=_mapped(files["bin"], dtype, per_token),
+            offsets=_mapped(files["idx"], np.dtype("<u8"), (record.documents + 1, 2)),
+            mask=_mapped(files["mask"], np.dtype(np.uint8), per_token) if self.manifest.masked else None,
+            bytes=_mapped(files["bytes"], np.dtype("<u4"), per_token) if name in SCORED else None,
         )
 
 
@@ -156,6 +167,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
             vocab_size=tokenizer.vocab_size,
             dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",  # noqa: PLR2004 - bytes of uint16
             eos_id=tokenizer.eos_id,
+            begin_ids=tokenizer.begin_ids,
             tokenizer_sha256=tokenizer.sha256,
             sources=tuple(
                 SourceRecord(source=source, documents=documents, bytes=size)
@@ -181,6 +193,8 @@ def open_store(path: Path) -> Store:
         _check_size(path / f"{name}.idx", (record.documents + 1) * _IDX_ROW)
         if manifest.masked:
             _check_size(path / f"{name}.mask", record.tokens)
+        if name in SCORED:
+            _check_size(path / f"{name}.bytes", _BYTES_OF_COUNT * record.tokens)
     return Store(path, manifest)
 
 

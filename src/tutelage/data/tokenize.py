@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tutelage.data.tokenizerfiles import tokenizer_json
 from tutelage.errors import UserError
@@ -41,12 +41,16 @@ class TextTokenizer:
         end_of_text: the token that closes every document.
         vocab_size: one more than its largest id.
         eos_id: id of `end_of_text`.
+        begin: the tokens that its post-processor puts in front of a text; they begin every document.
+        begin_ids: their ids.
     """
 
     json: str
     end_of_text: str
     vocab_size: int
     eos_id: int
+    begin: tuple[str, ...] = ()
+    begin_ids: tuple[int, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -58,8 +62,15 @@ class TextTokenizer:
         """Little-endian type of the ids on disk: uint16 where every id fits, else uint32."""
         return np.dtype("<u2") if self.vocab_size <= 2**16 else np.dtype("<u4")
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """What its special tokens are spelled like."""
+        return tuple(token["content"] for token in json.loads(self.json)["added_tokens"] if token["special"])
+
     def save(self, directory: Path, chat: Mapping[str, str] | None = None) -> None:
-        """Write tokenizer.json byte for byte, and what transformers needs beside it to load it.
+        """Write tokenizer.json as it is here, and what transformers needs beside it to load it.
+
+        A single token that begins every text is named as `bos_token`, so that lm-eval begins with it too.
 
         Args:
             directory: where to.
@@ -72,12 +83,13 @@ class TextTokenizer:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": self.end_of_text,
                 "clean_up_tokenization_spaces": False,
+                **({"bos_token": self.begin[0]} if len(self.begin) == 1 else {}),
                 **(chat or {}),
             },
         )
 
     def encoder(self, *, markup: bool = False) -> Callable[[Sequence[str]], list[bytes]]:
-        """A function from texts to their ids as bytes of `dtype`, without end-of-text tokens.
+        """A function from texts to their ids as bytes of `dtype`, without what begins and ends documents.
 
         Text that spells a special token is encoded letter by letter: a document cannot fake an end of
         text. Only in `markup`, which a chat template wrote, special tokens are meant.
@@ -109,7 +121,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _wrapped(tokenizer.to_str(), END_OF_TEXT, tokenizer.get_vocab(with_added_tokens=True))
+    return _wrapped(tokenizer.to_str(), tokenizer, END_OF_TEXT)
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
@@ -117,6 +129,9 @@ def load_tokenizer(path: Path) -> TextTokenizer:
 
     The end-of-text token is `eos_token` of the directory's tokenizer_config.json. For a single file, or
     where that says nothing, it is the first of the usual ones that the tokenizer has.
+
+    What the tokenizer's post-processor puts in front of a text is kept. What it puts behind is taken out of
+    the tokenizer, so that a text encoded with it can be continued: stores close documents themselves.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or it has no end-of-text token.
@@ -135,13 +150,40 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     for token in [named] if named else _KNOWN_ENDS:
         if token in vocabulary:
-            return _wrapped(text, token, vocabulary)
+            return _wrapped(text, tokenizer, token)
     wanted = f"the eos_token {named!r} of its tokenizer_config.json" if named else " or ".join(_KNOWN_ENDS)
     raise UserError(f"tokenizer {file}: has no end-of-text token; expected {wanted}")
 
 
-def _wrapped(text: str, end: str, vocabulary: dict[str, int]) -> TextTokenizer:
-    return TextTokenizer(text, end, max(vocabulary.values()) + 1, vocabulary[end])
+def _wrapped(text: str, tokenizer: Tokenizer, end: str) -> TextTokenizer:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    begin, begin_ids, appends = _added_to_texts(tokenizer)
+    if appends:
+        settings = json.loads(text)
+        settings["post_processor"] = _in_front(begin, begin_ids)
+        text = json.dumps(settings, ensure_ascii=False, indent=2)
+    return TextTokenizer(text, end, max(vocabulary.values()) + 1, vocabulary[end], begin, begin_ids)
+
+
+def _added_to_texts(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+    """Tokens that the post-processor puts in front of a text, their ids, and whether it puts any behind."""
+    if tokenizer.post_processor is None:
+        return (), (), False
+    bare = Tokenizer(models.WordLevel({"text": 0}))
+    bare.post_processor = tokenizer.post_processor
+    encoding = bare.encode("text")
+    place = encoding.special_tokens_mask.index(0)
+    return tuple(encoding.tokens[:place]), tuple(encoding.ids[:place]), place + 1 < len(encoding.ids)
+
+
+def _in_front(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, object]:
+    """The post-processor, as in a tokenizer.json, that puts these tokens in front of a text."""
+    bare = Tokenizer(models.WordLevel())
+    bare.post_processor = processors.TemplateProcessing(
+        single=[*tokens, "$A"], special_tokens=list(zip(tokens, ids, strict=True))
+    )
+    template: dict[str, object] = json.loads(bare.to_str())["post_processor"]
+    return template
 
 
 def _named_end(config: Path) -> str | None:

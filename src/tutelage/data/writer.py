@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tutelage.data.manifest import SPLITS, SplitRecord
+from tutelage.data.manifest import SCORED, SPLITS, SplitRecord
+from tutelage.data.sourcebytes import SourceBytes
 from tutelage.data.sources import Document, Tally, mixed
 from tutelage.errors import UserError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from tutelage.data.chat import Chat
     from tutelage.data.config import StoreConfig
+    from tutelage.data.pairs import Piece
     from tutelage.data.tokenize import TextTokenizer
     from tutelage.types import Split
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 4_000_000
 _SAMPLE_BYTES_PER_ENTRY = 4000
 _SAMPLE_WINDOW = 20
+_NO_BYTES = struct.pack("<I", 0)
 
 
 def _split_of(document: Document, config: StoreConfig) -> Split:
@@ -91,10 +94,13 @@ def write_splits(
         progress: called with "tokens" and the bytes of text done.
     """
     encoders = {markup: tokenizer.encoder(markup=markup) for markup in (False, True)}
-    end = np.array([tokenizer.eos_id], tokenizer.dtype).tobytes()
+    sizes = SourceBytes(tokenizer)
     with contextlib.ExitStack() as stack:
         writers = {
-            name: _SplitWriter(directory, name, end, stack, masked=config.has_pairs) for name in SPLITS
+            name: _SplitWriter(
+                directory, name, tokenizer, stack, sizes if name in SCORED else None, masked=config.has_pairs
+            )
+            for name in SPLITS
         }
         for batch in _batches(mixed(config.sources, config.max_bytes, tally, chat)):
             for document, ids in zip(batch, _encoded(batch, encoders), strict=True):
@@ -129,35 +135,68 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _SplitWriter:
-    """Appends documents to the files of one split and keeps their checksums."""
+    """Appends documents to the files of one split and keeps their checksums.
+
+    Args:
+        directory: where the files go.
+        name: of the split.
+        tokenizer: says what begins and closes a document.
+        stack: closes the files.
+        sizes: counts bytes of the source per token; None where nothing is scored.
+        masked: whether some tokens are prompts.
+    """
 
     def __init__(
-        self, directory: Path, name: Split, end: bytes, stack: contextlib.ExitStack, *, masked: bool
+        self,
+        directory: Path,
+        name: Split,
+        tokenizer: TextTokenizer,
+        stack: contextlib.ExitStack,
+        sizes: SourceBytes | None,
+        *,
+        masked: bool,
     ) -> None:
-        self._end = end
+        self._dtype = tokenizer.dtype
+        self._begin = np.array(tokenizer.begin_ids, self._dtype).tobytes()
+        self._end = np.array([tokenizer.eos_id], self._dtype).tobytes()
+        self._sizes = sizes
         self._bin = _HashedFile(directory / f"{name}.bin", stack)
         self._idx = _HashedFile(directory / f"{name}.idx", stack)
         self._mask = _HashedFile(directory / f"{name}.mask", stack) if masked else None
+        self._lengths = None if sizes is None else _HashedFile(directory / f"{name}.bytes", stack)
         self._documents = self._tokens = self._bytes = 0
         self._idx.write(struct.pack("<QQ", 0, 0))
 
     def add(self, document: Document, ids: Sequence[bytes]) -> None:
-        """Append one document, given the ids of its pieces, and close it with the end of text."""
-        self._bin.write(b"".join(ids) + self._end)
+        """Append one document, given the ids of its pieces, between what begins and what closes documents.
+
+        A chat template may have written what begins a document already; it is not written twice.
+        """
+        begin = b"" if b"".join(ids).startswith(self._begin) else self._begin
+        self._bin.write(b"".join((begin, *ids, self._end)))
         counts = [len(piece_ids) // len(self._end) for piece_ids in ids]
+        begun = len(begin) // len(self._end)
         if self._mask is not None:
             marks = (b"\0" if piece.is_prompt else b"\1" for piece in document.pieces)
             learned = b"".join(mark * count for mark, count in zip(marks, counts, strict=True))
-            self._mask.write(learned + b"\1")  # to end is a part of the answer
+            self._mask.write(b"\0" * begun + learned + b"\1")  # to end is a part of the answer
+        if self._lengths is not None and self._sizes is not None:
+            pieces = zip(document.pieces, ids, strict=True)
+            lengths = b"".join(self._lengths_of(self._sizes, piece, piece_ids) for piece, piece_ids in pieces)
+            self._lengths.write(_NO_BYTES * begun + lengths + _NO_BYTES)
         self._documents += 1
-        self._tokens += sum(counts) + 1
+        self._tokens += begun + sum(counts) + 1
         self._bytes += document.size
         self._idx.write(struct.pack("<QQ", self._tokens, self._bytes))
 
+    def _lengths_of(self, sizes: SourceBytes, piece: Piece, ids: bytes) -> bytes:
+        lengths_N = sizes.count(piece.text, np.frombuffer(ids, self._dtype), markup=piece.markup)
+        return lengths_N.astype("<u4").tobytes()
+
     def finish(self) -> SplitRecord:
         """Bring everything to the disk; what was written."""
-        written = [self._bin, self._idx, *([self._mask] if self._mask is not None else [])]
-        files = dict(file.finish() for file in written)
+        written = [self._bin, self._idx, self._mask, self._lengths]
+        files = dict(file.finish() for file in written if file is not None)
         return SplitRecord(documents=self._documents, tokens=self._tokens, bytes=self._bytes, files=files)
 
 

@@ -16,12 +16,13 @@ from pydantic import Field
 from tutelage.configio import load
 from tutelage.data.config import CorpusSource, Source, StoreConfig, TokenizerConfig
 from tutelage.data.corpora import find_corpus
+from tutelage.data.manifest import SCORED
 from tutelage.data.store import build_store, open_store
 from tutelage.data.tokenize import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.files import new_directory
 from tutelage.settings import Fraction, Name, Section
-from tutelage.types import Role, Split
+from tutelage.types import Role
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,9 +67,6 @@ def _load() -> Suites:
 
 
 SUITES = _load()
-
-SCORED: tuple[Split, Split] = ("validation", "test")
-"""What is scored: choices and fits are made on the first, results are reported on the second."""
 
 DOMAINS = {**SUITES.domains}
 """Every named domain, by name."""

@@ -26,7 +26,7 @@ from tutelage.errors import UserError
 from tutelage.evals.domains import check_sources, domain_store, find_domain
 from tutelage.evals.packagetasks import PACKAGE_TASKS, build_package_task
 from tutelage.evals.papertasks import PAPER_TASKS
-from tutelage.evals.records import add_scores, read_scores
+from tutelage.evals.records import add_scores, read_scores, version_of
 from tutelage.evals.subject import Subject, check_tokenizer
 from tutelage.evals.tasks import KINDS, BuiltTask, build_task, held_out_texts
 from tutelage.files import claimed, make_directory
@@ -222,7 +222,7 @@ def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
         name=name,
         loaded=loaded,
         metric=None if paper is None else paper.metric,
-        version=digest([name, *(_shown(task, limit) for task in leaves)]),
+        version=version_of([name, *(_shown(task, limit) for task in leaves)]),
     )
 
 

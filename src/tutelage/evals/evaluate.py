@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tutelage.data.manifest import SCORED
 from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import Store, open_store
 from tutelage.errors import UserError
 from tutelage.evals.domains import (
     DOMAINS,
-    SCORED,
     SUITES,
     Domain,
     check_sources,
@@ -28,9 +28,10 @@ from tutelage.evals.windows import read_documents
 from tutelage.files import claimed, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.positions import check_length
+from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import torch
 
@@ -151,7 +152,9 @@ def _evaluated(
     with claimed(subject.output / "lock", str(subject.output)):
         training = _training(subject, watcher)
         targets = _targets(subject, request, training, watcher.store)
-        there = {(row["domain"], row["version"], row["step"]) for row in read_scores(subject.scores)}
+        found = read_scores(subject.scores)
+        _name_old_scores(subject, found, {target.name for target in targets}, watcher)
+        there = {(row["domain"], row["version"], row["step"]) for row in found}
         todo = [target for target in targets if (target.name, target.version, subject.step) not in there]
         if todo:
             model = load(subject.model)
@@ -170,6 +173,19 @@ def _evaluated(
     for row in read_scores(subject.scores):
         rows.get((row["domain"], row["version"], row["step"]), []).append(row)
     return [row for found in rows.values() for row in found]
+
+
+def _name_old_scores(
+    subject: Subject, rows: Sequence[Mapping[str, Any]], domains: Collection[str], watcher: EvalWatcher
+) -> None:
+    """Say which scores of the request are not shown because documents were scored otherwise."""
+    old = {row["domain"]: scoring_version(row["version"]) for row in rows if row["domain"] in domains}
+    old = {domain: made_by for domain, made_by in old.items() if made_by != SCORING_VERSION}
+    if old:
+        watcher.note(
+            f"{subject.id}: scores of {', '.join(old)} by scoring version {max(old.values())} are left out; "
+            f"this is version {SCORING_VERSION}, and the numbers do not compare"
+        )
 
 
 def _training(subject: Subject, watcher: EvalWatcher) -> Store | None:

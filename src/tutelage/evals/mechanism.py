@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tutelage.evals.subject import Subject
 
 _ROLES = ("student", "teacher", "baseline")
-_VERSION = 1
+_VERSION = 2
 """Raised when a quantity or the layout of the files changes; older results are then computed again."""
 _CHUNK_TOKENS = 1024
 _CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**25, "mps": 2**25}
@@ -226,7 +226,7 @@ def _read(
     place = models["student"].head_VD.device
     parts: list[dict[str, np.ndarray]] = []
     index_of = np.array([document.index for document in documents])
-    for block in blocks(documents, store.eos_id, context, stride=context):
+    for block in blocks(documents, context, stride=context):
         scored_BT = block.labels_BT != IGNORE_INDEX
         gold_N = block.labels_BT[scored_BT]
         inputs_BT, keep_BT = block.inputs_BT.to(place), scored_BT.to(place)

@@ -1,8 +1,8 @@
 """How well a model predicts a text: one forward pass, and of every scored token a few numbers.
 
-Every token but the end-of-text mark is predicted exactly once, the first one from the end-of-text mark.
-No more than 2048 rows of logits exist at any time; what is kept per token does not depend on the
-vocabulary.
+Every scored token (`tutelage.evals.windows` says which are) is predicted exactly once, over the ids that the
+text's tokenizer has: rows of a head that was padded beyond them get no probability, as in training. No more
+than 2048 rows of logits exist at any time; what is kept per token does not depend on the vocabulary.
 """
 
 from __future__ import annotations
@@ -84,11 +84,53 @@ class DocumentLosses:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowLosses:
+    """Losses of W windows, in the order of documents and of the windows of a document.
+
+    Attributes:
+        document_W: place of the window's document in the list that was scored.
+        window_W: which of the document's windows it is; 0 for the first.
+        nll_W: sum of -log p over its scored tokens, in nats, float64.
+        tokens_W: scored tokens.
+        bytes_W: UTF-8 bytes of the scored text.
+    """
+
+    document_W: np.ndarray
+    window_W: np.ndarray
+    nll_W: np.ndarray
+    tokens_W: np.ndarray
+    bytes_W: np.ndarray
+
+    def first_excess(self, documents: int) -> tuple[Measured | None, int]:
+        """Nats per token of first windows minus that of further ones, and of how many documents.
+
+        Only documents with both count, so that texts do not differ; None if there is none. Windows of one
+        length see equally much, so a model that knows how documents begin loses about the same in both.
+        """
+        further = self.window_W > 0
+        nll, tokens = (
+            np.array([np.bincount(self.document_W[r], column[r], documents) for r in (~further, further)])
+            for column in (self.nll_W, self.tokens_W)
+        )
+        both_N = (tokens > 0).all(0)
+        n = int(both_N.sum())
+        if n == 0:
+            return None, 0
+        nll, tokens = nll[:, both_N], tokens[:, both_N]
+        means = nll.sum(1) / tokens.sum(1)
+        residual_N = np.subtract(*((nll - means[:, None] * tokens) / tokens.sum(1, keepdims=True)))
+        stderr = math.sqrt(n / (n - 1) * float((residual_N**2).sum())) if n > 1 else math.nan
+        return Measured(float(means[0] - means[1]), stderr, None, None), n
+
+
+@dataclass(frozen=True, slots=True)
 class TokenScores:
     """What is kept of N scored tokens, in no particular order.
 
     Attributes:
         document_N: place of the token's document in the list that was scored.
+        place_N: which token of its document it is.
+        window_N: which window of its document it was scored in.
         label_N: the token, an id.
         logp_N: its log-probability in nats, float64.
         confidence_N: probability of the model's first choice.
@@ -100,6 +142,8 @@ class TokenScores:
     """
 
     document_N: np.ndarray
+    place_N: np.ndarray
+    window_N: np.ndarray
     label_N: np.ndarray
     logp_N: np.ndarray
     confidence_N: np.ndarray
@@ -113,9 +157,22 @@ class TokenScores:
         values_N = self.logp_N if logp_N is None else logp_N
         return DocumentLosses(
             self.per_document(-values_N, len(documents)),
-            np.array([len(document.tokens_N) for document in documents]),
+            np.array([document.scored for document in documents]),
             np.array([document.size for document in documents]),
         )
+
+    def windows(self, documents: Sequence[Document]) -> WindowLosses:
+        """Losses per window."""
+        bytes_N = np.zeros(len(self.document_N))
+        for number, document in enumerate(documents):
+            own_N = self.document_N == number
+            bytes_N[own_N] = document.bytes_N[self.place_N[own_N]]
+        keys_W, window_N = np.unique(
+            np.stack([self.document_N, self.window_N], 1), axis=0, return_inverse=True
+        )
+        sums = (np.bincount(window_N, weights, len(keys_W)) for weights in (-self.logp_N, None, bytes_N))
+        nll_W, tokens_W, bytes_W = sums
+        return WindowLosses(keys_W[:, 0], keys_W[:, 1], nll_W, tokens_W, bytes_W.astype(np.int64))
 
     def per_document(self, values_N: np.ndarray, documents: int) -> np.ndarray:
         """Sums of a value over each document's tokens, float64."""
@@ -125,19 +182,19 @@ class TokenScores:
 def score_tokens(
     model: PreTrainedModel,
     documents: Sequence[Document],
-    eos_id: int,
+    vocab_size: int,
     context: int,
     stride: int | None = None,
     powers: Sequence[float] = (),
     every: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> TokenScores:
-    """Predict every token of `documents` once.
+    """Predict every scored token of `documents` once.
 
     Args:
         model: a causal language model; put into eval mode.
         documents: token ids made with the model's tokenizer.
-        eos_id: id of the end-of-text mark.
+        vocab_size: number of ids of that tokenizer; rows of the head beyond them get no probability.
         context: window length in tokens; at most the trained length, so that nothing extrapolates.
         stride: tokens scored per further window; default: `context`, windows that do not overlap.
         powers: inverse temperatures at which to take log-probabilities as well.
@@ -149,24 +206,24 @@ def score_tokens(
     device = head.weight.device
     parts = []
     with torch.inference_mode():
-        for block in blocks(documents, eos_id, context, stride or context):
+        for block in blocks(documents, context, stride or context):
             hidden_BTD = body(input_ids=block.inputs_BT.to(device), use_cache=False).last_hidden_state
             scored_BT = block.labels_BT != IGNORE_INDEX
-            labels_N = block.labels_BT[scored_BT]
-            sampled_N = (block.places_BT[scored_BT] % every == 0) & bool(powers)
+            labels_N, places_N = block.labels_BT[scored_BT], block.places_BT[scored_BT]
+            sampled_N = (places_N % every == 0) & bool(powers)
             measured = _measured_in_pieces(
                 hidden_BTD[scored_BT.to(device)],
-                head.weight,
+                head.weight[:vocab_size],
                 logit_transform(model),
                 (labels_N.to(device), sampled_N.to(device)),
                 powers,
             )
-            parts.append([block.documents_BT[scored_BT], labels_N, *measured, sampled_N])
+            where = block.documents_BT[scored_BT], places_N, block.windows_BT[scored_BT]
+            parts.append([*where, labels_N, *measured[:-1], sampled_N, measured[-1]])
             progress(len(labels_N))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    document_N, label_N, logp_N, confidence_N, correct_N, brier_N, powered_MK, sampled = columns
-    logp_N = logp_N.astype(np.float64)
-    return TokenScores(document_N, label_N, logp_N, confidence_N, correct_N, brier_N, sampled, powered_MK)
+    document_N, place_N, window_N, label_N, logp_N, *rest = columns
+    return TokenScores(document_N, place_N, window_N, label_N, logp_N.astype(np.float64), *rest)
 
 
 def _measured_in_pieces(

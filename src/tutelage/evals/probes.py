@@ -13,12 +13,11 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from tutelage import provenance
-from tutelage.configio import digest
 from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.perplexity import Measured, ratio
-from tutelage.evals.records import add_scores, read_scores
+from tutelage.evals.records import add_scores, read_scores, version_of
 from tutelage.evals.samples import write_samples
 from tutelage.evals.subject import Subject, check_tokenizer
 from tutelage.evals.windows import FORWARD_TOKENS, blocks, read_documents
@@ -87,11 +86,13 @@ def run_probes(
 
 
 def _copying(subject: Subject, student: PreTrainedModel, text: Store) -> list[Score]:
-    ids_V, segment = used_ids(text), min(subject.context // 2, LONGEST_SEGMENT)
-    version = digest(["copying", ids_V.tolist(), segment, SEQUENCES])
+    ids_V = used_ids(text)
+    segment = min((subject.context + 1 - len(text.begin_ids)) // 2, LONGEST_SEGMENT)
+    version = version_of(["copying", ids_V.tolist(), text.begin_ids, segment, SEQUENCES])
 
     def measure() -> dict[str, Measured]:
-        return {"accuracy": copying_accuracy(student, ids_V, text.eos_id, segment)}
+        found = copying_accuracy(student, ids_V, text.begin_ids, text.vocab_size, segment)
+        return {"accuracy": found}
 
     return _once(subject, COPYING, version, SEQUENCES, measure)
 
@@ -100,11 +101,11 @@ def _accepted(subject: Subject, student: PreTrainedModel, teacher: Subject, text
     documents = read_documents(text, "test", _DOCUMENTS, _DOCUMENT_TOKENS)
     context = min(subject.context, teacher.context)
     settings = [text.fingerprint, _DOCUMENTS, _DOCUMENT_TOKENS, context, DRAFT]
-    version = digest(["acceptance", *settings, teacher.id, teacher.step])
+    version = version_of(["acceptance", *settings, teacher.id, teacher.step])
 
     def measure() -> dict[str, Measured]:
         loaded = load(teacher.model).to(student.device)
-        return acceptance(student, loaded, documents, text.eos_id, context)
+        return acceptance(student, loaded, documents, text.vocab_size, context)
 
     return _once(subject, f"acceptance:{teacher.id}", version, len(documents), measure)
 
@@ -124,26 +125,32 @@ def _once(
 
 
 def used_ids(store: Store) -> NDArray[np.int64]:
-    """Ids that occur in the (first ten million tokens of the) training split, without the end of text."""
+    """Ids that occur in the (first ten million tokens of the) training split, without marks of documents."""
     tokens = store.split("train").tokens[:_VOCABULARY_TOKENS]
     counts_V = np.bincount(tokens, minlength=store.vocab_size)
-    counts_V[store.eos_id] = 0
+    counts_V[[store.eos_id, *store.begin_ids]] = 0
     return np.flatnonzero(counts_V)
 
 
 @torch.inference_mode()
 def copying_accuracy(
-    model: PreTrainedModel, ids_V: NDArray[np.int64], eos_id: int, segment: int, sequences: int = SEQUENCES
+    model: PreTrainedModel,
+    ids_V: NDArray[np.int64],
+    begin_ids: Sequence[int],
+    vocab_size: int,
+    segment: int,
+    sequences: int = SEQUENCES,
 ) -> Measured:
     """How often the model's first choice continues a repeated segment of random tokens.
 
-    A sequence is the end-of-text mark, `segment` ids drawn from `ids_V` with replacement, and the same
+    A sequence is what begins a document, `segment` ids drawn from `ids_V` with replacement, and the same
     again. Scored are the tokens of the second copy but its first, which nothing announces. Chance is 1/V.
 
     Args:
         model: a causal language model; put into eval mode.
         ids_V: ids to draw from.
-        eos_id: id of the end-of-text mark.
+        begin_ids: what begins a document.
+        vocab_size: number of ids of the tokenizer; what the head has beyond them is padding.
         segment: tokens in a copy, 2 or more.
         sequences: how many; the draw is a function of the arguments alone.
 
@@ -153,15 +160,18 @@ def copying_accuracy(
     generator = torch.Generator().manual_seed(0)
     picks_NS = torch.randint(len(ids_V), (sequences, segment), generator=generator)
     copy_NS = torch.from_numpy(ids_V)[picks_NS]
-    tokens_NT = torch.cat([torch.full((sequences, 1), eos_id), copy_NS, copy_NS], 1)
+    begin_NB = torch.tensor([*begin_ids], dtype=torch.int64).expand(sequences, -1)
+    tokens_NT = torch.cat([begin_NB, copy_NS, copy_NS], 1)
     model.eval()
     body, head = body_and_head(model)
+    weight_VD = head.weight[:vocab_size]
     right: list[Tensor] = []
     for rows in _slices(sequences, max(1, FORWARD_TOKENS // tokens_NT.shape[1])):
         rows_BT = tokens_NT[rows].to(head.weight.device)
         hidden_BTD = body(input_ids=rows_BT[:, :-1], use_cache=False).last_hidden_state[:, -segment + 1 :]
         hidden_ND = hidden_BTD.flatten(0, 1)
-        choice_N = torch.cat([head(hidden_ND[part]).argmax(1) for part in _slices(len(hidden_ND))])
+        parts = (hidden_ND[part] @ weight_VD.T for part in _slices(len(hidden_ND)))
+        choice_N = torch.cat([logits_NV.argmax(1) for logits_NV in parts])
         right.append((choice_N.view(len(rows_BT), -1) == rows_BT[:, -segment + 1 :]).sum(1))
     return ratio(torch.cat(right).cpu().numpy(), np.full(sequences, segment - 1))
 
@@ -171,7 +181,7 @@ def acceptance(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     documents: Sequence[Document],
-    eos_id: int,
+    vocab_size: int,
     context: int,
     draft: int = DRAFT,
 ) -> dict[str, Measured]:
@@ -185,7 +195,7 @@ def acceptance(
         student: a causal language model; put into eval mode.
         teacher: another one with the same tokenizer, on the same device.
         documents: the text; all not empty.
-        eos_id: id of the end-of-text mark.
+        vocab_size: number of ids of their tokenizer; what a head has beyond them is padding.
         context: window length in tokens; at most what both were trained on.
         draft: tokens proposed at a time.
 
@@ -194,9 +204,10 @@ def acceptance(
         accepted_length: mean, over the places where `draft` tokens follow in the document, of the tokens
             accepted before the first rejection, 0 to `draft`. Left out where no document is that long.
     """
-    rates = _acceptance_rates(student, teacher, documents, eos_id, context)
-    found = {"acceptance_rate": _mean_over_tokens(rates)}
+    rates = _acceptance_rates(student, teacher, documents, vocab_size, context)
+    found = {"acceptance_rate": _mean_over_tokens([rates_T[~np.isnan(rates_T)] for rates_T in rates])}
     runs = [_accepted_lengths(rates_T, draft) for rates_T in rates if len(rates_T) >= draft]
+    runs = [lengths_T for lengths_T in runs if len(lengths_T)]
     return found | ({"accepted_length": _mean_over_tokens(runs)} if runs else {})
 
 
@@ -204,18 +215,24 @@ def _acceptance_rates(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     documents: Sequence[Document],
-    eos_id: int,
+    vocab_size: int,
     context: int,
 ) -> list[NDArray[np.float64]]:
-    """sum_x min(p, q) of every token of every document; no more than `_LOGIT_TOKENS` rows of logits exist."""
+    """sum_x min(p, q) of every token of every document, NaN where a token is not scored.
+
+    No more than `_LOGIT_TOKENS` rows of logits exist.
+    """
     student.eval()
     teacher.eval()
-    rates = [np.zeros(len(document.tokens_N)) for document in documents]
-    for block in blocks(documents, eos_id, context, context):
+    rates = [np.full(len(document.tokens_N), np.nan) for document in documents]
+    for block in blocks(documents, context, context):
         scored_BT = block.labels_BT != IGNORE_INDEX
         hidden = [_hidden(model, block.inputs_BT, scored_BT) for model in (student, teacher)]
         shared = [
-            _shared_mass(_probabilities(student, hidden[0][rows]), _probabilities(teacher, hidden[1][rows]))
+            torch.minimum(
+                _probabilities(student, hidden[0][rows], vocab_size),
+                _probabilities(teacher, hidden[1][rows], vocab_size),
+            ).sum(1)
             for rows in _slices(int(scored_BT.sum()))
         ]
         where = zip(block.documents_BT[scored_BT].tolist(), block.places_BT[scored_BT].tolist(), strict=True)
@@ -235,21 +252,15 @@ def _hidden(model: PreTrainedModel, inputs_BT: Tensor, scored_BT: Tensor) -> Ten
     return hidden_BTD[scored_BT.to(device)]
 
 
-def _probabilities(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    logits_NV = body_and_head(model)[1](hidden_ND).float()
+def _probabilities(model: PreTrainedModel, hidden_ND: Tensor, vocab_size: int) -> Tensor:
+    logits_NV = (hidden_ND @ body_and_head(model)[1].weight[:vocab_size].T).float()
     return transformed(logits_NV, logit_transform(model)).softmax(1)
 
 
-def _shared_mass(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """Sum of min(p, q); of ids that only one head has, the other gives nothing."""
-    width = min(p_NV.shape[1], q_NV.shape[1])
-    return torch.minimum(p_NV[:, :width], q_NV[:, :width]).sum(1)
-
-
 def _accepted_lengths(rates_T: NDArray[np.float64], draft: int) -> NDArray[np.float64]:
-    """Expected accepted tokens of a draft at every place: sum over k of the product of the first k rates."""
+    """Expected accepted tokens of a draft at every place where one fits: sum of products of first rates."""
     lengths_T: NDArray[np.float64] = sliding_window_view(rates_T, draft).cumprod(1).sum(1)
-    return lengths_T
+    return lengths_T[~np.isnan(lengths_T)]
 
 
 def _mean_over_tokens(values: Sequence[NDArray[np.float64]]) -> Measured:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from tutelage.configio import digest
 from tutelage.errors import UserError
 from tutelage.files import replacing, write_json, write_text
+from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +25,11 @@ Key = tuple[str, str, str, str, int]
 def key(row: dict[str, Any]) -> Key:
     """What makes a row the same measurement as another: domain, split, metric, version and step."""
     return row["domain"], row["split"], row["metric"], row["version"], row["step"]
+
+
+def version_of(identity: object) -> str:
+    """The `version` of scores: how scores are made, and a digest of the text and settings behind them."""
+    return f"{SCORING_VERSION}-{digest(identity)}"
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:

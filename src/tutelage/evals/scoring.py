@@ -10,11 +10,17 @@ import numpy as np
 import polars as pl
 
 from tutelage import provenance
-from tutelage.configio import digest
+from tutelage.data.manifest import SCORED
 from tutelage.evals.calibration import adaptive_edges, calibration_error, fixed_edges, reliability
-from tutelage.evals.domains import SCORED
-from tutelage.evals.perplexity import DocumentLosses, Measured, TokenScores, ratio, score_tokens
-from tutelage.evals.records import add_calibration, add_documents, add_scores
+from tutelage.evals.perplexity import (
+    DocumentLosses,
+    Measured,
+    TokenScores,
+    WindowLosses,
+    ratio,
+    score_tokens,
+)
+from tutelage.evals.records import add_calibration, add_documents, add_scores, version_of
 from tutelage.evals.smoothing import (
     FIT_TOKENS,
     POWERS,
@@ -26,7 +32,7 @@ from tutelage.evals.smoothing import (
     own_unigram,
 )
 from tutelage.evals.windows import read_documents
-from tutelage.types import Score
+from tutelage.types import FIRST_WINDOWS, Score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -77,7 +83,7 @@ class Target:
         left_out = [sorted(self.left_out(split)) for split in SCORED]
         if any(left_out):
             identity.append({"left_out": left_out})
-        return digest(identity)
+        return version_of(identity)
 
     def left_out(self, split: Split) -> frozenset[int]:
         """Places of documents that are not scored because the model was trained on them."""
@@ -85,8 +91,8 @@ class Target:
 
     @property
     def windows(self) -> dict[str, int]:
-        """How a document is cut into windows, as arguments of `score_tokens`."""
-        return {"eos_id": self.store.eos_id, "context": self.context, "stride": self.stride}
+        """Which ids there are, and how a document is cut into windows, as arguments of `score_tokens`."""
+        return {"vocab_size": self.store.vocab_size, "context": self.context, "stride": self.stride}
 
     def documents(self, split: Split) -> list[Document]:
         """What is scored."""
@@ -99,7 +105,8 @@ class Outcome:
 
     Attributes:
         scores: rows for `scores.jsonl`.
-        documents: rows for `documents.parquet`.
+        documents: rows for `documents.parquet`: bytes, tokens and losses (nats) of every document, and lists
+            with the same for each of its windows that scores something, of which window 0 is the first.
         calibration: the version's entry of `calibration.json`: the fit and the reliability curves.
     """
 
@@ -168,8 +175,9 @@ def score_domain(
     if validation:
         tokens = _validation_tokens(model, target, validation, progress)
         losses = tokens.losses(validation)
-        rows += _raw("validation", losses)
-        frames.append(_frame(target, "validation", validation, losses, {}))
+        windows = tokens.windows(validation)
+        rows += _raw("validation", losses, windows)
+        frames.append(_frame(target, "validation", validation, losses, windows, {}))
         fitted, unigram_V = _fitted(tokens, target.store.vocab_size)
         repairs = _repairs(fitted, unigram_V, tokens, in_domain.fit(target, fitted))
         record["fit"] = asdict(fitted)
@@ -177,7 +185,8 @@ def score_domain(
         powers = [repair.power for repair in repairs]
         tokens = score_tokens(model, test, **target.windows, powers=powers, progress=progress)
         losses = tokens.losses(test)
-        rows += _raw("test", losses)
+        windows = tokens.windows(test)
+        rows += _raw("test", losses, windows)
         repaired = {
             repair.name: tokens.losses(test, repair.apply(powered_N, tokens.label_N))
             for repair, powered_N in zip(repairs, tokens.powered_MK.T, strict=True)
@@ -188,7 +197,7 @@ def score_domain(
             rows.append(Row("test", f"bits_per_byte_{repair.name}", found.bits_per_byte(), len(test), error))
         calibrated, record["reliability"] = _calibrated(tokens, len(test))
         rows += [Row("test", metric, measured, len(test)) for metric, measured in calibrated.items()]
-        frames.append(_frame(target, "test", test, losses, repaired))
+        frames.append(_frame(target, "test", test, losses, windows, repaired))
     rows += _overlaps(target)
     scores = [_score(subject, target, row) for row in rows]
     return Outcome(scores, pl.concat(frames) if frames else pl.DataFrame(), record)
@@ -265,7 +274,7 @@ def _validation_tokens(
     progress: Callable[[int], None] = lambda _: None,
 ) -> TokenScores:
     """Every token of a validation split, some of them at all powers for the fit."""
-    every = max(1, sum(len(document.tokens_N) for document in documents) // FIT_TOKENS)
+    every = max(1, sum(document.scored for document in documents) // FIT_TOKENS)
     return score_tokens(model, documents, **target.windows, powers=POWERS, every=every, progress=progress)
 
 
@@ -289,12 +298,13 @@ def _calibrated(tokens: TokenScores, documents: int) -> tuple[dict[str, Measured
     return scores, {name: reliability(tokens, ends) for name, ends in edges.items()}
 
 
-def _raw(split: Split, losses: DocumentLosses) -> list[Row]:
+def _raw(split: Split, losses: DocumentLosses, windows: WindowLosses) -> Iterator[Row]:
     n = len(losses.nll_N)
-    return [
-        Row(split, "bits_per_byte", losses.bits_per_byte(), n),
-        Row(split, "perplexity", losses.perplexity(), n),
-    ]
+    yield Row(split, "bits_per_byte", losses.bits_per_byte(), n)
+    yield Row(split, "perplexity", losses.perplexity(), n)
+    excess, several = windows.first_excess(n)
+    if excess is not None:
+        yield Row(split, FIRST_WINDOWS, excess, several)
 
 
 def _overlaps(target: Target) -> Iterator[Row]:
@@ -336,9 +346,11 @@ def _frame(
     split: Split,
     documents: list[Document],
     losses: DocumentLosses,
+    windows: WindowLosses,
     repaired: Mapping[str, DocumentLosses],
 ) -> pl.DataFrame:
     n = len(documents)
+    cuts = np.searchsorted(windows.document_W, np.arange(1, n))
     columns: dict[str, Any] = {
         "domain": [target.name] * n,
         "split": [split] * n,
@@ -347,6 +359,10 @@ def _frame(
         "bytes": losses.bytes_N,
         "tokens": losses.tokens_N,
         "nll": losses.nll_N,
+        "window": [part.tolist() for part in np.split(windows.window_W, cuts)],
+        "window_bytes": [part.tolist() for part in np.split(windows.bytes_W, cuts)],
+        "window_tokens": [part.tolist() for part in np.split(windows.tokens_W, cuts)],
+        "window_nll": [part.tolist() for part in np.split(windows.nll_W, cuts)],
     }
     fitted = {f"nll_{name}": pl.Float64() for name in FITTED}
     for name in FITTED:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tutelage.config import EvalDomain
+from tutelage.data.manifest import SCORED
 from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import open_store
 from tutelage.data.tokenizerfiles import tokenizer_json
-from tutelage.evals.domains import SCORED, check_splits
+from tutelage.evals.domains import check_splits
 from tutelage.evals.records import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, Target, keep, score_domain
 from tutelage.evals.subject import Subject

@@ -85,8 +85,10 @@ def held_out_texts(store: Store) -> list[str]:
     tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
     texts: list[str] = []
     size = 0
+    begun = len(store.begin_ids)
     for start, end in itertools.pairwise(view.offsets[:, 0].astype(np.int64)):
-        texts.append(tokenizer.decode(view.tokens[start : end - 1].tolist(), skip_special_tokens=False))
+        ids = view.tokens[start + begun : end - 1].tolist()
+        texts.append(tokenizer.decode(ids, skip_special_tokens=False))
         size += len(texts[-1])
         if size > _TEXT:
             break

@@ -1,19 +1,23 @@
-"""Documents of a split cut into windows that a model can read, in batches of windows of like length."""
+"""Documents of a split cut into windows that a model can read, in batches of windows of like length.
+
+A document begins as it does in training: with what the tokenizer puts in front of a text. Those tokens are
+context only. Where the tokenizer puts nothing there, the document's first token is context only.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from tutelage.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from tutelage.data.store import Store
@@ -25,17 +29,29 @@ FORWARD_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What is scored of one document.
+    """One document, from its beginning, and which of its tokens are scored.
 
     Attributes:
         index: its place in the split.
-        tokens_N: int64 ids, without the end-of-text mark.
-        size: UTF-8 bytes of the scored text.
+        tokens_N: int64 ids, with what begins a document; with the closing mark only where that is scored.
+        scored_N: whether each token is scored; never the first one.
+        bytes_N: bytes of the source text that each token stands for.
     """
 
     index: int
-    tokens_N: np.ndarray
-    size: int
+    tokens_N: NDArray[np.int64]
+    scored_N: NDArray[np.bool_]
+    bytes_N: NDArray[np.uint32]
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return int(self.scored_N.sum())
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of the source text that the scored tokens stand for."""
+        return int(self.bytes_N[self.scored_N].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,96 +63,114 @@ class Block:
         labels_BT: int64 ids; `IGNORE_INDEX` where nothing is scored.
         documents_BT: the place, in the list of documents, of the document of each label.
         places_BT: which token of its document a label is.
+        windows_BT: which window of its document a label is in; 0 for the first.
     """
 
     inputs_BT: Tensor
     labels_BT: Tensor
     documents_BT: Tensor
     places_BT: Tensor
+    windows_BT: Tensor
 
 
 def read_documents(
     store: Store, split: Split, max_documents: int, max_tokens: int, skip: Collection[int] = ()
 ) -> list[Document]:
-    """The first documents of a split, each up to `max_tokens` tokens from its beginning, without empty ones.
+    """The first documents of a split of which something is scored, each cut after `max_tokens` of its text.
+
+    Of plain text every token is scored but what begins it (the first token, if nothing does) and the
+    end-of-text mark. Of prompts and completions it is what training learns: completions alone, and the
+    end-of-text mark that closes the last one.
 
     Args:
         store: where they are.
         split: "validation" or "test".
         max_documents: how many.
-        max_tokens: of each.
+        max_tokens: of each, without what begins it.
         skip: places in the split to pass over.
     """
     view = store.split(split)
-    starts, sizes = view.offsets[:, 0].astype(np.int64), np.diff(view.offsets[:, 1].astype(np.int64))
-    chosen = [i for i in range(len(sizes)) if starts[i + 1] - starts[i] > 1 and i not in skip]
-    documents, cut = [], []
-    for i in chosen[:max_documents]:
-        end = min(starts[i + 1] - 1, starts[i] + max_tokens)
-        tokens_N = np.asarray(view.tokens[starts[i] : end], dtype=np.int64)
-        documents.append(Document(i, tokens_N, int(sizes[i])))
-        cut.append(end < starts[i + 1] - 1)
-    return _with_cut_sizes(documents, cut, store)
+    assert view.bytes is not None  # noqa: S101 - only train has none
+    starts = view.offsets[:, 0].astype(np.int64)
+    given = len(store.begin_ids)
+    documents: list[Document] = []
+    for i in (i for i in range(len(starts) - 1) if i not in skip):
+        if len(documents) == max_documents:
+            break
+        closing = starts[i + 1] - (1 if view.mask is None else 0)
+        place = slice(starts[i], min(closing, starts[i] + given + max_tokens))
+        tokens_N = np.asarray(view.tokens[place], dtype=np.int64)
+        scored_N = np.ones(len(tokens_N), bool) if view.mask is None else view.mask[place] != 0
+        scored_N[: max(1, given)] = False
+        if scored_N.any():
+            documents.append(Document(i, tokens_N, scored_N, np.asarray(view.bytes[place])))
+    return documents
 
 
-def _with_cut_sizes(documents: list[Document], cut: list[bool], store: Store) -> list[Document]:
-    """The same, where the store's index does not know the bytes because only the beginning is scored."""
-    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
-    short = [document.tokens_N.tolist() for document, was in zip(documents, cut, strict=True) if was]
-    texts = iter(tokenizer.decode_batch(short, skip_special_tokens=False))
-    return [
-        Document(document.index, document.tokens_N, len(next(texts).encode())) if was else document
-        for document, was in zip(documents, cut, strict=True)
-    ]
+def blocks(documents: Sequence[Document], context: int, stride: int) -> Iterator[Block]:
+    """Every scored token of every document as a label exactly once, in batches of windows of like length.
 
-
-def blocks(documents: Sequence[Document], eos_id: int, context: int, stride: int) -> Iterator[Block]:
-    """Every token of every document as a label exactly once, in batches of windows of like length.
-
-    A window holds at most `context` tokens. The first starts with the end-of-text mark; each further one
-    scores the next `stride` tokens with the `context - stride` tokens before them as context only.
+    A window holds at most `context` tokens. The first starts with the document; each further one scores the
+    next `stride` tokens with the `context - stride` tokens before them as context only. Windows without a
+    scored token are left out.
 
     Args:
         documents: what to score.
-        eos_id: id of the end-of-text mark, from which the first token is predicted.
         context: window length in tokens.
         stride: 1 to `context`; `context` means windows that do not overlap.
     """
     windows = [
         window
         for owner, document in enumerate(documents)
-        for window in _windows(owner, len(document.tokens_N), context, stride)
+        for window in _windows(owner, len(document.tokens_N) - 1, context, stride)
+        if document.scored_N[window.first + 1 : window.end + 1].any()
     ]
-    windows.sort(key=lambda window: window[1] - window[2])  # longest first, so that memory fails early
+    windows.sort(key=lambda window: window.start - window.end)  # longest first, so that memory fails early
     at = 0
     while at < len(windows):
-        length = windows[at][2] - windows[at][1]
+        length = windows[at].end - windows[at].start
         rows = max(1, FORWARD_TOKENS // length)
-        yield _block(windows[at : at + rows], documents, eos_id, length)
+        yield _block(windows[at : at + rows], documents, length)
         at += rows
 
 
-Window = tuple[int, int, int, int]
-"""Document, first input, end of inputs, first input whose next token is scored."""
+class _Window(NamedTuple):
+    """A window of one document.
+
+    Attributes:
+        owner: the document.
+        number: which of its windows.
+        start: first input.
+        end: end of inputs.
+        first: first input whose next token is a label.
+    """
+
+    owner: int
+    number: int
+    start: int
+    end: int
+    first: int
 
 
-def _windows(owner: int, tokens: int, context: int, stride: int) -> Iterator[Window]:
-    first = 0
-    while first < tokens:
+def _windows(owner: int, inputs: int, context: int, stride: int) -> Iterator[_Window]:
+    first = number = 0
+    while first < inputs:
         start = max(0, first - (context - stride))
-        end = min(tokens, context if first == 0 else first + stride)
-        yield owner, start, end, first
-        first = end
+        end = min(inputs, context if first == 0 else first + stride)
+        yield _Window(owner, number, start, end, first)
+        first, number = end, number + 1
 
 
-def _block(windows: Sequence[Window], documents: Sequence[Document], eos_id: int, length: int) -> Block:
+def _block(windows: Sequence[_Window], documents: Sequence[Document], length: int) -> Block:
     shape = (len(windows), length)
     inputs_BT, labels_BT = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX)
-    documents_BT, places_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    for row, (owner, start, end, first) in enumerate(windows):
-        tokens_N = documents[owner].tokens_N
-        inputs_BT[row, : end - start] = np.concatenate([[eos_id], tokens_N[:end]])[start:end]
-        labels_BT[row, first - start : end - start] = tokens_N[first:end]
-        places_BT[row, : end - start] = np.arange(start, end)
-        documents_BT[row] = owner
-    return Block(*map(torch.from_numpy, (inputs_BT, labels_BT, documents_BT, places_BT)))
+    documents_BT, places_BT, windows_BT = (np.zeros(shape, np.int64) for _ in range(3))
+    for row, (owner, number, start, end, first) in enumerate(windows):
+        document, after = documents[owner], slice(first + 1, end + 1)
+        inputs_BT[row, : end - start] = document.tokens_N[start:end]
+        labels_BT[row, first - start : end - start] = np.where(
+            document.scored_N[after], document.tokens_N[after], IGNORE_INDEX
+        )
+        places_BT[row, : end - start] = np.arange(start + 1, end + 1)
+        documents_BT[row], windows_BT[row] = owner, number
+    return Block(*map(torch.from_numpy, (inputs_BT, labels_BT, documents_BT, places_BT, windows_BT)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from tutelage.study.records import UnreadableError, read_lines
-from tutelage.types import COPYING, Score
+from tutelage.types import COPYING, SCORING_VERSION, Score, scoring_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +95,7 @@ def _scores(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> p
     rows: list[tuple[object, ...]] = []
     for run in runs:
         try:
-            found = read_lines(directory / run / "scores.jsonl", Score)
+            found = _made_alike(read_lines(directory / run / "scores.jsonl", Score))
             _check_lines(run, found)
         except UnreadableError as error:
             problems[run] = str(error)
@@ -109,6 +109,17 @@ def _scores(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> p
         .unique([*_KEYS, "metric"], keep="last")
         .sort(*_KEYS, "metric")
     )
+
+
+def _made_alike(scores: Sequence[Score]) -> list[Score]:
+    """The scores that this version's scoring made; others do not compare with them."""
+    made = [score for score in scores if scoring_version(score.version) == SCORING_VERSION]
+    if scores and not made:
+        raise UnreadableError(
+            f"scores.jsonl: all scores are by scoring version {scoring_version(scores[-1].version)}, this is "
+            f"version {SCORING_VERSION}; `tutelage study run` scores the run again"
+        )
+    return made
 
 
 def _check_lines(run: str, scores: Sequence[Score]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from tutelage.study.planfile import Plan, save_plan
-from tutelage.types import Score
+from tutelage.types import SCORING_VERSION, Score
 
 DOMAINS = {"speeches": "in_domain", "fables": "out_of_domain", "recipes": "out_of_domain"}
 BASE_BITS = {"speeches": 1.65, "fables": 3.2, "recipes": 3.6}
@@ -199,7 +199,7 @@ def write_evaluation(path, row, own, gain, noise):
                 score = Score(
                     run=path.name, step=1953, tokens=TOKENS, domain=domain, role=role, split=split,
                     metric=metric, value=float(value), stderr=0.01, n=DOCUMENTS, higher_is_better=False,
-                    version="v1",
+                    version=f"{SCORING_VERSION}-1",
                 )  # fmt: skip
                 scores.append(json.dumps(asdict(score)) + "\n")
     pl.concat(frames).write_parquet(path / "documents.parquet")

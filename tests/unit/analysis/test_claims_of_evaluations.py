@@ -64,7 +64,7 @@ def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
         for run, accuracy in ((f"baseline-{seed}", 0.5), (f"student-weak-1.0-{seed}", 0.4 + seed / 1000)):
             score = Score(
                 run=run, step=1953, tokens=TOKENS, domain="copying", role="probe", split="test",
-                metric="accuracy", value=accuracy, stderr=0.01, n=64, higher_is_better=True, version="1",
+                metric="accuracy", value=accuracy, stderr=0.01, n=64, higher_is_better=True, version="2-1",
             )  # fmt: skip
             with (study / "runs" / run / "scores.jsonl").open("a") as file:
                 file.write(json.dumps(asdict(score)) + "\n")

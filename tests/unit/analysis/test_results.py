@@ -8,8 +8,10 @@ from make_study import write_study
 from tutelage.errors import UserError
 from tutelage.study.planfile import save_plan
 from tutelage.study.results import load_plan, load_results
+from tutelage.types import SCORING_VERSION
 
 RUN = "student-weak-0.2-44"
+OTHER = {"version": f"{SCORING_VERSION}-2"}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def drop_domain(path):
         ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"value": "1.2"}), "line 1: value"),
         ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"run": "other"}), "belongs to run other"),
         ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"value": 2.0}), "documents.parquet says"),
-        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"version": "v2"}), "other text or settings"),
+        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | OTHER), "other text or settings"),
         ("documents.parquet", lambda p: p.unlink(), "documents.parquet: no such file"),
         ("documents.parquet", lambda p: p.write_bytes(p.read_bytes()[:-20]), "documents.parquet: "),
         ("documents.parquet", lambda p: pl.read_parquet(p).drop("nll").write_parquet(p), "parquet: .*nll"),
@@ -156,13 +158,29 @@ def test_a_damaged_evaluation_is_reported_and_left_out_whole(study, name, damage
 
 def test_a_run_scored_again_counts_with_its_latest_rows(study):
     path = study / "runs" / RUN / "scores.jsonl"
-    old = [json.loads(line) | {"value": 9.9, "version": "v0"} for line in path.read_text().splitlines()]
+    old = [json.loads(line) | OTHER | {"value": 9.9} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in old) + path.read_text())
 
     results = load_results(study)
 
     assert results.problems == ()
     assert results.scores.filter(run=RUN, metric="bits_per_byte")["value"].max() < 5
+
+
+def test_scores_of_an_older_scoring_are_named_and_left_out(study):
+    path = study / "runs" / RUN / "scores.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    old = [row | {"value": 9.9, "version": "1a2b3c4d"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *old)))
+    assert load_results(study).problems == ()
+    assert load_results(study).scores.filter(run=RUN, metric="bits_per_byte")["value"].max() < 5
+
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    (problem,) = load_results(study).problems
+    assert problem.startswith(
+        f"{RUN}: scores.jsonl: all scores are by scoring version 1, this is version 2; "
+    )
+    assert RUN not in load_results(study).scores["run"]
 
 
 def test_scores_from_the_middle_of_a_run_do_not_count(study):

@@ -239,7 +239,7 @@ def test_another_template_is_another_store(chatty, tmp_path):
 
 
 def test_stores_without_pairs_are_what_they_were(tmp_path, monkeypatch):
-    """Name and fingerprint as written by version 0.1.0, which knew no masks."""
+    """Name and fingerprint are fixed: what changes what a build writes raises the schema version."""
     monkeypatch.chdir(tmp_path)
     Path("tokenizer.json").write_text(
         '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,'
@@ -249,8 +249,8 @@ def test_stores_without_pairs_are_what_they_were(tmp_path, monkeypatch):
     write_rows(Path("a.jsonl"), {"text": "a b a"}, {"text": "b b"})
     settings = config(Path("tokenizer.json"), {"kind": "files", "paths": ["a.jsonl"]})
     store = open_store(build_store(settings.model_copy(update={"name": "fixed"}), Path("stores")))
-    assert store.path.name == "fixed-bf762878"
-    assert store.fingerprint == "d91091da7b81807d1900724e629a5d120bf91ac450c88895a857b620d994e794"
+    assert store.path.name == "fixed-c1ed3d52"
+    assert store.fingerprint == "a784e9a491274048dd94135553b52d4df7919f6ccc20be1686af2037af5f413c"
     assert store.split("train").mask is None
     assert not list(store.path.glob("*.mask"))
 

@@ -309,7 +309,8 @@ def test_what_is_no_store(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 99}, "schema version 99, this version reads 1; build it again"),
+        ({"schema_version": 1}, "schema version 1, this version reads 2; build it again"),
+        ({"schema_version": 99}, "schema version 99, this version reads 2; build it again"),
         ({"schema_version": "x"}, r"not the manifest of a token store \(schema_version: "),
         ({"vocab_size": "300"}, r"not the manifest of a token store \(vocab_size: "),
         ({"surprise": 1}, r"not the manifest of a token store \(surprise: "),

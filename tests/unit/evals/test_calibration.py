@@ -24,7 +24,7 @@ def scores(seed=0, tokens=4000, bias=0.0, documents=DOCUMENTS):
     document[:documents] = np.arange(documents)
     empty = np.zeros((0, 0))
     return TokenScores(
-        document, np.zeros(tokens, np.int64), -np.ones(tokens), confidence, correct, brier,
+        document, *np.zeros((3, tokens), np.int64), -np.ones(tokens), confidence, correct, brier,
         np.zeros(tokens, bool), empty,
     )  # fmt: skip
 

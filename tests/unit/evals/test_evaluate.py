@@ -72,6 +72,7 @@ def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_stor
     expected = {"bits_per_byte", "perplexity", "ece", "ece_adaptive", "brier", "overlap_documents"}
     fitted = {"bits_per_byte_temperature", "bits_per_byte_unigram", "bits_per_byte_temperature_in_domain"}
     expected |= fitted | {"overlap_8grams"}
+    expected |= {"first_window_excess"}
     assert set(rows.filter(domain="scripture", split="test")["metric"]) == expected
     documents = pl.read_parquet(trained.documents).filter(domain="scripture", split="test")
     for metric in ("bits_per_byte", *fitted):

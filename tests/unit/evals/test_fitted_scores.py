@@ -55,9 +55,9 @@ def test_a_run_and_its_model_have_equal_scores_from_any_directory(trained, other
     assert copy.exists()
 
 
-def logits_and_labels(model, document, begin):
+def logits_and_labels(model, document):
     """float64 logits of every scored token of a document that is one window, and the tokens."""
-    tokens = torch.tensor([[begin, *document.tokens_N.tolist()]])
+    tokens = torch.tensor([document.tokens_N.tolist()])
     with torch.inference_mode():
         logits_TV = model(input_ids=tokens[:, :-1]).logits[0].double()
     return logits_TV.numpy(), tokens[0, 1:].numpy()
@@ -75,7 +75,7 @@ def gold(logits_NV, labels_N, temperature):
 def scored(model, store, split):
     """Logits, labels and document of every scored token, and the bytes behind them."""
     documents = read_documents(store, split, DOCUMENTS, TOKENS)
-    parts = [logits_and_labels(model, document, store.eos_id) for document in documents]
+    parts = [logits_and_labels(model, document) for document in documents]
     owner_N = np.repeat(np.arange(len(parts)), [len(labels) for _, labels in parts])
     size = sum(document.size for document in documents)
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), owner_N, size

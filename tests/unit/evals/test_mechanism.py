@@ -97,7 +97,7 @@ def dense_logits(subject, store, documents, max_tokens):
     view, rows, gold = opened.split("test"), [], []
     for index in range(documents):
         a, b = (int(x) for x in view.offsets[index : index + 2, 0])
-        tokens = [opened.eos_id, *map(int, view.tokens[a : min(b - 1, a + max_tokens)])]
+        tokens = [*map(int, view.tokens[a : min(b - 1, a + max_tokens)])]
         for start in range(0, len(tokens) - 1, CONTEXT):
             piece = torch.tensor(tokens[start : start + CONTEXT + 1])
             with torch.no_grad():
@@ -152,7 +152,7 @@ def test_every_quantity_is_that_of_a_dense_recomputation(found, subjects, store)
         for i in range(len(gold))
     ]  # fmt: skip
     expected = pl.DataFrame(expected)
-    assert tokens.height == 300
+    assert tokens.height == 4 * 74
     assert tokens["token"].to_list() == gold.tolist()
     assert set(tokens.columns) == {*expected.columns, "document", "place", "position", "token"}
     assert len(expected.columns) == 3 * 7 + 6 + 3 * 5
@@ -166,11 +166,11 @@ def test_every_quantity_is_that_of_a_dense_recomputation(found, subjects, store)
 
 def test_tokens_know_where_they_are(found):
     tokens = pl.read_parquet(found / "tokens.parquet")
-    assert tokens["document"].to_list() == np.repeat(range(4), 75).tolist()
-    assert tokens["place"].to_list() == [*range(75)] * 4
-    assert tokens["position"].to_list() == [i % CONTEXT for i in range(75)] * 4
+    assert tokens["document"].to_list() == np.repeat(range(4), 74).tolist()
+    assert tokens["place"].to_list() == [*range(1, 75)] * 4
+    assert tokens["position"].to_list() == [i % CONTEXT for i in range(74)] * 4
     facts = json.loads((found / "mechanism.json").read_text())
-    assert (facts["documents"], facts["tokens"], facts["context"]) == (4, 300, CONTEXT)
+    assert (facts["documents"], facts["tokens"], facts["context"]) == (4, 4 * 74, CONTEXT)
 
 
 @pytest.mark.parametrize(("tokens", "values"), [(7, 2**25), (1024, 5 * 300), (1024, 1)])
@@ -195,7 +195,7 @@ def test_no_more_than_a_chunk_of_probabilities_exists(measure, monkeypatch):
     monkeypatch.setitem(mechanism._CHUNK_VALUES, "cpu", 10 * 300)
     measure()
     assert max(sizes) == 10 * 300
-    assert sum(sizes) == 3 * 300 * 300  # models, tokens, ids
+    assert sum(sizes) == 3 * 4 * 74 * 300  # models, tokens, ids
 
 
 def test_a_student_that_is_the_baseline_gains_nothing(measure, subjects):
@@ -350,7 +350,7 @@ def test_progress_counts_every_token(subjects, store, tmp_path):
     steps = []
     limits = {"max_documents": 3, "max_tokens": 40, "device": "cpu", "output": tmp_path}
     run_mechanism(**subjects, store=open_store(store), split="validation", progress=steps.append, **limits)
-    assert sum(steps) == 120
+    assert sum(steps) == 3 * 39
 
 
 def test_models_of_another_tokenizer_are_refused(measure, subjects, store, tmp_path):
@@ -386,9 +386,9 @@ def test_damaged_weights_are_refused(measure, subjects, store, tmp_path):
 
 
 def test_an_empty_split_is_refused(subjects, other_store, tmp_path):
-    limits = {"max_documents": 3, "max_tokens": 40, "device": "cpu", "output": tmp_path}
-    with pytest.raises(UserError, match="split 'train' has no document"):
-        run_mechanism(**subjects, store=open_store(other_store), split="train", **limits)
+    limits = {"max_documents": 3, "max_tokens": 1, "device": "cpu", "output": tmp_path}
+    with pytest.raises(UserError, match="split 'test' has no document"):  # a first token is no label
+        run_mechanism(**subjects, store=open_store(other_store), split="test", **limits)
 
 
 def test_the_command_prints_the_cells_and_draws_them(subjects, store, tmp_path, monkeypatch, capsys):

@@ -45,9 +45,9 @@ def plain_logits(model, tokens, first, stride=CONTEXT):
     return logits[first - start :], tokens[first + 1 : end + 1], end
 
 
-def plain(model, document, eos_id, stride=CONTEXT):
+def plain(model, document, stride=CONTEXT):
     """The same numbers through transformers' own forward and torch's own softmax, window by window."""
-    tokens = [eos_id, *document.tokens_N.tolist()]
+    tokens = document.tokens_N.tolist()
     rows, labels, first = [], [], 0
     while first < len(tokens) - 1:
         logits, wanted, first = plain_logits(model, tokens, first, stride)
@@ -58,31 +58,31 @@ def plain(model, document, eos_id, stride=CONTEXT):
 
 @pytest.mark.parametrize("stride", [CONTEXT, 12])
 def test_losses_are_those_of_transformers(model, opened, documents, stride):
-    found = score_tokens(model, documents, opened.eos_id, CONTEXT, stride).losses(documents)
+    found = score_tokens(model, documents, 300, CONTEXT, stride).losses(documents)
     theirs = [
-        torch.nn.functional.cross_entropy(*plain(model, document, opened.eos_id, stride), reduction="sum")
+        torch.nn.functional.cross_entropy(*plain(model, document, stride), reduction="sum")
         for document in documents
     ]
     np.testing.assert_allclose(found.nll_N, np.array(theirs), rtol=1e-5)
-    assert list(found.tokens_N) == [77, 77, 77]
-    mean = float(sum(theirs)) / (3 * 77)
+    assert list(found.tokens_N) == [76, 76, 76]
+    mean = float(sum(theirs)) / (3 * 76)
     assert found.perplexity().value == pytest.approx(math.exp(mean), rel=1e-5)
     assert found.bits_per_byte().value == pytest.approx(
-        mean * 231 / math.log(2) / found.bytes_N.sum(), rel=1e-5
+        mean * 228 / math.log(2) / found.bytes_N.sum(), rel=1e-5
     )
 
 
 def test_every_number_of_a_token_is_a_plain_recomputation(model, opened, documents):
     powers = (0.5, 2.0)
-    found = score_tokens(model, documents, opened.eos_id, CONTEXT, powers=powers, every=3)
-    pieces = [plain(model, document, opened.eos_id) for document in documents]
+    found = score_tokens(model, documents, 300, CONTEXT, powers=powers, every=3)
+    pieces = [plain(model, document) for document in documents]
     logits_NV, labels_N = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
     p_NV = logits_NV.softmax(1)
     at = np.lexsort((found.logp_N, found.label_N, found.document_N))
-    owner_N = np.repeat(np.arange(3), 77)
+    owner_N = np.repeat(np.arange(3), 76)
     gold_N = logits_NV.log_softmax(1).gather(1, labels_N[:, None])[:, 0].numpy()
     theirs = np.lexsort((gold_N, labels_N.numpy(), owner_N))
-    assert len(at) == 231
+    assert len(at) == 228
     brier_N = ((p_NV - torch.nn.functional.one_hot(labels_N, 300)) ** 2).sum(1).numpy()
     for ours, plain_N in (
         (found.logp_N, gold_N),
@@ -91,19 +91,19 @@ def test_every_number_of_a_token_is_a_plain_recomputation(model, opened, documen
         (found.brier_N, brier_N),
     ):
         np.testing.assert_allclose(ours[at], plain_N[theirs], rtol=2e-5, atol=2e-6)
-    assert found.sampled_N.sum() == 3 * 26
+    assert found.sampled_N.sum() == 3 * 25
     for k, power in enumerate(powers):
         at_power_N = (power * logits_NV).log_softmax(1).gather(1, labels_N[:, None])[:, 0].numpy()
-        thirds = at_power_N[np.tile(np.arange(77) % 3 == 0, 3)]
+        thirds = at_power_N[np.tile(np.arange(1, 77) % 3 == 0, 3)]
         np.testing.assert_allclose(np.sort(found.powered_MK[:, k]), np.sort(thirds), rtol=2e-5, atol=2e-6)
 
 
 def test_batching_of_windows_and_logits_does_not_matter(model, opened, documents, monkeypatch):
-    whole = score_tokens(model, documents, opened.eos_id, CONTEXT).losses(documents)
+    whole = score_tokens(model, documents, 300, CONTEXT).losses(documents)
     monkeypatch.setattr(windows, "FORWARD_TOKENS", CONTEXT)
     monkeypatch.setattr(perplexity, "_LOGITS", 1)
     monkeypatch.setattr(perplexity, "_FEWEST_ROWS", 7)
-    parts = score_tokens(model, documents, opened.eos_id, CONTEXT).losses(documents)
+    parts = score_tokens(model, documents, 300, CONTEXT).losses(documents)
     np.testing.assert_allclose(parts.nll_N, whole.nll_N, rtol=1e-5)
 
 
@@ -121,8 +121,8 @@ def test_logits_of_a_bounded_number_of_tokens_exist(model, opened, tokens, monke
 
     monkeypatch.setattr(perplexity, "_measured", noted)
     documents = read_documents(opened, "test", 3, tokens)
-    score_tokens(model, documents, opened.eos_id, CONTEXT)
-    assert sum(rows for rows, _ in shapes) == sum(len(document.tokens_N) for document in documents)
+    score_tokens(model, documents, 300, CONTEXT)
+    assert sum(rows for rows, _ in shapes) == sum(document.scored for document in documents)
     assert max(rows for rows, _ in shapes) == 64
     assert {width for _, width in shapes} == {300}
 
@@ -130,9 +130,7 @@ def test_logits_of_a_bounded_number_of_tokens_exist(model, opened, tokens, monke
 def test_a_permutation_of_the_documents_leaves_every_score_unchanged(model, opened):
     documents = read_documents(opened, "validation", 12, 60)
     shuffled = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
-    ours, theirs = (
-        score_tokens(model, order, opened.eos_id, CONTEXT).losses(order) for order in (documents, shuffled)
-    )
+    ours, theirs = (score_tokens(model, order, 300, CONTEXT).losses(order) for order in (documents, shuffled))
     for ahead, back in zip(
         (ours.bits_per_byte(), ours.perplexity()), (theirs.bits_per_byte(), theirs.perplexity()), strict=True
     ):
@@ -140,26 +138,42 @@ def test_a_permutation_of_the_documents_leaves_every_score_unchanged(model, open
         assert (ahead.low, ahead.high) == pytest.approx((back.low, back.high), rel=1e-6)
 
 
-def test_bytes_are_those_of_the_text(opened):
-    whole = read_documents(opened, "test", 2, 10**9)
-    view = opened.split("test")
-    assert [document.size for document in whole] == list(np.diff(view.offsets[:3, 1].astype(np.int64)))
-    short = read_documents(opened, "test", 2, 50)
-    assert all(50 <= document.size <= 50 * 12 for document in short)
-
-
 def test_no_window_is_longer_than_the_context_and_every_token_is_scored_once(opened):
     documents = read_documents(opened, "test", 3, 100)
     for stride in (1, 7, CONTEXT):
         seen = set()
-        for block in windows.blocks(documents, opened.eos_id, CONTEXT, stride):
+        for block in windows.blocks(documents, CONTEXT, stride):
             assert block.inputs_BT.shape[1] <= CONTEXT
             for row, column in (block.labels_BT != -100).nonzero().tolist():
                 place = (int(block.documents_BT[row, column]), int(block.places_BT[row, column]))
                 assert place not in seen
                 seen.add(place)
                 assert block.labels_BT[row, column] == documents[place[0]].tokens_N[place[1]]
-        assert len(seen) == sum(len(document.tokens_N) for document in documents)
+        assert len(seen) == sum(len(document.tokens_N) - 1 for document in documents)
+        assert not any(place == 0 for _, place in seen)
+
+
+def test_losses_of_windows_add_up_and_tell_the_first_from_the_others(model, opened):
+    documents = [*read_documents(opened, "test", 2, 77), *read_documents(opened, "test", 3, 20)[2:]]
+    tokens = score_tokens(model, documents, 300, CONTEXT)
+    found, whole = tokens.windows(documents), tokens.losses(documents)
+    assert list(zip(found.document_W, found.window_W, strict=True)) == [
+        *((document, window) for document in (0, 1) for window in (0, 1, 2)),
+        (2, 0),
+    ]
+    assert found.tokens_W.tolist() == [32, 32, 12, 32, 32, 12, 19]
+    for column_W, total_N in ((found.nll_W, whole.nll_N), (found.bytes_W, whole.bytes_N)):
+        np.testing.assert_allclose(np.bincount(found.document_W, column_W), total_N)
+    first, rest = [], []
+    for document in documents[:2]:
+        rows, labels = plain(model, document)
+        losses = torch.nn.functional.cross_entropy(rows, labels, reduction="none")
+        first.append(losses[:CONTEXT])
+        rest.append(losses[CONTEXT:])
+    excess, several = found.first_excess(len(documents))
+    assert several == 2  # the short document has no other window
+    assert excess.value == pytest.approx(float(torch.cat(first).mean() - torch.cat(rest).mean()), abs=1e-5)
+    assert excess.stderr > 0
 
 
 def test_bits_per_byte_and_its_standard_error_are_the_ratio_estimator():

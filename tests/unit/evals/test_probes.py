@@ -77,20 +77,22 @@ class Copier(nn.Module):
 
 def test_a_model_that_copies_scores_one():
     ids = np.arange(5, 250)
-    assert copying_accuracy(Copier(300, SEGMENT), ids, 0, SEGMENT).value == 1.0
-    assert copying_accuracy(Copier(300, SEGMENT + 1), ids, 0, SEGMENT).value < 0.05
+    for begin in ([], [0], [3, 4]):
+        assert copying_accuracy(Copier(300, SEGMENT), ids, begin, 300, SEGMENT).value == 1.0
+        assert copying_accuracy(Copier(300, SEGMENT + 1), ids, begin, 300, SEGMENT).value < 0.05
 
 
-def test_copying_is_what_plain_logits_say(models):
+@pytest.mark.parametrize("begin", [[], [5], [5, 6]])
+def test_copying_is_what_plain_logits_say(models, begin):
     student, ids, n = models[0], np.arange(7, 300), 20
-    found = copying_accuracy(student, ids, 0, SEGMENT, sequences=n)
+    found = copying_accuracy(student, ids, begin, 300, SEGMENT, sequences=n)
     picks = torch.randint(len(ids), (n, SEGMENT), generator=torch.Generator().manual_seed(0))
     copy = torch.from_numpy(ids)[picks]
-    tokens = torch.cat([torch.zeros(n, 1, dtype=torch.int64), copy, copy], 1)
+    tokens = torch.cat([torch.tensor(begin, dtype=torch.int64).repeat(n, 1), copy, copy], 1)
     with torch.inference_mode():
         choices = student(input_ids=tokens[:, :-1]).logits.argmax(-1)
-    right = (choices[:, SEGMENT + 1 :] == copy[:, 1:]).double().mean(1).numpy()
-    assert choices[:, SEGMENT + 1 :].shape == (n, SEGMENT - 1)
+    right = (choices[:, len(begin) + SEGMENT :] == copy[:, 1:]).double().mean(1).numpy()
+    assert choices[:, len(begin) + SEGMENT :].shape == (n, SEGMENT - 1)
     assert found.value == pytest.approx(right.mean())
     assert found.stderr == pytest.approx(right.std(ddof=1) / n**0.5)
 
@@ -101,14 +103,13 @@ def test_only_ids_in_use_are_drawn(store):
     assert set(ids) == set(np.unique(opened.split("train").tokens)) - {opened.eos_id}
 
 
-def dense_rates(models, documents, eos_id):
-    """sum min(p, q) per document, with all logits in float64 at once."""
+def dense_rates(models, documents):
+    """sum min(p, q) per document, with all logits in float64 at once; the first token is no label."""
     rates = []
     for document in documents:
-        sequence = np.concatenate([[eos_id], document.tokens_N])
-        windows = [sequence[i : i + CONTEXT] for i in range(0, len(document.tokens_N), CONTEXT)]
+        inputs = document.tokens_N[:-1]
         rows = []
-        for window in windows:
+        for window in (inputs[i : i + CONTEXT] for i in range(0, len(inputs), CONTEXT)):
             with torch.inference_mode():
                 p, q = (
                     m(input_ids=torch.from_numpy(window[None])).logits[0].double().numpy() for m in models
@@ -116,15 +117,15 @@ def dense_rates(models, documents, eos_id):
             p, q = (np.exp(x - x.max(1, keepdims=True)) for x in (p, q))
             p, q = (x / x.sum(1, keepdims=True) for x in (p, q))
             rows.append(np.minimum(p, q).sum(1))
-        rates.append(np.concatenate(rows)[: len(document.tokens_N)])
+        rates.append(np.concatenate(rows))
     return rates
 
 
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_acceptance_is_the_dense_recomputation(models, documents, chunk, monkeypatch):
     monkeypatch.setattr(probes._slices, "__defaults__", (chunk,))
-    rates = dense_rates(models, documents, 0)
-    found = acceptance(*models, documents, 0, CONTEXT, draft=3)
+    rates = dense_rates(models, documents)
+    found = acceptance(*models, documents, 300, CONTEXT, draft=3)
     flat = np.concatenate(rates)
     assert 0.05 < flat.mean() < 0.95
     assert found["acceptance_rate"].value == pytest.approx(flat.mean(), abs=1e-6)
@@ -135,38 +136,52 @@ def test_acceptance_is_the_dense_recomputation(models, documents, chunk, monkeyp
 
 
 def test_a_model_accepts_all_of_its_own(models, documents):
-    found = acceptance(models[0], models[0], documents, 0, CONTEXT)
+    found = acceptance(models[0], models[0], documents, 300, CONTEXT)
     assert found["acceptance_rate"].value == pytest.approx(1, abs=1e-6)
     assert found["accepted_length"].value == pytest.approx(4, abs=1e-5)
 
 
 def test_acceptance_does_not_depend_on_who_drafts(models, documents):
-    ahead, back = (acceptance(*pair, documents, 0, CONTEXT) for pair in (models, models[::-1]))
+    ahead, back = (acceptance(*pair, documents, 300, CONTEXT) for pair in (models, models[::-1]))
     assert ahead["acceptance_rate"].value == pytest.approx(back["acceptance_rate"].value, abs=1e-7)
 
 
-def test_ids_that_one_head_lacks_are_never_accepted(models, documents):
-    """A head padded to a round number gives its extra ids some mass, which nobody shares."""
-    student = models[0]
-    wide = tiny(student.config.vocab_size + 20, 0)
-    wide.load_state_dict(
-        student.state_dict() | {k: v for k, v in wide.state_dict().items() if "embed" in k or "head" in k}
-    )
-    n = student.config.vocab_size
-    for padded, plain in zip(
+def padded(model, rows=20, scale=3.0):
+    """The same model with more rows in its head than there are ids, some of them likely."""
+    size = model.config.vocab_size
+    wide = tiny(size + rows, 0)
+    shared = {k: v for k, v in model.state_dict().items() if "embed" not in k and "head" not in k}
+    wide.load_state_dict(wide.state_dict() | shared)
+    for new, old in zip(
         (wide.get_input_embeddings(), wide.get_output_embeddings()),
-        (student.get_input_embeddings(), student.get_output_embeddings()),
+        (model.get_input_embeddings(), model.get_output_embeddings()),
         strict=True,
     ):
-        padded.weight.data[:n] = plain.weight.data
-        padded.weight.data[n:] = 0
-    found = acceptance(student, wide, documents, 0, CONTEXT)["acceptance_rate"].value
-    assert 0.5 < found < 1 - 1e-4
+        new.weight.data[:size] = old.weight.data
+        new.weight.data[size:] = scale * old.weight.data[:rows]
+    return wide.eval()
+
+
+def test_padded_rows_of_a_head_change_nothing(models, documents):
+    student, teacher = models
+    ids = np.arange(7, 300)
+    plain = copying_accuracy(student, ids, [], 300, SEGMENT), acceptance(*models, documents, 300, CONTEXT)
+    for pair in ((padded(student), teacher), (student, padded(teacher)), (padded(student), padded(teacher))):
+        found = acceptance(*pair, documents, 300, CONTEXT)
+        for name, measured in plain[1].items():
+            assert found[name].value == pytest.approx(measured.value, abs=1e-6)
+    with torch.inference_mode():
+        first = padded(student)(input_ids=torch.from_numpy(documents[0].tokens_N[None])).logits.argmax(-1)
+    assert (first >= 300).any()  # or the test would show nothing
+    assert copying_accuracy(padded(student), ids, [], 300, SEGMENT) == plain[0]
 
 
 def test_short_documents_have_a_rate_but_no_length(models, documents):
-    short = [dataclasses.replace(document, tokens_N=document.tokens_N[:3]) for document in documents]
-    assert set(acceptance(*models, short, 0, CONTEXT)) == {"acceptance_rate"}
+    short = [
+        dataclasses.replace(document, tokens_N=document.tokens_N[:3], scored_N=document.scored_N[:3])
+        for document in documents
+    ]
+    assert set(acceptance(*models, short, 300, CONTEXT)) == {"acceptance_rate"}
 
 
 def test_probes_are_rows_and_come_once(subjects):
