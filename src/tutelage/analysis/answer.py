@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from tutelage.analysis.beginnings import beginning_warnings
 from tutelage.analysis.costs import overhead
 from tutelage.analysis.family import supported
-from tutelage.analysis.words import ONE_SEED, count, effect, join, level, plus_minus
+from tutelage.analysis.words import NO_DIFFERENCE, ONE_SEED, count, effect, join, level, plus_minus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from tutelage.analysis.gains import Side
     from tutelage.analysis.outcomes import Outcome
@@ -24,6 +24,7 @@ _NO_CONTROL = (
 _NO_REAL = "No real teacher has a finished student yet; only controls can be judged."
 _ENOUGH_SEEDS = 5
 _FEW = 2
+_NAMED = 5
 
 
 def headline(findings: Findings, outcomes: Sequence[Outcome]) -> list[str]:
@@ -180,6 +181,8 @@ def notes(results: Results, findings: Findings) -> list[str]:
     return [
         *(f"Warning: {warning}" for warning in beginning_warnings(results.scores.iter_rows(named=True))),
         _seed_note(findings),
+        *_contents_note(results, findings),
+        *_text_note(findings),
         *(controls or [_NO_CONTROL] * unbeaten),
         f"{subject} {sizes}. Nothing here says what larger models, longer runs or other text would show.",
         _fitted_note(findings),
@@ -239,6 +242,58 @@ def _seed_note(findings: Findings) -> str:
         f"The seed is the replicate: intervals are paired t intervals over up to {most} seeds; student and "
         f"no-teacher run share seed, data order and scored documents.{mixed}{weight}"
     )
+
+
+def _contents_note(results: Results, findings: Findings) -> list[str]:
+    """What the intervals over seeds contain, and what they do not."""
+    judged = [v for v in findings.verdicts if v.judged]
+    if not judged:
+        return []
+    each, once = _named(v for v in judged if v.n_teachers > 1), _named(v for v in judged if v.n_teachers == 1)
+    said = (
+        "The intervals over seeds contain what other initial weights and another data order of the student "
+    )
+    said += "would change"
+    if each:
+        said += f", and what training its teacher again would ({each}: one for each seed)"
+    said += "."
+    if once:
+        said += (
+            f" They do not contain training a teacher again ({once}: trained once for all seeds): another "
+            "run of the same recipe can give other gains."
+        )
+    twins = 1 + int(results.runs["twin"].to_numpy().max())
+    if twins > 1:
+        said += f" Each gain is against the mean of {twins} untaught runs of its seed, on the same batches."
+    return [said]
+
+
+def _named(verdicts: Iterable[Verdict]) -> str:
+    """The teachers by name; of many, their number."""
+    names = [*dict.fromkeys(str(v.teacher) for v in verdicts)]
+    return join(names) if len(names) <= _NAMED else f"{len(names)} teachers"
+
+
+def _text_note(findings: Findings) -> list[str]:
+    """Whether a gain out of domain hangs on one text."""
+    best = [pair.best for pair in findings.pairs if pair.best is not None and not pair.best.control]
+    clear = [
+        v.texts["raw"]
+        for v in best
+        if v.judged and "raw" in v.texts and effect(v.out_of_domain) != NO_DIFFERENCE
+    ]
+    if not clear:
+        return []
+    still = sum(spread.low > 0 or spread.high < 0 for spread in clear)
+    steady = sum(spread.least * spread.most > 0 for spread in clear)
+    return [
+        (
+            f"Intervals over seeds take the {clear[0].n} texts out of domain as given. Of {len(clear)} gains "
+            f"at best alphas that are clear over seeds, {still} are clear with the texts as a sample too and "
+            f"{steady} keep their sign whichever text is left out; the table of every teacher and alpha has "
+            "both."
+        )
+    ]
 
 
 def _cost_note(results: Results) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from tutelage.analysis.tables import tournaments
+from tutelage.analysis.texts import TextSpread
 from tutelage.analysis.words import effect, is_judged
 from tutelage.files import make_directory, write_text
 
@@ -64,7 +67,10 @@ def _estimate(prefix: str, estimate: Estimate | None) -> Row:
 def _gains(findings: Findings) -> list[Row]:
     """One row per cell, fit and side; `interval` says over what it runs, "none" of one seed.
 
-    `noise_low` and `noise_high` bound what the choice of documents does, training noise left out.
+    `noise_low` and `noise_high` bound what the choice of documents does, training noise left out. `teachers`
+    is how many trained teachers are behind the seeds, `text_...` how much the mean depends on its texts:
+    standard deviation over texts, smallest and largest mean without one of them, and the ends of an interval
+    with seeds and texts as samples.
     """
     return [
         {"student": v.student, "teacher": v.teacher, "arm": v.arm, "alpha": v.alpha, "stage": v.stage}
@@ -72,9 +78,19 @@ def _gains(findings: Findings) -> list[Row]:
         | {"words": effect(estimate)}
         | _estimate("gain", estimate)
         | _estimate("noise", v.noise.get((fit, side)))
+        | {"teachers": v.n_teachers}
+        | _texts(v.texts.get(fit) if side == "out_of_domain" else None)
         for v in findings.verdicts
         for (fit, side), estimate in v.gains.items()
     ]
+
+
+def _texts(spread: TextSpread | None) -> Row:
+    names = [f"text_{field.name}" for field in dataclasses.fields(TextSpread)]
+    if spread is None:
+        return dict.fromkeys(names)
+    values = [value if isfinite(value) else None for value in dataclasses.astuple(spread)]
+    return dict(zip(names, values, strict=True))
 
 
 def _pairs(findings: Findings) -> list[Row]:

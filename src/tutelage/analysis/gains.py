@@ -1,7 +1,8 @@
 """Gains of students over the runs they are compared with, as tables.
 
 A gain is in percent of the bits per byte of the run named by the plan, of the same seed; positive is better
-(fewer bits). The out-of-domain gain is the mean of the domains' gains.
+(fewer bits). Where a seed has several untaught runs (`baselines` in a study file) it is in percent of their
+mean. The out-of-domain gain is the mean of the domains' gains.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Gains:
             report's order), student, teacher, arm, stage, alpha, control (true of teachers without context
             and of students without a teacher), constant (whether alpha is all there is to the arm), pair
             (number of student and teacher).
-        domains: one row per cell, seed, domain, split and fit: run, base_run, role, value and base_value
-            (bits per byte), gain. `fit` is raw, or what was fitted on the validation split: temperature, or
-            temperature and a mixture with the unigram (test split only).
+        domains: one row per cell, seed, domain, split and fit: run, base_run, teacher_run, role, value and
+            base_value (bits per byte), gain. `fit` is raw, or what was fitted on the validation split:
+            temperature, or temperature and a mixture with the unigram (test split only).
         sides: cell, seed, split, fit, role, gain: mean over the domains of a role.
         estimates: cell, split, fit, role, gain (mean over seeds), n (seeds), low, high (95% t interval; null
             for one seed).
@@ -109,6 +110,31 @@ def _cells(results: Results) -> pl.DataFrame:
     )
 
 
+def twins_of(results: Results) -> pl.DataFrame:
+    """Every run that others are compared with, and the runs whose mean counts.
+
+    Returns:
+        base_run, run: an untaught run comes with itself and with those of its student, stage and seed that
+        differ from it in their initial weights alone.
+    """
+    untaught = results.runs.filter(
+        pl.col("kind").is_in(["baseline", "after"]), pl.col("teacher").is_null(), pl.col("arm").is_null()
+    )
+    place = ["student", "stage", "seed"]
+    first = untaught.filter(twin=0).select(*place, base_run="run")
+    return first.join(untaught, on=place, nulls_equal=True).select("base_run", "run")
+
+
+def base_scores(results: Results) -> pl.DataFrame:
+    """Scores of what runs are compared with, means over twins: base_run, domain, split, metric, value."""
+    return (
+        twins_of(results)
+        .join(results.scores, on="run")
+        .group_by("base_run", "domain", "split", "metric")
+        .agg(pl.col("value").mean())
+    )
+
+
 def _by_domain(results: Results, cells: pl.DataFrame) -> pl.DataFrame:
     roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
     fits = pl.DataFrame(_METRICS, ["fit", "metric"], orient="row")
@@ -117,14 +143,13 @@ def _by_domain(results: Results, cells: pl.DataFrame) -> pl.DataFrame:
         .join(roles, on="domain")
         .select("run", "domain", "role", "split", "fit", "value")
     )
+    base = base_scores(results).join(fits, on="metric").rename({"value": "base_value"}).drop("metric")
     runs = results.runs.join(cells, on=_CELL, nulls_equal=True).select(
-        "run", "seed", "cell", base_run="baseline"
+        "run", "seed", "cell", "teacher_run", base_run="baseline"
     )
-    keys = ["domain", "split", "fit"]
-    base = scored.select(*keys, base_run="run", base_value="value")
     return (
         runs.join(scored, on="run")
-        .join(base, on=["base_run", *keys])
+        .join(base, on=["base_run", "domain", "split", "fit"])
         .with_columns(gain=100 * (1 - pl.col("value") / pl.col("base_value")))
         .sort("cell", "seed", "split", "fit", "domain")
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from tutelage.analysis.gains import twins_of
 from tutelage.resampling import DRAWS
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def percentile_interval(drawn_PK: NDArray[np.float64]) -> tuple[NDArray[np.float
 def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
     """Bootstrap interval over the test documents of every cell's gains, mean over its seeds.
 
-    Each draw takes, within each domain, as many documents as there are, with replacement, and the same ones
-    for all runs.
+    A run's base is the mean of its seed's untaught runs. Each draw takes, within each domain, as many
+    documents as there are, with replacement, and the same ones for all runs.
 
     Returns:
         cell, fit, role, gain (point estimate), low, high (95%), n (documents).
@@ -78,8 +79,9 @@ def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
     pairs = gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
     roles = {domain.name: domain.role for domain in results.plan.domains}
     rows: list[tuple[object, ...]] = []
+    twins = twins_of(results)
     for fit, losses in _LOSSES.items():
-        tables = dict(_tables(results, losses))
+        tables = dict(_tables(results, losses, twins))
         for role in ("in_domain", "out_of_domain"):
             domains = [table for name, table in tables.items() if roles.get(name) == role]
             if domains:
@@ -87,11 +89,12 @@ def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
     return pl.DataFrame(rows, _COLUMNS, orient="row")
 
 
-Table = tuple[dict[str, int], "NDArray[np.float64]", "NDArray[np.float64]"]
-"""Row of each run; losses [runs, documents]; draws of the documents [documents, 1 + draws]."""
+Table = tuple[dict[str, int], "NDArray[np.float64]", dict[str, list[int]], "NDArray[np.float64]"]
+"""Row of each run; losses [runs, documents]; of each base the rows whose mean it is; draws of the documents
+[documents, 1 + draws]."""
 
 
-def _tables(results: Results, losses: str) -> Iterator[tuple[str, Table]]:
+def _tables(results: Results, losses: str, twins: pl.DataFrame) -> Iterator[tuple[str, Table]]:
     test = results.documents.filter(split="test").select("run", "domain", "document", losses).drop_nulls()
     for (domain,), rows in test.partition_by("domain", as_dict=True, maintain_order=True).items():
         ordered = rows.sort("run", "document")
@@ -99,23 +102,27 @@ def _tables(results: Results, losses: str) -> Iterator[tuple[str, Table]]:
         losses_RN = ordered[losses].to_numpy().reshape(len(runs), -1)
         rng = np.random.default_rng(np.frombuffer(str(domain).encode(), dtype=np.uint8))
         places = {run: i for i, run in enumerate(runs)}
-        yield str(domain), (places, losses_RN, document_draws(losses_RN.shape[1], rng))
+        bases: dict[str, list[int]] = {}
+        for base, run in twins.iter_rows():
+            if run in places:
+                bases.setdefault(base, []).append(places[run])
+        yield str(domain), (places, losses_RN, bases, document_draws(losses_RN.shape[1], rng))
 
 
 def _intervals(pairs: pl.DataFrame, domains: list[Table]) -> Iterator[tuple[int, float, float, float, int]]:
     """(cell, mean, low, high, documents)."""
-    n = sum(losses_RN.shape[1] for _, losses_RN, _ in domains)
+    n = sum(losses_RN.shape[1] for _, losses_RN, _, _ in domains)
     cells = pairs["cell"].unique(maintain_order=True)
     for start in range(0, len(cells), _CELLS_AT_ONCE):
         some = pairs.filter(pl.col("cell").is_in(cells[start : start + _CELLS_AT_ONCE].implode()))
         drawn_PK = drawn_gains(
             [
                 (
-                    losses_RN[[places[run] for run in some["base_run"]]],
+                    np.stack([losses_RN[bases[run]].mean(axis=0) for run in some["base_run"]]),
                     losses_RN[[places[run] for run in some["run"]]],
                     draws_NK,
                 )
-                for places, losses_RN, draws_NK in domains
+                for places, losses_RN, bases, draws_NK in domains
             ]
         )
         first = some["cell"].to_numpy()

@@ -9,6 +9,7 @@ import polars as pl
 
 from tutelage.analysis.canvas import GREY, INK, PALETTE, Figure, Key, inline, key_of, within_reach
 from tutelage.analysis.costs import ledger
+from tutelage.analysis.gains import base_scores
 from tutelage.analysis.words import NO_TEACHER, grey_note
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def calibration_errors(results: Results, findings: Findings) -> dict[int, dict[s
     roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
     scores = scores.join(roles, on="domain").select("run", "domain", "role", "metric", "value")
     pairs = findings.gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
-    base = scores.select("domain", "metric", base_run="run", base="value")
+    base = base_scores(results).filter(split="test").rename({"value": "base"}).drop("split")
     means = (
         pairs.join(scores, on="run")
         .join(base, on=["base_run", "domain", "metric"])

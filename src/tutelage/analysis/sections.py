@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tutelage.analysis import words
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from tutelage.analysis.outcomes import Outcome, Tested
     from tutelage.analysis.stats import Estimate
+    from tutelage.analysis.texts import TextSpread
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
     from tutelage.study.mechanisms import Mechanism
     from tutelage.study.results import Results
@@ -69,6 +71,7 @@ def verdict_row(v: Verdict) -> Row:
         "arm": words.arm(v),
         "gains": [_gain(v.in_domain), _gain(v.out_of_domain), _gain(v.fitted)],
         "noise": [_half(v.noise.get(("raw", side))) for side in ("in_domain", "out_of_domain")],
+        "texts": _texts(v.texts.get("raw")),
         "interval": words.interval_name(v),
         "words": words.verdict(v),
     }
@@ -82,6 +85,17 @@ def _gain(estimate: Estimate | None) -> dict[str, str] | None:
         "mean": words.signed(estimate.mean, 2),
         "span": words.span(estimate),
         "effect": colours.get(words.effect(estimate), "unclear"),
+    }
+
+
+def _texts(spread: TextSpread | None) -> dict[str, str]:
+    """Interval of the out-of-domain gain with texts as a sample, and its range without one of them."""
+    if spread is None:
+        return {"span": "one text", "without": ""}
+    ends = f"{words.signed(spread.low, 2)[:-1]} to {words.signed(spread.high, 2)[:-1]}"
+    return {
+        "span": ends if isfinite(spread.low) else "one seed",
+        "without": f"without one text: {words.without_one(spread)}",
     }
 
 

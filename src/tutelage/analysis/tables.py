@@ -88,8 +88,9 @@ def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
     """Every pair with a real teacher and a best alpha."""
     view = View(results, findings)
     costs = _costs(results, findings)
-    trained = results.runs.filter(kind="teacher").select("run", "train_flops").drop_nulls()
-    training = dict(trained.iter_rows())
+    trained = results.runs.filter(kind="teacher").select(teacher_run="run", flops="train_flops").drop_nulls()
+    learned = results.runs.select("teacher", "teacher_run").unique().join(trained, on="teacher_run")
+    training = dict(learned.group_by("teacher").agg(pl.col("flops").mean()).iter_rows())
     alone = dict(
         results.runs.filter(kind="baseline").group_by("student").agg(pl.col("train_flops").mean()).iter_rows()
     )
@@ -105,8 +106,7 @@ def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
             side: None if matched is None else _paired(view.gain(pair.best, side), view.gain(matched, side))
             for side in sides
         }
-        run = pair.teacher.run
-        own = training[run] / base if run in training and base else None
+        own = training[name] / base if name in training and base else None
         found.append(EqualCompute(pair, costs.get(pair.best.cell), own, matched, lead))
     return found
 
@@ -124,7 +124,7 @@ def seed_spread(results: Results) -> pl.DataFrame:
     scores = results.scores.filter(metric="bits_per_byte", split="test").join(roles, on="domain")
     value = pl.col("value")
     return (
-        results.runs.filter(kind="baseline")
+        results.runs.filter(kind="baseline", twin=0)
         .join(scores, on="run")
         .group_by("student", "seed", "role")
         .agg(value.mean())

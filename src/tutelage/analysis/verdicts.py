@@ -14,11 +14,13 @@ import polars as pl
 from tutelage.analysis.gains import Fit, Gains, Side, measure
 from tutelage.analysis.noise import document_noise
 from tutelage.analysis.stats import Estimate, flat_region
+from tutelage.analysis.texts import text_spreads
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tutelage.analysis.texts import TextSpread
     from tutelage.study.planfile import PlanStudent, PlanTeacher
     from tutelage.study.results import Results
     from tutelage.types import Split
@@ -46,7 +48,10 @@ class Verdict:
         gains: percent by fit and role, with intervals over seeds, which of one seed have no ends: a single
             run says nothing of how another would have come out.
         noise: the same with intervals over documents: evaluation noise only.
+        texts: how much the out-of-domain gain depends on which texts it is over, by fit; empty with one text.
         n_seeds: paired seeds behind the gains.
+        n_teachers: trained teachers behind them: as many as seeds, or one for all; 0 where the study trained
+            none.
     """
 
     cell: int
@@ -60,7 +65,9 @@ class Verdict:
     relation: Relation | None
     gains: Mapping[tuple[Fit, Side], Estimate]
     noise: Mapping[tuple[Fit, Side], Estimate]
+    texts: Mapping[Fit, TextSpread]
     n_seeds: int
+    n_teachers: int
 
     @property
     def in_domain(self) -> Estimate:
@@ -120,8 +127,7 @@ class Findings:
         pairs: student settings with each of their teachers, in the plan's order.
         domains: cell, student, teacher, arm, stage, domain, role, fit, gain (percent, mean over seeds, test
             split), n_seeds; the training distribution comes first.
-        baseline: student, domain, bits_per_byte (mean) and deviation (over seeds; null for one) and n of the
-            no-teacher student, test split.
+        baseline: student, domain, bits_per_byte (mean over runs) of the no-teacher student, test split.
     """
 
     gains: Gains
@@ -180,13 +186,25 @@ def _relations(results: Results) -> _Bits:
 def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...]:
     seeds = _estimates(gains.estimates.filter(split="test").with_columns(n=pl.col("n").cast(pl.Int64)))
     noise = _estimates(document_noise(results, gains))
+    learned = gains.domains.group_by("cell").agg(pl.col("teacher_run").drop_nulls().n_unique())
+    teachers = dict(learned.iter_rows())
+    texts = text_spreads(gains)
     found = []
     for row in gains.cells.iter_rows(named=True):
         own, documents = seeds[row["cell"]], noise[row["cell"]]
         n_seeds = max(estimate.n for estimate in own.values())
         fields = {name: row[name] for name in row if name != "pair"}
-        measured = bits.relation(row["teacher"], row["student"])
-        found.append(Verdict(**fields, relation=measured, gains=own, noise=documents, n_seeds=n_seeds))
+        found.append(
+            Verdict(
+                **fields,
+                relation=bits.relation(row["teacher"], row["student"]),
+                gains=own,
+                noise=documents,
+                texts=texts.get(row["cell"], {}),
+                n_seeds=n_seeds,
+                n_teachers=teachers[row["cell"]],
+            )
+        )
     return tuple(found)
 
 
@@ -299,7 +317,7 @@ def _baseline(results: Results) -> pl.DataFrame:
     return (
         _raw(results, "baseline", "test")
         .group_by("student", "domain")
-        .agg(bits_per_byte=value.mean(), deviation=value.std(), n=pl.len())
+        .agg(bits_per_byte=value.mean())
         .sort("student", "domain")
     )
 
@@ -307,13 +325,7 @@ def _baseline(results: Results) -> pl.DataFrame:
 def _in_domain(results: Results, key: Literal["teacher", "student"]) -> pl.DataFrame:
     """(name, bits per byte in domain on the validation split) of teachers, or of untaught students."""
     rows = _raw(results, "teacher" if key == "teacher" else "baseline", "validation")
-    if key == "teacher":  # several may go by one run, with different targets
-        run_of = pl.DataFrame(
-            {
-                "teacher": [t.name for t in results.plan.teachers],
-                "run": [t.run for t in results.plan.teachers],
-            },
-            schema=dict.fromkeys(("teacher", "run"), pl.String),
-        )
+    if key == "teacher":  # several may go by one run, with different targets, and one by several runs
+        run_of = results.runs.select("teacher", run="teacher_run").drop_nulls().unique()
         rows = rows.drop("teacher").join(run_of, on="run")
     return rows.filter(domain=results.plan.in_domain).group_by(key).agg(pl.col("value").mean())

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tutelage.analysis.stats import Estimate
+    from tutelage.analysis.texts import TextSpread
     from tutelage.analysis.verdicts import PairFinding, Verdict
 
 GAIN_CAPTION = (
@@ -16,10 +17,12 @@ GAIN_CAPTION = (
 )
 NO_TEACHER = "no teacher"
 NOT_JUDGED = "not judged"
+NO_DIFFERENCE = "no clear difference"
 ONE_SEED = (
     "One seed is shown, not judged: another seed of the same runs can differ by more than these gains, and "
     "one run cannot say by how much. Three seeds or more give an interval."
 )
+_TEACHERS = {1: ", one teacher", 2: ", a teacher each"}
 _LEVELS = {"weak-to-strong": "weaker", "same-level": "same level", "strong-to-weak": "stronger"}
 _FEW_ROWS = 24
 
@@ -57,12 +60,19 @@ def effect(estimate: Estimate) -> str:
         return NOT_JUDGED
     if estimate.low > 0:
         return "helps"
-    return "hurts" if estimate.high < 0 else "no clear difference"
+    return "hurts" if estimate.high < 0 else NO_DIFFERENCE
 
 
 def interval_name(verdict: Verdict) -> str:
     """Which interval a row carries, and over what."""
-    return f"t, {verdict.n_seeds} seeds" if verdict.judged else "none, 1 seed"
+    if not verdict.judged:
+        return "none, 1 seed"
+    return f"t, {verdict.n_seeds} seeds{_TEACHERS.get(min(verdict.n_teachers, 2), '')}"
+
+
+def without_one(spread: TextSpread) -> str:
+    """How far the mean over texts moves when one of them is left out: `+1.2% to +2.0%`."""
+    return f"{signed(spread.least)} to {signed(spread.most)}"
 
 
 def verdict(verdict: Verdict) -> str:
@@ -71,7 +81,7 @@ def verdict(verdict: Verdict) -> str:
     if not verdict.judged:
         return "one seed: not judged"
     if outside == inside:
-        return outside if outside == "no clear difference" else f"{outside} in and out of domain"
+        return outside if outside == NO_DIFFERENCE else f"{outside} in and out of domain"
     return f"{outside} out of domain, {inside} in domain"
 
 
@@ -145,5 +155,7 @@ def count(number: float) -> str:
 
 
 def join(parts: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """`a, b and c`; nothing of nothing."""
+    if not parts:
+        return ""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["teacher", "baseline", "student", "after"]
 
+_TWIN_STEP = 1_000_000
+"""The first twin of seed 43 draws its initial weights with seed 1000043."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -43,6 +46,9 @@ class Cell:
         stage: name of the post-training stage of kind "after".
         compute_of: teacher whose forward's cost this untaught student gets as more tokens.
         trunk: name of the cell of a shorter run that this one is a branch of.
+        learned: name of its teacher's cell, where each seed has a teacher of its own.
+        twin: 0, or the number of an untaught run beside the one of its seed, which has other initial weights
+            and the same batches.
     """
 
     name: str
@@ -61,10 +67,14 @@ class Cell:
     stage: str | None = None
     compute_of: str | None = None
     trunk: str | None = None
+    learned: str | None = None
+    twin: int = 0
 
 
 def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
     """Every teacher by name, grids expanded; `rung`, `tokens`, `seed` and `run` of each are its own.
+
+    A teacher's `seed` is None where each seed of the students has a teacher of its own.
 
     Raises:
         UserError: a name appears twice or lacks an axis of its grid, or a teacher is not one of its kinds.
@@ -76,7 +86,9 @@ def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
             name = _filled(pattern, point, where)
             if name in found:
                 raise UserError(f"{where}: two teachers are called {name}; name every axis of the grid")
-            found[name] = _one_teacher(spec, point, study.teacher_seed, where)
+            found[name] = _one_teacher(
+                spec, point, None if study.teacher_seeds else study.teacher_seed, where
+            )
     return found
 
 
@@ -100,7 +112,11 @@ def cells_of(study: StudyConfig) -> list[Cell]:
     teachers = teachers_of(study)
     run_of = trained_as(teachers)
     trained = {name: teachers[name] for name in dict.fromkeys(run_of.values())}
-    alone = [_teacher_cell(study, name, spec) for name, spec in trained.items()]
+    alone = [
+        _teacher_cell(study, name, spec, seed)
+        for name, spec in trained.items()
+        for seed in (study.teacher_seeds if spec.seed is None else [spec.seed])
+    ]
     cells = {cell.name: cell for cell in branched(alone, trained)}
     for group, spec in study.students.items():
         where = f"study {study.name}: students.{group}"
@@ -128,7 +144,7 @@ def _filled(pattern: str, point: Point, where: str) -> str:
     return name
 
 
-def _one_teacher(spec: TeacherSpec, point: Point, seed: int, where: str) -> TeacherSpec:
+def _one_teacher(spec: TeacherSpec, point: Point, seed: int | None, where: str) -> TeacherSpec:
     own = {axis: value for axis, value in point.items() if axis in {"rung", "tokens", "seed"}}
     settings = {axis: value for axis, value in point.items() if axis not in own}
     one = spec.model_copy(
@@ -142,22 +158,39 @@ def _one_teacher(spec: TeacherSpec, point: Point, seed: int, where: str) -> Teac
     return one
 
 
-def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec) -> Cell:
-    assert spec.rung is not None and spec.tokens is not None and spec.seed is not None  # noqa: S101, PT018 - checked
-    settings = {"seed": spec.seed, "model": {"rung": spec.rung}, "data": {"seed": spec.seed}}
+def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec, seed: int) -> Cell:
+    assert spec.rung is not None and spec.tokens is not None  # noqa: S101, PT018 - checked
+    settings = {"seed": seed, "model": {"rung": spec.rung}, "data": {"seed": seed}}
     return Cell(
-        name=f"teacher-{slug(name)}",
+        name=_teacher_name(name, None if spec.seed is not None else seed),
         kind="teacher",
         group="teachers",
         student=None,
         teacher=name,
         arm=None,
         alpha=None,
-        seed=spec.seed,
+        seed=seed,
         rung=spec.rung,
         tokens=spec.tokens,
         settings=_checked_budget(study, name, merged(study.run, merged(settings, spec.run)), spec.tokens),
     )
+
+
+def _teacher_name(name: str, seed: int | None) -> str:
+    """Name of a teacher's cell; `seed` tells those of one teacher apart."""
+    return f"teacher-{slug(name)}" if seed is None else f"teacher-{slug(name)}-s{seed}"
+
+
+def _teacher_seed(study: StudyConfig, seed: int, where: str) -> int | None:
+    """Seed of the teachers of the students of `seed`; None where all have the same."""
+    if not study.teacher_seeds:
+        return None
+    if seed not in study.seeds:
+        raise UserError(
+            f"{where}: seed {seed} is not among the study's seeds {[*study.seeds]}, so none of teacher_seeds "
+            "is its own; add it to both"
+        )
+    return study.teacher_seeds[study.seeds.index(seed)]
 
 
 def _checked_budget(
@@ -217,9 +250,13 @@ def _student_cells(
         tokens=tokens,
         settings=_checked_budget(study, student, settings, tokens),
     )
-    cells = [baseline]
+    cells = [baseline, *(_twin(baseline, number) for number in range(1, study.baselines))]
     if (teacher := point.get("teacher")) is not None:
-        taught = _taught(baseline, str(teacher), run_of.get(teacher), teaching, where)
+        taught = _taught(baseline, str(teacher), teaching, where)
+        if (run := run_of.get(teacher)) is not None:
+            each = teachers[run].seed is None
+            learned = _teacher_name(run, _teacher_seed(study, seed, where) if each else None)
+            taught = replace(taught, needs=(learned,), learned=learned if each else None)
         cells.append(replace(taught, settings=merged({"objective": objective}, taught.settings)))
     elif (matched := point.get("compute_of")) is not None:
         cells.append(_compute_matched(baseline, str(matched), teachers, where))
@@ -228,6 +265,17 @@ def _student_cells(
     for cell in cells:
         yield cell
         yield from (_after(study, cell, stage) for stage in spec.then)
+
+
+def _twin(baseline: Cell, number: int) -> Cell:
+    """The same untaught run from other initial weights: what reads the batches in their order stays."""
+    seed = baseline.settings["seed"] + _TWIN_STEP * number
+    return replace(
+        baseline,
+        name=f"{baseline.name}-w{number}",
+        settings=baseline.settings | {"seed": seed},
+        twin=number,
+    )
 
 
 def _told_apart(factors: Point) -> tuple[Point, Point]:
@@ -239,7 +287,7 @@ def _told_apart(factors: Point) -> tuple[Point, Point]:
     )
 
 
-def _taught(baseline: Cell, teacher: str, run: str | None, teaching: Point, where: str) -> Cell:
+def _taught(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
     if "alpha" not in teaching:
         raise UserError(f"{where}: teacher {teacher} without alpha; add the axis 'alpha'")
     alpha = teaching["alpha"]
@@ -252,7 +300,6 @@ def _taught(baseline: Cell, teacher: str, run: str | None, teaching: Point, wher
         arm=arm,
         alpha=float(alpha) if isinstance(alpha, int | float) else None,
         settings=merged(baseline.settings, overlay(teaching, where)),
-        needs=() if run is None else (f"teacher-{slug(run)}",),
         baseline=baseline.name,
     )
 

@@ -170,7 +170,7 @@ class _Reader:
         self.teachers = teachers_of(study)
         self._vocab_size = _vocab_size(study)
         self._keys: dict[str, str] = {}
-        self._read: dict[str, int] = {}
+        self._read: dict[tuple[str, tuple[str, ...]], int] = {}
         self._tokens: dict[str, int] = {}
 
     def work(self, cell: Cell) -> Work:
@@ -182,17 +182,19 @@ class _Reader:
             cost = Cost.of(cell, self.teachers, vocab_size, config.data.sequence_length)
         except UserError as error:
             raise UserError(f"study {self.study.name}: {cell.name}: {error}") from None
-        key = self._keys[cell.name] = f"{cell.name}-{digest([cell.settings, self._taught(cell)])}"
+        needs = tuple(self._keys[name] for name in cell.needs)
+        key = self._keys[cell.name] = f"{cell.name}-{digest([cell.settings, self._taught(cell), needs])}"
         self._tokens[cell.name] = cost.tokens
         kept = self._is_kept(cell)
         if kept:
-            self._read[str(cell.teacher)] = max(cost.tokens, self._read.get(str(cell.teacher), 0))
+            cache = str(cell.teacher), cell.needs
+            self._read[cache] = max(cost.tokens, self._read.get(cache, 0))
         domains = 1 + len(self.study.domains)
         scored = domains * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
             key=key,
             cell=cell,
-            needs=tuple(self._keys[name] for name in cell.needs),
+            needs=needs,
             tokens=cost.tokens,
             flops=cost.flops * (1 - self._branched(cell, config) / cost.tokens),
             teacher_flops=0.0 if kept else cost.teacher_flops,
@@ -211,7 +213,7 @@ class _Reader:
     def caches(self) -> Caches:
         """What is kept of the teachers that the works so far read from disk."""
         flops = size = 0.0
-        for name, tokens in self._read.items():
+        for (name, _), tokens in self._read.items():
             spec = self.teachers[name]
             if spec.rung is None or spec.cache is None:
                 continue

@@ -39,8 +39,10 @@ class PlanTeacher(Section):
     rung: str | None = Field(None, description="its shape; null for controls and given models")
     tokens: int | None = Field(None, description="its training tokens, where the study trains it")
     parameters: int | None = Field(None, description="parameters, embeddings included, where known")
-    run: Name | None = Field(None, description="run id, where the study trains it")
-    data_seed: int | None = Field(None, description="seed of its data order, where the study trains it")
+    run: Name | None = Field(
+        None, description="run id, where the study trains it once; null where each seed has its own"
+    )
+    data_seed: int | None = Field(None, description="seed of its data order, where the study trains it once")
     corpus: str | None = Field(None, description="name of its training text, where it has one of its own")
     targets: str | None = Field(None, description="format of its cached targets; null: computed as needed")
 
@@ -74,6 +76,15 @@ class PlanRun(Section):
     baseline: Name | None = Field(description="run id it is compared with; null for teachers and baselines")
     stage: Name | None = Field(None, description="post-training stage (kind after)")
     after: Name | None = Field(None, description="run id that the stage went on from (kind after)")
+    teacher_run: Name | None = Field(
+        None, description="run id of its teacher, where each seed has a teacher of its own"
+    )
+    twin: int = Field(
+        0,
+        ge=0,
+        description="of an untaught run: 0, or the number of a further one of its seed, with other initial "
+        "weights and the same batches; gains are against the mean of all",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanRun:
@@ -87,6 +98,8 @@ class PlanRun(Section):
             raise ValueError(
                 f"run {self.run}: stage and after belong to runs of kind after, and only to them"
             )
+        if self.twin and (self.kind in {"teacher", "student"} or self.baseline is not None):
+            raise ValueError(f"run {self.run}: only untaught runs have twins")
         return self
 
 
@@ -123,9 +136,11 @@ class Plan(Section):
             _refuse_twice(what, [entry.name for entry in known])
         _refuse_twice("domain", [domain.name for domain in self.domains])
         _refuse_twice("run", [run.run for run in self.runs])
-        cells = [(r.kind, r.student, r.teacher, r.arm, r.seed, r.stage) for r in self.runs]
+        cells = [(r.kind, r.student, r.teacher, r.arm, r.seed, r.stage, r.twin) for r in self.runs]
         _refuse_twice("cell", cells)
         known_runs = {run.run for run in self.runs} | {None}
+        if lost := [run.run for run in self.runs if run.teacher_run not in known_runs]:
+            raise ValueError(f"run {lost[0]}: its teacher's run is not among the runs")
         if lost := [run.run for run in self.runs if run.baseline not in known_runs]:
             raise ValueError(f"run {lost[0]}: its baseline is not among the runs")
         return self

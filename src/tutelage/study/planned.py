@@ -9,7 +9,7 @@ from tutelage.study.graph import Cost, sequence_length
 from tutelage.study.planfile import Plan, PlanDomain, PlanRun, PlanStudent, PlanTeacher
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tutelage.study.cells import Cell
     from tutelage.study.graph import Node
@@ -20,22 +20,9 @@ if TYPE_CHECKING:
 
 def plan_of(study: StudyConfig, nodes: Sequence[Node]) -> Plan:
     """The plan of a study whose runs are known."""
-    return _plan(
-        study,
-        [
-            (
-                node.cell,
-                _run(
-                    node.cell,
-                    node.id,
-                    Cost(node.tokens, node.parameters, node.flops, node.teacher_flops),
-                    node.baseline,
-                    node.needs[0] if node.cell.kind == "after" else None,
-                ),
-            )
-            for node in nodes
-        ],
-    )
+    ids = {node.cell.name: node.id for node in nodes}
+    costs = (Cost(node.tokens, node.parameters, node.flops, node.teacher_flops) for node in nodes)
+    return _plan(study, [(n.cell, _run(n.cell, ids, cost)) for n, cost in zip(nodes, costs, strict=True)])
 
 
 def draft_of(study: StudyConfig) -> Plan:
@@ -46,20 +33,13 @@ def draft_of(study: StudyConfig) -> Plan:
     """
     teachers = teachers_of(study)
     vocab_size = study.corpus.tokenizer.vocab_size
+    cells = cells_of(study)
+    names = {cell.name: cell.name for cell in cells}
     return _plan(
         study,
         [
-            (
-                cell,
-                _run(
-                    cell,
-                    cell.name,
-                    Cost.of(cell, teachers, vocab_size, sequence_length(cell)),
-                    cell.baseline,
-                    cell.needs[0] if cell.kind == "after" else None,
-                ),
-            )
-            for cell in cells_of(study)
+            (cell, _run(cell, names, Cost.of(cell, teachers, vocab_size, sequence_length(cell))))
+            for cell in cells
         ],
     )
 
@@ -67,7 +47,10 @@ def draft_of(study: StudyConfig) -> Plan:
 def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
     teachers = teachers_of(study)
     run_of = trained_as(teachers)
-    trained = {cell.teacher: (cell, run) for cell, run in planned if cell.kind == "teacher"}
+    trained: dict[str | None, list[Planned]] = {}
+    for cell, run in planned:
+        if cell.kind == "teacher":
+            trained.setdefault(cell.teacher, []).append((cell, run))
     students = {
         cell.student: PlanStudent(
             name=cell.student, rung=cell.rung, tokens=run.tokens, parameters=run.parameters
@@ -82,8 +65,7 @@ def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
         seeds=study.seeds,
         students=tuple(students.values()),
         teachers=tuple(
-            _teacher(name, spec, *trained.get(run_of.get(name), (None, None)))
-            for name, spec in teachers.items()
+            _teacher(name, spec, trained.get(run_of.get(name), [])) for name, spec in teachers.items()
         ),
         domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
         in_domain=study.in_domain,
@@ -93,7 +75,10 @@ def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
     )
 
 
-def _teacher(name: str, spec: TeacherSpec, cell: Cell | None, run: PlanRun | None) -> PlanTeacher:
+def _teacher(name: str, spec: TeacherSpec, trained: Sequence[Planned]) -> PlanTeacher:
+    """A teacher; `trained` are its runs, one or one for each seed."""
+    run = trained[0][1] if trained else None
+    once = trained[0] if spec.seed is not None and trained else None
     return PlanTeacher(
         name=name,
         control=spec.control is not None,
@@ -101,16 +86,17 @@ def _teacher(name: str, spec: TeacherSpec, cell: Cell | None, run: PlanRun | Non
         rung=spec.rung,
         tokens=None if run is None else run.tokens,
         parameters=None if run is None else run.parameters,
-        run=None if run is None else run.run,
-        data_seed=None if cell is None else cell.settings["data"]["seed"],
+        run=None if once is None else once[1].run,
+        data_seed=None if once is None else once[0].settings["data"]["seed"],
         corpus=None if spec.corpus is None else spec.corpus.name,
         targets=None if spec.cache is None else spec.cache.format.kind,
     )
 
 
-def _run(cell: Cell, run: str, cost: Cost, baseline: str | None, after: str | None) -> PlanRun:
+def _run(cell: Cell, ids: Mapping[str, str], cost: Cost) -> PlanRun:
+    after = cell.needs[0] if cell.kind == "after" else None
     return PlanRun(
-        run=run,
+        run=ids[cell.name],
         kind=cell.kind,
         group=cell.group,
         student=cell.student,
@@ -121,7 +107,9 @@ def _run(cell: Cell, run: str, cost: Cost, baseline: str | None, after: str | No
         tokens=cost.tokens,
         parameters=cost.parameters,
         flops=cost.flops + cost.teacher_flops,
-        baseline=baseline,
+        baseline=None if cell.baseline is None else ids[cell.baseline],
         stage=cell.stage,
-        after=after,
+        after=None if after is None else ids[after],
+        teacher_run=None if cell.learned is None else ids[cell.learned],
+        twin=cell.twin,
     )

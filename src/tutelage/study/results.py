@@ -31,6 +31,8 @@ _PLANNED = {
     "seed": pl.Int64(),
     "baseline": pl.String(),
     "stage": pl.String(),
+    "teacher_run": pl.String(),
+    "twin": pl.Int64(),
 }
 _MEASURED = {
     "status": pl.String(),
@@ -83,8 +85,9 @@ class Results:
 
     Attributes:
         plan: what was to be run.
-        runs: one row for every planned run, with what the plan says of it. `status` is done, running,
-            stopped, failed, "not started" or "unreadable"; tokens, seconds and FLOPs are null unless done.
+        runs: one row for every planned run, with what the plan says of it; `teacher_run` is null where the
+            study trained no teacher of it. `status` is done, running, stopped, failed, "not started" or
+            "unreadable"; tokens, seconds and FLOPs are null unless done.
         scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation, at the last
             step that they were scored at. Of the planned domains, and of the probe "copying".
         documents: run, domain, split, document, bytes, and losses in nats, sums over the document: nll, and
@@ -123,6 +126,7 @@ def load_results(directory: Path) -> Results:
     curves: list[tuple[str, int, float]] = []
     provenance: dict[str, Provenance] = {}
     planned_row = attrgetter(*_PLANNED)
+    once = {teacher.name: teacher.run for teacher in plan.teachers}
     for planned in plan.runs:
         path = place / planned.run
         progress: dict[str, object] = {"status": "unreadable"}
@@ -141,9 +145,10 @@ def load_results(directory: Path) -> Results:
     scores, documents, left_out = read_evaluations(place, done, plan)
     problems += [f"{run}: {reason}; its scores are left out" for run, reason in left_out.items()]
     mechanisms, damaged = read_mechanisms(directory)
+    learned = pl.col("teacher_run").fill_null(pl.col("teacher").replace_strict(once, return_dtype=pl.String))
     return Results(
         plan=plan,
-        runs=runs,
+        runs=runs.with_columns(teacher_run=pl.when(pl.col("kind") != "teacher").then(learned)),
         scores=scores,
         documents=documents,
         curves=pl.DataFrame(curves, schema=_CURVE_COLUMNS, orient="row"),

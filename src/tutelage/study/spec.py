@@ -25,7 +25,9 @@ class TeacherSpec(Section):
     description: str = Field("", description="a few words for tables")
     rung: str | None = Field(None, description="shape of a trained teacher")
     tokens: Budget | None = Field(None, description="its training tokens")
-    seed: int | None = Field(None, ge=0, description="weights and data order; default: teacher_seed")
+    seed: int | None = Field(
+        None, ge=0, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
+    )
     model: str | None = Field(None, description="or: a model directory or Hub name")
     control: Literal["unigram", "uniform"] | None = Field(None, description="or: kind of control")
     corpus: StoreConfig | None = Field(
@@ -88,12 +90,40 @@ class StudyConfig(Section):
     students: dict[Name, StudentSpec] = Field(description="groups of students; none: only teachers are made")
     teacher_seed: int = Field(42, ge=0, description="weights and data order of every teacher")
     seeds: tuple[int, ...] = Field(min_length=1, description="a seed sets student weights and data order")
+    teacher_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        description="one for each of `seeds`, whose students learn from teachers of that seed; so intervals "
+        "contain what another training of the teachers would change; default: teacher_seed for all",
+    )
+    baselines: int = Field(
+        1,
+        ge=1,
+        description="untaught runs per student and seed, of other initial weights on the same batches; gains "
+        "are against their mean",
+    )
     post_training: dict[Name, PostTraining] = Field({}, description="stages that may follow a run, by name")
     claims: tuple[Annotated[int, Field(ge=1, le=23)], ...] = Field(
         (), description="numbers of the claims tested as pre-registered, with Holm's correction over them"
     )
     run: dict[str, Any] = Field({}, description="settings of every run, as in a run file")
     notes: tuple[str, ...] = Field((), description="what a reader of the report must know")
+
+    @model_validator(mode="after")
+    def _replicates(self) -> StudyConfig:
+        for name, given in (("seeds", self.seeds), ("teacher_seeds", self.teacher_seeds)):
+            if twice := [seed for seed in given if given.count(seed) > 1]:
+                raise ValueError(f"{name}: {twice[0]} is there twice; each replicate has a seed of its own")
+        if shared := sorted({*self.teacher_seeds} & {*self.seeds}):
+            raise ValueError(
+                f"teacher_seeds: {shared[0]} is in seeds too; a teacher of that seed would have read a "
+                "student's own batches from its own initial weights"
+            )
+        if self.teacher_seeds and len(self.teacher_seeds) != len(self.seeds):
+            raise ValueError(
+                f"teacher_seeds: {len(self.teacher_seeds)} for {len(self.seeds)} seeds; give one for each, "
+                "or none and a teacher_seed for all"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages(self) -> StudyConfig:
