@@ -16,8 +16,10 @@ from tutelage.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from rich.table import Table
 
     from tutelage.data.config import StoreConfig
+    from tutelage.data.manifest import Manifest
 
 app = typer.Typer(
     name="tutelage",
@@ -261,13 +263,15 @@ def _store_config(config: Path | None, corpus: str | None, overrides: list[str])
 
 @data_app.command("show")
 def data_show(store: Annotated[Path, typer.Argument(help="token store directory")]) -> None:
-    """Print what a token store holds."""
+    """Print what a token store holds, what was left out of it, and what else is unusual about it."""
     from rich.table import Table
 
     from tutelage.console import out
+    from tutelage.data.remarks import remarks
     from tutelage.data.store import open_store
 
     opened = open_store(store)
+    out.print(_sources_table(opened.manifest))
     table = Table("split", box=None)
     for column in ("documents", "tokens", "bytes", "bytes/token"):
         table.add_column(column, justify="right")
@@ -276,6 +280,28 @@ def data_show(store: Annotated[Path, typer.Argument(help="token store directory"
         table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}")
     table.caption = f"vocabulary {opened.vocab_size:,} · fingerprint {opened.fingerprint[:16]}"
     out.print(table)
+    for line in remarks(opened.manifest):
+        out.print(f"note     {line}", highlight=False, markup=False, soft_wrap=True, style="yellow")
+
+
+def _sources_table(manifest: Manifest) -> Table:
+    """What was taken of every source of a token store, and how many rows were left out for which reason."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tutelage.data.remarks import source_name
+
+    table = Table("source", box=None)
+    for column in ("documents", "bytes", "share", "wanted", *manifest.sources[0].dropped):
+        table.add_column(column, justify="right", no_wrap=True)
+    total = sum(record.bytes for record in manifest.sources)
+    weights = sum(record.weight or 0.0 for record in manifest.sources)
+    for record in manifest.sources:
+        wanted = "all" if record.weight is None else f"{record.weight / weights:.1%}"
+        taken = (f"{record.documents:,}", f"{record.bytes:,}", f"{record.bytes / total:.1%}", wanted)
+        dropped = (f"{count:,}" for count in record.dropped.values())
+        table.add_row(escape(source_name(record.source)), *taken, *dropped)
+    return table
 
 
 @data_app.command("verify")

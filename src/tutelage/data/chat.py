@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from tutelage.data.pairs import Message, Piece
+from tutelage.data.textfiles import BadRowError
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ class Chat:
             where: the place of the conversation, for messages.
 
         Raises:
-            UserError: no turn is by the assistant, or the first one is; a text spells a special token; or the
-                template refuses the conversation or renders its beginning otherwise when more follows.
+            BadRowError: no turn is by the assistant, or the first one is; a text spells a special token; or
+                the template refuses the conversation or renders its beginning otherwise when more follows.
         """
         self._check(messages, where)
         found: list[Piece] = []
@@ -68,7 +69,7 @@ class Chat:
             asked = self._rendered(messages[:turn], where, prompting=True)
             answered = self._rendered(messages[: turn + 1], where, prompting=False)
             if not (asked.startswith(done) and answered.startswith(asked)):
-                raise UserError(
+                raise BadRowError(
                     f"{where}: the chat template renders message {turn + 1} or one before it otherwise when "
                     "more follows, so that no border can be drawn; split the conversation into single turns"
                 )
@@ -86,16 +87,16 @@ class Chat:
     def _check(self, messages: Sequence[Message], where: str) -> None:
         roles = [message["role"] for message in messages]
         if "assistant" not in roles:
-            raise UserError(
+            raise BadRowError(
                 f"{where}: no message of the role 'assistant', so there is nothing to learn; roles: "
                 f"{', '.join(roles) or 'none'}"
             )
         if roles[0] == "assistant":
-            raise UserError(f"{where}: the first message is the assistant's, so there is no prompt")
+            raise BadRowError(f"{where}: the first message is the assistant's, so there is no prompt")
         for message in messages:
             for token in self._special:
                 if token in message["content"]:
-                    raise UserError(
+                    raise BadRowError(
                         f"{where}: a message spells the special token '{token}', with which text could fake "
                         "a turn; take it out"
                     )
@@ -105,9 +106,10 @@ class Chat:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=prompting
             )
+            text.encode()
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{where}: the chat template refuses it ({reason})") from None
+            raise BadRowError(f"{where}: the chat template refuses it ({reason})") from None
         return text
 
 
@@ -119,7 +121,7 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
     """
     settings = _settings(path / "tokenizer_config.json")
     file = path / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    template = file.read_text(encoding="utf-8-sig") if file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several, with names
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     if not isinstance(template, str):
@@ -135,7 +137,7 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     return settings
 
 

@@ -9,23 +9,33 @@ from pydantic import Field, model_validator
 
 from tutelage.settings import Fraction, Name, Section
 
+DOCUMENT_LIMIT = 2**24
+"""Bytes of the longest document: what is tokenised at once decides how much memory a build needs."""
 
-class _Share(Section):
-    weight: float | None = Field(None, gt=0, description="share of bytes in the mixture; default: take all")
+
+class _Source(Section):
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="share of bytes in the mixture; default: take all"
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a row without usable text (no valid UTF-8 or JSON, no such field, another type, half of "
+        "a surrogate pair, too long): end the build and name it, or leave it out and count it",
+    )
 
 
-class _Paths(_Share):
+class _Paths(_Source):
     paths: tuple[str, ...] = Field(min_length=1, description="files or glob patterns")
 
 
-class _OnHub(_Share):
+class _OnHub(_Source):
     path: str = Field(description="name on the Hub, or a local directory that `datasets` can load")
     subset: str | None = Field(None, description="configuration of the data set, for example 'sample-10BT'")
     split: str = Field("train", description="split of the data set")
     revision: str | None = Field(None, description="commit or tag; pin it to make the store reproducible")
 
 
-class CorpusSource(_Share):
+class CorpusSource(_Source):
     """A named corpus from `tutelage data list`."""
 
     kind: Literal["corpus"] = "corpus"
@@ -33,10 +43,16 @@ class CorpusSource(_Share):
 
 
 class FilesSource(_Paths):
-    """Local text: .txt, .jsonl or .parquet, each also as .gz or .zst (not parquet)."""
+    """Local text: .txt, .md, .jsonl or .parquet, each also as .gz or .zst (not parquet)."""
 
     kind: Literal["files"]
     field: str = Field("text", description="field (jsonl) or column (parquet) that holds the text")
+    document_bytes: Annotated[int, Field(ge=256, le=DOCUMENT_LIMIT // 2)] | Literal["auto", "file"] = Field(
+        "auto",
+        description="of .txt and .md: cut them between paragraphs into documents of about this many bytes; "
+        "auto: where there are fewer than 200 files, cut those longer than 8 KiB into about 200 documents in "
+        "all (of 512 bytes to 8 KiB), else only what is longer than 1 MiB; file: every file is one document",
+    )
 
 
 class HubSource(_OnHub):
@@ -46,7 +62,7 @@ class HubSource(_OnHub):
     field: str = Field("text", description="column that holds the text")
 
 
-class _Pairs(_Share):
+class _Pairs(_Source):
     template: Literal["plain", "chat"] = Field(
         "plain", description="plain: prompt, separator, completion; chat: the tokenizer's own chat template"
     )

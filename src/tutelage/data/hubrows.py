@@ -17,7 +17,8 @@ def read_rows(source: HubSource | HubPairs) -> Iterator[Row]:
     """(data set and row, row), in order; nothing is downloaded that is not read.
 
     Raises:
-        UserError: the package is missing, or the data set, its subset or its split.
+        UserError: the package is missing, or the data set, its subset or its split; or a row cannot be
+            decoded, after which no other can be read.
     """
     try:
         from datasets import load_dataset  # noqa: PLC0415 - an extra, and slow to import
@@ -26,6 +27,7 @@ def read_rows(source: HubSource | HubPairs) -> Iterator[Row]:
             f"hub source {source.path}: the package 'datasets' is missing; run: pip install 'tutelage[hub]'"
         ) from None
     where = f"hub source {source.path}"
+    number = 0
     try:
         rows = load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, streaming=True
@@ -33,4 +35,5 @@ def read_rows(source: HubSource | HubPairs) -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
             yield f"{where}, row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+        place = f", after row {number}" if number else ""
+        raise UserError(f"{where}{place}: {' '.join(str(error).split())}") from None

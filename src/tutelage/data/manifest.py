@@ -30,6 +30,7 @@ class SplitRecord(ManifestRecord):
         documents: number of documents.
         tokens: ids in `<split>.bin`, with what begins and closes each document.
         bytes: UTF-8 bytes of the documents' text.
+        changed: documents whose text does not come back from their tokens.
         files: SHA-256 of each file, by name: `<split>.bin`, `<split>.idx`, in a store with prompts
             `<split>.mask`, and of a split that is scored `<split>.bytes`.
     """
@@ -37,15 +38,46 @@ class SplitRecord(ManifestRecord):
     documents: int
     tokens: int
     bytes: int
+    changed: int
     files: dict[str, str]
 
 
-class SourceRecord(ManifestRecord):
-    """One source: what fixed its text (versions, licence, checksums) and what was taken from it."""
+class LeftRecord(ManifestRecord):
+    """What the mixture did not take of a source because another one ran out.
 
-    source: dict[str, JsonValue]
+    Attributes:
+        documents: documents left.
+        bytes: their bytes of UTF-8.
+        is_all: whether that is everything; otherwise counting ended there.
+    """
+
     documents: int
     bytes: int
+    is_all: bool
+
+
+class SourceRecord(ManifestRecord):
+    """One source: what fixed its text, what was taken of it, and what was not.
+
+    Attributes:
+        source: versions, licence, checksums.
+        weight: share of bytes that was asked for; None: everything.
+        documents: documents taken.
+        bytes: their bytes of UTF-8.
+        dropped: rows left out, by reason: null, blank, duplicate, bad.
+        first_bad: what was wrong with the first bad one.
+        document_bytes: about how long the documents are that text files were cut into; None: no cuts.
+        left: what was left when another source ended the mixture; None where nothing was or it is not known.
+    """
+
+    source: dict[str, JsonValue]
+    weight: float | None
+    documents: int
+    bytes: int
+    dropped: dict[str, int]
+    first_bad: str | None
+    document_bytes: int | None
+    left: LeftRecord | None
 
 
 class Manifest(ManifestRecord):
@@ -62,7 +94,9 @@ class Manifest(ManifestRecord):
         begin_ids: the ids that begin every document: what the tokenizer puts in front of a text.
         tokenizer_sha256: checksum of tokenizer.json.
         sources: one record per source of the config, in its order.
-        duplicates: documents dropped because the same text had come before.
+        ended_by: what ended the mixture: "max_bytes", or the place of the source that ran out before others
+            did; None where every source was read to its end.
+        changed_example: how one of the documents counted as `changed` comes back.
         splits: train, validation and test.
     """
 
@@ -76,7 +110,8 @@ class Manifest(ManifestRecord):
     begin_ids: tuple[int, ...]
     tokenizer_sha256: str
     sources: tuple[SourceRecord, ...]
-    duplicates: int
+    ended_by: int | Literal["max_bytes"] | None
+    changed_example: str | None
     splits: dict[Split, SplitRecord]
 
     @property

@@ -1,16 +1,18 @@
 """Documents from corpora, files and the Hub, and the mixture of several sources.
 
 Every source can be read again from its beginning, in the same order. Nothing is held in memory but
-the document at hand and, in a mixture, one 16-byte hash per document to find exact duplicates.
+the document at hand and one 16-byte hash per document to find exact duplicates. What is not taken of a
+source is counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tutelage.data import hubrows, textfiles
 from tutelage.data.config import (
@@ -20,12 +22,11 @@ from tutelage.data.config import (
     FilesSource,
     HubPairs,
     HubSource,
-    PairSource,
     Source,
-    TextSource,
 )
 from tutelage.data.corpora import find_corpus, find_pairs
 from tutelage.data.pairs import Piece, read_pairs
+from tutelage.data.textfiles import BadRowError
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from tutelage.data.chat import Chat
+
+_COUNTED_BYTES = 10**9
+_IDENTITY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,42 +56,45 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The whole text: not blank, and different from every document before it."""
+        """The whole text: not blank, and different from every document before it, unless in other pieces."""
         return _joined(self.pieces)
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a pass over a mixture took, per source, and what it dropped.
+    """What became of the rows of one source: documents of the mixture, or dropped for one of four reasons.
+
+    A row is a row of a file or data set, a text file or a part of it that became a document, or a document of
+    a corpus.
 
     Attributes:
-        documents: documents taken, one number per source.
-        bytes: bytes of UTF-8 taken, one number per source.
-        duplicates: documents dropped because the same text had come before.
-        blank: documents dropped because they hold nothing but white space.
+        documents: documents taken.
+        bytes: their bytes of UTF-8.
+        dropped: rows left out, by reason: `null`; `blank`, if they hold nothing or white space only;
+            `duplicate`, if the same text, in the same pieces, had come before in any source; `bad`, if they
+            could not be used (`on_bad_row: skip`).
+        first_bad: what was wrong with the first bad one.
     """
 
-    documents: list[int] = field(default_factory=list)
-    bytes: list[int] = field(default_factory=list)
-    duplicates: int = 0
-    blank: int = 0
+    documents: int = 0
+    bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: {"null": 0, "blank": 0, "duplicate": 0, "bad": 0})
+    first_bad: str | None = None
 
 
-def read_documents(source: TextSource) -> Iterator[str]:
-    """The documents of one source of text, in a fixed order.
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a mixture did not take of one source because another ran out.
 
-    Raises:
-        UserError: the source is missing, damaged, empty, not text or lacks the field; raised when the
-            offending document is asked for.
+    Attributes:
+        documents: documents left, distinct from those taken.
+        bytes: their bytes of UTF-8.
+        is_all: whether that is everything; otherwise counting ended there.
     """
-    match source:
-        case CorpusSource():
-            return find_corpus(source.name).documents()
-        case FilesSource():
-            return textfiles.read(source)
-        case HubSource():
-            rows = hubrows.read_rows(source)
-            return (textfiles.text_of(row, source.field, where) for where, row in rows)
+
+    documents: int
+    bytes: int
+    is_all: bool
 
 
 def describe(source: Source) -> dict[str, JsonValue]:
@@ -114,13 +121,8 @@ def describe(source: Source) -> dict[str, JsonValue]:
             return fixed
 
 
-def mixed(
-    sources: Sequence[Source],
-    max_bytes: int | None = None,
-    tally: Tally | None = None,
-    chat: Chat | None = None,
-) -> Iterator[Document]:
-    """Read several sources as one text, without blank documents and exact duplicates.
+class Mixture:
+    """Several sources read as one text, without blank documents and exact duplicates. It can be read once.
 
     Without weights the sources follow one another. With weights the next document comes from the source
     that has given the fewest bytes per weight so far, and the mixture ends with the first source that
@@ -129,66 +131,127 @@ def mixed(
     Args:
         sources: all with a weight, or all without.
         max_bytes: end with the document that reaches this many bytes of UTF-8; None: no limit.
-        tally: filled while reading.
         chat: renders the conversations of sources with `template: chat`.
+
+    Attributes:
+        tallies: what became of the rows of each source, filled while reading.
+        ended_by: what ended it: "max_bytes", or the place of the source that ran out before others did; None
+            while it is read, and where every source was read to its end.
     """
-    tally = Tally() if tally is None else tally
-    tally.documents, tally.bytes = [0] * len(sources), [0] * len(sources)
-    seen: set[bytes] = set()
-    streams = [_distinct(source, index, seen, tally, chat) for index, source in enumerate(sources)]
-    weights = [source.weight for source in sources if source.weight is not None]
-    for document in _balanced(streams, weights, tally) if weights else itertools.chain(*streams):
-        yield document
-        if max_bytes is not None and sum(tally.bytes) >= max_bytes:
-            return
+
+    def __init__(
+        self, sources: Sequence[Source], max_bytes: int | None = None, chat: Chat | None = None
+    ) -> None:
+        self.tallies = [Tally() for _ in sources]
+        self.ended_by: int | Literal["max_bytes"] | None = None
+        self._weights = [source.weight for source in sources if source.weight is not None]
+        self._max_bytes = max_bytes
+        self._seen: set[bytes] = set()
+        self._is_remote = [isinstance(source, HubSource | HubPairs) for source in sources]
+        self._streams = [self._distinct(source, index, chat) for index, source in enumerate(sources)]
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents, in a fixed order.
+
+        Raises:
+            UserError: a source is missing, damaged, empty, not text, or has a bad row and is not to skip it;
+                raised when the offending document is asked for.
+        """
+        for document in self._balanced() if self._weights else itertools.chain(*self._streams):
+            yield document
+            if self._max_bytes is not None and sum(tally.bytes for tally in self.tallies) >= self._max_bytes:
+                self.ended_by = "max_bytes"
+                return
+
+    def count_left(self) -> list[Left | None]:
+        """What was left of each source when another ended the mixture; None where that is not known.
+
+        Files and corpora are read on for it, each for up to a gigabyte of text; data sets are not.
+        """
+        if not isinstance(self.ended_by, int):
+            return [None] * len(self._streams)
+        return [self._left(index) for index in range(len(self._streams))]
+
+    def _left(self, index: int) -> Left | None:
+        if self._is_remote[index]:
+            return None
+        taken, self.tallies[index] = self.tallies[index], Tally()
+        for _ in self._streams[index]:
+            if self.tallies[index].bytes >= _COUNTED_BYTES:
+                break
+        rest, self.tallies[index] = self.tallies[index], taken
+        return Left(rest.documents, rest.bytes, is_all=rest.bytes < _COUNTED_BYTES)
+
+    def _distinct(self, source: Source, index: int, chat: Chat | None) -> Iterator[Document]:
+        """The documents of one source that are neither blank nor seen before, counted in its tally."""
+        for pieces in _read(source, chat):
+            tally = self.tallies[index]
+            if isinstance(pieces, BadRowError):
+                if source.on_bad_row == "stop":
+                    raise UserError(f"{pieces}; on_bad_row: skip leaves such rows out")
+                tally.dropped["bad"] += 1
+                tally.first_bad = tally.first_bad or str(pieces)
+                continue
+            if pieces is None:
+                tally.dropped["null"] += 1
+                continue
+            text = _joined(pieces)
+            if not text or text.isspace():
+                tally.dropped["blank"] += 1
+                continue
+            data = text.encode()
+            digest = hashlib.blake2b(data).digest()
+            identity = _identity(pieces, digest)
+            if identity in self._seen:
+                tally.dropped["duplicate"] += 1
+                continue
+            self._seen.add(identity)
+            tally.documents += 1
+            tally.bytes += len(data)
+            # by the text alone, so that equal text is never in two splits, whatever its pieces
+            yield Document(pieces, len(data), int.from_bytes(digest[:8], "big") / 2**64)
+
+    def _balanced(self) -> Iterator[Document]:
+        while True:
+            shares = [tally.bytes / weight for tally, weight in zip(self.tallies, self._weights, strict=True)]
+            index = shares.index(min(shares))
+            document = next(self._streams[index], None)
+            if document is None:
+                self.ended_by = index if len(self._streams) > 1 else None
+                return
+            yield document
 
 
-def _read(source: Source, chat: Chat | None) -> Iterator[tuple[Piece, ...]]:
-    if isinstance(source, PairSource):
-        return read_pairs(source, chat)
-    return ((Piece(text),) for text in read_documents(source))
+def _read(source: Source, chat: Chat | None) -> Iterator[tuple[Piece, ...] | BadRowError | None]:
+    """What every row of a source holds; None for null."""
+    match source:
+        case CorpusSource():
+            return ((Piece(text),) for text in find_corpus(source.name).documents())
+        case FilesSource():
+            return map(_piece, textfiles.read(source))
+        case HubSource():
+            return map(_piece, textfiles.texts_of(hubrows.read_rows(source), source.field))
+        case _:
+            return read_pairs(source, chat)
+
+
+def _piece(text: str | BadRowError | None) -> tuple[Piece] | BadRowError | None:
+    return (Piece(text),) if isinstance(text, str) else text
 
 
 def _joined(pieces: tuple[Piece, ...]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def _distinct(
-    source: Source, index: int, seen: set[bytes], tally: Tally, chat: Chat | None
-) -> Iterator[Document]:
-    """The documents of one source that are neither blank nor seen before, counted in `tally`."""
-    for pieces in _read(source, chat):
-        text = _joined(pieces)
-        if not text or text.isspace():
-            tally.blank += 1
-            continue
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:
-            start = " ".join(text[:40].split())
-            raise UserError(
-                f"source {index + 1}: the document that begins {start!r} holds half of a surrogate pair, "
-                "which is no valid text"
-            ) from None
-        digest = hashlib.blake2b(data).digest()
-        if digest[:16] in seen:
-            tally.duplicates += 1
-            continue
-        seen.add(digest[:16])
-        tally.documents[index] += 1
-        tally.bytes[index] += len(data)
-        yield Document(pieces, len(data), int.from_bytes(digest[:8], "big") / 2**64)
-
-
-def _balanced(
-    streams: Sequence[Iterator[Document]], weights: Sequence[float], tally: Tally
-) -> Iterator[Document]:
-    while True:
-        index = min(range(len(streams)), key=lambda i: tally.bytes[i] / weights[i])
-        document = next(streams[index], None)
-        if document is None:
-            return
-        yield document
+def _identity(pieces: tuple[Piece, ...], text_digest: bytes) -> bytes:
+    """Equal only for documents in the same pieces: the same text may be asked and answered otherwise."""
+    if not any(piece.is_prompt or piece.markup for piece in pieces):
+        return text_digest[:_IDENTITY_BYTES]
+    found = hashlib.blake2b(digest_size=_IDENTITY_BYTES, person=b"pieces")
+    for piece in pieces:
+        text = piece.text.encode()
+        found.update(struct.pack("<Q2?", len(text), piece.is_prompt, piece.markup) + text)
+    return found.digest()
 
 
 def _file_identity(path: Path) -> dict[str, JsonValue]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,17 @@ import numpy as np
 
 from tutelage.configio import digest
 from tutelage.data.config import FilesSource
-from tutelage.data.manifest import SCHEMA_VERSION, SCORED, Manifest, SourceRecord, read_manifest
-from tutelage.data.sources import Tally, describe
-from tutelage.data.textfiles import known_bytes
+from tutelage.data.manifest import (
+    SCHEMA_VERSION,
+    SCORED,
+    LeftRecord,
+    Manifest,
+    SourceRecord,
+    read_manifest,
+)
+from tutelage.data.remarks import check_splits
+from tutelage.data.sources import Mixture, describe
+from tutelage.data.textfiles import cut_size, known_bytes
 from tutelage.data.tokenize import load_tokenizer, train_tokenizer
 from tutelage.data.tokenizerfiles import find_tokenizer
 from tutelage.data.writer import training_texts, write_splits
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from pydantic import JsonValue
 
     from tutelage.data.chat import Chat
     from tutelage.data.config import StoreConfig
@@ -134,7 +143,8 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
         The store's directory.
 
     Raises:
-        UserError: a source or the tokenizer cannot be read, there is no text, or the disk is too small.
+        UserError: a source or the tokenizer cannot be read, a split that is to have text has none, or the
+            disk is too small.
     """
     progress = progress or _silent
     place = None if config.tokenizer.path is None else find_tokenizer(config.tokenizer.path)
@@ -155,10 +165,8 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     with claimed(output / f".{path.name}.lock", f"store {path}"), new_directory(path) as partial:
         tokenizer = ready or train_tokenizer(training_texts(config, progress), config.tokenizer.vocab_size)
         tokenizer.save(partial, chat.settings if chat else None)
-        tally = Tally()
-        splits = write_splits(config, tokenizer, chat, partial, tally, progress)
-        if sum(tally.documents) == 0:
-            raise UserError(f"store {config.name}: the sources hold no text")
+        mixture = Mixture(config.sources, config.max_bytes, chat)
+        splits, changed_example = write_splits(config, tokenizer, mixture, partial, progress)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=config.name,
@@ -169,15 +177,31 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
             eos_id=tokenizer.eos_id,
             begin_ids=tokenizer.begin_ids,
             tokenizer_sha256=tokenizer.sha256,
-            sources=tuple(
-                SourceRecord(source=source, documents=documents, bytes=size)
-                for source, documents, size in zip(sources, tally.documents, tally.bytes, strict=True)
-            ),
-            duplicates=tally.duplicates,
+            sources=_source_records(config, sources, mixture),
+            ended_by=mixture.ended_by,
+            changed_example=changed_example,
             splits=splits,
         )
+        check_splits(config, manifest)
         write_text(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
     return path
+
+
+def _source_records(
+    config: StoreConfig, described: list[dict[str, JsonValue]], mixture: Mixture
+) -> tuple[SourceRecord, ...]:
+    return tuple(
+        SourceRecord(
+            source=identity,
+            weight=source.weight,
+            document_bytes=cut_size(source) if isinstance(source, FilesSource) else None,
+            left=None if left is None else LeftRecord(**asdict(left)),
+            **asdict(tally),
+        )
+        for source, identity, tally, left in zip(
+            config.sources, described, mixture.tallies, mixture.count_left(), strict=True
+        )
+    )
 
 
 def open_store(path: Path) -> Store:

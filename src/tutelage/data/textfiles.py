@@ -1,28 +1,40 @@
-"""Documents from local files: .txt, .jsonl (each also .gz or .zst) and .parquet."""
+"""Documents and rows from local files: .txt, .md, .jsonl (each also .gz or .zst) and .parquet.
+
+What is wrong with a file raises `UserError`. What is wrong with one row is handed on in its place, as a
+`BadRowError`, because whoever reads may want the other rows.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import gzip
-import io
 import json
-import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING
 
-import zstandard
-
+from tutelage.data.config import DOCUMENT_LIMIT
+from tutelage.data.cutting import WHOLE, document_size, documents_of
+from tutelage.data.streams import LINE_LIMIT, decoded, lines, plain_name, without_mark
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
+
+    from pyarrow import RecordBatch
 
     from tutelage.data.config import FilesSource
 
-    Row = tuple[str, Mapping[str, object]]
+_ENDINGS = ".txt, .md and .jsonl (each also .gz or .zst) and .parquet"
+_TEXT = (".txt", ".md")
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 2**22
 
-_ENDINGS = ".txt, .jsonl, .txt.gz, .txt.zst, .jsonl.gz, .jsonl.zst and .parquet"
+
+class BadRowError(UserError):
+    """One row cannot be used; the message names its file and line. The rows after it can be read."""
+
+
+Row = tuple[str, object]
+"""The file and line (or data set and row) for messages, and what is there, or a `BadRowError`."""
 
 
 def find(names: Sequence[str]) -> list[Path]:
@@ -47,26 +59,37 @@ def find(names: Sequence[str]) -> list[Path]:
 
 
 def known_bytes(source: FilesSource) -> int:
-    """Bytes of text that `source` surely holds: those of its plain .txt files."""
-    return sum(path.stat().st_size for path in find(source.paths) if path.suffix == ".txt")
+    """Bytes of text that `source` surely holds: those of its plain text files."""
+    return sum(path.stat().st_size for path in find(source.paths) if path.suffix in _TEXT)
 
 
-def read(source: FilesSource) -> Iterator[str]:
-    """The documents of `source`: a .txt file is one, a .jsonl line or a .parquet row is one.
+def cut_size(source: FilesSource) -> int | None:
+    """About how many bytes the documents have that the text files of `source` are cut into; None: no cuts.
 
     Raises:
-        UserError: a file is missing, empty, damaged or not text, or a row lacks the field.
+        UserError: a file is missing or damaged.
     """
+    texts = [path for path in find(source.paths) if _is_text(path)]
+    return document_size(source, texts) if texts else None
+
+
+def read(source: FilesSource) -> Iterator[str | BadRowError | None]:
+    """The documents of `source`: of text files whole or cut, of others one per row; None for a null.
+
+    Raises:
+        UserError: a file is missing, empty, damaged or not text.
+    """
+    size = cut_size(source)
+    whole = WHOLE if source.document_bytes == "auto" else 0
     for path in find(source.paths):
-        if _name(path).endswith(".txt"):
-            yield _whole(path)
+        if _is_text(path):
+            yield from (document.decode() for document in documents_of(path, size, whole))
         else:
-            for where, row in _rows(path, (source.field,)):
-                yield text_of(row, source.field, where)
+            yield from texts_of(_rows(path, (source.field,)), source.field)
 
 
 def read_rows(names: Sequence[str], fields: Sequence[str]) -> Iterator[Row]:
-    """(file and line, row) of .jsonl and .parquet files, in order.
+    """The rows of .jsonl and .parquet files, in order.
 
     Args:
         names: paths and patterns.
@@ -76,75 +99,70 @@ def read_rows(names: Sequence[str], fields: Sequence[str]) -> Iterator[Row]:
         UserError: as `read`; or a file has no fields. A .jsonl row may still lack some.
     """
     for path in find(names):
-        if _name(path).endswith(".txt"):
+        if _is_text(path):
             raise UserError(
                 f"{path}: text has no fields; prompts and completions come from .jsonl or .parquet"
             )
         yield from _rows(path, fields)
 
 
-def text_of(row: object, field: str, where: str) -> str:
-    """The text of one row; "" where it is null.
+def texts_of(rows: Iterator[Row], field: str) -> Iterator[str | BadRowError | None]:
+    """`text_of` every row."""
+    for where, row in rows:
+        try:
+            yield text_of(row, field, where)
+        except BadRowError as error:
+            yield error
+
+
+def text_of(row: object, field: str, where: str) -> str | None:
+    """The text of one row, without a byte order mark at its beginning; None where it is null.
 
     Raises:
-        UserError: the row is no mapping, lacks the field, or holds something else than text there.
+        BadRowError: the row is no mapping, lacks the field, or holds something there that is no text, or too
+            much of it.
     """
     text = value_of(row, field, where)
     if text is None:
-        return ""
+        return None
     if not isinstance(text, str):
-        raise UserError(f"{where}: field '{field}' holds {type(text).__name__}, expected text")
-    return text
+        shown = f" ({text})" if isinstance(text, float) else ""
+        raise BadRowError(f"{where}: field '{field}' holds {type(text).__name__}{shown}, expected text")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BadRowError(
+            f"{where}: field '{field}' holds half of a surrogate pair (U+{ord(text[error.start]):04X}, "
+            f"character {error.start + 1}), which is no valid text"
+        ) from None
+    if size > DOCUMENT_LIMIT:
+        raise BadRowError(
+            f"{where}: field '{field}' holds {size:,} bytes of text, at most {DOCUMENT_LIMIT:,} can be read"
+        )
+    return without_mark(text)
 
 
 def value_of(row: object, field: str, where: str) -> object:
     """What one row holds in a field.
 
     Raises:
-        UserError: the row is no mapping, or lacks the field.
+        BadRowError: the row is one, is no mapping, or lacks the field.
     """
+    if isinstance(row, BadRowError):
+        raise row
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with the field '{field}', found {type(row).__name__}")
+        raise BadRowError(f"{where}: expected an object with the field '{field}', found {type(row).__name__}")
     if field not in row:
-        raise UserError(f"{where}: no field '{field}'; it has: {', '.join(map(str, row)) or 'no field'}")
+        raise BadRowError(f"{where}: no field '{field}'; it has: {', '.join(map(str, row)) or 'no field'}")
     return row[field]
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The decompressed bytes of `path`; what can go wrong while reading becomes a `UserError`."""
-    try:
-        with path.open("rb") as file:
-            if path.suffix == ".gz":
-                yield cast("BinaryIO", gzip.GzipFile(fileobj=file))
-            elif path.suffix == ".zst":
-                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-                yield io.BufferedReader(cast("io.RawIOBase", reader))
-            else:
-                yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: damaged compressed file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _whole(path: Path) -> str:
-    with _opened(path) as file:
-        data = file.read()
-    if not data:
-        raise UserError(f"{path}: the file is empty")
-    if b"\0" in data:
-        raise UserError(f"{path}: a binary file, not text")
-    return _decoded(data, str(path))
-
-
-def _name(path: Path) -> str:
-    """The file's name as it would be without compression."""
-    return path.name.removesuffix(".gz").removesuffix(".zst")
+def _is_text(path: Path) -> bool:
+    return plain_name(path).endswith(_TEXT)
 
 
 def _rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
-    if _name(path).endswith(".jsonl"):
+    if plain_name(path).endswith(".jsonl"):
         yield from _json_rows(path)
     elif path.name.endswith(".parquet"):
         yield from _parquet_rows(path, fields)
@@ -153,30 +171,27 @@ def _rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    number = 0
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}: line {number}"
-            if not line.isspace():
-                yield where, _parsed(_decoded(line, where), where)
-    if number == 0:
-        raise UserError(f"{path}: the file is empty")
+    """One row per line; empty lines are none."""
+    for number, line in enumerate(lines(path), 1):
+        where = f"{path}: line {number}"
+        if line is None:
+            yield (
+                where,
+                BadRowError(f"{where}: longer than {LINE_LIMIT:,} bytes, which is the most that can be read"),
+            )
+        elif line and not line.isspace():
+            yield where, _parsed(line, where)
 
 
-def _decoded(data: bytes, where: str) -> str:
+def _parsed(line: bytes, where: str) -> object:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})"
-        ) from None
-
-
-def _parsed(line: str, where: str) -> Mapping[str, object]:
-    try:
-        return cast("Mapping[str, object]", json.loads(line))
+        row: object = json.loads(decoded(line.rstrip(b"\r\n"), where))
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
+    except (UserError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        return BadRowError(reason if isinstance(error, UserError) else f"{where}: not valid JSON: {reason}")
+    return row
 
 
 def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
@@ -187,16 +202,30 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
             f"{path}: the package 'pyarrow' is missing; run: pip install 'tutelage[hub]'"
         ) from None
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
         for field in fields:
             if field not in file.schema_arrow.names:
                 raise UserError(f"{path}: no column '{field}'; it has: {', '.join(file.schema_arrow.names)}")
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
+        # a batch is decoded at once, so it has fewer rows where rows are long
+        total = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        size = min(_BATCH_ROWS, max(1, _BATCH_BYTES * file.metadata.num_rows // max(1, total)))
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=list(fields)):
-            for row in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=size, columns=list(fields)):
+            for place in range(batch.num_rows):
                 number += 1
-                yield f"{path}: row {number}", row
+                where = f"{path}: row {number}"
+                yield where, _parquet_row(batch, place, where)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())})") from None
+
+
+def _parquet_row(batch: RecordBatch, place: int, where: str) -> object:
+    """One row; what is no UTF-8 is its own fault alone."""
+    try:
+        return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return BadRowError(
+            f"{where}: not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x})"
+        )

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tutelage.data.manifest import SCORED, SPLITS, SplitRecord
+from tutelage.data.remarks import rows_left_out
+from tutelage.data.roundtrip import RoundTrip
 from tutelage.data.sourcebytes import SourceBytes
-from tutelage.data.sources import Document, Tally, mixed
+from tutelage.data.sources import Document, Mixture
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from tutelage.data.chat import Chat
     from tutelage.data.config import StoreConfig
     from tutelage.data.pairs import Piece
     from tutelage.data.tokenize import TextTokenizer
@@ -53,8 +54,8 @@ def training_texts(config: StoreConfig, progress: Progress) -> list[str]:
     wanted = config.tokenizer.sample_bytes or _SAMPLE_BYTES_PER_ENTRY * config.tokenizer.vocab_size
     seen = size = 0
     kept: list[tuple[float, int, str]] = []  # a heap with the largest hash on top
-    tally = Tally()
-    for document in mixed(config.sources, config.max_bytes, tally):
+    mixture = Mixture(config.sources, config.max_bytes)
+    for document in mixture:
         if _split_of(document, config) != "train":
             continue
         heapq.heappush(kept, (-document.position, document.size, document.text))
@@ -65,9 +66,10 @@ def training_texts(config: StoreConfig, progress: Progress) -> list[str]:
         if seen >= _SAMPLE_WINDOW * wanted:
             break
     if not kept:
-        documents = sum(tally.documents)
+        documents = sum(tally.documents for tally in mixture.tallies)
+        rows = "".join(f"; {words}" for tally in mixture.tallies if (words := rows_left_out(tally)))
         raise UserError(
-            f"store {config.name}: the sources hold no text"
+            f"store {config.name}: the sources hold no text{rows}"
             if documents == 0
             else f"store {config.name}: none of the {documents} documents is in the train split, so no "
             "tokenizer can be trained; lower validation and test, add text, or give tokenizer.path"
@@ -78,21 +80,23 @@ def training_texts(config: StoreConfig, progress: Progress) -> list[str]:
 def write_splits(
     config: StoreConfig,
     tokenizer: TextTokenizer,
-    chat: Chat | None,
+    mixture: Mixture,
     directory: Path,
-    tally: Tally,
     progress: Progress,
-) -> dict[Split, SplitRecord]:
+) -> tuple[dict[Split, SplitRecord], str | None]:
     """Encode the whole mixture and write every split's files into `directory`.
 
     Args:
-        config: sources and split.
+        config: says how documents are split.
         tokenizer: turns the text into ids.
-        chat: renders conversations, where there are any.
+        mixture: the documents; it is read to its end.
         directory: where the files go; it must exist.
-        tally: filled with what was read.
         progress: called with "tokens" and the bytes of text done.
+
+    Returns:
+        What was written, and how the first document comes back whose text is not what its tokens say.
     """
+    round_trip = RoundTrip(tokenizer)
     encoders = {markup: tokenizer.encoder(markup=markup) for markup in (False, True)}
     sizes = SourceBytes(tokenizer)
     with contextlib.ExitStack() as stack:
@@ -102,11 +106,12 @@ def write_splits(
             )
             for name in SPLITS
         }
-        for batch in _batches(mixed(config.sources, config.max_bytes, tally, chat)):
-            for document, ids in zip(batch, _encoded(batch, encoders), strict=True):
-                writers[_split_of(document, config)].add(document, ids)
-            progress("tokens", sum(tally.bytes))
-        return {name: writer.finish() for name, writer in writers.items()}
+        for batch in _batches(mixture):
+            ids = list(_encoded(batch, encoders))
+            for document, pieces, changed in zip(batch, ids, round_trip.changed(batch, ids), strict=True):
+                writers[_split_of(document, config)].add(document, pieces, changed=changed)
+            progress("tokens", sum(tally.bytes for tally in mixture.tallies))
+        return {name: writer.finish() for name, writer in writers.items()}, round_trip.example
 
 
 def _encoded(batch: Sequence[Document], encoders: Mapping[bool, Encode]) -> Iterator[list[bytes]]:
@@ -164,10 +169,10 @@ class _SplitWriter:
         self._idx = _HashedFile(directory / f"{name}.idx", stack)
         self._mask = _HashedFile(directory / f"{name}.mask", stack) if masked else None
         self._lengths = None if sizes is None else _HashedFile(directory / f"{name}.bytes", stack)
-        self._documents = self._tokens = self._bytes = 0
+        self._documents = self._tokens = self._bytes = self._changed = 0
         self._idx.write(struct.pack("<QQ", 0, 0))
 
-    def add(self, document: Document, ids: Sequence[bytes]) -> None:
+    def add(self, document: Document, ids: Sequence[bytes], *, changed: bool) -> None:
         """Append one document, given the ids of its pieces, between what begins and what closes documents.
 
         A chat template may have written what begins a document already; it is not written twice.
@@ -185,6 +190,7 @@ class _SplitWriter:
             lengths = b"".join(self._lengths_of(self._sizes, piece, piece_ids) for piece, piece_ids in pieces)
             self._lengths.write(_NO_BYTES * begun + lengths + _NO_BYTES)
         self._documents += 1
+        self._changed += changed
         self._tokens += begun + sum(counts) + 1
         self._bytes += document.size
         self._idx.write(struct.pack("<QQ", self._tokens, self._bytes))
@@ -197,7 +203,13 @@ class _SplitWriter:
         """Bring everything to the disk; what was written."""
         written = [self._bin, self._idx, self._mask, self._lengths]
         files = dict(file.finish() for file in written if file is not None)
-        return SplitRecord(documents=self._documents, tokens=self._tokens, bytes=self._bytes, files=files)
+        return SplitRecord(
+            documents=self._documents,
+            tokens=self._tokens,
+            bytes=self._bytes,
+            changed=self._changed,
+            files=files,
+        )
 
 
 class _HashedFile:

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from tutelage.data.config import CorpusSource, FilesSource, HubSource
-from tutelage.data.sources import Tally, describe, mixed, read_documents
+from tutelage.data.sources import Mixture, describe
 from tutelage.errors import UserError
 
 
@@ -23,7 +23,7 @@ def lines(*texts: str, field: str = "text") -> bytes:
 
 
 def texts_of(*sources, **limits) -> list[str]:
-    return [document.text for document in mixed(sources, **limits)]
+    return [document.text for document in Mixture(sources, **limits)]
 
 
 # ------------------------------------------------------------------------------------- reading files
@@ -31,7 +31,7 @@ def texts_of(*sources, **limits) -> list[str]:
 
 def test_text_file_is_one_document_with_its_line_ends(tmp_path):
     (tmp_path / "a.txt").write_bytes("één\r\ntwo\n".encode())
-    assert list(read_documents(files(tmp_path / "a.txt"))) == ["één\r\ntwo\n"]
+    assert texts_of(files(tmp_path / "a.txt")) == ["één\r\ntwo\n"]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -39,21 +39,23 @@ def test_jsonl_also_compressed(tmp_path, ending):
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     # two compressed parts behind one another, as parallel tools write them
     (tmp_path / f"a.jsonl{ending}").write_bytes(pack(lines("one", "two")) + pack(b"\n" + lines("thrée")))
-    assert list(read_documents(files(tmp_path / f"a.jsonl{ending}"))) == ["one", "two", "thrée"]
+    assert texts_of(files(tmp_path / f"a.jsonl{ending}")) == ["one", "two", "thrée"]
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_compressed_text(tmp_path, ending):
     pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     (tmp_path / f"a.txt{ending}").write_bytes(pack(b"one\ntwo"))
-    assert list(read_documents(files(tmp_path / f"a.txt{ending}"))) == ["one\ntwo"]
+    assert texts_of(files(tmp_path / f"a.txt{ending}")) == ["one\ntwo"]
 
 
-def test_null_counts_as_blank(tmp_path):
+def test_null_and_blank_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one"}\n{"text": "  \\n"}\n')
-    tally = Tally()
-    assert [d.text for d in mixed([files(tmp_path / "a.jsonl")], tally=tally)] == ["one"]
-    assert tally.blank == 2
+    mixture = Mixture([files(tmp_path / "a.jsonl")])
+    assert [d.text for d in mixture] == ["one"]
+    (tally,) = mixture.tallies
+    assert (tally.documents, tally.bytes) == (1, 3)
+    assert tally.dropped == {"null": 1, "blank": 1, "duplicate": 0, "bad": 0}
 
 
 def test_parquet(tmp_path):
@@ -61,26 +63,26 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"body": ["one", None, "two"], "n": [1, 2, 3]}), tmp_path / "a.parquet")
     source = files(tmp_path / "a.parquet", field="body")
-    assert list(read_documents(source)) == ["one", "", "two"]
+    assert texts_of(source) == ["one", "two"]
     with pytest.raises(UserError, match=r"a\.parquet: no column 'text'; it has: body, n"):
-        list(read_documents(files(tmp_path / "a.parquet")))
+        texts_of(files(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match="row 1: field 'n' holds int, expected text"):
-        list(read_documents(files(tmp_path / "a.parquet", field="n")))
+        texts_of(files(tmp_path / "a.parquet", field="n"))
     (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        list(read_documents(files(tmp_path / "b.parquet")))
+        texts_of(files(tmp_path / "b.parquet"))
 
 
 def test_patterns_are_sorted_and_files_taken_once(tmp_path):
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
     source = files(tmp_path / "c.txt", tmp_path / "*.txt")
-    assert list(read_documents(source)) == ["c", "a", "b"]
+    assert texts_of(source) == ["c", "a", "b"]
 
 
 def test_a_name_with_brackets_is_a_name(tmp_path):
     (tmp_path / "a[1].txt").write_text("one")
-    assert list(read_documents(files(tmp_path / "a[1].txt"))) == ["one"]
+    assert texts_of(files(tmp_path / "a[1].txt")) == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -98,28 +100,31 @@ def test_a_name_with_brackets_is_a_name(tmp_path):
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: damaged compressed file"),
         ("a.txt.gz", gzip.compress(b"one" * 99)[:-9], r"a\.txt\.gz: damaged compressed file"),
         ("a.txt.zst", b"plain", r"a\.txt\.zst: damaged compressed file"),
-        ("a.docx", b"one", r"a\.docx: unknown kind of file; \.txt, \.jsonl, "),
+        ("a.docx", b"one", r"a\.docx: unknown kind of file; \.txt, \.md and \.jsonl "),
     ],
 )
 def test_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        list(read_documents(files(tmp_path / name)))
+        texts_of(files(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
 def test_missing_files(tmp_path):
     with pytest.raises(UserError, match=r"gone\.txt: no such file"):
-        list(read_documents(files(tmp_path / "gone.txt")))
+        texts_of(files(tmp_path / "gone.txt"))
     with pytest.raises(UserError, match=r"\*\.txt: no such file"):
-        list(read_documents(files(tmp_path / "*.txt")))
+        texts_of(files(tmp_path / "*.txt"))
     with pytest.raises(UserError, match=r"is a directory; name its files, for example .*/\*\.txt"):
-        list(read_documents(files(tmp_path)))
+        texts_of(files(tmp_path))
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "it is \\ud800 here"}\n')
-    with pytest.raises(UserError, match=r"source 1: .* half of a surrogate pair"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl: line 1: field 'text' holds half of a surrogate pair \(U\+D800, character 7\)",
+    ):
         texts_of(files(tmp_path / "a.jsonl"))
 
 
@@ -139,24 +144,24 @@ def dataset(tmp_path, monkeypatch):
 
 def test_local_data_set(dataset):
     source = HubSource(kind="hub", path=str(dataset), field="body")
-    assert list(read_documents(source)) == ["one", "two"]
+    assert texts_of(source) == ["one", "two"]
     held_out = HubSource(kind="hub", path=str(dataset), field="body", split="test")
-    assert list(read_documents(held_out)) == ["held out"]
+    assert texts_of(held_out) == ["held out"]
 
 
 def test_data_set_errors(dataset):
     with pytest.raises(UserError, match="row 1: no field 'text'; it has: body"):
-        list(read_documents(HubSource(kind="hub", path=str(dataset))))
+        texts_of(HubSource(kind="hub", path=str(dataset)))
     with pytest.raises(UserError, match=r"hub source .*set: .*nowhere"):
-        list(read_documents(HubSource(kind="hub", path=str(dataset), split="nowhere")))
+        texts_of(HubSource(kind="hub", path=str(dataset), split="nowhere"))
     with pytest.raises(UserError, match=r"hub source .*gone"):
-        list(read_documents(HubSource(kind="hub", path=str(dataset.parent / "gone"))))
+        texts_of(HubSource(kind="hub", path=str(dataset.parent / "gone")))
 
 
 def test_missing_extra_gives_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"'datasets' is missing; run: pip install 'tutelage\[hub\]'"):
-        list(read_documents(HubSource(kind="hub", path="any")))
+        texts_of(HubSource(kind="hub", path="any"))
 
 
 # -------------------------------------------------------------------------------------------- mixture
@@ -165,20 +170,22 @@ def test_missing_extra_gives_the_command(monkeypatch):
 def test_sources_follow_one_another_without_weights(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines("one", "two", "one"))
     (tmp_path / "b.jsonl").write_bytes(lines("two", "three", " "))
-    tally = Tally()
-    sources = [files(tmp_path / "a.jsonl"), files(tmp_path / "b.jsonl")]
-    assert [d.text for d in mixed(sources, tally=tally)] == ["one", "two", "three"]
-    assert tally == Tally(documents=[2, 1], bytes=[6, 5], duplicates=2, blank=1)
+    mixture = Mixture([files(tmp_path / "a.jsonl"), files(tmp_path / "b.jsonl")])
+    assert [d.text for d in mixture] == ["one", "two", "three"]
+    assert [(tally.documents, tally.bytes) for tally in mixture.tallies] == [(2, 6), (1, 5)]
+    assert [tally.dropped["duplicate"] for tally in mixture.tallies] == [1, 1]
+    assert [tally.dropped["blank"] for tally in mixture.tallies] == [0, 1]
 
 
 def test_weights_are_shares_of_bytes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(*(f"a{n:03}" * 10 for n in range(300))))
     (tmp_path / "b.jsonl").write_bytes(lines(*(f"b{n:03}" * 25 for n in range(300))))
-    tally = Tally()
     sources = [files(tmp_path / "a.jsonl", weight=3.0), files(tmp_path / "b.jsonl", weight=1.0)]
-    first = [d.text for d in mixed(sources, tally=tally)]
-    assert tally.documents[0] == 300  # it ran out, and so did the mixture
-    assert tally.bytes[1] == pytest.approx(tally.bytes[0] / 3, abs=100)
+    mixture = Mixture(sources)
+    first = [d.text for d in mixture]
+    a, b = mixture.tallies
+    assert a.documents == 300  # it ran out, and so did the mixture
+    assert b.bytes == pytest.approx(a.bytes / 3, abs=100)
     assert first == texts_of(*sources)
     assert [text[0] for text in first[:6]] == ["a", "b", "a", "a", "a", "a"]
 
@@ -192,8 +199,8 @@ def test_max_bytes_ends_with_the_document_that_reaches_it(tmp_path):
 def test_position_depends_on_the_text_alone(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(*(f"document {n}" for n in range(2000))))
     (tmp_path / "b.jsonl").write_bytes(lines("new", *(f"document {n}" for n in range(2000))))
-    a = {d.text: d.position for d in mixed([files(tmp_path / "a.jsonl")])}
-    b = {d.text: d.position for d in mixed([files(tmp_path / "b.jsonl")])}
+    a = {d.text: d.position for d in Mixture([files(tmp_path / "a.jsonl")])}
+    b = {d.text: d.position for d in Mixture([files(tmp_path / "b.jsonl")])}
     assert a.items() < b.items()
     assert sum(position < 0.25 for position in a.values()) == pytest.approx(500, abs=80)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tutelage.data.config import CorpusSource, FilesSource, StoreConfig, TokenizerConfig
-from tutelage.data.sources import mixed, read_documents
+from tutelage.data.sources import Mixture
 from tutelage.data.store import _check_space, build_store, open_store, verify_store
 from tutelage.data.writer import training_texts
 from tutelage.errors import UserError
@@ -66,7 +66,7 @@ def copy(built, tmp_path) -> Path:
 
 
 def test_every_document_is_in_one_split_and_comes_back(built):
-    documents = list(mixed(config().sources, 200_000))
+    documents = list(Mixture(config().sources, 200_000))
     expected = {
         "test": [d.text for d in documents if d.position < 0.1],
         "validation": [d.text for d in documents if 0.1 <= d.position < 0.1 + 0.2],
@@ -99,7 +99,7 @@ def test_manifest_says_where_the_text_comes_from(built):
     assert source.bytes == sum(record.bytes for record in manifest.splits.values())
     assert source.documents == sum(record.documents for record in manifest.splits.values())
     assert manifest.config["validation"] == 0.2
-    assert manifest.duplicates == 0
+    assert source.dropped == dict.fromkeys(["null", "blank", "duplicate", "bad"], 0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -123,7 +123,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "one"}\n')
     store = build_store(from_jsonl(tmp_path / "a.jsonl", validation=0.0, test=0.0), tmp_path)
     assert texts_of(store, "train") == ["one", "two"]
-    assert open_store(store).manifest.duplicates == 1
+    assert open_store(store).manifest.sources[0].dropped["duplicate"] == 1
 
 
 def test_large_vocabulary_is_stored_in_four_bytes(tmp_path):
@@ -206,7 +206,7 @@ def test_the_tokenizer_sees_an_even_sample_of_the_training_text(tmp_path):
     assert 20_000 <= sum(len(text.encode()) for text in some) < 40_000
     store = open_store(build_store(whole, tmp_path))
     assert len(everything) == store.manifest.splits["train"].documents
-    in_order = [text for text in read_documents(CorpusSource(name="kjv")) if text in set(everything)]
+    in_order = [d.text for d in Mixture([CorpusSource(name="kjv")]) if d.text in set(everything)]
     places = [in_order.index(text) for text in some]
     assert max(places) > len(in_order) / 2 > min(places)  # from all over the text, not its beginning
 
