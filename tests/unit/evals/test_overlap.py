@@ -38,7 +38,7 @@ def mixed(training, tmp_path_factory):
         (folder / f"{number:02}.txt").write_text(text, encoding="utf-8")
     config = StoreConfig(
         name="mixed",
-        sources=({"kind": "files", "paths": (str(folder / "*.txt"),)},),
+        sources=({"kind": "files", "paths": (str(folder / "*.txt"),), "document_bytes": "file"},),
         tokenizer=TokenizerConfig(path=training.path),
         validation=0.5,
         test=0.5,

@@ -22,6 +22,8 @@ def text(tmp_path_factory) -> Path:
         name="text",
         sources=({"kind": "corpus", "name": "sotu"},),
         tokenizer=TokenizerConfig(vocab_size=300),
+        validation=0.0,
+        test=0.0,
         max_bytes=20_000,
     )
     return build_store(config, tmp_path_factory.mktemp("text"))

