@@ -86,7 +86,7 @@ def evaluate(
 
 
 def _score(model: list[str], request: Request) -> None:
-    from tutelage.analysis.beginnings import beginning_warnings
+    from tutelage.analysis.score_warnings import score_warnings
     from tutelage.analysis.scoretable import print_scores
     from tutelage.console import EvalBar, out
     from tutelage.evals.evaluate import evaluate
@@ -94,7 +94,7 @@ def _score(model: list[str], request: Request) -> None:
     with EvalBar() as bar:
         rows, places = evaluate(model, request, bar)
     print_scores(rows, {name: entry.metric for name, entry in request.domains.items()}, out)
-    for warning in beginning_warnings(rows):
+    for warning in score_warnings(rows):
         out.print(f"warning  {warning}", highlight=False, soft_wrap=True)
     for place in places:
         out.print(f"scores   {place}", highlight=False, soft_wrap=True)

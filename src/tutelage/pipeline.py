@@ -164,9 +164,10 @@ def _trackers(setup: Setup, directory: RunDirectory) -> list[Tracker]:
 
 def _announce(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
     config = setup.config
-    record = provenance.collect(str(setup.device)) | {"notes": list(setup.notes)}
+    notes = [*setup.notes, *suite.notes(config)]
+    record = provenance.collect(str(setup.device)) | {"notes": notes}
     directory.write_config(to_yaml(config), record)
-    for note in setup.notes:
+    for note in notes:
         watcher.note(note)
     if setup.epochs > 1:
         watcher.note(_REPEAT_NOTE.format(epochs=setup.epochs, store=open_store(config.data.store).path))

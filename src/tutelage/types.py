@@ -218,6 +218,9 @@ counts as a byte. It leads the version of every score; scores of another one are
 FIRST_WINDOWS = "first_window_excess"
 """Metric: loss of the first windows of documents minus that of their further windows, in nats per token."""
 
+CHANGED_TEXT = "changed_documents"
+"""Metric: share of a split's documents whose text the tokenizer changes; only where there are any."""
+
 
 def scoring_version(version: str) -> int:
     """The `SCORING_VERSION` that made a score, out of its `version`; 1 where that does not say."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tutelage.analysis.beginnings import beginning_warnings
 from tutelage.analysis.costs import overhead
 from tutelage.analysis.family import supported
+from tutelage.analysis.score_warnings import score_warnings
 from tutelage.analysis.words import NO_DIFFERENCE, ONE_SEED, count, effect, join, level, plus_minus
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def notes(results: Results, findings: Findings) -> list[str]:
     controls = [sentence for group in _by_student(findings) for sentence in control_sentences(group)]
     unbeaten = not any(v.control for v in findings.verdicts)
     return [
-        *(f"Warning: {warning}" for warning in beginning_warnings(results.scores.iter_rows(named=True))),
+        *(f"Warning: {warning}" for warning in score_warnings(results.scores.iter_rows(named=True))),
         _seed_note(findings),
         *_contents_note(results, findings),
         *_text_note(findings),

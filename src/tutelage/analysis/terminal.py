@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.analysis import answer, words
-from tutelage.analysis.beginnings import beginning_warnings
 from tutelage.analysis.outcomes import judge_claims
+from tutelage.analysis.score_warnings import score_warnings
 from tutelage.analysis.verdicts import judge
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def print_verdicts(results: Results, console: Console) -> None:
     for paragraph in answer.headline(findings, outcomes):
         console.print(Text(paragraph))
     _print_claims(outcomes, console)
-    for warning in beginning_warnings(results.scores.iter_rows(named=True)):
+    for warning in score_warnings(results.scores.iter_rows(named=True)):
         console.print(Text(f"warning: {warning}"))
     for problem in results.problems:
         console.print(Text(f"left out: {problem}"))

@@ -138,7 +138,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text = tokenizer_json(path) if path.is_dir() else file.read_bytes().decode("utf-8")
+        text = tokenizer_json(path) if path.is_dir() else file.read_bytes().decode("utf-8-sig")
         tokenizer = Tokenizer.from_str(text)
     except UserError:
         raise
@@ -191,7 +191,7 @@ def _named_end(config: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = json.loads(config.read_text(encoding="utf-8-sig")).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{config}: not a JSON object ({error})") from None
     content = token["content"] if isinstance(token, dict) else token

@@ -70,7 +70,7 @@ def tokenizer_json(directory: Path) -> str:
     if not file.is_file() and has_tokenizer(directory):
         return _converted(directory)
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

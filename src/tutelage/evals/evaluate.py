@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tutelage.data.manifest import SCORED
+from tutelage.data.remarks import remarks
 from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import Store, open_store
 from tutelage.errors import UserError
@@ -166,6 +167,8 @@ def _evaluated(
             in_domain = InDomain(model, own)
         for number, target in enumerate(todo, 1):
             watcher.domain(subject.id, target.name, number, len(todo))
+            for line in remarks(target.store.manifest):
+                watcher.note(f"{target.name}: {line}")
             keep(subject, target, score_domain(model, subject, target, in_domain, watcher.advance))
     rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {
         (target.name, target.version, subject.step): [] for target in targets

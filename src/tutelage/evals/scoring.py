@@ -32,7 +32,7 @@ from tutelage.evals.smoothing import (
     own_unigram,
 )
 from tutelage.evals.windows import read_documents
-from tutelage.types import FIRST_WINDOWS, Score
+from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS, Score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -198,7 +198,7 @@ def score_domain(
         calibrated, record["reliability"] = _calibrated(tokens, len(test))
         rows += [Row("test", metric, measured, len(test)) for metric, measured in calibrated.items()]
         frames.append(_frame(target, "test", test, losses, windows, repaired))
-    rows += _overlaps(target)
+    rows += [*_overlaps(target), *_changed(target)]
     scores = [_score(subject, target, row) for row in rows]
     return Outcome(scores, pl.concat(frames) if frames else pl.DataFrame(), record)
 
@@ -318,6 +318,15 @@ def _overlaps(target: Target) -> Iterator[Row]:
     if overlap.grams_N.sum():
         measured = ratio(overlap.copied_N, overlap.grams_N)
         yield Row("test", "overlap_8grams", measured, len(overlap.grams_N))
+
+
+def _changed(target: Target) -> Iterator[Row]:
+    """Shares of documents whose text the tokenizer changes: part of it is never predicted."""
+    for split in SCORED:
+        record = target.store.manifest.splits[split]
+        if record.changed:
+            share = Measured(record.changed / record.documents, 0.0, None, None)  # of all of them: no noise
+            yield Row(split, CHANGED_TEXT, share, record.documents)
 
 
 def _score(subject: Subject, target: Target, row: Row) -> Score:

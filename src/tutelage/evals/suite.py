@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.config import EvalDomain
 from tutelage.data.manifest import SCORED
+from tutelage.data.remarks import not_comparable
 from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import open_store
 from tutelage.data.tokenizerfiles import tokenizer_json
@@ -40,6 +41,14 @@ def check(config: RunConfig) -> None:
         store = open_store(domain.store)
         check_text_tokenizer(f"eval domain {domain.name}: {config.data.store}", own, store)
         check_splits(domain.name, store)
+
+
+def notes(config: RunConfig) -> list[str]:
+    """What somebody should know of the scores before they are computed, in words."""
+    changed = {
+        domain.name: not_comparable(open_store(domain.store).manifest) for domain in config.eval.domains
+    }
+    return [f"domain {name}: {note}" for name, note in changed.items() if note is not None]
 
 
 def version(config: RunConfig, domain: EvalDomain) -> str:

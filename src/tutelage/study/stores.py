@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.data.remarks import remarks
+from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.signals import stop_signal
 from tutelage.study.cells import teachers_of
@@ -32,7 +34,7 @@ def build_stores(
         directory: of the stores.
         engine: where they are built.
         claims: of this runner, which may be asked to stop.
-        say: told which text is read.
+        say: told which text is read, and what is unusual about it.
 
     Raises:
         UserError: a store cannot be built.
@@ -91,6 +93,8 @@ def _perform_all(
                     raise UserError(outcome.text)
                 if outcome.status == "done":
                     built[key] = Path(outcome.text)
+                    for line in remarks(open_store(built[key]).manifest):
+                        say(f"text: {tasks[key].config.name}: {line}")
                 else:  # another process is building it
                     waiting.append(key)
                     stop.wait(_POLL_SECONDS)
