@@ -27,8 +27,9 @@ from tutelage.data.manifest import SCORED
 from tutelage.data.store import build_store, open_store
 from tutelage.evals.domains import SUITES
 from tutelage.evals.evaluate import Request, evaluate, select
-from tutelage.evals.scoring import InDomain, Target, score_domain
+from tutelage.evals.scoring import InDomain, score_domain
 from tutelage.evals.subject import find_subject
+from tutelage.evals.targets import Target
 from tutelage.evals.windows import blocks
 from tutelage.models.hub import build, load, save
 from tutelage.models.ladder import rung

@@ -1,4 +1,4 @@
-"""Run ids: the hash of everything that changes the result, and of nothing else."""
+"""Run ids and evaluation ids: hashes of everything that changes a result, and of nothing else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config import NOT_THE_RESULT
 from tutelage.configio import digest
 from tutelage.data.store import open_store
+from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
     from tutelage.config import RunConfig
@@ -37,6 +38,17 @@ def run_id(config: RunConfig) -> str:
         if path is not None:
             fields[section]["path"] = _content(path, fields[section].get("kind"))
     return f"{config.name}-{digest(fields)}"
+
+
+def evaluation_id(config: RunConfig) -> str:
+    """Identity of what a run is scored on at its end, and of the rules by which it is.
+
+    With the run id it says which scores are meant: a run may have others beside them, by `tutelage eval`.
+    Stores enter by the names of their directories, which hold a hash of what they were built from.
+    """
+    domains = [(domain.name, domain.store.name, domain.role) for domain in config.eval.domains]
+    settings = config.eval.model_dump(mode="json", exclude={"domains", "every"})
+    return digest([SCORING_VERSION, domains, settings])
 
 
 def _content(path: str, kind: str | None) -> str:

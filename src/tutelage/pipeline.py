@@ -11,7 +11,8 @@ from tutelage.configio import to_yaml
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import suite
-from tutelage.identity import run_id
+from tutelage.evals.trainingtext import anchored
+from tutelage.identity import evaluation_id, run_id
 from tutelage.models import hub
 from tutelage.settings import parse_tokens
 from tutelage.train import distributed
@@ -95,6 +96,7 @@ def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
     left: dict[str, Run] = {}
     for config, directory in runs:
         if directory.is_done() and not suite.missing(config, directory, int(directory.state()["step"])):
+            _mark_scored(config, directory)
             watcher.note(f"{directory.path} is finished; nothing to do")
         else:
             left[directory.id] = config, directory
@@ -108,7 +110,15 @@ def _score(runs: Sequence[Run]) -> None:
         model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
         model.to(hub.pick_device(config.runtime.device))
         suite.score(config, directory, model, step, finished=True)
-        directory.write_state("done")
+        _mark_scored(config, directory)
+
+
+def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
+    """Record that the run is done, and which versions its scores by this evaluation have."""
+    known = directory.state().get("evaluations", {})
+    mine = {evaluation_id(config): suite.versions(config, directory)}
+    if not directory.is_done() or known | mine != known:
+        directory.write_state("done", evaluations=known | mine)
 
 
 def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
@@ -164,9 +174,9 @@ def _trackers(setup: Setup, directory: RunDirectory) -> list[Tracker]:
 
 def _announce(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
     config = setup.config
-    notes = [*setup.notes, *suite.notes(config)]
+    notes = [*setup.notes, *suite.notes(config, directory)]
     record = provenance.collect(str(setup.device)) | {"notes": notes}
-    directory.write_config(to_yaml(config), record)
+    directory.write_config(to_yaml(anchored(config)), record)
     for note in notes:
         watcher.note(note)
     if setup.epochs > 1:

@@ -52,7 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "teachers": _BASE | {"manifests", "data", "models", "objective", "signals"},
     "identity": _BASE | {"data", "models", "teachers.manifest"},
     "train": _BASE | _ROOMS | {"signals"},
-    "evals": _BASE | {"data", "models", "presets", "provenance", "resampling", "train.rundir"},
+    "evals": _BASE
+    | {"data", "models", "presets", "provenance", "resampling", "teachers.manifest", "train.rundir"},
     "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},
     "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals", "train.rundir"},
     "analysis": {

@@ -194,6 +194,7 @@ def notes(results: Results, findings: Findings) -> list[str]:
         ),
         *_cost_note(results),
         *plan.notes,
+        *results.warnings,
     ]
 
 

@@ -51,7 +51,7 @@ def save_tables(results: Results, findings: Findings, outcomes: Sequence[Outcome
 def _scores(results: Results) -> pl.DataFrame:
     """One row per run, text and metric, test split: what every other number is made of."""
     columns = ("run", "kind", "student", "teacher", "arm", "stage", "seed")
-    scores = results.scores.filter(split="test").select("run", "domain", "metric", "value")
+    scores = results.scores.filter(split="test").select("run", "domain", "metric", "value", "version")
     return results.runs.select(columns).join(scores, on="run", maintain_order="left_right")
 
 

@@ -215,7 +215,8 @@ def _strength_rows(pair: PairFinding) -> list[dict[str, str | float | None]]:
 def domain_gains(findings: Findings, verdicts: Sequence[Verdict], suffix: str) -> Figure:
     """Gain on every domain of each cell as heat maps with numbers: raw, and with calibration fitted."""
     cells = [v.cell for v in verdicts]
-    data = findings.domains.filter(pl.col("cell").is_in(cells), pl.col("fit") != "temperature").with_columns(
+    shown = pl.col("cell").is_in(cells), pl.col("fit").is_in(["raw", "unigram"])
+    data = findings.domains.filter(*shown).with_columns(
         row=pl.format(
             "{} {}", pl.col("teacher").fill_null(words.NO_TEACHER), pl.col("arm").str.strip_prefix("alpha ")
         )

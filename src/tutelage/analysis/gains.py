@@ -17,13 +17,14 @@ from tutelage.analysis.stats import half_width
 if TYPE_CHECKING:
     from tutelage.study.results import Results
 
-Fit = Literal["raw", "temperature", "unigram"]
+Fit = Literal["raw", "temperature", "unigram", "temperature_in_domain"]
 Side = Literal["in_domain", "out_of_domain"]
 
 _METRICS: tuple[tuple[Fit, str], ...] = (
     ("raw", "bits_per_byte"),
     ("temperature", "bits_per_byte_temperature"),
     ("unigram", "bits_per_byte_unigram"),
+    ("temperature_in_domain", "bits_per_byte_temperature_in_domain"),
 )
 _CELL = ["student", "teacher", "arm", "stage"]
 
@@ -39,7 +40,8 @@ class Gains:
             (number of student and teacher).
         domains: one row per cell, seed, domain, split and fit: run, base_run, teacher_run, role, value and
             base_value (bits per byte), gain. `fit` is raw, or what was fitted on the validation split:
-            temperature, or temperature and a mixture with the unigram (test split only).
+            temperature, or temperature and a mixture with the unigram; or temperature_in_domain, fitted on
+            the validation split of each run's own training text (test split only).
         sides: cell, seed, split, fit, role, gain: mean over the domains of a role.
         estimates: cell, split, fit, role, gain (mean over seeds), n (seeds), low, high (95% t interval; null
             for one seed).

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from tutelage.analysis.gains import Gains
     from tutelage.study.results import Results
 
-_LOSSES = {"raw": "nll", "temperature": "nll_temperature", "unigram": "nll_unigram"}
+_LOSSES = {
+    "raw": "nll",
+    "temperature": "nll_temperature",
+    "unigram": "nll_unigram",
+    "temperature_in_domain": "nll_temperature_in_domain",
+}
 _CELLS_AT_ONCE = 100
 _COLUMNS = {
     "cell": pl.UInt32(),

@@ -210,7 +210,7 @@ def calibration_rows(results: Results, findings: Findings) -> list[Row]:
                 "arm": words.arm(pair.best),
                 "gains": [
                     _gain(pair.best.gains.get((fit, "out_of_domain")))
-                    for fit in ("raw", "temperature", "unigram")
+                    for fit in ("raw", "temperature_in_domain", "temperature", "unigram")
                 ],
                 "errors": [f"{own[name]:+.4f}" if name in own else "" for name in names],
             }

@@ -52,6 +52,8 @@ def print_verdicts(results: Results, console: Console) -> None:
         console.print(Text(f"warning: {warning}"))
     for problem in results.problems:
         console.print(Text(f"left out: {problem}"))
+    for warning in results.warnings:
+        console.print(Text(f"warning: {warning}"))
     if results.unfinished.height:
         console.print(f"{results.unfinished.height} of {results.runs.height} planned runs are not done")
 

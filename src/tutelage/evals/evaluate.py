@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tutelage.data.manifest import SCORED
+from tutelage.config import RunConfig
+from tutelage.configio import load as load_config
 from tutelage.data.remarks import remarks
 from tutelage.data.sametokenizer import check_text_tokenizer
 from tutelage.data.store import Store, open_store
@@ -19,13 +20,12 @@ from tutelage.evals.domains import (
     check_splits,
     domain_store,
     find_domain,
-    role_after,
 )
-from tutelage.evals.overlap import Overlap, copied_grams, trained_on
 from tutelage.evals.records import read_scores
-from tutelage.evals.scoring import InDomain, Target, keep, score_domain
+from tutelage.evals.scoring import InDomain, keep, score_domain
 from tutelage.evals.subject import Subject, check_tokenizer, find_subject
-from tutelage.evals.windows import read_documents
+from tutelage.evals.targets import TRAINING_TEXT, Target, with_overlaps, without_training_text
+from tutelage.evals.trainingtext import TrainingText, training_text
 from tutelage.files import claimed, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.positions import check_length
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from tutelage.data.writer import Progress
+    from tutelage.types import Role
 
 
 class EvalWatcher(Protocol):
@@ -151,20 +152,22 @@ def _evaluated(
     """The rows of one model; its directory is held meanwhile."""
     make_directory(subject.output)
     with claimed(subject.output / "lock", str(subject.output)):
-        training = _training(subject, watcher)
-        targets = _targets(subject, request, training, watcher.store)
+        text = _training_text(subject)
+        for sentence in text.unknown:
+            watcher.note(f"{subject.id}: {sentence}")
+        targets, training = _targets(subject, request, text, watcher.store)
         found = read_scores(subject.scores)
         _name_old_scores(subject, found, {target.name for target in targets}, watcher)
         there = {(row["domain"], row["version"], row["step"]) for row in found}
         todo = [target for target in targets if (target.name, target.version, subject.step) not in there]
         if todo:
+            todo = with_overlaps(todo, text, request.output / "stores")
             model = load(subject.model)
             note = check_length(model, subject.id, max(target.context for target in todo))
             if note is not None:
                 watcher.note(note)
             model.to(device)
-            own = None if training is None else _target(subject, request, "training-text", training)
-            in_domain = InDomain(model, own)
+            in_domain = InDomain(model, training)
         for number, target in enumerate(todo, 1):
             watcher.domain(subject.id, target.name, number, len(todo))
             for line in remarks(target.store.manifest):
@@ -191,72 +194,41 @@ def _name_old_scores(
         )
 
 
-def _training(subject: Subject, watcher: EvalWatcher) -> Store | None:
-    """The training store of a run, if it still lies where it was."""
+def _training_text(subject: Subject) -> TrainingText:
+    """What a run was trained on; of other models nothing is known."""
     if subject.training_store is None:
-        return None
-    try:
-        return open_store(subject.training_store)
-    except UserError as error:
-        watcher.note(f"{subject.id}: overlap with its training text is not known ({error})")
-        return None
+        return TrainingText(None, (), (), ())
+    return training_text(load_config(RunConfig, subject.output / "config.yaml"), subject.output)
 
 
-def _targets(subject: Subject, request: Request, training: Store | None, progress: Progress) -> list[Target]:
-    """Every domain in the model's tokens, with what the model was trained on left out."""
-    stores: dict[str, Store] = {}
-    for name, domain in request.domains.items():
-        stores[name] = domain_store(name, domain, subject.model, request.output / "stores", progress)
-    stores |= {name: open_store(path) for name, path in request.stores.items()}
-    overlaps = _overlaps(stores, training, request) if training is not None else {}
+def _targets(
+    subject: Subject, request: Request, text: TrainingText, progress: Progress
+) -> tuple[list[Target], Target | None]:
+    """Every domain in the model's tokens, with what it was trained on left out; and its own training text."""
     targets = []
-    for name, store in stores.items():
-        known = request.domains.get(name)
-        role = known.role if known else "out_of_domain"
-        target = replace(
-            _target(subject, request, name, store, known.length_extrapolation if known else 1.0),
-            role=role if training is None else role_after(training, store),
-            overlap=overlaps.get(name),
-        )
-        targets.append(target)
-    return targets
+    for name, domain in request.domains.items():
+        store = domain_store(name, domain, subject.model, request.output / "stores", progress)
+        role = "out_of_domain" if text.stores else domain.role
+        targets.append(_target(subject, request, name, store, role, domain.length_extrapolation))
+    for name, path in request.stores.items():
+        targets.append(_target(subject, request, name, open_store(path), "out_of_domain"))
+    if text.own is not None:
+        targets.append(_target(subject, request, TRAINING_TEXT, text.own, "in_domain"))
+    targets = without_training_text(targets, text, request.output / "stores")
+    return (targets, None) if text.own is None else (targets[:-1], targets[-1])
 
 
-def _target(subject: Subject, request: Request, name: str, store: Store, factor: float = 1.0) -> Target:
+def _target(
+    subject: Subject, request: Request, name: str, store: Store, role: Role, factor: float = 1.0
+) -> Target:
     """A text in the windows that suit the model, `factor` times as long as it was trained on."""
     context = round(min(subject.context, SUITES.context) * factor)
     return Target(
         name=name,
-        role="in_domain",
+        role=role,
         store=store,
         context=context,
         stride=max(1, round(SUITES.stride * context)),
         max_documents=request.max_documents or SUITES.max_documents,
         max_tokens=request.max_tokens or SUITES.max_tokens,
     )
-
-
-def _overlaps(
-    stores: Mapping[str, Store], training: Store, request: Request
-) -> dict[str, dict[Any, Overlap]]:
-    """What each domain shares with the training text."""
-    cache = request.output / "stores"
-    known = trained_on(training, stores, cache)
-    documents = {
-        (name, split): read_documents(
-            stores[name],
-            split,
-            request.max_documents or SUITES.max_documents,
-            request.max_tokens or SUITES.max_tokens,
-            known[name, split],
-        )
-        for name, split in known
-    }
-    grams = copied_grams(training, documents, cache)
-    return {
-        name: {
-            split: Overlap(len(store.split(split).offsets) - 1, known[name, split], *grams[name, split])
-            for split in SCORED
-        }
-        for name, store in stores.items()
-    }

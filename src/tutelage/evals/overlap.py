@@ -1,13 +1,13 @@
 """Was a domain's text in the training text? Whole documents are looked up, and 8-grams of words.
 
 Documents that were trained on are not scored. What remains is reported with its share of word 8-grams
-that occur in the training split. Words are runs of letters and digits, in lower case.
+that occur in a training split, and with the number of documents of which at least half do: those are copies
+with changes. Words are runs of letters and digits, in lower case.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 
 from tutelage.configio import digest
 from tutelage.data.hashing import splitmix64
+from tutelage.data.manifest import SCORED
 from tutelage.files import make_directory, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -43,6 +44,9 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 Key = tuple[str, "Split"]
 """A domain's name and the split."""
 
+Places = frozenset[int]
+"""Places of documents in a split."""
+
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
@@ -56,51 +60,68 @@ class Overlap:
     """
 
     documents: int
-    trained_on: frozenset[int]
+    trained_on: Places
     grams_N: NDArray[np.int64]
     copied_N: NDArray[np.int64]
 
+    @property
+    def near(self) -> int:
+        """Scored documents of whose 8-grams at least half occur in the training split."""
+        return int(((self.grams_N > 0) & (2 * self.copied_N >= self.grams_N)).sum())
 
-def trained_on(training: Store, domains: Mapping[str, Store], cache: Path) -> dict[Key, frozenset[int]]:
-    """Places, per domain and split, of documents that are in the training split, token for token.
+
+def trained_on(training: Sequence[Store], domains: Mapping[str, Store], cache: Path) -> dict[Key, Places]:
+    """Places, per domain and split, of documents that are in a training split, token for token.
 
     Args:
-        training: store the model was trained on.
+        training: stores the model was trained on.
         domains: stores with the same tokenizer.
-        cache: directory where the answer is kept for the next model with the same training store.
+        cache: directory where the answer is kept for the next model with the same training stores.
     """
-    keys: list[Key] = [(name, split) for name in domains for split in ("validation", "test")]
-    identity = [training.fingerprint, {name: store.fingerprint for name, store in domains.items()}]
+    keys: list[Key] = [(name, split) for name in domains for split in SCORED]
+    fingerprints = sorted(store.fingerprint for store in training)
+    identity = [fingerprints, {name: store.fingerprint for name, store in domains.items()}]
     path = cache / f"trained-on-{digest(identity)}.json"
     if not path.exists():
-        known = {key: _digests(domains[key[0]].split(key[1])) for key in keys}
-        wanted = {found for digests in known.values() for found in digests}
-        there = wanted.intersection(_digests(training.split("train")))
-        places = [[i for i, found in enumerate(known[key]) if found in there] for key in keys]
+        views = {key: domains[key[0]].split(key[1]) for key in keys}
+        lengths = np.unique(np.concatenate([_lengths(view) for view in views.values()]))
+        known = {key: dict(_digests(view, lengths)) for key, view in views.items()}
+        wanted = {found for digests in known.values() for found in digests.values()}
+        trained = (found for store in training for _, found in _digests(store.split("train"), lengths))
+        there = wanted.intersection(trained)
+        places = [[i for i, found in known[key].items() if found in there] for key in keys]
         write_json(make_directory(cache) / path.name, places)
     return dict(zip(keys, map(frozenset, json.loads(path.read_text(encoding="utf-8"))), strict=True))
 
 
-def _digests(view: SplitView) -> list[bytes]:
+def _lengths(view: SplitView) -> NDArray[np.int64]:
     starts = view.offsets[:, 0].astype(np.int64)
-    tokens = (view.tokens[a:b].tobytes() for a, b in itertools.pairwise(starts))
-    return [hashlib.blake2b(text, digest_size=16).digest() for text in tokens]
+    return starts[1:] - starts[:-1]
+
+
+def _digests(view: SplitView, lengths: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
+    """Place and digest of every document that is as long as one of `lengths`; others need not be read."""
+    starts = view.offsets[:, 0].astype(np.int64)
+    for i in np.flatnonzero(np.isin(_lengths(view), lengths)).tolist():
+        text = view.tokens[starts[i] : starts[i + 1]].tobytes()
+        yield i, hashlib.blake2b(text, digest_size=16).digest()
 
 
 def copied_grams(
-    training: Store, documents: Mapping[Key, list[Document]], cache: Path
+    training: Sequence[Store], documents: Mapping[Key, list[Document]], cache: Path
 ) -> dict[Key, tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """8-grams of every document and how many of them occur in the training split.
 
     Args:
-        training: store the model was trained on.
+        training: stores the model was trained on.
         documents: what is scored, per domain and split, in the tokens of the same tokenizer.
         cache: directory where the answer is kept.
 
     Returns:
         Per key, the number of 8-grams and of copied ones, one of each per document.
     """
-    identity = hashlib.sha256(json.dumps([training.fingerprint, GRAM, TRAINING_BYTES]).encode())
+    fingerprints = sorted(store.fingerprint for store in training)
+    identity = hashlib.sha256(json.dumps([fingerprints, GRAM, TRAINING_BYTES]).encode())
     for group in documents.values():
         for document in group:
             identity.update(document.tokens_N.tobytes() + b"\0")
@@ -114,9 +135,9 @@ def copied_grams(
 
 
 def _count(
-    training: Store, groups: list[list[Document]]
+    training: Sequence[Store], groups: list[list[Document]]
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    tokenizer = Tokenizer.from_file(str(training.path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(training[0].path / "tokenizer.json"))
     ids: dict[str, int] = {}
     texts = [tokenizer.decode_batch([document.tokens_N.tolist() for document in group]) for group in groups]
     grams = [
@@ -125,7 +146,8 @@ def _count(
     ]
     wanted = np.unique(np.concatenate([gram for group in grams for gram in group]))
     found = np.zeros(len(wanted), bool)
-    for text in _training_texts(training, tokenizer) if len(wanted) else ():
+    texts_trained_on = (text for store in training for text in _training_texts(store, tokenizer))
+    for text in texts_trained_on if len(wanted) else ():
         seen = _grams([ids.get(word, 0) for word in _words(text)])
         places = np.searchsorted(wanted, seen)
         places[places == len(wanted)] = 0

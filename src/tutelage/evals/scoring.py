@@ -20,7 +20,7 @@ from tutelage.evals.perplexity import (
     ratio,
     score_tokens,
 )
-from tutelage.evals.records import add_calibration, add_documents, add_scores, version_of
+from tutelage.evals.records import add_calibration, add_documents, add_scores
 from tutelage.evals.smoothing import (
     FIT_TOKENS,
     POWERS,
@@ -31,7 +31,6 @@ from tutelage.evals.smoothing import (
     mixed,
     own_unigram,
 )
-from tutelage.evals.windows import read_documents
 from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS, Score
 
 if TYPE_CHECKING:
@@ -39,64 +38,14 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tutelage.data.store import Store
-    from tutelage.evals.overlap import Overlap
     from tutelage.evals.subject import Subject
+    from tutelage.evals.targets import Target
     from tutelage.evals.windows import Document
-    from tutelage.types import Role, Split
+    from tutelage.types import Split
 
 
 FITTED = ("temperature", "unigram", "temperature_in_domain")
 """Repairs of the calibration: ends of metrics ("bits_per_byte_...") and columns ("nll_...")."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One domain, ready to be scored.
-
-    Attributes:
-        name: of the domain.
-        role: whether the model was trained on such text.
-        store: the domain in the model's tokens.
-        context: window length in tokens.
-        stride: tokens scored per further window.
-        max_documents: documents per split.
-        max_tokens: tokens per document, from its beginning.
-        overlap: per split, what the model was trained on; None if that is not known.
-    """
-
-    name: str
-    role: Role
-    store: Store
-    context: int
-    stride: int
-    max_documents: int
-    max_tokens: int
-    overlap: Mapping[Split, Overlap] | None = None
-
-    @property
-    def version(self) -> str:
-        """Identity of the text and settings behind a score."""
-        identity: list[Any] = [self.store.fingerprint, self.max_documents, self.max_tokens, self.context]
-        if self.stride != self.context:
-            identity.append({"stride": self.stride})
-        left_out = [sorted(self.left_out(split)) for split in SCORED]
-        if any(left_out):
-            identity.append({"left_out": left_out})
-        return version_of(identity)
-
-    def left_out(self, split: Split) -> frozenset[int]:
-        """Places of documents that are not scored because the model was trained on them."""
-        return frozenset() if self.overlap is None else self.overlap[split].trained_on
-
-    @property
-    def windows(self) -> dict[str, int]:
-        """Which ids there are, and how a document is cut into windows, as arguments of `score_tokens`."""
-        return {"vocab_size": self.store.vocab_size, "context": self.context, "stride": self.stride}
-
-    def documents(self, split: Split) -> list[Document]:
-        """What is scored."""
-        return read_documents(self.store, split, self.max_documents, self.max_tokens, self.left_out(split))
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,16 +257,29 @@ def _raw(split: Split, losses: DocumentLosses, windows: WindowLosses) -> Iterato
 
 
 def _overlaps(target: Target) -> Iterator[Row]:
-    """Shares of the test split that were trained on: of its documents, and of the rest's 8-grams."""
-    if target.overlap is None:
-        return
-    overlap = target.overlap["test"]
-    share = len(overlap.trained_on) / max(1, overlap.documents)
-    deviation = math.sqrt(share * (1 - share) / max(1, overlap.documents))
-    yield Row("test", "overlap_documents", Measured(share, deviation, None, None), overlap.documents)
-    if overlap.grams_N.sum():
-        measured = ratio(overlap.copied_N, overlap.grams_N)
-        yield Row("test", "overlap_8grams", measured, len(overlap.grams_N))
+    """Shares of the test split that were trained on, by the model and by its teachers alone.
+
+    Of all documents; of the scored ones those that are copies with changes, and of their 8-grams. What is
+    left out of the validation split is counted too.
+    """
+    if "validation" in target.overlap and (left_out := target.overlap["validation"]).trained_on:
+        share = len(left_out.trained_on), left_out.documents
+        yield _share("overlap_documents", *share, split="validation")
+    for who, overlaps in (("overlap", target.overlap), ("teacher_overlap", target.teacher_overlap)):
+        if "test" not in overlaps:
+            continue
+        overlap, scored = overlaps["test"], len(overlaps["test"].grams_N)
+        yield _share(f"{who}_documents", len(overlap.trained_on), overlap.documents)
+        if overlap.grams_N.sum():
+            measured = ratio(overlap.copied_N, overlap.grams_N)
+            yield Row("test", f"{who}_8grams", measured, scored)
+            yield _share(f"{who}_near_documents", overlap.near, scored)
+
+
+def _share(metric: str, some: int, of: int, split: Split = "test") -> Row:
+    share = some / max(1, of)
+    deviation = math.sqrt(share * (1 - share) / max(1, of))
+    return Row(split, metric, Measured(share, deviation, None, None), of)
 
 
 def _changed(target: Target) -> Iterator[Row]:

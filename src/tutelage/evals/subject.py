@@ -13,6 +13,7 @@ from tutelage.data.sametokenizer import check_rows
 from tutelage.data.tokenize import TextTokenizer, load_tokenizer
 from tutelage.errors import UserError, one_line
 from tutelage.evals.domains import SUITES
+from tutelage.evals.trainingtext import store_of
 from tutelage.models.hub import weights_fingerprint
 from tutelage.models.positions import trained_length
 from tutelage.train.rundir import RunDirectory
@@ -113,7 +114,7 @@ def _run(path: Path) -> Subject:
         tokens=int(state["tokens"]),
         context=config.data.sequence_length,
         output=directory.path,
-        training_store=config.data.store,
+        training_store=store_of(config, directory.path),
     )
 
 

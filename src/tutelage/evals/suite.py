@@ -12,13 +12,24 @@ from tutelage.data.store import open_store
 from tutelage.data.tokenizerfiles import tokenizer_json
 from tutelage.evals.domains import check_splits
 from tutelage.evals.records import add_scores, read_scores
-from tutelage.evals.scoring import InDomain, Target, keep, score_domain
+from tutelage.evals.scoring import InDomain, keep, score_domain
 from tutelage.evals.subject import Subject
+from tutelage.evals.targets import (
+    TRAINING_TEXT,
+    Target,
+    with_overlaps,
+    without_training_text,
+)
+from tutelage.evals.trainingtext import training_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from tutelage.config import RunConfig
+    from tutelage.evals.trainingtext import TrainingText
     from tutelage.train.rundir import RunDirectory
     from tutelage.types import Score
 
@@ -27,10 +38,11 @@ def missing(config: RunConfig, directory: RunDirectory, step: int) -> list[EvalD
     """Domains that `config` asks for and of which `directory` lacks a score of a split after `step` steps."""
     rows = read_scores(directory.scores)
     there = {(row["domain"], row["split"], row["version"]) for row in rows if row["step"] == step}
+    known = versions(config, directory)
     return [
         domain
         for domain in config.eval.domains
-        if any((domain.name, split, version(config, domain)) not in there for split in SCORED)
+        if any((domain.name, split, known[domain.name]) not in there for split in SCORED)
     ]
 
 
@@ -43,17 +55,19 @@ def check(config: RunConfig) -> None:
         check_splits(domain.name, store)
 
 
-def notes(config: RunConfig) -> list[str]:
+def notes(config: RunConfig, directory: RunDirectory) -> list[str]:
     """What somebody should know of the scores before they are computed, in words."""
     changed = {
         domain.name: not_comparable(open_store(domain.store).manifest) for domain in config.eval.domains
     }
-    return [f"domain {name}: {note}" for name, note in changed.items() if note is not None]
+    unknown = training_text(config, directory.path).unknown if config.eval.domains else ()
+    return [*unknown, *(f"domain {name}: {note}" for name, note in changed.items() if note is not None)]
 
 
-def version(config: RunConfig, domain: EvalDomain) -> str:
-    """Identity of the text and settings behind a score."""
-    return _target(config, domain).version
+def versions(config: RunConfig, directory: RunDirectory) -> dict[str, str]:
+    """Identity of the text and settings behind the scores of each domain, by its name."""
+    targets = _targets(config, config.eval.domains, training_text(config, directory.path))
+    return {target.name: target.version for target in targets}
 
 
 def score(
@@ -82,11 +96,12 @@ def score(
         output=directory.path,
         training_store=config.data.store,
     )
-    own = EvalDomain(name="training-text", store=config.data.store, role="in_domain")
-    in_domain = InDomain(model, _target(config, own))
+    own = EvalDomain(name=TRAINING_TEXT, store=config.data.store, role="in_domain")
+    text = training_text(config, directory.path)
+    training, *targets = _targets(config, [own, *domains], text)
+    in_domain = InDomain(model, training)
     found: list[Score] = []
-    for domain in domains:
-        target = _target(config, domain)
+    for target in with_overlaps(targets, text, _cache(config)):
         outcome = score_domain(model, subject, target, in_domain)
         if finished:
             keep(subject, target, outcome)
@@ -96,13 +111,22 @@ def score(
     return found
 
 
-def _target(config: RunConfig, domain: EvalDomain) -> Target:
-    return Target(
-        name=domain.name,
-        role=domain.role,
-        store=open_store(domain.store),
-        context=config.data.sequence_length,
-        stride=config.data.sequence_length,
-        max_documents=config.eval.max_documents,
-        max_tokens=config.eval.max_tokens,
-    )
+def _targets(config: RunConfig, domains: Sequence[EvalDomain], text: TrainingText) -> list[Target]:
+    targets = [
+        Target(
+            name=domain.name,
+            role=domain.role,
+            store=open_store(domain.store),
+            context=config.data.sequence_length,
+            stride=config.data.sequence_length,
+            max_documents=config.eval.max_documents,
+            max_tokens=config.eval.max_tokens,
+        )
+        for domain in domains
+    ]
+    return without_training_text(targets, text, _cache(config))
+
+
+def _cache(config: RunConfig) -> Path:
+    """Where all runs of an output directory keep what they found out about their texts."""
+    return config.output.parent / "caches" / "overlap"

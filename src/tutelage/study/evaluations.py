@@ -7,9 +7,8 @@ missing, its mean over domains would be the mean of other domains than everyone 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
@@ -17,7 +16,7 @@ from tutelage.study.records import UnreadableError, read_lines
 from tutelage.types import COPYING, SCORING_VERSION, Score, scoring_version
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tutelage.study.planfile import Plan
@@ -33,7 +32,9 @@ SCORE_COLUMNS = pl.Schema(
         "version": pl.String,
     }
 )
-_FITTED = ("nll_temperature", "nll_unigram")
+OTHERWISE = "scored by other rules or settings than the plan's"
+"""Why a run is left out whose state.json does not know the plan's evaluation."""
+_FITTED = ("nll_temperature", "nll_unigram", "nll_temperature_in_domain")
 DOCUMENT_COLUMNS = pl.Schema(
     {
         "run": pl.String,
@@ -44,53 +45,98 @@ DOCUMENT_COLUMNS = pl.Schema(
         "nll": pl.Float64,
         "nll_temperature": pl.Float64,
         "nll_unigram": pl.Float64,
+        "nll_temperature_in_domain": pl.Float64,
     }
 )
 _BEHIND = {
     "bits_per_byte": "nll",
     "bits_per_byte_temperature": "nll_temperature",
     "bits_per_byte_unigram": "nll_unigram",
+    "bits_per_byte_temperature_in_domain": "nll_temperature_in_domain",
 }
 """The documents' column that each of these scores is the sum of."""
 _AGREEMENT = 1e-6
 """Largest relative difference between a score and the documents behind it: rounding, no more."""
 _FILES_AT_ONCE = 250
 _KEYS = ["run", "domain", "split"]
+_VERSION_KEYS = ["run", "domain", "version"]
+
+
+class Evaluations(NamedTuple):
+    """The evaluations of many runs.
+
+    Attributes:
+        scores: of the last step that a run was scored at.
+        documents: losses of documents; of the same runs.
+        roles: run, domain, role: whether the run was trained on such text, as its scores say.
+        left_out: for every run that is in neither, the reason.
+        teachers: teacher and domain of scores that are in neither because the students' are of other text or
+            settings, for example because the teacher was trained on some of the documents.
+    """
+
+    scores: pl.DataFrame
+    documents: pl.DataFrame
+    roles: pl.DataFrame
+    left_out: dict[str, str]
+    teachers: list[tuple[str, str]]
 
 
 def read_evaluations(
-    directory: Path, runs: Sequence[str], plan: Plan
-) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, str]]:
-    """The whole evaluations among those of `runs`.
+    directory: Path, versions: Mapping[str, Mapping[str, str] | None], plan: Plan
+) -> Evaluations:
+    """The whole evaluations of runs, by the plan's settings; other scores beside them do not count.
 
     Args:
         directory: of the run directories.
-        runs: run ids, all done.
+        versions: of runs that are done, the version of the scores that the plan means, by domain; None for a
+            run that was not scored so.
         plan: says which domains each run is to be scored on.
-
-    Returns:
-        Scores (of the last step that a run was scored at), document losses, and for every run that is in
-        neither the reason.
     """
-    problems: dict[str, str] = {}
-    scores = _scores(directory, runs, problems)
-    documents = _documents(directory, [run for run in runs if run not in problems], problems)
-    asked = [domain.name for domain in plan.domains]  # others: `tutelage eval`
-    scores = scores.filter(pl.col("domain").is_in([*asked, COPYING]))
-    documents = documents.filter(pl.col("domain").is_in(asked))
-    for run, reason in _gaps(scores, documents, plan) + _disagreements(scores, documents):
+    problems = {run: OTHERWISE for run, known in versions.items() if known is None}
+    own = _own_versions(versions, plan)
+    scores = _scores(directory, [run for run in versions if run not in problems], own, problems)
+    runs = [run for run in versions if run not in problems]
+    documents = _documents(directory, runs, own, problems)
+    runs = [run for run in runs if run not in problems]
+    for run, reason in _gaps(runs, scores, documents, plan) + _disagreements(scores, documents):
         problems.setdefault(run, reason)
     good = ~pl.col("run").is_in([*problems])
     scores, documents = scores.filter(good), documents.filter(good)
-    for run in _odd_ones(scores, documents):
-        problems[run] = "scored on other text or settings than most runs"
+    odd = _odd_ones(scores, documents, plan)
+    teachers = odd.filter(kind="teacher")
+    for run, domain in odd.filter(pl.col("kind") != "teacher").select("run", "domain").iter_rows():
+        problems.setdefault(run, f"scored on other text or settings than most runs, of {domain}")
     good = ~pl.col("run").is_in([*problems])
-    return scores.filter(good), documents.filter(good), problems
+    scores, documents = (
+        rows.filter(good).join(teachers, on=["run", "domain"], how="anti", maintain_order="left")
+        for rows in (scores, documents)
+    )
+    return Evaluations(
+        scores=scores.drop("role"),
+        documents=documents,
+        roles=scores.select("run", "domain", "role").unique(maintain_order=True),
+        left_out=problems,
+        teachers=[*teachers.select("run", "domain").iter_rows()],
+    )
 
 
-def _scores(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> pl.DataFrame:
-    """The latest score of each domain, split and metric: a run scored again appends its new rows."""
-    names = [*SCORE_COLUMNS.names(), "step"]
+def _own_versions(versions: Mapping[str, Mapping[str, str] | None], plan: Plan) -> pl.DataFrame:
+    """run, domain, version of the scores that the plan means."""
+    asked = {domain.name for domain in plan.domains}
+    rows = [
+        (run, domain, version)
+        for run, known in versions.items()
+        for domain, version in (known or {}).items()
+        if domain in asked
+    ]
+    return pl.DataFrame(rows, dict.fromkeys(_VERSION_KEYS, pl.String()), orient="row")
+
+
+def _scores(
+    directory: Path, runs: Sequence[str], own: pl.DataFrame, problems: dict[str, str]
+) -> pl.DataFrame:
+    """The scores of `own` versions, and the latest of copying in context, which has no version of its own."""
+    names = [*SCORE_COLUMNS.names(), "role", "step"]
     row = attrgetter(*names)
     rows: list[tuple[object, ...]] = []
     for run in runs:
@@ -102,7 +148,10 @@ def _scores(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> p
         else:
             rows += map(row, found)
     columns = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
-    frame = pl.DataFrame(columns, schema=SCORE_COLUMNS | {"step": pl.Int64()})
+    frame = pl.DataFrame(columns, schema=SCORE_COLUMNS | {"role": pl.String(), "step": pl.Int64()})
+    frame = pl.concat(
+        [frame.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left"), frame.filter(domain=COPYING)]
+    )
     return (
         frame.filter(pl.col("step") == pl.col("step").max().over("run"))
         .drop("step")
@@ -130,7 +179,9 @@ def _check_lines(run: str, scores: Sequence[Score]) -> None:
             raise UnreadableError(f"scores.jsonl, line {number}: the value is {score.value}")
 
 
-def _documents(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> pl.DataFrame:
+def _documents(
+    directory: Path, runs: Sequence[str], own: pl.DataFrame, problems: dict[str, str]
+) -> pl.DataFrame:
     frames = []
     for start in range(0, len(runs), _FILES_AT_ONCE):
         some = runs[start : start + _FILES_AT_ONCE]
@@ -138,7 +189,9 @@ def _documents(directory: Path, runs: Sequence[str], problems: dict[str, str]) -
             frames.append(_read(directory, some))
         except (OSError, pl.exceptions.PolarsError):
             frames += _one_by_one(directory, some, problems)
-    documents = pl.concat(frames) if frames else pl.DataFrame(schema=DOCUMENT_COLUMNS)
+    schema = DOCUMENT_COLUMNS | {"version": pl.String()}
+    documents = pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+    documents = documents.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left").drop("version")
     for run, reason in _wrong_rows(documents):
         problems.setdefault(run, f"documents.parquet: {reason}")
     return documents
@@ -156,7 +209,7 @@ def _read(directory: Path, runs: Sequence[str]) -> pl.DataFrame:
         frame.with_columns(*absent)
         .join(names, on="run", how="left")
         .with_columns(run="name")
-        .select(DOCUMENT_COLUMNS.names())
+        .select(*DOCUMENT_COLUMNS.names(), "version")
         .cast(DOCUMENT_COLUMNS)
     )
 
@@ -185,18 +238,23 @@ def _wrong_rows(documents: pl.DataFrame) -> list[tuple[str, str]]:
     ]
 
 
-def _gaps(scores: pl.DataFrame, documents: pl.DataFrame, plan: Plan) -> list[tuple[str, str]]:
-    """(run, reason) for every planned domain and split without a score or without documents."""
+def _gaps(
+    runs: Sequence[str], scores: pl.DataFrame, documents: pl.DataFrame, plan: Plan
+) -> list[tuple[str, str]]:
+    """(run, reason) for every planned domain and split without a score or documents, unless all was seen."""
     cells = [(domain.name, split) for domain in plan.domains for split in ("validation", "test")]
     wanted = pl.DataFrame(cells, schema=["domain", "split"], orient="row")
     gaps = []
-    for there, runs, text in (
-        (scores.filter(metric="bits_per_byte"), scores, "scores.jsonl: no bits_per_byte of {0} ({1})"),
-        (documents, documents, "documents.parquet: no documents of {0} ({1})"),
+    seen = scores.filter(metric="overlap_documents", value=1.0)  # nothing was left to score
+    every = pl.DataFrame({"run": runs}, schema={"run": pl.String()}).join(wanted, how="cross")
+    every = every.join(seen, on=_KEYS, how="anti", maintain_order="left")
+    for there, text in (
+        (scores.filter(metric="bits_per_byte"), "scores.jsonl: no bits_per_byte of {0} ({1})"),
+        (documents, "documents.parquet: no documents of {0} ({1})"),
     ):
-        missing = (
-            runs.select("run").unique().join(wanted, how="cross").join(there, on=_KEYS, how="anti")
-        ).unique("run", keep="first", maintain_order=True)
+        missing = every.join(there, on=_KEYS, how="anti", maintain_order="left").unique(
+            "run", keep="first", maintain_order=True
+        )
         gaps += [(run, text.format(domain, split)) for run, domain, split in missing.rows()]
     return gaps
 
@@ -222,20 +280,40 @@ def _disagreements(scores: pl.DataFrame, documents: pl.DataFrame) -> list[tuple[
     return [(row["run"], problem.format(**row)) for row in wrong.iter_rows(named=True)]
 
 
-def _odd_ones(scores: pl.DataFrame, documents: pl.DataFrame) -> list[str]:
-    """Runs that were scored on other texts or with other settings than most."""
-    known = scores.filter(pl.col("metric").str.starts_with("bits_per_byte"))
+def _odd_ones(scores: pl.DataFrame, documents: pl.DataFrame, plan: Plan) -> pl.DataFrame:
+    """run, domain, kind where a run was scored on other text or settings than most that it is compared with.
+
+    Runs are compared within a stage. What teachers have is held against what their students have.
+    """
+    compared = _BEHIND.keys() - {"bits_per_byte_temperature_in_domain"}  # a training text may lack held-out
+    known = scores.filter(pl.col("metric").is_in(compared))
     versions = _fingerprints(known.select(*_KEYS, "metric", "version"))
     texts = _fingerprints(documents.select(*_KEYS, "document", "bytes"))
-    both = versions.join(texts, on="run")
-    identities = {run: (version, text) for run, version, text in both.iter_rows()}
-    if not identities:
-        return []
-    usual = Counter(identities.values()).most_common(1)[0][0]
-    return [run for run, identity in identities.items() if identity != usual]
+    runs = pl.DataFrame(
+        [(run.run, run.kind, run.stage) for run in plan.runs], ["run", "kind", "stage"], orient="row"
+    )
+    both = versions.join(texts, on=["run", "domain"], suffix="_text").join(runs, on="run")
+    group = ["stage", "domain"]
+    usual = (
+        both.group_by(*group, "sum", "sum_text", maintain_order=True)
+        .agg(teacher=(pl.col("kind") == "teacher").all(), n=pl.len())
+        .sort("teacher", "n", descending=[False, True], maintain_order=True)
+        .unique(group, keep="first", maintain_order=True)
+    )
+    return (
+        both.join(usual, on=group, nulls_equal=True, suffix="_usual", maintain_order="left")
+        .filter(
+            (pl.col("sum") != pl.col("sum_usual")) | (pl.col("sum_text") != pl.col("sum_text_usual")),
+        )
+        .select("run", "domain", "kind")
+    )
 
 
 def _fingerprints(rows: pl.DataFrame) -> pl.DataFrame:
-    """(run, sum): equal where all other columns hold the same rows, in any order."""
+    """(run, domain, sum): equal where all other columns hold the same rows, in any order."""
     hashes = rows.drop("run").hash_rows(seed=0)
-    return rows.select("run", sum=hashes).group_by("run", maintain_order=True).agg(pl.col("sum").sum())
+    return (
+        rows.select("run", "domain", sum=hashes)
+        .group_by("run", "domain", maintain_order=True)
+        .agg(pl.col("sum").sum())
+    )

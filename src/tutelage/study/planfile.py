@@ -85,6 +85,9 @@ class PlanRun(Section):
         description="of an untaught run: 0, or the number of a further one of its seed, with other initial "
         "weights and the same batches; gains are against the mean of all",
     )
+    evaluation: str | None = Field(
+        None, description="identity of what it is scored on; state.json has the versions of those scores"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanRun:

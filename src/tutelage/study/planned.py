@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tutelage.identity import evaluation_id
 from tutelage.study.cells import cells_of, teachers_of, trained_as
 from tutelage.study.graph import Cost, sequence_length
 from tutelage.study.planfile import Plan, PlanDomain, PlanRun, PlanStudent, PlanTeacher
@@ -21,8 +22,21 @@ if TYPE_CHECKING:
 def plan_of(study: StudyConfig, nodes: Sequence[Node]) -> Plan:
     """The plan of a study whose runs are known."""
     ids = {node.cell.name: node.id for node in nodes}
-    costs = (Cost(node.tokens, node.parameters, node.flops, node.teacher_flops) for node in nodes)
-    return _plan(study, [(n.cell, _run(n.cell, ids, cost)) for n, cost in zip(nodes, costs, strict=True)])
+    return _plan(
+        study,
+        [
+            (
+                node.cell,
+                _run(
+                    node.cell,
+                    ids,
+                    Cost(node.tokens, node.parameters, node.flops, node.teacher_flops),
+                    evaluation_id(node.config),
+                ),
+            )
+            for node in nodes
+        ],
+    )
 
 
 def draft_of(study: StudyConfig) -> Plan:
@@ -93,7 +107,7 @@ def _teacher(name: str, spec: TeacherSpec, trained: Sequence[Planned]) -> PlanTe
     )
 
 
-def _run(cell: Cell, ids: Mapping[str, str], cost: Cost) -> PlanRun:
+def _run(cell: Cell, ids: Mapping[str, str], cost: Cost, evaluation: str | None = None) -> PlanRun:
     after = cell.needs[0] if cell.kind == "after" else None
     return PlanRun(
         run=ids[cell.name],
@@ -112,4 +126,5 @@ def _run(cell: Cell, ids: Mapping[str, str], cost: Cost) -> PlanRun:
         after=None if after is None else ids[after],
         teacher_run=None if cell.learned is None else ids[cell.learned],
         twin=cell.twin,
+        evaluation=evaluation,
     )

@@ -8,10 +8,12 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 import polars as pl
+from pydantic import Field
 
-from tutelage.study.evaluations import read_evaluations
+from tutelage.errors import UserError
+from tutelage.study.evaluations import OTHERWISE, Evaluations, read_evaluations
 from tutelage.study.mechanisms import Mechanism, read_mechanisms
-from tutelage.study.planfile import Plan, load_plan
+from tutelage.study.planfile import Plan, PlanRun, load_plan
 from tutelage.study.records import Record, UnreadableError, read_lines, read_model
 
 if TYPE_CHECKING:
@@ -44,6 +46,14 @@ _MEASURED = {
     "train_flops": pl.Float64(),
     "teacher_flops": pl.Float64(),
 }
+_SEEN = {
+    "overlap_documents": "{:.1%} of its test documents were trained on; they are left out",
+    "overlap_near_documents": "{:.1%} of its scored test documents are copies of training text with changes",
+    "teacher_overlap_documents": "{:.1%} of its test documents were trained on by a teacher alone",
+    "teacher_overlap_near_documents": "{:.1%} of its scored test documents are copies, with changes, of text "
+    "that a teacher alone was trained on",
+}
+"""What shares of documents that were seen in training mean."""
 _CURVE_COLUMNS = pl.Schema({"run": pl.String, "tokens": pl.Int64, "ce": pl.Float64})
 
 
@@ -60,6 +70,9 @@ class _Done(_Status):
     parameters: int
     train_flops: float
     teacher_flops: float
+    evaluations: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Version of the scores of each domain, by evaluation id and domain."""
+    warning: str | None = None
 
 
 class _CurvePoint(Record):
@@ -88,14 +101,18 @@ class Results:
         runs: one row for every planned run, with what the plan says of it; `teacher_run` is null where the
             study trained no teacher of it. `status` is done, running, stopped, failed, "not started" or
             "unreadable"; tokens, seconds and FLOPs are null unless done.
-        scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation, at the last
-            step that they were scored at. Of the planned domains, and of the probe "copying".
+        scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation by the plan's
+            settings, at the last step that they were scored at. Of the planned domains, and of the probe
+            "copying".
         documents: run, domain, split, document, bytes, and losses in nats, sums over the document: nll, and
-            nll_temperature and nll_unigram with calibration fitted (null where it was not); the same runs.
+            with calibration fitted (null where it was not) nll_temperature, nll_unigram and
+            nll_temperature_in_domain; the same runs.
         curves: run, tokens, ce (nats per token) of done runs.
         provenance: of done runs, by run id.
         mechanisms: of its runs, as `tutelage eval --mechanism --output STUDY` leaves them there.
         problems: one sentence for each file that was left out, and why.
+        warnings: one sentence for each thing that makes numbers mean less than they seem to: texts that were
+            trained on, runs whose held-out loss is far from their training loss.
     """
 
     plan: Plan
@@ -106,6 +123,7 @@ class Results:
     provenance: Mapping[str, Provenance]
     mechanisms: tuple[Mechanism, ...]
     problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def unfinished(self) -> pl.DataFrame:
@@ -117,14 +135,22 @@ def load_results(directory: Path) -> Results:
     """Read the study in `directory`.
 
     Raises:
-        UserError: there is no valid `plan.json`. Nothing else in the study is fatal.
+        UserError: there is no valid `plan.json`, or one from before plans said which scores they mean, or
+            every text out of domain was trained on. Nothing else in the study is fatal.
     """
     plan = load_plan(directory)
+    if any(planned.evaluation is None for planned in plan.runs):
+        raise UserError(
+            f"{directory / 'plan.json'}: by an older version, whose scores do not compare with today's; "
+            f"`tutelage study run FILE --output {directory}` scores the runs again"
+        )
     place = directory / plan.runs_directory
     problems: list[str] = []
     rows: list[tuple[object, ...]] = []
     curves: list[tuple[str, int, float]] = []
     provenance: dict[str, Provenance] = {}
+    versions: dict[str, dict[str, str] | None] = {}
+    warned: dict[str, str] = {}
     planned_row = attrgetter(*_PLANNED)
     once = {teacher.name: teacher.run for teacher in plan.teachers}
     for planned in plan.runs:
@@ -132,6 +158,9 @@ def load_results(directory: Path) -> Results:
         progress: dict[str, object] = {"status": "unreadable"}
         with _reported(problems, planned.run, ""):
             progress = _progress(path)
+            versions[planned.run] = _versions(progress, planned)
+            if progress.get("warning"):
+                warned[planned.run] = str(progress["warning"])
         rows.append(planned_row(planned) + tuple(progress.get(name) for name in _MEASURED))
         if progress["status"] != "done":
             continue
@@ -142,20 +171,96 @@ def load_results(directory: Path) -> Results:
             provenance[planned.run] = read_model(path / "provenance.json", Provenance)
     runs = pl.DataFrame(rows, schema=_PLANNED | _MEASURED, orient="row")
     done = runs.filter(status="done")["run"].to_list()
-    scores, documents, left_out = read_evaluations(place, done, plan)
-    problems += [f"{run}: {reason}; its scores are left out" for run, reason in left_out.items()]
+    found = read_evaluations(place, {run: versions[run] for run in done}, plan)
+    problems += _left_out(found.left_out, directory)
+    problems += [
+        f"{run}: scored on other documents or settings of {domain} than the students; left out there"
+        for run, domain in found.teachers
+    ]
     mechanisms, damaged = read_mechanisms(directory)
+    _check_something_foreign(plan, found)
     learned = pl.col("teacher_run").fill_null(pl.col("teacher").replace_strict(once, return_dtype=pl.String))
     return Results(
-        plan=plan,
+        plan=_as_scored(plan, found),
         runs=runs.with_columns(teacher_run=pl.when(pl.col("kind") != "teacher").then(learned)),
-        scores=scores,
-        documents=documents,
+        scores=found.scores,
+        documents=found.documents,
         curves=pl.DataFrame(curves, schema=_CURVE_COLUMNS, orient="row"),
         provenance=provenance,
         mechanisms=mechanisms,
         problems=(*problems, *damaged),
+        warnings=tuple(_seen_texts(plan, found) + [f"{run}: {text}" for run, text in warned.items()]),
     )
+
+
+def _versions(progress: Mapping[str, object], planned: PlanRun) -> dict[str, str] | None:
+    """Version of the scores that the plan means, by domain; None if the run was not scored so."""
+    evaluations: dict[str, dict[str, str]] = progress.get("evaluations", {})  # type: ignore[assignment]
+    return evaluations.get(str(planned.evaluation))
+
+
+def _check_something_foreign(plan: Plan, found: Evaluations) -> None:
+    """Raise `UserError` if nothing is left of any text outside the training distribution."""
+    outside = [domain.name for domain in plan.domains if domain.role == "out_of_domain"]
+    scored = found.scores.filter(metric="bits_per_byte", split="test")["domain"]
+    if len(scored) and not scored.is_in(outside).any():
+        raise UserError(
+            f"study {plan.name}: every test document of {', '.join(outside)} was trained on, so nothing out "
+            "of domain is scored; add a domain of other text to the study file"
+        )
+
+
+def _as_scored(plan: Plan, found: Evaluations) -> Plan:
+    """The plan with domains in domain that the students were trained on, as long as another one is left."""
+    inside = {*_inside(plan, found), plan.in_domain}
+    if all(domain.name in inside for domain in plan.domains):
+        return plan
+    domains = [
+        domain.model_copy(update={"role": "in_domain"}) if domain.name in inside else domain
+        for domain in plan.domains
+    ]
+    return plan.model_copy(update={"domains": tuple(domains)})
+
+
+def _inside(plan: Plan, found: Evaluations) -> list[str]:
+    """Domains that some untaught student, by its scores, was trained on text of."""
+    students = [run.run for run in plan.runs if run.kind == "baseline"]
+    rows = found.roles.filter(pl.col("run").is_in(students), pl.col("role") == "in_domain")
+    return rows["domain"].unique(maintain_order=True).to_list()
+
+
+def _seen_texts(plan: Plan, found: Evaluations) -> list[str]:
+    """Where students, or their teachers alone, were trained on documents of a domain; the most of any run."""
+    students = [run.run for run in plan.runs if run.kind != "teacher"]
+    shares = found.scores.filter(pl.col("run").is_in(students), pl.col("metric").is_in([*_SEEN]))
+    most = shares.group_by("domain", "metric", maintain_order=True).agg(pl.col("value").max())
+    known = {(domain, metric): share for domain, metric, share in most.iter_rows()}
+    inside = {*_inside(plan, found)}
+    sentences = []
+    for domain in plan.domains:
+        for metric, text in _SEEN.items():
+            if known.get((domain.name, metric), 0.0) > 0:
+                sentences.append(f"{domain.name}: {text.format(known[domain.name, metric])}")
+        if domain.role != "in_domain" and domain.name in inside:
+            sentences.append(
+                f"{domain.name}: planned as out of domain, but it is of the training text's kind"
+            )
+    return sentences
+
+
+def _left_out(reasons: Mapping[str, str], directory: Path) -> list[str]:
+    """One sentence for each run that is left out; one for all that were scored otherwise than planned."""
+    others = [run for run, reason in reasons.items() if reason == OTHERWISE]
+    found = [
+        f"{run}: {reason}; its scores are left out" for run, reason in reasons.items() if reason != OTHERWISE
+    ]
+    if others:
+        more = f" and {len(others) - 1} more runs" if len(others) > 1 else ""
+        found.append(
+            f"{others[0]}{more}: {OTHERWISE}, and such scores do not compare; they are left out until "
+            f"`tutelage study run FILE --output {directory}` has scored them again"
+        )
+    return found
 
 
 @contextlib.contextmanager

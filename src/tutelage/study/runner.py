@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tutelage.configio import digest
 from tutelage.errors import Stopped, UserError
+from tutelage.identity import evaluation_id
 from tutelage.signals import stop_signal
 from tutelage.study.chains import chain_weights
 from tutelage.study.engines.base import RunTask
@@ -224,10 +225,8 @@ def _company(node: Node) -> str:
 
 
 def _recipe(node: Node) -> str:
-    """What a run is finished with: its id says how it was trained, this adds on what it was scored."""
-    config = node.config.eval
-    domains = [(domain.name, domain.store.name, domain.role) for domain in config.domains]
-    return digest([node.id, domains, config.model_dump(mode="json", exclude={"domains"})])
+    """What a run is finished with: how it was trained, and on what it was scored."""
+    return digest([node.id, evaluation_id(node.config)])
 
 
 def _directory(node: Node) -> RunDirectory:

@@ -29,6 +29,7 @@ TEACHERS = {"weak": (1.75, 130_000, TOKENS := 2_000_000), "strong": (1.60, 1_300
 STUDENT = "tiny 2M"
 DOCUMENTS = 20
 PARAMETERS = 380_000
+VERSION = f"{SCORING_VERSION}-1"
 
 
 def write_study(
@@ -112,6 +113,7 @@ def run_row(kind, student, teacher, arm, seed, size):
         "tokens": size[1],
         "parameters": size[0],
         "flops": 6.0 * size[0] * size[1],
+        "evaluation": "e1",
         "baseline": "-".join(str(p) for p in ("baseline", special, seed) if p is not None)
         if kind == "student"
         else None,
@@ -143,6 +145,7 @@ def write_run(path, row, own, gain, noise):
         "seconds": 100.0,
         "tokens_per_second": row["tokens"] / 100,
         "parameters": row["parameters"],
+        "evaluations": {"e1": dict.fromkeys(DOMAINS, VERSION)},
         "train_flops": row["flops"],
         "teacher_flops": 0.25 * row["flops"] if row["kind"] == "student" and row["teacher"] else 0.0,
         "error": None,
@@ -185,7 +188,8 @@ def write_evaluation(path, row, own, gain, noise):
             shape = size * rng.uniform(0.8, 1.2, DOCUMENTS) * bumps
             frame = {"domain": domain, "split": split, "document": np.arange(DOCUMENTS), "bytes": size}
             metrics = {}
-            for fit, suffix in (("raw", ""), ("temperature", "_temperature"), ("unigram", "_unigram")):
+            for fit in ("raw", "temperature", "unigram", "temperature_in_domain"):
+                suffix = "" if fit == "raw" else f"_{fit}"
                 bits = bits_per_byte(row, own, gain, noise, domain, split, fit)
                 fitted = fit != "raw" and split == "validation"
                 losses = shape / shape.sum() * bits * math.log(2) * size.sum()
@@ -194,12 +198,12 @@ def write_evaluation(path, row, own, gain, noise):
             metrics["perplexity"] = 2 ** (2 * metrics["bits_per_byte"])
             if split == "test":
                 metrics["ece"] = 0.02 if row["teacher"] is None else 0.03
-            frames.append(pl.DataFrame(frame | {"tokens": size // 2}).fill_nan(None))
+            frames.append(pl.DataFrame(frame | {"tokens": size // 2, "version": VERSION}).fill_nan(None))
             for metric, value in metrics.items():
                 score = Score(
                     run=path.name, step=1953, tokens=TOKENS, domain=domain, role=role, split=split,
                     metric=metric, value=float(value), stderr=0.01, n=DOCUMENTS, higher_is_better=False,
-                    version=f"{SCORING_VERSION}-1",
+                    version=VERSION,
                 )  # fmt: skip
                 scores.append(json.dumps(asdict(score)) + "\n")
     pl.concat(frames).write_parquet(path / "documents.parquet")

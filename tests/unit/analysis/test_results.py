@@ -2,6 +2,7 @@ import json
 import shutil
 
 import polars as pl
+import polars.selectors as cs
 import pytest
 from make_study import write_study
 
@@ -39,7 +40,7 @@ def test_a_whole_study_loads_without_a_problem(study):
     assert results.problems == ()
     assert results.unfinished.is_empty()
     assert results.runs.height == 2 + 3 + 5 * 3
-    assert results.scores.height == 20 * 3 * (2 + 5)  # runs, domains, metrics of validation and of test
+    assert results.scores.height == 20 * 3 * (2 + 6)  # runs, domains, metrics of validation and of test
     assert results.documents.height == 20 * 3 * 2 * 20
     assert set(results.provenance) == set(results.runs["run"])
     assert results.curves.filter(run=RUN).height == 199
@@ -100,6 +101,12 @@ def test_a_wrong_run_in_the_plan_is_a_user_error(study, change, message):
         load_plan(study)
 
 
+def edit_state_version(path, version):
+    state = json.loads(path.read_text())
+    state["evaluations"]["e1"] = dict.fromkeys(state["evaluations"]["e1"], version)
+    path.write_text(json.dumps(state))
+
+
 def break_line(path):
     path.write_text(path.read_text().replace('"value"', '"va', 1))
 
@@ -121,7 +128,8 @@ def drop_domain(path):
         ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"value": "1.2"}), "line 1: value"),
         ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"run": "other"}), "belongs to run other"),
         ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | {"value": 2.0}), "documents.parquet says"),
-        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | OTHER), "other text or settings"),
+        ("scores.jsonl", lambda p: edit_lines(p, lambda r: r | OTHER), "no bits_per_byte of"),
+        ("state.json", lambda p: edit_state_version(p, "v2"), "no bits_per_byte of speeches"),
         ("documents.parquet", lambda p: p.unlink(), "documents.parquet: no such file"),
         ("documents.parquet", lambda p: p.write_bytes(p.read_bytes()[:-20]), "documents.parquet: "),
         ("documents.parquet", lambda p: pl.read_parquet(p).drop("nll").write_parquet(p), "parquet: .*nll"),
@@ -207,7 +215,7 @@ def test_a_study_without_fitted_scores_loads(study):
     for path in (study / "runs").iterdir():
         rows = (path / "scores.jsonl").read_text().splitlines(keepends=True)
         (path / "scores.jsonl").write_text("".join(row for row in rows if "byte_" not in row))
-        documents = pl.read_parquet(path / "documents.parquet").drop("nll_temperature", "nll_unigram")
+        documents = pl.read_parquet(path / "documents.parquet").select(~cs.starts_with("nll_"))
         documents.write_parquet(path / "documents.parquet")
 
     results = load_results(study)

@@ -71,7 +71,7 @@ def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_stor
     assert (raw["value"] <= raw["high"]).all()
     expected = {"bits_per_byte", "perplexity", "ece", "ece_adaptive", "brier", "overlap_documents"}
     fitted = {"bits_per_byte_temperature", "bits_per_byte_unigram", "bits_per_byte_temperature_in_domain"}
-    expected |= fitted | {"overlap_8grams"}
+    expected |= fitted | {"overlap_8grams", "overlap_near_documents"}
     expected |= {"first_window_excess"}
     assert set(rows.filter(domain="scripture", split="test")["metric"]) == expected
     documents = pl.read_parquet(trained.documents).filter(domain="scripture", split="test")
@@ -84,7 +84,7 @@ def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_stor
     assert sum(point["tokens"] for point in curves["reliability"]["ece"]) == sum(documents["tokens"])
     assert curves["fit"]["documents"] == 4
     (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
-    assert len(scores.read_text().splitlines()) == rows.height - 3 * 2  # its training text is not known
+    assert len(scores.read_text().splitlines()) == rows.height - 4 * 2  # its training text is not known
 
 
 def test_evaluating_again_computes_and_adds_nothing(store, model, command, monkeypatch):

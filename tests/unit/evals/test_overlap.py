@@ -59,7 +59,7 @@ def grams(text):
 
 
 def test_documents_that_were_trained_on_are_found(training, mixed, tmp_path):
-    known = trained_on(training, {"mixed": mixed}, tmp_path)
+    known = trained_on([training], {"mixed": mixed}, tmp_path)
     trained = set(texts_of(training, "train"))
     total = 0
     for split in ("validation", "test"):
@@ -69,12 +69,12 @@ def test_documents_that_were_trained_on_are_found(training, mixed, tmp_path):
     assert total == 6
     (file,) = tmp_path.glob("trained-on-*.json")
     before = file.stat().st_mtime_ns
-    assert trained_on(training, {"mixed": mixed}, tmp_path) == known
+    assert trained_on([training], {"mixed": mixed}, tmp_path) == known
     assert file.stat().st_mtime_ns == before
 
 
 def test_held_out_text_of_the_same_store_was_not_trained_on(training, tmp_path):
-    known = trained_on(training, {"own": training}, tmp_path)
+    known = trained_on([training], {"own": training}, tmp_path)
     assert known == {("own", "validation"): frozenset(), ("own", "test"): frozenset()}
 
 
@@ -82,7 +82,7 @@ def test_copied_grams_are_a_plain_count(training, mixed, tmp_path):
     documents = {
         ("mixed", split): read_documents(mixed, split, 100, 10**6) for split in ("validation", "test")
     }
-    found = copied_grams(training, documents, tmp_path)
+    found = copied_grams([training], documents, tmp_path)
     there = {gram for text in texts_of(training, "train") for gram in grams(text)}
     copied = 0
     for split in ("validation", "test"):
@@ -91,7 +91,7 @@ def test_copied_grams_are_a_plain_count(training, mixed, tmp_path):
             assert m == sum(gram in there for gram in grams(text))
             copied += 0 < m < n
     assert copied >= 1
-    again = copied_grams(training, documents, tmp_path)
+    again = copied_grams([training], documents, tmp_path)
     assert all(np.array_equal(again[key], found[key]) for key in found)
 
 

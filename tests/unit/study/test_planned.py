@@ -9,7 +9,7 @@ from tutelage.study.graph import Stores, expand
 from tutelage.study.planned import draft_of, plan_of
 from tutelage.study.presets import load_study, preset_names
 
-IDS = {"run", "baseline", "after"}
+IDS = {"run", "baseline", "after", "evaluation"}
 
 
 def test_a_draft_is_the_plan_but_for_run_ids(store, other_store, tmp_path):

@@ -168,7 +168,11 @@ def test_scores_of_all_domains_are_written_once(make_config, store, other_store)
         name: set(scores.filter(domain=name, split="test")["metric"]) for name in ("speeches", "scripture")
     }
     assert metrics["speeches"] == metrics["scripture"] >= {"bits_per_byte", "perplexity", "ece", "brier"}
-    assert set(scores.filter(split="validation")["metric"]) == {"bits_per_byte", "perplexity"}
+    assert set(scores.filter(split="validation")["metric"]) == {
+        "bits_per_byte",
+        "perplexity",
+        "first_window_excess",
+    }
     assert scores.select("domain", "split", "metric").is_unique().all()
     documents = pl.read_parquet(second.documents)
     test = documents.filter(domain="scripture", split="test")
