@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from tutelage.settings import Fraction, Name, Section
 
-DOCUMENT_LIMIT = 2**24
+DOCUMENT_LIMIT = 2**23
 """Bytes of the longest document: what is tokenised at once decides how much memory a build needs."""
 
 

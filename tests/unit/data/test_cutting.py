@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import zstandard
@@ -124,7 +126,7 @@ def test_nothing_is_lost_or_added(tmp_path_factory, parts, size):
 def test_a_file_too_long_for_one_document_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"word " * (DOCUMENT_LIMIT // 5 + 1))
     with pytest.raises(
-        UserError, match=r"a\.txt: is one document and longer than 16,777,216 bytes; set document_"
+        UserError, match=r"a\.txt: is one document and longer than 8,388,608 bytes; set document_"
     ):
         texts(tmp_path / "a.txt", document_bytes="file")
 
@@ -143,3 +145,33 @@ def test_an_empty_split_is_refused_with_advice(tmp_path):
     ready = TokenizerConfig(path=store.path)
     with pytest.raises(UserError, match=r"split 'train' is empty: its share is 0\.001"):
         build_store(config(tmp_path / "a.txt", validation=0.0, test=0.999, tokenizer=ready), tmp_path)
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from tutelage.configio import validate
+from tutelage.data.config import StoreConfig
+from tutelage.data.store import build_store, open_store
+source = {"kind": "files", "paths": [sys.argv[1]]}
+config = {"name": "large", "sources": [source], "tokenizer": {"vocab_size": 300}}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store = open_store(build_store(validate(StoreConfig, config, "test"), Path(sys.argv[2])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(sum(split.bytes for split in store.manifest.splits.values()))
+"""
+
+
+@pytest.mark.parametrize(("name", "between"), [("lines.txt.gz", "\n"), ("line.txt", " ")])
+def test_memory_does_not_grow_with_a_file(tmp_path, name, between):
+    text = between.join(f"the king of house {n} and house {n + 1}" for n in range(300_000)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text, 1) if name.endswith(".gz") else text)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path / name, tmp_path / "stores"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown, size = map(int, done.stdout.split())
+    assert size == len(text) > 10_000_000
+    assert grown * 1024 < 220_000_000  # one document took 38 bytes of memory per byte of text, here 0.4 GB

@@ -203,9 +203,9 @@ def test_a_bad_value_in_parquet_spoils_its_own_row_only(tmp_path):
 
 
 def test_a_text_that_is_too_long_is_a_bad_row(tmp_path):
-    source = jsonl(tmp_path / "a.jsonl", '{"text": "one"}', json.dumps({"text": "word " * 2**22}))
+    source = jsonl(tmp_path / "a.jsonl", '{"text": "one"}', json.dumps({"text": "word " * 2**21}))
     with pytest.raises(
-        UserError, match=r"line 2: field 'text' holds 20,971,520 bytes of text, at most 16,777,216"
+        UserError, match=r"line 2: field 'text' holds 10,485,760 bytes of text, at most 8,388,608"
     ):
         built(tmp_path, source)
     assert built(tmp_path, source | {"on_bad_row": "skip"}).sources[0].dropped["bad"] == 1
