@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from tutelage.objectiveconfig import Temperature
+from tutelage.objectiveconfig import Temperature, TopKTruncation, TopPTruncation
 from tutelage.settings import Section
 
 if TYPE_CHECKING:
@@ -69,6 +69,12 @@ def misfit(kept: Format, temperature: float, objective: ObjectiveConfig, where: 
         return None
     if objective.truncation is not None:
         return f"objective.truncation: the targets of {where} are sparse already ({kept.kind}); drop it"
+    gate = None if objective.gate is None else objective.gate.kind
+    if temperature != 1.0 and gate in {"teacher_entropy", "teacher_confidence"}:
+        return (
+            f"objective.gate.kind = {gate}: needs the teacher at temperature 1, but {where} holds "
+            f"probabilities at {temperature:g} ({kept.kind}); use a cache of format hidden, or another gate"
+        )
     if objective.temperature != temperature and objective.divergence != "hard_labels":
         return (
             f"objective.temperature = {objective.temperature:g}: {where} holds probabilities at temperature "
@@ -80,3 +86,43 @@ def misfit(kept: Format, temperature: float, objective: ObjectiveConfig, where: 
             "unbiased for forward_kl only; use that, or a cache of format topk or hidden"
         )
     return None
+
+
+def kd_name(objective: ObjectiveConfig, kept: Format | None) -> str:
+    """Name of the divergence among the metrics: what is measured differently has another name.
+
+    "kd" is KL(teacher || student) of whole distributions at T=1, in nats, and nothing else. Any other
+    divergence, temperature or cut of the teacher is named behind it, as in "kd_jsd_0.5_t2_top50". From
+    samples it is no divergence: it differs from one by a part that does not depend on the student.
+
+    Args:
+        objective: of the student.
+        kept: what is kept of the teacher's distributions; None for all of them.
+    """
+    words = ["kd"]
+    if objective.divergence != "forward_kl":
+        words.append(objective.divergence)
+    if objective.divergence == "jsd":
+        words.append(f"{objective.jsd_beta:g}")
+    if objective.divergence in {"skew_kl", "skew_reverse_kl"}:
+        words.append(f"{objective.skew:g}")
+    if objective.temperature != 1.0 and objective.divergence != "hard_labels":
+        words += [f"t{objective.temperature:g}", *([] if objective.temperature_squared else ["unscaled"])]
+    cut = _cut(objective, kept)
+    return "_".join([*words, *cut, *([objective.tail] if cut and objective.tail != "other_bucket" else [])])
+
+
+def _cut(objective: ObjectiveConfig, kept: Format | None) -> list[str]:
+    """What is left of the teacher's distributions, in words; nothing if they are whole."""
+    match objective.truncation or kept:
+        case TopKTruncation(k=k):
+            return [f"top{k}"]
+        case TopPTruncation(p=p):
+            return [f"top_p{p:g}"]
+        case TopKFormat(k=k, top_p=p):
+            return [f"top{k}", *([f"top_p{p:g}"] if p < 1 else [])]
+        case MultinomialFormat(draws=draws):
+            return [f"sampled{draws}"]
+        case MinVarianceFormat(ids=ids):
+            return [f"sampled{ids}_min_variance"]
+    return []

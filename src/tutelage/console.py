@@ -83,7 +83,8 @@ class RunBar:
         """Show the newest losses and speed."""
         text = f"loss {row['loss']:.3f} ce {row['ce']:.3f}"
         if row["alpha"] > 0:
-            text += f" kd {row['kd']:.3f} alpha {row['alpha']:.2f}"
+            kd = next(name for name in row if name.split("_")[0] == "kd")
+            text += f" {kd} {row[kd]:.3f} alpha {row['alpha']:.2f}"
         self._progress.update(self._task, measured=f"{text} · {row['tokens_per_second']:,.0f} tokens/s")
 
     def note(self, text: str) -> None:

@@ -58,7 +58,11 @@ def trajectories(directory: Path) -> dict[str, list[dict[str, float]]]:
             settings["teacher"] = {"kind": "run", "run": teacher.id}
         lines = (run(validate(RunConfig, settings, "golden")).path / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        found[name] = [{key: row[key] for key in ("loss", "ce", "kd", "grad_norm")} for row in rows]
+        kd = "kd_t2" if "T=2" in name else "kd"
+        found[name] = [
+            {"loss": row["loss"], "ce": row["ce"], "kd": row[kd], "grad_norm": row["grad_norm"]}
+            for row in rows
+        ]
     return found
 
 

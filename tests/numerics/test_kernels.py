@@ -104,13 +104,13 @@ def true_sparse(logits, ids, probs, tail, labels, temperature, policy):
         if labels[n] < 0:
             pairs.append((0.0, np.zeros(vocab)))
             continue
-        kept = list(dict.fromkeys(ids[n].tolist()))
+        kept = list(dict.fromkeys(ids[n][probs[n] > 0].tolist()))
         mass = np.array([probs[n][ids[n] == v].sum() for v in kept])
-        if policy == "renormalise":
+        if policy == "renormalise" and kept:
             mass = mass / mass.sum()
         bucket = tail[n] if policy == "other_bucket" and len(kept) < vocab else 0.0
         groups = np.full(vocab, len(kept))
-        groups[kept] = np.arange(len(kept))
+        groups[np.array(kept, int)] = np.arange(len(kept))
         pairs.append(truth(logits[n], groups, np.append(mass, bucket), temperature))
     return as_rows(pairs)
 
@@ -138,9 +138,11 @@ def naive_dense(teacher, labels, t):
 def naive_sparse(ids, probs, tail, labels, t, policy):
     def loss(s):
         logq = (s.float() / t).log_softmax(-1)
-        p = probs / probs.sum(-1, keepdim=True) if policy == "renormalise" else probs
-        value = (torch.xlogy(p, p) - p * logq.gather(1, ids)).sum(-1)
-        rest = torch.ones_like(logq, dtype=torch.bool).scatter_(1, ids, value=False)
+        p = torch.zeros_like(logq).scatter_add(1, ids, probs)
+        rest = p == 0
+        if policy == "renormalise":
+            p = p / p.sum(-1, keepdim=True).clamp(min=1e-30)
+        value = (torch.xlogy(p, p) - torch.where(p > 0, p * logq, 0.0)).sum(-1)
         if policy == "other_bucket" and rest.any():
             log_rest = logq.masked_fill(~rest, -1e30).logsumexp(-1)
             value = value + torch.xlogy(tail, tail) - tail * log_rest
@@ -302,6 +304,85 @@ def test_any_tail_mass(kind, tail):
     probs = probs / probs.sum(-1, keepdim=True) * (1 - tail)
     targets = ids, probs, torch.full((len(ids),), tail)
     check_sparse(student, targets, *rest, 1.0, "other_bucket")
+
+
+def in_other_forms(ids, probs, tail, vocab, seed=0):
+    """The same kept entries in four other forms, and rows of which nothing is kept."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(ids.shape[1], generator=g)
+    free = torch.stack([torch.tensor(sorted(set(range(vocab)) - set(row.tolist()))[:3]) for row in ids])
+    none = torch.zeros(len(ids), 3)
+    part = torch.rand(probs.shape, generator=g)
+    third = 0.3 * (1 - part)
+    silent = probs.clone()
+    silent[::2] = 0.0
+    return {
+        "shuffled": (ids[:, order], probs[:, order], tail),
+        "unused slots hold other entries": (torch.cat([free, ids], 1), torch.cat([none, probs], 1), tail),
+        "unused slots hold used entries": (torch.cat([ids, ids], 1), torch.cat([0 * probs, probs], 1), tail),
+        "mass in several slots": (
+            torch.cat([ids, free, ids, ids], 1),
+            torch.cat([probs * part, none, probs * third, probs * (1 - part - third)], 1),
+            tail,
+        ),
+        "nothing kept": (ids, silent, tail),
+        "nothing kept, no tail": (ids, silent, 0 * tail),
+    }
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kept_entries_in_any_form(policy, temperature):
+    student, teacher, labels, *weights = problem(SHAPES[1], torch.float32)
+    base = sparse_targets(teacher, 5, temperature)
+    whole = student.clone()
+    expected = SPARSE(whole, *base, labels, *weights, temperature, policy)
+    for form, targets in in_other_forms(*base, student.shape[1]).items():
+        check_sparse(student, targets, labels, *weights, temperature, policy)
+        if "nothing" in form:
+            continue
+        gradient = student.clone()
+        found = SPARSE(gradient, *targets, labels, *weights, temperature, policy)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter is numpy
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("label", ["V", "V + 1", -1, -99, -101])
+def test_a_label_outside_the_vocabulary_makes_its_row_nan(label, temperature):
+    student, teacher, labels, ce_weight, kd_weight = problem(SHAPES[1], torch.float32, masked=0.0)
+    v = student.shape[1]
+    wrong = labels.clone()
+    wrong[1] = {"V": v, "V + 1": v + 1}.get(label, label)
+    others = torch.arange(len(labels)) != 1
+    targets = sparse_targets(teacher, 4, temperature)
+    wide = torch.cat([student, student], 1)  # in a larger buffer the entry after the row exists
+    for ce_weight_C, strided in ((ce_weight, False), (0 * ce_weight, False), (ce_weight, True)):
+        weights = ce_weight_C, kd_weight
+        for call in (
+            lambda s, y, w=weights: DENSE(s, teacher.clone(), y, *w, temperature),
+            *(lambda s, y, w=weights, p=p: SPARSE(s, *targets, y, *w, temperature, p) for p in POLICIES),
+        ):
+            good, bad = student.clone(), (wide.clone()[:, :v] if strided else student.clone())
+            expected, found = call(good, labels), call(bad, wrong)
+            assert bad[1].isnan().all()
+            torch.testing.assert_close(bad[others], good[others])
+            for x, y in zip(found, expected, strict=True):
+                assert x[1].isnan()
+                torch.testing.assert_close(x[others], y[others])
+
+
+def test_the_teacher_is_left_as_it_is():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        student, teacher, *rest = problem(SHAPES[1], torch.float32)
+        teacher = teacher.to(dtype)
+        targets = sparse_targets(teacher, 4, 2.0)
+        given = [teacher, *targets, *rest]
+        before = [x.clone() for x in given]
+        DENSE(student.clone(), teacher, *rest, 2.0)
+        SPARSE(student.clone(), *targets, *rest, 2.0, "other_bucket")
+        assert all(torch.equal(x, kept) for x, kept in zip(given, before, strict=True))
 
 
 def test_keeping_every_entry_is_the_dense_loss():

@@ -244,6 +244,54 @@ def test_tail_of_any_size_keeps_value_and_gradient(tail_mass, student_scale):
         assert_exact(problem, targets, alpha, Objective(chunk_tokens=10), sparse, tolerance=2e-6)
 
 
+FORMS = {
+    "an unused slot that repeats nothing": lambda i, p, free: (
+        torch.cat([free, i], 1),
+        torch.cat([torch.zeros_like(free, dtype=p.dtype), p], 1),
+    ),
+    "mass in two slots": lambda i, p, _: (torch.cat([i, i.flip(1)], 1), torch.cat([p, p.flip(1)], 1) / 2),
+    "mass in unequal slots": lambda i, p, _: (torch.cat([i, i], 1), torch.cat([p * 0.9, p * 0.1], 1)),
+    "unsorted": lambda i, p, _: (i.roll(2, 1), p.roll(2, 1)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("divergence", "tail"), SPARSE_PAIRS)
+def test_sparse_targets_in_any_form(divergence, tail, form):
+    problem = Problem()
+    for temperature in (1.0, 2.0):
+        top = problem.sparse(5, temperature)
+        free = problem.sparse(9, temperature).ids_NK[:, 6:]
+        ids, probs = FORMS[form](top.ids_NK, top.probs_NK, free)
+        targets = SparseTargets(ids, probs, top.tail_N, top.gold_logp_N, temperature)
+        objective = Objective(divergence, temperature, tail=tail, chunk_tokens=10)
+        assert_exact(problem, targets, 0.4, objective, (ids, probs, top.tail_N), tolerance=2e-6)
+        both(problem, targets, 0.4, objective, top)
+        if divergence == "forward_kl":  # one entry of .6 in two slots beats one of .4
+            both(problem, targets, 0.4, Objective("hard_labels", temperature), top)
+
+
+@pytest.mark.parametrize(("divergence", "tail"), SPARSE_PAIRS)
+def test_tokens_of_which_nothing_is_kept(divergence, tail):
+    problem = Problem()
+    top = problem.sparse(5, 1.0)
+    top.probs_NK[::3] = 0.0
+    top.tail_N[::3] = 1.0
+    objective = Objective(divergence, tail=tail, chunk_tokens=10)
+    values = [ours(f, problem, top, 0.4, objective) for f in (reference_objective, chunked_objective)]
+    for a, b in zip(*values, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    only = [problem.labels.clone(), problem.labels.clone()]
+    only[0][::3] = IGNORE_INDEX
+    only[1][torch.arange(37) % 3 > 0] = IGNORE_INDEX
+    problem.labels = only[1]  # those tokens alone teach nothing: the gradient is that of the labels
+    _, dh, dw = ours(chunked_objective, problem, top, 0.4, objective)
+    _, plain_dh, plain_dw = ours(chunked_objective, problem, None, 0.0, objective)
+    np.testing.assert_allclose(dh, 0.6 * plain_dh, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(dw, 0.6 * plain_dw, rtol=2e-5, atol=2e-6)
+
+
 def both(problem, targets, alpha, objective, other_targets, other_objective=None):
     one = ours(chunked_objective, problem, targets, alpha, objective)
     two = ours(chunked_objective, problem, other_targets, alpha, other_objective or objective)
@@ -273,6 +321,41 @@ def test_truncating_dense_targets_is_the_same_as_sparse_ones():
         plain = Objective(temperature=temperature, tail=tail)
         cut = Objective(temperature=temperature, tail=tail, truncation=TopK(6), chunk_tokens=10)
         both(problem, problem.targets, 0.4, cut, problem.sparse(6, temperature), plain)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.999999, 1.0])
+def test_top_p_reaches_p_however_flat_the_teacher_is(p):
+    generator = torch.Generator().manual_seed(0)
+    for scale, vocab in ((0.0, 3000), (0.3, 32000), (1.0, 32000), (30.0, 300)):
+        logp = (scale * torch.randn(3, vocab, generator=generator)).log_softmax(-1)
+        logp[0] = torch.zeros(vocab).log_softmax(
+            -1
+        )  # beside a flat one, the others keep no more than they need
+        ids, kept = TopP(p).keep(logp)
+        mass = kept.double().exp().sum(-1)
+        count = (kept > -torch.inf).sum(-1)
+        assert (mass >= min(p, float(logp.double().exp().sum(-1).min())) - 1e-7).all()
+        largest = logp.double().exp().sort(-1, descending=True).values
+        assert ((largest.cumsum(-1) < p).sum(-1) + 1 - count).abs().max() <= (0 if p < 0.999 else vocab)
+        if p == 1.0:
+            assert (count == vocab).all()
+        for n in range(3):
+            used = ids[n][kept[n] > -torch.inf].tolist()
+            assert len(set(used)) == len(used)
+    bounded = TopP(p, 7).keep(logp)[1]
+    assert bounded.shape[1] <= 7
+
+
+def test_top_p_of_a_large_vocabulary_is_no_top_512():
+    problem = Problem(n=4, e=8, v=32000, teacher_scale=0.5)
+    objective = Objective(truncation=TopP(0.99), tail="other_bucket")
+    values = [
+        ours(f, problem, problem.targets, 1.0, objective) for f in (reference_objective, chunked_objective)
+    ]
+    for a, b in zip(*values, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    dense = ours(chunked_objective, problem, problem.targets, 1.0, Objective())
+    assert abs(values[1][0] / dense[0] - 1) < 0.02  # a bucket of 1% of the mass loses little; of 20%, a tenth
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p():

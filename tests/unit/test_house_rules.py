@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "manifests": {"errors"},
     "config": {"types", "errors", "settings", "objectiveconfig", "cacheformats"},
     "data": _BASE | {"manifests"},
-    "models": _BASE,
+    "models": _BASE | {"objective.head"},
     "objective": _BASE,
     "teachers": _BASE | {"manifests", "data", "models", "objective", "signals"},
     "identity": _BASE | {"data", "models", "teachers.manifest"},

@@ -24,8 +24,15 @@ from tutelage.evals.quantities import Predictions, alone, kl_both_ways, together
 from tutelage.evals.subject import check_tokenizer, find_subject
 from tutelage.evals.windows import Document, blocks, read_documents
 from tutelage.files import claimed, make_directory, new_directory, write_json
-from tutelage.models.hub import body_and_head, load, logit_transform, pick_device, weights_fingerprint
-from tutelage.types import IGNORE_INDEX, LogitTransform, Split, transformed
+from tutelage.models.hub import (
+    body_and_head,
+    head_logits,
+    load,
+    logit_transform,
+    pick_device,
+    weights_fingerprint,
+)
+from tutelage.types import IGNORE_INDEX, LogitTransform, Split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +59,8 @@ class _Model:
     """A model split at its hidden states, the head cut to the store's vocabulary."""
 
     body: nn.Module
-    head_VD: Tensor
+    head: nn.Linear
+    vocab_size: int
     transform: LogitTransform
 
     def hidden(self, inputs_BT: Tensor, keep_BT: Tensor) -> Tensor:
@@ -62,7 +70,7 @@ class _Model:
 
     def predictions(self, hidden_ND: Tensor) -> Predictions:
         """Of N positions."""
-        return Predictions.of(transformed((hidden_ND @ self.head_VD.T).float(), self.transform))
+        return Predictions.of(head_logits(self.head, hidden_ND, self.transform, self.vocab_size))
 
 
 def run_mechanism(
@@ -204,7 +212,7 @@ def run_on_texts(
 def _open(subject: Subject, store: Store, device: str) -> _Model:
     model = load(subject.model).to(pick_device(device)).eval()
     body, head = body_and_head(model)
-    return _Model(body, head.weight[: store.vocab_size], logit_transform(model))
+    return _Model(body, head, store.vocab_size, logit_transform(model))
 
 
 @torch.inference_mode()
@@ -223,7 +231,7 @@ def _read(
     KL(p || q) is `kl.p.q`.
     """
     models = {role: _open(subject, store, device) for role, subject in subjects.items()}
-    place = models["student"].head_VD.device
+    place = models["student"].head.weight.device
     parts: list[dict[str, np.ndarray]] = []
     index_of = np.array([document.index for document in documents])
     for block in blocks(documents, context, stride=context):
@@ -248,8 +256,9 @@ def _chunked(
     models: Mapping[str, _Model], hidden: Mapping[str, Tensor], gold_N: Tensor
 ) -> dict[str, np.ndarray]:
     """Every quantity of every token of a batch, some tokens at a time."""
-    head_VD = models["student"].head_VD
-    size = min(_CHUNK_TOKENS, max(1, _CHUNK_VALUES[head_VD.device.type] // len(head_VD)))
+    student = models["student"]
+    values = _CHUNK_VALUES[student.head.weight.device.type]
+    size = min(_CHUNK_TOKENS, max(1, values // student.vocab_size))
     parts = []
     for start in range(0, len(gold_N), size):
         rows = slice(start, start + size)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from tutelage.evals.windows import Document, blocks
-from tutelage.models.hub import body_and_head, logit_transform
+from tutelage.models.hub import body_and_head, head_logits, logit_transform
 from tutelage.resampling import ratio_interval
-from tutelage.types import IGNORE_INDEX, LogitTransform, transformed
+from tutelage.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -213,8 +214,8 @@ def score_tokens(
             sampled_N = (places_N % every == 0) & bool(powers)
             measured = _measured_in_pieces(
                 hidden_BTD[scored_BT.to(device)],
-                head.weight[:vocab_size],
-                logit_transform(model),
+                partial(head_logits, head, transform=logit_transform(model), vocab_size=vocab_size),
+                min(max(_LOGITS // vocab_size, _FEWEST_ROWS), _MOST_ROWS),
                 (labels_N.to(device), sampled_N.to(device)),
                 powers,
             )
@@ -228,15 +229,14 @@ def score_tokens(
 
 def _measured_in_pieces(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
-    transform: LogitTransform,
+    logits_of: Callable[[Tensor], Tensor],
+    rows: int,
     labels_and_sampled: tuple[Tensor, Tensor],
     powers: Sequence[float],
 ) -> list[Tensor]:
-    """`_measured`, with only some rows of logits at a time: few enough for a CPU's cache to help."""
-    rows = min(max(_LOGITS // len(weight_VD), _FEWEST_ROWS), _MOST_ROWS)
+    """`_measured`, with only `rows` rows of logits at a time: few enough for a CPU's cache to help."""
     pieces = [
-        _measured(transformed((hidden @ weight_VD.T).float(), transform), labels, sampled, powers)
+        _measured(logits_of(hidden), labels, sampled, powers)
         for hidden, labels, sampled in zip(
             *(torch.split(x, rows) for x in (hidden_ND, *labels_and_sampled)), strict=True
         )

@@ -6,6 +6,7 @@ test split is the text.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,8 @@ from tutelage.evals.samples import write_samples
 from tutelage.evals.subject import Subject, check_tokenizer
 from tutelage.evals.windows import FORWARD_TOKENS, blocks, read_documents
 from tutelage.files import claimed, make_directory
-from tutelage.models.hub import body_and_head, load, logit_transform, pick_device
-from tutelage.types import COPYING, IGNORE_INDEX, Score, transformed
+from tutelage.models.hub import body_and_head, head_logits, load, logit_transform, pick_device
+from tutelage.types import COPYING, IGNORE_INDEX, PLAIN, Score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -164,13 +165,13 @@ def copying_accuracy(
     tokens_NT = torch.cat([begin_NB, copy_NS, copy_NS], 1)
     model.eval()
     body, head = body_and_head(model)
-    weight_VD = head.weight[:vocab_size]
+    logits_of = partial(head_logits, head, transform=PLAIN, vocab_size=vocab_size)  # which one is largest
     right: list[Tensor] = []
     for rows in _slices(sequences, max(1, FORWARD_TOKENS // tokens_NT.shape[1])):
         rows_BT = tokens_NT[rows].to(head.weight.device)
         hidden_BTD = body(input_ids=rows_BT[:, :-1], use_cache=False).last_hidden_state[:, -segment + 1 :]
         hidden_ND = hidden_BTD.flatten(0, 1)
-        parts = (hidden_ND[part] @ weight_VD.T for part in _slices(len(hidden_ND)))
+        parts = (logits_of(hidden_ND[part]) for part in _slices(len(hidden_ND)))
         choice_N = torch.cat([logits_NV.argmax(1) for logits_NV in parts])
         right.append((choice_N.view(len(rows_BT), -1) == rows_BT[:, -segment + 1 :]).sum(1))
     return ratio(torch.cat(right).cpu().numpy(), np.full(sequences, segment - 1))
@@ -253,8 +254,8 @@ def _hidden(model: PreTrainedModel, inputs_BT: Tensor, scored_BT: Tensor) -> Ten
 
 
 def _probabilities(model: PreTrainedModel, hidden_ND: Tensor, vocab_size: int) -> Tensor:
-    logits_NV = (hidden_ND @ body_and_head(model)[1].weight[:vocab_size].T).float()
-    return transformed(logits_NV, logit_transform(model)).softmax(1)
+    _, head = body_and_head(model)
+    return head_logits(head, hidden_ND, logit_transform(model), vocab_size).softmax(1)
 
 
 def _accepted_lengths(rates_T: NDArray[np.float64], draft: int) -> NDArray[np.float64]:

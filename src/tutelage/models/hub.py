@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import hf_hub_download
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
@@ -25,12 +26,14 @@ from tutelage.models.directory import check_config, check_directory, read_config
 from tutelage.models.export import Base, check_tokenizer_files, complete, computing
 from tutelage.models.flops import Parameters
 from tutelage.models.positions import trained_length
+from tutelage.objective.head import weight_and_bias
 from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tutelage.models.ladder import Rung
@@ -205,14 +208,23 @@ def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     What the family does to its logits after the head is `logit_transform`.
 
     Raises:
-        UserError: the head is more than a matrix, which losses per chunk rely on.
+        UserError: the head is more than a matrix and a bias, which losses per chunk rely on.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or len(list(head.parameters())) != 1:
-        raise UserError(
-            f"{type(model).__name__}: the head is no linear layer without bias; it cannot teach or learn here"
-        )
+    try:
+        weight_and_bias(head)
+    except ValueError as error:
+        raise UserError(f"{type(model).__name__}: it cannot teach or learn here: {error}") from None
     return model.get_decoder(), head
+
+
+def head_logits(
+    head: nn.Linear, hidden_ND: Tensor, transform: LogitTransform, vocab_size: int | None = None
+) -> Tensor:
+    """Float32 logits [N, V] of hidden states, as the model gives them; rows from `vocab_size` on left out."""
+    weight_VD, bias_V = weight_and_bias(head)
+    bias_V = None if bias_V is None else bias_V[:vocab_size]
+    return transformed(F.linear(hidden_ND, weight_VD[:vocab_size], bias_V).float(), transform)
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tutelage.cacheformats import Format
     from tutelage.types import Batch, Targets
 
 
@@ -15,11 +16,13 @@ class Teacher(Protocol):
 
     Attributes:
         vocab_size: number of token ids it gives probability to; at least the student's.
+        kept: what is kept of its distributions; None if they are whole.
         forward_flops: FLOPs of its forward pass per token, for the cost ledger; 0 if it was paid before.
         notes: what the user should know about it, for example what was assumed.
     """
 
     vocab_size: int
+    kept: Format | None
     forward_flops: float
     notes: tuple[str, ...]
 

@@ -92,8 +92,8 @@ class Cache:
                 )
         return _joined([self._rows(start, length) for start in starts])
 
-    def head(self) -> tuple[Tensor, LogitTransform]:
-        """The teacher's output embedding [V, E] and what it does to its logits, for hidden states.
+    def head(self) -> tuple[Tensor, LogitTransform, Tensor | None]:
+        """The teacher's output embedding [V, E], what it does to its logits, and its bias [V] or None.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -102,7 +102,8 @@ class Cache:
         if self.manifest.head_sha256 is None:
             raise ValueError(f"{self.path}: format {self.manifest.format.kind} has no head")
         self.check_head()
-        return load_file(self.path / HEAD_FILE)["head"], self.manifest.transform
+        parts = load_file(self.path / HEAD_FILE)
+        return parts["head"], self.manifest.transform, parts.get("bias")
 
     def check_head(self) -> None:
         """Compare head.safetensors with its checksum; nothing to do where there is none.

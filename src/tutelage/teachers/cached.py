@@ -9,6 +9,7 @@ from tutelage.cacheformats import HiddenFormat, misfit
 from tutelage.errors import UserError
 from tutelage.teachers.cache import open_cache
 from tutelage.teachers.codec import HiddenRows
+from tutelage.teachers.manifest import read_cache_manifest
 from tutelage.types import Batch, DenseTargets, SparseTargets, Targets
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tutelage.cacheformats import Format
     from tutelage.data.store import Store
     from tutelage.objectiveconfig import ObjectiveConfig
     from tutelage.teachers.cache import Cache
@@ -38,12 +40,16 @@ class CachedTeacher:
 
     def __init__(self, cache: Cache, device: torch.device) -> None:
         self.vocab_size = cache.manifest.vocab_size
+        self.kept: Format | None = cache.manifest.format
         self.notes = cache.manifest.teacher.notes
         self._cache = cache
         self._device = device
         self._head_VE: Tensor | None = None
+        self._bias_V: Tensor | None = None
         if isinstance(cache.manifest.format, HiddenFormat):
-            self._head_VE = cache.head()[0].to(device)
+            head_VE, _, bias_V = cache.head()
+            self._head_VE = head_VE.to(device)
+            self._bias_V = None if bias_V is None else bias_V.to(device)
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
         self._expected: dict[Key, Future[Rows]] = {}
 
@@ -67,7 +73,7 @@ class CachedTeacher:
         if isinstance(rows, HiddenRows):
             assert self._head_VE is not None  # noqa: S101 - hidden rows come with a head
             hidden_NE = rows.hidden_NE.to(self._device, self._head_VE.dtype)
-            return DenseTargets(hidden_NE, self._head_VE, self._cache.manifest.transform)
+            return DenseTargets(hidden_NE, self._head_VE, self._cache.manifest.transform, self._bias_V)
         return SparseTargets(
             rows.ids_NK.to(self._device),
             rows.probs_NK.to(self._device),
@@ -87,10 +93,16 @@ def cached_teacher(
     """
     cache = open_cache(path)
     cache.check_fits(store, sequence_length)
-    reason = misfit(cache.manifest.format, cache.manifest.temperature, objective, str(path))
+    check_serves(path, objective)
+    return CachedTeacher(cache, device)
+
+
+def check_serves(path: Path, objective: ObjectiveConfig) -> None:
+    """Raise UserError if a cache cannot give what an objective asks for."""
+    manifest = read_cache_manifest(path)
+    reason = misfit(manifest.format, manifest.temperature, objective, str(path))
     if reason is not None:
         raise UserError(reason)
-    return CachedTeacher(cache, device)
 
 
 def _key(batch: Batch) -> Key:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from tutelage.cacheformats import Format
+
 
 class FixedTeacher:
     """The same distribution at every position, as a width-1 head: hidden state 1, logits log p.
@@ -28,6 +30,7 @@ class FixedTeacher:
 
     def __init__(self, probabilities_V: Tensor) -> None:
         self.vocab_size = probabilities_V.shape[0]
+        self.kept: Format | None = None
         self.forward_flops = 0.0
         self.notes: tuple[str, ...] = ()
         self._head_V1 = probabilities_V.double().log().float().unsqueeze(1)

@@ -20,7 +20,7 @@ from tutelage.teachers.shards import INDEX_BYTES
 from tutelage.types import Batch, DenseTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -63,7 +63,8 @@ class Job:
         tokens: ids of the train split, mapped from disk.
         device: where the teacher computes.
         teacher: what it asks.
-        head_VE: the teacher's head without padded rows.
+        head: the teacher's head without padded rows, as files name its parts: "head" [V, E] and, where it
+            has one, "bias" [V].
         codec: from targets to bytes.
         manifest: of a cache without shards and without a head.
     """
@@ -72,7 +73,7 @@ class Job:
     tokens: NDArray[Any]
     device: torch.device
     teacher: Teacher
-    head_VE: Tensor
+    head: Mapping[str, Tensor]
     codec: Codec
     manifest: CacheManifest
 
@@ -84,7 +85,8 @@ class Job:
     @property
     def head_bytes(self) -> int:
         """Size of head.safetensors, near enough; 0 for formats that need none."""
-        return self.head_VE.nbytes if self.manifest.format.kind == "hidden" else 0
+        parts = self.head.values() if self.manifest.format.kind == "hidden" else ()
+        return sum(part.nbytes for part in parts)
 
     def targets(self, batch: Batch) -> DenseTargets:
         """The teacher's distributions over the store's vocabulary."""
@@ -174,7 +176,8 @@ def prepare(plan: Plan) -> Job:
         shards=(),
     )
     codec = make_codec(config.format, Setting(store.vocab_size, width, config.temperature, config.seed))
-    return Job(plan, store.split("train").tokens, device, teacher, probe.head_VE, codec, manifest)
+    head = {"head": probe.head_VE} | ({} if probe.bias_V is None else {"bias": probe.bias_V})
+    return Job(plan, store.split("train").tokens, device, teacher, head, codec, manifest)
 
 
 @torch.no_grad()
@@ -184,7 +187,9 @@ def _asked(teacher: Teacher, batch: Batch, plan: Plan) -> DenseTargets:
     with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=half):
         targets = teacher.targets(batch)
     assert isinstance(targets, DenseTargets)  # noqa: S101 - what every live teacher gives
-    return DenseTargets(targets.hidden_NE, targets.head_VE[: plan.store.vocab_size], targets.transform)
+    vocab = plan.store.vocab_size
+    bias_V = None if targets.bias_V is None else targets.bias_V[:vocab]
+    return DenseTargets(targets.hidden_NE, targets.head_VE[:vocab], targets.transform, bias_V)
 
 
 def _pinned(teacher: LiveTeacher, store: Store, runs: Path) -> tuple[LiveTeacher, str]:

@@ -123,7 +123,7 @@ class Ledger:
         if found is not None and found == known:
             return found
         with replacing(path) as partial:
-            save_file({"head": self._job.head_VE.detach().cpu().contiguous()}, partial)
+            save_file({name: x.detach().cpu().contiguous() for name, x in self._job.head.items()}, partial)
             partial.chmod(self.path.stat().st_mode & 0o666)  # safetensors keeps files to their owner
         written = file_sha256(path)
         assert written is not None  # noqa: S101 - just written

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tutelage.config import CacheTeacher
 from tutelage.errors import UserError
+from tutelage.teachers.cached import check_serves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def check_cohort(configs: Sequence[RunConfig]) -> None:
-    """Raise UserError naming the first field that runs of a cohort must share and do not."""
+    """Check that runs can train together, and that their teacher's targets serve each of them.
+
+    Raises:
+        UserError: naming the first field that they must share and do not, or what one asks for in vain.
+    """
     first = configs[0]
     for other in configs[1:]:
         for field, ours, theirs in (
@@ -37,3 +43,6 @@ def check_cohort(configs: Sequence[RunConfig]) -> None:
                 f"teacher: runs trained together share one, but there are {teachers[0]} and {teacher}; "
                 "train them in one cohort per teacher"
             )
+    for config in configs:
+        if isinstance(config.teacher, CacheTeacher):
+            check_serves(config.teacher.path, config.objective)

@@ -139,7 +139,9 @@ class Session:
     def _log(self, report: StepReport, *, saving: bool) -> None:
         setup, config = self.setup, self.setup.config
         memory = setup.memory()
-        self.row = self._clock.row(self.step, config.global_batch_tokens, report) | _named(memory)
+        self.row = self._clock.row(self.step, config.global_batch_tokens, report, setup.kd_name) | _named(
+            memory
+        )
         _check_finite(self.row, self.directory)
         if not setup.world.is_main:
             return
@@ -192,14 +194,14 @@ class _Clock:
         seconds = self._before.seconds + time.perf_counter() - self._start
         return checkpoint.Counters(step, seconds, self._teacher_tokens)
 
-    def row(self, step: int, batch_tokens: int, report: StepReport) -> dict[str, float]:
+    def row(self, step: int, batch_tokens: int, report: StepReport, kd_name: str) -> dict[str, float]:
         """Read the report (this waits for the device) as one row of metrics.jsonl."""
         values = {
             name: float(tensor)
             for name, tensor in (
                 ("loss", report.loss),
                 ("ce", report.ce),
-                ("kd", report.kd),
+                (kd_name, report.kd),
                 ("teacher_ce", report.teacher_ce),
                 ("grad_norm", report.grad_norm),
             )

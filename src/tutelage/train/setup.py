@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.cacheformats import kd_name
 from tutelage.config import CacheTeacher, ControlTeacher
 from tutelage.data.loader import Loader
 from tutelage.data.sametokenizer import check_model_tokenizer
@@ -84,6 +85,12 @@ class Setup:
     def epochs(self) -> float:
         """Passes over the training split; above 1 the data repeats."""
         return self.steps / self.loader.steps_per_epoch
+
+    @property
+    def kd_name(self) -> str:
+        """Name of the divergence among the metrics."""
+        teacher = self.trainee.teacher
+        return kd_name(self.config.objective, None if teacher is None else teacher.kept)
 
     def memory(self) -> dict[str, dict[str, float]]:
         """What the alpha policy and the gate remember, as fields of `Counters`. Waits for the device."""

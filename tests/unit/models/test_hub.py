@@ -28,13 +28,14 @@ from tutelage.models.hub import (
     body_and_head,
     build,
     count_parameters,
+    head_logits,
     load,
     logit_transform,
     save,
     weights_fingerprint,
 )
 from tutelage.models.ladder import rung
-from tutelage.types import LogitTransform, transformed
+from tutelage.types import PLAIN, LogitTransform, transformed
 
 VOCAB, CONTEXT = 300, 32
 TOKENS_BT = torch.arange(2 * CONTEXT).reshape(2, CONTEXT) % VOCAB
@@ -251,10 +252,29 @@ def test_what_families_do_after_the_head_is_done_here_too(config, expected):
         torch.testing.assert_close(ours, model(input_ids=TOKENS_BT).logits)
 
 
-def test_a_head_that_is_more_than_a_matrix_is_refused(tmp_path):
-    config = GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
-    model = _from_config(config)
-    with pytest.raises(UserError, match="linear layer without bias"):
+class Adapted(torch.nn.Linear):
+    """A head with an adapter beside its weight, as LoRA makes them."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = base.weight
+        self.lora = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.lora(x)
+
+
+def test_a_head_that_is_more_than_a_matrix_and_a_bias_is_refused():
+    model = _from_config(GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, rotary_dim=8))
+    body, head = body_and_head(model)
+    with torch.no_grad():
+        head.bias.normal_()
+        hidden = body(input_ids=TOKENS_BT).last_hidden_state
+        torch.testing.assert_close(head_logits(head, hidden, PLAIN), model(input_ids=TOKENS_BT).logits)
+        cut = head_logits(head, hidden, PLAIN, VOCAB - 3)
+        torch.testing.assert_close(cut, model(input_ids=TOKENS_BT).logits[..., : VOCAB - 3])
+    model.lm_head = Adapted(model.lm_head)
+    with pytest.raises(UserError, match="GPTJForCausalLM: it cannot teach or learn here: head"):
         body_and_head(model)
     with pytest.raises(UserError, match="some/path: GPTJForCausalLM"):
         _check_logits(model, "some/path")

@@ -129,7 +129,8 @@ def test_hidden_states_and_head_are_the_teachers(teaching, model, text):
         teaching(teacher={"kind": "model", "path": str(model)}, format={"kind": "hidden", "dtype": "float32"})
     )
     cache = open_cache(path)
-    head_VE, transform = cache.head()
+    head_VE, transform, bias_V = cache.head()
+    assert bias_V is None
     body, head = hub.body_and_head(hub.load(model))
     assert torch.equal(head_VE, head.weight)
     assert transform == cache.manifest.transform

@@ -151,6 +151,32 @@ def test_runs_that_cannot_share_are_refused_by_field(make_config, store, changes
         run_cohort([make_config(**taught), make_config(name="other", **(taught | changes))])
 
 
+UNSERVED = [
+    ({"divergence": "reverse_kl"}, "objective.divergence = reverse_kl"),
+    ({"divergence": "hard_labels"}, "objective.divergence = hard_labels"),
+    ({"temperature": 2.0}, "objective.temperature = 2"),
+    ({"truncation": {"kind": "top_k", "k": 3}}, "objective.truncation"),
+]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("asked", "message"), UNSERVED, ids=[message for _, message in UNSERVED])
+def test_each_run_of_a_cohort_is_checked_against_the_cache(
+    make_config, store, tmp_path, place, asked, message
+):
+    config = {"store": str(store), "teacher": {"kind": "unigram"}, "context_length": 32, "device": "cpu"}
+    kept = {"format": {"ids": 4}, "output": str(tmp_path / "caches")}
+    cache = write_cache(validate(TeachConfig, config | kept, "test"))
+    taught = {"teacher": {"kind": "cache", "path": str(cache)}, "objective": {"alpha": 0.4}}
+    runs = [make_config(name=f"run-{number}", **taught) for number in range(3)]
+    runs[place] = make_config(name="unserved", **(taught | {"objective": {"alpha": 0.4} | asked}))
+    with pytest.raises(UserError, match=message):
+        run(runs[place])
+    with pytest.raises(UserError, match=message):
+        run_cohort(runs)
+    assert not list(tmp_path.glob("runs/*/state.json"))  # before anything began
+
+
 def test_the_same_run_twice_is_trained_once(make_config):
     first, second = run_cohort([make_config(), make_config()])
     assert first.path == second.path

@@ -1,0 +1,128 @@
+"""A head with a bias (Phi, GPT-J), from the first step to the scores: the bias is never left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, PhiConfig, PhiForCausalLM
+
+from tutelage.configio import validate
+from tutelage.data.store import open_store
+from tutelage.evals.mechanism import _open
+from tutelage.evals.perplexity import score_tokens
+from tutelage.evals.subject import find_subject
+from tutelage.evals.windows import blocks, read_documents
+from tutelage.models import hub
+from tutelage.objective.objective import dense_logits
+from tutelage.pipeline import run
+from tutelage.teachers.cache import open_cache
+from tutelage.teachers.cached import CachedTeacher
+from tutelage.teachers.config import TeachConfig
+from tutelage.teachers.writer import write_cache
+from tutelage.train.setup import prepare
+from tutelage.train.step import loss_sums
+
+FAMILIES = {
+    "phi": (PhiForCausalLM, lambda v: PhiConfig(
+        vocab_size=v, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, bos_token_id=0, eos_token_id=0)),
+    "gpt-j": (GPTJForCausalLM, lambda v: GPTJConfig(
+        vocab_size=v, n_embd=32, n_layer=2, n_head=2, n_positions=128, rotary_dim=8, bos_token_id=0,
+        eos_token_id=0)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=[("phi", 300), ("phi", 320), ("gpt-j", 300)], ids=str)
+def biased(request, store, tmp_path):
+    """A model with a large bias; 320 has padded rows, whose bias would take half of the probability."""
+    family, rows = request.param
+    torch.manual_seed(0)
+    make, config = FAMILIES[family]
+    model = make(config(rows)).eval()
+    with torch.no_grad():
+        model.lm_head.bias.copy_(torch.randn(rows))
+        model.lm_head.bias[300:] = 6.0
+    hub.save(model, tmp_path / "start", store)
+    return model
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits.flatten(0, 1)[:, :300]
+
+
+def test_the_training_loss_is_the_models_own(biased, make_config, tmp_path):
+    setup = prepare(make_config(model={"path": str(tmp_path / "start")}))
+    batch = setup.loader.batch(0)
+    setup.model.eval()
+    sums = loss_sums(setup.trainee, batch, None, 0.0)
+    expected = F.cross_entropy(logits(biased, batch.tokens_BT), batch.labels_BT.flatten(), reduction="sum")
+    torch.testing.assert_close(sums.loss.detach(), expected)
+    without = F.cross_entropy(
+        logits(biased, batch.tokens_BT) - biased.lm_head.bias[:300],
+        batch.labels_BT.flatten(),
+        reduction="sum",
+    )
+    assert abs(without - expected) > 0.05 * expected
+    sums.loss.backward()
+    probabilities = logits(biased, batch.tokens_BT).softmax(-1)
+    gold = F.one_hot(batch.labels_BT.flatten(), 300)
+    gradient = setup.trainee.head.bias.grad
+    torch.testing.assert_close(gradient[:300], (probabilities - gold).sum(0), rtol=1e-4, atol=1e-4)
+    assert not gradient[300:].any()
+
+
+def test_as_a_teacher_live_and_from_caches(biased, make_config, tmp_path, store):
+    teacher = {"kind": "model", "path": str(tmp_path / "start")}
+    setup = prepare(make_config(teacher=teacher, objective={"alpha": 0.5}))
+    batch = setup.loader.batch(0)
+    expected = logits(biased, batch.tokens_BT)
+    with torch.no_grad():
+        targets = setup.trainee.teacher.targets(batch)
+    torch.testing.assert_close(dense_logits(targets, slice(None), 300), expected)
+    for kept in ({"kind": "hidden", "dtype": "float32"}, {"kind": "topk", "k": 9}):
+        config = {
+            "store": str(store),
+            "teacher": teacher,
+            "context_length": 32,
+            "format": kept,
+            "device": "cpu",
+            "output": str(tmp_path / "caches"),
+        }
+        path = write_cache(validate(TeachConfig, config, "test"))
+        found = CachedTeacher(open_cache(path), torch.device("cpu")).targets(batch)
+        if kept["kind"] == "hidden":
+            torch.testing.assert_close(dense_logits(found, slice(None), 300), expected)
+            continue
+        top = expected.softmax(-1).topk(9)
+        assert torch.equal(found.ids_NK, top.indices)
+        torch.testing.assert_close(found.probs_NK, top.values, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_trains_exports_and_scores_the_bias(biased, make_config, tmp_path, store):
+    domains = [{"name": "speeches", "store": str(store), "role": "in_domain"}]
+    evaluation = {"domains": domains, "max_documents": 3, "max_tokens": 90}
+    directory = run(make_config(model={"path": str(tmp_path / "start")}, optim={"lr": 1e-3}, eval=evaluation))
+    weights = load_file(directory.model / "model.safetensors")
+    moved = (weights["lm_head.bias"] - biased.lm_head.bias.detach()).abs()
+    assert moved[:300].min() > 0
+    assert not moved[300:].any()
+    exported = AutoModelForCausalLM.from_pretrained(directory.model).eval()
+    documents = read_documents(open_store(store), "test", 2, 60)
+    found = score_tokens(hub.load(directory.model), documents, 300, context=60)
+    expected = 0.0
+    for block in blocks(documents, 60, 60):
+        labels_N = block.labels_BT.flatten()
+        expected -= F.cross_entropy(logits(exported, block.inputs_BT), labels_N, reduction="sum").item()
+    assert found.logp_N.sum() == pytest.approx(expected, rel=1e-5)
+
+
+def test_probes_and_token_comparison_use_it(biased, tmp_path, store):
+    subject = find_subject(str(tmp_path / "start"), tmp_path)
+    model = _open(subject, open_store(store), "cpu")
+    tokens = torch.arange(40).view(1, 40)
+    hidden = model.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    found = model.predictions(hidden).logp_NV
+    torch.testing.assert_close(found, logits(biased, tokens).log_softmax(-1))
