@@ -36,4 +36,6 @@ def read_rows(source: HubSource | HubPairs) -> Iterator[Row]:
             yield f"{where}, row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
         place = f", after row {number}" if number else ""
-        raise UserError(f"{where}{place}: {' '.join(str(error).split())}") from None
+        # the library decodes rows in bulk and goes no further than the first that it cannot decode
+        hint = "; such rows can be skipped with kind: files only" if source.on_bad_row == "skip" else ""
+        raise UserError(f"{where}{place}: {' '.join(str(error).split())}{hint}") from None

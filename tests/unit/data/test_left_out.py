@@ -235,6 +235,14 @@ def test_hub_rows_of_the_wrong_kind_name_their_row(tmp_path):
         built(tmp_path, texts_source(place, on_bad_row="skip"))
 
 
+def test_what_the_library_cannot_decode_of_a_data_set_is_said(tmp_path):
+    place = write(tmp_path, "hub", [{"text": "one"}, {"text": "a \ud800 b"}])
+    with pytest.raises(UserError, match=r"hub source .*hub: JSON parse error: The surrogate pair.* invalid"):
+        built(tmp_path, texts_source(place))
+    with pytest.raises(UserError, match="such rows can be skipped with kind: files only"):
+        built(tmp_path, texts_source(place, on_bad_row="skip"))
+
+
 # ------------------------------------------------------------------------------------------------ mixture
 
 
