@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tutelage.cli_eval import evaluate
-from tutelage.cli_study import local_engine, run_and_report, study_app
+from tutelage.cli_study import default_cohort, local_engine, run_and_report, study_app
 from tutelage.cli_teach import teach
 from tutelage.errors import Stopped, UserError
 
@@ -61,23 +61,29 @@ def main() -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="everything lands here")] = Path("tutelage-demo"),
     seeds: Annotated[
-        int, typer.Option(min=1, max=100, help="student seeds; 2 or more give seed intervals")
-    ] = 1,
+        int,
+        typer.Option(
+            min=1, max=100, help="replicates, each with students and teachers of its own; 1: no verdict"
+        ),
+    ] = 3,
     tokens: Annotated[str | None, typer.Option(help="training tokens of every run, e.g. 1M")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: cores, at most 4")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="a tenth of the tokens: under 90 seconds")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a tenth of the tokens, less text to score: under 90 seconds")
+    ] = False,
 ) -> None:
     """Does this teacher help this student? Train them all on real text and answer with intervals.
 
-    Builds a token store from the State of the Union addresses, pretrains a weak, a same-level and a strong
-    teacher, then students alone and with each teacher (and with a unigram control), scores them in and out of
-    domain, prints the verdicts and writes report.html. Interrupt it and run it again: it goes on.
+    Builds a token store from the State of the Union addresses, pretrains a small, an equal and a large
+    teacher for each of three seeds, then students alone and with each teacher (and with a unigram control),
+    scores them in and out of domain, prints the verdicts and writes report.html. Interrupt it and run it
+    again: it goes on. With one seed it shows the numbers and does not judge them.
     """
     from tutelage.study.presets import demo_study
     from tutelage.study.study import Rules
 
     study = demo_study(seeds, tokens, quick=quick)
-    run_and_report(study, output, local_engine(study, workers), Rules())
+    run_and_report(study, output, local_engine(study, workers), Rules(cohort=default_cohort(study)))
 
 
 @app.command()

@@ -23,7 +23,7 @@ ONE_SEED = (
     "one run cannot say by how much. Three seeds or more give an interval."
 )
 _TEACHERS = {1: ", one teacher", 2: ", a teacher each"}
-_LEVELS = {"weak-to-strong": "weaker", "same-level": "same level", "strong-to-weak": "stronger"}
+_LEVELS = {"weak-to-strong": "weaker", "same-level": "same-level", "strong-to-weak": "stronger"}
 _FEW_ROWS = 24
 
 
@@ -86,7 +86,7 @@ def verdict(verdict: Verdict) -> str:
 
 
 def level(v: Verdict | PairFinding) -> str:
-    """`weaker`, `same level`, `stronger`: the teacher beside its student, as measured; of others, what it is.
+    """`weaker`, `same-level`, `stronger`: the teacher beside its student, as measured; of others, what it is.
 
     A teacher's name is what the study file calls it and says nothing of that.
     """

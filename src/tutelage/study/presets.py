@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _FIRST_SEED = 43
-_QUICK_TOKENS = "150K"
+_TEACHERS_BEYOND = 1000
+_QUICK_TOKENS = "80K"
+_QUICK_EVAL = {"max_documents": 8, "max_tokens": 512}
+"""Of thirty-odd short runs, scoring as much text as the long ones do would take most of the time."""
 _PRESETS = Path(str(resources.files("tutelage.presets")))
 _NO_STUDIES = {"evals", "paper/common"}
 """The suites of `tutelage eval`, and what the paper's studies build on."""
@@ -45,7 +48,9 @@ def load_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
 
 
 def demo_study(seeds: int, tokens: str | None, *, quick: bool) -> StudyConfig:
-    """The demo with `seeds` student seeds and, if given, another token budget for every run.
+    """The demo with `seeds` replicates and, if given, another token budget for every run.
+
+    Each replicate has students, untaught runs and teachers of its own. `quick` also scores less text.
 
     Raises:
         UserError: the budget is no number of tokens, or is given together with `quick`.
@@ -63,4 +68,7 @@ def demo_study(seeds: int, tokens: str | None, *, quick: bool) -> StudyConfig:
             if part["tokens"] is not None:
                 part["tokens"] = budget
     raw["seeds"] = list(range(_FIRST_SEED, _FIRST_SEED + seeds))
+    if quick:
+        raw["run"]["eval"] = _QUICK_EVAL
+    raw["teacher_seeds"] = [_TEACHERS_BEYOND + seed for seed in raw["seeds"]]
     return validate(StudyConfig, raw, "demo")

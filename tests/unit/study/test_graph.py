@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
+from tutelage import cli
 from tutelage.configio import validate
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.settings import parse_tokens
 from tutelage.study.graph import Stores, expand
-from tutelage.study.presets import demo_study
+from tutelage.study.presets import demo_study, load_study
 from tutelage.study.spec import StudyConfig
 
 
@@ -20,7 +23,7 @@ def nodes(store, other_store, tmp_path):
 
 def test_every_cell_is_there_once(nodes):
     cells = [(node.cell.kind, node.cell.teacher, node.cell.alpha, node.cell.seed) for node in nodes]
-    assert len(set(cells)) == len(cells) == 3 + 2 * (1 + 3 * 2 + 1)
+    assert len(set(cells)) == len(cells) == 2 * (3 + 1 + 3 * 2 + 1)
     assert len({node.id for node in nodes}) == len(nodes)
 
 
@@ -32,12 +35,13 @@ def test_students_of_one_seed_differ_only_in_teacher_and_alpha(nodes):
 
 
 def test_a_student_waits_for_exactly_its_teacher(nodes):
-    trained = {node.cell.teacher: node.id for node in nodes if node.cell.kind == "teacher"}
-    assert set(trained) == {"weak", "same-level", "strong"}
+    trained = {(n.cell.teacher, n.cell.seed - 1000): n.id for n in nodes if n.cell.kind == "teacher"}
+    assert set(trained) == {(name, seed) for name in ("weak", "same-level", "strong") for seed in (43, 44)}
     for node in nodes:
         if node.cell.kind == "student" and node.cell.teacher != "unigram":
-            assert node.needs == (trained[node.cell.teacher],)
-            assert node.config.teacher.run == trained[node.cell.teacher]
+            own = trained[node.cell.teacher, node.cell.seed]
+            assert node.needs == (own,)
+            assert node.config.teacher.run == own
         else:
             assert node.needs == ()
 
@@ -60,11 +64,19 @@ def test_estimate_counts_the_teacher_forward(nodes):
     cost = {
         (node.cell.kind, node.cell.teacher): node.flops + node.teacher_flops
         for node in nodes
-        if node.cell.seed in {42, 43}
+        if node.cell.seed in {1043, 43}
     }
     assert cost["student", "unigram"] == cost["baseline", None]
     extra = cost["student", "same-level"] / cost["baseline", None]
     assert extra == pytest.approx(4 / 3)  # arXiv 2605.23857: 1.33 for a teacher of the student's size
+
+
+def test_the_demo_has_three_seeds_each_with_teachers_of_its_own():
+    demo = load_study("demo")
+
+    assert demo == demo_study(3, None, quick=False)
+    assert (len(demo.seeds), len(demo.teacher_seeds)) == (3, 3)
+    assert inspect.signature(cli.demo).parameters["seeds"].default == 3
 
 
 def test_quick_and_tokens_exclude_each_other_and_budgets_are_checked():
