@@ -131,6 +131,11 @@ class StoreConfig(Section):
     validation: Fraction = Field(0.05, description="fraction of documents, by hash, held out for choices")
     test: Fraction = Field(0.05, description="fraction of documents, by hash, held out for reports")
     max_bytes: int | None = Field(None, ge=1, description="stop after this much text, in bytes of UTF-8")
+    special_tokens_in_text: Literal["text", "refuse"] = Field(
+        "text",
+        description="what to do with text that spells a special token, such as <|endoftext|>: encode it as "
+        "the letters it is and count it, or refuse it (other programs may read the token)",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> StoreConfig:

@@ -31,6 +31,8 @@ class SplitRecord(ManifestRecord):
         tokens: ids in `<split>.bin`, with what begins and closes each document.
         bytes: UTF-8 bytes of the documents' text.
         changed: documents whose text does not come back from their tokens.
+        special_tokens_in_text: documents whose text (not a chat template) spells a special token, which is
+            encoded as the letters it is.
         files: SHA-256 of each file, by name: `<split>.bin`, `<split>.idx`, in a store with prompts
             `<split>.mask`, and of a split that is scored `<split>.bytes`.
     """
@@ -39,6 +41,7 @@ class SplitRecord(ManifestRecord):
     tokens: int
     bytes: int
     changed: int
+    special_tokens_in_text: int
     files: dict[str, str]
 
 

@@ -36,6 +36,12 @@ def remarks(manifest: Manifest) -> list[str]:
     numbered = list(enumerate(manifest.sources, 1))
     lines = [line for number, record in numbered for line in _of_source(f"source {number}", record)]
     lines += _of_mixture(manifest)
+    spelled = sum(record.special_tokens_in_text for record in manifest.splits.values())
+    if spelled:
+        lines.append(
+            f"{spelled:,} documents spell a special token of the tokenizer: text here, the token itself to "
+            "other programs that encode them"
+        )
     changed = not_comparable(manifest)
     return [*lines, *([changed] if changed else [])]
 

@@ -1,9 +1,10 @@
 """Whether a model and a token store mean the same by an id: the one comparison of tokenizers.
 
 An id must stand for the same string on both sides. A model may know more ids than the store uses. A tokenizer
-with other merges, normaliser or pre-tokenizer over the same vocabulary cuts text into other tokens, but each
-still is the string it stands for: for a teacher or a start model that is a note, because nothing can be done
-about it; for a text that is to be scored it is an error, because the store can be built again.
+with other merges, normaliser or pre-tokenizer over the same vocabulary cuts text into other tokens, and one
+with other tokens in front of a text begins documents otherwise, but each token is the string it stands for:
+for a teacher or a start model that is a note, because nothing can be done about it; for a text that is to be
+scored it is an error, because the store can be built again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from tutelage.data.tokenize import added_to_texts
 from tutelage.data.tokenizerfiles import download_tokenizer, has_tokenizer, tokenizer_json
 from tutelage.errors import UserError, one_line
 
@@ -126,7 +128,7 @@ def compare_tokenizers(what: str, tokenizer: str, store: Store) -> str | None:
         return None
     return (
         f"{what}: its tokenizer has the ids of {store.path} but other {' and '.join(different)}, so "
-        "it learned from text that was cut into tokens otherwise"
+        "it learned from text that became tokens otherwise"
     )
 
 
@@ -163,6 +165,9 @@ def _different_cuts(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     special = [_special(tokenizer) for tokenizer in (own, theirs)]
     if any(special[0].get(token, flag) != flag for token, flag in special[1].items()):
         found.append("special tokens")
+    begins = [added_to_texts(Tokenizer.from_str(json.dumps(tokenizer)))[1] for tokenizer in (own, theirs)]
+    if begins[0] != begins[1]:
+        found.append("tokens in front of a text")
     return found
 
 

@@ -157,7 +157,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
 
 def _wrapped(text: str, tokenizer: Tokenizer, end: str) -> TextTokenizer:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    begin, begin_ids, appends = _added_to_texts(tokenizer)
+    begin, begin_ids, appends = added_to_texts(tokenizer)
     if appends:
         settings = json.loads(text)
         settings["post_processor"] = _in_front(begin, begin_ids)
@@ -165,7 +165,7 @@ def _wrapped(text: str, tokenizer: Tokenizer, end: str) -> TextTokenizer:
     return TextTokenizer(text, end, max(vocabulary.values()) + 1, vocabulary[end], begin, begin_ids)
 
 
-def _added_to_texts(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+def added_to_texts(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
     """Tokens that the post-processor puts in front of a text, their ids, and whether it puts any behind."""
     if tokenizer.post_processor is None:
         return (), (), False

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import heapq
 import os
+import re
 import struct
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,7 @@ def write_splits(
     """Encode the whole mixture and write every split's files into `directory`.
 
     Args:
-        config: says how documents are split.
+        config: says how documents are split, and whether text may spell a special token.
         tokenizer: turns the text into ids.
         mixture: the documents; it is read to its end.
         directory: where the files go; it must exist.
@@ -99,6 +100,7 @@ def write_splits(
     round_trip = RoundTrip(tokenizer)
     encoders = {markup: tokenizer.encoder(markup=markup) for markup in (False, True)}
     sizes = SourceBytes(tokenizer)
+    special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")
     with contextlib.ExitStack() as stack:
         writers = {
             name: _SplitWriter(
@@ -109,9 +111,27 @@ def write_splits(
         for batch in _batches(mixture):
             ids = list(_encoded(batch, encoders))
             for document, pieces, changed in zip(batch, ids, round_trip.changed(batch, ids), strict=True):
-                writers[_split_of(document, config)].add(document, pieces, changed=changed)
+                spells = _spells(document, special, config)
+                writers[_split_of(document, config)].add(document, pieces, changed=changed, spells=spells)
             progress("tokens", sum(tally.bytes for tally in mixture.tallies))
         return {name: writer.finish() for name, writer in writers.items()}, round_trip.example
+
+
+def _spells(document: Document, special: re.Pattern[str], config: StoreConfig) -> bool:
+    """Whether a document's text spells a special token; those that a chat template wrote are meant.
+
+    Raises:
+        UserError: it does, and the config refuses that.
+    """
+    found = (special.search(piece.text) for piece in document.pieces if not piece.markup)
+    spelled = next((match for match in found if match is not None), None)
+    if spelled is not None and config.special_tokens_in_text == "refuse":
+        start = " ".join(document.text[:40].split())
+        raise UserError(
+            f"store {config.name}: the document that begins {start!r} spells the special token "
+            f"{spelled[0]!r}; take it out, or set special_tokens_in_text: text, which encodes its letters"
+        )
+    return spelled is not None
 
 
 def _encoded(batch: Sequence[Document], encoders: Mapping[bool, Encode]) -> Iterator[list[bytes]]:
@@ -169,13 +189,19 @@ class _SplitWriter:
         self._idx = _HashedFile(directory / f"{name}.idx", stack)
         self._mask = _HashedFile(directory / f"{name}.mask", stack) if masked else None
         self._lengths = None if sizes is None else _HashedFile(directory / f"{name}.bytes", stack)
-        self._documents = self._tokens = self._bytes = self._changed = 0
+        self._documents = self._tokens = self._bytes = self._changed = self._spells = 0
         self._idx.write(struct.pack("<QQ", 0, 0))
 
-    def add(self, document: Document, ids: Sequence[bytes], *, changed: bool) -> None:
+    def add(self, document: Document, ids: Sequence[bytes], *, changed: bool, spells: bool) -> None:
         """Append one document, given the ids of its pieces, between what begins and what closes documents.
 
         A chat template may have written what begins a document already; it is not written twice.
+
+        Args:
+            document: the document.
+            ids: of its pieces.
+            changed: whether its text does not come back from them.
+            spells: whether its text spells a special token.
         """
         begin = b"" if b"".join(ids).startswith(self._begin) else self._begin
         self._bin.write(b"".join((begin, *ids, self._end)))
@@ -191,6 +217,7 @@ class _SplitWriter:
             self._lengths.write(_NO_BYTES * begun + lengths + _NO_BYTES)
         self._documents += 1
         self._changed += changed
+        self._spells += spells
         self._tokens += begun + sum(counts) + 1
         self._bytes += document.size
         self._idx.write(struct.pack("<QQ", self._tokens, self._bytes))
@@ -208,6 +235,7 @@ class _SplitWriter:
             tokens=self._tokens,
             bytes=self._bytes,
             changed=self._changed,
+            special_tokens_in_text=self._spells,
             files=files,
         )
 

@@ -1,9 +1,9 @@
-"""Downstream tasks through lm-eval's own evaluator, with its own model class on the exported directory.
+"""Downstream tasks through lm-eval's own evaluator, with its model class on the exported directory.
 
-Nothing of lm-eval is wrapped or rewritten: `lm_eval --model hf --model_args pretrained=DIR,max_length=C`
-gives the same numbers. A task is a name of lm-eval's, one of the paper's sixteen with the paper's shots and
-metric, comes inside a package (`tutelage.evals.packagetasks`) or is built from held-out text
-(`tutelage.evals.tasks`).
+`lm_eval --model hf --model_args pretrained=DIR,max_length=C` gives the same numbers, but for texts that are
+scored from their beginning and for heads with padded rows (`tutelage.evals.lm_eval_model`). A task is a name
+of lm-eval's, one of the paper's sixteen with the paper's shots and metric, comes inside a package
+(`tutelage.evals.packagetasks`) or is built from held-out text (`tutelage.evals.tasks`).
 """
 
 from __future__ import annotations
@@ -153,9 +153,10 @@ def _built(subject: Subject, task: str, stores: Path) -> BuiltTask:
         return build_package_task(task, subject.output / "tasks")
     kind, _, where = task.partition(":")
     store = _text(subject, task, where, stores)
-    tokenizer = Tokenizer.from_str(load_tokenizer(subject.model).json)
-    texts = held_out_texts(store)
-    return build_task(kind, store.manifest.name, texts, tokenizer, subject.context, subject.output / "tasks")
+    own = load_tokenizer(subject.model)
+    room = subject.context - len(own.begin_ids)
+    texts, tokenizer = held_out_texts(store), Tokenizer.from_str(own.json)
+    return build_task(kind, store.manifest.name, texts, tokenizer, room, subject.output / "tasks")
 
 
 def _text(subject: Subject, task: str, where: str, stores: Path) -> Store:
@@ -236,9 +237,10 @@ def _shown(task: Task, limit: int | None) -> list[str]:
 
 
 def _model(subject: Subject, batch_size: int, device: str) -> HFLM:
-    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415 - an extra, and slow to import
+    from tutelage.evals.lm_eval_model import ExportedModel  # noqa: PLC0415 - an extra, and slow to import
 
-    return HFLM(
+    return ExportedModel(
+        load_tokenizer(subject.model),
         pretrained=str(subject.model),
         max_length=subject.context,
         batch_size=batch_size,

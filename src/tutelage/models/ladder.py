@@ -1,7 +1,8 @@
 """Named model shapes. Importing this module costs nothing: transformers is loaded only to make a config.
 
 Two ladders. The paper's eight shapes (arXiv 2605.23857) at 0.14 to 8 billion parameters, and tiny Llama
-shapes for CPUs, named by their non-embedding parameters, that keep the paper's steps between sizes.
+shapes for CPUs, named by their non-embedding parameters, that keep the paper's steps between sizes. Some of
+these also exist with the normalised queries and keys of Qwen 3.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ _NANO = (
     ("nano-6m", 320, 6, 10, 32, 800, 2.0e-3, "CPU with patience, or a small GPU"),
     ("nano-20m", 512, 8, 16, 32, 1280, 1.0e-3, "a laptop's GPU"),
 )
+_NORMALISED = ("nano-50k", "nano-150k", "nano-350k")
+"""Tiny shapes that also exist with normalised queries and keys, named with "-qk" at the end."""
 # name, hidden, layers, mlp, summary
 _LLAMA = (
     ("llama-0.7b", 1024, 12, 8192, "arXiv 2605.23857: weak teacher, small student"),
@@ -110,6 +113,24 @@ _RUNGS = (
     *(
         Rung(name, "llama", hidden, layers, heads, 2, head_dim, mlp, False, lr, None, summary)
         for name, hidden, layers, heads, head_dim, mlp, lr, summary in _NANO
+    ),
+    *(
+        Rung(
+            f"{name}-qk",
+            "qwen3",
+            hidden,
+            layers,
+            heads,
+            2,
+            head_dim,
+            mlp,
+            False,
+            lr,
+            None,
+            f"CPU: {name} with normalised queries and keys, which vary less between seeds",
+        )
+        for name, hidden, layers, heads, head_dim, mlp, lr, _ in _NANO
+        if name in _NORMALISED
     ),
     *(
         Rung(name, "llama", hidden, layers, 32, 8, 128, mlp, False, 3e-4, 128_256, summary)

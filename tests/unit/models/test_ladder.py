@@ -5,9 +5,11 @@ import sys
 import pytest
 
 from tutelage.errors import UserError
+from tutelage.models.hub import build
 from tutelage.models.ladder import LADDER, rung
 
-TINY = [shape for shape in LADDER.values() if shape.name.startswith("nano-")]
+TINY = [shape for shape in LADDER.values() if shape.name.startswith("nano-") and shape.family == "llama"]
+NORMALISED = [shape for shape in LADDER.values() if shape.name.endswith("-qk")]
 PAPER = {
     "llama-0.7b": ("llama", 1024, 12, 32, 8, 128, 8192),
     "llama-1.7b": ("llama", 2048, 16, 32, 8, 128, 8192),
@@ -22,7 +24,7 @@ PAPER = {
 
 def test_the_ladder_holds_the_papers_eight_shapes_and_eight_tiny_ones():
     assert {shape.name for shape in LADDER.values()} == set(LADDER)
-    assert set(LADDER) - {shape.name for shape in TINY} == set(PAPER)
+    assert set(LADDER) - {shape.name for shape in (*TINY, *NORMALISED)} == set(PAPER)
     assert [shape.name for shape in TINY] == [
         f"nano-{size}" for size in ("20k", "50k", "150k", "350k", "700k", "2m", "6m", "20m")
     ]
@@ -43,6 +45,16 @@ def test_tiny_shapes_are_untied_llamas_with_grouped_queries(shape):
     assert shape.head_dim in (8, 16, 32)
     assert shape.heads % shape.kv_heads == 0
     assert 2.3 < shape.mlp / shape.hidden < 3.5
+
+
+def test_normalised_shapes_differ_from_the_tiny_ones_in_their_family_alone():
+    assert [shape.name for shape in NORMALISED] == ["nano-50k-qk", "nano-150k-qk", "nano-350k-qk"]
+    for shape in NORMALISED:
+        plain = rung(shape.name.removesuffix("-qk"))
+        assert dataclasses.replace(shape, name=plain.name, family="llama", summary=plain.summary) == plain
+        model = build(shape, 300, 32, seed=0)
+        assert model.config.model_type == "qwen3"
+        assert model.model.layers[0].self_attn.q_norm.weight.shape == (shape.head_dim,)
 
 
 def test_the_learning_rate_falls_with_size():

@@ -1,0 +1,99 @@
+"""How much do in-domain losses of untaught models differ between training seeds?
+
+Trains each rung with several seeds on the State of the Union addresses, with the demo's store, batch, limits
+and one order of the data, and prints the mean over seeds and the spread (standard deviation over mean) of the
+test split's bits per byte, and of nats per token in the first windows of documents and in the others. Runs
+are kept, so the same command resumes where it was interrupted and computes nothing twice.
+
+    python benchmarks/tuning/seed_spread.py --output seed-spread --rungs nano-50k nano-50k-qk --seeds 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+import polars as pl
+
+from tutelage.config import RunConfig
+from tutelage.configio import validate
+from tutelage.console import RunBar, StoreBar
+from tutelage.data.config import StoreConfig
+from tutelage.data.store import build_store
+from tutelage.pipeline import run
+
+FIRST_SEED = 43
+STORE = {
+    "name": "sotu",
+    "sources": [{"kind": "corpus", "name": "sotu"}],
+    "tokenizer": {"vocab_size": 512, "sample_bytes": 50_000_000},
+    "validation": 0.08,
+    "test": 0.12,
+}
+
+
+def config(rung: str, seed: int, tokens: str, store: Path, output: Path) -> RunConfig:
+    """The demo's run without a teacher, scored on held-out speeches alone."""
+    fields = {
+        "name": f"{rung}-{seed}",
+        "seed": seed,
+        "model": {"rung": rung},
+        "data": {"store": str(store), "sequence_length": 128},
+        "tokens": tokens,
+        "global_batch_tokens": 1024,
+        "checkpoint": {"every": "250K", "keep": 1},
+        "eval": {
+            "max_documents": 24,
+            "max_tokens": 1024,
+            "domains": [{"name": "speeches", "store": str(store), "role": "in_domain"}],
+        },
+        "runtime": {"device": "cpu", "threads": 1, "log_every": 25},
+        "output": str(output),
+    }
+    return validate(RunConfig, fields, "seed_spread.py")
+
+
+def measured(documents: Path) -> dict[str, float]:
+    """Losses of one run on the test split."""
+    frame = pl.read_parquet(documents).filter(split="test")
+    windows = frame.explode("window", "window_tokens", "window_nll")
+    sums = windows.group_by(pl.col("window") == 0).agg(pl.sum("window_nll"), pl.sum("window_tokens"))
+    nats = {first: nll / tokens for first, nll, tokens in sums.rows()}
+    return {
+        "bits per byte": frame["nll"].sum() / frame["bytes"].sum() / math.log(2),
+        "first windows, nats": nats[True],
+        "other windows, nats": nats[False],
+    }
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("seed-spread"))
+    parser.add_argument("--rungs", nargs="+", default=["nano-50k", "nano-50k-qk"])
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--tokens", default="1.25M")
+    arguments = parser.parse_args()
+    with StoreBar() as bar:
+        store = build_store(validate(StoreConfig, STORE, "seed_spread.py"), arguments.output / "data", bar)
+    print(f"{arguments.tokens} tokens, {arguments.seeds} seeds from {FIRST_SEED}, test split of the speeches")
+    for rung in arguments.rungs:
+        found = []
+        for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
+            asked = config(rung, seed, arguments.tokens, store, arguments.output / "runs")
+            with RunBar() as bar:
+                found.append(measured(run(asked, bar).path / "documents.parquet"))
+        for name in found[0]:
+            values = [losses[name] for losses in found]
+            mean = statistics.mean(values)
+            spread = f"{statistics.stdev(values) / mean:7.2%}" if len(values) > 1 else "      -"
+            every = " ".join(f"{value:.4f}" for value in values)
+            print(f"{rung:<14} {name:<20} mean {mean:.4f}  spread {spread}   {every}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""lm-eval's model class with documents that begin as they do in training, and without padded ids.
+
+lm-eval itself puts a mark in front of every text that it scores from its beginning: the tokenizer's beginning
+of a sequence, or the end-of-text mark where there is none. Here such a text begins with what the tokenizer
+puts in front of it, once; where it puts nothing, the first token is context only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.models.huggingface import HFLM
+
+from tutelage.evals.samples import padded_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lm_eval.api.instance import Instance
+    from torch import Tensor
+
+    from tutelage.data.tokenize import TextTokenizer
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""The texts, as a key of lm-eval's cache; ids that are given; ids that are scored."""
+
+
+class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
+    """A model directory, as lm-eval wants it.
+
+    Args:
+        own: the directory's tokenizer.
+        settings: of `HFLM`.
+    """
+
+    def __init__(self, own: TextTokenizer, **settings: Any) -> None:  # noqa: ANN401 - lm-eval's own
+        super().__init__(**settings)
+        self._own = own
+        self.model.generation_config.suppress_tokens = padded_ids(self.model, own.vocab_size)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of every continuation, and whether it is the model's first choice throughout."""
+        encoded: list[Request] = []
+        for context, continuation in (request.args for request in requests):
+            if context:
+                given, scored = self._encode_pair(context, continuation)
+            else:
+                given, scored = self._beginning(continuation)
+            encoded.append(((context, continuation), given, scored))
+        found: list[tuple[float, bool]] = self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of every text from its beginning, in lm-eval's windows."""
+        totals = []
+        for (text,) in (request.args for request in requests):
+            given, scored = self._beginning(text)
+            windows: list[Request] = [(None, *window) for window in self._windows(given, scored)]
+            found = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+            totals.append(sum(value for value, _ in found))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
+
+    def _model_call(self, *inputs: Any, **more: Any) -> Tensor:  # noqa: ANN401 - lm-eval's own
+        logits_BTV: Tensor = super()._model_call(*inputs, **more)
+        return logits_BTV[..., : self._own.vocab_size]
+
+    def _beginning(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text that begins a document: what is given, and what is scored.
+
+        A text of one token that nothing begins is scored from the end-of-text mark, or it had no score.
+        """
+        ids = [*self._own.begin_ids, *self.tok_encode(text, add_special_tokens=False)]
+        given = max(1, len(self._own.begin_ids))
+        return (ids[:given], ids[given:]) if len(ids) != 1 else ([self._own.eos_id], ids)
+
+    def _windows(self, given: Sequence[int], scored: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """As lm-eval cuts a text: all windows are full, the last by reaching back over tokens scored then."""
+        ids = [*given, *scored]
+        done = len(given)
+        while done < len(ids):
+            room = self.max_length if done > len(given) else self.max_length + 1 - len(given)
+            end = min(len(ids), done + room)
+            yield ids[max(0, end - self.max_length - 1) : done], ids[done:end]
+            done = end
