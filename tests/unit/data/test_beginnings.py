@@ -272,11 +272,11 @@ def test_text_that_spells_a_special_token_is_text_and_is_counted(tmp_path, monke
     with pytest.raises(SystemExit):
         main()
     assert "2 documents spell a special token of the tokenizer: text here" in capsys.readouterr().out
+    refusing = {"special_tokens_in_text": "refuse", "validation": 0.0, "test": 1.0}
     with pytest.raises(UserError, match=r"begins 'say </s> twice </s>' spells the special token '</s>'"):
-        built(tmp_path, path, texts, special_tokens_in_text="refuse")
-    assert (
-        built(tmp_path, path, texts[:1], special_tokens_in_text="refuse").manifest.special_tokens_in_text == 0
-    )
+        built(tmp_path, path, texts, **refusing)
+    clean = built(tmp_path, path, texts[:1], **refusing)
+    assert clean.manifest.splits["test"].special_tokens_in_text == 0
 
 
 def test_a_store_of_the_version_before_is_refused_in_one_line(tmp_path):
