@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": _BASE,
     "teachers": _BASE | {"manifests", "data", "models", "objective", "signals"},
     "identity": _BASE | {"data", "models", "teachers.manifest"},
-    "train": _BASE | _ROOMS | {"signals"},
+    "train": _BASE | _ROOMS | {"signals", "provenance"},
     "evals": _BASE
     | {"data", "models", "presets", "provenance", "resampling", "teachers.manifest", "train.rundir"},
     "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},

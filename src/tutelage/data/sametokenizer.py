@@ -31,12 +31,14 @@ class ModelTokenizer:
     """The tokenizer of a model that was found to fit a store.
 
     Attributes:
-        directory: local directory with its files; None if the model has none.
+        directory: local directory with its files, or without any if the model has none.
+        is_the_stores: whether it has the store's ids and cuts text as the store's does.
         ids: one more than its largest id; 0 if the model has none.
         notes: what the user should know.
     """
 
-    directory: Path | None
+    directory: Path
+    is_the_stores: bool
     ids: int
     notes: tuple[str, ...]
 
@@ -88,14 +90,16 @@ def check_model_tokenizer(
                 f"{what}: it has no tokenizer, so it is not known whether its ids mean what those of "
                 f"{store.path} mean; put its tokenizer.json beside it, or set {setting}: true if you know it"
             )
-        return ModelTokenizer(
-            None,
-            0,
-            (f"{what}: has no tokenizer; its ids are assumed to be those of {store.path} ({setting})",),
-        )
+        note = f"{what}: has no tokenizer; its ids are assumed to be those of {store.path} ({setting})"
+        return ModelTokenizer(place, is_the_stores=False, ids=0, notes=(note,))
     text = tokenizer_json(place)
-    note = compare_tokenizers(what, text, store)
-    return ModelTokenizer(place, max(_strings(what, text)) + 1, () if note is None else (note,))
+    different = compare_tokenizers(what, text, store)
+    return ModelTokenizer(
+        place,
+        is_the_stores=different is None,
+        ids=max(_strings(what, text)) + 1,
+        notes=() if different is None else (different,),
+    )
 
 
 def compare_tokenizers(what: str, tokenizer: str, store: Store) -> str | None:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from tutelage.configio import digest
 from tutelage.data.config import FilesSource
@@ -32,7 +33,7 @@ from tutelage.data.remarks import check_splits
 from tutelage.data.sources import Mixture, describe
 from tutelage.data.textfiles import cut_size, known_bytes
 from tutelage.data.tokenize import load_tokenizer, train_tokenizer
-from tutelage.data.tokenizerfiles import find_tokenizer
+from tutelage.data.tokenizerfiles import find_tokenizer, special_tokens
 from tutelage.data.writer import training_texts, write_splits
 from tutelage.errors import UserError
 from tutelage.files import claimed, make_directory, new_directory, write_text
@@ -150,12 +151,14 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     place = None if config.tokenizer.path is None else find_tokenizer(config.tokenizer.path)
     ready = None if place is None else load_tokenizer(place)
     chat = None if ready is None or place is None else _chat(config, ready, place)
+    named = special_tokens(place, Tokenizer.from_str(ready.json)) if ready and place else {}
+    named |= chat.settings if chat else {}
     sources = [describe(source) for source in config.sources]
     identity = {
         "schema_version": SCHEMA_VERSION,
         "config": config.model_dump(mode="json", exclude={"name"}),
         "sources": sources,
-        "tokenizer": ready and [ready.sha256, ready.end_of_text, *([chat.settings] if chat else [])],
+        "tokenizer": ready and [ready.sha256, ready.end_of_text, *([named] if named else [])],
     }
     path = output / f"{config.name}-{digest(identity)}"
     if _is_built(path):
@@ -164,7 +167,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     _check_space(config, output)
     with claimed(output / f".{path.name}.lock", f"store {path}"), new_directory(path) as partial:
         tokenizer = ready or train_tokenizer(training_texts(config, progress), config.tokenizer.vocab_size)
-        tokenizer.save(partial, chat.settings if chat else None)
+        tokenizer.save(partial, named)
         mixture = Mixture(config.sources, config.max_bytes, chat)
         splits, changed_example = write_splits(config, tokenizer, mixture, partial, progress)
         manifest = Manifest(

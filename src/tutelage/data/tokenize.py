@@ -67,14 +67,14 @@ class TextTokenizer:
         """What its special tokens are spelled like."""
         return tuple(token["content"] for token in json.loads(self.json)["added_tokens"] if token["special"])
 
-    def save(self, directory: Path, chat: Mapping[str, str] | None = None) -> None:
+    def save(self, directory: Path, named: Mapping[str, str] | None = None) -> None:
         """Write tokenizer.json as it is here, and what transformers needs beside it to load it.
 
         A single token that begins every text is named as `bos_token`, so that lm-eval begins with it too.
 
         Args:
             directory: where to.
-            chat: the chat template of the text and the special tokens that it names, if there is one.
+            named: special tokens besides the end of text by their names, and the text's chat template.
         """
         (directory / "tokenizer.json").write_bytes(self.json.encode())
         write_json(
@@ -84,7 +84,7 @@ class TextTokenizer:
                 "eos_token": self.end_of_text,
                 "clean_up_tokenization_spaces": False,
                 **({"bos_token": self.begin[0]} if len(self.begin) == 1 else {}),
-                **(chat or {}),
+                **(named or {}),
             },
         )
 

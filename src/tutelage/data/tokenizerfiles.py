@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _WITHOUT_JSON = (("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",), ("spiece.model",))
 """Files that together are a tokenizer of an older kind, which transformers can convert."""
 
+_SPECIAL = ("bos_token", "pad_token", "unk_token")
 _NAME_PARTS = 2
 
 
@@ -43,15 +45,41 @@ def download_tokenizer(what: str, name: str, revision: str | None) -> Path:
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for what is not on this machine
 
+    wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=["config.json", *TOKENIZER_FILES])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(
             f"{what}: no such file or directory here, and not found on the Hub: {reason}"
         ) from None
+
+
+def special_tokens(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Tokens that begin, pad and stand for unknown text, by their names in a tokenizer_config.json.
+
+    Args:
+        place: a tokenizer.json, which says nothing of them, or a directory.
+        tokenizer: the one that lies there; tokens that it does not know are left out.
+
+    Raises:
+        UserError: a file is no JSON object.
+    """
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = place / name
+        if not place.is_dir() or not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            tokens = {role: settings.get(role) for role in _SPECIAL}
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a JSON object ({error})") from None
+        contents = {
+            role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()
+        }
+        found |= {role: token for role, token in contents.items() if isinstance(token, str)}
+    return {role: token for role, token in found.items() if tokenizer.token_to_id(token) is not None}
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -11,6 +11,7 @@ import polars as pl
 from tutelage.configio import digest
 from tutelage.errors import UserError
 from tutelage.files import replacing, write_json, write_text
+from tutelage.models import card
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
@@ -51,11 +52,16 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
 
 def add_scores(path: Path, scores: Iterable[Score]) -> None:
-    """Append the scores that are not there yet, in one step."""
+    """Append the scores that are not there yet, in one step; a model's card beside them lists them too."""
     rows = read_scores(path)
     there = {key(row) for row in rows}
     rows += [row for row in map(asdict, scores) if key(row) not in there]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    file = path.parent / "model" / card.FILE
+    if rows and file.is_file():
+        last = max(row["step"] for row in rows)
+        finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
+        write_text(file, card.with_scores(file.read_text(encoding="utf-8"), finished))
 
 
 def add_documents(path: Path, frame: pl.DataFrame) -> None:

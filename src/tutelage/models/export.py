@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _NEEDED = ("tokenizer.json", "tokenizer_config.json")
+_SPECIAL = ("bos_token", "eos_token", "pad_token")
 _TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
 _ROPE_OF_OLD = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct")
@@ -81,9 +82,13 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
                 shutil.copyfile(source / name, directory / name)
         if (source / _TEMPLATES).is_dir():
             shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES)
-    settings = _tokenizer_settings(directory, store, context)
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
+        raise UserError(f"{source / 'tokenizer.json'}: not a tokenizer.json ({error})") from None
+    settings = _tokenizer_settings(directory, store, context, tokenizer)
     (directory / "tokenizer_config.json").write_text(_text(settings), encoding="utf-8")
-    ids = _special_ids(directory, settings)
+    ids = _special_ids(tokenizer, settings)
     path = directory / "config.json"
     config = read_object(path)
     rows = int(config["vocab_size"]) if isinstance(config.get("vocab_size"), int) else None
@@ -137,8 +142,13 @@ def _text(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _tokenizer_settings(directory: Path, store: Path, context: int | None) -> dict[str, Any]:
-    """tokenizer_config.json with a pad token, the trained length and, if there is one, a chat template."""
+def _tokenizer_settings(
+    directory: Path, store: Path, context: int | None, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """tokenizer_config.json with a pad token, the trained length and, if there is one, a chat template.
+
+    A special token that the tokenizer does not know would get an id beyond the model's; it is left out.
+    """
     settings = read_object(directory / "tokenizer_config.json")
     stored = read_object(store / "tokenizer_config.json")
     if not any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
@@ -146,6 +156,9 @@ def _tokenizer_settings(directory: Path, store: Path, context: int | None) -> di
             settings.setdefault(name, value)
     elif settings.get("eos_token") is None:
         settings["eos_token"] = stored.get("eos_token")
+    for name in _SPECIAL:
+        if settings.get(name) is not None and _id(tokenizer, settings[name]) is None:
+            del settings[name]
     if settings.get("pad_token") is None:
         settings["pad_token"] = settings.get("eos_token")
     if context is not None:
@@ -153,20 +166,17 @@ def _tokenizer_settings(directory: Path, store: Path, context: int | None) -> di
     return settings
 
 
-def _special_ids(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
-    """The ids of the tokens that end, begin and pad a text, by their names in a config.json."""
-    try:
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
-        raise UserError(f"tokenizer.json of {directory.name} is not one: {error}") from None
-    found = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = settings.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        index = None if content is None else tokenizer.token_to_id(content)
-        if index is not None:
-            found[f"{name}_id"] = int(index)
-    return found
+def _special_ids(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, int]:
+    """The ids of the tokens that begin, end and pad a text, by their names in a config.json."""
+    found = {f"{name}_id": _id(tokenizer, settings.get(name)) for name in _SPECIAL}
+    return {name: index for name, index in found.items() if index is not None}
+
+
+def _id(tokenizer: Tokenizer, token: object) -> int | None:
+    """The id of a token, which is written as a string or as an object with its content."""
+    content = token.get("content") if isinstance(token, dict) else token
+    index: int | None = tokenizer.token_to_id(content) if isinstance(content, str) else None
+    return index
 
 
 def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int | None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
-from tutelage.models import hub
 from tutelage.train import checkpoint
+from tutelage.train.export import export
 from tutelage.train.optim import decay_start, learning_rate
 from tutelage.train.step import Turn
 
@@ -117,7 +117,7 @@ class Session:
         if not setup.world.is_main:
             return
         if finished:
-            hub.save(setup.model, self.directory.model, config.data.store)
+            export(setup, self.directory)
         elif stopping:
             self.directory.write_state("stopped")
 

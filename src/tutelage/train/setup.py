@@ -15,6 +15,7 @@ from tutelage.data.sametokenizer import check_model_tokenizer
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub, ladder
+from tutelage.models.export import Base
 from tutelage.models.positions import check_length
 from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
 from tutelage.objectiveconfig import TopKTruncation
@@ -27,8 +28,6 @@ from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.step import Trainee
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
     from tutelage.config import RunConfig
@@ -61,7 +60,7 @@ class Setup:
         checkpoint_tokens: tokens between checkpoints.
         parameters: total parameters of the student.
         student_flops: forward + backward FLOPs per token of the student.
-        tokenizer: directory with the tokenizer of the model that the student goes on from, if it has one.
+        base: the model that the student goes on from, if its directory is on this machine.
         notes: what the user should know about student and teacher.
     """
 
@@ -78,7 +77,7 @@ class Setup:
     checkpoint_tokens: int
     parameters: int
     student_flops: float
-    tokenizer: Path | None
+    base: Base | None
     notes: tuple[str, ...]
 
     @property
@@ -122,11 +121,11 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class _Student:
-    """A student's model, its peak learning rate, and `tokenizer` and `notes` as in `Setup`."""
+    """A student's model, its peak learning rate, and `base` and `notes` as in `Setup`."""
 
     model: PreTrainedModel
     lr: float
-    tokenizer: Path | None
+    base: Base | None
     notes: tuple[str, ...]
 
 
@@ -184,7 +183,7 @@ def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
         checkpoint_tokens=parse_tokens(config.checkpoint.every),
         parameters=parameters,
         student_flops=3 * hub.forward_flops(model, config.data.sequence_length),
-        tokenizer=student.tokenizer,
+        base=student.base,
         notes=(*student.notes, *(teacher.notes if teacher is not None else ())),
     )
 
@@ -257,7 +256,8 @@ def _student(config: RunConfig, store: Store) -> _Student:
     beyond = check_length(model, what, length)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
-    return _Student(model, config.optim.lr or _FALLBACK_LR, tokenizer.directory, notes)
+    base = Base(tokenizer.directory, tokenizer=tokenizer.is_the_stores)
+    return _Student(model, config.optim.lr or _FALLBACK_LR, base, notes)
 
 
 def _start(config: RunConfig) -> str:

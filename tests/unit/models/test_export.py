@@ -1,0 +1,378 @@
+"""Exported directories hold what older readers, generation, chat and people need; nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.data.store import build_store
+from tutelage.errors import UserError
+from tutelage.models import hub
+from tutelage.models.card import with_scores
+from tutelage.models.export import Base
+from tutelage.models.ladder import rung
+from tutelage.pipeline import run
+
+VOCAB, CONTEXT = 300, 64
+TOKENS_BT = (torch.arange(2 * 48).reshape(2, 48) * 7) % VOCAB
+OLDER = "TUTELAGE_TRANSFORMERS_4"
+"""Environment variable with a directory that holds transformers 4.57 and what it needs, for PYTHONPATH."""
+
+READ = """
+import sys, torch, transformers
+tokens_BT = (torch.arange(2 * 48).reshape(2, 48) * 7) % 300
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+print(transformers.__version__)
+print(model(input_ids=tokens_BT).logits.flatten().tolist())
+"""
+
+
+def rope(**parameters):
+    small = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    }
+    return LlamaConfig(**small, num_key_value_heads=2, rope_parameters=parameters)
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+MODELS = {
+    "nano": rung("nano-50k").config(VOCAB, CONTEXT),
+    "qwen3": rung("qwen3-0.15b").config(VOCAB, CONTEXT),
+    "linear": rope(rope_type="linear", rope_theta=5e5, factor=4.0),
+    "llama3": rope(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=32),
+    "yarn": rope(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=64),
+    "gemma3": Gemma3TextConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                               sliding_window=16, bos_token_id=0, eos_token_id=0, pad_token_id=None),
+    "neox": GPTNeoXConfig(**SMALL, num_attention_heads=4, rope_parameters={
+        "rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=MODELS)
+def exported(request, store, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[request.param], dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3.0)  # so that positions matter
+    assert hub.save(model, tmp_path / "model", store) == 0.0
+    return request.param, model, tmp_path / "model"
+
+
+def test_older_readers_find_rotary_positions_where_they_look(exported):
+    name, model, directory = exported
+    config = json.loads((directory / "config.json").read_text())
+    ours = model.config.rope_parameters
+    whole = ours["full_attention"] if name == "gemma3" else ours
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    if name == "neox":
+        assert (config["rotary_emb_base"], config["rotary_pct"]) == (50000.0, 0.5)
+        return
+    assert config["rope_theta"] == whole["rope_theta"]
+    if name == "gemma3":
+        assert config["rope_local_base_freq"] == ours["sliding_attention"]["rope_theta"]
+    if whole["rope_type"] == "default":
+        assert config["rope_scaling"] is None
+    else:
+        scaling = dict(config["rope_scaling"])
+        assert scaling == {field: value for field, value in whole.items() if field != "rope_theta"}
+
+
+@torch.no_grad()
+def test_an_older_reader_computes_the_same_logits(exported):
+    _, model, directory = exported
+    older = os.environ.get(OLDER)
+    if older is None:
+        pytest.skip(f"{OLDER} names no directory with transformers 4.57")
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(directory)],
+        env=os.environ | {"PYTHONPATH": older},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    version, logits = done.stdout.strip().splitlines()[-2:]
+    assert version.startswith("4.57")
+    expected = model(input_ids=TOKENS_BT).logits.flatten()
+    torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=1e-5, atol=1e-5)
+
+
+def by_definition(directory, tokens_BT):
+    """Logits of a Llama in float64, from its definition, with the fields that transformers 4 reads."""
+    config = json.loads((directory / "config.json").read_text())
+    w = {name: tensor.double() for name, tensor in load_file(directory / "model.safetensors").items()}
+    heads, kv, width = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    time = tokens_BT.shape[1]
+    frequency = config["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(time, dtype=torch.float64)[:, None] * frequency[None]
+    cos, sin = torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * weight
+
+    def rotated(x):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    x = w["model.embed_tokens.weight"][tokens_BT]
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}."
+        h = norm(x, w[p + "input_layernorm.weight"])
+        q, k, v = (
+            (h @ w[f"{p}self_attn.{n}_proj.weight"].T).unflatten(-1, (count, width)).transpose(1, 2)
+            for n, count in (("q", heads), ("k", kv), ("v", kv))
+        )
+        k, v = (part.repeat_interleave(heads // kv, 1) for part in (rotated(k), v))
+        scores = rotated(q) @ k.transpose(-1, -2) / math.sqrt(width)
+        scores = scores.masked_fill(torch.ones(time, time).triu(1).bool(), -math.inf).softmax(-1)
+        x = x + (scores @ v).transpose(1, 2).flatten(2) @ w[p + "self_attn.o_proj.weight"].T
+        h = norm(x, w[p + "post_attention_layernorm.weight"])
+        gate = torch.nn.functional.silu(h @ w[p + "mlp.gate_proj.weight"].T)
+        x = x + (gate * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
+    return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+
+
+@torch.no_grad()
+def test_logits_by_definition_with_the_theta_of_older_readers(store, tmp_path):
+    model = hub.build(rung("nano-50k"), VOCAB, CONTEXT, seed=3).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3.0)
+    hub.save(model, tmp_path / "model", store)
+    expected = by_definition(tmp_path / "model", TOKENS_BT)
+    torch.testing.assert_close(model(input_ids=TOKENS_BT).logits.double(), expected, rtol=1e-4, atol=1e-4)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 10000.0}))
+    assert (
+        by_definition(tmp_path / "model", TOKENS_BT) - expected
+    ).abs().max() > 0.1  # what went wrong before
+
+
+def test_neither_old_fields_nor_special_ids_change_the_fingerprint(exported, tmp_path):
+    name, model, directory = exported
+    plain = tmp_path / "plain"
+    model.save_pretrained(plain)  # as transformers alone writes it
+    assert hub.weights_fingerprint(plain) == hub.weights_fingerprint(directory)
+    if name == "nano":
+        path = directory / "config.json"
+        path.write_text(
+            json.dumps(
+                json.loads(path.read_text())
+                | {"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}
+            )
+        )
+        assert hub.weights_fingerprint(plain) != hub.weights_fingerprint(directory)
+
+
+def test_special_ids_are_the_tokenizers(exported):
+    _, _, directory = exported
+    config = json.loads((directory / "config.json").read_text())
+    generation = json.loads((directory / "generation_config.json").read_text())
+    assert config["eos_token_id"] == generation["eos_token_id"] == generation["pad_token_id"] == 0
+    assert config["pad_token_id"] is None  # or whoever trains further would freeze the end of text
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    assert len(tokenizer) == VOCAB
+    assert tokenizer.model_max_length == config["max_position_embeddings"]
+
+
+class _Doubling(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_directory_that_computes_something_else_is_refused(store, tmp_path):
+    config = rung("nano-50k").config(VOCAB, CONTEXT)
+    with pytest.raises(UserError, match=r"model: what was written computes other logits .* in neither"):
+        hub.save(_Doubling(config), tmp_path / "model", store)
+    lying = LlamaForCausalLM(config)
+    lying.config.rms_norm_eps = 0.5  # its layers have kept the one they were made with
+    with pytest.raises(UserError, match=r"model: what was written computes other logits"):
+        hub.save(lying, tmp_path / "model", store)
+    broken = LlamaForCausalLM(config)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = math.inf
+    with pytest.raises(
+        UserError, match=r"model \(as it would be written\): model\.norm\.weight holds numbers"
+    ):
+        hub.save(broken, tmp_path / "model", store)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cause_of_a_difference_is_named():
+    model, again = (
+        hub.build(rung("nano-50k"), VOCAB, CONTEXT, 1),
+        hub.build(rung("nano-50k"), VOCAB, CONTEXT, 1),
+    )
+    assert hub._cause(model, again).startswith("weights and config are equal")
+    again.config.hidden_act = "gelu"
+    assert hub._cause(model, again) == "hidden_act is 'silu' in the model and 'gelu' in config.json"
+    with torch.no_grad():
+        again.lm_head.weight[0, 0] += 1
+    assert hub._cause(model, again) == "lm_head.weight is not what it was"
+
+
+def test_a_trained_run_generates_to_the_end_of_a_document_and_stops(make_config, tmp_path):
+    words = ("one", "two", "three", "four", "five", "six")
+    lines = [json.dumps({"text": f"{a} {b} {c}."}) for a in words for b in words for c in words]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    config = StoreConfig(
+        name="short",
+        sources=({"kind": "files", "paths": (str(tmp_path / "short.jsonl"),)},),
+        tokenizer=TokenizerConfig(vocab_size=280),
+        validation=0.1,
+        test=0.1,
+    )
+    short = build_store(config, tmp_path)
+    done = run(make_config(data={"store": str(short), "sequence_length": 64}, tokens=150 * 512,
+                           global_batch_tokens=512))  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(done.model)
+    tokenizer = AutoTokenizer.from_pretrained(done.model)
+    ids = tokenizer("one", return_tensors="pt")
+    written = model.generate(**ids, do_sample=False, max_new_tokens=60)[0].tolist()
+    assert written[-1] == tokenizer.eos_token_id
+    assert len(written) < 30
+    batch = tokenizer(["one", "two three four"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    assert done.state()["export"] == {"largest_logit_difference": 0.0}
+
+
+@pytest.fixture
+def chatting(store, tmp_path):
+    """A model that chats: the store's tokenizer with added tokens, a template, and a generation config."""
+    model = hub.build(rung("nano-50k"), 320, CONTEXT, seed=1)
+    directory = tmp_path / "chatting"
+    hub.save(model, directory, store)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": "<pad>"})
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    generation = {"eos_token_id": [0, 303], "temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def test_a_start_models_tokenizer_template_and_generation_are_kept(chatting, make_config, tmp_path):
+    first = run(make_config(model={"path": str(chatting)}, optim={"lr": 1e-3}))
+    second = run(make_config(model={"run": first.id}, optim={"lr": 1e-3}, seed=44))
+    words = [{"role": "user", "content": "hello"}]
+    expected = AutoTokenizer.from_pretrained(chatting)
+    for done in (first, second):
+        found = AutoTokenizer.from_pretrained(done.model)
+        assert found.get_vocab() == expected.get_vocab()
+        assert found.chat_template == expected.chat_template
+        assert found.apply_chat_template(words, tokenize=False) == "<|user|>hello"
+        assert (found.bos_token, found.pad_token, found.eos_token) == ("<bos>", "<pad>", "<|endoftext|>")
+        generation = json.loads((done.model / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == [0, 303]
+        assert (generation["temperature"], generation["top_p"]) == (0.6, 0.9)
+        assert (generation["bos_token_id"], generation["pad_token_id"]) == (300, 301)
+        config = json.loads((done.model / "config.json").read_text())
+        assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (0, 300, 301)
+        assert (found.bos_token_id, found.pad_token_id) == (300, 301)
+
+
+def test_a_store_keeps_what_its_tokenizer_begins_and_pads_with(chatting, make_config, tmp_path):
+    (tmp_path / "text.txt").write_text("The state of the union is strong. " * 400)
+    config = StoreConfig(
+        name="text",
+        sources=({"kind": "files", "paths": (str(tmp_path / "text.txt"),)},),
+        tokenizer=TokenizerConfig(path=chatting),
+        validation=0.0,
+        test=0.0,
+    )
+    built = build_store(config, tmp_path)
+    done = run(make_config(data={"store": str(built), "sequence_length": 32}, tokens=512))
+    found = AutoTokenizer.from_pretrained(done.model)
+    assert (found.bos_token_id, found.pad_token_id, found.eos_token_id) == (300, 301, 0)
+    assert json.loads((done.model / "config.json").read_text())["bos_token_id"] == 300
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_not_taken_over(chatting, make_config):
+    path = chatting / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    path.write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    done = run(make_config(model={"path": str(chatting)}, optim={"lr": 1e-3}))
+    assert json.loads((done.model / "tokenizer.json").read_text())["normalizer"] is None
+    notes = json.loads((done.path / "provenance.json").read_text())["notes"]
+    assert "other normalizer" in notes[0]
+
+
+def test_a_special_token_that_the_tokenizer_lacks_gets_no_id_beyond_the_model(store, tmp_path):
+    base = tmp_path / "base"
+    hub.save(hub.build(rung("nano-50k"), VOCAB, CONTEXT, seed=1), base, store)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"pad_token": "[PAD]", "bos_token": "<s>"})
+    )
+    hub.save(hub.load(base), tmp_path / "model", store, Base(base, tokenizer=True))
+    found = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert len(found) == VOCAB
+    assert (found.pad_token_id, found.bos_token_id) == (0, None)
+
+
+def test_the_card_is_one_that_the_hub_reads_and_lists_scores(make_config, store, other_store):
+    evaluation = {
+        "domains": [{"name": "scripture", "store": str(other_store)}],
+        "max_documents": 3,
+        "max_tokens": 60,
+    }
+    done = run(
+        make_config(eval=evaluation, teacher={"kind": "unigram"}, objective={"alpha": 0.3}, name="taught")
+    )
+    card = ModelCard.load(done.model / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "other"
+    assert card.data.license_name == "not-chosen"
+    assert card.data.tags == ["tutelage", "distillation"]
+    assert card.data.pipeline_tag == "text-generation"
+    body = card.text
+    for fact in (
+        done.id,
+        "unigram control",
+        "alpha 0.3",
+        "3,072 in 12 steps",
+        "public domain",
+        "tutelage 0.1.0",
+    ):
+        assert fact in body
+    rows = [json.loads(line) for line in done.scores.read_text().splitlines()]
+    (value,) = {row["value"] for row in rows if row["metric"] == "bits_per_byte" and row["split"] == "test"}
+    assert f"| scripture | test | bits_per_byte | {value:.4g} |" in body
+    assert "Not scored yet" not in body
+
+
+def test_scores_replace_those_that_were_there_and_leave_the_rest():
+    text = "# m\n\n## Scores\n\nNot scored yet.\n"
+    row = {"domain": "a|b", "split": "test", "metric": "ce", "value": 1.25, "stderr": math.nan}
+    once = with_scores(text, [row])
+    assert once.startswith("# m\n\n## Scores\n")
+    assert "| a\\|b | test | ce | 1.25 |  |" in once
+    assert with_scores(once, [row]) == once
+    assert with_scores("my own card\n", [row]) == "my own card\n"
