@@ -356,7 +356,7 @@ def test_the_card_is_one_that_the_hub_reads_and_lists_scores(make_config, store,
     for fact in (
         done.id,
         "unigram control",
-        "alpha 0.3",
+        "value 0.3",
         "3,072 in 12 steps",
         "public domain",
         "tutelage 0.1.0",
