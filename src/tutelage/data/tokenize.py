@@ -83,8 +83,8 @@ class TextTokenizer:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": self.end_of_text,
                 "clean_up_tokenization_spaces": False,
-                **({"bos_token": self.begin[0]} if len(self.begin) == 1 else {}),
                 **(named or {}),
+                **({"bos_token": self.begin[0]} if len(self.begin) == 1 else {}),
             },
         )
 

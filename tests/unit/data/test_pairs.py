@@ -225,7 +225,7 @@ def test_a_template_file_comes_first_and_brings_the_tokens_it_names(tmp_path):
     assert marked(store)[0][0].startswith("<|im_start|><|im_start|>user\n")
     saved = json.loads((store / "tokenizer_config.json").read_text())
     assert saved["bos_token"] == START
-    assert "pad_token" not in saved
+    assert saved["pad_token"] == END
 
 
 def test_another_template_is_another_store(chatty, tmp_path):

@@ -98,7 +98,7 @@ def test_no_tokenizer_needs_a_word_of_the_user(text, tmp_path):
     ):
         check_model_tokenizer(**arguments)
     found = check_model_tokenizer(**arguments, assume=True)
-    assert found.directory is None
+    assert not found.is_the_stores
     assert found.notes[0].startswith("teacher t: has no tokenizer; its ids are assumed to be those of")
 
 
