@@ -364,7 +364,7 @@ def test_mistakes_are_one_line_and_come_before_any_compute(teaching, text, tmp_p
     hub.save(hub.build(ladder.rung("nano-50k"), 200, 64, 1), small, text)
     for changes, message in (
         ({"teacher": {"kind": "model", "path": str(strange)}}, "its tokenizer differs"),
-        ({"teacher": {"kind": "model", "path": str(small)}}, "its tokenizer has 300 ids, the model knows 200"),
+        ({"teacher": {"kind": "model", "path": str(small)}}, "has 300 ids, the model knows 200"),
         ({"teacher": {"kind": "model", "path": str(tmp_path / "none")}}, "no such directory"),
         ({"teacher": {"kind": "run", "run": "missing-1"}}, "train that run to its end"),
         ({"format": {"kind": "topk", "k": 301}}, "format.k"),
