@@ -99,7 +99,10 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
 
 def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with the fields that transformers 4 reads rotary positions and dtype from."""
-    older = dict(config)
+    older = {
+        name: for_older_readers(value) if name == "text_config" and isinstance(value, dict) else value
+        for name, value in config.items()
+    }
     if config.get("dtype") is not None:
         older["torch_dtype"] = config["dtype"]
     if "num_local_experts" in config:
@@ -135,7 +138,10 @@ def computing(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("rope_parameters") is not None:
         left_out |= set(_ROPE_OF_OLD) | {"partial_rotary_factor"}
     unset = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {name: value for name, value in config.items() if name not in left_out} | unset
+    fields = {name: value for name, value in config.items() if name not in left_out}
+    if isinstance(text := config.get("text_config"), dict):
+        fields["text_config"] = computing(text)
+    return fields | unset
 
 
 def _text(data: dict[str, Any]) -> str:

@@ -118,6 +118,10 @@ def load(
         reason = one_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which tutelage does not run"
+        elif "Unrecognized configuration class" in str(error):
+            reason = (
+                "transformers knows its model_type, but not as a model of text that is read left to right"
+            )
         raise UserError(f"{name}: cannot be loaded as a causal language model: {reason}") from None
     _check_weights(model, report, name)
     _check_logits(model, name)
@@ -340,7 +344,9 @@ def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float
     except UserError as error:
         raise UserError(str(error).replace(str(written), f"{directory} (as it would be written)")) from None
     length = min(_COMPARED, trained_length(model.config) or _COMPARED)
-    tokens_BT = (torch.arange(length, device=model.device) * 7919).unsqueeze(0) % again.config.vocab_size
+    tokens_BT = (torch.arange(length, device=model.device) * 7919).unsqueeze(
+        0
+    ) % again.get_input_embeddings().num_embeddings
     training = model.training
     logits = [each.eval()(input_ids=tokens_BT, use_cache=False).logits.float() for each in (model, again)]
     model.train(training)

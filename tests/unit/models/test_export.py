@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -197,6 +199,20 @@ def test_special_ids_are_the_tokenizers(exported):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
     assert len(tokenizer) == VOCAB
     assert tokenizer.model_max_length == config["max_position_embeddings"]
+
+
+def test_a_model_of_pictures_and_text_keeps_its_logits_and_both_spellings(store, tmp_path):
+    text = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14},
+                          image_token_index=299, boi_token_index=298, eoi_token_index=297)  # fmt: skip
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "plain")
+    assert hub.save(hub.load(tmp_path / "plain"), tmp_path / "model", store) == 0.0
+    written = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]
+    assert written["rope_theta"] == written["rope_parameters"]["full_attention"]["rope_theta"]
+    hub.load(tmp_path / "plain").save_pretrained(tmp_path / "again")
+    assert hub.weights_fingerprint(tmp_path / "again") == hub.weights_fingerprint(tmp_path / "model")
 
 
 class _Doubling(LlamaForCausalLM):

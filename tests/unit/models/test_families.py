@@ -118,6 +118,10 @@ def test_the_implementation_of_attention_can_be_chosen(tmp_path):
         hf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4),
         hf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4),
         hf.CLIPConfig(),
+        hf.LlavaConfig(
+            text_config=hf.LlamaConfig(**GROUPED),
+            vision_config=hf.CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+        ),
     ],
     ids=lambda config: config.model_type,
 )
