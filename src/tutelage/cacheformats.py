@@ -17,7 +17,7 @@ class TopKFormat(Section):
     """The k most probable ids with their log-probabilities, and the mass of the rest."""
 
     kind: Literal["topk"]
-    k: int = Field(ge=1, description="ids per position")
+    k: int = Field(ge=1, le=1_000_000, description="ids per position")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="stop earlier once the kept mass reaches this")
 
 

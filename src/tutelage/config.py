@@ -12,7 +12,20 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tutelage.cacheformats import CacheSettings, misfit
 from tutelage.objectiveconfig import ObjectiveConfig, WsdAlpha
-from tutelage.settings import Budget, Fraction, Name, Section, check_plain_tokens, check_tokens
+from tutelage.optimconfig import OptimConfig
+from tutelage.settings import (
+    BatchTokens,
+    Budget,
+    FilePath,
+    Length,
+    Name,
+    Section,
+    Seed,
+    Threads,
+    TokenCount,
+    parse_tokens,
+    refuse_alike,
+)
 from tutelage.types import Role
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -36,7 +49,7 @@ class ModelConfig(_Loaded):
 
     rung: str | None = Field(None, description="name of a shape; `tutelage models` lists them")
     path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
-    run: str | None = Field(None, description="finished run in the same output directory to go on from")
+    run: Name | None = Field(None, description="finished run in the same output directory to go on from")
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
@@ -48,36 +61,9 @@ class ModelConfig(_Loaded):
 class RunData(Section):
     """Which tokens, in which order."""
 
-    store: Path = Field(description="token store written by `tutelage data build`")
-    seed: int = Field(42, ge=0, description="seed of the order; runs to compare share it")
-    sequence_length: int = Field(128, ge=2, description="tokens per packed sequence")
-
-
-class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
-
-    lr: float | None = Field(
-        None, gt=0, description="peak learning rate; default: the rung's tuned one, 1e-5 in stage sft"
-    )
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW beta1, beta2")
-    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
-    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: Fraction | str = Field(
-        0.05,
-        union_mode="left_to_right",
-        description="linear warm-up: fraction of the steps, or tokens ('2M'); default in stage sft: 0.01",
-    )
-    decay: Fraction = Field(0.2, description="fraction of steps of linear decay at the end (wsd only)")
-    final_lr: Fraction = Field(0.1, description="learning rate at the last step, as a fraction of the peak")
-
-    @field_validator("warmup")
-    @classmethod
-    def _budget(cls, warmup: float | str) -> float | str:
-        if isinstance(warmup, str):
-            check_plain_tokens(warmup)
-        return warmup
+    store: FilePath = Field(description="token store written by `tutelage data build`")
+    seed: Seed = Field(42, description="seed of the order; runs to compare share it")
+    sequence_length: Length = Field(128, description="tokens per packed sequence")
 
 
 class _Kept(_Loaded):
@@ -91,7 +77,7 @@ class RunTeacher(_Kept):
     """A teacher that is a finished run in the same output directory."""
 
     kind: Literal["run"]
-    run: str = Field(description="run id, the name of its directory")
+    run: Name = Field(description="run id, the name of its directory")
 
 
 class ModelTeacher(_Kept):
@@ -115,7 +101,7 @@ class CacheTeacher(Section):
     """Targets computed before, by `tutelage teach`."""
 
     kind: Literal["cache"]
-    path: Path = Field(description="teacher cache written by `tutelage teach` for the same token store")
+    path: FilePath = Field(description="teacher cache written by `tutelage teach` for the same token store")
 
 
 LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
@@ -126,50 +112,54 @@ class EvalDomain(Section):
     """One text to score, as a token store made with the training store's tokenizer."""
 
     name: Name = Field(description="name in tables and figures")
-    store: Path = Field(description="token store; its validation and test splits are scored")
+    store: FilePath = Field(description="token store; its validation and test splits are scored")
     role: Role = Field("out_of_domain", description="is this the training distribution?")
 
 
 class EvalConfig(Section):
     """What is scored when a run ends, and on the way there."""
 
-    every: Budget | None = Field(None, description="tokens between scorings; default: only at the end")
+    every: TokenCount | None = Field(None, description="tokens between scorings; default: only at the end")
     domains: tuple[EvalDomain, ...] = ()
     max_documents: int = Field(200, ge=1, description="documents per domain and split")
     max_tokens: int = Field(4096, ge=1, description="tokens per document, from its beginning")
 
     @model_validator(mode="after")
     def _something(self) -> EvalConfig:
-        if self.every is not None:
-            check_plain_tokens(self.every)
-            if not self.domains:
-                raise ValueError("eval.every is set but eval.domains is empty; name a domain or drop 'every'")
+        if self.every is not None and not self.domains:
+            raise ValueError("eval.every is set but eval.domains is empty; name a domain or drop 'every'")
+        refuse_alike("domains", [domain.name for domain in self.domains])
         return self
 
 
 class CheckpointConfig(Section):
     """How often the run can be taken up again."""
 
-    every: Budget = Field("100M", description="tokens between checkpoints")
+    every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
     trunk: bool = Field(
         default=False,
         description="keep one more, where the decay begins (wsd), for longer runs to start from",
     )
 
-    _check = field_validator("every")(check_plain_tokens)
-
 
 class RuntimeConfig(Section):
     """Where it runs; nothing here changes what is computed, up to rounding."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
+    threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
     log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="also send the rows there (extra `trackers`)"
     )
-    trunk: str | None = Field(
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        refuse_alike("trackers", trackers)
+        return trackers
+
+    trunk: Name | None = Field(
         None,
         description="shorter run with checkpoint.trunk in the same output directory, to start from: it has "
         "computed the same steps up to its decay",
@@ -192,12 +182,14 @@ class RunConfig(Section):
         "pretrain",
         description="sft: fine-tune model.path, loss on completions only; the store is one of pairs",
     )
-    seed: int = Field(43, ge=0, description="seed of the initial weights and of dropout")
+    seed: Seed = Field(43, description="seed of the initial weights and of dropout")
     model: ModelConfig
     data: RunData
     tokens: Budget = Field(description="training tokens: a number, '50M' or '20x' (per parameter)")
-    global_batch_tokens: int = Field(1024, ge=2, description="tokens per optimizer step, over all ranks")
-    micro_batch_tokens: int | None = Field(None, ge=2, description="tokens per forward; default: all at once")
+    global_batch_tokens: BatchTokens = Field(1024, description="tokens per optimizer step, over all ranks")
+    micro_batch_tokens: BatchTokens | None = Field(
+        None, description="tokens per forward; default: all at once"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32"
     )
@@ -207,9 +199,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    output: Path = Field(Path("runs"), description="directory that holds run directories")
-
-    _check = field_validator("tokens")(check_tokens)
+    output: FilePath = Field(Path("runs"), description="directory that holds run directories")
 
     @field_validator("optim")
     @classmethod
@@ -257,7 +247,52 @@ class RunConfig(Section):
                 f"micro_batch_tokens ({micro}) must be a multiple of data.sequence_length ({length}) "
                 f"and divide global_batch_tokens ({self.global_batch_tokens})"
             )
+        if isinstance(self.tokens, int):
+            self.steps(0)
         return self
+
+    def steps(self, parameters: int) -> int:
+        """Optimizer steps of the run: whole batches only, so up to one batch less than `tokens` is trained.
+
+        Args:
+            parameters: of the model, for budgets such as "20x".
+
+        Raises:
+            ValueError: they are none, or too few for the learning rate's schedule.
+        """
+        tokens = parse_tokens(self.tokens, parameters)
+        steps = tokens // self.global_batch_tokens
+        if steps == 0:
+            raise ValueError(
+                f"tokens = {self.tokens}: {tokens:,} tokens are less than one batch of "
+                f"{self.global_batch_tokens:,} (global_batch_tokens)"
+            )
+        self.optim.check_fits(steps, self.global_batch_tokens)
+        return steps
+
+    def rounding(self, steps: int, parameters: int) -> list[str]:
+        """What whole batches make of token counts that are no multiple of one, and of those beyond the run.
+
+        Args:
+            steps: optimizer steps of the run.
+            parameters: of the model.
+        """
+        batch = self.global_batch_tokens
+        trained = steps * batch
+        notes = []
+        if (asked := parse_tokens(self.tokens, parameters)) != trained:
+            notes.append(
+                f"tokens = {asked:,}: {trained:,} are trained, {steps:,} whole batches of {batch:,} tokens"
+            )
+        for field, every in (("eval.every", self.eval.every), ("checkpoint.every", self.checkpoint.every)):
+            if every is not None and every % batch and every < trained:
+                whole = max(1, every // batch) * batch
+                notes.append(f"{field} = {every:,}: every {whole:,} tokens, in whole batches of {batch:,}")
+        if self.eval.every is not None and self.eval.every >= trained:
+            notes.append(
+                f"eval.every = {self.eval.every:,}: the run has {trained:,} tokens and is scored at its end"
+            )
+        return notes
 
     @model_validator(mode="after")
     def _taught(self) -> RunConfig:

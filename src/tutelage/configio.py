@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tutelage.errors import UserError
+from tutelage.yamltext import LARGEST_TEXT, fitted, parse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,19 +36,22 @@ def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     Raises:
         UserError: a file is missing or no YAML, an override is malformed, or a field is wrong.
     """
-    from omegaconf import OmegaConf  # noqa: PLC0415 - 0.1 s that `--help` should not pay
-    from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415
-
     raw, files = _built(path, ())
     for text in overrides:
-        if "=" not in text:
-            raise UserError(f"override {text!r}: write key=value, for example optim.lr=1e-3")
-    try:
-        whole = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(whole, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    return validate(kind, data, " on ".join(map(str, files)))
+        raw = merged(raw, _override(text))
+    return validate(kind, raw, " on ".join(map(str, files)))
+
+
+def _override(text: str) -> dict[str, Any]:
+    """`optim.lr=1e-3` as nested settings."""
+    dotted, equals, value = text.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {text!r}: write key=value, for example optim.lr=1e-3")
+    nested: Any = parse(value, f"override {text!r}")
+    for key in reversed(keys):
+        nested = {key: nested}
+    return dict(nested)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,20 +97,20 @@ def _base(name: str, path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LARGEST_TEXT + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    raw = parse(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of settings at the top level")
     return raw
 
 
 def validate(kind: type[Model], data: object, where: str) -> Model:
-    """Validate plain data as `kind`.
+    """Validate plain data, or what `yamltext.parse` gives, as `kind`.
 
     JSON mode: YAML lists become tuples and strings become paths, while numbers stay strict.
 
@@ -114,7 +118,7 @@ def validate(kind: type[Model], data: object, where: str) -> Model:
         UserError: naming `where`, the field, the value and what is allowed.
     """
     try:
-        return kind.model_validate_json(json.dumps(data, default=str))
+        return kind.model_validate_json(json.dumps(fitted(data, kind), default=str))
     except ValidationError as error:
         lines = [_explain(kind, detail) for detail in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config import NOT_THE_RESULT
 from tutelage.configio import digest
 from tutelage.data.store import open_store
+from tutelage.models.flops import parameters
+from tutelage.models.ladder import rung
+from tutelage.settings import parse_tokens
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
@@ -17,11 +20,18 @@ if TYPE_CHECKING:
 def run_id(config: RunConfig) -> str:
     """`<name>-<hash8>`: the name of the run's directory.
 
-    The hash covers the fields that change the trained weights. The token store and models given by
-    path enter by their content, so moving them changes nothing and changing them changes everything.
+    The hash covers the fields that change the trained weights, as the run uses them and not as they are
+    spelled: what the model's shape decides of budget and learning rate as a number. The token store and
+    models given by path enter by their content, so moving them changes nothing and changing them changes
+    everything.
     """
     fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
-    fields["data"]["store"] = open_store(config.data.store).fingerprint
+    store = open_store(config.data.store)
+    fields["data"]["store"] = store.fingerprint
+    if config.model.rung is not None:
+        shape = rung(config.model.rung)
+        fields["tokens"] = parse_tokens(config.tokens, parameters(shape, store.vocab_size).total)
+        fields["optim"]["lr"] = config.optim.lr or shape.lr
     fields["objective"].pop("chunk_tokens")
     if fields["stage"] == "pretrain":  # as in run ids from before there were stages
         fields.pop("stage")
@@ -37,6 +47,8 @@ def run_id(config: RunConfig) -> str:
         path = (fields[section] or {}).get("path")
         if path is not None:
             fields[section]["path"] = _content(path, fields[section].get("kind"))
+            if Path(path).exists():  # a revision is one of the Hub's
+                fields[section].pop("revision", None)
     return f"{config.name}-{digest(fields)}"
 
 

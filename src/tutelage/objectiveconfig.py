@@ -11,9 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tutelage.settings import Fraction, Section
-
-Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
+from tutelage.settings import Fraction, Inside, Section
 
 COLDEST, HOTTEST = 0.01, 100.0
 Temperature = Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
@@ -89,7 +87,7 @@ class TwoPhaseAlpha(Section):
     policy: Literal["two_phase"]
     first: Fraction = Field(description="alpha before the switch")
     second: Fraction = Field(description="alpha from the switch on")
-    switch: Fraction = Field(0.5, description="fraction of the run at which alpha changes")
+    switch: Inside = Field(0.5, description="fraction of the run at which alpha changes")
 
     @property
     def highest(self) -> float:
@@ -114,7 +112,7 @@ class SaltAlpha(Section):
 
     policy: Literal["salt"]
     value: Fraction = Field(description="alpha of the distillation stage")
-    until: Fraction = Field(description="fraction of the run at which the teacher is dropped")
+    until: Inside = Field(description="fraction of the run at which the teacher is dropped")
 
     @property
     def highest(self) -> float:
@@ -142,8 +140,8 @@ class GapDrivenAlpha(_Bounded):
     """Alpha in proportion to the student's gap to the teacher."""
 
     policy: Literal["gap_driven"]
-    scale: float = Field(0.5, gt=0, description="gap in nats per token that asks for alpha 1")
-    window: int = Field(20, ge=1, description="steps over which cross-entropies are averaged")
+    scale: float = Field(0.5, ge=1e-6, le=1e6, description="gap in nats per token that asks for alpha 1")
+    window: int = Field(20, ge=1, le=10**9, description="steps over which cross-entropies are averaged")
 
 
 class PrequentialAlpha(_Bounded):
@@ -151,9 +149,9 @@ class PrequentialAlpha(_Bounded):
 
     policy: Literal["prequential"]
     floor: Inside = Field(0.1, description="smallest alpha outside probes; above 0, or it could not recover")
-    period: int = Field(50, ge=3, description="steps from one probe to the next")
+    period: int = Field(50, ge=3, le=10**9, description="steps from one probe to the next")
     probe: int = Field(5, ge=2, description="label-only steps (alpha 0) at the beginning of each period")
-    rate: float = Field(5.0, gt=0, description="change of the log-odds per nat and scored step")
+    rate: float = Field(5.0, gt=0, le=1e6, description="change of the log-odds per nat and scored step")
 
     @model_validator(mode="after")
     def _room_to_teach(self) -> PrequentialAlpha:
@@ -212,7 +210,7 @@ class TopKTruncation(Section):
     """Keep the teacher's k most probable tokens."""
 
     kind: Literal["top_k"]
-    k: int = Field(ge=1, description="tokens to keep; at most the vocabulary")
+    k: int = Field(ge=1, le=1_000_000, description="tokens to keep; at most the vocabulary")
 
 
 class TopPTruncation(Section):
@@ -244,7 +242,9 @@ class ObjectiveConfig(Section):
     truncation: Truncation | None = Field(None, description="truncate the teacher; default: all of it")
     jsd_beta: Inside = Field(0.5, description="weight of the teacher in jsd's mixture")
     skew: Inside = Field(0.1, description="weight of the other model in the skewed divergences' mixture")
-    chunk_tokens: int | None = Field(None, ge=1, description="tokens per head+loss chunk; default: by V")
+    chunk_tokens: int | None = Field(
+        None, ge=1, le=2**30, description="tokens per head+loss chunk; default: by V"
+    )
 
     @field_validator("alpha", mode="before")
     @classmethod

@@ -14,7 +14,6 @@ from tutelage.evals import suite
 from tutelage.evals.trainingtext import anchored
 from tutelage.identity import evaluation_id, run_id
 from tutelage.models import hub
-from tutelage.settings import parse_tokens
 from tutelage.train import distributed
 from tutelage.train.cohort import check_cohort
 from tutelage.train.loop import Nobody, Watcher, train
@@ -66,6 +65,7 @@ def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> 
     watcher = watcher or Nobody()
     check_cohort(configs)
     runs = [(config, RunDirectory(config.output / run_id(config))) for config in configs]
+    _check_distinct(runs)
     for config in configs:
         suite.check(config)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -101,6 +101,18 @@ def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
         else:
             left[directory.id] = config, directory
     return list(left.values())
+
+
+def _check_distinct(runs: Sequence[Run]) -> None:
+    """Refuse runs of a cohort that share a directory and are not asked for alike; equal ones are one run."""
+    seen: dict[str, Run] = {}
+    for config, directory in runs:
+        other, place = seen.setdefault(directory.id.casefold(), (config, directory))
+        if other != config:
+            raise UserError(
+                f"{place.id} and {directory.id} are the same run asked for in two ways (name, scoring or "
+                "checkpoints differ); keep one of the files"
+            )
 
 
 def _score(runs: Sequence[Run]) -> None:
@@ -153,7 +165,7 @@ def _scoring(config: RunConfig, directory: RunDirectory, watcher: Watcher) -> Ho
             values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
             watcher.note(f"step {step:,}, bits per byte of validation text: {values}")
 
-    return Hook(parse_tokens(config.eval.every), call)
+    return Hook(config.eval.every, call)
 
 
 def _mark_failed(runs: Sequence[Run], error: BaseException) -> None:
@@ -181,6 +193,8 @@ def _announce(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
         watcher.note(note)
     if setup.epochs > 1:
         watcher.note(_REPEAT_NOTE.format(epochs=setup.epochs, store=open_store(config.data.store).path))
+    for text in config.rounding(setup.steps, setup.parameters):
+        watcher.note(text)
     directory.write_state("running", parameters=setup.parameters, steps=setup.steps)
 
 

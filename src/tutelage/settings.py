@@ -1,56 +1,152 @@
-"""What every section of settings is built from: strictness, names, fractions, token budgets."""
+"""Building blocks of every section of settings: strictness, names, fractions, seeds, token counts."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-_BUDGET = re.compile(r"^(\d+(?:\.\d+)?)(K|M|B|T|x)?$")
-_UNIT = {None: 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What torch, numpy and the order of the data all take."""
+
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Bytes = Annotated[int, Field(ge=1, le=2**60)]
+Length = Annotated[int, Field(ge=2, le=2**20)]
+"""Tokens of one sequence."""
+BatchTokens = Annotated[int, Field(ge=2, le=2**30)]
+
+
+def _possible(path: Path) -> Path:
+    """No file system takes longer names, and what the system says of them names no field."""
+    if (
+        any(len(part.encode()) > _LONGEST_NAME for part in path.parts)
+        or len(str(path).encode()) > _LONGEST_PATH
+    ):
+        raise ValueError(f"too long for a file's name; at most {_LONGEST_NAME} bytes between slashes")
+    return path
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+FilePath = Annotated[Path, AfterValidator(_possible)]
+
+MOST_TOKENS = 10**15
+_BUDGET = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d\d?)?)(K|M|B|T|x)?")
+_NO_SLUG = re.compile(r"[^A-Za-z0-9.]+")
+_UNIT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_DECIMALS = 4
 
 
 def parse_tokens(budget: int | str, parameters: int | None = None) -> int:
     """Turn a token budget into a number of tokens.
 
     Args:
-        budget: a count (`5000000`), a count with a unit ("5M", "52.4B") or a multiple of the model's
-            parameters ("20x").
+        budget: a count (`5000000`, "5_000_000", "5e6"), a count with a unit ("5M", "52.4B") or a multiple of
+            the model's parameters ("20x").
         parameters: total parameters of the model, needed for "x" budgets.
 
     Raises:
-        ValueError: if the text is no budget, or is an "x" budget and `parameters` is not given.
+        ValueError: if the text is no budget, is no whole number of tokens or more than 10^15 of them, or is
+            an "x" budget and `parameters` is not given.
     """
-    match = _BUDGET.match(str(budget))
+    match = _BUDGET.fullmatch(str(budget))
     if match is None:
         raise ValueError(f"{budget!r} is not a token budget; write a number, '50M', '1.5B' or '20x'")
-    number, unit = float(match[1]), match[2]
-    if unit != "x":
-        return round(number * _UNIT[unit])
-    if parameters is None:
-        raise ValueError(f"{budget!r} counts tokens per parameter, which has no meaning here; write '50M'")
-    return round(number * parameters)
+    number, unit = Decimal(match[1].replace("_", "")), match[2] or ""
+    if unit == "x":
+        if parameters is None:
+            raise ValueError(
+                f"{budget!r} counts tokens per parameter, which has no meaning here; write '50M'"
+            )
+        tokens = round(number * parameters)
+    else:
+        exact = number * _UNIT[unit]
+        tokens = int(exact) if exact <= MOST_TOKENS else MOST_TOKENS + 1
+        if exact != tokens and exact <= MOST_TOKENS:
+            raise ValueError(f"{budget!r} is no whole number of tokens")
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"{budget!r} is more than {MOST_TOKENS:.0e} tokens; write fewer")
+    return tokens
 
 
-def check_tokens(budget: int | str) -> int | str:
-    """Validator: any token budget."""
-    parse_tokens(budget, parameters=1)
-    return budget
+def tokens_text(budget: int | str) -> str:
+    """The short text of a budget, one for each number: "1.25M", "40K", "1234567", "20x"."""
+    if isinstance(budget, str):
+        return budget
+    for unit in ("T", "B", "M", "K"):
+        number = Decimal(budget) / _UNIT[unit]
+        if number >= 1 and number == round(number, _DECIMALS):
+            return f"{number.normalize():f}{unit}"
+    return str(budget)
 
 
-def check_plain_tokens(budget: int | str) -> int | str:
-    """Validator: a token budget that does not depend on a model's size."""
-    parse_tokens(budget)
-    return budget
+def _canonical(budget: object) -> object:
+    """The same budget, spelled in the one way that is hashed: a number, or "20x"."""
+    if isinstance(budget, float) and budget.is_integer():
+        budget = int(budget)
+    if isinstance(budget, bool) or not isinstance(budget, int | str):
+        raise ValueError(  # noqa: TRY004 - what pydantic takes
+            f"{budget!r} is not a token budget; write a number, '50M', '1.5B' or '20x'"
+        )
+    if isinstance(budget, str) and budget.endswith("x"):
+        parse_tokens(budget, parameters=1)
+        number = Decimal(budget[:-1].replace("_", ""))
+        if not number:
+            raise ValueError(f"{budget!r} is no text at all; write more")
+        return f"{number.normalize():f}x"
+    tokens = parse_tokens(budget)
+    if tokens < 1:
+        raise ValueError(f"{budget!r} is no text at all; write at least 1 token")
+    return tokens
 
 
-Budget = Annotated[int | str, Field(union_mode="left_to_right")]
+def _canonical_count(budget: object) -> object:
+    """As `_canonical`, where there is no model whose parameters could be counted."""
+    if isinstance(budget, str):
+        budget = parse_tokens(budget)
+    return _canonical(budget)
+
+
+def slug(text: str) -> str:
+    """`text` as part of a directory's name."""
+    return _NO_SLUG.sub("-", text).strip("-.")
+
+
+def refuse_alike(what: str, names: Iterable[object]) -> None:
+    """Raise ValueError if two of `names` are equal, or would be as directories (where case may not count).
+
+    Args:
+        what: the field that lists them, for the message.
+        names: texts or numbers.
+    """
+    seen: dict[str, object] = {}
+    for name in names:
+        key = slug(str(name)).casefold()
+        if key in seen:
+            if seen[key] == name:
+                raise ValueError(f"{what}: {name!r} is listed twice; keep one")
+            raise ValueError(
+                f"{what}: {seen[key]!r} and {name!r} are one name as a directory ('{key}'); rename one"
+            )
+        seen[key] = name
+
+
+Budget = Annotated[int | str, BeforeValidator(_canonical, json_schema_input_type=int | str)]
+"""A token budget; after validation a number, or "20x", tokens per parameter."""
+
+TokenCount = Annotated[int, BeforeValidator(_canonical_count, json_schema_input_type=int | str)]
+"""A token budget that does not depend on a model's size; after validation a number."""
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tutelage.settings import Fraction, Name, Section
+from tutelage.settings import Bytes, FilePath, Fraction, Name, Section
 
 DOCUMENT_LIMIT = 2**23
 """Bytes of the longest document: what is tokenised at once decides how much memory a build needs."""
@@ -15,7 +14,7 @@ DOCUMENT_LIMIT = 2**23
 
 class _Source(Section):
     weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="share of bytes in the mixture; default: take all"
+        None, ge=1e-9, le=1e9, description="share of bytes in the mixture; default: take all"
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop",
@@ -114,10 +113,10 @@ class TokenizerConfig(Section):
     """Where the tokenizer comes from: trained on the train split, or a ready one."""
 
     vocab_size: int = Field(512, ge=257, le=1_000_000, description="size of a byte-level BPE trained here")
-    sample_bytes: int | None = Field(
-        None, ge=1, description="train the tokenizer on about this much text; default: 4000 per entry"
+    sample_bytes: Bytes | None = Field(
+        None, description="train the tokenizer on about this much text; default: 4000 per entry"
     )
-    path: Path | None = Field(
+    path: FilePath | None = Field(
         None, description="use this tokenizer.json, directory or Hub name, and train none"
     )
 
@@ -130,7 +129,7 @@ class StoreConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation: Fraction = Field(0.05, description="fraction of documents, by hash, held out for choices")
     test: Fraction = Field(0.05, description="fraction of documents, by hash, held out for reports")
-    max_bytes: int | None = Field(None, ge=1, description="stop after this much text, in bytes of UTF-8")
+    max_bytes: Bytes | None = Field(None, description="stop after this much text, in bytes of UTF-8")
     special_tokens_in_text: Literal["text", "refuse"] = Field(
         "text",
         description="what to do with text that spells a special token, such as <|endoftext|>: encode it as "

@@ -7,28 +7,40 @@ token budget, any setting of a run) is decided by `tutelage.study.grid`.
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BaseModel, Field, JsonValue, model_validator
 
-from tutelage.settings import Section
+from tutelage.settings import Budget, Section
+from tutelage.yamltext import ReadAs
 
 Point = dict[str, Any]
 """Value of every axis, in the order in which the grid names the axes."""
 
 
+class _Named(BaseModel):
+    """Axes whose values are names, also where a name looks like a number."""
+
+    teacher: tuple[str | None, ...] | str | None = None
+    compute_of: tuple[str | None, ...] | str | None = None
+    rung: tuple[str, ...] | str | None = None
+    tokens: tuple[Budget, ...] | Budget | None = None
+
+
+Axes = Annotated[dict[str, tuple[JsonValue, ...]], ReadAs(_Named)]
+Rule = Annotated[dict[str, JsonValue], ReadAs(_Named)]
+
+
 class Grid(Section):
     """Points of a grid: exactly one of product, zip, chain and cross, less what `exclude` matches."""
 
-    product: dict[str, tuple[JsonValue, ...]] | None = Field(
-        None, description="every combination of the axes' values"
-    )
-    zip: dict[str, tuple[JsonValue, ...]] | None = Field(
+    product: Axes | None = Field(None, description="every combination of the axes' values")
+    zip: Axes | None = Field(
         None, description="the axes' values side by side: first with first, second with second"
     )
     chain: tuple[Grid, ...] | None = Field(None, description="points of several grids, one after another")
     cross: tuple[Grid, ...] | None = Field(None, description="combinations of the points of several grids")
-    exclude: tuple[dict[str, JsonValue], ...] = Field(
+    exclude: tuple[Rule, ...] = Field(
         (), description="drop points whose axes have these values; a list stands for any of its entries"
     )
 

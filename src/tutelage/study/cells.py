@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from tutelage.configio import digest, merged
 from tutelage.errors import UserError
-from tutelage.settings import parse_tokens
-from tutelage.study.factors import OWN, cell_name, overlay, setting_of, slug, words
+from tutelage.settings import Budget, refuse_alike, slug, tokens_text
+from tutelage.study.factors import OWN, cell_name, check_settings, overlay, setting_of, words
 from tutelage.study.trunks import branched
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from tutelage.study.spec import StudentSpec, StudyConfig, TeacherSpec
 
 Kind = Literal["teacher", "baseline", "student", "after"]
+_BUDGET: TypeAdapter[int | str] = TypeAdapter(Budget)
 
 _TWIN_STEP = 1_000_000
 """The first twin of seed 43 draws its initial weights with seed 1000043."""
@@ -77,18 +80,23 @@ def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
     A teacher's `seed` is None where each seed of the students has a teacher of its own.
 
     Raises:
-        UserError: a name appears twice or lacks an axis of its grid, or a teacher is not one of its kinds.
+        UserError: a name appears twice or lacks an axis of its grid, or a teacher is not one of its kinds; or
+            two names would be one as directories.
     """
     found: dict[str, TeacherSpec] = {}
     for pattern, spec in study.teachers.items():
         for point in spec.grid.points() if spec.grid is not None else [{}]:
             where = f"study {study.name}: teachers.{pattern}"
-            name = _filled(pattern, point, where)
+            name = _filled(pattern, _as_named(point, where), where)
             if name in found:
                 raise UserError(f"{where}: two teachers are called {name}; name every axis of the grid")
             found[name] = _one_teacher(
                 spec, point, None if study.teacher_seeds else study.teacher_seed, where
             )
+    try:
+        refuse_alike("teachers", found)
+    except ValueError as error:
+        raise UserError(f"study {study.name}: {error}") from None
     return found
 
 
@@ -111,6 +119,7 @@ def cells_of(study: StudyConfig) -> list[Cell]:
     """
     teachers = teachers_of(study)
     run_of = trained_as(teachers)
+    _check_runs(study)
     trained = {name: teachers[name] for name in dict.fromkeys(run_of.values())}
     alone = [
         _teacher_cell(study, name, spec, seed)
@@ -120,7 +129,10 @@ def cells_of(study: StudyConfig) -> list[Cell]:
     cells = {cell.name: cell for cell in branched(alone, trained)}
     for group, spec in study.students.items():
         where = f"study {study.name}: students.{group}"
-        for point in _with_teachers(spec.grid.points(), teachers, where):
+        points = list(_with_teachers(spec.grid.points(), teachers, where))
+        if spec.seeds and any("seed" in point for point in points):
+            raise UserError(f"{where}: seeds are given and are an axis too; give one of them")
+        for point in points:
             for seed in [point["seed"]] if "seed" in point else spec.seeds or study.seeds:
                 for cell in _student_cells(study, group, point, int(seed), teachers, run_of):
                     _add(cells, cell)
@@ -128,10 +140,36 @@ def cells_of(study: StudyConfig) -> list[Cell]:
     return sorted(cells.values(), key=lambda cell: order[cell.kind])
 
 
+def _check_runs(study: StudyConfig) -> None:
+    where = f"study {study.name}"
+    check_settings(study.run, where)
+    for group, students in study.students.items():
+        check_settings(students.run, f"{where}: students.{group}")
+    for name, teacher in study.teachers.items():
+        check_settings(teacher.run, f"{where}: teachers.{name}")
+    for name, stage in study.post_training.items():
+        check_settings(stage.run, f"{where}: post_training.{name}")
+
+
 def _add(cells: dict[str, Cell], cell: Cell) -> None:
-    """A cell that two groups ask for is one run."""
-    if (known := cells.setdefault(cell.name, cell)).settings != cell.settings:
-        raise UserError(f"cells of groups {known.group} and {cell.group} are both called {cell.name}")
+    """A cell that two groups ask for is one run; different cells must not share a name."""
+    known = cells.setdefault(cell.name, cell)
+    if replace(known, group=cell.group) != cell:
+        raise UserError(
+            f"two runs would both be called {cell.name}: {_said(known)}, and {_said(cell)}; rename what they "
+            "are named by"
+        )
+
+
+def _said(cell: Cell) -> str:
+    """What tells a cell from others, for a message."""
+    parts = [f"student '{cell.student}'", cell.teacher and f"teacher '{cell.teacher}'", cell.arm, cell.stage]
+    return f"group {cell.group}, " + ", ".join(part for part in parts if part)
+
+
+def _as_named(point: Point, where: str) -> Point:
+    """The point with its budget in the one spelling that names have."""
+    return point | {axis: tokens_text(_budget(point[axis], where)) for axis in point if axis == "tokens"}
 
 
 def _filled(pattern: str, point: Point, where: str) -> str:
@@ -146,6 +184,8 @@ def _filled(pattern: str, point: Point, where: str) -> str:
 
 def _one_teacher(spec: TeacherSpec, point: Point, seed: int | None, where: str) -> TeacherSpec:
     own = {axis: value for axis, value in point.items() if axis in {"rung", "tokens", "seed"}}
+    if "tokens" in own:
+        own["tokens"] = _budget(own["tokens"], where)
     settings = {axis: value for axis, value in point.items() if axis not in own}
     one = spec.model_copy(
         update={"seed": spec.seed if spec.seed is not None else seed}
@@ -172,7 +212,7 @@ def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec, seed: int) -
         seed=seed,
         rung=spec.rung,
         tokens=spec.tokens,
-        settings=_checked_budget(study, name, merged(study.run, merged(settings, spec.run)), spec.tokens),
+        settings=merged(study.run, merged(settings, spec.run)) | {"tokens": spec.tokens},
     )
 
 
@@ -193,14 +233,13 @@ def _teacher_seed(study: StudyConfig, seed: int, where: str) -> int | None:
     return study.teacher_seeds[study.seeds.index(seed)]
 
 
-def _checked_budget(
-    study: StudyConfig, name: str, settings: dict[str, Any], tokens: int | str
-) -> dict[str, Any]:
+def _budget(value: object, where: str) -> int | str:
+    """A value of the axis `tokens`, in the spelling that every other way of saying it has too."""
     try:
-        parse_tokens(tokens, 1)
-    except ValueError as error:
-        raise UserError(f"study {study.name}: {name}: {error}") from None
-    return settings | {"tokens": tokens}
+        return _BUDGET.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: tokens = {value!r}: {reason}") from None
 
 
 def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], where: str) -> Iterator[Point]:
@@ -229,14 +268,15 @@ def _student_cells(
     """The student of a point, the baseline it is compared with, and the stages that follow each."""
     spec = study.students[group]
     where = f"study {study.name}: students.{group}"
-    rung, tokens = point.get("rung", spec.rung), point.get("tokens", spec.tokens)
-    if rung is None or tokens is None:
+    rung, budget = point.get("rung", spec.rung), point.get("tokens", spec.tokens)
+    if rung is None or budget is None:
         raise UserError(f"{where}: a student needs 'rung' and 'tokens', in the group or as an axis")
+    tokens = _budget(budget, where)
     teaching, shared = _told_apart({axis: value for axis, value in point.items() if axis not in OWN})
     own = {"seed": seed, "model": {"rung": rung}, "data": {"seed": seed}}
     settings = merged(own, merged(study.run, merged(spec.run, overlay(shared, where))))
     objective = settings.pop("objective", {})  # a baseline has none, whatever the group's students have
-    student = _joined([str(rung), str(tokens), words(shared), _own_words(spec)])
+    student = _joined([str(rung), tokens_text(tokens), words(shared), _own_words(spec)])
     baseline = Cell(
         name=cell_name(["student", student], seed),
         kind="baseline",
@@ -248,7 +288,7 @@ def _student_cells(
         seed=seed,
         rung=str(rung),
         tokens=tokens,
-        settings=_checked_budget(study, student, settings, tokens),
+        settings=settings | {"tokens": tokens},
     )
     cells = [baseline, *(_twin(baseline, number) for number in range(1, study.baselines))]
     if (teacher := point.get("teacher")) is not None:

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tutelage.cacheformats import HiddenFormat, MinVarianceFormat, TopKFormat
-from tutelage.config import RunConfig
-from tutelage.configio import digest, merged, validate
+from tutelage.configio import digest
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, parameters
 from tutelage.models.ladder import rung
+from tutelage.settings import parse_tokens, tokens_text
 from tutelage.study.cells import cells_of, teachers_of
 from tutelage.study.chains import critical_path, makespan
-from tutelage.study.graph import Cost
+from tutelage.study.graph import Cost, check_cells, draft_config
 from tutelage.study.hardware import run_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tutelage.cacheformats import Format
+    from tutelage.config import RunConfig
     from tutelage.models.ladder import Rung
     from tutelage.study.cells import Cell
     from tutelage.study.hardware import Device
@@ -96,6 +97,7 @@ def works_of(studies: Sequence[StudyConfig]) -> tuple[list[Work], Caches, list[s
     flops = size = 0.0
     notes: list[str] = []
     for study in studies:
+        check_cells(study)
         found = _Reader(study)
         for cell in cells_of(study):
             work = found.work(cell)
@@ -103,6 +105,7 @@ def works_of(studies: Sequence[StudyConfig]) -> tuple[list[Work], Caches, list[s
         cached = found.caches()
         flops, size = flops + cached.flops, size + cached.bytes
         given = [name for name, spec in found.teachers.items() if spec.model is not None]
+        notes += [f"{study.name}: {text}" for text in found.rounded]
         if given:
             notes.append(f"{study.name}: forward passes of given models are not counted: {', '.join(given)}")
     return list(works.values()), Caches(flops, size), notes
@@ -172,19 +175,25 @@ class _Reader:
         self._keys: dict[str, str] = {}
         self._read: dict[tuple[str, tuple[str, ...]], int] = {}
         self._tokens: dict[str, int] = {}
+        self.rounded: dict[str, None] = {}
 
     def work(self, cell: Cell) -> Work:
         """The cost of a cell whose needs are known."""
-        config = self._checked(cell)
+        config = draft_config(self.study, cell, self.teachers)
         try:
             shape = rung(cell.rung)
             vocab_size = self._vocabulary(shape)
-            cost = Cost.of(cell, self.teachers, vocab_size, config.data.sequence_length)
+            cost = Cost.of(cell, self.teachers, vocab_size)
         except UserError as error:
             raise UserError(f"study {self.study.name}: {cell.name}: {error}") from None
         needs = tuple(self._keys[name] for name in cell.needs)
         key = self._keys[cell.name] = f"{cell.name}-{digest([cell.settings, self._taught(cell), needs])}"
         self._tokens[cell.name] = cost.tokens
+        if cell.compute_of is None and parse_tokens(cell.tokens, cost.parameters) != cost.tokens:
+            batch = config.global_batch_tokens
+            asked = tokens_text(cell.tokens)
+            text = f"of {asked} tokens {cost.tokens:,} are trained, in whole batches of {batch:,}"
+            self.rounded[text] = None
         kept = self._is_kept(cell)
         if kept:
             cache = str(cell.teacher), cell.needs
@@ -227,17 +236,6 @@ class _Reader:
     def _branched(self, cell: Cell, config: RunConfig) -> float:
         """Tokens that a branch of a trunk does not train: the shorter run's, up to its decay."""
         return 0.0 if cell.trunk is None else self._tokens[cell.trunk] * (1 - config.optim.decay)
-
-    def _checked(self, cell: Cell) -> RunConfig:
-        """The run's settings as a config, with stand-ins for what is not there yet."""
-        stand_in: dict[str, Any] = {"data": {"store": "store"}, "name": cell.name[:100]}
-        if cell.kind == "after":
-            stand_in["model"] = {"run": "run"}
-        elif cell.kind == "student" and cell.teacher is not None:
-            control = self.teachers[cell.teacher].control
-            stand_in["teacher"] = {"kind": control} if control else {"kind": "run", "run": "run"}
-        settings = merged(cell.settings, stand_in) | {"tokens": cell.tokens}
-        return validate(RunConfig, settings, f"study {self.study.name}: {cell.name}")
 
     def _vocabulary(self, shape: Rung) -> int:
         """Entries of the tokenizer, or of the paper's where it is not here."""

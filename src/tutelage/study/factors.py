@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config import RunConfig
 from tutelage.configio import digest, merged
 from tutelage.errors import UserError
+from tutelage.settings import slug
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tutelage.study.axes import Point
 
@@ -32,13 +32,35 @@ _SHORT = {
 OWN = {"rung", "tokens", "seed", "teacher", "compute_of"}
 """Axes that are no setting of a run by themselves."""
 
-_NAME = re.compile(r"[^A-Za-z0-9.]+")
+_STUDYS = {"name", "seed", "model", "tokens", "teacher", "output", "stage"}
+_STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "trunk"))
+"""Settings of a run that its cell decides."""
+
+_SECTIONS = ("data", "optim", "objective", "eval", "checkpoint", "runtime")
+
 _LONGEST = 60
 
 
 def setting_of(axis: str) -> str:
     """The dotted path of the setting that an axis stands for."""
     return _SHORT.get(axis, axis)
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of a study's runs that hide a section, or name what each run gets from the study.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for part in _SECTIONS:
+        if not isinstance(settings.get(part, {}), dict):
+            raise UserError(
+                f"{where}: run.{part} = {settings[part]!r}: a section with settings is needed here"
+            )
+    given = [key for key in settings if key in _STUDYS]
+    given += [f"{part}.{key}" for part, key in _STUDYS_IN if key in settings.get(part, {})]
+    if given:
+        raise UserError(f"{where}: run.{given[0]}: the study sets that for each of its runs; drop it")
 
 
 def overlay(factors: Point, where: str) -> dict[str, Any]:
@@ -48,8 +70,11 @@ def overlay(factors: Point, where: str) -> dict[str, Any]:
         UserError: an axis is no setting of a run.
     """
     settings: dict[str, Any] = {}
+    axes: dict[str, str] = {}
     for axis, value in factors.items():
         path = setting_of(axis).split(".")
+        if (twin := axes.setdefault(setting_of(axis), axis)) != axis:
+            raise UserError(f"{where}: axes '{twin}' and '{axis}' are the same setting; keep one")
         if path[0] not in RunConfig.model_fields:
             known = [*sorted(OWN), *_SHORT, *RunConfig.model_fields]
             near = difflib.get_close_matches(axis, known, n=1)
@@ -59,12 +84,8 @@ def overlay(factors: Point, where: str) -> dict[str, Any]:
         for key in reversed(path):
             nested = {key: nested}
         settings = merged(settings, nested)
+    check_settings(settings, where)
     return settings
-
-
-def slug(text: str) -> str:
-    """`text` as part of a directory's name."""
-    return _NAME.sub("-", text).strip("-.")
 
 
 def cell_name(parts: Sequence[str | None], seed: int) -> str:
@@ -89,4 +110,4 @@ def _word(axis: str, value: object) -> str:
         kind = value.get("policy", value.get("kind", axis))
         rest = " ".join(f"{key} {item}" for key, item in value.items() if key not in {"policy", "kind"})
         return f"{kind} {rest}".strip()
-    return f"{axis} {value:g}" if isinstance(value, float) else f"{axis} {value}"
+    return f"{axis} {value:.12g}" if isinstance(value, float) else f"{axis} {value}"

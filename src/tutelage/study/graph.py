@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tutelage.config import RunConfig, RunData
-from tutelage.configio import merged, validate
+from tutelage.config import NOT_THE_RESULT, RunConfig, RunData
+from tutelage.configio import digest, merged, validate
+from tutelage.errors import UserError
 from tutelage.identity import run_id
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
 from tutelage.models.ladder import rung
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from tutelage.study.cells import Cell
     from tutelage.study.spec import StudyConfig, TeacherSpec
+
+_LENGTH = int(RunData.model_fields["sequence_length"].default)
+_BATCH = int(RunConfig.model_fields["global_batch_tokens"].default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ class _Binder:
 
     def node(self, cell: Cell) -> Node:
         """The node of a cell whose needs are nodes already."""
-        cost = Cost.of(cell, self.teachers, self.vocab_size, sequence_length(cell))
+        draft_config(self.study, cell, self.teachers)
+        cost = Cost.of(cell, self.teachers, self.vocab_size)
         settings = merged(cell.settings, self._places(cell))
         settings["tokens"] = cost.tokens if cell.compute_of else cell.tokens
         config = validate(RunConfig, settings, f"study {self.study.name}: {cell.name}")
@@ -152,11 +157,39 @@ class _Binder:
         return [inside, *outside]
 
 
-def sequence_length(cell: Cell) -> int:
-    """Tokens per sequence of a cell's run."""
-    default = RunData.model_fields["sequence_length"].default
-    length: int = cell.settings.get("data", {}).get("sequence_length", default)
-    return length
+def draft_config(study: StudyConfig, cell: Cell, teachers: Mapping[str, TeacherSpec]) -> RunConfig:
+    """The settings of a cell's run, with stand-ins for the stores, models and teachers that it is to get.
+
+    Raises:
+        UserError: a setting is wrong; the message names study and cell.
+    """
+    stand_in: dict[str, Any] = {"data": {"store": "store"}, "name": cell.name[:100]}
+    if cell.kind == "after":
+        stand_in["model"] = {"run": "run"}
+    elif cell.kind == "student" and cell.teacher is not None:
+        control = teachers[cell.teacher].control
+        stand_in["teacher"] = {"kind": control} if control else {"kind": "run", "run": "run"}
+    settings = merged(cell.settings, stand_in) | {"tokens": cell.tokens}
+    return validate(RunConfig, settings, f"study {study.name}: {cell.name}")
+
+
+def check_cells(study: StudyConfig) -> None:
+    """Raise UserError if a run of the study cannot be, or is asked for twice in different words.
+
+    Nothing needs to be built for that.
+    """
+    teachers = teachers_of(study)
+    names: dict[str, str] = {}
+    for cell in cells_of(study):
+        config = draft_config(study, cell, teachers)
+        recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
+        key = digest(
+            [recipe, cell.kind, cell.teacher, cell.needs, cell.baseline, cell.compute_of, cell.trunk]
+        )
+        if (other := names.setdefault(key, cell.name)) != cell.name:
+            raise UserError(
+                f"study {study.name}: {other} and {cell.name} are the same run in different words; keep one"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +197,7 @@ class Cost:
     """Estimate of a cell, from shapes alone.
 
     Attributes:
-        tokens: training tokens.
+        tokens: training tokens, whole batches.
         parameters: of the trained model, embeddings included.
         flops: of training, forward and backward.
         teacher_flops: of the teacher's forward passes.
@@ -176,13 +209,17 @@ class Cost:
     teacher_flops: float
 
     @classmethod
-    def of(
-        cls, cell: Cell, teachers: Mapping[str, TeacherSpec], vocab_size: int, sequence_length: int
-    ) -> Cost:
-        """Cost of a cell; a teacher that is a given model or a control counts as free."""
+    def of(cls, cell: Cell, teachers: Mapping[str, TeacherSpec], vocab_size: int) -> Cost:
+        """Cost of a cell whose settings are right; a given model or a control as teacher counts as free.
+
+        Raises:
+            UserError: its tokens are less than a batch.
+        """
+        length = cell.settings["data"].get("sequence_length", _LENGTH)
+        batch = cell.settings.get("global_batch_tokens", _BATCH)
 
         def forward(name: str) -> float:
-            return forward_flops(rung(name), vocab_size, sequence_length)
+            return forward_flops(rung(name), vocab_size, length)
 
         total = parameters(rung(cell.rung), vocab_size).total
         tokens = parse_tokens(cell.tokens, total)
@@ -191,4 +228,7 @@ class Cost:
         teacher = forward(shape) if shape is not None else 0.0
         if cell.compute_of is not None:
             tokens, teacher = round(tokens * kd_cost_factor(teacher, forward(cell.rung))), 0.0
+        if tokens < batch:
+            raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
+        tokens -= tokens % batch
         return cls(tokens, total, 3 * forward(cell.rung) * tokens, teacher * tokens)

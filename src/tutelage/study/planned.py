@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.identity import evaluation_id
 from tutelage.study.cells import cells_of, teachers_of, trained_as
-from tutelage.study.graph import Cost, sequence_length
+from tutelage.study.graph import Cost
 from tutelage.study.planfile import Plan, PlanDomain, PlanRun, PlanStudent, PlanTeacher
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def draft_of(study: StudyConfig) -> Plan:
     names = {cell.name: cell.name for cell in cells}
     return _plan(
         study,
-        [
-            (cell, _run(cell, names, Cost.of(cell, teachers, vocab_size, sequence_length(cell))))
-            for cell in cells
-        ],
+        [(cell, _run(cell, names, Cost.of(cell, teachers, vocab_size))) for cell in cells],
     )
 
 

@@ -7,13 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tutelage.cacheformats import CacheSettings
+from tutelage.config import RunConfig
 from tutelage.data.config import Source, StoreConfig
-from tutelage.settings import Budget, Name, Section
+from tutelage.settings import Budget, Bytes, Name, Section, Seed, refuse_alike
 from tutelage.study.axes import Grid
 from tutelage.types import Role
+from tutelage.yamltext import ReadAs
 
 Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9{][A-Za-z0-9._@{}-]*$", max_length=100)]
 """A name; with a grid, axes in braces take their values: "{rung}@{tokens}"."""
+
+RunSettings = Annotated[dict[str, Any], ReadAs(RunConfig)]
+"""Part of a run file."""
 
 
 class TeacherSpec(Section):
@@ -25,8 +30,8 @@ class TeacherSpec(Section):
     description: str = Field("", description="a few words for tables")
     rung: str | None = Field(None, description="shape of a trained teacher")
     tokens: Budget | None = Field(None, description="its training tokens")
-    seed: int | None = Field(
-        None, ge=0, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
+    seed: Seed | None = Field(
+        None, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
     )
     model: str | None = Field(None, description="or: a model directory or Hub name")
     control: Literal["unigram", "uniform"] | None = Field(None, description="or: kind of control")
@@ -41,7 +46,7 @@ class TeacherSpec(Section):
         description="budgets are branches of one run: each starts where the decay of the next shorter one "
         "begins; needs optim.schedule wsd and a warm-up in tokens",
     )
-    run: dict[str, Any] = Field({}, description="settings of its run, as in a run file")
+    run: RunSettings = Field({}, description="settings of its run, as in a run file")
     grid: Grid | None = Field(None, description="one teacher per point")
 
 
@@ -56,8 +61,8 @@ class StudentSpec(Section):
     description: str = Field("", description="what this group is to show")
     rung: str | None = Field(None, description="shape, where it is no axis")
     tokens: Budget | None = Field(None, description="training tokens, where they are no axis")
-    seeds: tuple[int, ...] = Field((), description="default: the study's")
-    run: dict[str, Any] = Field({}, description="settings of these runs, as in a run file")
+    seeds: tuple[Seed, ...] = Field((), description="default: the study's")
+    run: RunSettings = Field({}, description="settings of these runs, as in a run file")
     grid: Grid = Field(description="points of the group")
     then: tuple[Name, ...] = Field((), description="stages of `post_training` that follow each run")
 
@@ -67,7 +72,7 @@ class DomainSpec(Section):
 
     source: Source
     role: Role = "out_of_domain"
-    max_bytes: int | None = Field(None, ge=1, description="read no more text than this, in bytes of UTF-8")
+    max_bytes: Bytes | None = Field(None, description="read no more text than this, in bytes of UTF-8")
 
 
 class PostTraining(Section):
@@ -75,7 +80,7 @@ class PostTraining(Section):
 
     corpus: StoreConfig = Field(description="prompts and completions, in the study's tokens")
     tokens: Budget = Field(description="training tokens")
-    run: dict[str, Any] = Field({}, description="settings of its runs, as in a run file; stage is sft")
+    run: RunSettings = Field({}, description="settings of its runs, as in a run file; stage is sft")
 
 
 class StudyConfig(Section):
@@ -88,9 +93,9 @@ class StudyConfig(Section):
     domains: dict[Name, DomainSpec] = Field(min_length=1, description="out-of-domain texts, by name")
     teachers: dict[Pattern, TeacherSpec] = Field(description="teachers by name; a grid makes several")
     students: dict[Name, StudentSpec] = Field(description="groups of students; none: only teachers are made")
-    teacher_seed: int = Field(42, ge=0, description="weights and data order of every teacher")
-    seeds: tuple[int, ...] = Field(min_length=1, description="a seed sets student weights and data order")
-    teacher_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    teacher_seed: Seed = Field(42, description="weights and data order of every teacher")
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="a seed sets student weights and data order")
+    teacher_seeds: tuple[Seed, ...] = Field(
         (),
         description="one for each of `seeds`, whose students learn from teachers of that seed; so intervals "
         "contain what another training of the teachers would change; default: teacher_seed for all",
@@ -98,6 +103,7 @@ class StudyConfig(Section):
     baselines: int = Field(
         1,
         ge=1,
+        le=100,
         description="untaught runs per student and seed, of other initial weights on the same batches; gains "
         "are against their mean",
     )
@@ -105,14 +111,11 @@ class StudyConfig(Section):
     claims: tuple[Annotated[int, Field(ge=1, le=23)], ...] = Field(
         (), description="numbers of the claims tested as pre-registered, with Holm's correction over them"
     )
-    run: dict[str, Any] = Field({}, description="settings of every run, as in a run file")
+    run: RunSettings = Field({}, description="settings of every run, as in a run file")
     notes: tuple[str, ...] = Field((), description="what a reader of the report must know")
 
     @model_validator(mode="after")
     def _replicates(self) -> StudyConfig:
-        for name, given in (("seeds", self.seeds), ("teacher_seeds", self.teacher_seeds)):
-            if twice := [seed for seed in given if given.count(seed) > 1]:
-                raise ValueError(f"{name}: {twice[0]} is there twice; each replicate has a seed of its own")
         if shared := sorted({*self.teacher_seeds} & {*self.seeds}):
             raise ValueError(
                 f"teacher_seeds: {shared[0]} is in seeds too; a teacher of that seed would have read a "
@@ -123,6 +126,20 @@ class StudyConfig(Section):
                 f"teacher_seeds: {len(self.teacher_seeds)} for {len(self.seeds)} seeds; give one for each, "
                 "or none and a teacher_seed for all"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyConfig:
+        """What names runs, stores and rows of tables is told apart in all of them."""
+        refuse_alike("domains", [self.in_domain, *self.domains])
+        refuse_alike("students", self.students)
+        refuse_alike("post_training", self.post_training)
+        refuse_alike("seeds", self.seeds)
+        refuse_alike("teacher_seeds", self.teacher_seeds)
+        refuse_alike("claims", self.claims)
+        for name, group in self.students.items():
+            refuse_alike(f"students.{name}.seeds", group.seeds)
+            refuse_alike(f"students.{name}.then", group.then)
         return self
 
     @model_validator(mode="after")

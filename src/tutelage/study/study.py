@@ -12,7 +12,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.files import BusyError, claimed, make_directory
 from tutelage.study.claims import Claims, is_gone, runners
 from tutelage.study.failures import Failures
-from tutelage.study.graph import Node, expand
+from tutelage.study.graph import Node, check_cells, expand
 from tutelage.study.planfile import Plan, load_plan, save_plan
 from tutelage.study.planned import plan_of
 from tutelage.study.runner import run_all
@@ -66,6 +66,7 @@ def run_study(
         Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
     """
     rules = rules or Rules()
+    check_cells(study)
     make_directory(directory)
     with engine, Claims(directory) as claims:
         with _prepared_alone(directory, claims, say):

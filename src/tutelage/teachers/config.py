@@ -10,29 +10,31 @@ from pydantic import Field, field_validator
 from tutelage.cacheformats import Format, MinVarianceFormat
 from tutelage.config import ControlTeacher, LiveTeacher
 from tutelage.objectiveconfig import Temperature
-from tutelage.settings import Name, Section
+from tutelage.settings import BatchTokens, FilePath, Length, Name, Section, Seed, Threads
 
 
 class TeachConfig(Section):
     """One teacher cache. It lands in `<output>/<name>-<hash8>`; same config, same directory."""
 
     name: Name = Field("cache", description="readable part of the directory name")
-    store: Path = Field(description="token store whose training split the teacher reads")
+    store: FilePath = Field(description="token store whose training split the teacher reads")
     teacher: LiveTeacher
-    context_length: int = Field(
-        128, ge=2, description="tokens the teacher sees; students use this sequence length or a divisor of it"
+    context_length: Length = Field(
+        128, description="tokens the teacher sees; students use this sequence length or a divisor of it"
     )
     format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
     temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
-    seed: int = Field(0, ge=0, description="seed of the sampler")
+    seed: Seed = Field(0, description="seed of the sampler")
     compress: bool = Field(default=False, description="zstd per block, where it makes the block smaller")
-    shard_tokens: int = Field(2**18, ge=1, description="tokens per file; what a writer claims at a time")
-    batch_tokens: int = Field(4096, ge=2, description="tokens per teacher forward")
+    shard_tokens: int = Field(
+        2**18, ge=1, le=2**40, description="tokens per file; what a writer claims at a time"
+    )
+    batch_tokens: BatchTokens = Field(4096, description="tokens per teacher forward")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the teacher")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
-    runs: Path = Field(Path("runs"), description="directory that holds the run of a teacher of kind run")
-    output: Path = Field(Path("caches"), description="directory of caches")
+    threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
+    runs: FilePath = Field(Path("runs"), description="directory that holds the run of a teacher of kind run")
+    output: FilePath = Field(Path("caches"), description="directory of caches")
 
     @field_validator("teacher")
     @classmethod

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.settings import parse_tokens
-
 if TYPE_CHECKING:
     from torch import nn
 
-    from tutelage.config import OptimConfig
+    from tutelage.optimconfig import OptimConfig
 
 
 def adamw(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW:
@@ -26,22 +24,14 @@ def adamw(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def decay_start(config: OptimConfig, steps: int) -> int:
-    """The first step of the linear decay of a wsd run of `steps`."""
-    return steps - max(1, round(config.decay * steps))
-
-
 def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, *, batch_tokens: int) -> float:
     """Learning rate of 0-based optimizer step `step` of `steps`, each of `batch_tokens`.
 
     Linear warm-up over the first `warmup` (steps or tokens), reaching the peak on its last step; then
     cosine down to `final_lr` of the peak on the last step, or constant, or (wsd) constant and a linear
-    decay over the last `decay` of the steps, ending at `final_lr` of the peak.
+    decay over the last `decay` of the steps, ending at `final_lr` of the peak. A `decay` of 0 is none.
     """
-    if isinstance(config.warmup, str):
-        warmup = math.ceil(parse_tokens(config.warmup) / batch_tokens)
-    else:
-        warmup = math.ceil(config.warmup * steps)
+    warmup = config.warmup_steps(steps, batch_tokens)
     if step < warmup:
         return peak * (step + 1) / warmup
     low = config.final_lr * peak
@@ -50,6 +40,7 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, *, ba
     if config.schedule == "cosine":
         progress = (step - warmup) / max(1, steps - 1 - warmup)
         return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    start = decay_start(config, steps)
-    progress = max(0, step - start + 1) / (steps - start)
-    return peak + (low - peak) * progress
+    start = config.decay_start(steps, batch_tokens)
+    if step < start:
+        return peak
+    return peak + (low - peak) * (step - start + 1) / (steps - start)

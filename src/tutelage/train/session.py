@@ -10,7 +10,7 @@ from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
 from tutelage.train import checkpoint
 from tutelage.train.export import export
-from tutelage.train.optim import decay_start, learning_rate
+from tutelage.train.optim import learning_rate
 from tutelage.train.step import Turn
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class Session:
         self._clock.tick(config.global_batch_tokens if turn.asks_teacher else 0)
         finished = self.step == setup.steps
         saving = stopping or finished or self.step % self._every == 0
-        if config.checkpoint.trunk and self.step == decay_start(config.optim, setup.steps):
+        if config.checkpoint.trunk and self.step == config.optim.decay_start(
+            setup.steps, config.global_batch_tokens
+        ):
             self._save_trunk()
         if saving or self.step % config.runtime.log_every == 0:
             self._log(report, saving=saving)

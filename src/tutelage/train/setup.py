@@ -19,7 +19,6 @@ from tutelage.models.export import Base
 from tutelage.models.positions import check_length
 from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
 from tutelage.objectiveconfig import TopKTruncation
-from tutelage.settings import parse_tokens
 from tutelage.teachers import make_teacher
 from tutelage.teachers.cached import cached_teacher
 from tutelage.teachers.kept import kept_targets
@@ -180,7 +179,7 @@ def prepare(config: RunConfig, teacher: Teacher | None = None) -> Setup:
         steps=steps,
         lr=lr,
         micro_sequences=min(micro, sequences // world.size),
-        checkpoint_tokens=parse_tokens(config.checkpoint.every),
+        checkpoint_tokens=config.checkpoint.every,
         parameters=parameters,
         student_flops=3 * hub.forward_flops(model, config.data.sequence_length),
         base=student.base,
@@ -285,13 +284,10 @@ def _teacher(config: RunConfig, store: Store, device: torch.device) -> Teacher:
 
 
 def _steps(config: RunConfig, parameters: int) -> int:
-    tokens = parse_tokens(config.tokens, parameters)
-    if tokens < config.global_batch_tokens:
-        raise UserError(
-            f"tokens = {config.tokens}: {tokens:,} tokens are less than one batch of "
-            f"{config.global_batch_tokens:,} (global_batch_tokens)"
-        )
-    return tokens // config.global_batch_tokens
+    try:
+        return config.steps(parameters)
+    except ValueError as error:
+        raise UserError(f"run {config.name}: {error}") from None
 
 
 def _autocast(config: RunConfig, device: torch.device) -> torch.dtype | None:

@@ -15,7 +15,6 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.files import new_directory, write_text
 from tutelage.train.checkpoint import TRUNK
-from tutelage.train.optim import decay_start
 from tutelage.train.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def start_from_trunk(setup: Setup, directory: RunDirectory) -> None:
         )
     _check_same(config, trunk)
     name = found.name.removeprefix(TRUNK)
-    if int(name.removeprefix("step-")) > decay_start(config.optim, setup.steps):
+    if int(name.removeprefix("step-")) > config.optim.decay_start(setup.steps, config.global_batch_tokens):
         raise UserError(f"runtime.trunk {trunk.id}: it decays later than this run does; choose a shorter one")
     write_text(directory.path / "metrics.jsonl", (trunk.path / "metrics.jsonl").read_text(encoding="utf-8"))
     with new_directory(directory.checkpoints / name) as partial:

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 
-from tutelage.config import OptimConfig, RunConfig
+from tutelage.config import RunConfig
 from tutelage.configio import validate
 from tutelage.errors import UserError
 from tutelage.objective import GATES, POLICIES, make_policy
 from tutelage.objectiveconfig import Alpha, Gate, ObjectiveConfig
+from tutelage.optimconfig import OptimConfig
 from tutelage.train.optim import learning_rate
 from tutelage.train.setup import prepare
 from tutelage.train.step import Turn, train_step

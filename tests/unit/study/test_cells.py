@@ -32,7 +32,7 @@ def group(grid, **more):
 def test_a_grid_of_teachers_is_named_by_its_axes():
     found = teachers_of(study())
     assert list(found) == ["nano-20k@1M", "nano-20k@2M", "nano-50k@1M", "nano-50k@2M", "unigram"]
-    assert (found["nano-50k@2M"].rung, found["nano-50k@2M"].tokens) == ("nano-50k", "2M")
+    assert (found["nano-50k@2M"].rung, found["nano-50k@2M"].tokens) == ("nano-50k", 2_000_000)
     assert {cell.seed for cell in cells_of(study())} == {42}
 
 

@@ -60,6 +60,10 @@ def test_the_critical_path_is_the_costliest_chain(graph):
     assert all(before in needs[after] for before, after in itertools.pairwise(path))
 
 
+TRAINED = 97 * 1024
+"""Of 100K tokens, in whole batches."""
+
+
 def test_flops_are_told_apart_and_add_up_to_the_shapes():
     works, caches, notes = works_of([DEMO])
     assert {kind: runs for kind, (runs, _) in by_kind(works).items()} == {
@@ -71,10 +75,11 @@ def test_flops_are_told_apart_and_add_up_to_the_shapes():
     per_token = {
         name: training_flops(rung(name), 512, 128) for name in ("nano-50k", "nano-150k", "nano-350k")
     }
-    assert purposes["teacher training"] == pytest.approx(1e5 * sum(per_token.values()))
-    assert purposes["student training"] == pytest.approx(1e5 * 16 * per_token["nano-150k"])
-    assert purposes["teacher forward"] == pytest.approx(1e5 * 4 * sum(per_token.values()) / 3)
-    assert (caches.flops, caches.bytes, notes) == (0, 0, [])
+    assert purposes["teacher training"] == pytest.approx(TRAINED * sum(per_token.values()))
+    assert purposes["student training"] == pytest.approx(TRAINED * 16 * per_token["nano-150k"])
+    assert purposes["teacher forward"] == pytest.approx(TRAINED * 4 * sum(per_token.values()) / 3)
+    assert (caches.flops, caches.bytes) == (0, 0)
+    assert notes == ["demo: of 100K tokens 99,328 are trained, in whole batches of 1,024"]
 
 
 def test_runs_that_studies_share_count_once():
@@ -91,8 +96,8 @@ def test_a_kept_teacher_is_run_once_and_takes_room():
     raw["teachers"]["strong"]["cache"] = {"format": {"kind": "sample_min_variance", "ids": 16}}
     works, caches, _ = works_of([validate(StudyConfig, raw, "test")])
     forward = training_flops(rung("nano-350k"), 512, 128) / 3
-    assert caches.flops == pytest.approx(1e5 * forward)
-    assert caches.bytes == pytest.approx(1e5 * 16 * (9 + 16) / 8)
+    assert caches.flops == pytest.approx(TRAINED * forward)
+    assert caches.bytes == pytest.approx(TRAINED * 16 * (9 + 16) / 8)
     assert all(work.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
 
 

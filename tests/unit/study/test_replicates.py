@@ -119,9 +119,9 @@ def test_seeds_of_several_groups_find_their_teachers():
     ("changes", "message"),
     [
         ({"teacher_seeds": [1043]}, "teacher_seeds: 1 for 2 seeds; give one for each"),
-        ({"teacher_seeds": [1043, 1043]}, "teacher_seeds: 1043 is there twice"),
+        ({"teacher_seeds": [1043, 1043]}, "teacher_seeds: 1043 is listed twice"),
         ({"teacher_seeds": [43, 1044]}, "teacher_seeds: 43 is in seeds too"),
-        ({"seeds": [43, 43], "teacher_seeds": []}, "seeds: 43 is there twice"),
+        ({"seeds": [43, 43], "teacher_seeds": []}, "seeds: 43 is listed twice"),
         ({"baselines": 0}, "baselines"),
     ],
 )

@@ -30,7 +30,7 @@ def test_budgets_are_chained_from_the_smallest_to_the_largest():
     }
     for cell in cells.values():
         assert cell.needs == (() if cell.trunk is None else (cell.trunk,))
-        assert cell.settings["checkpoint"]["trunk"] == (cell.tokens != "6K")
+        assert cell.settings["checkpoint"]["trunk"] == (cell.tokens != 6000)
     assert all(cell.trunk is None for cell in cells_of(study(trunk=False)))
 
 

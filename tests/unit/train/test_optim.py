@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tutelage.config import OptimConfig
-from tutelage.train.optim import adamw, decay_start, learning_rate
+from tutelage.optimconfig import OptimConfig
+from tutelage.train.optim import adamw, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_warm_up_in_tokens_does_not_follow_the_budget():
     assert short == long
     assert short[9:] == [1.0] * 31  # 1,000 tokens are ten steps
     assert short[4] == 0.5
-    assert decay_start(config, 50) == 40
+    assert config.decay_start(50, 100) == 40
     assert learning_rate(config, 1.0, 40, 50, batch_tokens=100) < 1.0
 
 
