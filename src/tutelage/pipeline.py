@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tutelage.config import RunConfig
+    from tutelage.types import Score
 
     Run = tuple[RunConfig, RunDirectory]
 
@@ -77,7 +78,7 @@ def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> 
         try:
             errors = _train([run for run in left if not run[1].model.is_dir()], watcher)
             if is_main:
-                _score([run for run in left if run[1].model.is_dir()])
+                _score([run for run in left if run[1].model.is_dir()], watcher)
         except Stopped:
             raise
         except BaseException as error:
@@ -115,14 +116,24 @@ def _check_distinct(runs: Sequence[Run]) -> None:
             )
 
 
-def _score(runs: Sequence[Run]) -> None:
+def _score(runs: Sequence[Run], watcher: Watcher) -> None:
     """Score what is trained; with that a run is done."""
     for config, directory in runs:
         step = int(directory.state()["step"])
         model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
         model.to(hub.pick_device(config.runtime.device))
-        suite.score(config, directory, model, step, finished=True)
+        scores = suite.score(config, directory, model, step, finished=True)
+        _warn_if_parted(scores, directory, watcher)
         _mark_scored(config, directory)
+
+
+def _warn_if_parted(scores: Sequence[Score], directory: RunDirectory, watcher: Watcher) -> None:
+    """Say once in a run's life, and leave in state.json, that held-out and training loss are far apart."""
+    state = directory.state()
+    warning = suite.parted(scores, directory)
+    if warning is not None and state.get("warning") is None:
+        watcher.note(f"warning: {directory.id}: {warning}")
+        directory.write_state(state["status"], warning=warning)
 
 
 def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
@@ -160,6 +171,7 @@ def _scoring(config: RunConfig, directory: RunDirectory, watcher: Watcher) -> Ho
 
     def call(model: PreTrainedModel, step: int) -> None:
         scores = suite.score(config, directory, model, step, finished=False)
+        _warn_if_parted(scores, directory, watcher)
         bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
         if bits:
             values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)

@@ -47,11 +47,15 @@ def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], 
     for domain in domains:
         metric = metrics.get(domain, "bits_per_byte")
         name = domain if metric == "bits_per_byte" else f"{domain} ({metric})"
-        for pattern, label in _ROWS.items():
-            found = [test.get((model, domain, pattern.format(metric=metric))) for model in models]
-            if any(found):
-                lines.append(([label.format(domain=name)], _cells(found)))
+        for version in dict.fromkeys(row["version"] for row in test.values() if row["domain"] == domain):
+            for pattern, label in _ROWS.items():
+                shown = [test.get((model, domain, pattern.format(metric=metric))) for model in models]
+                found = [row if row is not None and row["version"] == version else None for row in shown]
+                if any(found):
+                    lines.append(([label.format(domain=name)], _cells(found)))
     _print(["domain"], models, lines, caption + _fit_errors(test.values()), console)
+    for line in _apart_notes((row["run"], row["domain"], row["version"]) for row in test.values()):
+        console.print(line, highlight=False, soft_wrap=True)
     for line in _overlap_notes(test, models, domains):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -65,16 +69,31 @@ def print_tasks(scores: Sequence[Score], what: str, unit: str, console: Console)
         unit: what n and the standard error count, in the plural.
         console: where to.
     """
-    found = {(score.run, score.domain, score.metric): score for score in scores}
+    found = {(score.run, score.domain, score.metric, score.version): score for score in scores}
     models = list(dict.fromkeys(score.run for score in scores))
     caption = f"Value ± standard error over n {unit}" + (
         f"; * best of the models that got the same {unit}" if len(models) > 1 else ""
     )
     lines = []
-    for domain, metric in dict.fromkeys((score.domain, score.metric) for score in scores):
-        row = [found.get((model, domain, metric)) for model in models]
+    for domain, metric, version in dict.fromkeys((s.domain, s.metric, s.version) for s in scores):
+        row = [found.get((model, domain, metric, version)) for model in models]
         lines.append(([domain, metric], [_task_cell(score, row) for score in row]))
     _print([what, "metric"], models, lines, caption, console)
+    for line in _apart_notes((score.run, score.domain, score.version) for score in scores):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _apart_notes(scored: Iterable[tuple[str, str, str]]) -> list[str]:
+    """What stands in rows of its own because it was not measured alike: by run, domain and version."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for run, domain, version in dict.fromkeys(scored):
+        groups.setdefault(domain, {}).setdefault(version, []).append(run)
+    return [
+        f"{domain}: not side by side, because of other documents, windows or settings: "
+        + "; ".join(", ".join(dict.fromkeys(runs)) for runs in versions.values())
+        for domain, versions in groups.items()
+        if len({run for runs in versions.values() for run in runs}) > 1 and len(versions) > 1
+    ]
 
 
 def _print(
@@ -99,22 +118,20 @@ def _print(
 def _task_cell(score: Score | None, row: Sequence[Score | None]) -> Text:
     if score is None:
         return Text("-")
-    rivals = [other.value for other in row if other is not None and other.version == score.version]
+    rivals = [other.value for other in row if other is not None]
     best = score.value == (max if score.higher_is_better else min)(rivals) and len(set(rivals)) > 1
     noise = "" if math.isnan(score.stderr) else f" ± {score.stderr:.3f}"
     return Text(f"{score.value:.3f}{noise} (n={score.n}){' *' if best else ''}", "bold green" if best else "")
 
 
 def _cells(found: Sequence[Mapping[str, Any] | None]) -> list[Text]:
-    """One row's values; the best is marked where it has competition of its own version."""
+    """One row's values, all of one version; the best is marked where it has competition."""
     cells = []
     for row in found:
         if row is None:
             cells.append(Text("-"))
             continue
-        rivals = [
-            other["value"] for other in found if other is not None and other["version"] == row["version"]
-        ]
+        rivals = [other["value"] for other in found if other is not None]
         best = row["value"] == min(rivals) and len(set(rivals)) > 1
         interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
         cells.append(

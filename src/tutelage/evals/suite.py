@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tutelage.config import EvalDomain
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from tutelage.evals.trainingtext import TrainingText
     from tutelage.train.rundir import RunDirectory
     from tutelage.types import Score
+
+_FAR_APART = 1.0
+"""Nats per token between training and held-out loss from which a run is warned about."""
 
 
 def missing(config: RunConfig, directory: RunDirectory, step: int) -> list[EvalDomain]:
@@ -109,6 +113,31 @@ def score(
             add_scores(subject.scores, outcome.scores)
         found += outcome.scores
     return found
+
+
+def parted(scores: Sequence[Score], directory: RunDirectory) -> str | None:
+    """A sentence if the loss on held-out text of the training distribution is far from the training loss.
+
+    Args:
+        scores: new ones of the run, of its latest step.
+        directory: of the run, whose metrics say what it lost in training lately.
+    """
+    training = directory.recent_ce()
+    for score in scores:
+        if training is None or (score.role, score.split, score.metric) != (
+            "in_domain",
+            "validation",
+            "perplexity",
+        ):
+            continue
+        held_out = math.log(score.value)
+        if abs(held_out - training) > _FAR_APART:
+            return (
+                f"step {score.step:,}: {held_out:.2f} nats per token on held-out text of {score.domain}, "
+                f"{training:.2f} lately in training; more than {_FAR_APART:g} apart: the model knows its "
+                "text by heart, or the held-out text is of another kind or in other tokens"
+            )
+    return None
 
 
 def _targets(config: RunConfig, domains: Sequence[EvalDomain], text: TrainingText) -> list[Target]:

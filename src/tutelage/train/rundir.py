@@ -84,6 +84,17 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def recent_ce(self) -> float | None:
+        """Mean training loss of the last rows of metrics.jsonl, in nats per token; None without rows.
+
+        At most ten rows, and of a short history its last quarter, so that a loss that still falls fast is
+        not averaged over its fall.
+        """
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        losses = [float(json.loads(line)["ce"]) for line in lines[-max(1, min(10, len(lines) // 4)) :]]
+        return sum(losses) / len(losses) if losses else None
+
     def keep_metrics_until(self, step: int) -> None:
         """Drop rows after `step`, which a resumed run is about to write again (and any torn last line)."""
         path = self.path / "metrics.jsonl"

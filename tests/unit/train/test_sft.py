@@ -311,3 +311,15 @@ def test_a_step_without_a_completion_is_refused_before_training(make_sft):
                 global_batch_tokens=8, tokens=2400, data=make_sft().data.model_dump() | {"sequence_length": 8}
             )
         )
+
+
+@pytest.mark.parametrize(("role", "warned"), [("in_domain", False), ("other", True)])
+def test_held_out_completions_are_compared_with_what_training_lost_on_completions(
+    make_sft, pairs, store, tmp_path, role, warned
+):
+    """Prompts carry no loss on either side; text of pretraining that is called in domain is far off."""
+    held_out = pairs if role == "in_domain" else store
+    domains = [{"name": "held-out", "store": str(held_out), "role": "in_domain"}]
+    scored = {"domains": domains, "max_documents": 20, "max_tokens": 200}
+    directory = run(make_sft(tokens=150 * 256, optim={"lr": 1e-2}, eval=scored))
+    assert (directory.state().get("warning") is not None) == warned
