@@ -82,6 +82,7 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
                 shutil.copyfile(source / name, directory / name)
         if (source / _TEMPLATES).is_dir():
             shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES)
+    _begin_as_stored(directory / "tokenizer.json", store / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
@@ -95,6 +96,14 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
     path.write_text(_text(for_older_readers(config) | _model_ids(config, ids, rows)), encoding="utf-8")
     generation = _generation(None if base is None else base.directory / _GENERATION, ids)
     (directory / _GENERATION).write_text(_text(generation), encoding="utf-8")
+
+
+def _begin_as_stored(path: Path, stored: Path) -> None:
+    """Let a tokenizer add to a text what the store's adds: a base's may also close it, which stores do."""
+    own, theirs = read_object(path), read_object(stored)
+    if own.get("post_processor") != theirs.get("post_processor"):
+        own["post_processor"] = theirs.get("post_processor")
+        path.write_text(json.dumps(own, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -7,10 +8,13 @@ import sys
 import polars as pl
 import pytest
 from make_study import GAINS, write_study
+from rich.console import Console
 from test_mechanism_figures import write as write_mechanism
 
 from tutelage.analysis.report import build_report
+from tutelage.analysis.terminal import print_verdicts
 from tutelage.errors import UserError
+from tutelage.study.results import load_results
 
 FIGURES = ("heat", "alpha", "trade-off", "domains", "calibration", "learning", "cost")
 
@@ -161,6 +165,22 @@ def test_one_seed_is_shown_grey_and_not_judged_on_page_figures_and_tables(tmp_pa
         pl.read_csv(report.parent / "figures" / "alpha.csv").filter(pl.col("alpha") > 0)["low"].null_count()
         > 0
     )
+
+
+def test_first_windows_that_are_much_worse_are_a_warning_on_page_and_terminal(tmp_path, capsys):
+    study = write_study(tmp_path / "study")
+    for run, excess in (("baseline-43", 0.5), ("baseline-44", 0.19), ("student-weak-0.4-43", 0.21)):
+        path = study / "runs" / run / "scores.jsonl"
+        first = next(row for row in map(json.loads, path.read_text().splitlines()) if row["split"] == "test")
+        more = first | {"metric": "first_window_excess", "value": excess}
+        path.write_text(path.read_text() + json.dumps(more) + "\n")
+    sentence = (
+        f"{first['domain']}: first windows of documents are worse than the others by more than 0.2 nats per "
+        "token for baseline-43 (0.50), student-weak-0.4-43 (0.21):"
+    )
+    assert f"Warning: {sentence}" in visible(text_of(build_report(study)))
+    print_verdicts(load_results(study), Console(width=1000))
+    assert f"warning: {sentence}" in capsys.readouterr().out
 
 
 def test_what_a_user_wrote_is_escaped(tmp_path):

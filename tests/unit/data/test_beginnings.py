@@ -16,12 +16,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 from tutelage.cli import main
+from tutelage.config import RunConfig
 from tutelage.configio import validate
 from tutelage.data.config import StoreConfig
+from tutelage.data.manifest import SPLITS
 from tutelage.data.store import build_store, open_store, verify_store
 from tutelage.data.tokenize import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.windows import read_documents
+from tutelage.models import hub
+from tutelage.models.ladder import rung
+from tutelage.pipeline import run
 
 WORDS = "some plain words say hello to the world and then they go away"
 TEXTS = [f"{WORDS} {number} né 🙂🙃🙂 naïve ﬁne {'🙃' * (number % 5)} end" for number in range(60)]
@@ -217,6 +222,25 @@ def test_a_document_of_one_token_has_nothing_to_score(tmp_path):
     path = written(byte_level(), tmp_path / "begins", f"{BEGIN} $A")
     store = built(tmp_path, path, ["h", "hello world"], validation=0.0, test=1.0)
     assert [document.index for document in read_documents(store, "test", 9, 100)] == [0, 1]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_run_that_goes_on_from_a_model_exports_a_tokenizer_that_agrees_with_its_store(tmp_path, template):
+    path = written(byte_level(), tmp_path / "start", TEMPLATES[template][0])
+    store = built(tmp_path, path, validation=0.2, test=0.2)
+    hub.save(hub.build(rung("nano-20k"), store.vocab_size, 32, seed=0), tmp_path / "model", path)
+    fields = {
+        "name": "more",
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"store": str(store.path), "sequence_length": 32},
+        "tokens": 128,
+        "global_batch_tokens": 128,
+        "runtime": {"device": "cpu", "threads": 1},
+        "output": str(tmp_path / "runs"),
+    }
+    theirs = AutoTokenizer.from_pretrained(run(validate(RunConfig, fields, "test")).model)
+    documents = sorted(itertools.chain(*(documents_of(store, split) for split in SPLITS)))
+    assert documents == sorted([*theirs(text)["input_ids"], store.eos_id] for text in TEXTS)
 
 
 CHATML = (

@@ -75,6 +75,24 @@ def test_fewer_are_not(own, text):
         compare(own, text)
 
 
+def template(tokenizer, *, behind):
+    """A post-processor that puts the end of text in front of a text, or behind it."""
+    name, index = tokenizer["added_tokens"][0]["content"], tokenizer["added_tokens"][0]["id"]
+    parts = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": parts[::-1] if behind else parts,
+        "pair": [{"Sequence": {"id": which, "type_id": 0}} for which in "AB"],
+        "special_tokens": {name: {"id": name, "ids": [index], "tokens": [name]}},
+    }
+
+
+def test_what_a_tokenizer_puts_behind_a_text_does_not_count(own, text):
+    """Stores close documents themselves."""
+    own["post_processor"] = template(own, behind=True)
+    assert compare(own, text) is None
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -82,6 +100,7 @@ def test_fewer_are_not(own, text):
         (lambda own: own["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer"),
         (lambda own: own["model"].update(merges=own["model"]["merges"][::-1]), "merges"),
         (lambda own: own["added_tokens"][0].update(special=False), "special tokens"),
+        (lambda own: own.update(post_processor=template(own, behind=False)), "tokens in front of a text"),
     ],
 )
 def test_other_cuts_over_the_same_ids_are_a_note_for_models_and_an_error_for_texts(own, text, change, word):

@@ -103,6 +103,40 @@ def test_evaluating_again_computes_and_adds_nothing(store, model, command, monke
     assert len(scores.read_bytes().splitlines()) == 2 * len(before.splitlines())
 
 
+def test_scores_of_an_older_scoring_are_named_and_made_again(store, model, command):
+    what = ["eval", model, "--store", f"speeches={store}", *LIMITS]
+    command(*what)
+    (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
+    rows = [json.loads(line) for line in scores.read_text().splitlines()]
+    old = [row | {"version": row["version"].partition("-")[2], "value": 99.0} for row in rows]
+    scores.write_text("".join(json.dumps(row) + "\n" for row in old))
+    code, printed, complaint = command(*what)
+    assert code == 0
+    assert "99.0" not in printed
+    assert "scores of speeches by scoring version 1 are left out; this is version 2" in complaint
+    again = [json.loads(line) for line in scores.read_text().splitlines()]
+    keys = [(row["metric"], row["split"], row["version"]) for row in rows]
+    assert [(row["metric"], row["split"], row["version"]) for row in again] == [
+        *((metric, split, version.partition("-")[2]) for metric, split, version in keys),
+        *keys,
+    ]
+
+
+def test_first_windows_that_are_much_worse_are_a_warning_with_model_and_text(store, model, command):
+    what = ["eval", model, "--store", f"speeches={store}", *LIMITS]
+    _, printed, _ = command(*what)
+    assert "warning" not in printed
+    (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
+    rows = [json.loads(line) for line in scores.read_text().splitlines()]
+    for row in rows:
+        if row["metric"] == "first_window_excess":
+            row["value"] = 0.21
+    scores.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, printed, _ = command(*what)
+    assert "warning  speeches: first windows of documents are worse than the others by" in printed
+    assert f"nats per token for {scores.parent.name} (0.21)" in printed
+
+
 def test_a_document_that_was_trained_on_is_left_out(make_config, store, tmp_path, command):
     """The training store's own source, split otherwise: some of its test documents are training documents."""
     config = StoreConfig(
