@@ -1,0 +1,132 @@
+"""What a run has seen is followed through runs, models and caches, from any directory."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import polars as pl
+import pytest
+
+from tutelage.config import RunConfig
+from tutelage.configio import load, validate
+from tutelage.data.config import StoreConfig
+from tutelage.data.store import build_store, open_store
+from tutelage.evals.trainingtext import training_text
+from tutelage.pipeline import run
+from tutelage.teachers.config import TeachConfig
+from tutelage.teachers.writer import write_cache
+
+
+@pytest.fixture
+def known(store, other_training):
+    return {open_store(store).fingerprint: "speeches", open_store(other_training).fingerprint: "scripture"}
+
+
+def scripture(store, folder, share):
+    """Scripture in the speeches' tokenizer, two shares of it held out."""
+    settings = {
+        "name": "scripture",
+        "sources": [{"kind": "corpus", "name": "kjv"}],
+        "tokenizer": {"path": str(store)},
+        "validation": share,
+        "test": share,
+        "max_bytes": 200_000,
+    }
+    return build_store(validate(StoreConfig, settings, "test"), folder)
+
+
+@pytest.fixture(scope="module")
+def other_training(store, tmp_path_factory):
+    return scripture(store, tmp_path_factory.mktemp("stores"), 0.1)
+
+
+def scored(path):
+    domains = [{"name": "scripture", "store": str(path)}]
+    return {"domains": domains, "max_documents": 4, "max_tokens": 60}
+
+
+@pytest.fixture
+def first(make_config, other_training):
+    """A run on scripture."""
+    return run(make_config(name="first", data={"store": str(other_training), "sequence_length": 32}))
+
+
+def seen(directory, known):
+    text = training_text(load(RunConfig, directory.path / "config.yaml"), directory.path)
+    return (
+        [known[s.fingerprint] for s in text.stores],
+        [known[s.fingerprint] for s in text.teachers],
+        text.unknown,
+    )
+
+
+@pytest.mark.parametrize("how", ["run", "path"])
+def test_a_run_that_goes_on_from_another_has_seen_its_text(make_config, first, other_training, known, how):
+    start = first.id if how == "run" else str(first.model)
+    directory = run(make_config(model={how: start}, eval=scored(other_training)))
+    assert seen(directory, known) == (["speeches", "scripture"], [], ())
+    rows = pl.read_ndjson(directory.scores)
+    assert set(rows["role"]) == {"in_domain"}
+    assert rows.filter(metric="overlap_documents")["value"].to_list() == [0.0]
+
+
+@pytest.mark.parametrize("how", ["run", "model", "cache"])
+def test_what_a_teacher_has_seen_is_told_apart(
+    make_config, store, first, other_training, known, tmp_path, how
+):
+    teacher = {"run": {"kind": "run", "run": first.id}, "model": {"kind": "model", "path": str(first.model)}}
+    if how == "cache":
+        config = TeachConfig(
+            store=store, teacher=make_config(teacher=teacher["run"], objective={"alpha": 0.5}).teacher,
+            context_length=32, format={"kind": "topk", "k": 8}, runs=first.path.parent, output=tmp_path / "caches",
+            device="cpu",
+        )  # fmt: skip
+        teacher["cache"] = {"kind": "cache", "path": str(write_cache(config))}
+    again = scripture(store, tmp_path, 0.4)  # another split: much of it is what the teacher was trained on
+    directory = run(make_config(teacher=teacher[how], objective={"alpha": 0.5}, eval=scored(again)))
+    assert seen(directory, known) == (["speeches"], ["scripture"], ())
+    rows = pl.read_ndjson(directory.scores).filter(split="test")
+    assert set(rows["role"]) == {"out_of_domain"}
+    shares = dict(rows.select("metric", "value").iter_rows())
+    trained = {*texts(open_store(other_training), "train")}
+    held_out = {*texts(open_store(again), "test")}
+    assert 0 < shares["teacher_overlap_documents"] == len(held_out & trained) / len(held_out)
+    assert shares["overlap_documents"] == 0.0
+
+
+def texts(store, split):
+    view = store.split(split)
+    bounds = itertools.pairwise(view.offsets[:, 0].astype(int))
+    return [view.tokens[start:end].tobytes() for start, end in bounds]
+
+
+def test_a_model_from_elsewhere_is_named(make_config, first, tmp_path, known):
+    model = shutil.copytree(first.model, tmp_path / "somewhere" / "model")
+    directory = run(make_config(model={"path": str(model)}))
+    stores, _, unknown = seen(directory, known)
+    assert stores == ["speeches"]
+    assert len(unknown) == 1
+    assert f"training text of {model}, which {directory.id} goes on from, is not known" in unknown[0]
+
+
+def test_a_store_named_relatively_is_found_from_elsewhere_and_after_a_move(
+    make_config, store, known, tmp_path, monkeypatch
+):
+    home = tmp_path / "home"
+    shutil.copytree(store, home / "stores" / "speeches")
+    monkeypatch.chdir(home)
+    data = {"store": "stores/speeches", "sequence_length": 32}
+    relative = run(make_config(data=data, output="runs"))
+    mixed = run(make_config(data=data, output=str(home / "other" / "runs"), name="mixed"))
+    paths = [relative.path.absolute(), mixed.path]
+    monkeypatch.chdir("/")
+    for path in paths:
+        text = training_text(load(RunConfig, path / "config.yaml"), path)
+        assert ([known[s.fingerprint] for s in text.stores], text.unknown) == (["speeches"], ())
+    moved = home.rename(tmp_path / "away")
+    for path in paths:
+        place = moved / path.relative_to(home)
+        text = training_text(load(RunConfig, place / "config.yaml"), place)
+        assert ([known[s.fingerprint] for s in text.stores], text.unknown) == (["speeches"], ())
+        assert text.own is not None
