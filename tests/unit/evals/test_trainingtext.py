@@ -79,8 +79,8 @@ def test_what_a_teacher_has_seen_is_told_apart(
     if how == "cache":
         config = TeachConfig(
             store=store, teacher=make_config(teacher=teacher["run"], objective={"alpha": 0.5}).teacher,
-            context_length=32, format={"kind": "topk", "k": 8}, runs=first.path.parent, output=tmp_path / "caches",
-            device="cpu",
+            context_length=32, format={"kind": "topk", "k": 8}, runs=first.path.parent,
+            output=tmp_path / "caches", device="cpu",
         )  # fmt: skip
         teacher["cache"] = {"kind": "cache", "path": str(write_cache(config))}
     again = scripture(store, tmp_path, 0.4)  # another split: much of it is what the teacher was trained on
