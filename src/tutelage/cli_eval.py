@@ -51,6 +51,12 @@ def evaluate(
     probes: Probes = False,
     teacher: Annotated[str | None, typer.Option(help="with --mechanism or --probes: MODEL's teacher")] = None,
     baseline: Annotated[str | None, typer.Option(help="with --mechanism: the student without one")] = None,
+    sorter: Annotated[
+        str | None,
+        typer.Option(
+            help="with --mechanism: an untaught student of another seed, by which tokens are sorted"
+        ),
+    ] = None,
 ) -> None:
     """Score models: bits per byte and calibration, in and out of domain, raw and after fitting.
 
@@ -59,8 +65,8 @@ def evaluate(
     of a run land in its scores.jsonl; what was scored before is not scored again.
 
     With --mechanism, one model is compared with its teacher and a baseline token by token: the gain by how
-    hard a token is, by position and by who is right. The text is the test split of its training store, or
-    what --domain, --suite and --store name.
+    hard a token is (to --sorter), by position and by who is right. The text is the test split of its training
+    store, or what --domain, --suite and --store name.
 
     With --task, models answer questions: accuracy, by lm-eval's own evaluator. With --probes: how well they
     copy in context, how many of their tokens --teacher would accept as drafts, and samples to read.
@@ -69,7 +75,7 @@ def evaluate(
 
     instead = {"--task": bool(task), "--mechanism": mechanism, "--probes": probes}
     _check_options(
-        instead, {"--domain": domain, "--suite": suite, "--store": store}, limit, teacher, baseline
+        instead, {"--domain": domain, "--suite": suite, "--store": store}, limit, teacher, baseline, sorter
     )
     if task:
         _tasks(model, task, output, limit, batch_size, device)
@@ -78,7 +84,7 @@ def evaluate(
     domains, stores = select(domain or [], suite, store or []) if named else ({}, {})
     request = Request(domains, stores, output, max_documents, max_tokens, device)
     if mechanism:
-        _mechanism(model, teacher, baseline, request)
+        _mechanism(model, teacher, baseline, sorter, request)
     elif probes:
         _probes(model, teacher, request)
     else:
@@ -100,7 +106,9 @@ def _score(model: list[str], request: Request) -> None:
         out.print(f"scores   {place}", highlight=False, soft_wrap=True)
 
 
-def _mechanism(model: list[str], teacher: str | None, baseline: str | None, request: Request) -> None:
+def _mechanism(
+    model: list[str], teacher: str | None, baseline: str | None, sorter: str | None, request: Request
+) -> None:
     from tutelage.analysis.canvas import save_all
     from tutelage.analysis.mechanism import print_mechanism
     from tutelage.analysis.mechanism_plots import mechanism_figures
@@ -111,18 +119,19 @@ def _mechanism(model: list[str], teacher: str | None, baseline: str | None, requ
     if len(model) != 1 or teacher is None or baseline is None:
         raise UserError("--mechanism: give one model, --teacher MODEL and --baseline MODEL")
     with EvalBar() as bar:
-        directories = run_on_texts(model[0], teacher, baseline, request, bar)
+        directories = run_on_texts(model[0], teacher, baseline, sorter, request, bar)
     for directory in directories:
         found = read_mechanism(directory)
         print_mechanism(found, out)
         save_all(mechanism_figures(found), directory / "figures")
         out.print(f"tokens   {directory / 'tokens.parquet'}", highlight=False, soft_wrap=True)
         out.print(f"figures  {directory / 'figures'}\n", highlight=False, soft_wrap=True)
-    out.print(
-        "next     the same with a baseline of another seed as MODEL: how much of this is luck?",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if sorter is None:
+        out.print(
+            "next     the same with --sorter, an untaught student of another seed: how much of this is luck?",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _check_options(
@@ -131,6 +140,7 @@ def _check_options(
     limit: int | None,
     teacher: str | None,
     baseline: str | None,
+    sorter: str | None,
 ) -> None:
     """Refuse options that do not go together."""
     chosen = [option for option, given in instead.items() if given]
@@ -145,8 +155,9 @@ def _check_options(
         raise UserError("--limit belongs to --task; for texts there is --max-documents")
     if teacher and not (instead["--mechanism"] or instead["--probes"]):
         raise UserError("--teacher belongs to --mechanism and --probes; give one of them, or leave it out")
-    if baseline and not instead["--mechanism"]:
-        raise UserError("--baseline belongs to --mechanism; give that too, or leave it out")
+    for option, value in (("--baseline", baseline), ("--sorter", sorter)):
+        if value and not instead["--mechanism"]:
+            raise UserError(f"{option} belongs to --mechanism; give that too, or leave it out")
 
 
 def _tasks(

@@ -189,8 +189,8 @@ def notes(results: Results, findings: Findings) -> list[str]:
         *_many_note(n),
         (
             "In the tables, alpha is chosen and reported on different documents but on the same trained "
-            "models, so the best row is still a little flattered. The tests of claims choose it for each "
-            "seed by the other seeds."
+            "models, so the best row is still a little flattered. The tests of claims take it from the study "
+            "file, or choose it on seeds that they do not test."
         ),
         *_cost_note(results),
         *plan.notes,

@@ -6,8 +6,10 @@ Gains are percent fewer bits per byte than the untaught student of the same seed
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from tutelage.analysis import control_claims as control
 from tutelage.analysis import objective_claims as objective
 from tutelage.analysis import strength_claims as strength
 from tutelage.analysis.parts import Claim, Need
@@ -88,6 +90,16 @@ def _undertrained(student: PlanStudent, teacher: PlanTeacher) -> bool:
     return teacher.tokens is not None and teacher.tokens <= strength.UNDERTRAINED * student.tokens
 
 
+def _stepped(plan: Plan) -> int:
+    """Teachers of one student that are used at the small and at the large alpha; of the student with most."""
+    alphas: dict[tuple[str, str], set[float | None]] = {}
+    for run, student, teacher in _taught(plan):
+        if _constant(run):
+            alphas.setdefault((student.name, teacher.name), set()).add(run.alpha)
+    both = [student for (student, _), own in alphas.items() if {strength.SMALL, strength.LARGE} <= own]
+    return max(Counter(both).values(), default=0)
+
+
 _TEACHER = _some("a real teacher and constant alphas", lambda run, _s, _t: _constant(run))
 _WEAK = _some("a weaker teacher", lambda run, s, t: _constant(run) and _weaker(s, t))
 _WEAK_ALONE = _some(
@@ -102,8 +114,10 @@ _LARGE = _some(
     f"an undertrained teacher and alpha >= {strength.LARGE:g}",
     lambda run, s, t: _undertrained(s, t) and (run.alpha or 0.0) >= strength.LARGE,
 )
-_THREE = _several("three teachers of one student", 3, lambda _r, s, t: (s.name, t.name))
-_ALPHAS = _several("three constant alphas of one pair", 3, lambda r, s, t: ((s.name, t.name), r.alpha))
+_STEPS = Need(
+    f"three teachers of one student at alpha {strength.SMALL:g} and {strength.LARGE:g}",
+    lambda plan: _stepped(plan) >= strength.LINE,
+)
 _FOUR = _several("four teachers of one student", 4, lambda _r, s, t: (s.name, t.name))
 _BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.rung, t.name), s.tokens))
 _SIZES = _several(
@@ -111,7 +125,7 @@ _SIZES = _several(
 )
 _PURE = _some("a real teacher at alpha 1", lambda run, _s, _t: _constant(run) and run.alpha == 1)
 _CONTROL = Need("a control in the teacher's place", lambda plan: any(t.control for t in plan.teachers))
-_TOP_K = _arm("top-k truncation at alpha 1", "top_k", "alpha 1")
+_TOP_K = _arm("renormalised top-k at alpha 1", "top_k", "tail renormalise", "alpha 1")
 _SAMPLED = _some("sampled targets", lambda _r, _s, t: (t.targets or "").startswith("sample"))
 _FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm or ""))
 _STAGE = Need("a stage of post_training", lambda plan: any(run.kind == "after" for run in plan.runs))
@@ -135,9 +149,13 @@ def _students_of(plan: Plan) -> set[tuple[str | None, int | None]]:
 CLAIMS: dict[int, Claim] = {
     1: Claim("A weaker teacher, at its best alpha, helps out of domain.", (_WEAK,), strength.weak_gains),
     2: Claim("A weaker teacher at alpha 1 hurts in domain.", (_WEAK_ALONE,), strength.weak_alone_hurts),
-    3: Claim("The best alpha rises with the teacher's strength.", (_THREE, _ALPHAS), strength.alpha_rises),
+    3: Claim(
+        "A large alpha gains more over a small one with a stronger teacher (out of domain).",
+        (_STEPS,),
+        strength.alpha_rises,
+    ),
     4: Claim(
-        "A teacher of the student's own level helps out of domain and changes little in domain.",
+        "A teacher of the student's own shape and tokens helps out of domain and costs nothing in domain.",
         (_SAME,),
         strength.same_level,
     ),
@@ -148,19 +166,20 @@ CLAIMS: dict[int, Claim] = {
         strength.undertrained,
     ),
     6: Claim(
-        "The gain is concave in the teacher's strength, and for some student the strongest is not the best.",
+        "The gain saturates in the teacher's strength, and for some student the strongest is not the best.",
         (_FOUR,),
         strength.saturates,
     ),
-    7: Claim("The gain is larger out of domain than in domain.", (_TEACHER,), strength.outside_more),
+    7: Claim(
+        "The gain is larger out of domain than in domain, whatever the teacher's level.",
+        (_TEACHER,),
+        strength.outside_more,
+    ),
     8: Claim("The gain grows with the difficulty of tokens.", (_TEACHER,), objective.difficulty),
     9: Claim(
-        "At alpha 1, temperatures 0.5, 1 and 2 are alike; 4 and hard labels are worse.",
-        (
-            *(_arm(f"temperature {t}", f"temperature {t}", "alpha 1") for t in ("0.5", "2", "4")),
-            _arm("hard_labels", "divergence hard_labels", "alpha 1"),
-        ),
-        objective.temperatures,
+        "At alpha 1, temperatures 0.5, 1 and 2 are alike.",
+        tuple(_arm(f"temperature {t}", f"temperature {t}", "alpha 1") for t in ("0.5", "2")),
+        objective.temperatures_alike,
     ),
     10: Claim(
         "At alpha 1, renormalised top-k hurts and sampled targets match the whole distribution.",
@@ -172,8 +191,15 @@ CLAIMS: dict[int, Claim] = {
         (_some("mixing keep_full_ce or keep_full_kd", lambda r, _s, _t: says(r.arm or "", "mixing")),),
         objective.not_scale,
     ),
-    12: Claim("The gain falls as the student's tokens grow.", (_BUDGETS,), strength.falls_with_tokens),
-    13: Claim("The gain changes with the student's size.", (_SIZES,), strength.changes_with_size),
+    12: Claim(
+        "The gain falls as the student's tokens grow.",
+        (_BUDGETS,),
+        strength.falls_with_tokens,
+        primary="unigram",
+    ),
+    13: Claim(
+        "The gain changes with the student's size.", (_SIZES,), strength.changes_with_size, primary="unigram"
+    ),
     14: Claim(
         "For weaker teachers, schedules that begin with distillation do no worse than the best constant.",
         (_WEAK, _FIRST),
@@ -187,32 +213,46 @@ CLAIMS: dict[int, Claim] = {
     16: Claim(
         "Teachers that know no context (unigram, uniform) give less than real ones.",
         (_TEACHER, _CONTROL),
-        strength.controls_give_less,
+        control.controls_give_less,
+        primary="unigram",
     ),
-    17: Claim("Copying in context suffers at alpha 1.", (_PURE,), objective.copying),
-    18: Claim("The gain survives the same post-training.", (_TEACHER, _STAGE), objective.after_tuning),
+    17: Claim(
+        "Copying in context suffers at alpha 1.",
+        (_PURE,),
+        objective.copying,
+        in_family=False,
+    ),
+    18: Claim("The gain survives the same post-training.", (_TEACHER, _STAGE), control.after_tuning),
     19: Claim(
-        "An untaught student with the teacher's compute is the stronger baseline.",
+        "An untaught student with the teacher's compute is the stronger baseline: a taught one is behind it.",
         (_MATCHED,),
-        strength.compute_matched,
-        strength.compute_matched_remark,
+        control.compute_matched,
+        control.compute_matched_remark,
     ),
     20: Claim(
         "The gain survives a teacher trained on the student's own data.",
         (_OWN_DATA,),
-        strength.identical_data,
+        control.identical_data,
     ),
-    21: Claim("The gain survives a teacher of another corpus.", (_FOREIGN,), strength.cross_corpus),
+    21: Claim("The gain survives a teacher of another corpus.", (_FOREIGN,), control.cross_corpus),
     22: Claim(
         "Reverse KL is worse in domain than forward KL.",
         (_arm("divergence reverse_kl", "divergence reverse_kl"),),
         objective.reverse_kl,
     ),
     23: Claim(
-        "With the whole distribution the student is about as calibrated as without a teacher; with a "
-        "top-k of it several times worse.",
+        "At alpha 1 the calibration error is between half and twice that without a teacher; with a top-k of "
+        "the distribution it is more than twice.",
         (_PURE, _TOP_K),
         objective.calibration,
+    ),
+    24: Claim(
+        "At alpha 1, temperature 4 and hard labels are worse than temperature 1.",
+        (
+            _arm("temperature 4", "temperature 4", "alpha 1"),
+            _arm("hard_labels", "divergence hard_labels", "alpha 1"),
+        ),
+        objective.temperatures_worse,
     ),
 }
 """By the numbers that a study file lists under `claims`."""

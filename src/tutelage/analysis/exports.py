@@ -112,25 +112,33 @@ def _pairs(findings: Findings) -> list[Row]:
 
 
 def _claims(outcomes: Sequence[Outcome]) -> list[Row]:
-    """One row per test of a claim and fit; a test without numbers has a row without an effect."""
+    """One row per test of a claim and fit; a test without numbers has a row without an effect.
+
+    `answer` and p are of the claim's primary gains; `holds` is of the test by itself. `members` is how many
+    pairs (or whatever a mean is over) the effect is a mean of.
+    """
     return [
         {
             "claim": outcome.number,
             "text": outcome.text,
             "announced": outcome.announced,
             "fit": fit,
-            "answer": answer,
-            "p": outcome.p if fit == "raw" else None,
-            "p_adjusted": outcome.adjusted if fit == "raw" else None,
+            "primary": primary,
+            "answer": outcome.answer if primary else None,
+            "p": outcome.p if primary else None,
+            "p_adjusted": outcome.adjusted if primary else None,
             "test": tested.part.label,
+            "beside": tested.part.beside,
+            "holds": tested.holds,
+            "members": len(tested.part.members),
             "statement": tested.part.reads(),
             "unit": tested.part.unit,
         }
         | _estimate("effect", tested.effect)
         for outcome in outcomes
-        for fit, answer, tests in (
-            ("raw", outcome.answer, outcome.tested),
-            ("unigram", outcome.fitted, outcome.fitted_tested),
+        for primary, fit, tests in (
+            (True, outcome.primary, outcome.tested),
+            (False, "raw" if outcome.primary == "unigram" else "unigram", outcome.other),
         )
         for tested in tests
     ]

@@ -14,19 +14,30 @@ if TYPE_CHECKING:
 
 _HEADINGS = {
     "all": "",
-    "entropy": "baseline entropy (nats)",
+    "entropy": "{} entropy (nats)",
     "entropy contrast": "highest minus lowest",
     "right": "first choice right",
-    "right contrast": "teacher minus baseline",
+    "right contrast": "teacher minus {}",
     "closer": "probability of the token",
     "closer contrast": "closer minus not",
 }
 """Above the cells of a grouping, or in place of a difference's longer label."""
 CHANCE = (
-    "Sorting tokens by who did well on them also sorts by luck: tokens on which the baseline was unlucky "
-    "improve with any other model, so compare these cells with those of a baseline of another seed."
+    "Sorting tokens by the baseline also sorts by its luck: tokens on which it was unlucky improve with any "
+    "other model, an untaught one too. Sort them by a third model (--sorter)."
 )
-"""What to keep in mind where cells are made with the gold token: regression to the mean."""
+"""What to keep in mind where the baseline makes the cells: regression to the mean."""
+SORTED = "Tokens are sorted by a third model, not by the baseline, whose luck would sort them too."
+
+
+def sorting(found: Mechanism) -> str:
+    """By whom tokens are sorted, and what that means."""
+    return CHANCE if found.sorter is None else SORTED
+
+
+def untaught(found: Mechanism) -> str:
+    """`baseline`, or `sorter` if there is one: who stands for an untaught model in the cells."""
+    return "baseline" if found.sorter is None else "sorter"
 
 
 def print_mechanism(found: Mechanism, console: Console) -> None:
@@ -36,7 +47,7 @@ def print_mechanism(found: Mechanism, console: Console) -> None:
                    "documents"),
         caption=Text(
             "nats per token; gain: cross-entropy of the baseline less that of the student, lead: less that "
-            f"of the teacher; 95% intervals over documents. {CHANCE}"
+            f"of the teacher; 95% intervals over documents. {sorting(found)}"
         ),
         caption_justify="left",
         box=None,
@@ -51,7 +62,7 @@ def print_mechanism(found: Mechanism, console: Console) -> None:
     )
     before = ""
     for key, gain in gains.items():
-        heading, is_cell = _HEADINGS[key[0]], not key[0].endswith("contrast")
+        heading, is_cell = _HEADINGS[key[0]].format(untaught(found)), not key[0].endswith("contrast")
         if heading and is_cell and key[0] != before:
             table.add_row(Text(heading, style="bold"))
         before = key[0]

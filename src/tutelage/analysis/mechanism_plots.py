@@ -8,7 +8,7 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis.canvas import GREY, INK, PALETTE, Figure, inline, zero_line
-from tutelage.analysis.mechanism import CHANCE
+from tutelage.analysis.mechanism import sorting, untaught
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,9 +68,10 @@ def by_entropy(found: Mechanism) -> Figure:
         name="entropy",
         title="Gain by difficulty",
         caption="Cross-entropy of the baseline less that of the student (left) and of the teacher (right), "
-        f"in fifths of the baseline's entropy, easiest tokens first. {_bars(found)}",
-        spoken=f"Gain by fifth of baseline entropy. {_spoken(data)}",
-        chart=alt.hconcat(*(_points(data, side, "baseline entropy (nats)") for side in (_GAIN, _LEAD))),
+        f"in fifths of the {untaught(found)}'s entropy, easiest tokens first. {sorting(found)} "
+        f"{_bars(found)}",
+        spoken=f"Gain by fifth of {untaught(found)} entropy. {_spoken(data)}",
+        chart=alt.hconcat(*(_points(data, s, f"{untaught(found)} entropy (nats)") for s in (_GAIN, _LEAD))),
         data=data,
     )
 
@@ -124,9 +125,9 @@ def who_is_right(found: Mechanism) -> Figure:
     return Figure(
         name="right",
         title="Who is right",
-        caption="Gain of the student where only the teacher, only the baseline, both or neither would have "
-        "guessed the token, and where the teacher gives it more probability than the baseline or not; above, "
-        f"the share of tokens. {CHANCE} {_bars(found)}",
+        caption=f"Gain of the student where only the teacher, only the {untaught(found)}, both or neither "
+        f"would have guessed the token, and where the teacher gives it more probability than the "
+        f"{untaught(found)} or not; above, the share of tokens. {sorting(found)} {_bars(found)}",
         spoken=f"Gain by who is right. {_spoken(data)}",
         chart=alt.hconcat(*panels).resolve_scale(y="shared"),
         data=data,
@@ -166,12 +167,13 @@ def _multiples(
 ) -> Figure:
     """One small panel per quantity, in fifths of baseline entropy."""
     shown = found.cells.filter(pl.col("grouping") == "entropy").with_columns(fifth=pl.col("bin") + 1)
-    data = _named(shown).filter(pl.col("quantity").is_in([*quantities]))
+    data = _named(shown).filter(pl.col("quantity").is_in([*quantities]), pl.col("of").is_in([*colours]))
     colour = alt.Color("of:N", title=None).scale(domain=[*colours], range=[*colours.values()])
     panels = []
     for quantity, text in quantities.items():
         base = alt.Chart(inline(data.filter(pl.col("quantity") == quantity))).encode(
-            x=alt.X("fifth:O", title="fifth of baseline entropy", axis=alt.Axis(labelAngle=0)), color=colour
+            x=alt.X("fifth:O", title=f"fifth of {untaught(found)} entropy", axis=alt.Axis(labelAngle=0)),
+            color=colour,
         )
         rule = base.mark_rule(strokeWidth=1.5).encode(
             y=alt.Y("low95:Q", title=None, scale=alt.Scale(zero=False)), y2="high95:Q"
@@ -181,8 +183,9 @@ def _multiples(
     return Figure(
         name=name,
         title=title,
-        caption=f"{caption} Means in fifths of the baseline's entropy, easiest tokens first. {_bars(found)}",
-        spoken=f"{title}: {', '.join(quantities.values())}, by fifth of baseline entropy.",
+        caption=f"{caption} Means in fifths of the {untaught(found)}'s entropy, easiest tokens first. "
+        f"{_bars(found)}",
+        spoken=f"{title}: {', '.join(quantities.values())}, by fifth of {untaught(found)} entropy.",
         chart=alt.concat(*panels, columns=_COLUMNS),
         data=data,
     )

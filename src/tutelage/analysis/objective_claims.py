@@ -1,25 +1,24 @@
-"""Tests of claims about how a teacher is used: objective, schedules, gates, calibration, what comes after."""
+"""Tests of claims about how a teacher is used: objective, schedules, gates, calibration."""
 
 from __future__ import annotations
 
+from math import log2
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from tutelage.analysis.parts import Part
-from tutelage.analysis.view import Series, mean_of, minus, says
+from tutelage.analysis.strength_claims import at_alphas
+from tutelage.analysis.view import Members, Series, minus, named, says
 from tutelage.types import COPYING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from tutelage.analysis.gains import Side
+    from tutelage.analysis.parts import Statement
     from tutelage.analysis.verdicts import PairFinding, Verdict
     from tutelage.analysis.view import View
 
-ECE_MARGIN = 0.01
-"""Expected calibration errors that differ by less are about the same."""
-_SEVERAL = 2.0
 _INSIDE: Side = "in_domain"
 _OUTSIDE: Side = "out_of_domain"
 
@@ -44,51 +43,72 @@ def by_skill(arm: str) -> bool:
 
 
 def difficulty(view: View) -> list[Part]:
-    """Gain by difficulty of tokens, from the mechanism evaluations made of runs; a test per text."""
+    """Gain by difficulty of tokens, from the mechanism evaluations made of runs; a test per text.
+
+    Difficulty is the entropy of a third model, an untaught student of another run: tokens sorted by the
+    baseline's own entropy are sorted by its luck too, and any other model seems to gain on the hard ones.
+    """
     found: dict[str, dict[int, Series]] = {}
-    known = view.runs()
+    known = view.runs
+    untaught = {run.run: run.student for run in view.plan.runs if run.kind == "baseline"}
+    names = {cell.cell: f"{cell.student} from {cell.teacher}, {cell.arm}" for cell in view.verdicts}
+    students = {cell.cell: cell.student for cell in view.verdicts}
     for one in view.results.mechanisms:
-        if (one.student, one.baseline) in known:
+        if (one.student, one.baseline) in known and one.sorter not in {None, one.baseline}:
             cell, seed = known[one.student, one.baseline]
-            contrast = one.of("gain", "student", "entropy contrast")["mean"].item()
-            found.setdefault(one.text, {}).setdefault(cell, {})[seed] = contrast
+            if untaught.get(one.sorter or "") == students[cell]:
+                contrast = one.of("gain", "student", "entropy contrast")["mean"].item()
+                found.setdefault(one.text, {}).setdefault(cell, {})[seed] = contrast
     label = "gain on the hardest fifth of tokens less that on the easiest"
     if not found:
-        return [Part(f"{label} (`tutelage eval --mechanism`)", {}, "above 0")]
+        return [Part(f"{label} (`tutelage eval --mechanism --sorter`)", {}, "above 0")]
     return [
-        Part(f"{label}, {text}", mean_of(cells.values()), "above 0", unit="nats per token")
+        Part(
+            f"{label}, {text}",
+            {names[cell]: series for cell, series in cells.items()},
+            "above 0",
+            unit="nats per token",
+        )
         for text, cells in sorted(found.items())
     ]
 
 
-def temperatures(view: View) -> list[Part]:
-    """T of 0.5 and 2 against 1, T of 4 and hard labels against 1, at alpha 1."""
+def temperatures_alike(view: View) -> list[Part]:
+    """T of 0.5 and of 2 against 1, at alpha 1."""
+    return [_changed(view, f"T {t}", f"temperature {t}", "within") for t in ("0.5", "2")]
 
-    def change(phrase: str) -> Series:
-        return view.change(view.variants(phrase, alpha=1.0), _OUTSIDE)
 
+def temperatures_worse(view: View) -> list[Part]:
+    """T of 4, and hard labels, against T of 1, at alpha 1."""
     return [
-        Part("change of the gain, T 0.5", change("temperature 0.5"), "within"),
-        Part("change of the gain, T 2", change("temperature 2"), "within"),
-        Part("change of the gain, T 4", change("temperature 4"), "below 0"),
-        Part("change of the gain, hard labels", change("divergence hard_labels"), "below 0"),
+        _changed(view, "T 4", "temperature 4", "below 0"),
+        _changed(view, "hard labels", "divergence hard_labels", "below 0"),
     ]
+
+
+def _changed(view: View, name: str, phrase: str, statement: Statement) -> Part:
+    changes = view.change(view.variants(phrase, alpha=1.0), _OUTSIDE)
+    return Part(f"change of the gain, {name}", changes, statement)
 
 
 def truncation(view: View) -> list[Part]:
     """Renormalised top-k, and sampled targets, against the whole distribution, at alpha 1."""
-    cut = view.variants("top_k", "tail", alpha=1.0)
+    cut = [pair for pair in view.variants("top_k", "tail", alpha=1.0) if _renormalised(pair[0])]
     sampled = [pair for pair in view.all_pairs() if (pair.teacher.targets or "").startswith("sample")]
-    changes = []
+    changes: Members = {}
     for pair in sampled:
         for full in view.pairs():
             if _same_but_targets(pair, full):
-                theirs, ours = (view.constants(one, lambda a: a == 1) for one in (full, pair))
-                changes += [minus(view.gain(a, _INSIDE), view.gain(b, _INSIDE)) for a in ours for b in theirs]
+                ours, theirs = (at_alphas(view, [one], lambda a: a == 1, _INSIDE) for one in (pair, full))
+                changes |= {f"{a} less {b}": minus(ours[a], theirs[b]) for a in ours for b in theirs}
     return [
-        Part("change of the gain in domain, top-k", view.change(cut, _INSIDE), "below 0"),
-        Part("change of the gain in domain, sampled targets", mean_of(changes), "within"),
+        Part("change of the gain in domain, renormalised top-k", view.change(cut, _INSIDE), "below 0"),
+        Part("change of the gain in domain, sampled targets", changes, "within"),
     ]
+
+
+def _renormalised(cell: Verdict) -> bool:
+    return says(cell.arm, "top_k") and says(cell.arm, "tail renormalise")
 
 
 def _same_but_targets(pair: PairFinding, full: PairFinding) -> bool:
@@ -99,24 +119,32 @@ def _same_but_targets(pair: PairFinding, full: PairFinding) -> bool:
 
 def not_scale(view: View) -> list[Part]:
     """Unscaled mixtures against the convex mixture of the same proportions."""
-    changes = []
+    changes: Members = {}
     for cell in view.verdicts:
-        if cell.alpha is not None and says(cell.arm, "mixing"):
+        if cell.alpha is not None and cell.stage is None and says(cell.arm, "mixing"):
             ce = says(cell.arm, "mixing keep_full_ce")
             equal = cell.alpha / (1 + cell.alpha) if ce else 1 / (2 - cell.alpha)
-            changes.append(minus(view.gain(cell, _OUTSIDE), _interpolated(view, cell, equal)))
-    return [Part("gain less that of the convex mixture of the same proportions", mean_of(changes), "within")]
+            name = f"{cell.student} from {cell.teacher}, {cell.arm}"
+            changes[name] = minus(view.gain(cell, _OUTSIDE), _interpolated(view, cell, equal))
+    return [Part("gain less that of the convex mixture of the same proportions", changes, "within")]
 
 
 def _interpolated(view: View, cell: Verdict, alpha: float) -> Series:
-    """Gain at a constant alpha between those that were run; at alpha 0 it is 0."""
-    constants = [v for v in view.arms(cell.student, cell.teacher) if v.constant and v.alpha is not None]
-    if not constants or max(v.alpha or 0.0 for v in constants) < alpha:
+    """Gain at a constant alpha between the two next to it that were run; at alpha 0 it is 0."""
+    gains = {
+        v.alpha: view.gain(v, _OUTSIDE)
+        for v in view.arms(cell.student, cell.teacher)
+        if v.constant and v.alpha is not None
+    }
+    above = [known for known in gains if known >= alpha]
+    if not above:
         return {}
-    gains = [view.gain(v, _OUTSIDE) for v in constants]
-    seeds = set.intersection(*(set(gain) for gain in gains))
-    alphas = [0.0, *(v.alpha or 0.0 for v in constants)]
-    return {s: float(np.interp(alpha, alphas, [0.0, *(gain[s] for gain in gains)])) for s in sorted(seeds)}
+    high, low = min(above), max((known for known in gains if known < alpha), default=0.0)
+    part = (alpha - low) / (high - low)
+    below = gains.get(low, dict.fromkeys(gains[high], 0.0))
+    return {
+        seed: part * gain + (1 - part) * below[seed] for seed, gain in gains[high].items() if seed in below
+    }
 
 
 def early_teaching(view: View) -> list[Part]:
@@ -133,38 +161,22 @@ def gating(view: View) -> list[Part]:
     return [Part("gain gated by skill less that of the best constant", difference, "not below")]
 
 
-def _arms_less_constants(view: View, pairs: Iterable[PairFinding], wanted: Callable[[str], bool]) -> Series:
-    differences = []
+def _arms_less_constants(view: View, pairs: Iterable[PairFinding], wanted: Callable[[str], bool]) -> Members:
+    differences: Members = {}
     for pair in pairs:
         arms = [v for v in view.arms(pair.student.name, pair.teacher.name) if wanted(v.arm)]
         if arms:
             constant = view.best(view.constants(pair), _OUTSIDE)
-            differences.append(minus(view.best(arms, _OUTSIDE), constant))
-    return mean_of(differences)
+            differences[named(pair)] = minus(view.best(arms, _OUTSIDE), constant)
+    return differences
 
 
 def copying(view: View) -> list[Part]:
     """Accuracy of copying in context at alpha 1 less that of the baseline."""
     scores = view.scores("accuracy", COPYING)
-    pure = [cell for pair in view.pairs() for cell in view.constants(pair, lambda a: a == 1)]
-    changes = _scores(scores, pure, lambda own, base: 100 * (own - base))
+    changes = _compared(scores, _pure(view), lambda own, base: 100 * (own - base))
     label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval --probes`)"
     return [Part(label, changes, "below 0", unit="points")]
-
-
-def after_tuning(view: View) -> list[Part]:
-    """The best alpha of pretraining, after the same post-training as the baseline."""
-    gains = []
-    for pair in view.pairs():
-        if pair.best is not None:
-            gains += [
-                view.gain(cell, _OUTSIDE)
-                for cell in view.verdicts
-                if cell.stage is not None
-                and (cell.student, cell.teacher, cell.arm)
-                == (pair.student.name, pair.teacher.name, pair.best.arm)
-            ]
-    return [Part("gain out of domain after post-training", mean_of(gains), "above 0")]
 
 
 def reverse_kl(view: View) -> list[Part]:
@@ -174,35 +186,39 @@ def reverse_kl(view: View) -> list[Part]:
 
 
 def calibration(view: View) -> list[Part]:
-    """Calibration error in domain at alpha 1: of the whole distribution, and of its top k."""
-    scores = view.scores("ece", view.plan.in_domain)
-    pure = [cell for pair in view.pairs() for cell in view.constants(pair, lambda a: a == 1)]
-    cut = [cell for cell in view.verdicts if says(cell.arm, "top_k") and cell.alpha == 1]
+    """Calibration error in domain at alpha 1, of the whole distribution and of its renormalised top k.
+
+    Errors are compared as logarithms of ratios: a ratio of two small positive numbers is far from normal. An
+    error of exactly zero has no logarithm, and its seed no number.
+    """
+    cut = [v for v in view.verdicts if _renormalised(v) and v.alpha == 1 and v.stage is None]
+    known = view.scores("ece", view.plan.in_domain)
+    scores = {place: (own, bases) for place, (own, bases) in known.items() if min(own, *bases) > 0}
+    whole, top = (
+        _compared(scores, cells, lambda own, base: log2(own / base)) for cells in (_pure(view), cut)
+    )
+    more = {name: {seed: ratio - 1 for seed, ratio in own.items()} for name, own in top.items()}
     return [
-        Part(
-            "calibration error at alpha 1 less the baseline's",
-            _scores(scores, pure, lambda own, base: own - base),
-            "within",
-            margin=ECE_MARGIN,
-            unit="",
-        ),
-        Part(
-            f"calibration error with top-k as a multiple of the baseline's, less {_SEVERAL:g}",
-            _scores(scores, cut, lambda own, base: own / base - _SEVERAL),
-            "above 0",
-            unit="times",
-        ),
+        Part("doublings of the baseline's calibration error at alpha 1", whole, "within", 1.0, "log2"),
+        Part("the same with top-k, less one", more, "above 0", unit="log2"),
     ]
 
 
-def _scores(
-    scores: dict[tuple[int, int], tuple[float, float]],
+def _pure(view: View) -> list[Verdict]:
+    return [cell for pair in view.pairs() for cell in view.constants(pair, lambda a: a == 1)]
+
+
+def _compared(
+    scores: dict[tuple[int, int], tuple[float, list[float]]],
     cells: Iterable[Verdict],
     compared: Callable[[float, float], float],
-) -> Series:
-    """Mean over cells of a comparison with the baseline's score."""
-    found = []
-    for cell in cells:
-        own = {seed: compared(*pair) for (number, seed), pair in scores.items() if number == cell.cell}
-        found.append(own)
-    return mean_of(found)
+) -> Members:
+    """A comparison of each cell's score with the baseline's, mean over its twins."""
+    return {
+        f"{cell.student} from {cell.teacher}, {cell.arm}": {
+            seed: fmean(compared(own, base) for base in bases)
+            for (number, seed), (own, bases) in scores.items()
+            if number == cell.cell
+        }
+        for cell in cells
+    }

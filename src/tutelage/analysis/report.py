@@ -12,12 +12,13 @@ import polars as pl
 from tutelage.analysis import answer, sections, words
 from tutelage.analysis.canvas import save_all
 from tutelage.analysis.exports import save_tables
-from tutelage.analysis.mechanism import CHANCE
+from tutelage.analysis.mechanism import sorting
 from tutelage.analysis.mechanism_plots import mechanism_figures
 from tutelage.analysis.outcomes import LEVEL, judge_claims
 from tutelage.analysis.parts import MARGIN
 from tutelage.analysis.plots import figures
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN, Findings, judge
+from tutelage.analysis.view import choosing_seeds
 from tutelage.files import write_text
 from tutelage.study.results import Provenance, Results, load_results
 
@@ -74,7 +75,7 @@ def build_report(directory: Path) -> Path:
             for found, some in mechanisms
         ],
         mechanism_rows=sections.mechanism_rows(results.mechanisms),
-        chance=CHANCE,
+        sortings=list(dict.fromkeys(sorting(one) for one in results.mechanisms)),
         gain_caption=words.GAIN_CAPTION,
         level=f"{LEVEL:.0%}",
         margin=f"{SAME_LEVEL_MARGIN:.0%}",
@@ -88,7 +89,7 @@ def build_report(directory: Path) -> Path:
         provenance=_provenance(results),
         unfinished=_unfinished(results),
         problems=results.problems,
-        **_claims(outcomes),
+        **_claims(results, outcomes),
     )
     save_tables(results, findings, outcomes, directory / "tables")
     path = directory / "report.html"
@@ -113,13 +114,14 @@ def _template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _claims(outcomes: tuple[Outcome, ...]) -> dict[str, Any]:
+def _claims(results: Results, outcomes: tuple[Outcome, ...]) -> dict[str, Any]:
     """Announced claims, other claims that have runs, and the numbers of those that have none."""
     others = [outcome for outcome in outcomes if not outcome.announced]
     tested = [outcome for outcome in others if outcome.p is not None]
     return {
         "claims": sections.claim_rows([outcome for outcome in outcomes if outcome.announced]),
         "explored": sections.claim_rows(tested),
+        "choosing": words.listed_seeds(choosing_seeds(results.plan)),
         "untested": [outcome.number for outcome in others if outcome.p is None],
     }
 

@@ -14,6 +14,7 @@ from tutelage.analysis.tables import equal_compute, seed_spread, tournaments
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tutelage.analysis.gains import Fit
     from tutelage.analysis.outcomes import Outcome, Tested
     from tutelage.analysis.stats import Estimate
     from tutelage.analysis.texts import TextSpread
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _SHOWN_DIGITS = 100
+_FITS: dict[Fit, str] = {"raw": "raw", "temperature": "temperature fitted", "unigram": "calibration fitted"}
 
 
 def claim_rows(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -34,8 +36,9 @@ def claim_rows(outcomes: Sequence[Outcome]) -> list[Row]:
             "answer": outcome.answer,
             "p": "" if outcome.adjusted is None else _p(outcome.adjusted),
             "parts": [_part(tested) for tested in outcome.tested],
-            "fitted": outcome.fitted,
-            "fitted_parts": [_part(tested) for tested in outcome.fitted_tested],
+            "primary": _FITS[outcome.primary],
+            "other": _FITS["raw" if outcome.primary == "unigram" else "unigram"],
+            "other_parts": [_part(tested) for tested in outcome.other],
             "open": outcome.open,
             "remark": outcome.remark,
         }
@@ -54,7 +57,8 @@ def _part(tested: Tested) -> Row:
         spread = f"{_number(effect.low)} to {_number(effect.high)}"
         unit = part.unit if part.unit in {"", "%"} else f" {part.unit}"
         numbers = f"{_number(effect.mean)}{unit} ({spread}; n = {effect.n})"
-    return {"label": part.label, "reads": part.reads(), "effect": numbers, "holds": tested.holds}
+    label = f"{part.label} (beside)" if part.beside else part.label
+    return {"label": label, "reads": part.reads(), "effect": numbers, "holds": tested.holds}
 
 
 def _number(value: float) -> str:
@@ -231,6 +235,7 @@ def mechanism_rows(mechanisms: Sequence[Mechanism]) -> list[Row]:
             {
                 "student": one.student,
                 "text": one.text,
+                "sorter": one.sorter or "the baseline",
                 "gains": [plus_minus(known[cell]) if cell in known else "" for cell in cells],
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    Curve = NDArray[np.float64]
+
 _DIGITS = 9
 """Differences are rounded to this many digits: less is rounding error, which would look like certainty."""
 _MOST_SEEDS = 100
+_NODES = 100
+POWER = 0.8
+"""Chance of finding an effect of the size that is seen with the number of seeds that is said to be needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +173,69 @@ def flat_region(gains_SA: NDArray[np.float64], best: int, level: float = 0.05) -
     ]
 
 
-def seeds_needed(differences: ArrayLike, bound: float = 0.0, level: float = 0.05) -> int | None:
-    """Seeds with which a t interval would leave out `bound`, if mean and spread stayed what they are.
+def chance_inside(
+    n: NDArray[np.int64], mean: float, deviation: float, low: float, high: float, level: float
+) -> Curve:
+    """Chance that a t interval lies between two bounds, if differences are normal.
+
+    With the sample deviation S = deviation sqrt(V / (n - 1)), V of the chi-squared distribution, the interval
+    mean +- t S / sqrt(n) lies inside with a probability that is a normal one for each V; its expectation is
+    taken by Gauss-Legendre quadrature over the quantiles of V. With one bound infinite this is the noncentral
+    t distribution.
+
+    Args:
+        n: numbers of seeds, each at least two.
+        mean: of the differences.
+        deviation: of the differences, positive.
+        low: lower bound; may be minus infinity.
+        high: upper bound; may be infinity.
+        level: one less the confidence of the interval, so that each bound is tested at half of it.
+
+    Returns:
+        One probability per entry of `n`.
+    """
+    spread_NQ = _chi_table()[n] * stats.t.isf(level / 2, n - 1)[:, None]
+    root_N1 = np.sqrt(n)[:, None] / deviation
+    inside_NQ = stats.norm.cdf((high - mean) * root_N1 - spread_NQ) - stats.norm.cdf(
+        (low - mean) * root_N1 + spread_NQ
+    )
+    chance_N: Curve = np.maximum(inside_NQ, 0) @ (np.polynomial.legendre.leggauss(_NODES)[1] / 2)
+    return chance_N
+
+
+@cache
+def _chi_table() -> NDArray[np.float64]:
+    """sqrt(V / (n - 1)) at the nodes of the quadrature, for every number of seeds; rows 0 and 1 are void."""
+    nodes_Q = (np.polynomial.legendre.leggauss(_NODES)[0] + 1) / 2
+    df_N1 = np.arange(_MOST_SEEDS + 1)[:, None] - 1
+    table: NDArray[np.float64] = np.sqrt(stats.chi2.ppf(nodes_Q, np.maximum(df_N1, 1)) / np.maximum(df_N1, 1))
+    return table
+
+
+def seeds_needed(
+    differences: ArrayLike,
+    low: float,
+    high: float,
+    *,
+    level: float = 0.05,
+    power: float = POWER,
+) -> int | None:
+    """Seeds that would show the mean between two bounds in four of five studies.
+
+    Mean and spread are taken to be what they are in `differences`.
 
     Args:
         differences: one number per seed; at least two.
-        bound: what the interval is to leave out.
-        level: one less the confidence of the interval.
+        low: lower bound; may be minus infinity.
+        high: upper bound; may be infinity.
+        level: two-sided level of the test of each bound.
+        power: chance to show it.
 
     Returns:
-        A number of at least 2; None if a hundred would not do.
+        The smallest number of at least 2 with that power; None if a hundred would not do.
     """
-    values = np.round(np.asarray(differences, dtype=np.float64) - bound, _DIGITS)
+    values = np.asarray(differences, dtype=np.float64)
+    deviation = max(float(values.std(ddof=1)), 10.0**-_DIGITS)
     n = np.arange(2, _MOST_SEEDS + 1)
-    enough = half_width(n, np.full(len(n), values.std(ddof=1)), 1 - level) < abs(values.mean())
+    enough = chance_inside(n, float(values.mean()), deviation, low, high, level) >= power
     return int(n[enough.argmax()]) if enough.any() else None

@@ -1,20 +1,33 @@
-"""What claims are made of: one number per seed, taken from a study's gains as they are or with one fit."""
+"""What claims are made of: one number per seed, taken from a study's gains as they are or with one fit.
+
+Whatever is chosen (an alpha, a schedule, a teacher) is fixed in the study file or chosen on seeds that are
+not tested. To choose for each seed by the other seeds looks as good and is not: every number is unbiased, but
+they depend on each other, and a t test finds effects where there are none.
+"""
 
 from __future__ import annotations
 
-from math import inf
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING
+
+from tutelage.analysis.gains import twins_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from tutelage.analysis.gains import Fit, Side
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
+    from tutelage.study.planfile import Plan
     from tutelage.study.results import Results
 
 Series = dict[int, float]
 """One number per seed."""
+Members = dict[str, Series]
+"""What a mean is over, by name: pairs of student and teacher, mostly."""
+CHOOSING = 3
+"""One seed of so many, and at least one, chooses; the others are tested."""
 
 
 def minus(first: Series, second: Series) -> Series:
@@ -23,21 +36,14 @@ def minus(first: Series, second: Series) -> Series:
 
 
 def mean_of(many: Iterable[Series]) -> Series:
-    """Mean on the seeds that all have; only of those that have the most seeds."""
-    filled = [one for one in many if one]
-    most = max((len(one) for one in filled), default=0)
-    whole = [one for one in filled if len(one) == most]
-    seeds = set.intersection(*(set(one) for one in whole)) if whole else set()
-    return {seed: fmean(one[seed] for one in whole) for seed in sorted(seeds)}
+    """Mean of all on each seed that all have, so that every number is a mean of the same things.
 
-
-def _joined(parts: Iterable[Series]) -> Series:
-    return {seed: value for part in parts for seed, value in part.items()}
-
-
-def _mean_but(seed: int, values: Series) -> float:
-    """Mean over the other seeds; with none, the value of this one."""
-    return fmean([value for other, value in values.items() if other != seed] or [values[seed]])
+    Seeds are the replicates. Numbers that are means of the same things are alike except for their seed, which
+    is what a t test needs; a mean over whatever a seed has is not.
+    """
+    filled = [*many]
+    seeds = set.intersection(*(set(one) for one in filled)) if filled else set()
+    return {seed: fmean(one[seed] for one in filled) for seed in sorted(seeds)}
 
 
 def says(arm: str, phrase: str) -> bool:
@@ -50,20 +56,55 @@ def without(arm: str, *phrases: str) -> str:
     return ", ".join(s for s in arm.split(", ") if not any(says(s, phrase) for phrase in phrases))
 
 
+def choosing_seeds(plan: Plan) -> frozenset[int]:
+    """The first third of a study's seeds, at least one: they choose what its file does not fix."""
+    seeds = sorted(set(plan.seeds))
+    return frozenset(seeds[: max(1, len(seeds) // CHOOSING)])
+
+
+def named(pair: PairFinding) -> str:
+    """`tiny 2M from weak`."""
+    return f"{pair.student.name} from {pair.teacher.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of several ways to use a teacher.
+
+    Attributes:
+        cells: one, or several of different seeds that are one way together; empty if none could be chosen.
+        untested: seeds that chose it; their numbers are no evidence.
+    """
+
+    cells: tuple[Verdict, ...]
+    untested: frozenset[int] = frozenset()
+
+    def tested(self, gains: Series) -> Series:
+        """The numbers of seeds that had no part in the choice."""
+        return {seed: gain for seed, gain in gains.items() if seed not in self.untested}
+
+
 class View:
-    """A study seen through one fit: gains are on the test split, choices are made on raw validation gains."""
+    """A study seen through one fit: gains are on the test split, choices are made on raw validation gains.
+
+    Attributes:
+        choosing: the seeds that choose where the study file does not: the first third of its seeds.
+    """
 
     def __init__(self, results: Results, findings: Findings, fit: Fit = "raw") -> None:
         self.results = results
         self.findings = findings
         self.plan = results.plan
+        self.fit = fit
         self.verdicts: tuple[Verdict, ...] = findings.verdicts
+        self.choosing = choosing_seeds(results.plan)
+        self._alphas = {teacher.name: teacher.tested_alpha for teacher in results.plan.teachers}
         self._gains: dict[tuple[int, str], Series] = {}
         self._valid: dict[int, Series] = {}
         for cell, seed, split, of, role, gain in findings.gains.sides.iter_rows():
             if split == "test" and of == fit:
                 self._gains.setdefault((cell, role), {})[seed] = gain
-            elif split == "validation" and role == "out_of_domain":
+            elif split == "validation" and role == "out_of_domain" and seed in self.choosing:
                 self._valid.setdefault(cell, {})[seed] = gain
         self._cells: dict[tuple[str, str | None, str | None], list[Verdict]] = {}
         for verdict in self.verdicts:
@@ -103,64 +144,96 @@ class View:
     def _seeds(self, pair: PairFinding) -> set[int]:
         return {seed for cell in self.constants(pair) for seed in self.gain(cell, "out_of_domain")}
 
-    def best(self, cells: Sequence[Verdict], side: Side) -> Series:
-        """Gain of the best of `cells`, which is chosen for each seed by the other seeds.
+    def candidates(self, cells: Iterable[Verdict]) -> list[Choice]:
+        """What there is to choose from: of a teacher with a `tested_alpha`, the cell that has it alone."""
+        found = [*cells]
+        fixed = {cell.teacher for cell in found if self._is_fixed(cell)}
+        return [Choice((cell,)) for cell in found if cell.teacher not in fixed or self._is_fixed(cell)]
 
-        Validation and test documents of a run share its training noise, so that a choice by the run's own
-        validation gain would flatter it. With one seed there is no other, and its own has to do.
+    def _is_fixed(self, cell: Verdict) -> bool:
+        return cell.constant and cell.teacher is not None and cell.alpha == self._alphas[cell.teacher]
+
+    def choose(self, candidates: Sequence[Choice]) -> Choice:
+        """The best by its raw validation gain out of domain, mean over the choosing seeds.
+
+        One candidate is no choice, and all its seeds are tested. Of several, those that lack one of the
+        choosing seeds cannot be chosen.
         """
-        return self.best_of([[cell] for cell in cells], side)
+        if len(candidates) == 1:
+            return candidates[0]
+        known = [(one, self.validation(one)) for one in candidates]
+        able = [(one, mean) for one, mean in known if mean is not None]
+        best = max(able, key=lambda pair: pair[1])[0] if able else Choice(())
+        return Choice(best.cells, self.choosing)
 
-    def best_of(self, arms: Sequence[Sequence[Verdict]], side: Side) -> Series:
-        """The same with arms that are several cells each, of different seeds."""
-        gains = [_joined(self.gain(cell, side) for cell in arm) for arm in arms]
-        valid = [_joined(self._valid[cell.cell] for cell in arm) for arm in arms]
-        found: Series = {}
-        for seed in sorted({seed for gain in gains for seed in gain}):
-            means = [
-                _mean_but(seed, own) if seed in gain else -inf for own, gain in zip(valid, gains, strict=True)
-            ]
-            found[seed] = gains[means.index(max(means))][seed]
+    def validation(self, choice: Choice) -> float | None:
+        """Mean validation gain over the choosing seeds; None if one of them is missing."""
+        gains = {seed: v for cell in choice.cells for seed, v in self._valid.get(cell.cell, {}).items()}
+        return fmean(gains.values()) if set(gains) == self.choosing else None
+
+    def best(self, cells: Iterable[Verdict], side: Side) -> Series:
+        """Gain of the best of `cells`, of tested seeds."""
+        return self.gain_of(self.choose(self.candidates(cells)), side)
+
+    def gain_of(self, choice: Choice, side: Side) -> Series:
+        """Gain of what was chosen, of tested seeds."""
+        joined = {seed: gain for cell in choice.cells for seed, gain in self.gain(cell, side).items()}
+        return choice.tested(joined)
+
+    def texts(self, choice: Choice) -> Members:
+        """Gain of what was chosen on each text out of domain, of tested seeds."""
+        found: Members = {}
+        for cell in choice.cells:
+            for text, gains in self._by_text.get(cell.cell, {}).items():
+                found.setdefault(text, {}).update(choice.tested(gains))
         return found
 
-    def best_alpha(self, cells: Sequence[Verdict]) -> Series:
-        """The alpha with the largest validation gain of each seed by itself."""
-        seeds = set.intersection(*(set(self._valid[cell.cell]) for cell in cells))
-        best = {
-            seed: max(cells, key=lambda cell: self._valid[cell.cell][seed]).alpha for seed in sorted(seeds)
-        }
-        return {seed: alpha for seed, alpha in best.items() if alpha is not None}
-
-    def validation(self, cells: Sequence[Verdict]) -> float:
-        """The largest mean validation gain among `cells`."""
-        return max(fmean(self._valid[cell.cell].values()) for cell in cells)
+    @cached_property
+    def _by_text(self) -> dict[int, Members]:
+        """Gains out of domain of every cell, by text and seed."""
+        rows = self.findings.gains.domains.filter(split="test", fit=self.fit, role="out_of_domain")
+        found: dict[int, Members] = {}
+        for cell, text, seed, gain in rows.select("cell", "domain", "seed", "gain").iter_rows():
+            found.setdefault(cell, {}).setdefault(text, {})[seed] = gain
+        return found
 
     def variants(self, *phrases: str, alpha: float | None = None) -> list[tuple[Verdict, Verdict]]:
-        """Cells whose arm says `phrases[0]`, each with the cell that lacks all of `phrases`."""
+        """Cells before any stage whose arm says `phrases[0]`, each with that without `phrases`."""
         found = []
         for cell in self.verdicts:
-            if not says(cell.arm, phrases[0]) or (alpha is not None and cell.alpha != alpha):
+            if not says(cell.arm, phrases[0]) or cell.stage is not None or alpha not in {None, cell.alpha}:
                 continue
             plain = without(cell.arm, *phrases)
-            others = self.arms(cell.student, cell.teacher, cell.stage)
-            found += [(cell, other) for other in others if other.arm == plain]
+            found += [(cell, other) for other in self.arms(cell.student, cell.teacher) if other.arm == plain]
         return found
 
-    def change(self, variants: Iterable[tuple[Verdict, Verdict]], side: Side) -> Series:
-        """Gain of variants less that of the plain cells, mean over them."""
-        return mean_of(minus(self.gain(one, side), self.gain(other, side)) for one, other in variants)
+    def change(self, variants: Iterable[tuple[Verdict, Verdict]], side: Side) -> Members:
+        """Gain of variants less that of the plain cells."""
+        return {
+            f"{one.student} from {one.teacher}, {one.arm}": minus(
+                self.gain(one, side), self.gain(other, side)
+            )
+            for one, other in variants
+        }
 
+    @cached_property
     def runs(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(cell, seed) of a run and the baseline that it is compared with."""
         pairs = self.findings.gains.domains.select("run", "base_run", "cell", "seed").unique()
         return {(run, base): (cell, seed) for run, base, cell, seed in pairs.iter_rows()}
 
-    def scores(self, metric: str, domain: str) -> dict[tuple[int, int], tuple[float, float]]:
-        """(score, score of the baseline) of a metric on one domain, by cell and seed; test split or probe."""
-        known = self.results.scores.filter(metric=metric, domain=domain)
+    def scores(self, metric: str, domain: str) -> dict[tuple[int, int], tuple[float, list[float]]]:
+        """(score, scores of the baseline and its twins) of a metric on one domain, by cell and seed.
+
+        Of the test split, or of a probe; where one of them was not scored there is no entry.
+        """
+        known = self.results.scores.filter(metric=metric, domain=domain, split="test")
         values = dict(known.select("run", "value").iter_rows())
+        twins: dict[str, list[str]] = {}
+        for base, run in twins_of(self.results).iter_rows():
+            twins.setdefault(base, []).append(run)
         return {
-            place: (values[run], values[base])
-            for (run, base), place in self.runs().items()
-            if run in values and base in values
+            place: (values[run], [values[twin] for twin in twins[base]])
+            for (run, base), place in self.runs.items()
+            if run in values and all(twin in values for twin in twins[base])
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from tutelage.analysis.stats import Estimate
     from tutelage.analysis.texts import TextSpread
@@ -132,6 +132,11 @@ def seeds(verdicts: Sequence[Verdict]) -> str:
     counts = sorted({v.n_seeds for v in verdicts})
     number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"n = {number} {'seed' if counts[-1] == 1 else 'seeds'}"
+
+
+def listed_seeds(numbers: Collection[int]) -> str:
+    """`seed 43`, `seeds 43 and 44`."""
+    return f"seed{'s' * (len(numbers) > 1)} {join([str(number) for number in sorted(numbers)])}"
 
 
 def intervals(verdicts: Sequence[Verdict]) -> str:

@@ -58,18 +58,28 @@ class Grouping:
     contrast: tuple[int, int] | None = None
 
 
-def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
-    """Every way the evaluation groups its tokens.
+def sorted_by(tokens: pl.DataFrame) -> str:
+    """Who stands for an untaught model where tokens are put into cells: the sorter, if there is one.
 
-    all: one cell. entropy: fifths by the baseline's entropy in nats; a token on a border is in the upper
-    cell, so equal entropies are never parted and cells can then differ in size. position: twentieths of
-    the context, borders in tokens. right: whose most probable token is the gold one. closer: whether the
-    teacher gives the gold token more probability than the baseline does.
+    The baseline itself is half of every gain. Tokens sorted by it are sorted by its luck too: where it was
+    unlucky, any other model gains.
     """
-    entropy = tokens["entropy.baseline"].to_numpy().astype(np.float64)
+    return "sorter" if "entropy.sorter" in tokens.columns else "baseline"
+
+
+def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
+    """Every way the evaluation groups its tokens. "Untaught" is the sorter, without one the baseline.
+
+    all: one cell. entropy: fifths by the untaught model's entropy in nats; a token on a border is in the
+    upper cell, so equal entropies are never parted and cells can then differ in size. position: twentieths
+    of the context, borders in tokens. right: whose most probable token is the gold one. closer: whether the
+    teacher gives the gold token more probability than the untaught model does.
+    """
+    alone = sorted_by(tokens)
+    entropy = tokens[f"entropy.{alone}"].to_numpy().astype(np.float64)
     edges = np.quantile(entropy, np.linspace(0, 1, _ENTROPY_BINS + 1))
-    teacher, baseline = (tokens[f"gold_rank.{role}"].to_numpy() == 1 for role in ("teacher", "baseline"))
-    ahead = tokens["gold_logp.teacher"].to_numpy() > tokens["gold_logp.baseline"].to_numpy()
+    teacher, untaught = (tokens[f"gold_rank.{role}"].to_numpy() == 1 for role in ("teacher", alone))
+    ahead = tokens["gold_logp.teacher"].to_numpy() > tokens[f"gold_logp.{alone}"].to_numpy()
     return [
         Grouping("all", np.zeros(len(tokens), np.int64), ("all tokens",)),
         Grouping(
@@ -87,8 +97,8 @@ def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
         ),
         Grouping(
             "right",
-            np.where(teacher, np.where(baseline, 2, 0), np.where(baseline, 1, 3)),
-            ("teacher only", "baseline only", "both", "neither"),
+            np.where(teacher, np.where(untaught, 2, 0), np.where(untaught, 1, 3)),
+            ("teacher only", f"{alone} only", "both", "neither"),
             contrast=(0, 1),
         ),
         Grouping("closer", np.where(ahead, 0, 1), ("teacher closer", "not closer"), contrast=(0, 1)),

@@ -1,5 +1,7 @@
 """Where a student gains: student, teacher and baseline side by side on every token of a text.
 
+A fourth model, the sorter, may say how hard a token is: an untaught student of another seed.
+
 Documents are read as for perplexity, in windows that do not overlap. Matrices of probabilities exist for
 a chunk of tokens only, which gets smaller as the vocabulary gets larger.
 """
@@ -80,16 +82,17 @@ def run_mechanism(
     store: Store,
     split: Split,
     *,
+    sorter: Subject | None = None,
     max_documents: int,
     max_tokens: int,
     device: str,
     output: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """Measure the three models on the same tokens; a finished evaluation is not computed again.
+    """Measure the models on the same tokens; a finished evaluation is not computed again.
 
     Writes `tokens.parquet` (see `_read`), `summary.parquet` (see `tutelage.evals.cells.summarise`) and
-    `mechanism.json` (what was compared, on what). Memory is the three models, some hundred megabytes and
+    `mechanism.json` (what was compared, on what). Memory is the models, some hundred megabytes and
     about 400 bytes a token.
 
     Args:
@@ -101,17 +104,19 @@ def run_mechanism(
         max_documents: documents to read, from the split's first.
         max_tokens: tokens to read in each, from its beginning.
         device: "auto", "cpu", "cuda" or "mps".
-        output: the directory is `<output>/mechanism/<student>--<teacher>--<baseline>/<text>-<hash8>`.
+        output: the directory is `<output>/mechanism/<student>--<teacher>--<baseline>/<text>-<hash8>`; a
+            sorter is named after the baseline.
+        sorter: untaught model of another seed that tokens are sorted by; default: the baseline.
         progress: called with the number of tokens read since the last call.
 
     Returns:
         The directory.
 
     Raises:
-        UserError: the models do not share the store's tokenizer, there is nothing to read, or a model gives
-            no numbers.
+        UserError: the models do not share the store's tokenizer, the sorter is one of them, there is nothing
+            to read, or a model gives no numbers.
     """
-    subjects = dict(zip(_ROLES, (student, teacher, baseline), strict=True))
+    subjects = _with_third(dict(zip(_ROLES, (student, teacher, baseline), strict=True)), sorter)
     notes = _notes(subjects, store)
     documents = read_documents(store, split, max_documents, max_tokens)
     if not documents:
@@ -128,10 +133,15 @@ def run_mechanism(
         _check_finite(tokens, subjects)
         names = {role: subject.id for role, subject in subjects.items()} | {"text": store.manifest.name}
         counts = {"documents": len(documents), "tokens": len(tokens), "vocab_size": store.vocab_size}
-        tokens.write_parquet(partial / "tokens.parquet")
-        summarise(tokens, settings["context"]).write_parquet(partial / "summary.parquet")
-        write_json(partial / "mechanism.json", names | counts | settings | {"notes": notes})
+        _keep(tokens, names | counts | settings | {"notes": notes}, partial)
     return directory
+
+
+def _keep(tokens: pl.DataFrame, facts: Mapping[str, Any], directory: Path) -> None:
+    """Write what was measured and what it was measured on."""
+    tokens.write_parquet(directory / "tokens.parquet")
+    summarise(tokens, facts["context"]).write_parquet(directory / "summary.parquet")
+    write_json(directory / "mechanism.json", facts)
 
 
 def _notes(subjects: Mapping[str, Subject], store: Store) -> list[str]:
@@ -159,7 +169,7 @@ def _settings(
 
 
 def run_on_texts(
-    student: str, teacher: str, baseline: str, request: Request, watcher: EvalWatcher
+    student: str, teacher: str, baseline: str, sorter: str | None, request: Request, watcher: EvalWatcher
 ) -> list[Path]:
     """`run_mechanism` on the test split of every text of a request.
 
@@ -167,6 +177,7 @@ def run_on_texts(
         student: run directory, model directory or name on the Hub; `teacher` and `baseline` alike.
         teacher: its teacher.
         baseline: the model trained without.
+        sorter: untaught model of another seed that tokens are sorted by; None: the baseline.
         request: domains and stores; without any, the text that the student was trained on.
         watcher: is told how it goes.
 
@@ -203,10 +214,25 @@ def run_on_texts(
             max_tokens=request.max_tokens or SUITES.max_tokens,
             device=request.device,
             output=request.output,
+            sorter=None if sorter is None else find_subject(sorter, request.output),
             progress=watcher.advance,
         )
         directories.append(found)
     return directories
+
+
+def _with_third(subjects: dict[str, Subject], sorter: Subject | None) -> dict[str, Subject]:
+    """The models, and the sorter if there is one: one that is half of a gain cannot say where it is."""
+    if sorter is None:
+        return subjects
+    own = weights_fingerprint(sorter.model)
+    for role in ("student", "baseline"):
+        if weights_fingerprint(subjects[role].model) == own:
+            raise UserError(
+                f"sorter {sorter.id}: is the {role}; tokens must be sorted by a third model, such as the "
+                "untaught student of another seed"
+            )
+    return subjects | {"sorter": sorter}
 
 
 def _open(subject: Subject, store: Store, device: str) -> _Model:
@@ -273,7 +299,7 @@ def _measure(of: Mapping[str, Predictions], gold_N: Tensor) -> dict[str, Tensor]
         for role, predictions in of.items()
         for quantity, value in alone(predictions, gold_N).items()
     }
-    for p, q in combinations(of, 2):
+    for p, q in combinations(_ROLES, 2):
         found[f"kl.{p}.{q}"], found[f"kl.{q}.{p}"] = kl_both_ways(of[p], of[q])
         found |= {f"{quantity}.{p}.{q}": value for quantity, value in together(of[p], of[q]).items()}
     return found

@@ -183,7 +183,8 @@ def _filled(pattern: str, point: Point, where: str) -> str:
 
 
 def _one_teacher(spec: TeacherSpec, point: Point, seed: int | None, where: str) -> TeacherSpec:
-    own = {axis: value for axis, value in point.items() if axis in {"rung", "tokens", "seed"}}
+    fields = {"rung", "tokens", "seed", "tested_alpha"}
+    own = {axis: value for axis, value in point.items() if axis in fields}
     if "tokens" in own:
         own["tokens"] = _budget(own["tokens"], where)
     settings = {axis: value for axis, value in point.items() if axis not in own}

@@ -15,7 +15,7 @@ from tutelage.settings import parse_tokens
 from tutelage.study.cells import cells_of, teachers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tutelage.study.cells import Cell
@@ -176,11 +176,12 @@ def draft_config(study: StudyConfig, cell: Cell, teachers: Mapping[str, TeacherS
 def check_cells(study: StudyConfig) -> None:
     """Raise UserError if a run of the study cannot be, or is asked for twice in different words.
 
-    Nothing needs to be built for that.
+    Or if claims are to be tested at an alpha that nobody is taught with. Nothing needs to be built for that.
     """
-    teachers = teachers_of(study)
+    teachers, cells = teachers_of(study), cells_of(study)
+    _check_tested_alphas(study, teachers, cells)
     names: dict[str, str] = {}
-    for cell in cells_of(study):
+    for cell in cells:
         config = draft_config(study, cell, teachers)
         recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
         key = digest(
@@ -189,6 +190,23 @@ def check_cells(study: StudyConfig) -> None:
         if (other := names.setdefault(key, cell.name)) != cell.name:
             raise UserError(
                 f"study {study.name}: {other} and {cell.name} are the same run in different words; keep one"
+            )
+
+
+def _check_tested_alphas(
+    study: StudyConfig, teachers: Mapping[str, TeacherSpec], cells: Sequence[Cell]
+) -> None:
+    alphas: dict[str, set[float]] = {}
+    for cell in cells:
+        if cell.teacher is not None and cell.alpha is not None and cell.arm == f"alpha {cell.alpha:g}":
+            alphas.setdefault(cell.teacher, set()).add(cell.alpha)
+    for name, spec in teachers.items():
+        own = sorted(alphas.get(name, ()))
+        if spec.tested_alpha is not None and all(alpha != spec.tested_alpha for alpha in own):
+            known = ", ".join(f"{alpha:g}" for alpha in own) or "none"
+            raise UserError(
+                f"study {study.name}: teacher {name}: tested_alpha {spec.tested_alpha} is no constant alpha "
+                f"of its students; they have: {known}"
             )
 
 

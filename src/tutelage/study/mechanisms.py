@@ -24,6 +24,7 @@ class Mechanism:
         student: id of the model trained with the teacher.
         teacher: id of its teacher.
         baseline: id of the model trained without.
+        sorter: id of the third model that tokens are sorted by; None: they are sorted by the baseline.
         text: name and split of what was read.
         documents: number of documents read.
         tokens: number of tokens read.
@@ -35,6 +36,7 @@ class Mechanism:
     student: str
     teacher: str
     baseline: str
+    sorter: str | None
     text: str
     documents: int
     tokens: int
@@ -60,6 +62,7 @@ def read_mechanism(directory: Path) -> Mechanism:
             student=facts["student"],
             teacher=facts["teacher"],
             baseline=facts["baseline"],
+            sorter=facts.get("sorter"),
             text=f"{facts['text']}, {facts['split']} split",
             documents=facts["documents"],
             tokens=facts["tokens"],

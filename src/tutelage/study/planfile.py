@@ -45,6 +45,11 @@ class PlanTeacher(Section):
     data_seed: int | None = Field(None, description="seed of its data order, where the study trains it once")
     corpus: str | None = Field(None, description="name of its training text, where it has one of its own")
     targets: str | None = Field(None, description="format of its cached targets; null: computed as needed")
+    texts: tuple[Name, ...] = Field((), description="scored texts that its training text is made of")
+    tested_alpha: Fraction | None = Field(
+        None,
+        description="constant alpha of the claims' tests; null: chosen on the first third of the seeds",
+    )
 
 
 class PlanDomain(Section):

@@ -10,8 +10,9 @@ from tutelage.study.graph import Cost
 from tutelage.study.planfile import Plan, PlanDomain, PlanRun, PlanStudent, PlanTeacher
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from tutelage.data.config import StoreConfig
     from tutelage.study.cells import Cell
     from tutelage.study.graph import Node
     from tutelage.study.spec import StudyConfig, TeacherSpec
@@ -76,7 +77,7 @@ def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
         seeds=study.seeds,
         students=tuple(students.values()),
         teachers=tuple(
-            _teacher(name, spec, trained.get(run_of.get(name), [])) for name, spec in teachers.items()
+            _teacher(study, name, spec, trained.get(run_of.get(name), [])) for name, spec in teachers.items()
         ),
         domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
         in_domain=study.in_domain,
@@ -86,7 +87,7 @@ def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
     )
 
 
-def _teacher(name: str, spec: TeacherSpec, trained: Sequence[Planned]) -> PlanTeacher:
+def _teacher(study: StudyConfig, name: str, spec: TeacherSpec, trained: Sequence[Planned]) -> PlanTeacher:
     """A teacher; `trained` are its runs, one or one for each seed."""
     run = trained[0][1] if trained else None
     once = trained[0] if spec.seed is not None and trained else None
@@ -101,7 +102,17 @@ def _teacher(name: str, spec: TeacherSpec, trained: Sequence[Planned]) -> PlanTe
         data_seed=None if once is None else once[0].settings["data"]["seed"],
         corpus=None if spec.corpus is None else spec.corpus.name,
         targets=None if spec.cache is None else spec.cache.format.kind,
+        texts=() if spec.corpus is None else tuple(_texts_of(study, spec.corpus)),
+        tested_alpha=spec.tested_alpha,
     )
+
+
+def _texts_of(study: StudyConfig, corpus: StoreConfig) -> Iterator[str]:
+    """Names of the scored texts that are among the sources of a teacher's own text, at any weight."""
+    own = [source.model_copy(update={"weight": None}) for source in corpus.sources]
+    for name, domain in study.domains.items():
+        if domain.source.model_copy(update={"weight": None}) in own:
+            yield name
 
 
 def _run(cell: Cell, ids: Mapping[str, str], cost: Cost, evaluation: str | None = None) -> PlanRun:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tutelage.cacheformats import CacheSettings
 from tutelage.config import RunConfig
 from tutelage.data.config import Source, StoreConfig
-from tutelage.settings import Budget, Bytes, Name, Section, Seed, refuse_alike
+from tutelage.settings import Budget, Bytes, Fraction, Name, Section, Seed, refuse_alike
 from tutelage.study.axes import Grid
 from tutelage.types import Role
 from tutelage.yamltext import ReadAs
@@ -45,6 +45,11 @@ class TeacherSpec(Section):
         default=False,
         description="budgets are branches of one run: each starts where the decay of the next shorter one "
         "begins; needs optim.schedule wsd and a warm-up in tokens",
+    )
+    tested_alpha: Fraction | None = Field(
+        None,
+        description="constant alpha at which claims about this teacher are tested, fixed before anything is "
+        "run; default: chosen on the first third of the seeds, which are then not tested",
     )
     run: RunSettings = Field({}, description="settings of its run, as in a run file")
     grid: Grid | None = Field(None, description="one teacher per point")
@@ -108,7 +113,7 @@ class StudyConfig(Section):
         "are against their mean",
     )
     post_training: dict[Name, PostTraining] = Field({}, description="stages that may follow a run, by name")
-    claims: tuple[Annotated[int, Field(ge=1, le=23)], ...] = Field(
+    claims: tuple[Annotated[int, Field(ge=1, le=24)], ...] = Field(
         (), description="numbers of the claims tested as pre-registered, with Holm's correction over them"
     )
     run: RunSettings = Field({}, description="settings of every run, as in a run file")

@@ -89,12 +89,26 @@ def test_the_table_gives_gain_and_interval_of_every_cell_but_positions(tmp_path)
         "first choice right teacher only 25.0%",
         "baseline only 25.0% 1.180 -1.170",
         "probability of the token teacher closer 50.0%",
-        "a baseline of another seed",
+        "Sort them by a third model (--sorter)",
     ]
     places = [words.find(part) for part in parts]
     assert -1 not in places, parts[places.index(-1)]
     assert places == sorted(places)
     assert "95%  " not in words
+
+
+def test_tokens_sorted_by_a_third_model_are_said_to_be(tmp_path):
+    write(tmp_path)
+    (tmp_path / "mechanism.json").write_text(json.dumps(FACTS | {"sorter": "alone-4"}))
+    found = read_mechanism(tmp_path)
+
+    words = printed(found)
+    assert "sorter entropy (nats)" in words
+    assert "teacher minus sorter" in words
+    assert "Tokens are sorted by a third model" in words
+    assert "--sorter" not in words
+    figures = {figure.name: figure for figure in mechanism_figures(found)}
+    assert "the sorter's entropy" in figures["entropy"].caption
 
 
 def test_one_document_has_no_interval(tmp_path):

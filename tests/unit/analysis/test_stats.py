@@ -122,14 +122,40 @@ def test_the_flat_region_holds_what_cannot_be_told_from_the_best():
     assert flat_region(gains[:1], 0) == [0, 1, 2]  # one seed tells nothing apart
 
 
-def test_seeds_needed_is_where_the_interval_leaves_zero_out():
-    values = [0.1, 0.5, 0.3]
-    n = seeds_needed(values)
-    half = [float(half_width(np.array([k]), np.array([np.std(values, ddof=1)]))[0]) for k in (n - 1, n)]
+@pytest.mark.parametrize("values", [[0.1, 0.5, 0.3], [0.1, 0.9, 0.2, 0.3], [-1.0, 2.0, 0.5, 0.4, 1.1]])
+@pytest.mark.parametrize("level", [0.05, 0.05 / 22])
+def test_seeds_needed_is_the_power_of_the_noncentral_t(values, level):
+    """As statsmodels' TTestPower computes it: P(T' > t) of the noncentral t with n - 1 degrees of freedom."""
+    d = np.mean(values) / np.std(values, ddof=1)
 
-    assert half[0] > 0.3 > half[1]
-    assert seeds_needed([0.1, -0.1, 0.0]) is None
-    assert seeds_needed(values, level=0.01) > n
+    def power(n):
+        return stats.nct.sf(stats.t.isf(level / 2, n - 1), n - 1, d * math.sqrt(n))
+
+    n = seeds_needed(values, 0.0, math.inf, level=level)
+
+    assert n == next(k for k in range(2, 101) if power(k) >= 0.8)
+    assert seeds_needed([-value for value in values], -math.inf, 0.0, level=level) == n
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, math.inf), (-0.5, 0.5), (-math.inf, 0.9)])
+def test_so_many_seeds_find_it_in_four_of_five_simulated_studies(low, high):
+    values = [0.05, 0.5, 0.3, 0.1]
+    n = seeds_needed(values, low, high)
+    rng = np.random.default_rng(n)
+
+    def found(k):
+        drawn = rng.normal(np.mean(values), np.std(values, ddof=1), (20_000, k))
+        p = [stats.ttest_1samp(drawn, b, axis=1, alternative=a).pvalue
+             for b, a in ((low, "greater"), (high, "less")) if math.isfinite(b)]  # fmt: skip
+        return np.mean(np.max(p, axis=0) < 0.025)
+
+    assert found(n) > 0.8 - 0.01  # three standard errors of a proportion over 20,000
+    assert n == 2 or found(n - 1) < 0.8 + 0.01
+
+
+def test_no_effect_needs_more_seeds_than_anybody_has():
+    assert seeds_needed([0.1, -0.1, 0.0], 0.0, math.inf) is None
+    assert seeds_needed([1.0, 1.0], 0.0, math.inf) == 2
 
 
 def documents(rng, gain, n=200):

@@ -346,6 +346,70 @@ def test_a_finished_evaluation_is_not_computed_again(found, subjects, store, oth
         run_mechanism(**(subjects | {"student": subjects["baseline"]}), **arguments, **limits)
 
 
+@pytest.fixture(scope="module")
+def third(subjects, store, tmp_path_factory):
+    """An untaught model of a third seed."""
+    folder = tmp_path_factory.mktemp("third")
+    save(
+        fitted(build(rung("nano-50k"), open_store(store).vocab_size, CONTEXT, seed=3), store, 3),
+        folder / "third",
+        store,
+    )
+    return find_subject(str(folder / "third"), folder / "out")
+
+
+def test_a_third_model_sorts_the_tokens(found, measure, third):
+    plain, path = pl.read_parquet(found / "tokens.parquet"), measure(sorter=third)
+    tokens = pl.read_parquet(path / "tokens.parquet")
+    cells = pl.read_parquet(path / "summary.parquet").filter(quantity="gain", of="student")
+    gain = (tokens["gold_logp.student"] - tokens["gold_logp.baseline"]).to_numpy().astype(np.float64)
+    difficulty = tokens["entropy.sorter"].to_numpy().astype(np.float64)
+    edges = np.quantile(difficulty, np.linspace(0, 1, 6))
+    hard, easy = difficulty >= edges[4], difficulty < edges[1]
+
+    contrast = cells.filter(grouping="entropy contrast")["mean"].item()
+    assert contrast == pytest.approx(gain[hard].mean() - gain[easy].mean())
+    assert cells.filter(grouping="right")["label"].to_list()[1] == "sorter only"
+    right = (tokens["gold_rank.teacher"] == 1) & (tokens["gold_rank.sorter"] != 1)
+    assert cells.filter(grouping="right", label="teacher only")["n"].item() == right.sum()
+    assert path.parent.name.endswith(f"--{third.id}")
+    assert json.loads((path / "mechanism.json").read_text())["sorter"] == third.id
+    # it is measured alone, and changes nothing of the others
+    assert {name for name in tokens.columns if "sorter" in name} == {
+        f"{name}.sorter" for name in alone(np.array([0.5, 0.5]), 0)
+    }
+    assert tokens.select(plain.columns).equals(plain)
+
+
+@pytest.mark.parametrize("role", ["student", "baseline"])
+def test_half_of_a_gain_cannot_sort_the_tokens(measure, subjects, role):
+    with pytest.raises(UserError, match=f"sorter {role}.*: is the {role}; tokens must be sorted by a third"):
+        measure(sorter=subjects[role])
+
+
+def test_sorting_by_the_baseline_shows_a_gain_of_an_untaught_student_and_a_third_model_none():
+    """Three exchangeable untaught models, 60 draws of 2,000 tokens: regression to the mean, and none."""
+    rng = np.random.default_rng(0)
+
+    def contrast(roles):
+        hard = rng.normal(0.5, 0.6, 2000)
+        columns = {"document": np.repeat(np.arange(20), 100), "position": np.tile(np.arange(100), 20)}
+        for role in ("student", "teacher", "baseline", *roles):
+            luck = rng.normal(0, 0.3, 2000)
+            columns |= {
+                f"entropy.{role}": np.exp(hard + 0.5 * luck),
+                f"gold_logp.{role}": -np.exp(hard + luck),
+            }
+            columns |= {f"gold_rank.{role}": np.where(luck < 0, 1, 2)}
+        rows = summarise(pl.DataFrame(columns), 100)
+        return rows.filter(grouping="entropy contrast", quantity="gain", of="student")["mean"].item()
+
+    by_itself, by_third = (np.array([contrast(r) for _ in range(60)]) for r in ((), ("sorter",)))
+
+    assert by_itself.mean() / (by_itself.std() / 60**0.5) > 10
+    assert abs(by_third.mean()) / (by_third.std() / 60**0.5) < 3.5
+
+
 def test_progress_counts_every_token(subjects, store, tmp_path):
     steps = []
     limits = {"max_documents": 3, "max_tokens": 40, "device": "cpu", "output": tmp_path}
@@ -420,6 +484,7 @@ def test_the_command_prints_the_cells_and_draws_them(subjects, store, tmp_path, 
             "its training text is not known; name a text with --domain or --store",
         ),
         (["--mechanism", "{student}", "--teacher", "./no", "--baseline", "{baseline}"], "no such directory"),
+        (["{student}", "--sorter", "{baseline}"], "--sorter belongs to --mechanism"),
     ],
 )
 def test_wrong_commands_get_one_line(subjects, monkeypatch, capsys, tmp_path, arguments, message):

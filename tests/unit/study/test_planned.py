@@ -5,7 +5,8 @@ from tiny import tiny_study
 
 from tutelage.analysis.claims import missing_for
 from tutelage.data.store import open_store
-from tutelage.study.graph import Stores, expand
+from tutelage.errors import UserError
+from tutelage.study.graph import Stores, check_cells, expand
 from tutelage.study.planned import draft_of, plan_of
 from tutelage.study.presets import load_study, preset_names
 
@@ -27,7 +28,7 @@ def test_a_draft_is_the_plan_but_for_run_ids(store, other_store, tmp_path):
 
 def test_announced_claims_that_no_run_can_decide_are_known_before_anything_is_built():
     mini, demo = draft_of(load_study("mini")), draft_of(load_study("demo"))
-    assert mini.claims == (*range(1, 24),)
+    assert mini.claims == (*range(1, 17), *range(18, 25))
     assert [claim for claim in mini.claims if missing_for(mini, claim)] == []
     assert "post_training" in str(missing_for(demo, 18))
 
@@ -44,3 +45,31 @@ def test_a_plan_says_what_a_teacher_reads_and_keeps():
     weak = {"rung": "nano-20k", "tokens": "4K", "corpus": corpus, "cache": cache}
     (teacher,) = draft_of(tiny_study(teachers={"weak": weak})).teachers
     assert (teacher.corpus, teacher.targets) == ("scripture", "topk")
+    assert teacher.texts == ("scripture",)  # the domain of that name has the same source
+
+
+def test_an_alpha_fixed_for_the_claims_is_in_the_plan():
+    weak = {"rung": "nano-20k", "tokens": "4K", "tested_alpha": 0.4}
+    grid = {"zip": {"rung": ["nano-20k", "nano-50k"], "tested_alpha": [0.4, None]}}
+    by_grid = {"{rung}": {"tokens": "4K", "grid": grid}}
+    students = {
+        "main": {
+            "rung": "nano-50k",
+            "tokens": "4K",
+            "grid": {"product": {"teacher": ["nano-*"], "alpha": [0.2, 0.4]}},
+        }
+    }
+
+    assert draft_of(tiny_study(teachers={"weak": weak})).teachers[0].tested_alpha == 0.4
+    plan = draft_of(tiny_study(teachers=by_grid, students=students))
+    assert [teacher.tested_alpha for teacher in plan.teachers] == [0.4, None]
+
+
+def test_an_alpha_fixed_for_the_claims_must_be_taught_with():
+    weak = {"rung": "nano-20k", "tokens": "4K", "tested_alpha": 0.3}
+    check_cells(tiny_study(teachers={"weak": weak | {"tested_alpha": 0.4}}))
+    with pytest.raises(UserError) as caught:
+        check_cells(tiny_study(teachers={"weak": weak}))
+    assert str(caught.value) == (
+        "study tiny: teacher weak: tested_alpha 0.3 is no constant alpha of its students; they have: 0.4"
+    )
