@@ -143,7 +143,8 @@ def dense_logits(targets: DenseTargets | LogitTargets, rows: slice, vocab_size: 
         logits_NV = targets.logits_NV[rows, :vocab_size]
         return logits_NV.to(wide_dtype(logits_NV))
     head = HeadProducts.of(targets.hidden_NE, targets.head_VE[:vocab_size])
-    logits_NV = head.logits(targets.hidden_NE[rows])
+    with torch.autocast(targets.hidden_NE.device.type, enabled=False):
+        logits_NV = head.logits(targets.hidden_NE[rows])
     if targets.bias_V is not None:
         logits_NV += targets.bias_V[:vocab_size]
     return transformed(logits_NV, targets.transform)
@@ -191,7 +192,11 @@ def buckets(logq_NV: Tensor, sparse: SparseTargets, tail: str) -> tuple[Tensor, 
     logq_NK = logq_NV.gather(1, slots.ids_BK).masked_fill(unused_NK, -torch.inf)
     tail_N1 = slots.tail_B1.to(logq_NV.dtype).masked_fill(empty_N1, 0.0)
     logp_NJ = torch.cat([slots.p_BK, tail_N1], 1).log()
-    return torch.cat([logq_NK, bucket_N1], 1), logp_NJ, rest_NV, slots.ids_BK
+    logq_NJ = torch.cat([logq_NK, bucket_N1], 1)
+    # These are all outcomes: their sum is 1, whatever the logits are. In float32 a sum of V terms is off by
+    # 1e-6, which shows in a small loss.
+    logq_NJ = logq_NJ - logq_NJ.detach().logsumexp(-1, keepdim=True)
+    return logq_NJ, logp_NJ, rest_NV, slots.ids_BK
 
 
 def reference_objective(

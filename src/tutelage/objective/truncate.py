@@ -90,10 +90,12 @@ def truncate(logp_NV: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, T
     """(ids_NK, probs_NK, tail_N) of a teacher's log-probabilities; the tail is summed from what was dropped.
 
     Summing the dropped probabilities, rather than taking 1 minus the kept ones, keeps a tail of 1e-9 exact.
+    Together they are made to sum to 1, from which a float32 softmax of many entries is 1e-6 away.
     """
     ids_NK, logp_NK = truncation.keep(logp_NV)
-    dropped_NV = logp_NV.exp().scatter_(-1, ids_NK, 0.0)
-    return ids_NK, logp_NK.exp(), dropped_NV.sum(-1)
+    probs_NK, tail_N1 = logp_NK.exp(), logp_NV.exp().scatter_(-1, ids_NK, 0.0).sum(-1, keepdim=True)
+    total_N1 = probs_NK.sum(-1, keepdim=True) + tail_N1
+    return ids_NK, probs_NK / total_N1, (tail_N1 / total_N1).squeeze(-1)
 
 
 def merge_repeats(ids_NK: Tensor, probs_NK: Tensor) -> tuple[Tensor, Tensor]:
