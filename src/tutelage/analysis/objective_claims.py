@@ -213,12 +213,12 @@ def _compared(
     cells: Iterable[Verdict],
     compared: Callable[[float, float], float],
 ) -> Members:
-    """A comparison of each cell's score with the baseline's, mean over its twins."""
+    """A comparison of the score of each cell that was scored with the baseline's, mean over its twins."""
+    found: dict[int, Series] = {}
+    for (cell, seed), (own, bases) in scores.items():
+        found.setdefault(cell, {})[seed] = fmean(compared(own, base) for base in bases)
     return {
-        f"{cell.student} from {cell.teacher}, {cell.arm}": {
-            seed: fmean(compared(own, base) for base in bases)
-            for (number, seed), (own, bases) in scores.items()
-            if number == cell.cell
-        }
+        f"{cell.student} from {cell.teacher}, {cell.arm}": found[cell.cell]
         for cell in cells
+        if cell.cell in found
     }

@@ -71,7 +71,8 @@ def test_a_mechanism_evaluation_of_another_baseline_is_no_evidence(tmp_path):
 
 
 def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
-    study = write_study(tmp_path / "study", gains={("weak", 1.0): (-1.0, 1.0)})
+    gains = {("weak", 1.0): (-1.0, 1.0), ("strong", 1.0): (1.0, 1.0)}  # nobody probes the second
+    study = write_study(tmp_path / "study", gains=gains)
     assert "eval --probes" in outcome(study, 17).open
 
     for seed in (43, 44, 45):
@@ -86,6 +87,7 @@ def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
 
     assert found.answer == "supported"
     assert found.tested[0].effect.mean == pytest.approx(-5.6)  # points: 100 (.444 - .5)
+    assert list(found.tested[0].part.members) == ["tiny 2M from weak, alpha 1"]
 
 
 def test_teachers_of_a_students_own_batches_count_for_that_student_alone(tmp_path):
