@@ -166,9 +166,9 @@ def _tasks(
     from tutelage.analysis.scoretable import print_tasks
     from tutelage.console import out
     from tutelage.evals.downstream import run_downstream
-    from tutelage.evals.subject import find_subject
+    from tutelage.evals.subject import find_subjects
 
-    subjects = [find_subject(name, output) for name in model]
+    subjects = find_subjects(model, output)
     stores = output / "stores"
     scores = [
         score
@@ -186,12 +186,12 @@ def _probes(model: list[str], teacher: str | None, request: Request) -> None:
     from tutelage.analysis.scoretable import print_tasks
     from tutelage.console import out
     from tutelage.evals.probes import run_probes
-    from tutelage.evals.subject import find_subject
+    from tutelage.evals.subject import find_subject, find_subjects
 
     if len(request.stores) > 1:
         raise UserError("--probes reads one text; give one --store, or none for a run's own")
     store = next(iter(request.stores.values()), None)
-    subjects = [find_subject(name, request.output) for name in model]
+    subjects = find_subjects(model, request.output)
     judge = find_subject(teacher, request.output) if teacher else None
     scores = [
         score

@@ -23,7 +23,7 @@ from tutelage.evals.domains import (
 )
 from tutelage.evals.records import read_scores
 from tutelage.evals.scoring import InDomain, keep, score_domain
-from tutelage.evals.subject import Subject, check_tokenizer, find_subject
+from tutelage.evals.subject import Subject, check_tokenizer, find_subjects
 from tutelage.evals.targets import TRAINING_TEXT, Target, with_overlaps, without_training_text
 from tutelage.evals.trainingtext import TrainingText, training_text
 from tutelage.files import claimed, make_directory
@@ -128,8 +128,7 @@ def evaluate(
         UserError: something in the input is wrong; whatever can be known is said before anything is computed.
     """
     device = pick_device(request.device)
-    found = [find_subject(model, request.output) for model in models]
-    subjects = list({subject.output: subject for subject in found}.values())
+    subjects = find_subjects(models, request.output)
     check_sources(request.domains)
     for subject in subjects:
         _check(subject, request)
@@ -158,7 +157,11 @@ def _evaluated(
         targets, training = _targets(subject, request, text, watcher.store)
         found = read_scores(subject.scores)
         _name_old_scores(subject, found, {target.name for target in targets}, watcher)
-        there = {(row["domain"], row["version"], row["step"]) for row in found}
+        there = {
+            (row["domain"], row["version"], row["step"])
+            for row in found
+            if not text.stores or row["metric"] == "overlap_documents"  # made while the text was not known
+        }
         todo = [target for target in targets if (target.name, target.version, subject.step) not in there]
         if todo:
             todo = with_overlaps(todo, text, request.output / "stores")

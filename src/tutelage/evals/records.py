@@ -52,15 +52,19 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
 
 def add_scores(path: Path, scores: Iterable[Score]) -> None:
-    """Append the scores that are not there yet, in one step; a model's card beside them lists them too."""
-    rows = read_scores(path)
-    there = {key(row) for row in rows}
-    rows += [row for row in map(asdict, scores) if key(row) not in there]
+    """Add scores in one step; the same measurement made again replaces the one that was there.
+
+    A model's card beside them lists them too: of each text those of the version that was scored last.
+    """
+    new = {key(row): row for row in map(asdict, scores)}
+    rows = [*(row for row in read_scores(path) if key(row) not in new), *new.values()]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     file = path.parent / "model" / card.FILE
     if rows and file.is_file():
         last = max(row["step"] for row in rows)
         finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
+        latest = {row["domain"]: row["version"] for row in finished}
+        finished = [row for row in finished if row["version"] == latest[row["domain"]]]
         write_text(file, card.with_scores(file.read_text(encoding="utf-8"), finished))
 
 

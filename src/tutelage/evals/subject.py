@@ -20,6 +20,8 @@ from tutelage.train.rundir import RunDirectory
 from tutelage.types import TOKENIZER_FILES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PretrainedConfig
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -92,6 +94,26 @@ def find_subject(argument: str, output: Path, revision: str | None = None) -> Su
         )
     copy = _downloaded(argument, revision)
     return _model(copy, argument.rsplit("/", 1)[-1], output, copy.name)  # it lies in snapshots/<commit>
+
+
+def find_subjects(arguments: Sequence[str], output: Path) -> list[Subject]:
+    """As `find_subject`, each model once.
+
+    Raises:
+        UserError: also where two directories have one name, under which their scores would be mixed.
+    """
+    found = {
+        subject.output.resolve(): subject for subject in (find_subject(one, output) for one in arguments)
+    }
+    named: dict[str, Path] = {}
+    for place, subject in found.items():
+        other = named.setdefault(subject.id, place)
+        if other != place:
+            raise UserError(
+                f"{other} and {place}: both are called {subject.id}, so their scores would be shown as one "
+                "model's; evaluate them one at a time"
+            )
+    return [*found.values()]
 
 
 def _run(path: Path) -> Subject:
