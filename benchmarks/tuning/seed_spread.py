@@ -1,7 +1,7 @@
 """How much do in-domain losses of untaught models differ between training seeds?
 
-Trains each rung with several seeds on the State of the Union addresses, with the demo's store, batch, limits
-and one order of the data, and prints the mean over seeds and the spread (standard deviation over mean) of the
+Trains each rung with several seeds, of weights and data order as in a study, on the State of the Union
+addresses, with the demo's store, batch and limits, and prints the mean over seeds and the spread (standard deviation over mean) of the
 test split's bits per byte, and of nats per token in the first windows of documents and in the others. Runs
 are kept, so the same command resumes where it was interrupted and computes nothing twice.
 
@@ -40,7 +40,7 @@ def config(rung: str, seed: int, tokens: str, store: Path, output: Path) -> RunC
         "name": f"{rung}-{seed}",
         "seed": seed,
         "model": {"rung": rung},
-        "data": {"store": str(store), "sequence_length": 128},
+        "data": {"store": str(store), "sequence_length": 128, "seed": seed},
         "tokens": tokens,
         "global_batch_tokens": 1024,
         "checkpoint": {"every": "250K", "keep": 1},
