@@ -1,9 +1,10 @@
 """How much do in-domain losses of untaught models differ between training seeds?
 
 Trains each rung with several seeds, of weights and data order as in a study, on the State of the Union
-addresses, with the demo's store, batch and limits, and prints the mean over seeds and the spread (standard deviation over mean) of the
-test split's bits per byte, and of nats per token in the first windows of documents and in the others. Runs
-are kept, so the same command resumes where it was interrupted and computes nothing twice.
+addresses, with the demo's store, batch and limits, and prints the mean over seeds and the spread (standard
+deviation over mean) of the test split's bits per byte, and of nats per token in the first windows of
+documents and in the others. Runs are kept, so the same command resumes where it was interrupted and computes
+nothing twice.
 
     python benchmarks/tuning/seed_spread.py --output seed-spread --rungs nano-50k nano-50k-qk --seeds 6
 """
