@@ -47,7 +47,7 @@ class _Loaded(Section):
 class ModelConfig(_Loaded):
     """The student: a rung of the ladder with fresh weights, or a model to go on from."""
 
-    rung: str | None = Field(None, description="name of a shape; `tutelage models` lists them")
+    rung: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
     path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
     run: Name | None = Field(None, description="finished run in the same output directory to go on from")
 
@@ -121,8 +121,8 @@ class EvalConfig(Section):
 
     every: TokenCount | None = Field(None, description="tokens between scorings; default: only at the end")
     domains: tuple[EvalDomain, ...] = ()
-    max_documents: int = Field(200, ge=1, description="documents per domain and split")
-    max_tokens: int = Field(4096, ge=1, description="tokens per document, from its beginning")
+    max_documents: int = Field(200, ge=1, le=10**9, description="documents per domain and split")
+    max_tokens: int = Field(4096, ge=1, le=10**9, description="tokens per document, from its beginning")
 
     @model_validator(mode="after")
     def _something(self) -> EvalConfig:
@@ -136,7 +136,7 @@ class CheckpointConfig(Section):
     """How often the run can be taken up again."""
 
     every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints to keep")
+    keep: int = Field(2, ge=1, le=10**6, description="checkpoints to keep")
     trunk: bool = Field(
         default=False,
         description="keep one more, where the decay begins (wsd), for longer runs to start from",
@@ -148,7 +148,7 @@ class RuntimeConfig(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
     threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
-    log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
+    log_every: int = Field(20, ge=1, le=10**9, description="steps between rows of metrics.jsonl")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="also send the rows there (extra `trackers`)"
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
+_LONGEST_VALUE, _LONGEST_LINE, _MOST_LINES = 80, 400, 20
 
 
 def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
@@ -120,8 +121,14 @@ def validate(kind: type[Model], data: object, where: str) -> Model:
     try:
         return kind.model_validate_json(json.dumps(fitted(data, kind), default=str))
     except ValidationError as error:
-        lines = [_explain(kind, detail) for detail in error.errors()]
-        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+        lines = [_short(_explain(kind, detail), _LONGEST_LINE) for detail in error.errors()]
+        raise UserError("\n".join(f"{where}: {line}" for line in lines[:_MOST_LINES])) from None
+
+
+def _short(text: str, longest: int) -> str:
+    """One line of at most `longest` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
@@ -138,7 +145,7 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
         return f"{field}: required but not given"
     message, value = detail["msg"].removeprefix("Value error, "), detail["input"]
     if isinstance(value, int | float | str) and field != _WHOLE:
-        return f"{field} = {value!r}: {message}"
+        return f"{field} = {_short(repr(value), _LONGEST_VALUE)}: {message}"
     return f"{field}: {message}"
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
-from tutelage.settings import Budget, Section
+from tutelage.settings import Budget, Section, Seed
 from tutelage.yamltext import ReadAs
 
 Point = dict[str, Any]
@@ -25,6 +25,7 @@ class _Named(BaseModel):
     compute_of: tuple[str | None, ...] | str | None = None
     rung: tuple[str, ...] | str | None = None
     tokens: tuple[Budget, ...] | Budget | None = None
+    seed: tuple[Seed, ...] | Seed | None = None
 
 
 Axes = Annotated[dict[str, tuple[JsonValue, ...]], ReadAs(_Named)]

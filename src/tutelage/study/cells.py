@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tutelage.configio import digest, merged
 from tutelage.errors import UserError
-from tutelage.settings import Budget, refuse_alike, slug, tokens_text
+from tutelage.settings import Budget, Fraction, Name, Seed, refuse_alike, slug, tokens_text
 from tutelage.study.factors import OWN, cell_name, check_settings, overlay, setting_of, words
 from tutelage.study.trunks import branched
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from tutelage.study.spec import StudentSpec, StudyConfig, TeacherSpec
 
 Kind = Literal["teacher", "baseline", "student", "after"]
-_BUDGET: TypeAdapter[int | str] = TypeAdapter(Budget)
+_OWN_TYPES: dict[str, TypeAdapter[Any]] = {
+    "rung": TypeAdapter(Name),
+    "tokens": TypeAdapter(Budget),
+    "seed": TypeAdapter(Seed),
+    "tested_alpha": TypeAdapter(Fraction),
+}
 
 _TWIN_STEP = 1_000_000
 """The first twin of seed 43 draws its initial weights with seed 1000043."""
@@ -133,8 +138,9 @@ def cells_of(study: StudyConfig) -> list[Cell]:
         if spec.seeds and any("seed" in point for point in points):
             raise UserError(f"{where}: seeds are given and are an axis too; give one of them")
         for point in points:
-            for seed in [point["seed"]] if "seed" in point else spec.seeds or study.seeds:
-                for cell in _student_cells(study, group, point, int(seed), teachers, run_of):
+            own = [_typed("seed", point["seed"], where)] if "seed" in point else None
+            for seed in own or spec.seeds or study.seeds:
+                for cell in _student_cells(study, group, point, seed, teachers, run_of):
                     _add(cells, cell)
     order: dict[Kind, int] = {"teacher": 0, "baseline": 1, "student": 2, "after": 3}
     return sorted(cells.values(), key=lambda cell: order[cell.kind])
@@ -169,7 +175,7 @@ def _said(cell: Cell) -> str:
 
 def _as_named(point: Point, where: str) -> Point:
     """The point with its budget in the one spelling that names have."""
-    return point | {axis: tokens_text(_budget(point[axis], where)) for axis in point if axis == "tokens"}
+    return point | {axis: tokens_text(_typed(axis, point[axis], where)) for axis in point if axis == "tokens"}
 
 
 def _filled(pattern: str, point: Point, where: str) -> str:
@@ -183,10 +189,7 @@ def _filled(pattern: str, point: Point, where: str) -> str:
 
 
 def _one_teacher(spec: TeacherSpec, point: Point, seed: int | None, where: str) -> TeacherSpec:
-    fields = {"rung", "tokens", "seed", "tested_alpha"}
-    own = {axis: value for axis, value in point.items() if axis in fields}
-    if "tokens" in own:
-        own["tokens"] = _budget(own["tokens"], where)
+    own = {axis: _typed(axis, value, where) for axis, value in point.items() if axis in _OWN_TYPES}
     settings = {axis: value for axis, value in point.items() if axis not in own}
     one = spec.model_copy(
         update={"seed": spec.seed if spec.seed is not None else seed}
@@ -234,13 +237,13 @@ def _teacher_seed(study: StudyConfig, seed: int, where: str) -> int | None:
     return study.teacher_seeds[study.seeds.index(seed)]
 
 
-def _budget(value: object, where: str) -> int | str:
-    """A value of the axis `tokens`, in the spelling that every other way of saying it has too."""
+def _typed(axis: str, value: object, where: str) -> Any:  # noqa: ANN401 - a type for each axis
+    """The value of an axis of a run's own, in the spelling that every other way of saying it has too."""
     try:
-        return _BUDGET.validate_python(value)
+        return _OWN_TYPES[axis].validate_python(value, strict=True)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: tokens = {value!r}: {reason}") from None
+        raise UserError(f"{where}: {axis} = {value!r:.80}: {reason}") from None
 
 
 def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], where: str) -> Iterator[Point]:
@@ -254,7 +257,7 @@ def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], whe
         if not names:
             near = difflib.get_close_matches(str(wanted), teachers, n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""
-            raise UserError(f"{where}: teacher {wanted!r} is unknown; {hint}known: {', '.join(teachers)}")
+            raise UserError(f"{where}: teacher {wanted!r:.80} is unknown; {hint}known: {', '.join(teachers)}")
         yield from (point | {"teacher": name} for name in names)
 
 
@@ -272,7 +275,8 @@ def _student_cells(
     rung, budget = point.get("rung", spec.rung), point.get("tokens", spec.tokens)
     if rung is None or budget is None:
         raise UserError(f"{where}: a student needs 'rung' and 'tokens', in the group or as an axis")
-    tokens = _budget(budget, where)
+    tokens = _typed("tokens", budget, where)
+    rung = _typed("rung", rung, where)
     teaching, shared = _told_apart({axis: value for axis, value in point.items() if axis not in OWN})
     own = {"seed": seed, "model": {"rung": rung}, "data": {"seed": seed}}
     settings = merged(own, merged(study.run, merged(spec.run, overlay(shared, where))))
@@ -339,7 +343,7 @@ def _taught(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
         kind="student",
         teacher=teacher,
         arm=arm,
-        alpha=float(alpha) if isinstance(alpha, int | float) else None,
+        alpha=float(alpha) if isinstance(alpha, int | float) and 0 <= alpha <= 1 else None,
         settings=merged(baseline.settings, overlay(teaching, where)),
         baseline=baseline.name,
     )

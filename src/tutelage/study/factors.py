@@ -55,7 +55,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for part in _SECTIONS:
         if not isinstance(settings.get(part, {}), dict):
             raise UserError(
-                f"{where}: run.{part} = {settings[part]!r}: a section with settings is needed here"
+                f"{where}: run.{part} = {settings[part]!r:.80}: a section with settings is needed here"
             )
     given = [key for key in settings if key in _STUDYS]
     given += [f"{part}.{key}" for part, key in _STUDYS_IN if key in settings.get(part, {})]

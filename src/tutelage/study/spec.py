@@ -28,7 +28,7 @@ class TeacherSpec(Section):
     """
 
     description: str = Field("", description="a few words for tables")
-    rung: str | None = Field(None, description="shape of a trained teacher")
+    rung: Name | None = Field(None, description="shape of a trained teacher")
     tokens: Budget | None = Field(None, description="its training tokens")
     seed: Seed | None = Field(
         None, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
@@ -64,7 +64,7 @@ class StudentSpec(Section):
     """
 
     description: str = Field("", description="what this group is to show")
-    rung: str | None = Field(None, description="shape, where it is no axis")
+    rung: Name | None = Field(None, description="shape, where it is no axis")
     tokens: Budget | None = Field(None, description="training tokens, where they are no axis")
     seeds: tuple[Seed, ...] = Field((), description="default: the study's")
     run: RunSettings = Field({}, description="settings of these runs, as in a run file")

@@ -7,8 +7,10 @@ system.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
 from tutelage.study.engines.base import Outcome, perform
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
     from typing import Self
 
     from tutelage.study.engines.base import Task
+
+_NO_PLACES = {"auto", "local", ""}
+_CLIENT_PORT = 10001
+_ANSWER_SECONDS = 5.0
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_FRAME_HEADER, _SETTINGS = 9, 4
+"""RFC 9113, 3.4 and 4.1: what a client begins with; bytes of a frame's header, and the type that answers."""
 
 
 class RayEngine:
@@ -29,7 +38,7 @@ class RayEngine:
         device: `runtime.device` of the runs: cpu takes a core per task, anything else a GPU if there is one.
 
     Raises:
-        UserError: Ray is not installed, or there is no cluster at that address.
+        UserError: Ray is not installed, or there is no cluster at that address (known in seconds).
     """
 
     def __init__(self, address: str | None, workers: int | None, device: str) -> None:
@@ -38,6 +47,9 @@ class RayEngine:
         except ImportError:
             raise UserError("--engine ray needs Ray: pip install 'tutelage[ray]'") from None
         self._ray = ray
+        asked = os.environ.get("RAY_ADDRESS") if address is None else address
+        if asked is not None and asked not in _NO_PLACES:
+            _check_listens("--ray-address" if address is not None else "RAY_ADDRESS", asked)
         self._address, self._workers, self._device = address, workers, device
         self._running: dict[Any, str] = {}
         self._cancelled: set[str] = set()
@@ -45,7 +57,7 @@ class RayEngine:
     def __enter__(self) -> Self:
         try:
             self._ray.init(address=self._address, logging_level="ERROR", log_to_driver=False)
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"--ray-address {self._address}: {' '.join(str(error).split())}") from None
         resources = self._ray.cluster_resources()
         gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
@@ -88,6 +100,30 @@ class RayEngine:
             if key in self._cancelled:
                 return Outcome(status="stopped")
             return Outcome(status="failed", text=" ".join(str(error).split())[:500])
+
+
+def _check_listens(what: str, address: str) -> None:
+    """Raise UserError unless something that speaks gRPC, as Ray does, listens at `address`.
+
+    Ray itself would try for minutes. The preface of HTTP/2 is answered by a frame of settings at once.
+    """
+    kind, found, place = address.rpartition("://")
+    try:
+        parts = urlsplit(f"//{place}")
+        host, port = parts.hostname, parts.port or (_CLIENT_PORT if kind == "ray" else None)
+    except ValueError:
+        host = port = None
+    if not host or port is None or (found and kind != "ray"):
+        raise UserError(f"{what} {address}: write HOST:PORT, ray://HOST:PORT, auto or local")
+    try:
+        with socket.create_connection((host, port), timeout=_ANSWER_SECONDS) as connection:
+            connection.settimeout(_ANSWER_SECONDS)
+            connection.sendall(_PREFACE)
+            answer = connection.recv(_FRAME_HEADER, socket.MSG_WAITALL)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{what} {address}: nothing that is Ray answers there ({error})") from None
+    if len(answer) < _FRAME_HEADER or answer[3] != _SETTINGS:
+        raise UserError(f"{what} {address}: what listens there is not Ray")
 
 
 def _perform_there(task: str, folder: str) -> str:
