@@ -58,6 +58,13 @@ def make_directory(path: Path) -> Path:
     return path
 
 
+def check_place(path: Path) -> None:
+    """Raise `UserError` if `path` cannot become a directory, because it is a file or lies below one."""
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{path}: {there} is a file and no directory; choose another output")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name; it replaces `path` in one step if the block succeeds."""

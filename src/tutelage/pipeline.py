@@ -12,6 +12,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import suite
 from tutelage.evals.trainingtext import anchored
+from tutelage.files import check_place
 from tutelage.identity import evaluation_id, run_id
 from tutelage.models import hub
 from tutelage.train import distributed
@@ -65,6 +66,8 @@ def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> 
     """
     watcher = watcher or Nobody()
     check_cohort(configs)
+    for config in configs:
+        check_place(config.output)
     runs = [(config, RunDirectory(config.output / run_id(config))) for config in configs]
     _check_distinct(runs)
     for config in configs:

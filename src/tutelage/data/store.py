@@ -156,7 +156,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     sources = [describe(source) for source in config.sources]
     identity = {
         "schema_version": SCHEMA_VERSION,
-        "config": config.model_dump(mode="json", exclude={"name"}),
+        "config": _hashed(config),
         "sources": sources,
         "tokenizer": ready and [ready.sha256, ready.end_of_text, *([named] if named else [])],
     }
@@ -247,6 +247,16 @@ def verify_store(path: Path) -> Store:
                 f"delete {path} and build it again"
             )
     return store
+
+
+def _hashed(config: StoreConfig) -> dict[str, Any]:
+    """The settings that a store's name covers beside its inputs, which enter by content: no places."""
+    fields = config.model_dump(mode="json", exclude={"name"})
+    for source in fields["sources"]:
+        source.pop("paths", None)
+    if config.tokenizer.path is not None:  # then nothing else in its section is used
+        fields.pop("tokenizer")
+    return fields
 
 
 def _chat(config: StoreConfig, tokenizer: TextTokenizer, place: Path) -> Chat | None:

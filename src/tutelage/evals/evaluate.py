@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +30,7 @@ from tutelage.evals.trainingtext import TrainingText, training_text
 from tutelage.files import claimed, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.positions import check_length
+from tutelage.settings import refuse_alike
 from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
     from tutelage.data.writer import Progress
     from tutelage.types import Role
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class EvalWatcher(Protocol):
@@ -95,18 +100,26 @@ def select(
     chosen = {name: entry for name, entry in DOMAINS.items() if entry.suite == suite}
     if suite is None and not domains and not stores:
         chosen = {name: entry for name, entry in DOMAINS.items() if entry.suite == "offline"}
-    paths = {}
+    paths: dict[str, Path] = {}
     for text in stores:
         name, _, path = text.partition("=")
         if not name or not path:
             raise UserError(
                 f"--store {text}: write NAME=DIRECTORY, for example held-out=stores/speeches-1a2b3c4d"
             )
+        if name in paths:
+            raise UserError(f"--store {name}: given twice, for {paths[name]} and {path}; rename one")
+        if not _NAME.fullmatch(name):
+            raise UserError(f"--store {text}: a name has letters, digits, '.', '_' and '-' only")
         paths[name] = Path(path)
     chosen |= {name: find_domain(name) for name in domains}
     for name in paths:
         if name in chosen:
             raise UserError(f"--store {name}: a domain of that name is scored already; choose another name")
+    try:
+        refuse_alike("--store and --domain", [*chosen, *paths])
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return chosen, paths
 
 

@@ -107,7 +107,7 @@ def find_subjects(arguments: Sequence[str], output: Path) -> list[Subject]:
     }
     named: dict[str, Path] = {}
     for place, subject in found.items():
-        other = named.setdefault(subject.id, place)
+        other = named.setdefault(subject.id.casefold(), place)
         if other != place:
             raise UserError(
                 f"{other} and {place}: both are called {subject.id}, so their scores would be shown as one "

@@ -1,5 +1,6 @@
 """The objective, usable on its own: `from tutelage.objective import Objective, chunked_objective`."""
 
+from tutelage.objective.checks import NotFiniteError
 from tutelage.objective.chunked import chunked_objective
 from tutelage.objective.divergences import DIVERGENCES, Divergence
 from tutelage.objective.gates import GATES, Gate, TokenStats, make_gate
@@ -13,6 +14,7 @@ __all__ = [
     "POLICIES",
     "Divergence",
     "Gate",
+    "NotFiniteError",
     "Objective",
     "Policy",
     "TokenStats",

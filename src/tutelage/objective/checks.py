@@ -13,6 +13,19 @@ if TYPE_CHECKING:
 
     from tutelage.objective.objective import Objective
 
+
+class NotFiniteError(ValueError):
+    """An input has NaN or infinite values.
+
+    Attributes:
+        name: which one: "hidden", "weight", "targets.hidden" and so on.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        super().__init__(f"{name}: has {count} values that are NaN or infinite")
+        self.name = name
+
+
 _MASS_TOLERANCE = 1e-3
 _IDS = {"labels", "targets.ids"}
 
@@ -145,7 +158,7 @@ def _check_values(
             and not tensor.detach().sum().isfinite()
             and not tensor.isfinite().all()
         ):
-            raise ValueError(f"{name}: has {int((~tensor.isfinite()).sum())} values that are NaN or infinite")
+            raise NotFiniteError(name, int((~tensor.isfinite()).sum()))
     labels_N = tensors["labels"]
     wrong = labels_N[(labels_N >= vocab) | ((labels_N < 0) & (labels_N != IGNORE_INDEX))]
     if wrong.numel():

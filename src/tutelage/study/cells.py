@@ -26,7 +26,7 @@ _OWN_TYPES: dict[str, TypeAdapter[Any]] = {
     "rung": TypeAdapter(Name),
     "tokens": TypeAdapter(Budget),
     "seed": TypeAdapter(Seed),
-    "tested_alpha": TypeAdapter(Fraction),
+    "tested_alpha": TypeAdapter(Fraction | None),
 }
 
 _TWIN_STEP = 1_000_000

@@ -49,7 +49,7 @@ class Nobody:
         """Do nothing."""
 
 
-def train(sessions: Sequence[Session], watcher: Watcher) -> list[UserError]:
+def train(sessions: Sequence[Session], watcher: Watcher) -> list[UserError]:  # noqa: C901 - one loop, read whole
     """Train every run to the end of its budget and write its model directory.
 
     The runs read the same batches and share one teacher, which is asked once for all of them. A run whose
@@ -92,8 +92,11 @@ def train(sessions: Sequence[Session], watcher: Watcher) -> list[UserError]:
                     errors.append(error)
             if is_main and due and due[0].row.get("step") == step + 1:
                 watcher.log(due[0].row)
-            if stopping and any(session.is_due(session.step) for session in sessions):
+            left = [session for session in sessions if session.is_due(session.step)]
+            if stopping and left:
                 raise Stopped
+            if not left:
+                break
     distributed.barrier()
     return errors
 

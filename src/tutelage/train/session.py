@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -113,6 +114,7 @@ class Session:
         if config.checkpoint.trunk and self.step == config.optim.decay_start(
             setup.steps, config.global_batch_tokens
         ):
+            self._check_finite(report)
             self._save_trunk()
         if saving or self.step % config.runtime.log_every == 0:
             self._log(report, saving=saving)
@@ -129,6 +131,22 @@ class Session:
         if self.setup.world.is_main:
             self.directory.write_state("failed", error=str(error))
 
+    def _check_finite(self, report: StepReport) -> None:
+        """Stop before a broken model is logged or saved; the last checkpoint is from before the damage."""
+        loss, ce, norm = float(report.loss), float(report.ce), float(report.grad_norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        where = f"{self.directory.path}: step {self.step}"
+        if math.isfinite(ce) and not math.isfinite(loss):
+            raise UserError(
+                f"{where}: the teacher's targets are not finite; try another dtype or teacher (the last "
+                "checkpoint is intact)"
+            )
+        raise UserError(
+            f"{where}: loss is {loss}, gradient norm {norm}; lower optim.lr or optim.clip (the last "
+            "checkpoint is intact)"
+        )
+
     def _save_trunk(self) -> None:
         if self.setup.world.is_main:
             checkpoint.save_trunk(
@@ -140,11 +158,11 @@ class Session:
 
     def _log(self, report: StepReport, *, saving: bool) -> None:
         setup, config = self.setup, self.setup.config
+        self._check_finite(report)
         memory = setup.memory()
         self.row = self._clock.row(self.step, config.global_batch_tokens, report, setup.kd_name) | _named(
             memory
         )
-        _check_finite(self.row, self.directory)
         if not setup.world.is_main:
             return
         counters = self._clock.counters(self.step)
@@ -165,15 +183,6 @@ class Session:
 def _named(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """What policy and gate remember, as columns of metrics.jsonl: "policy_ce", "gate_threshold"."""
     return {f"{part}_{name}": value for part, state in memory.items() for name, value in state.items()}
-
-
-def _check_finite(row: Mapping[str, float], directory: RunDirectory) -> None:
-    """Stop before a broken model is logged or saved; the last checkpoint is from before the damage."""
-    if not all(abs(row[key]) < float("inf") for key in ("loss", "grad_norm")):
-        raise UserError(
-            f"{directory.path}: loss is {row['loss']} at step {row['step']:.0f}; "
-            "lower optim.lr or optim.clip (the last checkpoint is intact)"
-        )
 
 
 class _Clock:

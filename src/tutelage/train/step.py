@@ -6,13 +6,14 @@ student computes what it would compute alone, operation for operation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from tutelage.data.hashing import mixed
-from tutelage.objective import Objective, chunked_objective
+from tutelage.objective import NotFiniteError, Objective, chunked_objective
 from tutelage.objective.head import weight_and_bias
 from tutelage.train import distributed
 from tutelage.types import IGNORE_INDEX, Batch, LossSums, StepReport, Targets
@@ -122,10 +123,20 @@ def train_step(turns: Sequence[Turn], micro_batches: Sequence[Batch]) -> list[St
         targets = teacher_targets(turns, batch)
         for turn, total in zip(turns, totals, strict=True):
             torch.manual_seed(mixed(turn.seed, number))
-            sums = loss_sums(turn.trainee, batch, targets if turn.asks_teacher else None, turn.alpha)
+            try:
+                sums = loss_sums(turn.trainee, batch, targets if turn.asks_teacher else None, turn.alpha)
+            except NotFiniteError as error:  # one student's damage is not the others'
+                total.add_(_damage(error).to(total.device))
+                continue
             (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
             total.add_(torch.stack([sums.loss.detach(), sums.ce, sums.kd, sums.teacher_ce, sums.taught]))
     return [_update(turn, total, valid) for turn, total in zip(turns, totals, strict=True)]
+
+
+def _damage(error: NotFiniteError) -> Tensor:
+    """Sums that say the same as a GPU's, which looks at no inputs: not finite from where the damage is on."""
+    of_teacher = error.name.startswith("targets")
+    return torch.tensor([math.nan, 0.0 if of_teacher else math.nan, math.nan, math.nan, 0.0])
 
 
 def _update(turn: Turn, totals: Tensor, valid: Tensor) -> StepReport:

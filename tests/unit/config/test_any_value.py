@@ -1,0 +1,214 @@
+"""Any value in any field of any settings file: taken, or refused in one line per field, at once."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutelage.config import RunConfig
+from tutelage.configio import load, to_yaml, validate
+from tutelage.data.config import StoreConfig
+from tutelage.errors import UserError
+from tutelage.study.estimate import works_of
+from tutelage.study.spec import StudyConfig
+from tutelage.teachers.config import TeachConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+RUN = """
+{name: a, stage: pretrain, seed: 1, model: {rung: nano-50k}, data: {store: s, seed: 1, sequence_length: 32},
+tokens: 20K, global_batch_tokens: 256, micro_batch_tokens: 128, dtype: auto, output: runs,
+optim: {lr: 1e-3, betas: [.9, .95], eps: 1e-8, weight_decay: .1, clip: 1.0, schedule: wsd, warmup: .1,
+  decay: .2, final_lr: .1},
+teacher: {kind: model, path: x, revision: y,
+  cache: {format: {kind: topk, k: 5, top_p: .9}, temperature: 1.0}},
+objective: {alpha: {policy: prequential, cap: .9, floor: .1, period: 50, probe: 5, rate: 5.0},
+  gate: {kind: student_entropy, keep: .2}, divergence: forward_kl, mixing: convex, temperature: 1.0,
+  temperature_squared: true, tail: other_bucket, jsd_beta: .5, skew: .1, chunk_tokens: 100},
+eval: {every: 1K, domains: [{name: x, store: y, role: in_domain}], max_documents: 5, max_tokens: 100},
+checkpoint: {every: 1K, keep: 1, trunk: false},
+runtime: {device: cpu, threads: 1, log_every: 5, trackers: [wandb]}}
+"""
+STORE = """
+{name: a, sources: [{kind: files, paths: [a.txt], field: text, weight: 1.0},
+  {kind: hub, path: p, subset: s, split: train, revision: r, field: f, weight: 1.0}],
+tokenizer: {vocab_size: 300, sample_bytes: 1000, path: t}, validation: .1, test: .1, max_bytes: 1000}
+"""
+TEACH = """
+{name: a, store: s, teacher: {kind: unigram}, context_length: 128, seed: 0, compress: false,
+format: {kind: sample_min_variance, ids: 16}, temperature: 1.0, shard_tokens: 1000, batch_tokens: 4096,
+dtype: float32, device: cpu, threads: 1, runs: r, output: o}
+"""
+STUDY = """
+{name: a, title: t, corpus: {name: c, sources: [{kind: corpus, name: sotu}], tokenizer: {vocab_size: 300}},
+in_domain: in, domains: {kjv: {source: {kind: corpus, name: kjv}, max_bytes: 1000}}, teacher_seed: 1,
+teachers: {weak: {rung: nano-20k, tokens: 4K, seed: 2, description: d, cache: {temperature: 1.0}},
+  "t-{seed}": {rung: nano-20k, tokens: 4K, grid: {product: {seed: [3, 4]}}, run: {optim: {lr: 1e-2}}}},
+students: {main: {rung: nano-50k, tokens: 4K, description: d, seeds: [1, 2], run: {optim: {lr: 1e-3}},
+  then: [sft],
+  grid: {product: {teacher: [weak, "t-*"], alpha: [.4, {policy: linear, start: .1, end: .2}]}}}},
+seeds: [43], post_training: {sft: {corpus: {name: p, sources: [{kind: corpus_pairs, name: q}]}, tokens: 4K,
+  run: {optim: {lr: 1e-4}}}}, claims: [1], notes: [n],
+run: {data: {sequence_length: 32}, global_batch_tokens: 256, checkpoint: {every: 1K, keep: 1},
+  eval: {max_documents: 2, max_tokens: 64}, runtime: {device: cpu, threads: 1, log_every: 1}}}
+"""
+KINDS: dict[type, str] = {RunConfig: RUN, StoreConfig: STORE, TeachConfig: TEACH, StudyConfig: STUDY}
+EXTREMES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 10**6, 10**9, 2**63, 2**64, 10**400),
+    *(0.0, -0.5, 0.5, 1.0, 1.5, 1e-320, 1e300, float("nan"), float("inf"), -float("inf")),
+    *(
+        "",
+        "x",
+        "no",
+        "1e3",
+        "40K",
+        "20x",
+        "a/b",
+        "../../etc",
+        "\x00",
+        "a\nb",
+        "x" * 5000,
+        "\ud800",
+        "{a}",
+        "{",
+    ),
+    *("2020-13-45", "[x]", "*", [], [1], [[1, 2]], ["a", "a"], [None] * 5, [1e9] * 3),
+    *({}, {"a": 1}, {"kind": "run"}, {"kind": 5}, {"policy": None}, {"": ""}),
+]
+
+
+def places(node: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        yield from places(node[key], (*at, key))  # type: ignore[index]
+
+
+def changed(tree: Any, at: tuple[Any, ...], value: object) -> Any:
+    if not at:
+        return value
+    tree = copy.deepcopy(tree)
+    inner = tree
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = value
+    return tree
+
+
+def numbers(tree: Any) -> Any:
+    """PyYAML leaves 1e-3 a text; the base files here have to be right in Python too."""
+    if isinstance(tree, dict):
+        return {key: numbers(part) for key, part in tree.items()}
+    if isinstance(tree, list):
+        return [numbers(part) for part in tree]
+    return float(tree) if isinstance(tree, str) and tree.startswith("1e-") else tree
+
+
+TREES = {kind: numbers(yaml.safe_load(text)) for kind, text in KINDS.items()}
+FIELDS = [(kind, at) for kind, tree in TREES.items() for at in places(tree)]
+
+
+def read(kind: type, tree: object) -> None:
+    config = validate(kind, tree, "file.yaml")
+    if isinstance(config, StudyConfig):
+        works_of([config])
+    else:
+        assert validate(kind, yaml.safe_load(to_yaml(config)), "again") == config
+
+
+def tried(kind: type, tree: object) -> None:
+    """Either a configuration that survives a round trip, or a plan, or short lines; and that soon."""
+    began = time.process_time()
+    try:
+        read(kind, tree)
+    except UserError as error:
+        lines = str(error).splitlines()
+        assert 1 <= len(lines) <= 20
+        assert all(line.startswith(("file.yaml: ", "study ")) and len(line) < 1000 for line in lines)
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_are_right_to_begin_with(kind, tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text(KINDS[kind])
+    assert load(kind, path) == validate(kind, TREES[kind], "file.yaml")
+    if kind is StudyConfig:
+        assert works_of([load(kind, path)])[0]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(field=st.sampled_from(FIELDS), value=st.sampled_from(EXTREMES))
+def test_an_extreme_value(field, value):
+    kind, at = field
+    tried(kind, changed(TREES[kind], at, value))
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(field=st.sampled_from(FIELDS), value=anything)
+def test_any_value(field, value):
+    kind, at = field
+    tried(kind, changed(TREES[kind], at, value))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.text(alphabet="abn:{}[],*&!|>-'\"#%@? \n0123.eE~<", max_size=60))
+def test_any_text_as_a_file(text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "file.yaml"
+    path.write_text(text)
+    for kind in KINDS:
+        try:
+            load(kind, path)
+        except UserError as error:
+            assert str(error).startswith(str(path))  # noqa: PT017 - being taken would be right as well
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "value"),
+    [
+        (RunConfig, ("optim", "betas"), [1.0, 1.0]),
+        (RunConfig, ("optim", "betas"), [0.9, 1.0]),
+        (RunConfig, ("seed",), 2**64),
+        (RunConfig, ("data", "seed"), 2**64),
+        (TeachConfig, ("seed",), 2**64),
+        (StudyConfig, ("seeds",), [2**64]),
+        (StudyConfig, ("teacher_seed",), 2**64),
+        (StudyConfig, ("students", "main", "grid", "product", "seed"), [2**64]),
+        (RunConfig, ("runtime", "threads"), 10**6),
+        (TeachConfig, ("threads",), 10**6),
+        (StudyConfig, ("run", "runtime", "threads"), 10**6),
+        (RunConfig, ("objective", "truncation"), {"kind": "top_k", "k": 10**9}),
+        (RunConfig, ("teacher", "cache", "format", "k"), 10**9),
+        (RunConfig, ("data", "sequence_length"), 10**12),
+        (RunConfig, ("global_batch_tokens",), 2**40),
+        (RunConfig, ("tokens",), 10**18),
+        (RunConfig, ("tokens",), "1e99"),
+        (RunConfig, ("output",), "x" * 300),
+        (RunConfig, ("objective", "temperature"), 1e-45),
+        (RunConfig, ("optim", "lr"), float("inf")),
+        (RunConfig, ("optim", "clip"), float("nan")),
+        (TeachConfig, ("batch_tokens",), 2**40),
+        (StoreConfig, ("sources", 0, "weight"), 1e300),
+        (RunConfig, ("runtime", "trackers"), ["wandb", "wandb"]),
+    ],
+)
+def test_what_would_break_later_is_refused_now(kind, at, value):
+    if kind is StudyConfig and at[-1] == "seed":
+        tree = changed(TREES[kind], ("students", "main", "seeds"), [])
+    else:
+        tree = TREES[kind]
+    with pytest.raises(UserError):
+        read(kind, changed(tree, at, value))
