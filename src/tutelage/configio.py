@@ -39,20 +39,34 @@ def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     """
     raw, files = _built(path, ())
     for text in overrides:
-        raw = merged(raw, _override(text))
+        raw = _overridden(raw, text)
     return validate(kind, raw, " on ".join(map(str, files)))
 
 
-def _override(text: str) -> dict[str, Any]:
-    """`optim.lr=1e-3` as nested settings."""
+def _overridden(settings: dict[str, Any], text: str) -> dict[str, Any]:
+    """`settings` with one change, such as `optim.lr=1e-3`, or `sources.0.weight=2` inside a list."""
     dotted, equals, value = text.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise UserError(f"override {text!r}: write key=value, for example optim.lr=1e-3")
-    nested: Any = parse(value, f"override {text!r}")
-    for key in reversed(keys):
-        nested = {key: nested}
-    return dict(nested)
+    return dict(_changed(settings, keys, parse(value, f"override {text!r}"), f"override {text!r}"))
+
+
+def _changed(old: object, keys: Sequence[str], value: object, where: str) -> Any:  # noqa: ANN401 - any setting
+    """`old` with `value` at the place that `keys` lead to; sections are merged, lists are replaced."""
+    if not keys:
+        return merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    key, *deeper = keys
+    if isinstance(old, list):
+        if not key.isdecimal() or int(key) >= len(old):
+            raise UserError(
+                f"{where}: '{key}' is no entry of a list of {len(old)}; entries count from 0"
+                f"{f' to {len(old) - 1}' if old else ''}, and key=[...] replaces the whole list"
+            )
+        place = int(key)
+        return [*old[:place], _changed(old[place], deeper, value, where), *old[place + 1 :]]
+    section = old if isinstance(old, dict) else {}
+    return {**section, key: _changed(section.get(key), deeper, value, where)}
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _PLAIN_TAG = "plain"
 _BASIC = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
 _OLD_OCTAL = re.compile(r"[-+]?0[\d_]+")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 _NULL = {"", "~", "null", "Null", "NULL"}
 _TRUTH = {"true": True, "false": False}
 _SWITCHES = _TRUTH | {"yes": True, "no": False, "on": True, "off": False}
@@ -97,8 +98,8 @@ class _Builder:
             raise UserError(f"{line}: nested more than {_DEEPEST} levels deep")
         if any(node is outer for outer in above):
             raise UserError(f"{line}: an alias (*name) stands inside what it stands for, so it has no end")
-        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
-            raise UserError(f"{line}: text with a NUL character")
+        if isinstance(node, yaml.ScalarNode) and (found := _NO_TEXT.search(node.value)) is not None:
+            raise UserError(f"{line}: text with U+{ord(found[0]):04X}, which is no character of any text")
         inside = (*above, node)
         if isinstance(node, yaml.ScalarNode) and node.tag == _PLAIN_TAG:
             return Plain(node.value)

@@ -79,9 +79,11 @@ class _PairFields(_Pairs):
     )
 
     @model_validator(mode="after")
-    def _template_for_messages(self) -> _PairFields:
+    def _consistent(self) -> _PairFields:
         if self.messages is not None and self.template != "chat":
             raise ValueError("messages need a chat template to become text; set template: chat")
+        if self.messages is None and self.prompt == self.completion:
+            raise ValueError(f"prompt and completion are the same field, '{self.prompt}'")
         return self
 
 

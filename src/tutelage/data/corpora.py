@@ -95,7 +95,7 @@ class Corpus(Generic[DocumentT]):
         files = PackageFiles(self._root())
         try:
             documents = list(self.read(files))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SyntaxError) as error:
             raise UserError(self._damaged(f"cannot be read ({error})")) from None
         if self.sha256 not in (None, files.sha256):
             raise UserError(self._damaged("has other content than expected"))

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import tokenize
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,16 +76,15 @@ def kjv(files: PackageFiles) -> Iterator[str]:
 
 
 def python_source(files: PackageFiles) -> Iterator[str]:
-    """Files of the standard library, in order of path."""
+    """Files of the standard library, in order of path, each in the encoding that it declares."""
     for directory, folders, names in os.walk(files.root):
         folders[:] = sorted(f for f in folders if f not in _NOT_LIBRARY and not f.startswith("config-"))
         for name in sorted(names):
             # _sysconfigdata holds the paths and compiler flags of one machine
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                try:
-                    yield files.text(str((Path(directory) / name).relative_to(files.root)))
-                except UnicodeDecodeError:
-                    continue  # a few files are kept in other encodings on purpose
+                data = files.data(str((Path(directory) / name).relative_to(files.root)))
+                encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+                yield data.decode(encoding)
 
 
 def shakespeare(files: PackageFiles) -> Iterator[str]:

@@ -42,6 +42,12 @@ def remarks(manifest: Manifest) -> list[str]:
             f"{spelled:,} documents spell a special token of the tokenizer: text here, the token itself to "
             "other programs that encode them"
         )
+    match manifest.config["tokenizer"]:
+        case {"path": None, "vocab_size": int(wanted)} if manifest.vocab_size < wanted:
+            lines.append(
+                f"the tokenizer has {manifest.vocab_size:,} entries of the {wanted:,} that were asked for "
+                "(tokenizer.vocab_size): the text that it learned from has no more"
+            )
     changed = not_comparable(manifest)
     return [*lines, *([changed] if changed else [])]
 

@@ -10,6 +10,7 @@ token: bytes of the source text that it stands for; 0 for what begins and closes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from dataclasses import asdict, dataclass
@@ -165,7 +166,11 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
         return path
     make_directory(output)
     _check_space(config, output)
-    with claimed(output / f".{path.name}.lock", f"store {path}"), new_directory(path) as partial:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed(output / f".{path.name}.lock", f"store {path}"))
+        if _is_built(path):  # by another process, which some may be reading by now
+            return path
+        partial = stack.enter_context(new_directory(path))
         tokenizer = ready or train_tokenizer(training_texts(config, progress), config.tokenizer.vocab_size)
         tokenizer.save(partial, named)
         mixture = Mixture(config.sources, config.max_bytes, chat)

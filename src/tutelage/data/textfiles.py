@@ -45,17 +45,39 @@ def find(names: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for text in names:
-        pattern = str(Path(text).expanduser())
-        paths = [Path(pattern)] if Path(pattern).exists() else []
-        if glob.has_magic(pattern) and not paths:
-            paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 - absolute too
-            paths = [path for path in paths if path.is_file()]
-        if not paths:
-            raise UserError(f"{text}: no such file")
-        if paths[0].is_dir():
-            raise UserError(f"{text}: is a directory; name its files, for example {text.rstrip('/')}/*.txt")
-        found.update(dict.fromkeys(paths))
+        try:
+            found.update(dict.fromkeys(_matches(text)))
+        except OSError as error:
+            raise UserError(f"{text}: cannot be read ({error.strerror})") from None
     return list(found)
+
+
+def _matches(text: str) -> list[Path]:
+    path = Path(text).expanduser()
+    paths = [path]
+    if glob.has_magic(str(path)) and not path.exists():
+        paths = [Path(name) for name in sorted(glob.glob(_pattern(path), recursive=True))]  # noqa: PTH207 - absolute too
+        paths = [path for path in paths if not path.is_dir()]
+    elif path.is_dir():
+        raise UserError(f"{text}: is a directory; name its files, for example {Path(text) / '*.txt'}")
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: no such file: a link to {path.readlink()}, which is not there")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file that can be read twice")
+    if not paths or not paths[0].exists():
+        raise UserError(f"{text}: no such file")
+    return paths
+
+
+def _pattern(path: Path) -> str:
+    """A pattern whose first directories are taken by their names where they exist, brackets or not."""
+    fixed = Path()
+    for place, part in enumerate(path.parts):
+        if not (fixed / part).exists():
+            return str(Path(glob.escape(str(fixed)), *path.parts[place:]))
+        fixed /= part
+    return glob.escape(str(fixed))
 
 
 def known_bytes(source: FilesSource) -> int:
@@ -185,13 +207,23 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _parsed(line: bytes, where: str) -> object:
     try:
-        row: object = json.loads(decoded(line.rstrip(b"\r\n"), where))
+        row: object = json.loads(decoded(line.rstrip(b"\r\n"), where), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
     except (UserError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         return BadRowError(reason if isinstance(error, UserError) else f"{where}: not valid JSON: {reason}")
     return row
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of a row; json itself would keep the last of several values without a word."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
 
 
 def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
@@ -204,8 +236,10 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
         for field in fields:
-            if field not in file.schema_arrow.names:
-                raise UserError(f"{path}: no column '{field}'; it has: {', '.join(file.schema_arrow.names)}")
+            names = file.schema_arrow.names
+            if names.count(field) != 1:
+                several = "no column" if field not in names else f"{names.count(field)} columns"
+                raise UserError(f"{path}: {several} '{field}'; it has: {', '.join(names)}")
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
         # a batch is decoded at once, so it has fewer rows where rows are long

@@ -71,7 +71,7 @@ def special_tokens(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
         if not place.is_dir() or not path.is_file():
             continue
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = json.loads(path.read_text(encoding="utf-8-sig"))
             tokens = {role: settings.get(role) for role in _SPECIAL}
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a JSON object ({error})") from None

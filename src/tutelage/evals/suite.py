@@ -158,4 +158,4 @@ def _targets(config: RunConfig, domains: Sequence[EvalDomain], text: TrainingTex
 
 def _cache(config: RunConfig) -> Path:
     """Where all runs of an output directory keep what they found out about their texts."""
-    return config.output.parent / "caches" / "overlap"
+    return config.output.parent / "overlap"

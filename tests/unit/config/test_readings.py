@@ -152,7 +152,7 @@ BOMB = "\n".join(
         ("? [a]\n: 1", "a key must be a word"),
         ("a: !!python/name:os.system x", "tag"),
         ("a: !!timestamp 2020-01-01", "tag"),
-        ('a: "\\0"', "NUL"),
+        ('a: "\\0"', r"U\+0000"),
         ("a: 1\n---\nb: 2", "single document"),
         ("a: &a 1\nb: *c", "undefined alias"),
         ("<<: 5", "<< needs a map"),
@@ -192,7 +192,36 @@ def test_malformed_overrides_are_one_line(override, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_an_override_into_a_list_is_refused_in_words(tmp_path):
-    domains = "eval: {domains: [{name: a, store: s}]}"
-    with pytest.raises(UserError, match=r"eval\.domains: Input should be a valid"):
-        read(RunConfig, RUN + domains, tmp_path, "eval.domains.0.name=b")
+MIXTURE = """
+name: a
+sources: [{kind: corpus, name: sotu, weight: 1}, {kind: files, paths: [a.txt, b.txt], weight: 2}]
+"""
+
+
+def test_overrides_reach_into_lists(tmp_path):
+    store = read(StoreConfig, MIXTURE, tmp_path, "sources.1.weight=3e0", "sources.1.paths.0=c.txt")
+    assert (store.sources[0].weight, store.sources[1].weight) == (1.0, 3.0)
+    assert store.sources[1].paths == ("c.txt", "b.txt")
+    store = read(StoreConfig, MIXTURE, tmp_path, "sources=[{kind: corpus, name: kjv}]")
+    assert [source.name for source in store.sources] == ["kjv"]
+    domains = RUN + "eval: {domains: [{name: a, store: x}, {name: b, store: y}]}"
+    run = read(RunConfig, domains, tmp_path, "eval.domains.1.store=z", "eval.domains.0.role=in_domain")
+    assert [(one.name, str(one.store)) for one in run.eval.domains] == [("a", "x"), ("b", "z")]
+    study = read(StudyConfig, STUDY, tmp_path, "seeds.0=7", "students.main.grid.product.alpha.0=.2")
+    assert study.seeds == (7,)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sources.2.weight=1", r"'2' is no entry of a list of 2; entries count from 0 to 1, and key=\[...\]"),
+        ("sources.-1.weight=1", "'-1' is no entry of a list of 2"),
+        ("sources.weight=1", "'weight' is no entry of a list of 2"),
+        ("sources.1.weight=0", r"sources\.1\.weight = 0: "),
+        ("sources.1.paths.0.x=1", r"sources\.1\.files?\.?paths|sources\.1\.paths\.0"),
+        ('sources.1.paths.0="\\ud800"', r"line 1: text with U\+D800, which is no character of any text"),
+    ],
+)
+def test_overrides_that_lead_nowhere_are_named(override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(StoreConfig, MIXTURE, tmp_path, override)

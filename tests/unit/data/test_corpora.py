@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tutelage.data.corpora import CORPORA, PackageFiles, find_corpus
+from tutelage.data.readers import python_source
 from tutelage.errors import UserError
 
 EXPECTED = {  # documents, bytes of UTF-8
@@ -74,6 +75,13 @@ def test_python_source_is_the_library_without_tests():
     assert documents == list(corpus.documents())
     assert corpus.identity()["sha256"] == corpus.identity()["sha256"]
     assert len(corpus.identity()["sha256"]) == 64
+
+
+def test_python_source_is_read_in_the_encoding_that_each_file_declares(tmp_path):
+    text = "# -*- coding: latin-1 -*-\ncafe = 'café'\n"
+    (tmp_path / "a.py").write_text(text, encoding="latin-1")
+    (tmp_path / "b.py").write_text("é = 1\n", encoding="utf-8-sig")
+    assert list(python_source(PackageFiles(tmp_path))) == [text, "é = 1\n"]
 
 
 def test_package_files_hash_what_they_read(tmp_path):

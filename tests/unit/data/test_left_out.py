@@ -54,7 +54,7 @@ def pairs_source(place: dict[str, object], **more) -> dict[str, object]:
 
 def config(*sources: dict[str, object], **changes) -> StoreConfig:
     fields = {"name": "left", "sources": list(sources), "validation": 0.0, "test": 0.0}
-    return validate(StoreConfig, fields | {"tokenizer": {"vocab_size": 300}} | changes, "test")
+    return validate(StoreConfig, fields | {"tokenizer": {"vocab_size": 257}} | changes, "test")
 
 
 def built(tmp_path, *sources: dict[str, object], **changes):
@@ -369,3 +369,37 @@ def test_the_separator_is_a_part_of_the_prompt(tmp_path):
     two = pairs_source(write(tmp_path / "b", "jsonl", [{"prompt": "ask\n", "completion": "answer"}]))
     assert [r.documents for r in built(tmp_path, one, two | {"separator": ""}).sources] == [1, 0]
     assert [r.documents for r in built(tmp_path, one, one | {"separator": " "}).sources] == [1, 1]
+
+
+# --------------------------------------------------------------------------------- several things at once
+
+
+@pytest.mark.parametrize(
+    "row",
+    ['{"text": "a", "text": "b"}', '{"a": {"b": 1, "b": 1}, "text": "c"}', '{"text": null, "text": "b"}'],
+)
+def test_a_row_with_a_key_twice_is_bad(tmp_path, row):
+    source = jsonl(tmp_path / "a.jsonl", '{"text": "one"}', row)
+    with pytest.raises(UserError, match=r"jsonl: line 2: not valid JSON: the key '(text|b)' is given twice"):
+        built(tmp_path, source)
+    (record,) = built(tmp_path, source | {"on_bad_row": "skip"}).sources
+    assert (record.documents, record.dropped["bad"]) == (1, 1)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: 2 columns 'text'; it has: text, text"):
+        built(tmp_path, {"kind": "files", "paths": [str(tmp_path / "a.parquet")]})
+
+
+def test_asking_and_answering_with_one_field_is_refused():
+    with pytest.raises(UserError, match="prompt and completion are the same field, 'q'"):
+        config({"kind": "pairs", "paths": ["a.jsonl"], "prompt": "q", "completion": "q"})
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_said(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", '{"text": "one two three"}')
+    manifest = built(tmp_path, source, tokenizer={"vocab_size": 5000})
+    assert f"the tokenizer has {manifest.vocab_size} entries of the 5,000" in " ".join(remarks(manifest))
+    assert not remarks(built(tmp_path, source, tokenizer={"vocab_size": 257}))
