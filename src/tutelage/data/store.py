@@ -28,6 +28,7 @@ from tutelage.data.manifest import (
     LeftRecord,
     Manifest,
     SourceRecord,
+    SplitRecord,
     read_manifest,
 )
 from tutelage.data.remarks import check_splits
@@ -175,24 +176,36 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
         tokenizer.save(partial, named)
         mixture = Mixture(config.sources, config.max_bytes, chat)
         splits, changed_example = write_splits(config, tokenizer, mixture, partial, progress)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            name=config.name,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            config=config.model_dump(mode="json"),
-            vocab_size=tokenizer.vocab_size,
-            dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",  # noqa: PLR2004 - bytes of uint16
-            eos_id=tokenizer.eos_id,
-            begin_ids=tokenizer.begin_ids,
-            tokenizer_sha256=tokenizer.sha256,
-            sources=_source_records(config, sources, mixture),
-            ended_by=mixture.ended_by,
-            changed_example=changed_example,
-            splits=splits,
-        )
+        records = _source_records(config, sources, mixture)
+        manifest = _manifest(config, tokenizer, records, mixture, splits, changed_example)
         check_splits(config, manifest)
         write_text(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
     return path
+
+
+def _manifest(
+    config: StoreConfig,
+    tokenizer: TextTokenizer,
+    sources: tuple[SourceRecord, ...],
+    mixture: Mixture,
+    splits: dict[Split, SplitRecord],
+    changed_example: str | None,
+) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=config.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=config.model_dump(mode="json"),
+        vocab_size=tokenizer.vocab_size,
+        dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",  # noqa: PLR2004 - bytes of uint16
+        eos_id=tokenizer.eos_id,
+        begin_ids=tokenizer.begin_ids,
+        tokenizer_sha256=tokenizer.sha256,
+        sources=sources,
+        ended_by=mixture.ended_by,
+        changed_example=changed_example,
+        splits=splits,
+    )
 
 
 def _source_records(
