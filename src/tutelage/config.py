@@ -49,6 +49,9 @@ class ModelConfig(_Loaded):
 
     rung: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
     path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
+    revision: str | None = Field(
+        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+    )
     run: Name | None = Field(None, description="finished run in the same output directory to go on from")
 
     @model_validator(mode="after")
@@ -85,7 +88,9 @@ class ModelTeacher(_Kept):
 
     kind: Literal["model"]
     path: str = Field(description="directory or Hub name")
-    revision: str | None = Field(None, description="commit or tag on the Hub")
+    revision: str | None = Field(
+        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+    )
 
 
 class ControlTeacher(Section):
@@ -188,7 +193,7 @@ class RunConfig(Section):
     tokens: Budget = Field(description="training tokens: a number, '50M' or '20x' (per parameter)")
     global_batch_tokens: BatchTokens = Field(1024, description="tokens per optimizer step, over all ranks")
     micro_batch_tokens: BatchTokens | None = Field(
-        None, description="tokens per forward; default: all at once"
+        None, description="tokens per forward; default: all at once (decides which units dropout drops)"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.config import NOT_THE_RESULT
+from tutelage.config import NOT_THE_RESULT, ModelTeacher
 from tutelage.configio import digest
 from tutelage.data.store import open_store
 from tutelage.models.flops import parameters
@@ -17,14 +18,45 @@ if TYPE_CHECKING:
     from tutelage.config import RunConfig
 
 
+def pinned(config: RunConfig) -> RunConfig:
+    """The config with models on the Hub fixed to the commits that their names stand for now.
+
+    A branch moves; without its commit, the same config would train from or with other weights one day and
+    land in the same directory.
+
+    Raises:
+        UserError: the Hub has no such model, or cannot be reached and nothing was downloaded before.
+    """
+    changes: dict[str, Any] = {}
+    if config.model.path is not None and not Path(config.model.path).exists():
+        commit = _commit(config.model.path, config.model.revision)
+        changes["model"] = config.model.model_copy(update={"revision": commit})
+    teacher = config.teacher
+    if isinstance(teacher, ModelTeacher) and not Path(teacher.path).exists():
+        commit = _commit(teacher.path, teacher.revision)
+        changes["teacher"] = teacher.model_copy(update={"revision": commit})
+    return config.model_copy(update=changes)
+
+
+@functools.cache  # so that every run of a study means the same commit
+def _commit(name: str, revision: str | None) -> str | None:
+    from tutelage.models.hub import identify  # noqa: PLC0415 - imports torch, rarely needed
+
+    return identify(name, revision)[1]
+
+
 def run_id(config: RunConfig) -> str:
     """`<name>-<hash8>`: the name of the run's directory.
 
     The hash covers the fields that change the trained weights, as the run uses them and not as they are
     spelled: what the model's shape decides of budget and learning rate as a number. The token store and
     models given by path enter by their content, so moving them changes nothing and changing them changes
-    everything.
+    everything; models on the Hub enter by name and commit.
+
+    Raises:
+        UserError: as `pinned`, or a directory is no model.
     """
+    config = pinned(config)
     fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
     store = open_store(config.data.store)
     fields["data"]["store"] = store.fingerprint
@@ -47,8 +79,8 @@ def run_id(config: RunConfig) -> str:
         path = (fields[section] or {}).get("path")
         if path is not None:
             fields[section]["path"] = _content(path, fields[section].get("kind"))
-            if Path(path).exists():  # a revision is one of the Hub's
-                fields[section].pop("revision", None)
+        if fields[section] is not None and (path is None or Path(path).exists()):
+            fields[section].pop("revision", None)  # it is one of the Hub's
     return f"{config.name}-{digest(fields)}"
 
 
@@ -64,7 +96,7 @@ def evaluation_id(config: RunConfig) -> str:
 
 
 def _content(path: str, kind: str | None) -> str:
-    """Fingerprint of a local model directory or teacher cache; a Hub name stands for itself."""
+    """Fingerprint of a local model directory or teacher cache; a Hub name stands beside its commit."""
     if kind == "cache":
         from tutelage.teachers.manifest import cache_fingerprint  # noqa: PLC0415 - its room imports torch
 

@@ -13,7 +13,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.evals import suite
 from tutelage.evals.trainingtext import anchored
 from tutelage.files import check_place
-from tutelage.identity import evaluation_id, run_id
+from tutelage.identity import evaluation_id, pinned, run_id
 from tutelage.models import hub
 from tutelage.train import distributed
 from tutelage.train.cohort import check_cohort
@@ -65,6 +65,7 @@ def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> 
         Stopped: as `run`.
     """
     watcher = watcher or Nobody()
+    configs = [pinned(config) for config in configs]
     check_cohort(configs)
     for config in configs:
         check_place(config.output)

@@ -52,12 +52,12 @@ def without_tokenizer(directory):
         (directory / name).unlink()
 
 
-def on_the_hub(directory, home):
-    """Put a directory where the Hub's cache would hold the repository some/model."""
+def on_the_hub(directory, home, commit=COMMIT):
+    """Put a directory where the Hub's cache would hold the repository some/model, as its newest commit."""
     repository = home / "hub" / "models--some--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(directory, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(directory, repository / "snapshots" / commit)
 
 
 def command(arguments, home, cwd):
@@ -105,6 +105,40 @@ def test_a_hub_name_is_compared_too(role, directory, make_config, tmp_path):
     code, words = command(["train", str(file), "seed=5", f"{setting}=true"], tmp_path / "none", tmp_path)
     assert code == 0, words
     assert "its ids are assumed to be those of" in words
+
+
+def runs_of(config):
+    return {
+        path.name: yaml.safe_load((path / "config.yaml").read_text())
+        for path in config.output.iterdir()
+        if (path / "model").is_dir()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ROLES)
+def test_another_commit_of_a_hub_name_is_another_run(role, directory, store, make_config, tmp_path):
+    config = make_config(**ROLES[role])
+    file, home = tmp_path / "run.yaml", tmp_path / "home"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    on_the_hub(directory, home)
+    assert command(["train", str(file)], home, tmp_path)[0] == 0
+    (first,) = runs_of(config)
+    on_the_hub_again, newer = tmp_path / "newer", "c" * 40
+    hub.save(hub.build(ladder.rung("nano-50k"), 300, 32, seed=10), on_the_hub_again, store)
+    on_the_hub(on_the_hub_again, home, newer)
+    assert command(["train", str(file)], home, tmp_path)[0] == 0
+    (second,) = runs_of(config).keys() - {first}
+    section = "model" if role == "student" else "teacher"
+    commits = {name: saved[section]["revision"] for name, saved in runs_of(config).items()}
+    assert commits == {first: COMMIT, second: newer}
+    weights = [hub.weights_fingerprint(config.output / name / "model") for name in commits]
+    assert weights[0] != weights[1]
+    by_hand = [str(config.output / first / "config.yaml"), f"{section}.revision={COMMIT}"]
+    code, words = command(["train", *by_hand], home, tmp_path)
+    assert code == 0, words
+    assert "is finished; nothing to do" in words
+    assert f"some/model at {newer}" in (config.output / second / "model" / "README.md").read_text()
 
 
 @pytest.mark.slow

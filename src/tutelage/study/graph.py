@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config import NOT_THE_RESULT, RunConfig, RunData
 from tutelage.configio import digest, merged, validate
 from tutelage.errors import UserError
-from tutelage.identity import run_id
+from tutelage.identity import pinned, run_id
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
 from tutelage.models.ladder import rung
 from tutelage.settings import parse_tokens
@@ -101,7 +101,7 @@ class _Binder:
         cost = Cost.of(cell, self.teachers, self.vocab_size)
         settings = merged(cell.settings, self._places(cell))
         settings["tokens"] = cost.tokens if cell.compute_of else cell.tokens
-        config = validate(RunConfig, settings, f"study {self.study.name}: {cell.name}")
+        config = pinned(validate(RunConfig, settings, f"study {self.study.name}: {cell.name}"))
         node = Node(
             id=run_id(config),
             cell=cell,

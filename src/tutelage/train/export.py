@@ -79,7 +79,9 @@ def _card(setup: Setup, name: str, store: Store) -> str:
 
 def _start(config: RunConfig) -> str:
     model = config.model
-    return f"from {model.path or model.run}" if model.rung is None else f"{model.rung}, from random weights"
+    if model.rung is not None:
+        return f"{model.rung}, from random weights"
+    return "from " + (str(model.run) if model.path is None else _revised(model.path, model.revision))
 
 
 def _teacher(config: RunConfig) -> str:
@@ -89,11 +91,15 @@ def _teacher(config: RunConfig) -> str:
         case RunTeacher(run=run):
             return f"run {run}"
         case ModelTeacher(path=path, revision=revision):
-            return path if revision is None else f"{path} at {revision}"
+            return _revised(path, revision)
         case ControlTeacher(kind=kind):
             return f"{kind} control"
         case CacheTeacher(path=path):
             return f"cache {path.name}"
+
+
+def _revised(path: str, revision: str | None) -> str:
+    return path if revision is None else f"{path} at {revision}"
 
 
 def _alpha(config: RunConfig) -> str:

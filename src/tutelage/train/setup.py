@@ -247,10 +247,11 @@ def _student(config: RunConfig, store: Store) -> _Student:
         what,
         path,
         store,
+        revision=config.model.revision,
         assume=config.model.assume_same_tokenizer,
         setting="model.assume_same_tokenizer",
     )
-    model = hub.load(path, dtype=torch.float32, attn_implementation=attention)
+    model = hub.load(path, config.model.revision, torch.float32, attention)
     model.get_input_embeddings().padding_idx = None  # nothing is padded here, so no token may stand still
     beyond = check_length(model, what, length)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
