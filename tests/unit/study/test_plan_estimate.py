@@ -67,16 +67,14 @@ TRAINED = 97 * 1024
 def test_flops_are_told_apart_and_add_up_to_the_shapes():
     works, caches, notes = works_of([DEMO])
     assert {kind: runs for kind, (runs, _) in by_kind(works).items()} == {
-        "teacher": 3,
+        "teacher": 6,  # three for each of two seeds
         "baseline": 2,
         "student": 14,
     }
     purposes = by_purpose(works, caches)
-    per_token = {
-        name: training_flops(rung(name), 512, 128) for name in ("nano-50k", "nano-150k", "nano-350k")
-    }
-    assert purposes["teacher training"] == pytest.approx(TRAINED * sum(per_token.values()))
-    assert purposes["student training"] == pytest.approx(TRAINED * 16 * per_token["nano-150k"])
+    per_token = {name: training_flops(rung(name), 512, 128) for name in ("nano-20k", "nano-50k", "nano-150k")}
+    assert purposes["teacher training"] == pytest.approx(TRAINED * 2 * sum(per_token.values()))
+    assert purposes["student training"] == pytest.approx(TRAINED * 16 * per_token["nano-50k"])
     assert purposes["teacher forward"] == pytest.approx(TRAINED * 4 * sum(per_token.values()) / 3)
     assert (caches.flops, caches.bytes) == (0, 0)
     assert notes == ["demo: of 100K tokens 99,328 are trained, in whole batches of 1,024"]
@@ -95,9 +93,9 @@ def test_a_kept_teacher_is_run_once_and_takes_room():
     raw = DEMO.model_dump(mode="json")
     raw["teachers"]["strong"]["cache"] = {"format": {"kind": "sample_min_variance", "ids": 16}}
     works, caches, _ = works_of([validate(StudyConfig, raw, "test")])
-    forward = training_flops(rung("nano-350k"), 512, 128) / 3
-    assert caches.flops == pytest.approx(TRAINED * forward)
-    assert caches.bytes == pytest.approx(TRAINED * 16 * (9 + 16) / 8)
+    forward = training_flops(rung("nano-150k"), 512, 128) / 3
+    assert caches.flops == pytest.approx(TRAINED * 2 * forward)  # a teacher for each of two seeds
+    assert caches.bytes == pytest.approx(TRAINED * 2 * 16 * (9 + 16) / 8)
     assert all(work.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
 
 
