@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config import NOT_THE_RESULT, ModelTeacher
 from tutelage.configio import digest
 from tutelage.data.store import open_store
+from tutelage.models.directory import hub_commit, is_local
 from tutelage.models.flops import parameters
 from tutelage.models.ladder import rung
 from tutelage.settings import parse_tokens
@@ -40,9 +41,7 @@ def pinned(config: RunConfig) -> RunConfig:
 
 @functools.cache  # so that every run of a study means the same commit
 def _commit(name: str, revision: str | None) -> str | None:
-    from tutelage.models.hub import identify  # noqa: PLC0415 - imports torch, rarely needed
-
-    return identify(name, revision)[1]
+    return None if is_local(name) else hub_commit(name, revision)
 
 
 def run_id(config: RunConfig) -> str:

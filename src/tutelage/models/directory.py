@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
 
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"),
@@ -47,6 +47,34 @@ def check_directory(directory: Path) -> None:
                     f"{directory / 'config.json'}: {field} = {layers:,}, but the weights are {tensors:,} "
                     "tensors; every layer has at least one"
                 )
+
+
+def is_local(path_or_hub_name: str | Path) -> bool:
+    """Whether it is a model directory; False for what can only be a Hub name."""
+    name = str(path_or_hub_name)
+    if Path(name).exists():
+        check_directory(Path(name))
+        return True
+    if isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such directory")
+    return False
+
+
+def hub_commit(name: str, revision: str | None = None) -> str:
+    """The commit on the Hub that `revision` (default: the main branch) stands for now.
+
+    Where the Hub cannot be reached it is the one that was downloaded.
+
+    Raises:
+        UserError: there is no such model, or the Hub cannot be reached and nothing was downloaded before.
+    """
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - only for models on the Hub
+
+    try:
+        config = hf_hub_download(name, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: not found on the Hub: {one_line(error)}") from None
+    return Path(config).parent.name  # files lie in snapshots/<commit>/
 
 
 def read_config(directory: Path) -> dict[str, Any]:

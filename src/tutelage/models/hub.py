@@ -22,7 +22,14 @@ from transformers.utils import logging
 
 from tutelage.errors import UserError, one_line
 from tutelage.files import new_directory
-from tutelage.models.directory import check_config, check_directory, read_config, read_object
+from tutelage.models.directory import (
+    check_config,
+    check_directory,
+    hub_commit,
+    is_local,
+    read_config,
+    read_object,
+)
 from tutelage.models.export import Base, check_tokenizer_files, complete, computing
 from tutelage.models.flops import Parameters
 from tutelage.models.positions import trained_length
@@ -96,7 +103,7 @@ def load(
             the Hub cannot be reached, or the logits are not a plain linear head of the hidden states.
     """
     name = str(path_or_hub_name)
-    local = _is_local(path_or_hub_name)
+    local = is_local(path_or_hub_name)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         if not local:
@@ -148,17 +155,6 @@ def _kind(key: str) -> str:
     return re.sub(r"\d+", "#", key)
 
 
-def _is_local(path_or_hub_name: str | Path) -> bool:
-    """Whether it is a model directory; False for what can only be a Hub name."""
-    name = str(path_or_hub_name)
-    if Path(name).exists():
-        check_directory(Path(name))
-        return True
-    if isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such directory")
-    return False
-
-
 def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, str | None]:
     """What fixes the weights of a model, and the revision to load so that it stays so.
 
@@ -169,14 +165,9 @@ def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, s
     Raises:
         UserError: nothing is there, or the Hub cannot be reached and nothing was downloaded before.
     """
-    if _is_local(path_or_hub_name):
+    if is_local(path_or_hub_name):
         return weights_fingerprint(Path(path_or_hub_name)), None
-    try:
-        config = hf_hub_download(path_or_hub_name, "config.json", revision=revision)
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path_or_hub_name}: not found on the Hub: {reason}") from None
-    commit = Path(config).parent.name  # files lie in snapshots/<commit>/
+    commit = hub_commit(path_or_hub_name, revision)
     return f"{path_or_hub_name}@{commit}", commit
 
 
