@@ -38,8 +38,7 @@ class Chat:
 
         self.settings = settings
         self._end = tokenizer.end_of_text
-        added = json.loads(tokenizer.json)["added_tokens"]
-        self._special = [token["content"] for token in added if token["special"]]
+        self._special = tokenizer.special_tokens
         self._tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(tokenizer.json), eos_token=self._end, **settings
         )

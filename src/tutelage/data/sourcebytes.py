@@ -17,10 +17,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from tokenizers import Tokenizer
 
     from tutelage.data.tokenize import TextTokenizer
 
@@ -37,7 +37,7 @@ class SourceBytes:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         settings = json.loads(tokenizer.json)
-        self._json = tokenizer.json
+        self._text_tokenizer = tokenizer
         self._own_V = _own_bytes(settings, tokenizer.vocab_size)
         self._lossless = settings.get("normalizer") is None
         self._aligned: dict[bool, Tokenizer] = {}
@@ -61,10 +61,7 @@ class SourceBytes:
     def _tokenizer(self, *, markup: bool) -> Tokenizer:
         """The tokenizer, so that its offsets are those of whole tokens."""
         if markup not in self._aligned:
-            tokenizer = Tokenizer.from_str(self._json)
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            tokenizer.encode_special_tokens = not markup
+            tokenizer = self._text_tokenizer.library(markup=markup)
             tokenizer.post_processor = None  # that of byte-level tokenizers trims spaces off the offsets
             self._aligned[markup] = tokenizer
         return self._aligned[markup]

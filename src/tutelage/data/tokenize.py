@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -20,7 +20,7 @@ from tutelage.errors import UserError
 from tutelage.files import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -64,8 +64,23 @@ class TextTokenizer:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """What its special tokens are spelled like."""
-        return tuple(token["content"] for token in json.loads(self.json)["added_tokens"] if token["special"])
+        """What its special tokens are spelled like, with those that begin and close documents."""
+        added = json.loads(self.json).get("added_tokens") or []
+        special = (token["content"] for token in added if token["special"])
+        return tuple(dict.fromkeys((*special, self.end_of_text, *self.begin)))
+
+    def library(self, *, markup: bool) -> Tokenizer:
+        """The library's tokenizer for text, or for `markup`, in which special tokens are meant.
+
+        No text gives a special token but that for what is unknown: some vocabularies hold them as words, and
+        some files name them without calling them special.
+        """
+        text = self.json if markup else _without_special_words(json.loads(self.json), self.special_tokens)
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = not markup
+        return tokenizer
 
     def save(self, directory: Path, named: Mapping[str, str] | None = None) -> None:
         """Write tokenizer.json as it is here, and what transformers needs beside it to load it.
@@ -94,11 +109,7 @@ class TextTokenizer:
         Text that spells a special token is encoded letter by letter: a document cannot fake an end of
         text. Only in `markup`, which a chat template wrote, special tokens are meant.
         """
-        tokenizer = Tokenizer.from_str(self.json)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = not markup
-        encode = _whole_texts(tokenizer, self.dtype)
+        encode = _whole_texts(self.library(markup=markup), self.dtype)
         by_word = not markup and _splits_at_spaces(json.loads(self.json))
         return _word_by_word(encode) if by_word else encode
 
@@ -184,6 +195,25 @@ def _in_front(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, object]:
     )
     template: dict[str, object] = json.loads(bare.to_str())["post_processor"]
     return template
+
+
+def _without_special_words(settings: dict[str, Any], special: Collection[str]) -> str:
+    """A tokenizer.json in which special tokens keep their ids and have names that no text spells."""
+    model = settings["model"]
+    vocabulary = model["vocab"]
+    words = vocabulary if isinstance(vocabulary, dict) else [word for word, _ in vocabulary]  # list: Unigram
+    by_merges = model.get("type") == "BPE" and not model.get("ignore_merges")  # which make no such token
+    names = {} if by_merges else {word: f"\x00{word}\x00" for word in special if word in words}
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(word, word): index for word, index in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(word, word), score] for word, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    for token in settings.get("added_tokens") or []:
+        if token["content"] in special:
+            token |= {"content": names.get(token["content"], token["content"]), "special": True}
+    return json.dumps(settings)
 
 
 def _named_end(config: Path) -> str | None:
