@@ -116,7 +116,7 @@ KINDS = {
     "WordPiece": (word_piece, set(STRANGE) - {"leading space"}),
     "T5": (
         lambda: unigram(*T5),
-        {"emoji", "decomposed", "ligature", "tab", "spaces", "lines", "two leading spaces"},
+        {"emoji", "decomposed", "ligature", "tab", "spaces", "lines", "two leading spaces", "mark"},
     ),
 }
 
