@@ -27,6 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 """The end-of-text token of tokenizers trained here; its id is 0."""
 
 _KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # by which byte fallback spells what it has no word for
 _WORD_START = re.compile(r"(?= \S)")
 _CACHE_BYTES = 256_000_000
 _BYTES_PER_WORD = 200  # of a dictionary entry, besides its characters
@@ -72,8 +73,8 @@ class TextTokenizer:
     def library(self, *, markup: bool) -> Tokenizer:
         """The library's tokenizer for text, or for `markup`, in which special tokens are meant.
 
-        No text gives a special token but that for what is unknown: some vocabularies hold them as words, and
-        some files name them without calling them special.
+        Text gives no special token but that for what is unknown: some vocabularies hold them as words, some
+        have merges that make them, and some files name them without calling them special.
         """
         text = self.json if markup else _without_special_words(json.loads(self.json), self.special_tokens)
         tokenizer = Tokenizer.from_str(text)
@@ -202,8 +203,10 @@ def _without_special_words(settings: dict[str, Any], special: Collection[str]) -
     model = settings["model"]
     vocabulary = model["vocab"]
     words = vocabulary if isinstance(vocabulary, dict) else [word for word, _ in vocabulary]  # list: Unigram
-    by_merges = model.get("type") == "BPE" and not model.get("ignore_merges")  # which make no such token
-    names = {} if by_merges else {word: f"\x00{word}\x00" for word in special if word in words}
+    names = {word: f"\x00{word}\x00" for word in special if word in words and not _BYTE.fullmatch(word)}
+    if model.get("merges"):
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(word, word): index for word, index in vocabulary.items()}
     else:

@@ -111,6 +111,7 @@ def write_splits(
         for batch in _batches(mixture):
             ids = list(_encoded(batch, encoders))
             for document, pieces, changed in zip(batch, ids, round_trip.changed(batch, ids), strict=True):
+                _refuse_marks(document, pieces, tokenizer, config.name)
                 spells = _spells(document, special, config)
                 writers[_split_of(document, config)].add(document, pieces, changed=changed, spells=spells)
             progress("tokens", sum(tally.bytes for tally in mixture.tallies))
@@ -132,6 +133,18 @@ def _spells(document: Document, special: re.Pattern[str], config: StoreConfig) -
             f"{spelled[0]!r}; take it out, or set special_tokens_in_text: text, which encodes its letters"
         )
     return spelled is not None
+
+
+def _refuse_marks(document: Document, ids: Sequence[bytes], tokenizer: TextTokenizer, store: str) -> None:
+    """Refuse text of which a token is one that begins or closes documents, however the tokenizer made it."""
+    marks = (tokenizer.eos_id, *tokenizer.begin_ids)
+    for piece, piece_ids in zip(document.pieces, ids, strict=True):
+        if not piece.markup and np.isin(np.frombuffer(piece_ids, tokenizer.dtype), marks).any():
+            start = " ".join(document.text[:40].split())
+            raise UserError(
+                f"store {store}: the tokenizer makes a token that begins or closes documents out of text, in "
+                f"the document that begins {start!r}; take it out, or choose another tokenizer.path"
+            )
 
 
 def _encoded(batch: Sequence[Document], encoders: Mapping[bool, Encode]) -> Iterator[list[bytes]]:

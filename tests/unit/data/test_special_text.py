@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tutelage.configio import validate
+from tutelage.data.config import StoreConfig
 from tutelage.data.sourcebytes import SourceBytes
+from tutelage.data.store import build_store
 from tutelage.data.tokenize import load_tokenizer
+from tutelage.errors import UserError
 
 TEXT = "a cat </s> sat<s> on </s><pad> the mat</s>"
 PLAIN = "the cat sat on the mat"
@@ -47,10 +53,22 @@ def byte_level():
     )
 
 
-@pytest.fixture(params=[unigram, words, wordpiece, byte_level], ids=lambda kind: kind.__name__)
+def merging():
+    """Its merges spell the end of text."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=[UNKNOWN, "<s>"], show_progress=False)
+    return tokenizer, trainer
+
+
+@pytest.fixture(params=[unigram, words, wordpiece, byte_level, merging], ids=lambda kind: kind.__name__)
 def made(request, tmp_path):
     tokenizer, trainer = request.param()
-    tokenizer.train_from_iterator(TRAINING, trainer)
+    spelled = ["a</s> the</s> on</s> cat</s>"] * 50 if request.param is merging else []
+    tokenizer.train_from_iterator(TRAINING + spelled, trainer)
+    if request.param is merging:
+        assert "</s>" in tokenizer.get_vocab()
+        tokenizer.add_special_tokens(["</s>"])
     if request.param is byte_level:  # some files add it without calling it special
         tokenizer.add_tokens([AddedToken("</s>", special=False)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -84,3 +102,19 @@ def test_its_bytes_are_counted(made):
     _, own = made
     counts = SourceBytes(own).count(TEXT, encoded(own, TEXT))
     assert counts.sum() == len(TEXT.encode())
+
+
+def test_what_still_makes_a_mark_is_refused(tmp_path):
+    tokenizer, trainer = unigram()
+    tokenizer.train_from_iterator(TRAINING, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the cat \x00</s>\x00 sat"}) + "\n")
+    fields = {
+        "name": "fake",
+        "sources": [{"kind": "files", "paths": [str(tmp_path / "a.jsonl")]}],
+        "tokenizer": {"path": str(tmp_path / "tokenizer.json")},
+        "validation": 0.0,
+        "test": 0.0,
+    }
+    with pytest.raises(UserError, match=r"begins or closes documents .* begins 'the cat"):
+        build_store(validate(StoreConfig, fields, "test"), tmp_path / "stores")
