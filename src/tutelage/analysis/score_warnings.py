@@ -40,7 +40,7 @@ def score_warnings(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         *(
             f"{domain}: first windows of documents are worse than the others by more than {WORSE_BY:g} nats "
             f"per token for {_named(models, '.2f')}: does what begins a document here begin one in their "
-            "training? (Too little training shows the same, so does a text with a hard beginning.)"
+            "training? (Too little training, or a text with a hard beginning, shows the same.)"
             for domain, models in worse.items()
         ),
         *(
