@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from operator import attrgetter
 
 import pytest
 import torch
@@ -48,7 +50,8 @@ KINDS = ("logits", "hidden", "hidden with bias", "top-k", "sampled", "padded")
 
 
 def tensors_of(targets):
-    return [x for x in (getattr(targets, name) for name in targets.__slots__) if isinstance(x, torch.Tensor)]
+    values = (attrgetter(field.name)(targets) for field in dataclasses.fields(targets))
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -76,7 +79,7 @@ def test_inputs_never_change_and_targets_can_be_used_again(kind, dtype):
             h, w, b = (x.clone().requires_grad_(grad) for x in (hidden, weight, bias))
             if not grad:
                 h, w, b = hidden, weight, bias
-            chunked = Objective(**{**_fields(objective), "chunk_tokens": size})
+            chunked = dataclasses.replace(objective, chunk_tokens=size)
             sums = function(h, w, labels, targets, 0.5, chunked, None, b)
             if grad:
                 sums.loss.backward()
@@ -84,10 +87,6 @@ def test_inputs_never_change_and_targets_can_be_used_again(kind, dtype):
         assert torch.equal(values[0], values[1])
         for x, kept in zip(inputs, before, strict=True):
             assert torch.equal(x, kept)
-
-
-def _fields(objective):
-    return {name: getattr(objective, name) for name in objective.__slots__}
 
 
 def test_a_teacher_that_is_not_frozen_gets_no_gradient():

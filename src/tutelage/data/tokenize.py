@@ -199,7 +199,7 @@ def _in_front(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, object]:
 
 
 def _without_special_words(settings: dict[str, Any], special: Collection[str]) -> str:
-    """A tokenizer.json in which special tokens keep their ids and have names that no text spells."""
+    """A tokenizer.json in which special tokens keep their ids and have names with NULs, unlike any text."""
     model = settings["model"]
     vocabulary = model["vocab"]
     words = vocabulary if isinstance(vocabulary, dict) else [word for word, _ in vocabulary]  # list: Unigram
