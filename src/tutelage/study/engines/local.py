@@ -18,7 +18,6 @@ from tutelage.study.engines.base import Outcome, perform
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import ForkServerContext, SpawnContext
-    from multiprocessing.synchronize import Event
     from types import TracebackType
     from typing import Self
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     _Context = ForkServerContext | SpawnContext
 
-_POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0
 
 
@@ -58,7 +56,7 @@ class LocalEngine:
     ) -> None:
         there = [worker for worker in self._workers if worker is not None]
         for worker in there:
-            worker.leave.set()
+            worker.ask_to_leave()
         for worker in there:
             worker.end()
 
@@ -85,7 +83,7 @@ class LocalEngine:
             if outcome is not None:
                 outcomes[key] = outcome
         for place, one in enumerate(self._workers):
-            if one is not None and one.key is None and one.leave.is_set():
+            if one is not None and one.key is None and one.is_leaving:
                 one.end()
                 self._workers[place] = None
         return outcomes
@@ -94,19 +92,31 @@ class LocalEngine:
         """See `Engine`."""
         for worker in self._workers:
             if worker is not None and worker.key == key:
-                worker.leave.set()
+                worker.ask_to_leave()
 
 
 class _Worker:
-    """A process that does one task after another until `leave` is set."""
+    """A process that does one task after another until it is asked to leave.
+
+    It leaves when a pipe to it is closed, here or by this process's death. Nothing is shared that a killed
+    process could leave locked, as it can the lock inside a `multiprocessing.Event`.
+    """
 
     def __init__(self, context: _Context, cores: set[int] | None, gpu: str | None) -> None:
         self.key: str | None = None
-        self.leave: Event = context.Event()
+        leave, self._lifeline = context.Pipe(duplex=False)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.leave, cores, gpu), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, leave, cores, gpu), daemon=True)
         self.process.start()
         theirs.close()
+        leave.close()
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._lifeline.closed
+
+    def ask_to_leave(self) -> None:
+        self._lifeline.close()
 
     def start(self, key: str, task: str) -> None:
         self.key = key
@@ -137,7 +147,7 @@ class _Worker:
         self.connection.close()
 
     def _died(self) -> Outcome:
-        if self.leave.is_set():
+        if self.is_leaving:
             return Outcome(status="stopped")
         code = self.process.exitcode or 0
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -145,30 +155,28 @@ class _Worker:
         return Outcome(status="failed", text=f"its process ended {how}{guess}")
 
 
-def _serve(connection: Connection, leave: Event, cores: set[int] | None, gpu: str | None) -> None:
+def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpu: str | None) -> None:
     """Do what comes in. Ctrl-C in a terminal reaches workers too; they leave it to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if cores is not None:
         os.sched_setaffinity(0, cores)
-    threading.Thread(target=_follow, args=(leave,), daemon=True).start()
-    while True:
+    leaving = threading.Event()
+    threading.Thread(target=_follow, args=(leave, leaving), daemon=True).start()
+    while not leaving.is_set():
         try:
             task = connection.recv_bytes()
-        except (EOFError, ConnectionResetError):
-            return
-        connection.send_bytes(perform(task.decode()).encode())
-        if leave.is_set():
+            connection.send_bytes(perform(task.decode()).encode())
+        except (EOFError, ConnectionError):  # nobody is left to answer
             return
 
 
-def _follow(leave: Event) -> None:
-    """Stop the run, checkpointed, when that is asked for and when the parent has died."""
-    parent = multiprocessing.parent_process()
-    while not leave.wait(_POLL_SECONDS):
-        if parent is not None and not parent.is_alive():
-            break
+def _follow(leave: Connection, leaving: threading.Event) -> None:
+    """Stop the run, checkpointed, when that is asked for and when the parent has died: both close `leave`."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        leave.recv_bytes()
+    leaving.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_SECONDS)
     os._exit(1)
