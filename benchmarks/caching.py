@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.loader import Loader
 from tutelage.data.store import build_store, open_store
-from tutelage.models import hub, ladder
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.job import make_plan
-from tutelage.teachers.job import prepare as prepare_pass
-from tutelage.teachers.writer import write_cache
+from tutelage.models import hub, shapes
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.job import make_plan
+from tutelage.teachers.cache.job import prepare as prepare_pass
 from tutelage.train.setup import Setup, prepare
 from tutelage.train.step import Turn, train_step
 
@@ -110,7 +110,7 @@ def cached(common: dict[str, Any], settings: dict[str, Any], folder: Path) -> Se
 def step_table(student: str, vocabulary: int, rounds: int, folder: Path) -> None:
     """Steps with each format beside steps without a teacher."""
     store = store_of(folder, f'{{"vocab_size": {vocabulary}}}', 2_000_000)
-    hub.save(hub.build(ladder.rung("nano-50k"), vocabulary, LENGTH, seed=1), folder / "teacher", store)
+    hub.save(hub.build(shapes.rung("nano-50k"), vocabulary, LENGTH, seed=1), folder / "teacher", store)
     common = {
         "model": {"rung": student},
         "data": {"store": str(store), "sequence_length": LENGTH},

@@ -16,11 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
-from tutelage.models import hub, ladder
+from tutelage.models import hub, shapes
 from tutelage.train.setup import Setup, prepare
 from tutelage.train.step import Turn, train_step
 
@@ -32,7 +32,7 @@ def setups(rungs: tuple[str, str], folder: Path) -> list[Setup]:
     """One run per alpha, all with the same untrained teacher: its values do not change its cost."""
     corpus = '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]}'
     store = build_store(StoreConfig.model_validate_json(corpus), folder)
-    hub.save(hub.build(ladder.rung(rungs[1]), 512, LENGTH, seed=1), folder / "teacher", store)
+    hub.save(hub.build(shapes.rung(rungs[1]), 512, LENGTH, seed=1), folder / "teacher", store)
     found: list[Setup] = []
     for alpha in ALPHAS:
         config = {

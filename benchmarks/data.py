@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tutelage.data.config import CorpusSource, StoreConfig, TokenizerConfig
+from tutelage.config.data_config import CorpusSource, StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
 
 VOCABULARIES = (512, 4096)

@@ -21,18 +21,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.console import EvalBar
-from tutelage.data.config import StoreConfig, TokenizerConfig
-from tutelage.data.manifest import SCORED
+from tutelage.cli.progress import EvalBar
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
+from tutelage.data.store_manifest import SCORED
 from tutelage.evals.domains import SUITES
 from tutelage.evals.evaluate import Request, evaluate, select
+from tutelage.evals.evaluated_model import find_subject
 from tutelage.evals.scoring import InDomain, score_domain
-from tutelage.evals.subject import find_subject
-from tutelage.evals.targets import Target
-from tutelage.evals.windows import blocks
+from tutelage.evals.windows import Target, blocks
 from tutelage.models.hub import build, load, save
-from tutelage.models.ladder import rung
+from tutelage.models.shapes import rung
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from scipy.interpolate import CubicSpline
 
+from tutelage.evals.calibration import POWERS, Fit, fit, own_unigram
 from tutelage.evals.domains import SUITES, domain_store, find_domain
-from tutelage.evals.perplexity import TokenScores, score_tokens
-from tutelage.evals.smoothing import POWERS, Fit, fit, own_unigram
-from tutelage.evals.subject import find_subject
+from tutelage.evals.evaluated_model import find_subject
+from tutelage.evals.token_scores import TokenScores, score_tokens
 from tutelage.evals.windows import read_documents
 from tutelage.models.hub import load
 

@@ -15,15 +15,14 @@ import time
 from pathlib import Path
 from typing import Self
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
+from tutelage.run_directory import RunDirectory
 from tutelage.study.cells import Cell
-from tutelage.study.claims import Claims
-from tutelage.study.engines.base import Outcome, RunTask
-from tutelage.study.failures import Failures
-from tutelage.study.graph import Node
+from tutelage.study.engines.engine import Outcome, RunTask
+from tutelage.study.leases import Claims, Failures
+from tutelage.study.nodes import Node
 from tutelage.study.runner import Board, run_all
-from tutelage.train.rundir import RunDirectory
 
 
 class Instant:

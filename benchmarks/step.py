@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
-from tutelage.train.optim import learning_rate
 from tutelage.train.setup import Setup, prepare
-from tutelage.train.step import Turn, train_step
+from tutelage.train.step import Turn, learning_rate, train_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable

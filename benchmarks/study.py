@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from tutelage.study.planfile import Plan, save_plan
+from tutelage.study.plan import Plan, save_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ Row = dict[str, object]
 MEASURED = """
 import resource, sys, time
 from pathlib import Path
-from tutelage.analysis.report import build_report
+from tutelage.analysis.report.html import build_report
 path = build_report(Path(sys.argv[1]))
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(used.ru_utime + used.ru_stime, used.ru_maxrss, path.stat().st_size)

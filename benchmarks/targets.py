@@ -26,14 +26,14 @@ import polars as pl
 import torch
 from pydantic import TypeAdapter
 
-from tutelage.analysis.canvas import GREY, INK, PALETTE, Figure, inline, save_all
-from tutelage.cacheformats import Format
-from tutelage.data.config import StoreConfig
+from tutelage.analysis.figures.style import GREY, INK, PALETTE, Figure, inline, save_all
+from tutelage.config.cache_config import Format
+from tutelage.config.data_config import StoreConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.models import hub
 from tutelage.objective.objective import dense_logits
-from tutelage.teachers.formats import HiddenRows, Setting, make_codec
-from tutelage.teachers.online import OnlineTeacher
+from tutelage.teachers.cache.formats import HiddenRows, Setting, make_codec
+from tutelage.teachers.live import OnlineTeacher
 from tutelage.types import Batch, DenseTargets, SparseTargets
 
 if TYPE_CHECKING:

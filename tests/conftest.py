@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tutelage.data.tokenize import END_OF_TEXT, TextTokenizer
+from tutelage.data.tokenizer import END_OF_TEXT, TextTokenizer
 from tutelage.errors import UserError
 from tutelage.models.hub import save
 

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from scipy import stats
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import build_store
-from tutelage.pipeline import run, run_cohort
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
+from tutelage.run import run, run_cohort
+from tutelage.teachers.cache.cache_writer import write_cache
 
 if TYPE_CHECKING:
-    from tutelage.train.rundir import RunDirectory
+    from tutelage.run_directory import RunDirectory
 
 LENGTH = 128
 DENSE = "dense (hidden, float32)"

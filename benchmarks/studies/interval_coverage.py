@@ -16,7 +16,7 @@ import polars as pl
 
 from tutelage.analysis.gains import Gains, measure
 from tutelage.analysis.texts import text_spreads
-from tutelage.study.planfile import Plan, PlanDomain, PlanStudent, PlanTeacher
+from tutelage.study.plan import Plan, PlanDomain, PlanStudent, PlanTeacher
 from tutelage.study.results import Results
 
 GAIN = 2.0

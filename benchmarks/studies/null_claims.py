@@ -27,16 +27,16 @@ import polars as pl
 import yaml
 from scipy import stats
 
+from tutelage.analysis.claims.judge import LEVEL, judge_claims
 from tutelage.analysis.gains import measure
-from tutelage.analysis.outcomes import LEVEL, judge_claims
 from tutelage.analysis.verdicts import judge, relation
-from tutelage.configio import validate
-from tutelage.evals.cells import summarise
-from tutelage.study.evaluations import DOCUMENT_COLUMNS
-from tutelage.study.mechanisms import Mechanism
-from tutelage.study.planned import draft_of
+from tutelage.config.load import validate
+from tutelage.config.study_config import StudyConfig
+from tutelage.evals.token_groups import summarise
+from tutelage.study.plan import draft_of
 from tutelage.study.results import Results
-from tutelage.study.spec import StudyConfig
+from tutelage.study.score_tables import DOCUMENT_COLUMNS
+from tutelage.study.token_tables import Mechanism
 from tutelage.types import COPYING
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tutelage.analysis.outcomes import Outcome
+    from tutelage.analysis.claims.judge import Outcome
     from tutelage.analysis.verdicts import Findings
-    from tutelage.study.planfile import Plan
+    from tutelage.study.plan import Plan
 
     Array = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ SHARED = 0.3
 ERRORS, OF_ERRORS = 0.02, 0.3
 """Calibration error, and standard deviation of its logarithm."""
 MARGIN = 0.5
-"""Percent: MARGIN of `tutelage.analysis.parts`, written down again."""
+"""Percent: MARGIN of `tutelage.analysis.claims.evidence`, written down again."""
 TOKENS = 300
 TOKEN_STUDIES = 4
 """One study of so many has mechanism evaluations, which take most of the time."""

@@ -15,16 +15,15 @@ from pathlib import Path
 
 import polars as pl
 
-from tutelage.configio import validate
-from tutelage.console_study import StudyTable
+from tutelage.cli.study_progress import StudyTable
+from tutelage.config.load import validate
+from tutelage.config.study_config import StudyConfig
 from tutelage.data.store import build_store, open_store
-from tutelage.study.claims import Claims
 from tutelage.study.engines.local import LocalEngine, default_workers
-from tutelage.study.failures import Failures
-from tutelage.study.graph import Node, Stores, expand
+from tutelage.study.leases import Claims, Failures
+from tutelage.study.nodes import Node, Stores, expand
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import run_all
-from tutelage.study.spec import StudyConfig
 
 RUNGS = ["nano-50k", "nano-150k", "nano-350k"]
 RATES = [2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2]

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import polars as pl
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.console import RunBar, StoreBar
-from tutelage.data.config import StoreConfig
+from tutelage.cli.progress import RunBar, StoreBar
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
-from tutelage.pipeline import run
+from tutelage.run import run
 
 FIRST_SEED = 43
 STORE = {

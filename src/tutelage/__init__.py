@@ -15,16 +15,16 @@ _HOME = {
     "DenseTargets": "tutelage.types",
     "LossSums": "tutelage.types",
     "Objective": "tutelage.objective",
-    "RunConfig": "tutelage.config",
+    "RunConfig": "tutelage.config.run_config",
     "Score": "tutelage.types",
-    "StoreConfig": "tutelage.data.config",
-    "StudyConfig": "tutelage.study.spec",
+    "StoreConfig": "tutelage.config.data_config",
+    "StudyConfig": "tutelage.config.study_config",
     "UserError": "tutelage.errors",
     "build_store": "tutelage.data.store",
     "chunked_objective": "tutelage.objective",
     "open_store": "tutelage.data.store",
     "reference_objective": "tutelage.objective",
-    "run": "tutelage.pipeline",
+    "run": "tutelage.run",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 - strings, which ruff cannot see in a dict

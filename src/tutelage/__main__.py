@@ -1,5 +1,5 @@
 """`python -m tutelage`, which torchrun needs."""
 
-from tutelage.cli import main
+from tutelage.cli.main import main
 
 main()

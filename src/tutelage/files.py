@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old file or the new one, never half of either."""
+"""Ctrl-C and SIGTERM as an event that long work looks at, so that it stops where it can be taken up again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 from typing import TYPE_CHECKING
 
 from tutelage.errors import UserError
@@ -151,3 +153,19 @@ def _locked(lock: Path, what: str) -> TextIO:
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 return file
         file.close()
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, in the main thread; elsewhere nothing sets it."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: event.set()) for number in signals]
+    try:
+        yield event
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

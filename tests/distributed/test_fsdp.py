@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from tutelage.objective import Objective
-from tutelage.objective.head import ObjectiveHead
+from tutelage.objective.chunked import ObjectiveHead
 from tutelage.types import DenseTargets, SparseTargets
 
 N, D, E, V, STEPS = 38, 16, 24, 101, 3

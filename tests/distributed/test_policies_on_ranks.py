@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from tutelage.pipeline import run
+from tutelage.run import run
 
 STEPS = 40
 """Enough for the entropies to spread, so that counts of one rank alone would move the gate differently."""

@@ -13,11 +13,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.teach_config import TeachConfig
 from tutelage.models import hub
-from tutelage.pipeline import run
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
+from tutelage.run import run
+from tutelage.teachers.cache.cache_writer import write_cache
 
 
 @pytest.fixture(params=["unigram", "cache"])

@@ -9,23 +9,23 @@ import sys
 
 import pytest
 
-from tutelage.identity import run_id
-from tutelage.pipeline import run
+from tutelage.run import run
+from tutelage.run_directory import run_id
 
 ON_RAY = """
 import json, sys
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from tutelage.config import RunConfig
-from tutelage.data.config import StoreConfig
+from tutelage.config.run_config import RunConfig
+from tutelage.config.data_config import StoreConfig
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import run_id
+from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
-from tutelage.study.claims import Claims, ask_to_stop
-from tutelage.study.engines.base import StoreTask
+from tutelage.study.leases import Claims, ask_to_stop
+from tutelage.study.engines.engine import StoreTask
 from tutelage.study.engines.ray import RayEngine
-from tutelage.study.failures import Failures
-from tutelage.study.graph import Node
+from tutelage.study.leases import Failures
+from tutelage.study.nodes import Node
 from tutelage.study.runner import run_all
 
 folder, text = Path(sys.argv[1]), sys.argv[2]

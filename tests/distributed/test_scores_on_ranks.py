@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import yaml
 
-from tutelage.pipeline import run
+from tutelage.run import run
 
 
 @pytest.mark.slow

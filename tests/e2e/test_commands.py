@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tutelage.cli import main
+from tutelage.cli.main import main
 
 RUN = {
     "name": "tiny",

@@ -9,7 +9,7 @@ import pytest
 
 from tutelage.data.store import open_store
 from tutelage.models import hub
-from tutelage.models.ladder import LADDER
+from tutelage.models.shapes import LADDER
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from tutelage.objective import Objective
-from tutelage.objective.head import ObjectiveHead
+from tutelage.objective.chunked import ObjectiveHead
 from tutored_loss import TutoredLoss
 
 torch.manual_seed(0)

@@ -13,12 +13,12 @@ import jsonschema
 import pytest
 import yaml
 
-from tutelage.cli import main
-from tutelage.configio import load
-from tutelage.teachers.cache import verify_cache
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.formats import FORMATS
-from tutelage.teachers.writer import write_cache
+from tutelage.cli.main import main
+from tutelage.config.load import load
+from tutelage.config.teach_config import TeachConfig
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.formats import FORMATS
+from tutelage.teachers.cache.reader import verify_cache
 
 
 @pytest.fixture

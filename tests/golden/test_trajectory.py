@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
-from tutelage.pipeline import run
+from tutelage.run import run
 
 RECORD = Path(__file__).with_name("trajectory.json")
 LARGEST, DRIFT = 1e-3, 1e-4

@@ -13,8 +13,8 @@ from torch import nn
 
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective
 from tutelage.objective import chunked as chunked_module
+from tutelage.objective.chunked import ObjectiveHead
 from tutelage.objective.divergences import Shape
-from tutelage.objective.head import ObjectiveHead
 from tutelage.objective.products import UPCAST_ROWS, HeadProducts, wide_dtype
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets
 

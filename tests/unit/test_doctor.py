@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from tutelage import doctor
+from tutelage.cli import doctor
 from tutelage.data.corpora import CORPORA
 
 

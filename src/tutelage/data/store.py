@@ -20,23 +20,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from tutelage.configio import digest
-from tutelage.data.config import FilesSource
-from tutelage.data.manifest import (
+from tutelage.config.data_config import FilesSource
+from tutelage.config.load import digest
+from tutelage.data.sources import Mixture, describe
+from tutelage.data.store_manifest import (
     SCHEMA_VERSION,
     SCORED,
     LeftRecord,
     Manifest,
     SourceRecord,
     SplitRecord,
+    check_splits,
     read_manifest,
 )
-from tutelage.data.remarks import check_splits
-from tutelage.data.sources import Mixture, describe
-from tutelage.data.textfiles import cut_size, known_bytes
-from tutelage.data.tokenize import load_tokenizer, train_tokenizer
-from tutelage.data.tokenizerfiles import find_tokenizer, special_tokens
-from tutelage.data.writer import training_texts, write_splits
+from tutelage.data.store_writer import training_texts, write_splits
+from tutelage.data.text_files import cut_size, known_bytes
+from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
 from tutelage.files import claimed, make_directory, new_directory, write_text
 
@@ -46,10 +45,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import JsonValue
 
+    from tutelage.config.data_config import StoreConfig
     from tutelage.data.chat import Chat
-    from tutelage.data.config import StoreConfig
-    from tutelage.data.tokenize import TextTokenizer
-    from tutelage.data.writer import Progress
+    from tutelage.data.store_writer import Progress
+    from tutelage.data.tokenizer import TextTokenizer
     from tutelage.types import Split
 
 _IDX_ROW, _BYTES_OF_COUNT = 16, 4

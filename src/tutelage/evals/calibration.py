@@ -1,17 +1,32 @@
-"""Calibration of next-token predictions: does a model that says 70% get it right 70% of the time?"""
+"""Is it knowledge or smoothing? Scores after fitting a temperature and a share of unigram on other documents.
+
+A model that merely hedges better than another scores better on foreign text without knowing more of it. Two
+cheap repairs, fitted on a domain's validation split and applied to its test split, give every model that
+advantage: one temperature, or one temperature and one weight w of (1 - w) p + w unigram. A gain over another
+model that is gone afterwards was calibration; what remains is knowledge. The unigram is that of the
+validation split itself, so that every model gets the same one.
+
+The fit needs no second pass: one forward gives log-probabilities at `POWERS`, and between them every token's
+log-probability is a smooth function of the power, so a cubic spline stands for it.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.interpolate import CubicSpline
+from scipy.optimize import brentq, minimize_scalar
 
-from tutelage.evals.perplexity import Measured
-from tutelage.resampling import content_order, resampled_sums
+from tutelage.bootstrap import content_order, resampled_sums
+from tutelage.evals.token_scores import Measured
 
 if TYPE_CHECKING:
-    from tutelage.evals.perplexity import TokenScores
+    from collections.abc import Callable
+
+    from tutelage.evals.token_scores import TokenScores
 
 BINS = 15
 
@@ -88,3 +103,212 @@ def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) ->
 def _bins(confidence_N: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """The bin of every confidence; one that is an end belongs to the bin above it, except the last."""
     return np.minimum(np.searchsorted(edges, confidence_N, side="right") - 1, len(edges) - 2)
+
+
+POWERS = tuple(float(power) for power in np.geomspace(0.2, 3.0, 13))
+"""Inverse temperatures at which a forward pass looks: temperatures from 5 down to 1/3."""
+
+FIT_TOKENS = 32_768
+"""About as many tokens of a domain enter the fit, evenly spread over each document."""
+
+_LEAST = 1e-300
+
+
+@dataclass(frozen=True, slots=True)
+class FitNoise:
+    """How far a score moves with the documents that its fit was made on.
+
+    Attributes:
+        linear: part that falls with the scored text, in nats per token times the square root of documents.
+        curved: part that stays however much text is scored, in nats per token.
+
+    Both are NaN for a fit on one document.
+    """
+
+    linear: float
+    curved: float
+
+    def nats(self, documents: int) -> float:
+        """Root mean square error of a mean over the tokens of `documents` documents, in nats per token."""
+        return math.hypot(self.linear / math.sqrt(documents), self.curved)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What was fitted on a domain's validation split.
+
+    Attributes:
+        temperature: of the logits, alone.
+        mixed_temperature: of the logits, when mixed with the unigram.
+        weight: of the unigram in that mixture, 0 to 1.
+        tokens: how many tokens the fit saw.
+        documents: of how many documents.
+        alone_noise: of scores with the temperature alone.
+        mixed_noise: of scores with the mixture, the unigram itself taken as it is.
+        variance: of the logarithm of `temperature` over documents; NaN for one document.
+    """
+
+    temperature: float
+    mixed_temperature: float
+    weight: float
+    tokens: int
+    documents: int
+    alone_noise: FitNoise
+    mixed_noise: FitNoise
+    variance: float
+
+
+def mixed(logp_N: np.ndarray, unigram_N: np.ndarray, weight: float) -> np.ndarray:
+    """Log-probabilities of (1 - weight) p + weight unigram."""
+    mixture_N = (1 - weight) * np.exp(np.asarray(logp_N, np.float64)) + weight * unigram_N
+    return np.log(np.maximum(mixture_N, _LEAST))
+
+
+def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -> Fit:
+    """Temperature and mixture that make N tokens most probable.
+
+    The first is convex in the inverse temperature. In the second the weight is convex at each temperature
+    and is solved for inside; the temperature's best grid point starts a bounded search around it.
+
+    Args:
+        powered_NK: log-probabilities of the tokens at `POWERS`.
+        unigram_N: probabilities of the tokens under the unigram, all positive.
+        document_N: document of each token; documents are the independent units behind the noise.
+    """
+    spline = _spline(powered_NK)
+    alone = _best_power(lambda log_power: float(-spline(log_power).mean()))
+    mixed = _best_power(lambda log_power: _mixed(spline(log_power), unigram_N)[0])
+    weight = _mixed(spline(np.log(mixed)), unigram_N)[1]
+    slopes_N1, curvature = _alone_derivatives(spline, alone)
+    alone_noise, variance = _noise(slopes_N1, curvature, document_N)
+    mixed_noise, _ = _noise(*_mixed_derivatives(spline, mixed, weight, unigram_N), document_N)
+    return Fit(
+        temperature=1 / alone,
+        mixed_temperature=1 / mixed,
+        weight=weight,
+        tokens=len(unigram_N),
+        documents=len(np.unique(document_N)),
+        alone_noise=alone_noise,
+        mixed_noise=mixed_noise,
+        variance=variance,
+    )
+
+
+def foreign_noise(powered_NK: np.ndarray, other: Fit) -> float:
+    """Error that the noise of `other`'s temperature makes in a score of this text, in nats per token.
+
+    On a text that it was not fitted on, a temperature is not at the optimum, so the score moves with it in
+    the first order.
+
+    Args:
+        powered_NK: log-probabilities of tokens of this text at `POWERS`.
+        other: whose temperature is applied.
+    """
+    slopes_N1, curvature = _alone_derivatives(_spline(powered_NK), 1 / other.temperature)
+    slope = float(slopes_N1.mean())
+    return math.sqrt(other.variance * slope**2 + 0.75 * (float(curvature[0, 0]) * other.variance) ** 2)
+
+
+def _spline(powered_NK: np.ndarray) -> CubicSpline:
+    """Log-probability of each token as a function of the logarithm of the power."""
+    return CubicSpline(np.log(POWERS), np.asarray(powered_NK, np.float64), axis=1)
+
+
+def _alone_derivatives(spline: CubicSpline, power: float) -> tuple[np.ndarray, np.ndarray]:
+    """Slope of each token's loss in the logarithm of the power [N, 1], and its mean second derivative."""
+    at = np.log(power)
+    return -spline(at, 1)[:, None], -spline(at, 2).mean(keepdims=True)[None]
+
+
+def _mixed_derivatives(
+    spline: CubicSpline, power: float, weight: float, unigram_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_alone_derivatives`, in the logarithm of the power and in the weight: [N, 2] and [2, 2].
+
+    A weight at 0 or 1 is held there by its bound and not by the text, so it has no noise: [N, 1], [1, 1].
+    """
+    at = np.log(power)
+    p_N, slope_N, bend_N = np.maximum(np.exp(spline(at)), _LEAST), spline(at, 1), spline(at, 2)
+    mixture_N = (1 - weight) * p_N + weight * unigram_N
+    share_N = (1 - weight) * p_N / mixture_N
+    by_weight_N = (p_N - unigram_N) / mixture_N
+    twice_N = (share_N * slope_N) ** 2 - share_N * (slope_N**2 + bend_N)
+    if not 0 < weight < 1:
+        return -(share_N * slope_N)[:, None], twice_N.mean(keepdims=True)[None]
+    across = float((slope_N * p_N * unigram_N / mixture_N**2).mean())
+    curvature = np.array([[twice_N.mean(), across], [across, (by_weight_N**2).mean()]])
+    return np.stack([-share_N * slope_N, by_weight_N], 1), curvature
+
+
+def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarray) -> tuple[FitNoise, float]:
+    """Noise of scores whose P parameters were fitted on N tokens, and the variance of the first parameter.
+
+    The fitted parameters vary with the documents by C = H^-1 S H^-1 (the sandwich estimator), where S is the
+    variance of the summed slopes over documents and H the summed curvature. On other documents of the same
+    kind the mean loss moves by slope @ d + d @ H @ d / 2; the slope there is independent of d, has mean 0
+    and, document by document, the variance of those here. Parameters at the end of the grid, where the loss
+    is not curved upwards, count as fixed.
+    """
+    n = len(slopes_NP)
+    _, place_N = np.unique(document_N, return_inverse=True)
+    documents = int(place_N.max()) + 1
+    if documents == 1:
+        return FitNoise(math.nan, math.nan), math.nan
+    if np.linalg.eigvalsh(curvature_PP).min() <= 0:
+        return FitNoise(0.0, 0.0), 0.0
+    sums_DP = np.stack([np.bincount(place_N, weights=slopes_N) for slopes_N in slopes_NP.T], 1)
+    centred_DP = sums_DP - sums_DP.mean(0)
+    spread_PP = documents / (documents - 1) * centred_DP.T @ centred_DP
+    inverse_PP = np.linalg.inv(n * curvature_PP)
+    covariance_PP = inverse_PP @ spread_PP @ inverse_PP
+    excess_PP = curvature_PP @ covariance_PP
+    curved = math.sqrt(np.trace(excess_PP @ excess_PP) / 2 + np.trace(excess_PP) ** 2 / 4)
+    linear = math.sqrt(np.trace(spread_PP @ covariance_PP) * documents) / n
+    return FitNoise(linear, curved), float(covariance_PP[0, 0])
+
+
+def _best_power(loss: Callable[[float], float]) -> float:
+    """The power with the least loss: the best of the grid, refined between its neighbours."""
+    grid = np.log(POWERS)
+    best = int(np.argmin([loss(float(log_power)) for log_power in grid]))
+    bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-5}).x))
+
+
+def _mixed(logp_N: np.ndarray, unigram_N: np.ndarray) -> tuple[float, float]:
+    """Least mean loss of (1 - w) p + w unigram over w in [0, 1], in nats, and the w."""
+    p_N = np.maximum(np.exp(logp_N), _LEAST)
+
+    def slope(weight: float) -> float:
+        mixture_N = (1 - weight) * p_N + weight * unigram_N
+        return float(((p_N - unigram_N) / mixture_N).mean())
+
+    if slope(0.0) >= 0:
+        weight = 0.0
+    elif slope(1.0) <= 0:
+        weight = 1.0
+    else:
+        weight = float(brentq(slope, 0.0, 1.0, xtol=1e-8))
+    return float(-np.log((1 - weight) * p_N + weight * unigram_N).mean()), weight
+
+
+def frequencies(counts_V: np.ndarray) -> np.ndarray:
+    """A unigram from token counts, with one added to every count so that none is zero."""
+    smoothed_V: np.ndarray = (counts_V + 1) / (counts_V.sum() + len(counts_V))
+    return smoothed_V
+
+
+def own_unigram(document_N: np.ndarray, label_N: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Each token's probability under the unigram of the *other* documents, so that the fit is honest.
+
+    Args:
+        document_N: document of each token.
+        label_N: the token ids.
+        vocab_size: number of ids.
+    """
+    counts_V = np.bincount(label_N, minlength=vocab_size)
+    lengths_D = np.bincount(document_N)
+    _, places_N, own_N = np.unique(document_N * vocab_size + label_N, return_inverse=True, return_counts=True)
+    others_N = counts_V[label_N] - own_N[places_N]
+    unigram_N: np.ndarray = (others_N + 1) / (len(label_N) - lengths_D[document_N] + vocab_size)
+    return unigram_N

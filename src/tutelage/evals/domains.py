@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tutelage.configio import load
-from tutelage.data.config import CorpusSource, Source, StoreConfig, TokenizerConfig
+from tutelage.config.base import Fraction, Name, Section
+from tutelage.config.data_config import CorpusSource, Source, StoreConfig, TokenizerConfig
+from tutelage.config.load import load
 from tutelage.data.corpora import find_corpus
-from tutelage.data.manifest import SCORED
 from tutelage.data.store import build_store, open_store
-from tutelage.data.tokenize import load_tokenizer
+from tutelage.data.store_manifest import SCORED
+from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.files import new_directory
-from tutelage.settings import Fraction, Name, Section
 from tutelage.types import Role
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from tutelage.data.store import Store
-    from tutelage.data.writer import Progress
+    from tutelage.data.store_writer import Progress
 
 SuiteName = Literal["offline", "paper", "extra"]
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tutelage.config import RunConfig
-from tutelage.configio import load as load_config
-from tutelage.data.remarks import remarks
-from tutelage.data.sametokenizer import check_text_tokenizer
+from tutelage.config.base import refuse_alike
+from tutelage.config.load import load as load_config
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import Store, open_store
+from tutelage.data.store_manifest import remarks
+from tutelage.data.tokenizer_comparison import check_text_tokenizer
 from tutelage.errors import UserError
+from tutelage.evals.contamination import TrainingText, training_text
 from tutelage.evals.domains import (
     DOMAINS,
     SUITES,
@@ -22,15 +24,13 @@ from tutelage.evals.domains import (
     domain_store,
     find_domain,
 )
-from tutelage.evals.records import read_scores
+from tutelage.evals.evaluated_model import Subject, check_tokenizer, find_subjects
+from tutelage.evals.score_files import read_scores
 from tutelage.evals.scoring import InDomain, keep, score_domain
-from tutelage.evals.subject import Subject, check_tokenizer, find_subjects
-from tutelage.evals.targets import TRAINING_TEXT, Target, with_overlaps, without_training_text
-from tutelage.evals.trainingtext import TrainingText, training_text
+from tutelage.evals.windows import TRAINING_TEXT, Target, with_overlaps, without_training_text
 from tutelage.files import claimed, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.positions import check_length
-from tutelage.settings import refuse_alike
 from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tutelage.data.writer import Progress
+    from tutelage.data.store_writer import Progress
     from tutelage.types import Role
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
-from tutelage.evals.samples import padded_ids
+from tutelage.evals.probes import padded_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from torch import Tensor
 
-    from tutelage.data.tokenize import TextTokenizer
+    from tutelage.data.tokenizer import TextTokenizer
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts, as a key of lm-eval's cache; ids that are given; ids that are scored."""

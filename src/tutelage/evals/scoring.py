@@ -10,26 +10,29 @@ import numpy as np
 import polars as pl
 
 from tutelage import provenance
-from tutelage.data.manifest import SCORED
-from tutelage.evals.calibration import adaptive_edges, calibration_error, fixed_edges, reliability
-from tutelage.evals.perplexity import (
+from tutelage.data.store_manifest import SCORED
+from tutelage.evals.calibration import (
+    FIT_TOKENS,
+    POWERS,
+    Fit,
+    adaptive_edges,
+    calibration_error,
+    fit,
+    fixed_edges,
+    foreign_noise,
+    frequencies,
+    mixed,
+    own_unigram,
+    reliability,
+)
+from tutelage.evals.score_files import add_calibration, add_documents, add_scores
+from tutelage.evals.token_scores import (
     DocumentLosses,
     Measured,
     TokenScores,
     WindowLosses,
     ratio,
     score_tokens,
-)
-from tutelage.evals.records import add_calibration, add_documents, add_scores
-from tutelage.evals.smoothing import (
-    FIT_TOKENS,
-    POWERS,
-    Fit,
-    fit,
-    foreign_noise,
-    frequencies,
-    mixed,
-    own_unigram,
 )
 from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS, Score
 
@@ -38,9 +41,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tutelage.evals.subject import Subject
-    from tutelage.evals.targets import Target
-    from tutelage.evals.windows import Document
+    from tutelage.evals.evaluated_model import Subject
+    from tutelage.evals.windows import Document, Target
     from tutelage.types import Split
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tutelage.config import EvalDomain
-from tutelage.data.manifest import SCORED
-from tutelage.data.remarks import not_comparable
-from tutelage.data.sametokenizer import check_text_tokenizer
+from tutelage.config.run_config import EvalDomain
 from tutelage.data.store import open_store
-from tutelage.data.tokenizerfiles import tokenizer_json
+from tutelage.data.store_manifest import SCORED, not_comparable
+from tutelage.data.tokenizer import tokenizer_json
+from tutelage.data.tokenizer_comparison import check_text_tokenizer
+from tutelage.evals.contamination import training_text
 from tutelage.evals.domains import check_splits
-from tutelage.evals.records import add_scores, read_scores
+from tutelage.evals.evaluated_model import Subject
+from tutelage.evals.score_files import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, keep, score_domain
-from tutelage.evals.subject import Subject
-from tutelage.evals.targets import (
+from tutelage.evals.windows import (
     TRAINING_TEXT,
     Target,
     with_overlaps,
     without_training_text,
 )
-from tutelage.evals.trainingtext import training_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tutelage.config import RunConfig
-    from tutelage.evals.trainingtext import TrainingText
-    from tutelage.train.rundir import RunDirectory
+    from tutelage.config.run_config import RunConfig
+    from tutelage.evals.contamination import TrainingText
+    from tutelage.run_directory import RunDirectory
     from tutelage.types import Score
 
 _FAR_APART = 1.0

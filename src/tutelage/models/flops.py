@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tutelage.models.ladder import Rung
+    from tutelage.models.shapes import Rung
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from tutelage.models.directory import (
 from tutelage.models.export import Base, check_tokenizer_files, complete, computing
 from tutelage.models.flops import Parameters
 from tutelage.models.positions import trained_length
-from tutelage.objective.head import weight_and_bias
+from tutelage.objective.chunked import weight_and_bias
 from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from tutelage.models.ladder import Rung
+    from tutelage.models.shapes import Rung
 
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling",)  # Granite

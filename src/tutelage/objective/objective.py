@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from tutelage.config.objective_config import COLDEST, HOTTEST
 from tutelage.objective.checks import check_inputs
 from tutelage.objective.divergences import DIVERGENCES, HARD_LABELS, Shape
+from tutelage.objective.gates import token_stats
 from tutelage.objective.kernels.rows import teacher_slots
 from tutelage.objective.products import HeadProducts, wide_dtype
-from tutelage.objective.stats import token_stats
-from tutelage.objective.truncate import TopK, Truncation, check_count, merge_repeats, truncate
-from tutelage.objectiveconfig import COLDEST, HOTTEST
+from tutelage.objective.sparse import TopK, Truncation, check_count, merge_repeats, truncate
 from tutelage.types import (
     IGNORE_INDEX,
     PLAIN,

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from tutelage.configio import digest, merged
+from tutelage.config.base import Budget, Fraction, Name, Seed, refuse_alike, slug, tokens_text
+from tutelage.config.load import digest, merged
 from tutelage.errors import UserError
-from tutelage.settings import Budget, Fraction, Name, Seed, refuse_alike, slug, tokens_text
-from tutelage.study.factors import OWN, cell_name, check_settings, overlay, setting_of, words
+from tutelage.study.axis_settings import OWN, cell_name, check_settings, overlay, setting_of, words
 from tutelage.study.trunks import branched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from tutelage.study.axes import Point
-    from tutelage.study.spec import StudentSpec, StudyConfig, TeacherSpec
+    from tutelage.config.grid import Point
+    from tutelage.config.study_config import StudentSpec, StudyConfig, TeacherSpec
 
 Kind = Literal["teacher", "baseline", "student", "after"]
 _OWN_TYPES: dict[str, TypeAdapter[Any]] = {

@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutelage.configio import load, validate
+from tutelage.config.base import parse_tokens
+from tutelage.config.load import load, validate
+from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
-from tutelage.settings import parse_tokens
-from tutelage.study.spec import StudyConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

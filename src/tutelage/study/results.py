@@ -11,10 +11,10 @@ import polars as pl
 from pydantic import Field
 
 from tutelage.errors import UserError
-from tutelage.study.evaluations import OTHERWISE, Evaluations, read_evaluations
-from tutelage.study.mechanisms import Mechanism, read_mechanisms
-from tutelage.study.planfile import Plan, PlanRun, load_plan
+from tutelage.study.plan import Plan, PlanRun, load_plan
 from tutelage.study.records import Record, UnreadableError, read_lines, read_model
+from tutelage.study.score_tables import OTHERWISE, Evaluations, read_evaluations
+from tutelage.study.token_tables import Mechanism, read_mechanisms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,21 +7,19 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from tutelage.configio import digest
+from tutelage.config.load import digest
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import evaluation_id
-from tutelage.signals import stop_signal
-from tutelage.study.chains import chain_weights
-from tutelage.study.engines.base import RunTask
-from tutelage.train.rundir import RunDirectory
+from tutelage.files import stop_signal
+from tutelage.run_directory import RunDirectory, evaluation_id
+from tutelage.study.devices import chain_weights
+from tutelage.study.engines.engine import RunTask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tutelage.study.claims import Claims
-    from tutelage.study.engines.base import Engine, Outcome
-    from tutelage.study.failures import Failures
-    from tutelage.study.graph import Node
+    from tutelage.study.engines.engine import Engine, Outcome
+    from tutelage.study.leases import Claims, Failures
+    from tutelage.study.nodes import Node
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0

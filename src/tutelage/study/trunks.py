@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tutelage.configio import digest, merged
-from tutelage.settings import parse_tokens
+from tutelage.config.base import parse_tokens
+from tutelage.config.load import digest, merged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tutelage.config.study_config import TeacherSpec
     from tutelage.study.cells import Cell
-    from tutelage.study.spec import TeacherSpec
 
 
 def branched(cells: Sequence[Cell], teachers: Mapping[str, TeacherSpec]) -> list[Cell]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tutelage.config import ControlTeacher, RunTeacher
-from tutelage.data.sametokenizer import check_model_tokenizer
+from tutelage.config.run_config import ControlTeacher, RunTeacher
+from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.positions import check_length
-from tutelage.teachers import controls
-from tutelage.teachers.online import OnlineTeacher
+from tutelage.teachers import live
+from tutelage.teachers.live import OnlineTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from tutelage.config import LiveTeacher, ModelTeacher
+    from tutelage.config.run_config import LiveTeacher, ModelTeacher
     from tutelage.data.store import Store
-    from tutelage.teachers.base import Teacher
+    from tutelage.teachers.live import Teacher
 
 CONTROLS: dict[str, Callable[[np.ndarray, int], Teacher]] = {
-    "unigram": controls.unigram,
-    "uniform": controls.uniform,
+    "unigram": live.unigram,
+    "uniform": live.uniform,
 }
 
 

@@ -1,15 +1,17 @@
-"""A teacher whose targets were computed before: read from a cache, a step ahead of their use."""
+"""A teacher whose targets are kept: the cache that its students share, computed by whoever is first."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from tutelage.cacheformats import HiddenFormat, misfit
+from tutelage.config.cache_config import HiddenFormat, misfit
+from tutelage.config.teach_config import TeachConfig
 from tutelage.errors import UserError
-from tutelage.teachers.cache import open_cache
-from tutelage.teachers.codec import HiddenRows
-from tutelage.teachers.manifest import read_cache_manifest
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.codec import HiddenRows
+from tutelage.teachers.cache.layout import read_cache_manifest
+from tutelage.teachers.cache.reader import open_cache
 from tutelage.types import Batch, DenseTargets, SparseTargets, Targets
 
 if TYPE_CHECKING:
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tutelage.cacheformats import Format
+    from tutelage.config.cache_config import Format
+    from tutelage.config.objective_config import ObjectiveConfig
     from tutelage.data.store import Store
-    from tutelage.objectiveconfig import ObjectiveConfig
-    from tutelage.teachers.cache import Cache
-    from tutelage.teachers.codec import Rows
+    from tutelage.teachers.cache.codec import Rows
+    from tutelage.teachers.cache.reader import Cache
 
     Key = tuple[tuple[int, ...], int]
+    from tutelage.config.run_config import ModelTeacher, RunConfig, RunTeacher
 
 
 class CachedTeacher:
@@ -107,3 +110,40 @@ def check_serves(path: Path, objective: ObjectiveConfig) -> None:
 
 def _key(batch: Batch) -> Key:
     return batch.starts, batch.tokens_BT.shape[1]
+
+
+def kept_targets(
+    config: RunConfig, teacher: RunTeacher | ModelTeacher, dtype: Literal["float32", "bfloat16"]
+) -> Path:
+    """The cache of the teacher of `config`, which asks for one; what is missing of it is computed.
+
+    It is the cache that `tutelage teach` writes for the same store, teacher and settings. Runs that need it
+    at the same time share the work.
+
+    Args:
+        config: the student's run.
+        teacher: its teacher, with `cache` set.
+        dtype: compute type of the teacher.
+
+    Returns:
+        The cache's directory, in `caches` beside the run directories' own.
+
+    Raises:
+        UserError: the teacher is missing or does not fit the store, or the disk is full.
+        Stopped: on SIGINT or SIGTERM; what is finished stays.
+    """
+    assert teacher.cache is not None  # noqa: S101 - what the caller asks for
+    return write_cache(
+        TeachConfig(
+            store=config.data.store,
+            teacher=teacher.model_copy(update={"cache": None}),
+            context_length=config.data.sequence_length,
+            format=teacher.cache.format,
+            temperature=teacher.cache.temperature,
+            dtype=dtype,
+            device=config.runtime.device,
+            threads=config.runtime.threads,
+            runs=config.output,
+            output=config.output.parent / "caches",
+        )
+    )

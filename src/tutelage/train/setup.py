@@ -8,32 +8,30 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.cacheformats import kd_name
-from tutelage.config import CacheTeacher, ControlTeacher
+from tutelage.config.cache_config import kd_name
+from tutelage.config.objective_config import TopKTruncation
+from tutelage.config.run_config import CacheTeacher, ControlTeacher
 from tutelage.data.loader import Loader
-from tutelage.data.sametokenizer import check_model_tokenizer
 from tutelage.data.store import open_store
+from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
-from tutelage.models import hub, ladder
+from tutelage.models import hub, shapes
 from tutelage.models.export import Base
 from tutelage.models.positions import check_length
 from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
-from tutelage.objectiveconfig import TopKTruncation
 from tutelage.teachers import make_teacher
-from tutelage.teachers.cached import cached_teacher
-from tutelage.teachers.kept import kept_targets
+from tutelage.teachers.cached import cached_teacher, kept_targets
 from tutelage.train import distributed
-from tutelage.train.optim import adamw, learning_rate
-from tutelage.train.step import Trainee
+from tutelage.train.step import Trainee, adamw, learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tutelage.config import RunConfig
+    from tutelage.config.objective_config import ObjectiveConfig
+    from tutelage.config.run_config import RunConfig
     from tutelage.data.store import Store
     from tutelage.objective import Policy
-    from tutelage.objectiveconfig import ObjectiveConfig
-    from tutelage.teachers.base import Teacher
+    from tutelage.teachers.live import Teacher
     from tutelage.train.checkpoint import Counters
     from tutelage.types import LogitTransform
 
@@ -238,7 +236,7 @@ def _objective(config: ObjectiveConfig, vocab_size: int, student_logits: LogitTr
 def _student(config: RunConfig, store: Store) -> _Student:
     length, attention = config.data.sequence_length, config.model.attn_implementation
     if config.model.rung is not None:
-        rung = ladder.rung(config.model.rung)
+        rung = shapes.rung(config.model.rung)
         model = hub.build(rung, store.vocab_size, length, config.seed, attn_implementation=attention)
         return _Student(model, config.optim.lr or rung.lr, None, ())
     path = _start(config)

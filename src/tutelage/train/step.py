@@ -14,7 +14,7 @@ import torch
 
 from tutelage.data.hashing import mixed
 from tutelage.objective import NotFiniteError, Objective, chunked_objective
-from tutelage.objective.head import weight_and_bias
+from tutelage.objective.chunked import weight_and_bias
 from tutelage.train import distributed
 from tutelage.types import IGNORE_INDEX, Batch, LossSums, StepReport, Targets
 
@@ -23,8 +23,42 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tutelage.config.optim_config import OptimConfig
     from tutelage.objective import Gate
-    from tutelage.teachers.base import Teacher
+    from tutelage.teachers.live import Teacher
+
+
+def adamw(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in {"cpu", "cuda"}
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, *, batch_tokens: int) -> float:
+    """Learning rate of 0-based optimizer step `step` of `steps`, each of `batch_tokens`.
+
+    Linear warm-up over the first `warmup` (steps or tokens), reaching the peak on its last step; then
+    cosine down to `final_lr` of the peak on the last step, or constant, or (wsd) constant and a linear
+    decay over the last `decay` of the steps, ending at `final_lr` of the peak. A `decay` of 0 is none.
+    """
+    warmup = config.warmup_steps(steps, batch_tokens)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    low = config.final_lr * peak
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "cosine":
+        progress = (step - warmup) / max(1, steps - 1 - warmup)
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    start = config.decay_start(steps, batch_tokens)
+    if step < start:
+        return peak
+    return peak + (low - peak) * (step - start + 1) / (steps - start)
 
 
 @dataclass(frozen=True, slots=True)

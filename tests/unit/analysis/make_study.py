@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import polars as pl
 
-from tutelage.study.planfile import Plan, save_plan
+from tutelage.study.plan import Plan, save_plan
 from tutelage.types import SCORING_VERSION, Score
 
 DOMAINS = {"speeches": "in_domain", "fables": "out_of_domain", "recipes": "out_of_domain"}

@@ -9,10 +9,10 @@ from make_study import TEACHERS, TOKENS, write_study
 from test_mechanism_figures import FACTS
 from test_mechanism_figures import write as write_mechanism
 
-from tutelage.analysis.claims import missing_for
-from tutelage.analysis.outcomes import judge_claims
+from tutelage.analysis.claims.judge import judge_claims
+from tutelage.analysis.claims.registry import missing_for
 from tutelage.analysis.verdicts import judge
-from tutelage.study.planfile import load_plan, save_plan
+from tutelage.study.plan import load_plan, save_plan
 from tutelage.study.results import load_results
 from tutelage.types import Score
 

@@ -7,11 +7,10 @@ import pytest
 from make_study import write_study
 from scipy import stats
 
-from tutelage.analysis.claims import CLAIMS, missing_for
-from tutelage.analysis.outcomes import judge_claims
-from tutelage.analysis.parts import Part
+from tutelage.analysis.claims.evidence import Part, View, mean_of, minus, says, without
+from tutelage.analysis.claims.judge import judge_claims
+from tutelage.analysis.claims.registry import CLAIMS, missing_for
 from tutelage.analysis.verdicts import judge
-from tutelage.analysis.view import View, mean_of, minus, says, without
 from tutelage.errors import UserError
 from tutelage.study.results import load_results
 

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from tutelage.analysis.canvas import save_all
-from tutelage.analysis.mechanism import print_mechanism
-from tutelage.analysis.mechanism_plots import mechanism_figures
+from tutelage.analysis.figures.style import save_all
+from tutelage.analysis.figures.token_figures import mechanism_figures
+from tutelage.analysis.report.text import print_mechanism
 from tutelage.errors import UserError
-from tutelage.study.mechanisms import read_mechanism
+from tutelage.study.token_tables import read_mechanism
 
 FACTS = {
     "student": "kid-1",

@@ -11,8 +11,8 @@ from make_study import GAINS, write_study
 from rich.console import Console
 from test_mechanism_figures import write as write_mechanism
 
-from tutelage.analysis.report import build_report
-from tutelage.analysis.terminal import print_verdicts
+from tutelage.analysis.report.html import build_report
+from tutelage.analysis.report.text import print_verdicts
 from tutelage.errors import UserError
 from tutelage.study.results import load_results
 
@@ -239,7 +239,7 @@ def test_no_finished_student_writes_nothing(tmp_path):
 
 
 def test_a_report_needs_no_torch():
-    code = "import sys, tutelage.analysis.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, tutelage.analysis.report.html; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

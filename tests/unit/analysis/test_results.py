@@ -7,7 +7,7 @@ import pytest
 from make_study import write_study
 
 from tutelage.errors import UserError
-from tutelage.study.planfile import save_plan
+from tutelage.study.plan import save_plan
 from tutelage.study.results import load_plan, load_results
 from tutelage.types import SCORING_VERSION
 

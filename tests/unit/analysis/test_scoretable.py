@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 from rich.console import Console
 
-from tutelage.analysis.scoretable import print_scores, print_tasks
+from tutelage.analysis.report.text import print_scores, print_tasks
 from tutelage.types import Score
 
 

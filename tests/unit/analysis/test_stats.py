@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tutelage.analysis.noise import document_draws, drawn_gains, percentile_interval
+from tutelage.analysis.gains import document_draws, drawn_gains, percentile_interval
 from tutelage.analysis.stats import (
     Estimate,
     all_of,

@@ -8,11 +8,11 @@ import pytest
 from make_study import write_study
 from rich.console import Console
 
-from tutelage.analysis import answer, words
-from tutelage.analysis.family import supported
-from tutelage.analysis.outcomes import judge_claims
+from tutelage.analysis.claims.judge import judge_claims
+from tutelage.analysis.report import headline, words
+from tutelage.analysis.report.headline import supported
+from tutelage.analysis.report.text import print_verdicts
 from tutelage.analysis.stats import Estimate
-from tutelage.analysis.terminal import print_verdicts
 from tutelage.analysis.verdicts import Verdict, judge, nominal, relation
 from tutelage.errors import UserError
 from tutelage.study.results import load_results
@@ -26,8 +26,8 @@ def whole(tmp_path_factory):
     return findings_of(tmp_path_factory.mktemp("whole"))
 
 
-def headline(findings, outcomes=()):
-    return "\n".join(answer.headline(findings, outcomes))
+def headline_of(findings, outcomes=()):
+    return "\n".join(headline.headline(findings, outcomes))
 
 
 def findings_of(path, **study):
@@ -78,12 +78,12 @@ def test_one_seed_is_shown_and_not_judged(tmp_path):
     assert words.verdict(weak) == "one seed: not judged"
     assert all(pair.flat == () for pair in findings.pairs)
     assert supported(findings, weak.student) == {}
-    said = headline(findings)
+    said = headline_of(findings)
     assert said.startswith("Not judged: weak (weaker teacher, alpha 0.4) gains +3.3% out of domain")
     assert words.ONE_SEED in said
-    first = answer.notes(results, findings)[0]
+    first = headline.notes(results, findings)[0]
     assert first.startswith("One seed is shown, not judged")
-    for text in (said, words.in_words(findings.verdicts), *answer.notes(results, findings)[1:2]):
+    for text in (said, words.in_words(findings.verdicts), *headline.notes(results, findings)[1:2]):
         assert not EFFECTS.search(text.replace(words.ONE_SEED, "")), text
 
 
@@ -95,8 +95,8 @@ def test_of_a_study_with_both_only_what_has_seeds_is_judged(tmp_path):
     findings = judge(load_results(path))
 
     assert [verdict_of(findings, name, 0.4).judged for name in ("weak", "strong")] == [True, False]
-    assert "1 more with one seed are shown, not judged" in headline(findings)
-    assert "strong" not in headline(findings)
+    assert "1 more with one seed are shown, not judged" in headline_of(findings)
+    assert "strong" not in headline_of(findings)
     assert "; 10 with one seed are not judged" in words.in_words([*findings.verdicts] * 5)
 
 
@@ -108,14 +108,14 @@ def test_the_headline_counts_what_survives_the_correction(tmp_path):
 
     assert words.effect(findings.pairs[0].best.out_of_domain) == "helps"
     assert supported(findings, "tiny 2M") == {}
-    assert headline(findings).startswith("No clear gain: ")
+    assert headline_of(findings).startswith("No clear gain: ")
 
 
 def test_announced_claims_are_the_family_of_the_headline(tmp_path):
     results = load_results(write_study(tmp_path / "study", claims=[1, 2]))
     findings = judge(results)
     outcomes = judge_claims(results, findings)
-    said = answer.headline(findings, outcomes)
+    said = headline.headline(findings, outcomes)
 
     supported_texts = [one.text for one in outcomes if one.announced and one.answer == "supported"]
     assert said[0].startswith("Supported: " if supported_texts else "None of the announced claims")
@@ -204,7 +204,7 @@ def test_cells_of_several_students_are_kept_apart(tmp_path):
         ("wide 2M", None, "compute of weak", 1.5),
     ]
     assert [pair.best.arm for pair in found.pairs] == ["alpha 0.4", "alpha 0.4"]
-    assert [text.split(":")[0] for text in answer.headline(found, ())] == ["tiny 2M", "wide 2M"]
+    assert [text.split(":")[0] for text in headline.headline(found, ())] == ["tiny 2M", "wide 2M"]
 
 
 def test_alpha_is_chosen_on_validation_not_on_test(tmp_path):
@@ -229,7 +229,7 @@ def damage_validation(run):
 
 
 def test_a_control_as_good_as_the_teachers_is_called_smoothing(whole):
-    said = headline(whole)
+    said = headline_of(whole)
 
     assert said.startswith(
         "Out of domain yes, but no more than smoothing does: weak (weaker teacher, alpha 0.4) gains +3.3%"
@@ -239,7 +239,7 @@ def test_a_control_as_good_as_the_teachers_is_called_smoothing(whole):
 
 def test_a_lesser_control_clears_the_teachers(tmp_path):
     gains = {("weak", 0.4): (-0.6, 2.0), ("unigram", 0.1): (-1.0, 0.2)}
-    said = headline(findings_of(tmp_path, gains=gains))
+    said = headline_of(findings_of(tmp_path, gains=gains))
 
     assert said.startswith(
         "Yes, out of domain: weak (weaker teacher, alpha 0.4) gains +2.5% ± 0.2 out of domain, -0.6% ± 0.2"
@@ -257,13 +257,13 @@ def test_a_lesser_control_clears_the_teachers(tmp_path):
     ],
 )
 def test_headline_leads_with_the_answer(tmp_path, gains, lead):
-    assert headline(findings_of(tmp_path, gains=gains)).startswith(lead)
+    assert headline_of(findings_of(tmp_path, gains=gains)).startswith(lead)
 
 
 def test_headline_of_many_teachers_counts_them_and_names_the_best(tmp_path):
     gains = {("weak", 0.4): (-0.6, 2.0), ("strong", 0.4): (2.0, 1.0), ("same", 0.4): (0.0, -2.0)}
 
-    assert headline(findings_of(tmp_path, gains=gains)) == (
+    assert headline_of(findings_of(tmp_path, gains=gains)) == (
         "Some do, out of domain: 2 of 3 teachers help out of domain and 1 in domain, corrected for all their "
         "alphas; best of 3 teachers out of domain: weak (weaker teacher, alpha 0.4) gains +2.5% ± 0.2 out of "
         "domain, -0.6% ± 0.2 in domain. "
@@ -274,14 +274,14 @@ def test_headline_of_many_teachers_counts_them_and_names_the_best(tmp_path):
 def test_only_controls_is_no_answer(tmp_path):
     findings = findings_of(tmp_path, gains={("unigram", 0.1): (-1.0, 0.2)})
 
-    assert headline(findings).startswith("No real teacher has a finished student yet")
+    assert headline_of(findings).startswith("No real teacher has a finished student yet")
 
 
 def test_without_a_control_the_notes_say_so(tmp_path):
     results = load_results(write_study(tmp_path / "study", gains={("weak", 0.4): (-0.6, 2.0)}))
 
     assert any(
-        note.startswith("No comparison with a control") for note in answer.notes(results, judge(results))
+        note.startswith("No comparison with a control") for note in headline.notes(results, judge(results))
     )
 
 

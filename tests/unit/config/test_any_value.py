@@ -11,13 +11,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.config import RunConfig
-from tutelage.configio import load, to_yaml, validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import load, to_yaml, validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.study_config import StudyConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.errors import UserError
-from tutelage.study.estimate import works_of
-from tutelage.study.spec import StudyConfig
-from tutelage.teachers.config import TeachConfig
+from tutelage.study.cost import works_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

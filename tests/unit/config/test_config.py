@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.config import RunConfig
-from tutelage.configio import digest, load, to_yaml, validate
+from tutelage.config.base import parse_tokens
+from tutelage.config.load import digest, load, to_yaml, validate
+from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
-from tutelage.settings import parse_tokens
 
 BASE = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
 TAUGHT = BASE | {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.4}}

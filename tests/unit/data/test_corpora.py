@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tutelage.data.corpora import CORPORA, PackageFiles, find_corpus
-from tutelage.data.readers import python_source
+from tutelage.data.corpus_readers import python_source
 from tutelage.errors import UserError
 
 EXPECTED = {  # documents, bytes of UTF-8

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.data.config import DOCUMENT_LIMIT, FilesSource, StoreConfig, TokenizerConfig
+from tutelage.config.data_config import DOCUMENT_LIMIT, FilesSource, StoreConfig, TokenizerConfig
 from tutelage.data.cutting import documents_of
 from tutelage.data.sources import Mixture
 from tutelage.data.store import build_store, open_store
@@ -150,8 +150,8 @@ def test_an_empty_split_is_refused_with_advice(tmp_path):
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.data_config import StoreConfig
 from tutelage.data.store import build_store, open_store
 source = {"kind": "files", "paths": [sys.argv[1]]}
 config = {"name": "large", "sources": [source], "tokenizer": {"vocab_size": 300}}

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
-from tutelage.data.remarks import remarks
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
 from tutelage.data.sources import Left, Mixture
 from tutelage.data.store import build_store, open_store
+from tutelage.data.store_manifest import remarks
 from tutelage.errors import UserError
 
 BOM = "\ufeff"

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from tutelage.configio import load
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import load
 from tutelage.data.store import build_store
 
 

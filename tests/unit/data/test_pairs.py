@@ -12,11 +12,11 @@ from pyarrow import Table, parquet
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
 from tutelage.data.corpora import PAIR_CORPORA, find_pairs
 from tutelage.data.store import build_store, open_store, verify_store
-from tutelage.data.tokenize import END_OF_TEXT, train_tokenizer
+from tutelage.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tutelage.errors import UserError
 
 CHATML = (

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tutelage.data.textfiles import find
+from tutelage.data.text_files import find
 from tutelage.errors import UserError
 
 

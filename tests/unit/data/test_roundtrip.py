@@ -18,12 +18,12 @@ from tokenizers import (
     trainers,
 )
 
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
 from tutelage.data.corpora import find_corpus
-from tutelage.data.remarks import not_comparable, remarks
 from tutelage.data.store import build_store, open_store
-from tutelage.data.tokenize import END_OF_TEXT
+from tutelage.data.store_manifest import not_comparable, remarks
+from tutelage.data.tokenizer import END_OF_TEXT
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

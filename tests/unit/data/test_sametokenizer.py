@@ -7,10 +7,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from tutelage.data.sametokenizer import check_model_tokenizer, check_text_tokenizer, compare_tokenizers
 from tutelage.data.store import open_store
-from tutelage.data.tokenize import load_tokenizer
-from tutelage.data.tokenizerfiles import tokenizer_json
+from tutelage.data.tokenizer import load_tokenizer, tokenizer_json
+from tutelage.data.tokenizer_comparison import check_model_tokenizer, check_text_tokenizer, compare_tokenizers
 from tutelage.errors import UserError
 
 

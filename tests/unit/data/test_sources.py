@@ -9,7 +9,7 @@ import sys
 import pytest
 import zstandard
 
-from tutelage.data.config import CorpusSource, FilesSource, HubSource
+from tutelage.config.data_config import CorpusSource, FilesSource, HubSource
 from tutelage.data.sources import Mixture, describe
 from tutelage.errors import UserError
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
-from tutelage.data.sourcebytes import SourceBytes
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.data.source_bytes import SourceBytes
 from tutelage.data.store import build_store
-from tutelage.data.tokenize import load_tokenizer
+from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
 
 TEXT = "a cat </s> sat<s> on </s><pad> the mat</s>"

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tutelage.data.config import CorpusSource, FilesSource, StoreConfig, TokenizerConfig
+from tutelage.config.data_config import CorpusSource, FilesSource, StoreConfig, TokenizerConfig
 from tutelage.data.sources import Mixture
 from tutelage.data.store import _check_space, build_store, open_store, verify_store
-from tutelage.data.writer import training_texts
+from tutelage.data.store_writer import training_texts
 from tutelage.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -251,7 +251,7 @@ def test_a_text_that_cannot_fit_is_refused_before_work(tmp_path):
 def test_killed_build_leaves_nothing_that_looks_like_a_store(built, tmp_path):
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from tutelage.data.config import StoreConfig\nfrom tutelage.data.store import build_store\n"
+        "from tutelage.config.data_config import StoreConfig\nfrom tutelage.data.store import build_store\n"
         "def kill(stage, done):\n"
         "    if stage == 'tokens': os.kill(os.getpid(), signal.SIGKILL)\n"
         "config = StoreConfig.model_validate_json(sys.argv[1])\n"

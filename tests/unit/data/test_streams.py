@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from pyarrow import parquet, table
 
-from tutelage.data.config import FilesSource
+from tutelage.config.data_config import FilesSource
 from tutelage.data.sources import Mixture
 from tutelage.data.streams import LINE_LIMIT, lines, text_blocks
 from tutelage.errors import UserError

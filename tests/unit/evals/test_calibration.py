@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tutelage.evals.calibration import adaptive_edges, calibration_error, fixed_edges, reliability
-from tutelage.evals.perplexity import TokenScores
 from tutelage.evals.scoring import _calibrated
+from tutelage.evals.token_scores import TokenScores
 
 DOCUMENTS = 40
 

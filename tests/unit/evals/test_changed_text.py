@@ -9,12 +9,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tutelage.analysis.score_warnings import score_warnings
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
 from tutelage.data.corpora import find_corpus
 from tutelage.data.store import build_store, open_store
-from tutelage.data.tokenize import END_OF_TEXT
-from tutelage.pipeline import run
+from tutelage.data.tokenizer import END_OF_TEXT
+from tutelage.run import run
 from tutelage.train.loop import Nobody
 
 

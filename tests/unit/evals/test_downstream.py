@@ -17,14 +17,21 @@ from tokenizers import Tokenizer
 
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.evals.downstream import _check_known, _manager, _prepared, run_downstream
-from tutelage.evals.packagetasks import PACKAGE_TASKS, build_package_task
-from tutelage.evals.papertasks import PAPER_TASKS
-from tutelage.evals.records import read_scores
-from tutelage.evals.subject import Subject
-from tutelage.evals.tasks import KINDS, build_task, continuation_items, held_out_texts, last_word_items
+from tutelage.evals.evaluated_model import Subject
+from tutelage.evals.lm_eval import _check_known, _manager, _prepared, run_downstream
+from tutelage.evals.lm_eval_tasks import (
+    KINDS,
+    PACKAGE_TASKS,
+    PAPER_TASKS,
+    build_package_task,
+    build_task,
+    continuation_items,
+    held_out_texts,
+    last_word_items,
+)
+from tutelage.evals.score_files import read_scores
 from tutelage.models import hub
-from tutelage.models.ladder import LADDER
+from tutelage.models.shapes import LADDER
 
 CONTEXT = 96
 BOTH = ("continuation", "last_word")

@@ -8,8 +8,8 @@ import pytest
 
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import select
-from tutelage.evals.subject import find_subjects
-from tutelage.pipeline import run
+from tutelage.evals.evaluated_model import find_subjects
+from tutelage.run import run
 
 
 @pytest.mark.parametrize(

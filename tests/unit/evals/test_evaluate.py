@@ -9,14 +9,14 @@ import sys
 import polars as pl
 import pytest
 
-from tutelage.cli import main
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.cli.main import main
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.errors import UserError
 from tutelage.evals import evaluate
 from tutelage.models import hub
-from tutelage.models.ladder import LADDER
-from tutelage.pipeline import run
+from tutelage.models.shapes import LADDER
+from tutelage.run import run
 
 LIMITS = ["--max-documents", "4", "--max-tokens", "90", "--device", "cpu"]
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from tutelage.data.store import open_store
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
-from tutelage.models.ladder import rung
-from tutelage.pipeline import run
+from tutelage.models.shapes import rung
+from tutelage.run import run
 
 DOCUMENTS, TOKENS = 12, 30
 LIMITS = ["--max-documents", DOCUMENTS, "--max-tokens", TOKENS, "--device", "cpu"]

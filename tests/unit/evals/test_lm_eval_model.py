@@ -12,17 +12,17 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
 from tutelage.data.store import build_store, open_store
-from tutelage.data.tokenize import load_tokenizer
-from tutelage.evals.perplexity import score_tokens
+from tutelage.data.tokenizer import load_tokenizer
+from tutelage.evals.token_scores import score_tokens
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
-from tutelage.models.ladder import rung
+from tutelage.models.shapes import rung
 
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
-lm_eval_model = pytest.importorskip("tutelage.evals.lm_eval_model")
+lm_eval_model = pytest.importorskip("tutelage.evals.lm_eval")
 
 CONTEXT = 64
 TEXTS = [

@@ -14,17 +14,17 @@ from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy, spearmanr
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from tutelage.cli import main
+from tutelage.cli.main import main
 from tutelage.data.store import Store, open_store
 from tutelage.errors import UserError
-from tutelage.evals import mechanism
-from tutelage.evals.cells import groupings, summarise
-from tutelage.evals.mechanism import run_mechanism
-from tutelage.evals.quantities import Predictions
-from tutelage.evals.subject import find_subject
+from tutelage.evals import token_comparison
+from tutelage.evals.evaluated_model import find_subject
+from tutelage.evals.token_comparison import run_mechanism
+from tutelage.evals.token_groups import groupings, summarise
+from tutelage.evals.token_quantities import Predictions
 from tutelage.files import write_json
 from tutelage.models.hub import build, load, save
-from tutelage.models.ladder import rung
+from tutelage.models.shapes import rung
 
 ROLES = ("student", "teacher", "baseline")
 CONTEXT = 32
@@ -175,8 +175,8 @@ def test_tokens_know_where_they_are(found):
 
 @pytest.mark.parametrize(("tokens", "values"), [(7, 2**25), (1024, 5 * 300), (1024, 1)])
 def test_the_size_of_chunks_does_not_matter(found, measure, monkeypatch, tokens, values):
-    monkeypatch.setattr(mechanism, "_CHUNK_TOKENS", tokens)
-    monkeypatch.setitem(mechanism._CHUNK_VALUES, "cpu", values)
+    monkeypatch.setattr(token_comparison, "_CHUNK_TOKENS", tokens)
+    monkeypatch.setitem(token_comparison._CHUNK_VALUES, "cpu", values)
     whole, pieces = (pl.read_parquet(path / "tokens.parquet") for path in (found, measure()))
     for name in whole.columns:
         same = np.isclose(pieces[name].to_numpy(), whole[name].to_numpy(), rtol=1e-4, atol=2e-5)
@@ -192,7 +192,7 @@ def test_no_more_than_a_chunk_of_probabilities_exists(measure, monkeypatch):
         return of(logits_NV)
 
     monkeypatch.setattr(Predictions, "of", watched)
-    monkeypatch.setitem(mechanism._CHUNK_VALUES, "cpu", 10 * 300)
+    monkeypatch.setitem(token_comparison._CHUNK_VALUES, "cpu", 10 * 300)
     measure()
     assert max(sizes) == 10 * 300
     assert sum(sizes) == 3 * 4 * 74 * 300  # models, tokens, ids
@@ -335,7 +335,7 @@ def test_a_finished_evaluation_is_not_computed_again(found, subjects, store, oth
     namesake = Store(scripture.path, scripture.manifest.model_copy(update={"name": "speeches"}))
     limits = {"max_documents": 4, "max_tokens": 75}
     before = {file.name: file.stat().st_mtime_ns for file in found.iterdir()}
-    monkeypatch.delattr(mechanism, "_read")
+    monkeypatch.delattr(token_comparison, "_read")
     assert run_mechanism(**subjects, **arguments, **limits) == found
     assert {file.name: file.stat().st_mtime_ns for file in found.iterdir()} == before
     with pytest.raises(NameError):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
-from tutelage.evals import overlap
-from tutelage.evals.overlap import GRAM, copied_grams, trained_on
+from tutelage.evals import contamination
+from tutelage.evals.contamination import GRAM, copied_grams, trained_on
 from tutelage.evals.windows import read_documents
 
 
@@ -96,6 +96,6 @@ def test_copied_grams_are_a_plain_count(training, mixed, tmp_path):
 
 
 def test_short_texts_have_no_grams():
-    assert len(overlap._grams([1] * (GRAM - 1))) == 0
-    assert len(overlap._grams([1] * GRAM)) == 1
-    assert len(overlap._grams([1] * 5 + [0] + [1] * GRAM)) == 1  # no gram reaches over a foreign word
+    assert len(contamination._grams([1] * (GRAM - 1))) == 0
+    assert len(contamination._grams([1] * GRAM)) == 1
+    assert len(contamination._grams([1] * 5 + [0] + [1] * GRAM)) == 1  # no gram reaches over a foreign word

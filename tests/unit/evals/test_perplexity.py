@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tutelage.data.store import open_store
-from tutelage.evals import perplexity, windows
-from tutelage.evals.perplexity import DocumentLosses, ratio, score_tokens
+from tutelage.evals import token_scores, windows
+from tutelage.evals.token_scores import DocumentLosses, ratio, score_tokens
 from tutelage.evals.windows import read_documents
 from tutelage.models.hub import build
-from tutelage.models.ladder import rung
+from tutelage.models.shapes import rung
 
 CONTEXT = 32
 
@@ -101,8 +101,8 @@ def test_every_number_of_a_token_is_a_plain_recomputation(model, opened, documen
 def test_batching_of_windows_and_logits_does_not_matter(model, opened, documents, monkeypatch):
     whole = score_tokens(model, documents, 300, CONTEXT).losses(documents)
     monkeypatch.setattr(windows, "FORWARD_TOKENS", CONTEXT)
-    monkeypatch.setattr(perplexity, "_LOGITS", 1)
-    monkeypatch.setattr(perplexity, "_FEWEST_ROWS", 7)
+    monkeypatch.setattr(token_scores, "_LOGITS", 1)
+    monkeypatch.setattr(token_scores, "_FEWEST_ROWS", 7)
     parts = score_tokens(model, documents, 300, CONTEXT).losses(documents)
     np.testing.assert_allclose(parts.nll_N, whole.nll_N, rtol=1e-5)
 
@@ -110,16 +110,16 @@ def test_batching_of_windows_and_logits_does_not_matter(model, opened, documents
 @pytest.mark.parametrize("tokens", [77, 2000])
 def test_logits_of_a_bounded_number_of_tokens_exist(model, opened, tokens, monkeypatch):
     """Whatever the length of the text: memory does not grow with tokens times vocabulary."""
-    monkeypatch.setattr(perplexity, "_LOGITS", 300 * 64)
-    monkeypatch.setattr(perplexity, "_FEWEST_ROWS", 16)
+    monkeypatch.setattr(token_scores, "_LOGITS", 300 * 64)
+    monkeypatch.setattr(token_scores, "_FEWEST_ROWS", 16)
     shapes = []
-    measured = perplexity._measured
+    measured = token_scores._measured
 
     def noted(logits_NV, *rest):
         shapes.append(tuple(logits_NV.shape))
         return measured(logits_NV, *rest)
 
-    monkeypatch.setattr(perplexity, "_measured", noted)
+    monkeypatch.setattr(token_scores, "_measured", noted)
     documents = read_documents(opened, "test", 3, tokens)
     score_tokens(model, documents, 300, CONTEXT)
     assert sum(rows for rows, _ in shapes) == sum(document.scored for document in documents)

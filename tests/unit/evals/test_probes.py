@@ -17,12 +17,12 @@ from torch import nn
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals import probes
+from tutelage.evals.evaluated_model import Subject
 from tutelage.evals.probes import acceptance, copying_accuracy, run_probes, used_ids
-from tutelage.evals.records import read_scores
-from tutelage.evals.subject import Subject
+from tutelage.evals.score_files import read_scores
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
-from tutelage.models.ladder import LADDER
+from tutelage.models.shapes import LADDER
 
 CONTEXT = 32
 SEGMENT = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tutelage.evals.smoothing import POWERS, fit, foreign_noise, frequencies, mixed, own_unigram
+from tutelage.evals.calibration import POWERS, fit, foreign_noise, frequencies, mixed, own_unigram
 
 V, N = 40, 6000
 DOCUMENT_N = np.arange(N) // 100

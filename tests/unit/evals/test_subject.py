@@ -11,10 +11,10 @@ import transformers
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals.domains import SUITES
-from tutelage.evals.subject import check_tokenizer, find_subject
+from tutelage.evals.evaluated_model import check_tokenizer, find_subject
 from tutelage.models import hub
-from tutelage.models.ladder import LADDER
-from tutelage.pipeline import run
+from tutelage.models.shapes import LADDER
+from tutelage.run import run
 from tutelage.train.loop import Nobody
 
 

@@ -8,14 +8,14 @@ import shutil
 import polars as pl
 import pytest
 
-from tutelage.config import RunConfig
-from tutelage.configio import load, validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import load, validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import build_store, open_store
-from tutelage.evals.trainingtext import training_text
-from tutelage.pipeline import run
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
+from tutelage.evals.contamination import training_text
+from tutelage.run import run
+from tutelage.teachers.cache.cache_writer import write_cache
 
 
 @pytest.fixture

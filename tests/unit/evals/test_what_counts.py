@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tutelage.cli import main
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.cli.main import main
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store, open_store
-from tutelage.evals.records import read_scores
+from tutelage.evals.score_files import read_scores
 from tutelage.models import hub
-from tutelage.models.ladder import rung
-from tutelage.pipeline import run
+from tutelage.models.shapes import rung
+from tutelage.run import run
 
 LENGTH, PADDED = 64, 84
 LIMITS = {"max_documents": 5, "max_tokens": 200}

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tutelage.errors import UserError
 from tutelage.models.hub import build, identify, load, weights_fingerprint
-from tutelage.models.ladder import rung
+from tutelage.models.shapes import rung
 
 VOCAB, CONTEXT = 300, 32
 

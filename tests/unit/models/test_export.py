@@ -23,14 +23,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store
 from tutelage.errors import UserError
 from tutelage.models import hub
-from tutelage.models.card import with_scores
-from tutelage.models.export import Base
-from tutelage.models.ladder import rung
-from tutelage.pipeline import run
+from tutelage.models.export import Base, with_scores
+from tutelage.models.shapes import rung
+from tutelage.run import run
 
 VOCAB, CONTEXT = 300, 64
 TOKENS_BT = (torch.arange(2 * 48).reshape(2, 48) * 7) % VOCAB

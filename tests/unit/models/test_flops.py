@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from tutelage.models import hub
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
 from tutelage.models.hub import build, count_parameters
-from tutelage.models.ladder import LADDER, rung
+from tutelage.models.shapes import LADDER, rung
 
 VOCAB = 512
 

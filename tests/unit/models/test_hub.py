@@ -34,7 +34,7 @@ from tutelage.models.hub import (
     save,
     weights_fingerprint,
 )
-from tutelage.models.ladder import rung
+from tutelage.models.shapes import rung
 from tutelage.types import PLAIN, LogitTransform, transformed
 
 VOCAB, CONTEXT = 300, 32

@@ -6,7 +6,7 @@ import pytest
 
 from tutelage.errors import UserError
 from tutelage.models.hub import build
-from tutelage.models.ladder import LADDER, rung
+from tutelage.models.shapes import LADDER, rung
 
 TINY = [shape for shape in LADDER.values() if shape.name.startswith("nano-") and shape.family == "llama"]
 NORMALISED = [shape for shape in LADDER.values() if shape.name.endswith("-qk")]
@@ -93,7 +93,7 @@ def test_an_unknown_rung_is_refused_with_the_nearest_name():
 
 def test_the_table_and_the_formulas_load_neither_torch_nor_transformers():
     code = (
-        "import sys, tutelage.models.ladder, tutelage.models.flops;"
+        "import sys, tutelage.models.shapes, tutelage.models.flops;"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

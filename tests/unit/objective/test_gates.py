@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.objective import GATES, TokenStats, make_gate
-from tutelage.objectiveconfig import ObjectiveConfig
 
 
 def make(kind, **settings):

@@ -12,15 +12,14 @@ import pytest
 import torch
 import yaml
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.objective_config import Alpha, Gate, ObjectiveConfig
+from tutelage.config.optim_config import OptimConfig
+from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 from tutelage.objective import GATES, POLICIES, make_policy
-from tutelage.objectiveconfig import Alpha, Gate, ObjectiveConfig
-from tutelage.optimconfig import OptimConfig
-from tutelage.train.optim import learning_rate
 from tutelage.train.setup import prepare
-from tutelage.train.step import Turn, train_step
+from tutelage.train.step import Turn, learning_rate, train_step
 
 WSD = OptimConfig(schedule="wsd", warmup=0.1, decay=0.2, final_lr=0.0)
 EXAMPLES = {

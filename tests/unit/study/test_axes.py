@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.configio import validate
+from tutelage.config.grid import Grid
+from tutelage.config.load import validate
 from tutelage.errors import UserError
-from tutelage.study.axes import Grid
 
 
 def points(**grid):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from tiny import run_tiny, tiny_study
 
-from tutelage.config import RunConfig
-from tutelage.configio import load
+from tutelage.config.load import load
+from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
-from tutelage.study.graph import Stores, expand
-from tutelage.study.planfile import load_plan
-from tutelage.teachers.cache import verify_cache
-from tutelage.train.rundir import RunDirectory
+from tutelage.run_directory import RunDirectory
+from tutelage.study.nodes import Stores, expand
+from tutelage.study.plan import load_plan
+from tutelage.teachers.cache.reader import verify_cache
 
 TEACHER = {"rung": "nano-20k", "tokens": "4K", "cache": {"format": {"kind": "sample_min_variance", "ids": 8}}}
 GROUP = {"rung": "nano-50k", "tokens": "4K"}

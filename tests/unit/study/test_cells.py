@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.study.cells import cells_of, teachers_of
-from tutelage.study.spec import StudyConfig
 
 BASE = {
     "name": "test",

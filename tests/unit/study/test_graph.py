@@ -4,14 +4,14 @@ import inspect
 
 import pytest
 
-from tutelage import cli
-from tutelage.configio import validate
+from tutelage.cli import main
+from tutelage.config.base import parse_tokens
+from tutelage.config.load import validate
+from tutelage.config.study_config import StudyConfig
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.settings import parse_tokens
-from tutelage.study.graph import Stores, expand
+from tutelage.study.nodes import Stores, expand
 from tutelage.study.presets import demo_study, load_study
-from tutelage.study.spec import StudyConfig
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_demo_has_three_seeds_each_with_teachers_of_its_own():
 
     assert demo == demo_study(3, None, quick=False)
     assert (len(demo.seeds), len(demo.teacher_seeds)) == (3, 3)
-    assert inspect.signature(cli.demo).parameters["seeds"].default == 3
+    assert inspect.signature(main.demo).parameters["seeds"].default == 3
 
 
 def test_quick_and_tokens_exclude_each_other_and_budgets_are_checked():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from tiny import TINY, tiny_study
 
-from tutelage.config import RunConfig
-from tutelage.configio import load, validate
+from tutelage.config.base import refuse_alike, slug
+from tutelage.config.load import load, validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
-from tutelage.settings import refuse_alike, slug
 from tutelage.study.cells import cells_of, teachers_of
-from tutelage.study.estimate import works_of
-from tutelage.study.graph import check_cells
-from tutelage.study.spec import StudyConfig
+from tutelage.study.cost import works_of
+from tutelage.study.nodes import check_cells
 
 KJV = {"source": {"kind": "corpus", "name": "kjv"}}
 WEAK = {"rung": "nano-20k", "tokens": "4K"}

@@ -11,9 +11,9 @@ import pytest
 from tiny import TINY, run_tiny, tiny_study
 from tokenizers import Tokenizer
 
-from tutelage.analysis.report import build_report
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig
+from tutelage.analysis.report.html import build_report
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
 from tutelage.data.corpora import find_corpus
 from tutelage.data.store import build_store, open_store
 from tutelage.errors import UserError

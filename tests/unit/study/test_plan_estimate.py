@@ -10,18 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.flops import training_flops
-from tutelage.models.ladder import LADDER, rung
-from tutelage.study.chains import chain_weights, critical_path, makespan
-from tutelage.study.estimate import by_kind, by_purpose, duration, kept_bytes, works_of
-from tutelage.study.forecast import Machine, forecast
-from tutelage.study.hardware import DEVICES, activation_values, find_device, run_memory
+from tutelage.models.shapes import LADDER, rung
+from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
+from tutelage.study.devices import (
+    DEVICES,
+    activation_values,
+    chain_weights,
+    critical_path,
+    find_device,
+    makespan,
+    run_memory,
+)
 from tutelage.study.presets import demo_study, load_study
-from tutelage.study.spec import StudyConfig
-from tutelage.study.speed import Speeds, Timing, estimate_error
+from tutelage.study.status import Speeds, Timing, estimate_error
 
 DEMO = demo_study(2, "100K", quick=False)
 
@@ -190,7 +196,7 @@ def test_kept_bytes_by_format():
 
 def test_plan_is_quick_and_loads_no_torch():
     code = (
-        "import sys, time\nstart = time.process_time()\nfrom tutelage.cli import app\n"
+        "import sys, time\nstart = time.process_time()\nfrom tutelage.cli.main import app\n"
         "app(['study', 'plan', 'mini', '--json'], standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'polars'} & set(sys.modules)\n"
         "print(time.process_time() - start, file=sys.stderr)"

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from tiny import tiny_study
 
-from tutelage.analysis.claims import missing_for
+from tutelage.analysis.claims.registry import missing_for
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.study.graph import Stores, check_cells, expand
-from tutelage.study.planned import draft_of, plan_of
+from tutelage.study.nodes import Stores, check_cells, expand
+from tutelage.study.plan import draft_of, plan_of
 from tutelage.study.presets import load_study, preset_names
 
 IDS = {"run", "baseline", "after", "evaluation"}

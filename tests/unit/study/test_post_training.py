@@ -7,16 +7,15 @@ import json
 import pytest
 from tiny import run_tiny, tiny_study
 
-from tutelage.config import RunConfig
-from tutelage.configio import load
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.config.load import load
+from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
 from tutelage.errors import UserError
-from tutelage.evals.records import read_scores
-from tutelage.identity import run_id
-from tutelage.pipeline import run
-from tutelage.study.planfile import load_plan
-from tutelage.train.rundir import RunDirectory
+from tutelage.evals.score_files import read_scores
+from tutelage.run import run
+from tutelage.run_directory import RunDirectory, run_id
+from tutelage.study.plan import load_plan
 
 PAIRS = {"kind": "corpus_pairs", "name": "rare_diseases"}
 

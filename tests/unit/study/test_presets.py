@@ -8,10 +8,10 @@ from collections import Counter
 
 import pytest
 
+from tutelage.config.base import parse_tokens
 from tutelage.errors import UserError
 from tutelage.evals.domains import DOMAINS
-from tutelage.models.ladder import rung
-from tutelage.settings import parse_tokens
+from tutelage.models.shapes import rung
 from tutelage.study.cells import cells_of
 from tutelage.study.presets import load_study, preset_names
 
@@ -120,7 +120,7 @@ def test_the_text_is_enough_for_the_longest_run():
 EXPAND = """
 import sys, time
 from pathlib import Path
-from tutelage.study.graph import Stores, expand
+from tutelage.study.nodes import Stores, expand
 from tutelage.study.presets import load_study, preset_names
 store, began, runs = Path(sys.argv[1]), time.process_time(), set()
 for name in preset_names():

@@ -11,12 +11,12 @@ from scipy import stats
 from test_cells import group, study
 from tiny import run_tiny, tiny_study
 
-from tutelage.analysis.report import build_report
+from tutelage.analysis.report.html import build_report
 from tutelage.analysis.verdicts import judge
 from tutelage.errors import UserError
 from tutelage.study.cells import cells_of
-from tutelage.study.estimate import works_of
-from tutelage.study.planned import draft_of
+from tutelage.study.cost import works_of
+from tutelage.study.plan import draft_of
 from tutelage.study.results import load_results
 
 GRID = {"product": {"teacher": ["nano-20k@1M", "unigram"], "alpha": [0.2, 0.6]}}

@@ -7,12 +7,11 @@ import threading
 import pytest
 
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import run_id
+from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
-from tutelage.study.claims import Claims, ask_to_stop
 from tutelage.study.engines.local import LocalEngine
-from tutelage.study.failures import Failures
-from tutelage.study.graph import Node
+from tutelage.study.leases import Claims, Failures, ask_to_stop
+from tutelage.study.nodes import Node
 from tutelage.study.runner import run_all
 
 

@@ -7,14 +7,13 @@ import time
 
 import pytest
 
-from tutelage.study.claims import Claims, ask_to_stop, is_gone, read_runner, runners
-from tutelage.study.failures import Failures
+from tutelage.study.leases import Claims, Failures, ask_to_stop, is_gone, read_runner, runners
 
 BEAT = 0.05
 CLAIMER = """
 import sys, time
 from pathlib import Path
-from tutelage.study.claims import Claims
+from tutelage.study.leases import Claims
 with Claims(Path(sys.argv[1]), 0.05) as claims:
     claims.look()
     free = [run for run in map(str, range(200)) if claims.holding(run, "recipe") == "free"]

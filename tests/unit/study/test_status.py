@@ -6,19 +6,17 @@ import json
 import pytest
 from rich.console import Console
 
-from tutelage.console import out
-from tutelage.console_study import StudyTable, print_status
+from tutelage.cli.progress import out
+from tutelage.cli.study_progress import StudyTable, print_status
 from tutelage.errors import UserError
-from tutelage.study.claims import Claims
-from tutelage.study.failures import Failures
-from tutelage.study.forecast import Machine, forecast
-from tutelage.study.graph import Stores, expand
-from tutelage.study.planfile import save_plan
-from tutelage.study.planned import plan_of
+from tutelage.run_directory import RunDirectory
+from tutelage.study.cost import Machine, forecast
+from tutelage.study.leases import Claims, Failures
+from tutelage.study.nodes import Stores, expand
+from tutelage.study.plan import plan_of, save_plan
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import Board
 from tutelage.study.status import read_status, retry_runs, stop_study
-from tutelage.train.rundir import RunDirectory
 
 STUDY = demo_study(1, "20K", quick=False)
 
@@ -100,7 +98,7 @@ def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
 
 def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_path, monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=160)
-    monkeypatch.setattr("tutelage.console_study.out", screen)
+    monkeypatch.setattr("tutelage.cli.study_progress.out", screen)
     with StudyTable() as table:
         table.show(
             Board(nodes, {nodes[3].id}, {nodes[2].id}, {nodes[0].id, nodes[1].id}, {nodes[4].id: "hot"})

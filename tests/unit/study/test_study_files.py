@@ -12,10 +12,10 @@ import jsonschema
 import pytest
 import yaml
 
+from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.study.cells import cells_of
 from tutelage.study.presets import load_study, preset_names
-from tutelage.study.spec import StudyConfig
 
 PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "study-files.md"
 BLOCK = re.compile(r"```yaml\n# (\S+\.yaml)(?:: ([^\n]*))?\n(.*?)```", re.DOTALL)

@@ -8,9 +8,9 @@ import pytest
 from tiny import run_tiny, tiny_study
 
 from tutelage.errors import UserError
+from tutelage.run_directory import RunDirectory
 from tutelage.study.cells import cells_of
-from tutelage.study.graph import Stores, expand
-from tutelage.train.rundir import RunDirectory
+from tutelage.study.nodes import Stores, expand
 
 GRID = {"product": {"rung": ["nano-20k", "nano-50k"], "tokens": ["6K", "2K", "4K"]}}
 OPTIM = {"schedule": "wsd", "warmup": "512"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.study_config import StudyConfig
 from tutelage.study.engines.local import LocalEngine
-from tutelage.study.spec import StudyConfig
-from tutelage.study.study import run_study
+from tutelage.study.run_study import run_study
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.config.load import validate
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import build_store
-from tutelage.teachers.config import TeachConfig
 
 if TYPE_CHECKING:
     from pathlib import Path

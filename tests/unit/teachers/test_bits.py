@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.teachers.bits import LARGEST_WIDTH, Columns, pack, pack_rising, packed_bytes, unpack, width_of
+from tutelage.teachers.cache.packing import (
+    LARGEST_WIDTH,
+    Columns,
+    pack,
+    pack_rising,
+    packed_bytes,
+    unpack,
+    width_of,
+)
 
 
 def bit_by_bit(values: np.ndarray, width: int) -> bytes:

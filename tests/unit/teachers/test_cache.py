@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.errors import UserError
-from tutelage.models import hub, ladder
-from tutelage.teachers import cache as cache_module
-from tutelage.teachers.cache import open_cache, verify_cache
-from tutelage.teachers.codec import HiddenRows
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.manifest import cache_fingerprint
-from tutelage.teachers.writer import write_cache
+from tutelage.models import hub, shapes
+from tutelage.teachers.cache import reader as cache_module
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.codec import HiddenRows
+from tutelage.teachers.cache.layout import cache_fingerprint
+from tutelage.teachers.cache.reader import open_cache, verify_cache
 from tutelage.types import SparseTargets
 
 FORMATS = [
@@ -66,7 +66,7 @@ def written(pristine, tmp_path):
 def model(text, tmp_path):
     """A model directory with the text's tokenizer."""
     directory = tmp_path / "model"
-    hub.save(hub.build(ladder.rung("nano-50k"), 300, 64, seed=3), directory, text)
+    hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, seed=3), directory, text)
     return directory
 
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import run_id
-from tutelage.pipeline import run
-from tutelage.teachers.cache import open_cache
+from tutelage.run import run
+from tutelage.run_directory import run_id
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.reader import open_cache
 from tutelage.teachers.cached import CachedTeacher
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
 from tutelage.train.loop import Nobody
 from tutelage.train.setup import prepare
 

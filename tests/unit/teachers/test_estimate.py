@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tutelage.config.teach_config import TeachConfig
 from tutelage.errors import UserError
-from tutelage.models import hub, ladder
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.estimate import estimate
-from tutelage.teachers.formats import FORMATS
-from tutelage.teachers.writer import write_cache
+from tutelage.models import hub, shapes
+from tutelage.teachers.cache.cache_estimate import estimate
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.formats import FORMATS
 
 
 def size_of(path):
@@ -19,7 +19,7 @@ def size_of(path):
 @pytest.fixture
 def model(text, tmp_path):
     directory = tmp_path / "model"
-    hub.save(hub.build(ladder.rung("nano-50k"), 300, 64, seed=3), directory, text)
+    hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, seed=3), directory, text)
     return {"kind": "model", "path": str(directory)}
 
 

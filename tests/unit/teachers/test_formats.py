@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.cacheformats import Format, HiddenFormat, MinVarianceFormat, MultinomialFormat, TopKFormat
+from tutelage.config.cache_config import (
+    Format,
+    HiddenFormat,
+    MinVarianceFormat,
+    MultinomialFormat,
+    TopKFormat,
+)
 from tutelage.errors import UserError
 from tutelage.objective.chunked import chunked_objective
 from tutelage.objective.objective import Objective
-from tutelage.objective.truncate import TopK, TopP, truncate
-from tutelage.teachers import codec as codec_module
-from tutelage.teachers.codecs_sampled import MinVarianceCodec, safe_bits
-from tutelage.teachers.formats import FORMATS, Setting, make_codec
-from tutelage.teachers.grids import (
+from tutelage.objective.sparse import TopK, TopP, truncate
+from tutelage.teachers.cache import codec as codec_module
+from tutelage.teachers.cache.formats import FORMATS, Setting, make_codec
+from tutelage.teachers.cache.packing import (
     gold_codes,
     gold_values,
     log_codes,
@@ -25,6 +30,7 @@ from tutelage.teachers.grids import (
     square_codes,
     square_values,
 )
+from tutelage.teachers.cache.sampled import MinVarianceCodec, safe_bits
 from tutelage.types import IGNORE_INDEX, PLAIN, DenseTargets, LogitTransform, transformed
 
 WIDTH = 12

@@ -7,11 +7,11 @@ import json
 import pytest
 from pydantic import TypeAdapter
 
-from tutelage.cacheformats import Format, kd_name, misfit
-from tutelage.configio import validate
-from tutelage.console import RunBar
-from tutelage.objectiveconfig import ObjectiveConfig
-from tutelage.pipeline import run
+from tutelage.cli.progress import RunBar
+from tutelage.config.cache_config import Format, kd_name, misfit
+from tutelage.config.load import validate
+from tutelage.config.objective_config import ObjectiveConfig
+from tutelage.run import run
 
 TOP = {"truncation": {"kind": "top_k", "k": 50}}
 NAMES = [

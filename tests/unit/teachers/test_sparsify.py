@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.teachers import sparsify
-from tutelage.teachers.sparsify import min_variance, multinomial
+from tutelage.teachers.cache import sampled
+from tutelage.teachers.cache.sampled import min_variance, multinomial
 
 SIGMAS = 5
 
@@ -157,12 +157,12 @@ def test_what_a_sharp_teacher_leaves_is_still_shared_out():
 def test_two_levels_find_what_one_level_finds(vocab):
     generator = torch.Generator().manual_seed(0)
     logits_NV = torch.randn(30, vocab, generator=generator) * 3
-    grouped = sparsify._grouped(logits_NV)
-    assert (sparsify._largest(grouped, 2) == logits_NV.topk(2).indices).all()
-    assert (sparsify._largest(grouped, 100) == logits_NV.topk(100).indices).all()
+    grouped = sampled._grouped(logits_NV)
+    assert (sampled._largest(grouped, 2) == logits_NV.topk(2).indices).all()
+    assert (sampled._largest(grouped, 100) == logits_NV.topk(100).indices).all()
     mass_NV = grouped.flatten(1).softmax(-1)
     fraction_NJ = torch.rand(30, 2, dtype=torch.float64, generator=generator)
-    found_NJ = sparsify._locate(mass_NV.view_as(grouped), fraction_NJ)
+    found_NJ = sampled._locate(mass_NV.view_as(grouped), fraction_NJ)
     running = mass_NV.double().cumsum(-1).numpy()
     expected = [
         [np.searchsorted(row, x * row[-1], side="right") for x in points]

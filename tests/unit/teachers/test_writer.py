@@ -14,22 +14,22 @@ import time
 import pytest
 import torch
 
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
-from tutelage.models import hub, ladder
-from tutelage.teachers.cache import open_cache, verify_cache
-from tutelage.teachers.job import make_plan, prepare
-from tutelage.teachers.manifest import cache_fingerprint, read_cache_manifest
-from tutelage.teachers.writer import Unwatched, write_cache
+from tutelage.models import hub, shapes
+from tutelage.teachers.cache.cache_writer import Unwatched, write_cache
+from tutelage.teachers.cache.job import make_plan, prepare
+from tutelage.teachers.cache.layout import cache_fingerprint, read_cache_manifest
+from tutelage.teachers.cache.reader import open_cache, verify_cache
 
 # Starts writers as real processes, quickly: it has imported everything and forks.
 STARTER = """
 import os, sys, traceback
 import torch
 torch.set_num_threads(1)
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
+from tutelage.config.teach_config import TeachConfig
+from tutelage.teachers.cache.cache_writer import write_cache
 print("ready", flush=True)
 for line in sys.stdin:
     order, argument = line.split(" ", 1)
@@ -82,7 +82,7 @@ def starter():
 def models(text, tmp_path):
     """Two models with the text's tokenizer."""
     for seed in (3, 4):
-        hub.save(hub.build(ladder.rung("nano-50k"), 300, 64, seed=seed), tmp_path / f"model-{seed}", text)
+        hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, seed=seed), tmp_path / f"model-{seed}", text)
     return [tmp_path / "model-3", tmp_path / "model-4"]
 
 
@@ -360,8 +360,8 @@ def test_mistakes_are_one_line_and_come_before_any_compute(teaching, text, tmp_p
         max_bytes=40_000,
     )
     strange, small = tmp_path / "strange", tmp_path / "small"
-    hub.save(hub.build(ladder.rung("nano-50k"), 300, 64, 1), strange, build_store(config, tmp_path))
-    hub.save(hub.build(ladder.rung("nano-50k"), 200, 64, 1), small, text)
+    hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, 1), strange, build_store(config, tmp_path))
+    hub.save(hub.build(shapes.rung("nano-50k"), 200, 64, 1), small, text)
     for changes, message in (
         ({"teacher": {"kind": "model", "path": str(strange)}}, "its tokenizer differs"),
         ({"teacher": {"kind": "model", "path": str(small)}}, "has 300 ids, the model knows 200"),

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from test_run import StopAt, assert_same_weights, losses
 
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.teach_config import TeachConfig
 from tutelage.errors import Stopped, UserError
-from tutelage.pipeline import run, run_cohort
-from tutelage.teachers.cache import Cache
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.online import OnlineTeacher
-from tutelage.teachers.writer import write_cache
-from tutelage.train.rundir import RunDirectory
+from tutelage.run import run, run_cohort
+from tutelage.run_directory import RunDirectory
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.reader import Cache
+from tutelage.teachers.live import OnlineTeacher
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from tutelage.data.hashing import mixed
 from tutelage.errors import Stopped
 from tutelage.models import hub
-from tutelage.pipeline import run, run_cohort
-from tutelage.train.session import Session
+from tutelage.run import run, run_cohort
 from tutelage.train.setup import prepare
+from tutelage.train.student import Session
 
 
 @pytest.fixture(params=["gpt2", "opt"])

@@ -8,19 +8,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, PhiConfig, PhiForCausalLM
 
-from tutelage.configio import validate
+from tutelage.config.load import validate
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import open_store
-from tutelage.evals.mechanism import _open
-from tutelage.evals.perplexity import score_tokens
-from tutelage.evals.subject import find_subject
+from tutelage.evals.evaluated_model import find_subject
+from tutelage.evals.token_comparison import _open
+from tutelage.evals.token_scores import score_tokens
 from tutelage.evals.windows import blocks, read_documents
 from tutelage.models import hub
 from tutelage.objective.objective import dense_logits
-from tutelage.pipeline import run
-from tutelage.teachers.cache import open_cache
+from tutelage.run import run
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.reader import open_cache
 from tutelage.teachers.cached import CachedTeacher
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
 from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from test_run import assert_same_weights, losses
 
-from tutelage.config import RunConfig
-from tutelage.configio import validate
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import run_id
-from tutelage.pipeline import run, run_cohort
-from tutelage.teachers.cache import verify_cache
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
+from tutelage.run import run, run_cohort
+from tutelage.run_directory import run_id
+from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.reader import verify_cache
 
 if TYPE_CHECKING:
     from pathlib import Path

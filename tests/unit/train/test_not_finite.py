@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tutelage.errors import UserError
-from tutelage.identity import run_id
-from tutelage.pipeline import run, run_cohort
-from tutelage.train.rundir import RunDirectory
+from tutelage.run import run, run_cohort
+from tutelage.run_directory import RunDirectory, run_id
 
 HOT = {"lr": 1e6, "clip": 1e30, "warmup": 0.0}
 

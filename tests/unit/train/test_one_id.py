@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.config import RunConfig
-from tutelage.configio import load, to_yaml, validate
+from tutelage.config.load import load, to_yaml, validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.identity import run_id
 from tutelage.models.flops import parameters
-from tutelage.models.ladder import LADDER
-from tutelage.pipeline import run, run_cohort
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.job import make_plan
+from tutelage.models.shapes import LADDER
+from tutelage.run import run, run_cohort
+from tutelage.run_directory import run_id
+from tutelage.teachers.cache.job import make_plan
 from tutelage.train.loop import Nobody
 
 
@@ -93,8 +93,8 @@ def test_places_are_no_part_of_a_run(store, tmp_path, monkeypatch):
         ids.add(run_id(load(RunConfig, path)))
     assert len(ids) == 1
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tutelage.config import RunConfig\n"
-        "from tutelage.configio import load\nfrom tutelage.identity import run_id\n"
+        "import sys\nfrom pathlib import Path\nfrom tutelage.config.run_config import RunConfig\n"
+        "from tutelage.config.load import load\nfrom tutelage.run_directory import run_id\n"
         "print(run_id(load(RunConfig, Path(sys.argv[1]))))"
     )
     elsewhere = subprocess.run(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tutelage.optimconfig import OptimConfig
-from tutelage.train.optim import adamw, learning_rate
+from tutelage.config.optim_config import OptimConfig
+from tutelage.train.step import adamw, learning_rate
 
 
 @pytest.mark.parametrize(

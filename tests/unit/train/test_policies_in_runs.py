@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tutelage.errors import Stopped
-from tutelage.pipeline import run
+from tutelage.run import run
 from tutelage.train.loop import Nobody
 
 TEACHER = {"kind": "unigram"}

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tutelage.data.config import StoreConfig, TokenizerConfig
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import run_id
-from tutelage.pipeline import run
+from tutelage.run import run
+from tutelage.run_directory import RunDirectory, run_id
 from tutelage.train import checkpoint
 from tutelage.train.loop import Nobody
-from tutelage.train.rundir import RunDirectory
 from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
 

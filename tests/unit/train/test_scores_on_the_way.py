@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import suite
 from tutelage.models import hub
-from tutelage.pipeline import run, run_cohort
+from tutelage.run import run, run_cohort
 from tutelage.train.loop import Nobody
 
 EVERY = 5 * 256
@@ -127,7 +127,7 @@ def test_time_for_scoring_is_not_training_time(make_config, evaluation, monkeypa
         return []
 
     real = time.perf_counter
-    monkeypatch.setattr("tutelage.train.session.time.perf_counter", lambda: real() + clock[0])
+    monkeypatch.setattr("tutelage.train.student.time.perf_counter", lambda: real() + clock[0])
     monkeypatch.setattr(suite, "score", slow)
     directory = run(make_config(eval=evaluation | {"every": EVERY}))
     assert clock[0] == 3000.0

@@ -13,17 +13,17 @@ import torch
 from test_run import StopAt, assert_same_weights, losses
 from transformers import AutoModelForCausalLM
 
-from tutelage.config import RunConfig
-from tutelage.configio import load, validate
-from tutelage.data.config import StoreConfig
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import load, validate
+from tutelage.config.optim_config import OptimConfig
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teach_config import TeachConfig
 from tutelage.data.loader import Loader
 from tutelage.data.store import SplitView, build_store, open_store
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import run_id
-from tutelage.optimconfig import OptimConfig
-from tutelage.pipeline import run
-from tutelage.teachers.config import TeachConfig
-from tutelage.teachers.writer import write_cache
+from tutelage.run import run
+from tutelage.run_directory import run_id
+from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
 from tutelage.types import IGNORE_INDEX
@@ -31,7 +31,7 @@ from tutelage.types import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tutelage.train.rundir import RunDirectory
+    from tutelage.run_directory import RunDirectory
     from tutelage.types import Batch
 
 LENGTH = 32

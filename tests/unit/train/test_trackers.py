@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tutelage.errors import UserError
-from tutelage.pipeline import run
+from tutelage.run import run
 from tutelage.train import trackers
 
 

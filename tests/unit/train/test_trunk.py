@@ -6,8 +6,8 @@ import pytest
 from test_run import StopAt, assert_same_weights, losses
 
 from tutelage.errors import Stopped, UserError
-from tutelage.identity import run_id
-from tutelage.pipeline import run
+from tutelage.run import run
+from tutelage.run_directory import run_id
 from tutelage.train.loop import Nobody
 
 OPTIM = {"schedule": "wsd", "warmup": "512", "decay": 0.25}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tutelage.objective.truncate import merge_repeats
+from tutelage.objective.sparse import merge_repeats
 from tutelage.types import IGNORE_INDEX
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import time
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from tutelage.study.engines.base import Outcome, perform
+from tutelage.study.engines.engine import Outcome, perform
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from tutelage.study.engines.base import Task
+    from tutelage.study.engines.engine import Task
 
     _Context = ForkServerContext | SpawnContext
 
@@ -46,7 +46,7 @@ class LocalEngine:
         self._context: _Context = multiprocessing.get_context("spawn")
         if not gpus and sys.platform == "linux":
             self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload(["tutelage.pipeline"])
+            self._context.set_forkserver_preload(["tutelage.run"])
 
     def __enter__(self) -> Self:
         return self

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
-from tutelage.study.engines.base import Outcome, perform
+from tutelage.study.engines.engine import Outcome, perform
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from tutelage.study.engines.base import Task
+    from tutelage.study.engines.engine import Task
 
 _NO_PLACES = {"auto", "local", ""}
 _CLIENT_PORT = 10001

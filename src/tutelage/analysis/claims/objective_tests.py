@@ -1,0 +1,222 @@
+"""Tests of claims about how a teacher is used: objective, schedules, gates, calibration."""
+
+from __future__ import annotations
+
+from math import log2
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from tutelage.analysis.claims.evidence import Members, Part, Series, minus, named, says
+from tutelage.analysis.claims.teacher_tests import at_alphas
+from tutelage.types import COPYING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from tutelage.analysis.claims.evidence import Statement, View
+    from tutelage.analysis.gains import Side
+    from tutelage.analysis.verdicts import PairFinding, Verdict
+
+_INSIDE: Side = "in_domain"
+_OUTSIDE: Side = "out_of_domain"
+
+
+def kd_first(arm: str) -> bool:
+    """Whether an arm is a schedule that begins with more teacher than it ends with."""
+    words = arm.split(", ", maxsplit=1)[0].split()
+    numbers = dict(zip(words[1::2], words[2::2], strict=False))
+    first, last = {
+        "linear": ("start", "end"),
+        "cosine": ("start", "end"),
+        "two_phase": ("first", "second"),
+    }.get(words[0], ("", ""))
+    if words[0] == "salt":
+        return True
+    return first in numbers and last in numbers and float(numbers[first]) > float(numbers[last])
+
+
+def by_skill(arm: str) -> bool:
+    """Whether an arm teaches only tokens on which the teacher is better than the student."""
+    return says(arm, "teacher_better")
+
+
+def difficulty(view: View) -> list[Part]:
+    """Gain by difficulty of tokens, from the mechanism evaluations made of runs; a test per text.
+
+    Difficulty is the entropy of a third model, an untaught student of another run: tokens sorted by the
+    baseline's own entropy are sorted by its luck too, and any other model seems to gain on the hard ones.
+    """
+    found: dict[str, dict[int, Series]] = {}
+    known = view.runs
+    untaught = {run.run: run.student for run in view.plan.runs if run.kind == "baseline"}
+    names = {cell.cell: f"{cell.student} from {cell.teacher}, {cell.arm}" for cell in view.verdicts}
+    students = {cell.cell: cell.student for cell in view.verdicts}
+    for one in view.results.mechanisms:
+        if (one.student, one.baseline) in known and one.sorter not in {None, one.baseline}:
+            cell, seed = known[one.student, one.baseline]
+            if untaught.get(one.sorter or "") == students[cell]:
+                contrast = one.of("gain", "student", "entropy contrast")["mean"].item()
+                found.setdefault(one.text, {}).setdefault(cell, {})[seed] = contrast
+    label = "gain on the hardest fifth of tokens less that on the easiest"
+    if not found:
+        return [Part(f"{label} (`tutelage eval --mechanism --sorter`)", {}, "above 0")]
+    return [
+        Part(
+            f"{label}, {text}",
+            {names[cell]: series for cell, series in cells.items()},
+            "above 0",
+            unit="nats per token",
+        )
+        for text, cells in sorted(found.items())
+    ]
+
+
+def temperatures_alike(view: View) -> list[Part]:
+    """T of 0.5 and of 2 against 1, at alpha 1."""
+    return [_changed(view, f"T {t}", f"temperature {t}", "within") for t in ("0.5", "2")]
+
+
+def temperatures_worse(view: View) -> list[Part]:
+    """T of 4, and hard labels, against T of 1, at alpha 1."""
+    return [
+        _changed(view, "T 4", "temperature 4", "below 0"),
+        _changed(view, "hard labels", "divergence hard_labels", "below 0"),
+    ]
+
+
+def _changed(view: View, name: str, phrase: str, statement: Statement) -> Part:
+    changes = view.change(view.variants(phrase, alpha=1.0), _OUTSIDE)
+    return Part(f"change of the gain, {name}", changes, statement)
+
+
+def truncation(view: View) -> list[Part]:
+    """Renormalised top-k, and sampled targets, against the whole distribution, at alpha 1."""
+    cut = [pair for pair in view.variants("top_k", "tail", alpha=1.0) if _renormalised(pair[0])]
+    sampled = [pair for pair in view.all_pairs() if (pair.teacher.targets or "").startswith("sample")]
+    changes: Members = {}
+    for pair in sampled:
+        for full in view.pairs():
+            if _same_but_targets(pair, full):
+                ours, theirs = (at_alphas(view, [one], lambda a: a == 1, _INSIDE) for one in (pair, full))
+                changes |= {f"{a} less {b}": minus(ours[a], theirs[b]) for a in ours for b in theirs}
+    return [
+        Part("change of the gain in domain, renormalised top-k", view.change(cut, _INSIDE), "below 0"),
+        Part("change of the gain in domain, sampled targets", changes, "within"),
+    ]
+
+
+def _renormalised(cell: Verdict) -> bool:
+    return says(cell.arm, "top_k") and says(cell.arm, "tail renormalise")
+
+
+def _same_but_targets(pair: PairFinding, full: PairFinding) -> bool:
+    one, other = pair.teacher, full.teacher
+    same = (one.rung, one.tokens, one.corpus) == (other.rung, other.tokens, other.corpus)
+    return pair.student == full.student and same and other.targets is None
+
+
+def not_scale(view: View) -> list[Part]:
+    """Unscaled mixtures against the convex mixture of the same proportions."""
+    changes: Members = {}
+    for cell in view.verdicts:
+        if cell.alpha is not None and cell.stage is None and says(cell.arm, "mixing"):
+            ce = says(cell.arm, "mixing keep_full_ce")
+            equal = cell.alpha / (1 + cell.alpha) if ce else 1 / (2 - cell.alpha)
+            name = f"{cell.student} from {cell.teacher}, {cell.arm}"
+            changes[name] = minus(view.gain(cell, _OUTSIDE), _interpolated(view, cell, equal))
+    return [Part("gain less that of the convex mixture of the same proportions", changes, "within")]
+
+
+def _interpolated(view: View, cell: Verdict, alpha: float) -> Series:
+    """Gain at a constant alpha between the two next to it that were run; at alpha 0 it is 0."""
+    gains = {
+        v.alpha: view.gain(v, _OUTSIDE)
+        for v in view.arms(cell.student, cell.teacher)
+        if v.constant and v.alpha is not None
+    }
+    above = [known for known in gains if known >= alpha]
+    if not above:
+        return {}
+    high, low = min(above), max((known for known in gains if known < alpha), default=0.0)
+    part = (alpha - low) / (high - low)
+    below = gains.get(low, dict.fromkeys(gains[high], 0.0))
+    return {
+        seed: part * gain + (1 - part) * below[seed] for seed, gain in gains[high].items() if seed in below
+    }
+
+
+def early_teaching(view: View) -> list[Part]:
+    """The best schedule that begins with the teacher less the best constant alpha, weak teachers."""
+    difference = _arms_less_constants(view, view.pairs("weak-to-strong"), kd_first)
+    return [
+        Part("gain of the best KD-first schedule less that of the best constant", difference, "not below")
+    ]
+
+
+def gating(view: View) -> list[Part]:
+    """The best arm gated by skill less the best constant alpha."""
+    difference = _arms_less_constants(view, view.pairs(), by_skill)
+    return [Part("gain gated by skill less that of the best constant", difference, "not below")]
+
+
+def _arms_less_constants(view: View, pairs: Iterable[PairFinding], wanted: Callable[[str], bool]) -> Members:
+    differences: Members = {}
+    for pair in pairs:
+        arms = [v for v in view.arms(pair.student.name, pair.teacher.name) if wanted(v.arm)]
+        if arms:
+            constant = view.best(view.constants(pair), _OUTSIDE)
+            differences[named(pair)] = minus(view.best(arms, _OUTSIDE), constant)
+    return differences
+
+
+def copying(view: View) -> list[Part]:
+    """Accuracy of copying in context at alpha 1 less that of the baseline."""
+    scores = view.scores("accuracy", COPYING)
+    changes = _compared(scores, _pure(view), lambda own, base: 100 * (own - base))
+    label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval --probes`)"
+    return [Part(label, changes, "below 0", unit="points")]
+
+
+def reverse_kl(view: View) -> list[Part]:
+    """Reverse against forward KL, in domain."""
+    change = view.change(view.variants("divergence reverse_kl"), _INSIDE)
+    return [Part("change of the gain in domain, reverse KL", change, "below 0")]
+
+
+def calibration(view: View) -> list[Part]:
+    """Calibration error in domain at alpha 1, of the whole distribution and of its renormalised top k.
+
+    Errors are compared as logarithms of ratios: a ratio of two small positive numbers is far from normal. An
+    error of exactly zero has no logarithm, and its seed no number.
+    """
+    cut = [v for v in view.verdicts if _renormalised(v) and v.alpha == 1 and v.stage is None]
+    known = view.scores("ece", view.plan.in_domain)
+    scores = {place: (own, bases) for place, (own, bases) in known.items() if min(own, *bases) > 0}
+    whole, top = (
+        _compared(scores, cells, lambda own, base: log2(own / base)) for cells in (_pure(view), cut)
+    )
+    more = {name: {seed: ratio - 1 for seed, ratio in own.items()} for name, own in top.items()}
+    return [
+        Part("doublings of the baseline's calibration error at alpha 1", whole, "within", 1.0, "log2"),
+        Part("the same with top-k, less one", more, "above 0", unit="log2"),
+    ]
+
+
+def _pure(view: View) -> list[Verdict]:
+    return [cell for pair in view.pairs() for cell in view.constants(pair, lambda a: a == 1)]
+
+
+def _compared(
+    scores: dict[tuple[int, int], tuple[float, list[float]]],
+    cells: Iterable[Verdict],
+    compared: Callable[[float, float], float],
+) -> Members:
+    """A comparison of the score of each cell that was scored with the baseline's, mean over its twins."""
+    found: dict[int, Series] = {}
+    for (cell, seed), (own, bases) in scores.items():
+        found.setdefault(cell, {})[seed] = fmean(compared(own, base) for base in bases)
+    return {
+        f"{cell.student} from {cell.teacher}, {cell.arm}": found[cell.cell]
+        for cell in cells
+        if cell.cell in found
+    }

@@ -1,0 +1,257 @@
+"""The claims that a study can test: CLAIMS, and what each of them needs of a study file.
+
+Each is a statement of arXiv 2605.23857 or of the work around it, with the tests that it stands or falls with.
+Gains are percent fewer bits per byte than the untaught student of the same seed and data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tutelage.analysis.claims import objective_tests as objective
+from tutelage.analysis.claims import teacher_tests as control
+from tutelage.analysis.claims import teacher_tests as strength
+from tutelage.analysis.claims.evidence import Claim, Need, says
+from tutelage.analysis.verdicts import nominal
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tutelage.study.plan import Plan, PlanRun, PlanStudent, PlanTeacher
+
+
+def missing_for(plan: Plan, claim: int) -> str | None:
+    """What `plan` lacks to test a claim: "no runs with ..."; None if nothing.
+
+    Args:
+        plan: of a study, before or after anything was run. Pairs are named by parameters and tokens here,
+            because nothing is measured yet.
+        claim: its number in CLAIMS.
+
+    Raises:
+        UserError: there is no claim of that number.
+    """
+    if claim not in CLAIMS:
+        raise UserError(f"claim {claim} is unknown; claims: 1 to {max(CLAIMS)}")
+    lacking = [need.what for need in CLAIMS[claim].needs if not need.met(plan)]
+    return f"no runs with {' and '.join(lacking)}" if lacking else None
+
+
+def _taught(plan: Plan) -> Iterator[tuple[PlanRun, PlanStudent, PlanTeacher]]:
+    """Runs with a real teacher, one of each student, teacher and arm: seeds do not matter to a need."""
+    students = {student.name: student for student in plan.students}
+    teachers = {teacher.name: teacher for teacher in plan.teachers}
+    for run in {
+        (run.student, run.teacher, run.arm): run for run in plan.runs if run.kind == "student"
+    }.values():
+        if run.student is None or run.teacher is None:
+            continue
+        if not teachers[run.teacher].control:
+            yield run, students[run.student], teachers[run.teacher]
+
+
+def _some(what: str, wanted: Callable[[PlanRun, PlanStudent, PlanTeacher], bool]) -> Need:
+    """A need that one run with a real teacher meets."""
+    return Need(what, lambda plan: any(wanted(*row) for row in _taught(plan)))
+
+
+def _arm(what: str, *phrases: str) -> Need:
+    """A need that a run meets whose arm says all of `phrases`."""
+    return _some(what, lambda run, _s, _t: all(says(run.arm or "", phrase) for phrase in phrases))
+
+
+def _several(
+    what: str, number: int, of: Callable[[PlanRun, PlanStudent, PlanTeacher], tuple[object, object]]
+) -> Need:
+    """A need for `number` values of the second of a pair, beside the same value of the first."""
+
+    def met(plan: Plan) -> bool:
+        found: dict[object, set[object]] = {}
+        for row in _taught(plan):
+            key, value = of(*row)
+            found.setdefault(key, set()).add(value)
+        return any(len(values) >= number for values in found.values())
+
+    return Need(what, met)
+
+
+def _constant(run: PlanRun) -> bool:
+    return run.alpha is not None and run.arm == f"alpha {run.alpha:g}"
+
+
+def _weaker(student: PlanStudent, teacher: PlanTeacher) -> bool:
+    return nominal(teacher, student) in {"weak-to-strong", "mixed"}
+
+
+def _undertrained(student: PlanStudent, teacher: PlanTeacher) -> bool:
+    return teacher.tokens is not None and teacher.tokens <= strength.UNDERTRAINED * student.tokens
+
+
+def _stepped(plan: Plan) -> int:
+    """Teachers of one student that are used at the small and at the large alpha; of the student with most."""
+    alphas: dict[tuple[str, str], set[float | None]] = {}
+    for run, student, teacher in _taught(plan):
+        if _constant(run):
+            alphas.setdefault((student.name, teacher.name), set()).add(run.alpha)
+    both = [student for (student, _), own in alphas.items() if {strength.SMALL, strength.LARGE} <= own]
+    return max(Counter(both).values(), default=0)
+
+
+_TEACHER = _some("a real teacher and constant alphas", lambda run, _s, _t: _constant(run))
+_WEAK = _some("a weaker teacher", lambda run, s, t: _constant(run) and _weaker(s, t))
+_WEAK_ALONE = _some(
+    "a weaker teacher at alpha 1", lambda r, s, t: _constant(r) and r.alpha == 1 and _weaker(s, t)
+)
+_SAME = _some("a teacher of the student's shape and tokens", lambda _r, s, t: nominal(t, s) == "same-level")
+_SMALL = _some(
+    f"an undertrained teacher and alpha <= {strength.SMALL:g}",
+    lambda run, s, t: _undertrained(s, t) and (run.alpha or 1.0) <= strength.SMALL,
+)
+_LARGE = _some(
+    f"an undertrained teacher and alpha >= {strength.LARGE:g}",
+    lambda run, s, t: _undertrained(s, t) and (run.alpha or 0.0) >= strength.LARGE,
+)
+_STEPS = Need(
+    f"three teachers of one student at alpha {strength.SMALL:g} and {strength.LARGE:g}",
+    lambda plan: _stepped(plan) >= strength.LINE,
+)
+_FOUR = _several("four teachers of one student", 4, lambda _r, s, t: (s.name, t.name))
+_BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.rung, t.name), s.tokens))
+_SIZES = _several(
+    "students of two sizes at one budget", 2, lambda _r, s, t: ((s.tokens, t.name), s.parameters)
+)
+_PURE = _some("a real teacher at alpha 1", lambda run, _s, _t: _constant(run) and run.alpha == 1)
+_CONTROL = Need("a control in the teacher's place", lambda plan: any(t.control for t in plan.teachers))
+_TOP_K = _arm("renormalised top-k at alpha 1", "top_k", "tail renormalise", "alpha 1")
+_SAMPLED = _some("sampled targets", lambda _r, _s, t: (t.targets or "").startswith("sample"))
+_FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm or ""))
+_STAGE = Need("a stage of post_training", lambda plan: any(run.kind == "after" for run in plan.runs))
+_MATCHED = Need("compute_of", lambda plan: any((r.arm or "").startswith("compute of ") for r in plan.runs))
+_OWN_DATA = Need(
+    "a teacher of a student's own batches",
+    lambda plan: (
+        not _students_of(plan).isdisjoint(
+            (teacher.name, teacher.data_seed) for teacher in plan.teachers if teacher.corpus is None
+        )
+    ),
+)
+_FOREIGN = _some("a teacher of another corpus", lambda _r, _s, t: t.corpus is not None)
+
+
+def _students_of(plan: Plan) -> set[tuple[str | None, int | None]]:
+    """(teacher, seed of the student's batches) of every taught run."""
+    return {(run.teacher, run.seed) for run in plan.runs if run.kind == "student"}
+
+
+CLAIMS: dict[int, Claim] = {
+    1: Claim("A weaker teacher, at its best alpha, helps out of domain.", (_WEAK,), strength.weak_gains),
+    2: Claim("A weaker teacher at alpha 1 hurts in domain.", (_WEAK_ALONE,), strength.weak_alone_hurts),
+    3: Claim(
+        "A large alpha gains more over a small one with a stronger teacher (out of domain).",
+        (_STEPS,),
+        strength.alpha_rises,
+    ),
+    4: Claim(
+        "A teacher of the student's own shape and tokens helps out of domain and costs nothing in domain.",
+        (_SAME,),
+        strength.same_level,
+    ),
+    5: Claim(
+        "An undertrained teacher (at most a quarter of the student's tokens) helps out of domain at small "
+        "alphas and hurts at large ones.",
+        (_SMALL, _LARGE),
+        strength.undertrained,
+    ),
+    6: Claim(
+        "The gain saturates in the teacher's strength, and for some student the strongest is not the best.",
+        (_FOUR,),
+        strength.saturates,
+    ),
+    7: Claim(
+        "The gain is larger out of domain than in domain, whatever the teacher's level.",
+        (_TEACHER,),
+        strength.outside_more,
+    ),
+    8: Claim("The gain grows with the difficulty of tokens.", (_TEACHER,), objective.difficulty),
+    9: Claim(
+        "At alpha 1, temperatures 0.5, 1 and 2 are alike.",
+        tuple(_arm(f"temperature {t}", f"temperature {t}", "alpha 1") for t in ("0.5", "2")),
+        objective.temperatures_alike,
+    ),
+    10: Claim(
+        "At alpha 1, renormalised top-k hurts and sampled targets match the whole distribution.",
+        (_TOP_K, _SAMPLED),
+        objective.truncation,
+    ),
+    11: Claim(
+        "What counts is the mixture, not the scale of the loss.",
+        (_some("mixing keep_full_ce or keep_full_kd", lambda r, _s, _t: says(r.arm or "", "mixing")),),
+        objective.not_scale,
+    ),
+    12: Claim(
+        "The gain falls as the student's tokens grow.",
+        (_BUDGETS,),
+        strength.falls_with_tokens,
+        primary="unigram",
+    ),
+    13: Claim(
+        "The gain changes with the student's size.", (_SIZES,), strength.changes_with_size, primary="unigram"
+    ),
+    14: Claim(
+        "For weaker teachers, schedules that begin with distillation do no worse than the best constant.",
+        (_WEAK, _FIRST),
+        objective.early_teaching,
+    ),
+    15: Claim(
+        "Teaching only where the teacher is better does no worse than the best constant.",
+        (_arm("the gate teacher_better", "teacher_better"),),
+        objective.gating,
+    ),
+    16: Claim(
+        "Teachers that know no context (unigram, uniform) give less than real ones.",
+        (_TEACHER, _CONTROL),
+        control.controls_give_less,
+        primary="unigram",
+    ),
+    17: Claim(
+        "Copying in context suffers at alpha 1.",
+        (_PURE,),
+        objective.copying,
+        in_family=False,
+    ),
+    18: Claim("The gain survives the same post-training.", (_TEACHER, _STAGE), control.after_tuning),
+    19: Claim(
+        "An untaught student with the teacher's compute is the stronger baseline: a taught one is behind it.",
+        (_MATCHED,),
+        control.compute_matched,
+        control.compute_matched_remark,
+    ),
+    20: Claim(
+        "The gain survives a teacher trained on the student's own data.",
+        (_OWN_DATA,),
+        control.identical_data,
+    ),
+    21: Claim("The gain survives a teacher of another corpus.", (_FOREIGN,), control.cross_corpus),
+    22: Claim(
+        "Reverse KL is worse in domain than forward KL.",
+        (_arm("divergence reverse_kl", "divergence reverse_kl"),),
+        objective.reverse_kl,
+    ),
+    23: Claim(
+        "At alpha 1 the calibration error is between half and twice that without a teacher; with a top-k of "
+        "the distribution it is more than twice.",
+        (_PURE, _TOP_K),
+        objective.calibration,
+    ),
+    24: Claim(
+        "At alpha 1, temperature 4 and hard labels are worse than temperature 1.",
+        (
+            _arm("temperature 4", "temperature 4", "alpha 1"),
+            _arm("hard_labels", "divergence hard_labels", "alpha 1"),
+        ),
+        objective.temperatures_worse,
+    ),
+}
+"""By the numbers that a study file lists under `claims`."""

@@ -1,0 +1,1 @@
+"""Figures of studies, runs and token comparisons, as PNG, SVG and data."""

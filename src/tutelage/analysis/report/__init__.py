@@ -1,0 +1,1 @@
+"""The report of a study: one page, a terminal text and CSV tables of the same rows."""

@@ -1,0 +1,165 @@
+"""What a report says, as tables for other programs: `tables/*.csv` beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from tutelage.analysis.report.words import effect, is_judged
+from tutelage.analysis.tables import tournaments
+from tutelage.analysis.texts import TextSpread
+from tutelage.files import make_directory, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.stats import Estimate
+    from tutelage.analysis.verdicts import Findings
+    from tutelage.study.results import Results
+
+Row = dict[str, Any]
+
+
+def save_tables(results: Results, findings: Findings, outcomes: Sequence[Outcome], directory: Path) -> None:
+    """Write `gains.csv`, `pairs.csv`, `claims.csv`, `policies.csv` and `scores.csv` to `directory`.
+
+    A table without rows is no file: `policies.csv` needs arms that are no constants.
+    Gains are percent fewer bits per byte than without a teacher, intervals are 95%; see
+    docs/explanation/verdicts-and-claims.md.
+    """
+    make_directory(directory)
+    tables = {
+        "gains": pl.DataFrame(_gains(findings), infer_schema_length=None),
+        "pairs": pl.DataFrame(_pairs(findings), infer_schema_length=None),
+        "claims": pl.DataFrame(_claims(outcomes), infer_schema_length=None),
+        "policies": pl.DataFrame(_policies(results, findings), infer_schema_length=None),
+        "scores": _scores(results),
+    }
+    for name, table in tables.items():
+        path = directory / f"{name}.csv"
+        if table.is_empty():
+            path.unlink(missing_ok=True)  # of an earlier report
+        else:
+            write_text(path, table.write_csv())
+
+
+def _scores(results: Results) -> pl.DataFrame:
+    """One row per run, text and metric, test split: what every other number is made of."""
+    columns = ("run", "kind", "student", "teacher", "arm", "stage", "seed")
+    scores = results.scores.filter(split="test").select("run", "domain", "metric", "value", "version")
+    return results.runs.select(columns).join(scores, on="run", maintain_order="left_right")
+
+
+def _estimate(prefix: str, estimate: Estimate | None) -> Row:
+    """The columns of an estimate; of one seed there is no interval, so its ends are empty."""
+    names = (prefix, f"{prefix}_low", f"{prefix}_high", f"{prefix}_n")
+    if estimate is None:
+        return dict.fromkeys(names)
+    ends = (estimate.low, estimate.high) if is_judged(estimate) else (None, None)
+    return dict(zip(names, (estimate.mean, *ends, estimate.n), strict=True))
+
+
+def _gains(findings: Findings) -> list[Row]:
+    """One row per cell, fit and side; `interval` says over what it runs, "none" of one seed.
+
+    `noise_low` and `noise_high` bound what the choice of documents does, training noise left out. `teachers`
+    is how many trained teachers are behind the seeds, `text_...` how much the mean depends on its texts:
+    standard deviation over texts, smallest and largest mean without one of them, and the ends of an interval
+    with seeds and texts as samples.
+    """
+    return [
+        {"student": v.student, "teacher": v.teacher, "arm": v.arm, "alpha": v.alpha, "stage": v.stage}
+        | {"fit": fit, "side": side, "interval": "seeds" if is_judged(estimate) else "none"}
+        | {"words": effect(estimate)}
+        | _estimate("gain", estimate)
+        | _estimate("noise", v.noise.get((fit, side)))
+        | {"teachers": v.n_teachers}
+        | _texts(v.texts.get(fit) if side == "out_of_domain" else None)
+        for v in findings.verdicts
+        for (fit, side), estimate in v.gains.items()
+    ]
+
+
+def _texts(spread: TextSpread | None) -> Row:
+    names = [f"text_{field.name}" for field in dataclasses.fields(TextSpread)]
+    if spread is None:
+        return dict.fromkeys(names)
+    values = [value if isfinite(value) else None for value in dataclasses.astuple(spread)]
+    return dict(zip(names, values, strict=True))
+
+
+def _pairs(findings: Findings) -> list[Row]:
+    """One row per student and teacher."""
+    return [
+        {
+            "student": pair.student.name,
+            "teacher": pair.teacher.name,
+            "control": pair.teacher.control,
+            "relation": pair.relation,
+            "nominal": pair.nominal,
+            "teacher_bits_per_byte": pair.bits_per_byte,
+            "student_bits_per_byte": pair.student_bits,
+            "best": None if pair.best is None else pair.best.arm,
+            "as_good": " ".join(f"{alpha:g}" for alpha in pair.flat) or None,
+        }
+        for pair in findings.pairs
+    ]
+
+
+def _claims(outcomes: Sequence[Outcome]) -> list[Row]:
+    """One row per test of a claim and fit; a test without numbers has a row without an effect.
+
+    `answer` and p are of the claim's primary gains; `holds` is of the test by itself. `members` is how many
+    pairs (or whatever a mean is over) the effect is a mean of.
+    """
+    return [
+        {
+            "claim": outcome.number,
+            "text": outcome.text,
+            "announced": outcome.announced,
+            "fit": fit,
+            "primary": primary,
+            "answer": outcome.answer if primary else None,
+            "p": outcome.p if primary else None,
+            "p_adjusted": outcome.adjusted if primary else None,
+            "test": tested.part.label,
+            "beside": tested.part.beside,
+            "holds": tested.holds,
+            "members": len(tested.part.members),
+            "statement": tested.part.reads(),
+            "unit": tested.part.unit,
+        }
+        | _estimate("effect", tested.effect)
+        for outcome in outcomes
+        for primary, fit, tests in (
+            (True, outcome.primary, outcome.tested),
+            (False, "raw" if outcome.primary == "unigram" else "unigram", outcome.other),
+        )
+        for tested in tests
+    ]
+
+
+def _policies(results: Results, findings: Findings) -> list[Row]:
+    """One row per arm of every pair that has other arms than constants."""
+    return [
+        {
+            "student": pair.student.name,
+            "teacher": pair.teacher.name,
+            "relation": pair.relation,
+            "arm": one.verdict.arm,
+            "in_domain": one.verdict.in_domain.mean,
+            "out_of_domain": one.verdict.out_of_domain.mean,
+            "fitted": None if one.verdict.fitted is None else one.verdict.fitted.mean,
+            "front": one.raw_front,
+            "fitted_front": one.fitted_front,
+            "cost": one.cost,
+        }
+        | _estimate("ahead", one.ahead)
+        for pair, entrants in tournaments(results, findings)
+        for one in entrants
+    ]

@@ -1,0 +1,181 @@
+"""One self-contained page: does this teacher help this student? The same files give the same page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import polars as pl
+
+from tutelage.analysis.claims.evidence import MARGIN, choosing_seeds
+from tutelage.analysis.claims.judge import LEVEL, judge_claims
+from tutelage.analysis.figures.run_figures import figures
+from tutelage.analysis.figures.style import save_all
+from tutelage.analysis.figures.token_figures import mechanism_figures
+from tutelage.analysis.report import headline, report_rows, words
+from tutelage.analysis.report.csv_tables import save_tables
+from tutelage.analysis.report.text import sorting
+from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN, Findings, judge
+from tutelage.files import write_text
+from tutelage.study.results import Provenance, Results, load_results
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.figures.style import Figure
+    from tutelage.study.token_tables import Mechanism
+
+_MOST_DRAWN = 4
+"""Students whose figures fit a page; of the others there are tables."""
+_FEW_VALUES = 8
+
+
+def build_report(directory: Path) -> Path:
+    """Write `report.html`, `figures/*.{svg,png,csv}` and `tables/*.csv` to `directory` from its result files.
+
+    Args:
+        directory: a study directory, with `plan.json` and its runs.
+
+    Returns:
+        The path of the report. It needs no network and no other file.
+
+    Raises:
+        UserError: there is no valid plan, no finished student with a no-teacher run of its seed, or the
+            directory cannot be written.
+    """
+    results = load_results(directory)
+    findings = judge(results)
+    outcomes = judge_claims(results, findings)
+    students = list(dict.fromkeys(verdict.student for verdict in findings.verdicts))
+    charts = figures(results, findings, students[:_MOST_DRAWN])
+    mechanisms = _drawn(results.mechanisms)
+    seen = [chart for _, some in mechanisms for chart in some]
+    drawings = save_all(
+        [*(chart for some in charts.values() for chart in some), *seen], directory / "figures"
+    )
+    drawn: dict[str | None, list[dict[str, object]]] = {
+        student: [{"figure": chart, "svg": drawings[chart.name]} for chart in some]
+        for student, some in charts.items()
+    }
+    page = _template().render(
+        style=resources.files("tutelage.analysis.report").joinpath("report.css").read_text(encoding="utf-8"),
+        plan=results.plan,
+        tally=headline.tally(outcomes),
+        headline=headline.headline(findings, outcomes),
+        students=[_student(results, findings, name, drawn) for name in students],
+        undrawn=students[_MOST_DRAWN:],
+        cost_figures=drawn[None],
+        mechanisms=[
+            {"found": found, "figures": [{"figure": chart, "svg": drawings[chart.name]} for chart in some]}
+            for found, some in mechanisms
+        ],
+        mechanism_rows=report_rows.mechanism_rows(results.mechanisms),
+        sortings=list(dict.fromkeys(sorting(one) for one in results.mechanisms)),
+        gain_caption=words.GAIN_CAPTION,
+        level=f"{LEVEL:.0%}",
+        margin=f"{SAME_LEVEL_MARGIN:.0%}",
+        no_difference=f"{MARGIN:g}",
+        tournaments=report_rows.tournament_tables(results, findings),
+        compute=report_rows.compute_rows(results, findings),
+        calibration=report_rows.calibration_rows(results, findings),
+        spread=report_rows.spread_rows(results),
+        costs=report_rows.cost_rows(results),
+        notes=headline.notes(results, findings),
+        provenance=_provenance(results),
+        unfinished=_unfinished(results),
+        problems=results.problems,
+        **_claims(results, outcomes),
+    )
+    save_tables(results, findings, outcomes, directory / "tables")
+    path = directory / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _drawn(mechanisms: Sequence[Mechanism]) -> list[tuple[Mechanism, list[Figure]]]:
+    """One mechanism evaluation of each teacher, with its figures, numbered."""
+    first = {one.teacher: one for one in reversed(mechanisms)}.values()
+    return [
+        (one, [replace(chart, name=f"mechanism-{i}-{chart.name}") for chart in mechanism_figures(one)])
+        for i, one in enumerate([*reversed(first)][:_MOST_DRAWN], start=1)
+    ]
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = (
+        resources.files("tutelage.analysis.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    return environment.from_string(source)
+
+
+def _claims(results: Results, outcomes: tuple[Outcome, ...]) -> dict[str, Any]:
+    """Announced claims, other claims that have runs, and the numbers of those that have none."""
+    others = [outcome for outcome in outcomes if not outcome.announced]
+    tested = [outcome for outcome in others if outcome.p is not None]
+    return {
+        "claims": report_rows.claim_rows([outcome for outcome in outcomes if outcome.announced]),
+        "explored": report_rows.claim_rows(tested),
+        "choosing": words.listed_seeds(choosing_seeds(results.plan)),
+        "untested": [outcome.number for outcome in others if outcome.p is None],
+    }
+
+
+def _student(
+    results: Results, findings: Findings, name: str, drawn: dict[str | None, list[dict[str, object]]]
+) -> dict[str, Any]:
+    """Everything about one student setting."""
+    student = next(student for student in results.plan.students if student.name == name)
+    verdicts = [v for v in findings.verdicts if v.student == name]
+    return {
+        "id": list(dict.fromkeys(v.student for v in findings.verdicts)).index(name) + 1,
+        "name": name,
+        "about": f"{student.rung}, {words.count(student.parameters)} parameters, "
+        f"{words.count(student.tokens)} training tokens",
+        "pairs": [report_rows.pair_row(pair) for pair in findings.pairs if pair.student.name == name],
+        "verdicts": [report_rows.verdict_row(v) for v in verdicts],
+        "fitted": any(v.fitted is not None for v in verdicts),
+        "domains": report_rows.domain_table(findings, name),
+        "figures": drawn.get(name, []),
+    }
+
+
+def _provenance(results: Results) -> list[tuple[str, str]]:
+    """What the finished runs have in common, and where they differ all values."""
+    records = results.provenance.values()
+    versions = {name for record in records for name in record.versions}
+    facts = {
+        "commit": [_commit(record) for record in records],
+        "device": [record.device for record in records],
+        "threads": ["torch's choice" if r.threads is None else str(r.threads) for r in records],
+        "command": [r.command if isinstance(r.command, str) else " ".join(r.command) for r in records],
+    }
+    facts |= {name: [record.versions.get(name) or "none" for record in records] for name in sorted(versions)}
+    listed = [(name, _different(values)) for name, values in facts.items() if values]
+    times = sorted(record.time for record in records)
+    return [("runs started", f"{times[0]} to {times[-1]}"), *listed] if times else []
+
+
+def _different(values: list[str]) -> str:
+    """Each value once; of many the first few."""
+    found = sorted(set(values))
+    rest = f" and {len(found) - _FEW_VALUES} more" if len(found) > _FEW_VALUES else ""
+    return ", ".join(found[:_FEW_VALUES]) + rest
+
+
+def _commit(record: Provenance) -> str:
+    return (record.commit or "unknown") + (" with uncommitted changes" if record.dirty else "")
+
+
+def _unfinished(results: Results) -> list[dict[str, str]]:
+    rows = results.unfinished.with_columns(pl.col("error").fill_null(""))
+    return [
+        {"run": row["run"], "status": row["status"], "error": " ".join(row["error"].split())}
+        for row in rows.iter_rows(named=True)
+    ]

@@ -1,0 +1,350 @@
+"""The verdicts of a study for a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from tutelage.analysis.claims.judge import judge_claims
+from tutelage.analysis.report import headline, words
+from tutelage.analysis.score_warnings import score_warnings
+from tutelage.analysis.verdicts import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from rich.console import Console
+
+    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.verdicts import Findings, Verdict
+    from tutelage.study.results import Results
+    from tutelage.study.token_tables import Mechanism
+    from tutelage.types import Score
+
+_ROWS = {
+    "{metric}": "{domain}",
+    "{metric}_temperature": "  temperature fitted",
+    "{metric}_unigram": "  and unigram mixed in",
+    "{metric}_temperature_in_domain": "  temperature fitted in domain",
+    "ece": "  calibration error",
+}
+"""Metrics of a domain in the order shown, and the label of each row."""
+
+_WORTH_A_NOTE = 0.01
+_AT_A_TIME = 4
+"""Models side by side."""
+
+
+def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], console: Console) -> None:
+    """Print models by domains, the best of each row marked, and what was found in the training text.
+
+    Args:
+        rows: scores, as in `scores.jsonl`; only those of test splits are shown.
+        metrics: the metric to show, by domain.
+        console: where to.
+    """
+    test = {(row["run"], row["domain"], row["metric"]): row for row in rows if row["split"] == "test"}
+    models = list(dict.fromkeys(row["run"] for row in rows))
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    caption = "Bits per byte of test text, calibration error; less is better; 95% interval over documents" + (
+        "; * best of the models scored on the same text in the same windows" if len(models) > 1 else ""
+    )
+    lines: list[tuple[list[str], list[Text]]] = []
+    for domain in domains:
+        metric = metrics.get(domain, "bits_per_byte")
+        name = domain if metric == "bits_per_byte" else f"{domain} ({metric})"
+        for version in dict.fromkeys(row["version"] for row in test.values() if row["domain"] == domain):
+            for pattern, label in _ROWS.items():
+                shown = [test.get((model, domain, pattern.format(metric=metric))) for model in models]
+                found = [row if row is not None and row["version"] == version else None for row in shown]
+                if any(found):
+                    lines.append(([label.format(domain=name)], _cells(found)))
+    _print(["domain"], models, lines, caption + _fit_errors(test.values()), console)
+    for line in _apart_notes((row["run"], row["domain"], row["version"]) for row in test.values()):
+        console.print(line, highlight=False, soft_wrap=True)
+    for line in _overlap_notes(test, models, domains):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_tasks(scores: Sequence[Score], what: str, unit: str, console: Console) -> None:
+    """Print models by tasks or probes, value and standard error, the best of each row marked.
+
+    Args:
+        scores: of role "downstream" or "probe".
+        what: heads the first column.
+        unit: what n and the standard error count, in the plural.
+        console: where to.
+    """
+    found = {(score.run, score.domain, score.metric, score.version): score for score in scores}
+    models = list(dict.fromkeys(score.run for score in scores))
+    caption = f"Value ± standard error over n {unit}" + (
+        f"; * best of the models that got the same {unit}" if len(models) > 1 else ""
+    )
+    lines = []
+    for domain, metric, version in dict.fromkeys((s.domain, s.metric, s.version) for s in scores):
+        row = [found.get((model, domain, metric, version)) for model in models]
+        lines.append(([domain, metric], [_task_cell(score, row) for score in row]))
+    _print([what, "metric"], models, lines, caption, console)
+    for line in _apart_notes((score.run, score.domain, score.version) for score in scores):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _apart_notes(scored: Iterable[tuple[str, str, str]]) -> list[str]:
+    """What stands in rows of its own because it was not measured alike: by run, domain and version."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for run, domain, version in dict.fromkeys(scored):
+        groups.setdefault(domain, {}).setdefault(version, []).append(run)
+    return [
+        f"{domain}: not side by side, because of other documents, windows or settings: "
+        + "; ".join(", ".join(dict.fromkeys(runs)) for runs in versions.values())
+        for domain, versions in groups.items()
+        if len({run for runs in versions.values() for run in runs}) > 1 and len(versions) > 1
+    ]
+
+
+def _print(
+    heads: Sequence[str],
+    models: Sequence[str],
+    lines: Sequence[tuple[Sequence[str], Sequence[Text]]],
+    caption: str,
+    console: Console,
+) -> None:
+    """A table of models, or several below each other where there are more than a terminal has room for."""
+    for start in range(0, len(models), _AT_A_TIME):
+        some = slice(start, start + _AT_A_TIME)
+        table = Table(*heads, *models[some], box=None, pad_edge=False, caption_justify="left")
+        for labels, cells in lines:
+            table.add_row(*labels, *cells[some])
+        table.caption = caption if some.stop >= len(models) else None
+        console.print(table)
+        if table.caption is None:
+            console.print()
+
+
+def _task_cell(score: Score | None, row: Sequence[Score | None]) -> Text:
+    if score is None:
+        return Text("-")
+    rivals = [other.value for other in row if other is not None]
+    best = score.value == (max if score.higher_is_better else min)(rivals) and len(set(rivals)) > 1
+    noise = "" if math.isnan(score.stderr) else f" ± {score.stderr:.3f}"
+    return Text(f"{score.value:.3f}{noise} (n={score.n}){' *' if best else ''}", "bold green" if best else "")
+
+
+def _cells(found: Sequence[Mapping[str, Any] | None]) -> list[Text]:
+    """One row's values, all of one version; the best is marked where it has competition."""
+    cells = []
+    for row in found:
+        if row is None:
+            cells.append(Text("-"))
+            continue
+        rivals = [other["value"] for other in found if other is not None]
+        best = row["value"] == min(rivals) and len(set(rivals)) > 1
+        interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+        cells.append(
+            Text(f"{row['value']:.3f}{interval}{' *' if best else ''}", "bold green" if best else "")
+        )
+    return cells
+
+
+def _fit_errors(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What the fits add to the noise of the fitted rows, at most."""
+    errors = [row["fit_error"] for row in rows if row["fit_error"] is not None]
+    if not errors:
+        return ""
+    known = [error for error in errors if not math.isnan(error)]
+    text = f"at most ±{max(known):.4f}" if len(known) == len(errors) else "unknown for fits on one document"
+    return f"; error of the fits {text}"
+
+
+def _overlap_notes(
+    test: Mapping[tuple[str, str, str], Mapping[str, Any]], models: Iterable[str], domains: Iterable[str]
+) -> list[str]:
+    notes = []
+    for model in models:
+        for domain in domains:
+            documents = test.get((model, domain, "overlap_documents"))
+            grams = test.get((model, domain, "overlap_8grams"))
+            shared = [row["value"] if row else 0.0 for row in (documents, grams)]
+            if shared[0] > 0 or shared[1] >= _WORTH_A_NOTE:
+                notes.append(
+                    f"{model}, {domain}: trained on {shared[0]:.1%} of its documents (left out); "
+                    f"of the rest's 8-grams of words {shared[1]:.1%} occur in the training text"
+                )
+    return notes
+
+
+_HEADINGS = {
+    "all": "",
+    "entropy": "{} entropy (nats)",
+    "entropy contrast": "highest minus lowest",
+    "right": "first choice right",
+    "right contrast": "teacher minus {}",
+    "closer": "probability of the token",
+    "closer contrast": "closer minus not",
+}
+"""Above the cells of a grouping, or in place of a difference's longer label."""
+CHANCE = (
+    "Sorting tokens by the baseline also sorts by its luck: tokens on which it was unlucky improve with any "
+    "other model, an untaught one too. Sort them by a third model (--sorter)."
+)
+"""What to keep in mind where the baseline makes the cells: regression to the mean."""
+SORTED = "Tokens are sorted by a third model, not by the baseline, whose luck would sort them too."
+
+
+def sorting(found: Mechanism) -> str:
+    """By whom tokens are sorted, and what that means."""
+    return CHANCE if found.sorter is None else SORTED
+
+
+def untaught(found: Mechanism) -> str:
+    """`baseline`, or `sorter` if there is one: who stands for an untaught model in the cells."""
+    return "baseline" if found.sorter is None else "sorter"
+
+
+def print_mechanism(found: Mechanism, console: Console) -> None:
+    """Print the gain overall and in every cell but those by position, with 95% intervals."""
+    table = Table(
+        title=Text(f"Where the student gains: {found.text}, {found.tokens:,} tokens of {found.documents:,} "
+                   "documents"),
+        caption=Text(
+            "nats per token; gain: cross-entropy of the baseline less that of the student, lead: less that "
+            f"of the teacher; 95% intervals over documents. {sorting(found)}"
+        ),
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )  # fmt: skip
+    table.add_column("tokens")
+    for heading in ("share", "baseline CE", "gain", "teacher's lead"):
+        table.add_column(heading, justify="right")
+    gains, leads, losses = (
+        {(row["grouping"], row["bin"]): row for row in found.of(*which, *_HEADINGS).iter_rows(named=True)}
+        for which in (("gain", "student"), ("gain", "teacher"), ("gold_logp", "baseline"))
+    )
+    before = ""
+    for key, gain in gains.items():
+        heading, is_cell = _HEADINGS[key[0]].format(untaught(found)), not key[0].endswith("contrast")
+        if heading and is_cell and key[0] != before:
+            table.add_row(Text(heading, style="bold"))
+        before = key[0]
+        table.add_row(
+            Text(("  " if heading else "") + (gain["label"] if is_cell else heading)),
+            f"{gain['n'] / found.tokens:.1%}" if is_cell else "",
+            f"{-losses[key]['mean']:.3f}" if is_cell else "",
+            plus_minus(gain),
+            plus_minus(leads[key]),
+        )
+    console.print(table)
+
+
+def plus_minus(cell: dict[str, Any]) -> str:
+    """`+0.123 ± 0.045`, or the mean alone where there is no interval."""
+    if cell["high95"] is None:
+        return f"{cell['mean']:+.3f}"
+    return f"{cell['mean']:+.3f} ± {cell['high95'] - cell['mean']:.3f}"
+
+
+_MANY = 24
+"""More verdicts than this would not be read: each pair's best is shown."""
+
+
+def print_verdicts(results: Results, console: Console) -> None:
+    """Print the verdicts, the claims that the study announced, and the headline answer.
+
+    Raises:
+        UserError: as `judge`.
+    """
+    findings = judge(results)
+    outcomes = judge_claims(results, findings)
+    headings, rows = verdict_table(findings)
+    table = Table(
+        title=Text(results.plan.title),
+        caption=Text(table_caption(findings)),
+        box=None,
+        caption_justify="left",
+    )
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for paragraph in headline.headline(findings, outcomes):
+        console.print(Text(paragraph))
+    _print_claims(outcomes, console)
+    for warning in score_warnings(results.scores.iter_rows(named=True)):
+        console.print(Text(f"warning: {warning}"))
+    for problem in results.problems:
+        console.print(Text(f"left out: {problem}"))
+    for warning in results.warnings:
+        console.print(Text(f"warning: {warning}"))
+    if results.unfinished.height:
+        console.print(f"{results.unfinished.height} of {results.runs.height} planned runs are not done")
+
+
+def verdict_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of verdicts: every arm, or of many the best of each pair."""
+    shown = _shown(findings)
+    several, fitted = len({v.student for v in shown}) > 1, any(v.fitted is not None for v in shown)
+    headings = [
+        "teacher",
+        "measured",
+        "alpha",
+        "in domain",
+        "out of domain",
+        *["fitted"] * fitted,
+        "in words",
+    ]
+    rows = []
+    for v in shown:
+        name = f"{v.teacher} control" if v.control and v.teacher else v.teacher or words.NO_TEACHER
+        row = [name, "" if v.control else words.level(v), words.arm(v)]
+        row += [words.plus_minus(v.in_domain), words.plus_minus(v.out_of_domain)]
+        row += ["" if v.fitted is None else words.plus_minus(v.fitted)] * fitted
+        rows.append([v.student] * several + [*row, words.verdict(v)])
+    return ["student"] * several + headings, rows
+
+
+def table_caption(findings: Findings) -> str:
+    """What the numbers of the table are."""
+    shown = _shown(findings)
+    kinds = "; ".join(sorted({words.interval_name(v) for v in shown}))
+    caption = (
+        f"{words.GAIN_CAPTION} Measured: the teacher's own bits per byte in domain beside those of the "
+        f"student alone. Intervals: {kinds}."
+    )
+    if len(shown) < len(findings.verdicts):
+        caption += f" Best alpha of each pair; all {len(findings.verdicts)} rows are in the report."
+    return caption
+
+
+def markdown(findings: Findings) -> str:
+    """The table of verdicts and its caption as Markdown, as the README shows them."""
+    headings, rows = verdict_table(findings)
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [" | ".join(cells) for cells in (headings, ["---"] * len(headings), *escaped)]
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{table_caption(findings)}\n"
+
+
+def _shown(findings: Findings) -> list[Verdict]:
+    if len(findings.verdicts) <= _MANY:
+        return [*findings.verdicts]
+    return [pair.best for pair in findings.pairs if pair.best is not None]
+
+
+def _print_claims(outcomes: Sequence[Outcome], console: Console) -> None:
+    announced = [outcome for outcome in outcomes if outcome.announced]
+    if not announced:
+        return
+    table = Table(box=None, caption_justify="left", caption="p: two-sided, Holm over the announced claims")
+    for heading in ("claim", "", "effect", "p", "answer"):
+        table.add_column(heading)
+    for outcome in announced:
+        first = outcome.tested[0]
+        effect = "" if first.effect is None else f"{first.effect.mean:+.2f} {first.part.unit}"
+        p = "" if outcome.adjusted is None else f"{outcome.adjusted:.3f}"
+        table.add_row(str(outcome.number), Text(outcome.text), effect, p, outcome.answer)
+    console.print(table)
+    console.print(Text(headline.tally(outcomes)))

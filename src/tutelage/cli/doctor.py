@@ -1,0 +1,174 @@
+"""Is this installation able to work? Every check does the real thing and reports how it went."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.provenance import PACKAGES, cpu_model, installed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tutelage.data.corpora import Corpus
+
+_OPTIONAL = {
+    "datasets": "pip install 'tutelage[hub]'",
+    "lm_eval": "pip install 'tutelage[eval]'",
+    "ray": "pip install 'tutelage[ray]'",
+    "tensorboard": "pip install 'tutelage[trackers]'",
+    "wandb": "pip install 'tutelage[trackers]'",
+    "trackio": "pip install 'tutelage[trackers]'",
+    "triton": "comes with torch's CUDA build on Linux; nothing else needs it",
+}
+"""Module to what brings it."""
+
+_DISK_BYTES = 2 * 10**9
+_IMPORT_SECONDS = 120
+_SPEC = {
+    "data": {"values": [{"x": 1}]},
+    "mark": "point",
+    "encoding": {"x": {"field": "x", "type": "quantitative"}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        name: what was looked at.
+        ok: whether it works.
+        detail: what was found: a version, a name, or the error.
+        fix: what to do if it does not work; None if it does, or if nothing can be done.
+        required: whether training, scoring and reports on this machine need it.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str | None = None
+    required: bool = True
+
+
+def examine() -> list[Check]:
+    """Look at everything; takes some seconds, since each installed part is really loaded. Never raises."""
+    return [
+        _python(),
+        *(_package(name) for name in PACKAGES),
+        *_devices(),
+        _disk(),
+        *_corpora(),
+        _works("tokenizer training", _train_tokenizer, "pip install --force-reinstall tokenizers"),
+        _works("figures", _draw, "pip install --force-reinstall vl-convert-python"),
+        *(_optional(module, fix) for module, fix in _OPTIONAL.items()),
+    ]
+
+
+def _python() -> Check:
+    ok = sys.version_info >= (3, 11)
+    detail = f"{platform.python_version()} at {sys.executable}"
+    return Check("python", ok, detail, None if ok else "use Python 3.11 or later")
+
+
+def _package(name: str) -> Check:
+    found = installed(name)
+    if found is None:
+        return Check(name, False, "not installed", f"pip install {name}")
+    return Check(name, True, found)
+
+
+def _devices() -> list[Check]:
+    """The CPU, which always works, and accelerators, which are welcome."""
+    try:
+        import torch
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user must hear
+        return [
+            Check(
+                "cpu",
+                False,
+                f"torch cannot be imported: {_line(error)}",
+                "pip install --force-reinstall torch",
+            )
+        ]
+    processor = (
+        f"{cpu_model() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+    checks = [Check("cpu", True, processor)]
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    checks += [Check(f"cuda:{index}", True, name, required=False) for index, name in enumerate(gpus)]
+    if not gpus:
+        checks.append(Check("cuda", False, "no CUDA device; runs use the CPU or mps", required=False))
+    mps = torch.backends.mps.is_available()
+    checks.append(Check("mps", mps, "available" if mps else "no Apple GPU", required=False))
+    return checks
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    ok, detail = free >= _DISK_BYTES, f"{free / 1e9:.1f} GB free in {Path.cwd()}"
+    return Check("disk", ok, detail, None if ok else "free some, or set output to another disk")
+
+
+def _corpora() -> list[Check]:
+    """Named corpora: the first document, which is given out only if all files have the right content."""
+    from tutelage.data.corpora import CORPORA
+
+    def read(corpus: Corpus[str]) -> str:
+        first = next(iter(corpus.documents()))
+        return f"{corpus.package} {corpus.version}, first document {len(first)} characters"
+
+    return [
+        _works(f"corpus {corpus.name}", partial(read, corpus), corpus.install, required=False)
+        for corpus in CORPORA.values()
+    ]
+
+
+def _works(name: str, action: Callable[[], str], fix: str, *, required: bool = True) -> Check:
+    try:
+        return Check(name, True, action(), required=required)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user must hear
+        return Check(name, False, _line(error), fix, required)
+
+
+def _train_tokenizer() -> str:
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["a weak teacher"] * 10, vocab_size=260, show_progress=False)
+    return f"{tokenizer.get_vocab_size()} ids from a sentence"
+
+
+def _draw() -> str:
+    import vl_convert
+
+    return f"{len(vl_convert.vegalite_to_svg(_SPEC))} bytes of SVG drawn"
+
+
+def _optional(module: str, fix: str) -> Check:
+    """Import in a process of its own: a broken binary part may end the process instead of raising."""
+    if find_spec(module) is None:
+        return Check(module, False, "not installed", fix, required=False)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Check(module, False, f"import takes more than {_IMPORT_SECONDS} s", fix, required=False)
+    if done.returncode == 0:
+        return Check(module, True, installed(module) or "imported", required=False)
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return Check(module, False, f"installed but broken: {last}", fix, required=False)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,226 @@
+"""`tutelage study`: its part of the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tutelage.errors import UserError
+from tutelage.files import BusyError, claimed
+
+if TYPE_CHECKING:
+    from tutelage.config.study_config import StudyConfig
+    from tutelage.study.engines.engine import Engine
+    from tutelage.study.run_study import Rules
+
+study_app = typer.Typer(
+    no_args_is_help=True,
+    help="A grid of teachers and students from one file: what it will cost, run it, see how it stands.",
+)
+
+File = Annotated[
+    str, typer.Argument(help="study file (YAML; `tutelage schema study`), or a preset: demo, mini, ...")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings to change, e.g. seeds=[43,44]", metavar="[KEY=VALUE]...")
+]
+Directory = Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")]
+
+
+@study_app.command("plan")
+def study_plan(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="study files or presets, and settings to change; of several studies the runs they share "
+            "count once",
+            metavar="FILE... [KEY=VALUE]...",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="the study's directory, to go by how fast its finished runs were")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="h100, a100, l40s, ...; default: cpu if the study says so, else h100")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many")] = 1,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1.0, help="part of the peak that is reached")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="of a device for an hour")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Say what a study will take before anything runs: runs, FLOPs, memory, time, energy, cost.
+
+    Nothing is built or downloaded. Every cell is checked, so what cannot be run is named here.
+    """
+    from tutelage.cli.study_progress import print_forecast
+    from tutelage.study.cost import Machine, forecast
+    from tutelage.study.presets import load_study
+
+    overrides = [text for text in files if "=" in text]
+    names = [text for text in files if "=" not in text]
+    if not names:
+        raise UserError("study plan: name a study file or a preset before KEY=VALUE settings")
+    studies = [load_study(name, overrides) for name in names]
+    if device is None and all(study_device(study) == "cpu" for study in studies):
+        device = "cpu"
+    found = forecast(studies, Machine(device or "h100", devices, mfu, price), output)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        for study in studies:
+            _say_untestable(study)
+        print_forecast(found, [" ".join([name, *overrides]) for name in names])
+
+
+def _say_untestable(study: StudyConfig) -> None:
+    """Name the announced claims that no run of the study can decide."""
+    from tutelage.analysis.claims.registry import missing_for
+    from tutelage.cli.progress import out
+    from tutelage.study.plan import draft_of
+
+    if not study.claims:
+        return
+    plan = draft_of(study)
+    for claim in study.claims:
+        if lacking := missing_for(plan, claim):
+            text = f"note     {study.name}: claim {claim} is announced and cannot be decided: {lacking}"
+            out.print(text, highlight=False, soft_wrap=True)
+
+
+@study_app.command("run")
+def study_run(
+    file: File,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="everything lands here; default: tutelage-<name>")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="runs at a time; default: one per GPU, or per core (at most 4)")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="processes here, or a Ray cluster")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="of a running Ray cluster; default: the one of this machine, or a new one"),
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="further attempts at a run that failed")] = 1,
+    cohort: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="train up to this many students of one teacher and seed together; default: 6 on cpu, or 1",
+        ),
+    ] = None,
+) -> None:
+    """Run a study, or what is left of it, and judge it.
+
+    Stopped or killed, the same command goes on. Several of them, also on machines that share the directory,
+    share the work: each run is done once, and what a killed one had begun is taken over.
+    """
+    from tutelage.study.presets import load_study
+    from tutelage.study.run_study import Rules
+
+    study = load_study(file, overrides or [])
+    directory = output or Path(f"tutelage-{study.name}")
+    if engine == "ray":
+        from tutelage.study.engines.ray import RayEngine
+
+        chosen: Engine = RayEngine(ray_address, workers, study_device(study))
+    else:
+        chosen = local_engine(study, workers)
+    run_and_report(study, directory, chosen, Rules(retries, cohort or default_cohort(study)))
+
+
+def local_engine(study: StudyConfig, workers: int | None) -> Engine:
+    """Worker processes: one per GPU where the study may use them, else one per core."""
+    from tutelage.study.engines.local import LocalEngine, default_workers, visible_gpus
+
+    gpus = visible_gpus() if study_device(study) != "cpu" else []
+    return LocalEngine(workers or len(gpus) or default_workers(), gpus)
+
+
+def default_cohort(study: StudyConfig) -> int:
+    """On the CPU six students of a teacher of three times their size take 0.73 of the time (LAB.md).
+
+    On a GPU they might not fit into its memory, so there it is for the user to say.
+    """
+    return 6 if study_device(study) == "cpu" else 1
+
+
+def study_device(study: StudyConfig) -> str:
+    """`runtime.device` of the study's runs."""
+    return str(study.run.get("runtime", {}).get("device", "auto"))
+
+
+def run_and_report(study: StudyConfig, directory: Path, engine: Engine, rules: Rules) -> None:
+    """Run a study in view of a person, then say what came out."""
+    from tutelage.analysis.report.html import build_report
+    from tutelage.analysis.report.text import print_verdicts
+    from tutelage.cli.progress import out
+    from tutelage.cli.study_progress import StudyTable
+    from tutelage.study.results import load_results
+    from tutelage.study.run_study import run_study
+
+    _say_untestable(study)
+    with StudyTable() as table:
+        run_study(study, directory, engine, table, lambda text: out.print(text, highlight=False), rules)
+    print_verdicts(load_results(directory), out)
+    try:
+        with claimed(directory / "report.lock", f"report of {directory}"):
+            build_report(directory)
+    except BusyError:
+        out.print("\nanother runner has just finished too and writes the report", highlight=False)
+    report = directory / "report.html"
+    out.print(f"\nreport   {report}\nruns     {directory / 'runs'}", highlight=False, soft_wrap=True)
+    out.print("next     open the report in a browser; more seeds for narrower intervals", highlight=False)
+
+
+@study_app.command("status")
+def study_status(directory: Directory) -> None:
+    """Say what is done, who works on what, what failed and why, and how good the estimates are."""
+    from tutelage.cli.study_progress import print_status
+    from tutelage.study.status import read_status
+
+    print_status(read_status(directory), directory)
+
+
+@study_app.command("stop")
+def study_stop(directory: Directory) -> None:
+    """Ask every runner of a study, on every machine, to checkpoint its runs and end; wait for them."""
+    from tutelage.cli.progress import out
+    from tutelage.study.status import stop_study
+
+    asked, left = stop_study(directory)
+    out.print(
+        f"asked    {asked} runner{'s' * (asked != 1)} to stop"
+        + (f"; {left} still at it: look again with `tutelage study status {directory}`" if left else "")
+        + f"\nruns     {directory / 'runs'}\nnext     `tutelage study run` with the same file goes on",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@study_app.command("retry")
+def study_retry(
+    directory: Directory,
+    run: Annotated[list[str] | None, typer.Argument(help="run ids; default: all that failed")] = None,
+) -> None:
+    """Forget failed attempts, so that these runs are tried again, by runners that are at work as well."""
+    from tutelage.cli.progress import out
+    from tutelage.study.status import retry_runs
+
+    cleared = retry_runs(directory, run or [])
+    out.print("\n".join(cleared) or "nothing had failed", highlight=False, soft_wrap=True)
+    out.print(
+        f"marks    {directory / 'queue' / 'failures'}\n"
+        "next     runners at work take them up; otherwise `tutelage study run` with the same file",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,162 @@
+"""Settings of a token store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tutelage.config.base import Bytes, FilePath, Fraction, Name, Section
+
+DOCUMENT_LIMIT = 2**23
+"""Bytes of the longest document: what is tokenised at once decides how much memory a build needs."""
+
+
+class _Source(Section):
+    weight: float | None = Field(
+        None, ge=1e-9, le=1e9, description="share of bytes in the mixture; default: take all"
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a row without usable text (no valid UTF-8 or JSON, no such field, another type, half of "
+        "a surrogate pair, too long): end the build and name it, or leave it out and count it",
+    )
+
+
+class _Paths(_Source):
+    paths: tuple[str, ...] = Field(min_length=1, description="files or glob patterns")
+
+
+class _OnHub(_Source):
+    path: str = Field(description="name on the Hub, or a local directory that `datasets` can load")
+    subset: str | None = Field(None, description="configuration of the data set, for example 'sample-10BT'")
+    split: str = Field("train", description="split of the data set")
+    revision: str | None = Field(None, description="commit or tag; pin it to make the store reproducible")
+
+
+class CorpusSource(_Source):
+    """A named corpus from `tutelage data list`."""
+
+    kind: Literal["corpus"] = "corpus"
+    name: str = Field(description="name of the corpus")
+
+
+class FilesSource(_Paths):
+    """Local text: .txt, .md, .jsonl or .parquet, each also as .gz or .zst (not parquet)."""
+
+    kind: Literal["files"]
+    field: str = Field("text", description="field (jsonl) or column (parquet) that holds the text")
+    document_bytes: Annotated[int, Field(ge=256, le=DOCUMENT_LIMIT // 2)] | Literal["auto", "file"] = Field(
+        "auto",
+        description="of .txt and .md: cut them between paragraphs into documents of about this many bytes; "
+        "auto: where there are fewer than 200 files, cut those longer than 8 KiB into about 200 documents in "
+        "all (of 512 bytes to 8 KiB), else only what is longer than 1 MiB; file: every file is one document",
+    )
+
+
+class HubSource(_OnHub):
+    """A Hugging Face data set, streamed (extra `hub`)."""
+
+    kind: Literal["hub"]
+    field: str = Field("text", description="column that holds the text")
+
+
+class _Pairs(_Source):
+    template: Literal["plain", "chat"] = Field(
+        "plain", description="plain: prompt, separator, completion; chat: the tokenizer's own chat template"
+    )
+    separator: str = Field(
+        "\n", description="plain only: ends every prompt, so that the model sees where it is to begin"
+    )
+
+
+class _PairFields(_Pairs):
+    prompt: str = Field("prompt", description="field that holds what is asked")
+    completion: str = Field("completion", description="field that holds the answer, which is what is learned")
+    messages: str | None = Field(
+        None,
+        description="instead of the two: field with a list of {role, content}; assistant turns are learned",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _PairFields:
+        if self.messages is not None and self.template != "chat":
+            raise ValueError("messages need a chat template to become text; set template: chat")
+        if self.messages is None and self.prompt == self.completion:
+            raise ValueError(f"prompt and completion are the same field, '{self.prompt}'")
+        return self
+
+
+class CorpusPairs(_Pairs):
+    """A named corpus of prompts and completions from `tutelage data list`, for stage sft."""
+
+    kind: Literal["corpus_pairs"]
+    name: str = Field(description="name of the corpus")
+
+
+class FilePairs(_Paths, _PairFields):
+    """Prompts and completions in local .jsonl (also .gz, .zst) or .parquet files, for stage sft."""
+
+    kind: Literal["pairs"]
+
+
+class HubPairs(_OnHub, _PairFields):
+    """Prompts and completions in a Hugging Face data set (extra `hub`), for stage sft."""
+
+    kind: Literal["hub_pairs"]
+
+
+TextSource = CorpusSource | FilesSource | HubSource
+PairSource = CorpusPairs | FilePairs | HubPairs
+Source = Annotated[TextSource | PairSource, Field(discriminator="kind")]
+
+
+class TokenizerConfig(Section):
+    """Where the tokenizer comes from: trained on the train split, or a ready one."""
+
+    vocab_size: int = Field(512, ge=257, le=1_000_000, description="size of a byte-level BPE trained here")
+    sample_bytes: Bytes | None = Field(
+        None, description="train the tokenizer on about this much text; default: 4000 per entry"
+    )
+    path: FilePath | None = Field(
+        None, description="use this tokenizer.json, directory or Hub name, and train none"
+    )
+
+
+class StoreConfig(Section):
+    """Text to token store: sources, tokenizer, split. The store lands in `<output>/<name>-<hash8>`."""
+
+    name: Name = Field(description="readable part of the directory name")
+    sources: tuple[Source, ...] = Field(min_length=1, description="where the text comes from")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    validation: Fraction = Field(0.05, description="fraction of documents, by hash, held out for choices")
+    test: Fraction = Field(0.05, description="fraction of documents, by hash, held out for reports")
+    max_bytes: Bytes | None = Field(None, description="stop after this much text, in bytes of UTF-8")
+    special_tokens_in_text: Literal["text", "refuse"] = Field(
+        "text",
+        description="what to do with text that spells a special token, such as <|endoftext|>: encode it as "
+        "the letters it is and count it, or refuse it (other programs may read the token)",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StoreConfig:
+        if self.validation + self.test > 1.0:
+            raise ValueError("validation + test must be at most 1")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source a weight, or none")
+        if self.uses_chat and self.tokenizer.path is None:
+            raise ValueError(
+                "template: chat needs tokenizer.path, the directory of a model with a chat template"
+            )
+        return self
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether some tokens are prompts, which carry no loss."""
+        return any(isinstance(source, PairSource) for source in self.sources)
+
+    @property
+    def uses_chat(self) -> bool:
+        """Whether a chat template is needed."""
+        return any(isinstance(source, PairSource) and source.template == "chat" for source in self.sources)

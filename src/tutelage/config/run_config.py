@@ -1,0 +1,330 @@
+"""Every setting of a training run: strict, frozen, each field with its unit.
+
+Unknown keys and wrong types are errors. YAML is read and errors are worded by `tutelage.config.load`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from tutelage.config.base import (
+    BatchTokens,
+    Budget,
+    FilePath,
+    Length,
+    Name,
+    Section,
+    Seed,
+    Threads,
+    TokenCount,
+    parse_tokens,
+    refuse_alike,
+)
+from tutelage.config.cache_config import CacheSettings, misfit
+from tutelage.config.objective_config import ObjectiveConfig, WsdAlpha
+from tutelage.config.optim_config import OptimConfig
+from tutelage.types import Role
+
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+"""How attention is computed, in transformers' words."""
+
+
+class _Loaded(Section):
+    """What can be said of any model that is loaded."""
+
+    attn_implementation: Attention | None = Field(
+        None, description="how attention is computed; default: what transformers chooses for the family"
+    )
+    assume_same_tokenizer: bool = Field(
+        default=False,
+        description="you know that its ids are the token store's, although it comes without a tokenizer",
+    )
+
+
+class ModelConfig(_Loaded):
+    """The student: a rung of the ladder with fresh weights, or a model to go on from."""
+
+    rung: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
+    path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
+    revision: str | None = Field(
+        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+    )
+    run: Name | None = Field(None, description="finished run in the same output directory to go on from")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelConfig:
+        if sum(given is not None for given in (self.rung, self.path, self.run)) != 1:
+            raise ValueError("give exactly one of 'rung', 'path' and 'run'")
+        return self
+
+
+class RunData(Section):
+    """Which tokens, in which order."""
+
+    store: FilePath = Field(description="token store written by `tutelage data build`")
+    seed: Seed = Field(42, description="seed of the order; runs to compare share it")
+    sequence_length: Length = Field(128, description="tokens per packed sequence")
+
+
+class _Kept(_Loaded):
+    cache: CacheSettings | None = Field(
+        None,
+        description="compute its targets once and keep them in caches/ beside the output; default: live",
+    )
+
+
+class RunTeacher(_Kept):
+    """A teacher that is a finished run in the same output directory."""
+
+    kind: Literal["run"]
+    run: Name = Field(description="run id, the name of its directory")
+
+
+class ModelTeacher(_Kept):
+    """A teacher that is any causal language model in Hugging Face format with the same vocabulary."""
+
+    kind: Literal["model"]
+    path: str = Field(description="directory or Hub name")
+    revision: str | None = Field(
+        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+    )
+
+
+class ControlTeacher(Section):
+    """A control without knowledge of context: the corpus unigram, or the uniform distribution.
+
+    The uniform control makes the objective label smoothing with strength alpha.
+    """
+
+    kind: Literal["unigram", "uniform"]
+
+
+class CacheTeacher(Section):
+    """Targets computed before, by `tutelage teach`."""
+
+    kind: Literal["cache"]
+    path: FilePath = Field(description="teacher cache written by `tutelage teach` for the same token store")
+
+
+LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
+Teacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher | CacheTeacher, Field(discriminator="kind")]
+
+
+class EvalDomain(Section):
+    """One text to score, as a token store made with the training store's tokenizer."""
+
+    name: Name = Field(description="name in tables and figures")
+    store: FilePath = Field(description="token store; its validation and test splits are scored")
+    role: Role = Field("out_of_domain", description="is this the training distribution?")
+
+
+class EvalConfig(Section):
+    """What is scored when a run ends, and on the way there."""
+
+    every: TokenCount | None = Field(None, description="tokens between scorings; default: only at the end")
+    domains: tuple[EvalDomain, ...] = ()
+    max_documents: int = Field(200, ge=1, le=10**9, description="documents per domain and split")
+    max_tokens: int = Field(4096, ge=1, le=10**9, description="tokens per document, from its beginning")
+
+    @model_validator(mode="after")
+    def _something(self) -> EvalConfig:
+        if self.every is not None and not self.domains:
+            raise ValueError("eval.every is set but eval.domains is empty; name a domain or drop 'every'")
+        refuse_alike("domains", [domain.name for domain in self.domains])
+        return self
+
+
+class CheckpointConfig(Section):
+    """How often the run can be taken up again."""
+
+    every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
+    keep: int = Field(2, ge=1, le=10**6, description="checkpoints to keep")
+    trunk: bool = Field(
+        default=False,
+        description="keep one more, where the decay begins (wsd), for longer runs to start from",
+    )
+
+
+class RuntimeConfig(Section):
+    """Where it runs; nothing here changes what is computed, up to rounding."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
+    threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
+    log_every: int = Field(20, ge=1, le=10**9, description="steps between rows of metrics.jsonl")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="also send the rows there (extra `trackers`)"
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        refuse_alike("trackers", trackers)
+        return trackers
+
+    trunk: Name | None = Field(
+        None,
+        description="shorter run with checkpoint.trunk in the same output directory, to start from: it has "
+        "computed the same steps up to its decay",
+    )
+
+
+_SFT_LR, _SFT_WARMUP = 1e-5, 0.01
+"""The paper's, for its 1.7B students."""
+
+
+NOT_THE_RESULT = {"name", "eval", "checkpoint", "runtime", "output", "micro_batch_tokens"}
+"""Fields of a run that do not change the trained weights."""
+
+
+class RunConfig(Section):
+    """One training run. Its directory is `<output>/<name>-<hash8>`; same config, same directory."""
+
+    name: Name = Field("run", description="readable part of the directory name; not part of the hash")
+    stage: Literal["pretrain", "sft"] = Field(
+        "pretrain",
+        description="sft: fine-tune model.path, loss on completions only; the store is one of pairs",
+    )
+    seed: Seed = Field(43, description="seed of the initial weights and of dropout")
+    model: ModelConfig
+    data: RunData
+    tokens: Budget = Field(description="training tokens: a number, '50M' or '20x' (per parameter)")
+    global_batch_tokens: BatchTokens = Field(1024, description="tokens per optimizer step, over all ranks")
+    micro_batch_tokens: BatchTokens | None = Field(
+        None, description="tokens per forward; default: all at once (decides which units dropout drops)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32"
+    )
+    optim: OptimConfig = Field(OptimConfig(), validate_default=True)
+    teacher: Teacher | None = Field(None, description="no teacher: plain cross-entropy")
+    objective: ObjectiveConfig = ObjectiveConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    output: FilePath = Field(Path("runs"), description="directory that holds run directories")
+
+    @field_validator("optim")
+    @classmethod
+    def _sft_defaults(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
+        """Fill in what fine-tuning does differently, so that config.yaml says what was used."""
+        if info.data.get("stage") != "sft":
+            return optim
+        warmup = optim.warmup if "warmup" in optim.model_fields_set else _SFT_WARMUP
+        return optim.model_copy(update={"lr": optim.lr or _SFT_LR, "warmup": warmup})
+
+    @model_validator(mode="after")
+    def _staged(self) -> RunConfig:
+        if self.stage == "sft" and self.model.rung is not None:
+            raise ValueError(
+                "stage = sft goes on from a trained model; give model.path, a model directory, or model.run, "
+                "a run's id, not model.rung"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branching(self) -> RunConfig:
+        """Up to the decay, runs that differ in their budget are one, if nothing else depends on it."""
+        trunk = self.runtime.trunk is not None
+        if (trunk or self.checkpoint.trunk) and self.optim.schedule != "wsd":
+            raise ValueError(f"a trunk needs optim.schedule = wsd, not {self.optim.schedule}")
+        if trunk and not isinstance(self.optim.warmup, str):
+            raise ValueError(
+                f"runtime.trunk: optim.warmup = {self.optim.warmup} depends on the budget; give it in tokens"
+            )
+        if trunk and self.teacher is not None:
+            raise ValueError("runtime.trunk: a run with a teacher starts at its beginning; drop one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        length = self.data.sequence_length
+        if self.global_batch_tokens % length:
+            raise ValueError(
+                f"global_batch_tokens ({self.global_batch_tokens}) must be a multiple of "
+                f"data.sequence_length ({length})"
+            )
+        micro = self.micro_batch_tokens or self.global_batch_tokens
+        if micro % length or self.global_batch_tokens % micro:
+            raise ValueError(
+                f"micro_batch_tokens ({micro}) must be a multiple of data.sequence_length ({length}) "
+                f"and divide global_batch_tokens ({self.global_batch_tokens})"
+            )
+        if isinstance(self.tokens, int):
+            self.steps(0)
+        return self
+
+    def steps(self, parameters: int) -> int:
+        """Optimizer steps of the run: whole batches only, so up to one batch less than `tokens` is trained.
+
+        Args:
+            parameters: of the model, for budgets such as "20x".
+
+        Raises:
+            ValueError: they are none, or too few for the learning rate's schedule.
+        """
+        tokens = parse_tokens(self.tokens, parameters)
+        steps = tokens // self.global_batch_tokens
+        if steps == 0:
+            raise ValueError(
+                f"tokens = {self.tokens}: {tokens:,} tokens are less than one batch of "
+                f"{self.global_batch_tokens:,} (global_batch_tokens)"
+            )
+        self.optim.check_fits(steps, self.global_batch_tokens)
+        return steps
+
+    def rounding(self, steps: int, parameters: int) -> list[str]:
+        """What whole batches make of token counts that are no multiple of one, and of those beyond the run.
+
+        Args:
+            steps: optimizer steps of the run.
+            parameters: of the model.
+        """
+        batch = self.global_batch_tokens
+        trained = steps * batch
+        notes = []
+        if (asked := parse_tokens(self.tokens, parameters)) != trained:
+            notes.append(
+                f"tokens = {asked:,}: {trained:,} are trained, {steps:,} whole batches of {batch:,} tokens"
+            )
+        for field, every in (("eval.every", self.eval.every), ("checkpoint.every", self.checkpoint.every)):
+            if every is not None and every % batch and every < trained:
+                whole = max(1, every // batch) * batch
+                notes.append(f"{field} = {every:,}: every {whole:,} tokens, in whole batches of {batch:,}")
+        if self.eval.every is not None and self.eval.every >= trained:
+            notes.append(
+                f"eval.every = {self.eval.every:,}: the run has {trained:,} tokens and is scored at its end"
+            )
+        return notes
+
+    @model_validator(mode="after")
+    def _taught(self) -> RunConfig:
+        objective, teaches = self.objective, self.objective.teaches
+        gate = objective.gate.kind if objective.gate is not None else None
+        if teaches and self.teacher is None:
+            raise ValueError(
+                "objective.alpha is above 0 but there is no teacher; add 'teacher' or drop alpha"
+            )
+        if self.teacher is not None and not teaches:
+            raise ValueError("there is a teacher but objective.alpha is 0; raise alpha or drop 'teacher'")
+        if gate is not None and not teaches:
+            raise ValueError(
+                "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"
+            )
+        if isinstance(self.teacher, RunTeacher | ModelTeacher) and (cache := self.teacher.cache) is not None:
+            reason = misfit(cache.format, cache.temperature, objective, "teacher.cache")
+            if reason is not None:
+                raise ValueError(reason)
+        if isinstance(self.teacher, ControlTeacher) and gate == "teacher_entropy":
+            raise ValueError(
+                f"objective.gate.kind = teacher_entropy sorts tokens, but the {self.teacher.kind} teacher is "
+                "equally uncertain about all; choose another gate or teacher"
+            )
+        if isinstance(objective.alpha, WsdAlpha) and self.optim.schedule != "wsd":
+            raise ValueError(
+                f"objective.alpha.policy = wsd follows the learning rate, but optim.schedule = "
+                f"{self.optim.schedule}; set it to wsd"
+            )
+        return self

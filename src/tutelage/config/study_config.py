@@ -1,0 +1,171 @@
+"""The study file: which teachers teach which students, how much, how often, and what is to be shown."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from tutelage.config.base import Budget, Bytes, Fraction, Name, Section, Seed, refuse_alike
+from tutelage.config.cache_config import CacheSettings
+from tutelage.config.data_config import Source, StoreConfig
+from tutelage.config.grid import Grid
+from tutelage.config.run_config import RunConfig
+from tutelage.config.yaml_text import ReadAs
+from tutelage.types import Role
+
+Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9{][A-Za-z0-9._@{}-]*$", max_length=100)]
+"""A name; with a grid, axes in braces take their values: "{rung}@{tokens}"."""
+
+RunSettings = Annotated[dict[str, Any], ReadAs(RunConfig)]
+"""Part of a run file."""
+
+
+class TeacherSpec(Section):
+    """Teachers: a shape trained on a budget, a given model, or a control that knows no context.
+
+    With a grid this is one teacher per point, its axes being fields of this section or settings of a run.
+    """
+
+    description: str = Field("", description="a few words for tables")
+    rung: Name | None = Field(None, description="shape of a trained teacher")
+    tokens: Budget | None = Field(None, description="its training tokens")
+    seed: Seed | None = Field(
+        None, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
+    )
+    model: str | None = Field(None, description="or: a model directory or Hub name")
+    control: Literal["unigram", "uniform"] | None = Field(None, description="or: kind of control")
+    corpus: StoreConfig | None = Field(
+        None, description="trained on this text instead, in the study's tokens; for cross-corpus teachers"
+    )
+    cache: CacheSettings | None = Field(
+        None, description="compute targets once for all students, in caches/; default: live"
+    )
+    trunk: bool = Field(
+        default=False,
+        description="budgets are branches of one run: each starts where the decay of the next shorter one "
+        "begins; needs optim.schedule wsd and a warm-up in tokens",
+    )
+    tested_alpha: Fraction | None = Field(
+        None,
+        description="constant alpha at which claims about this teacher are tested, fixed before anything is "
+        "run; default: chosen on the first third of the seeds, which are then not tested",
+    )
+    run: RunSettings = Field({}, description="settings of its run, as in a run file")
+    grid: Grid | None = Field(None, description="one teacher per point")
+
+
+class StudentSpec(Section):
+    """A group of students: one per point of the grid and seed, each beside the same student untaught.
+
+    Axes: teacher (a name, or null), alpha (a number or a policy), rung, tokens, seed, compute_of (a teacher
+    whose forward's cost an untaught student gets as more tokens), short names such as temperature, and any
+    setting of a run by its dotted path.
+    """
+
+    description: str = Field("", description="what this group is to show")
+    rung: Name | None = Field(None, description="shape, where it is no axis")
+    tokens: Budget | None = Field(None, description="training tokens, where they are no axis")
+    seeds: tuple[Seed, ...] = Field((), description="default: the study's")
+    run: RunSettings = Field({}, description="settings of these runs, as in a run file")
+    grid: Grid = Field(description="points of the group")
+    then: tuple[Name, ...] = Field((), description="stages of `post_training` that follow each run")
+
+
+class DomainSpec(Section):
+    """A text outside the training distribution."""
+
+    source: Source
+    role: Role = "out_of_domain"
+    max_bytes: Bytes | None = Field(None, description="read no more text than this, in bytes of UTF-8")
+
+
+class PostTraining(Section):
+    """A stage after pretraining, the same for every run it follows; scored like any run."""
+
+    corpus: StoreConfig = Field(description="prompts and completions, in the study's tokens")
+    tokens: Budget = Field(description="training tokens")
+    run: RunSettings = Field({}, description="settings of its runs, as in a run file; stage is sft")
+
+
+class StudyConfig(Section):
+    """Teachers, students and the grids between them; every comparison paired by seed."""
+
+    name: Name
+    title: str = Field(description="headline of the report")
+    corpus: StoreConfig = Field(description="training text; its held-out part is the in-domain test")
+    in_domain: Name = Field("in-domain", description="name of the held-out part in tables")
+    domains: dict[Name, DomainSpec] = Field(min_length=1, description="out-of-domain texts, by name")
+    teachers: dict[Pattern, TeacherSpec] = Field(description="teachers by name; a grid makes several")
+    students: dict[Name, StudentSpec] = Field(description="groups of students; none: only teachers are made")
+    teacher_seed: Seed = Field(42, description="weights and data order of every teacher")
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="a seed sets student weights and data order")
+    teacher_seeds: tuple[Seed, ...] = Field(
+        (),
+        description="one for each of `seeds`, whose students learn from teachers of that seed; so intervals "
+        "contain what another training of the teachers would change; default: teacher_seed for all",
+    )
+    baselines: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="untaught runs per student and seed, of other initial weights on the same batches; gains "
+        "are against their mean",
+    )
+    post_training: dict[Name, PostTraining] = Field({}, description="stages that may follow a run, by name")
+    claims: tuple[Annotated[int, Field(ge=1, le=24)], ...] = Field(
+        (), description="numbers of the claims tested as pre-registered, with Holm's correction over them"
+    )
+    run: RunSettings = Field({}, description="settings of every run, as in a run file")
+    notes: tuple[str, ...] = Field((), description="what a reader of the report must know")
+
+    @model_validator(mode="after")
+    def _replicates(self) -> StudyConfig:
+        if shared := sorted({*self.teacher_seeds} & {*self.seeds}):
+            raise ValueError(
+                f"teacher_seeds: {shared[0]} is in seeds too; a teacher of that seed would have read a "
+                "student's own batches from its own initial weights"
+            )
+        if self.teacher_seeds and len(self.teacher_seeds) != len(self.seeds):
+            raise ValueError(
+                f"teacher_seeds: {len(self.teacher_seeds)} for {len(self.seeds)} seeds; give one for each, "
+                "or none and a teacher_seed for all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyConfig:
+        """What names runs, stores and rows of tables is told apart in all of them."""
+        refuse_alike("domains", [self.in_domain, *self.domains])
+        refuse_alike("students", self.students)
+        refuse_alike("post_training", self.post_training)
+        refuse_alike("seeds", self.seeds)
+        refuse_alike("teacher_seeds", self.teacher_seeds)
+        refuse_alike("claims", self.claims)
+        for name, group in self.students.items():
+            refuse_alike(f"students.{name}.seeds", group.seeds)
+            refuse_alike(f"students.{name}.then", group.then)
+        return self
+
+    @model_validator(mode="after")
+    def _stages(self) -> StudyConfig:
+        for name, group in self.students.items():
+            if unknown := sorted(set(group.then) - self.post_training.keys()):
+                raise ValueError(f"students.{name}.then: no stage '{unknown[0]}' in post_training")
+        return self
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic's
+        """The schema of a study file. It may say `base`, and then parts of it are elsewhere.
+
+        `tutelage.config.load.load` puts such a file on top of its base before anything is required.
+        """
+        schema = super().model_json_schema(*args, **kwargs)
+        schema["properties"]["base"] = {
+            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+            "description": "files this one builds on, by name without .yaml: beside it, or presets",
+        }
+        schema["anyOf"] = [{"required": ["base"]}, {"required": schema.pop("required")}]
+        for section in (StoreConfig, DomainSpec, StudentSpec, PostTraining):
+            del schema["$defs"][section.__name__]["required"]
+        return schema

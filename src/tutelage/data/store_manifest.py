@@ -1,0 +1,281 @@
+"""What somebody should know of a token store before using it, in words: what was left out, cut or changed."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import JsonValue
+
+from tutelage.errors import UserError
+from tutelage.manifests import ManifestHead, ManifestRecord, read_manifest_file
+from tutelage.types import Split
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tutelage.config.data_config import StoreConfig
+    from tutelage.data.sources import Tally
+
+SCHEMA_VERSION = 2
+"""Raised when what a build writes changes. It is part of a store's name, so old stores are not reused."""
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+SCORED: tuple[Split, Split] = ("validation", "test")
+"""Splits that are scored: choices and fits are made on the first, results are reported on the second."""
+
+
+class SplitRecord(ManifestRecord):
+    """One split.
+
+    Attributes:
+        documents: number of documents.
+        tokens: ids in `<split>.bin`, with what begins and closes each document.
+        bytes: UTF-8 bytes of the documents' text.
+        changed: documents whose text does not come back from their tokens.
+        special_tokens_in_text: documents whose text (not a chat template) spells a special token, which is
+            encoded as the letters it is.
+        files: SHA-256 of each file, by name: `<split>.bin`, `<split>.idx`, in a store with prompts
+            `<split>.mask`, and of a split that is scored `<split>.bytes`.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    changed: int
+    special_tokens_in_text: int
+    files: dict[str, str]
+
+
+class LeftRecord(ManifestRecord):
+    """What the mixture did not take of a source because another one ran out.
+
+    Attributes:
+        documents: documents left.
+        bytes: their bytes of UTF-8.
+        is_all: whether that is everything; otherwise counting ended there.
+    """
+
+    documents: int
+    bytes: int
+    is_all: bool
+
+
+class SourceRecord(ManifestRecord):
+    """One source: what fixed its text, what was taken of it, and what was not.
+
+    Attributes:
+        source: versions, licence, checksums.
+        weight: share of bytes that was asked for; None: everything.
+        documents: documents taken.
+        bytes: their bytes of UTF-8.
+        dropped: rows left out, by reason: null, blank, duplicate, bad.
+        first_bad: what was wrong with the first bad one.
+        document_bytes: about how long the documents are that text files were cut into; None: no cuts.
+        left: what was left when another source ended the mixture; None where nothing was or it is not known.
+    """
+
+    source: dict[str, JsonValue]
+    weight: float | None
+    documents: int
+    bytes: int
+    dropped: dict[str, int]
+    first_bad: str | None
+    document_bytes: int | None
+    left: LeftRecord | None
+
+
+class Manifest(ManifestRecord):
+    """Everything about a store but the tokens.
+
+    Attributes:
+        schema_version: layout of the files.
+        name: readable part of the directory's name.
+        created: UTC time of the build; no hash depends on it.
+        config: the config it was built from.
+        vocab_size: one more than the largest id the tokenizer knows.
+        dtype: little-endian type of the ids in the .bin files.
+        eos_id: the id that closes every document.
+        begin_ids: the ids that begin every document: what the tokenizer puts in front of a text.
+        tokenizer_sha256: checksum of tokenizer.json.
+        sources: one record per source of the config, in its order.
+        ended_by: what ended the mixture: "max_bytes", or the place of the source that ran out before others
+            did; None where every source was read to its end.
+        changed_example: how one of the documents counted as `changed` comes back.
+        splits: train, validation and test.
+    """
+
+    schema_version: int
+    name: str
+    created: str
+    config: dict[str, JsonValue]
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    eos_id: int
+    begin_ids: tuple[int, ...]
+    tokenizer_sha256: str
+    sources: tuple[SourceRecord, ...]
+    ended_by: int | Literal["max_bytes"] | None
+    changed_example: str | None
+    splits: dict[Split, SplitRecord]
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are prompts, whose tokens carry no loss."""
+        return any(f"{name}.mask" in record.files for name, record in self.splits.items())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over tokenizer, tokens, mask and bytes per token: the same for equal content anywhere."""
+        checksums = [self.tokenizer_sha256]
+        for name in SPLITS:
+            files = self.splits[name].files
+            checksums += [files[f"{name}.{ending}"] for ending in _endings(self, name)]
+        return hashlib.sha256("\n".join(checksums).encode()).hexdigest()
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read and check the manifest of the token store in the directory `store`.
+
+    Raises:
+        UserError: it is missing, is no manifest, or has another schema version.
+    """
+    manifest = read_manifest_file(
+        store, Manifest, ManifestHead, SCHEMA_VERSION, "token store", "tutelage data build"
+    )
+    _check_complete(store / "manifest.json", manifest)
+    return manifest
+
+
+def _endings(manifest: Manifest, split: Split) -> tuple[str, ...]:
+    masks = ("mask",) if manifest.masked else ()
+    return ("bin", "idx", *masks, *(("bytes",) if split in SCORED else ()))
+
+
+def _check_complete(path: Path, manifest: Manifest) -> None:
+    for name in SPLITS:
+        files = manifest.splits[name].files if name in manifest.splits else {}
+        if set(files) != {f"{name}.{ending}" for ending in _endings(manifest, name)}:
+            raise UserError(
+                f"{path}: not the manifest of a token store (splits.{name} is missing or incomplete)"
+            )
+
+
+_NO_SHARE = 1e-9  # what rounding leaves of nothing
+
+
+def source_name(source: dict[str, JsonValue]) -> str:
+    """What a person calls a source: its corpus, data set, or first file and how many more there are."""
+    match source:
+        case {"kind": "hub" | "hub_pairs", "path": str(path)}:
+            return path
+        case {"files": [{"name": str(first)}, *more]}:
+            return f"{first} and {len(more)} more" if more else first
+        case {"name": str(name)}:
+            return name
+    return str(source["kind"])
+
+
+def remarks(manifest: Manifest) -> list[str]:
+    """One line for everything unusual: rows left out, files cut, how the mixture ended, changed text."""
+    numbered = list(enumerate(manifest.sources, 1))
+    lines = [line for number, record in numbered for line in _of_source(f"source {number}", record)]
+    lines += _of_mixture(manifest)
+    spelled = sum(record.special_tokens_in_text for record in manifest.splits.values())
+    if spelled:
+        lines.append(
+            f"{spelled:,} documents spell a special token of the tokenizer: text here, the token itself to "
+            "other programs that encode them"
+        )
+    match manifest.config["tokenizer"]:
+        case {"path": None, "vocab_size": int(wanted)} if manifest.vocab_size < wanted:
+            lines.append(
+                f"the tokenizer has {manifest.vocab_size:,} entries of the {wanted:,} that were asked for "
+                "(tokenizer.vocab_size): the text that it learned from has no more"
+            )
+    changed = not_comparable(manifest)
+    return [*lines, *([changed] if changed else [])]
+
+
+def not_comparable(manifest: Manifest, split: Split | None = None) -> str | None:
+    """Why bits per byte of a store, or of one split, mean nothing beside another tokenizer's; None: they do.
+
+    Args:
+        manifest: of the store.
+        split: the one that is scored; None: all.
+    """
+    records = [record for name, record in manifest.splits.items() if split in (None, name)]
+    changed, documents = (
+        sum(counts) for counts in zip(*((r.changed, r.documents) for r in records), strict=True)
+    )
+    if changed == 0:
+        return None
+    return (
+        f"the tokenizer changes the text of {changed:,} of {documents:,} documents (for example "
+        f"{manifest.changed_example}), so bits per byte compare only with those of the same tokenizer"
+    )
+
+
+def check_splits(config: StoreConfig, manifest: Manifest) -> None:
+    """Raise `UserError` if a split that is to have a share of the text got nothing."""
+    documents = sum(record.documents for record in manifest.splits.values())
+    shares = {
+        "train": 1.0 - config.validation - config.test,
+        "validation": config.validation,
+        "test": config.test,
+    }
+    empty = [
+        name for name, record in manifest.splits.items() if shares[name] > _NO_SHARE and record.documents == 0
+    ]
+    known = "".join(f"; {line}" for line in remarks(manifest))
+    if documents == 0:
+        raise UserError(f"store {config.name}: the sources hold no text{known}")
+    if empty:
+        raise UserError(
+            f"store {config.name}: split '{empty[0]}' is empty: its share is {shares[empty[0]]:.2g}, and the "
+            f"documents are {documents:,}; add text, raise the share or set it to 0, or cut .txt files into "
+            f"more documents (document_bytes){known}"
+        )
+
+
+def rows_left_out(source: Tally | SourceRecord) -> str:
+    """How many rows of a source are not used for which reason; "" if all are."""
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items() if count)
+    first = f"; the first bad one: {source.first_bad}" if source.first_bad else ""
+    return f"rows left out: {counts}{first}" if counts else ""
+
+
+def _of_source(number: str, record: SourceRecord) -> Iterator[str]:
+    name = f"{number} ({source_name(record.source)})"
+    left_out = rows_left_out(record)
+    if left_out:
+        yield f"{name}: {left_out}"
+    if record.documents == 0:
+        yield f"{name}: nothing was taken of it"
+    elif record.document_bytes is not None:
+        yield f"{name}: long text files are cut into documents of about {record.document_bytes:,} bytes"
+
+
+def _of_mixture(manifest: Manifest) -> Iterator[str]:
+    if manifest.ended_by == "max_bytes":
+        yield f"reading ended at max_bytes = {manifest.config['max_bytes']:,}; what comes after was not read"
+    elif manifest.ended_by is not None:
+        ended = manifest.ended_by
+        rest = [
+            f"{_amount(record.left)} of source {number} ({source_name(record.source)})"
+            for number, record in enumerate(manifest.sources, 1)
+            if number != ended + 1 and (record.left is None or record.left.documents)
+        ]
+        if rest:
+            yield (
+                f"the mixture ended when source {ended + 1} ({source_name(manifest.sources[ended].source)}) "
+                f"ran out; not used: {', '.join(rest)}"
+            )
+
+
+def _amount(left: LeftRecord | None) -> str:
+    if left is None:
+        return "an unknown rest"
+    return f"{'' if left.is_all else 'more than '}{left.documents:,} documents ({left.bytes:,} bytes)"

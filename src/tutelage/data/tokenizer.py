@@ -1,0 +1,390 @@
+"""Text to token ids: a byte-level BPE trained here, or a ready tokenizer of the Hugging Face format.
+
+Ids are handed on as little-endian bytes, ready for the disk, because a Python object per token would
+cost more than the tokenisation itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tutelage.errors import UserError, one_line
+from tutelage.files import write_json
+from tutelage.types import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+
+_WITHOUT_JSON = (("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",), ("spiece.model",))
+"""Files that together are a tokenizer of an older kind, which transformers can convert."""
+
+_SPECIAL = ("bos_token", "pad_token", "unk_token")
+_NAME_PARTS = 2
+
+
+def find_tokenizer(path: Path) -> Path:
+    """`path` itself, or the directory into which the tokenizer of that name on the Hub was downloaded.
+
+    What is there on this machine is preferred to a Hub name that is spelled the same.
+
+    Raises:
+        UserError: there is neither, or the Hub cannot be reached and nothing was downloaded before.
+    """
+    if path.exists() or path.is_absolute() or len(path.parts) != _NAME_PARTS or ".." in path.parts:
+        return path
+    found = download_tokenizer(f"tokenizer.path = {path.as_posix()}", path.as_posix(), None)
+    if not has_tokenizer(found):
+        raise UserError(f"tokenizer.path = {path}: the Hub's repository has no tokenizer")
+    return found
+
+
+def download_tokenizer(what: str, name: str, revision: str | None) -> Path:
+    """The directory into which a Hub repository's tokenizer files (if it has any) and config were downloaded.
+
+    `what` begins the message.
+
+    Raises:
+        UserError: there is no such repository, or the Hub cannot be reached and nothing was downloaded yet.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for what is not on this machine
+
+    wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+        raise UserError(
+            f"{what}: no such file or directory here, and not found on the Hub: {reason}"
+        ) from None
+
+
+def special_tokens(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Tokens that begin, pad and stand for unknown text, by their names in a tokenizer_config.json.
+
+    Args:
+        place: a tokenizer.json, which says nothing of them, or a directory.
+        tokenizer: the one that lies there; tokens that it does not know are left out.
+
+    Raises:
+        UserError: a file is no JSON object.
+    """
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = place / name
+        if not place.is_dir() or not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8-sig"))
+            tokens = {role: settings.get(role) for role in _SPECIAL}
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a JSON object ({error})") from None
+        contents = {
+            role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()
+        }
+        found |= {role: token for role, token in contents.items() if isinstance(token, str)}
+    return {role: token for role, token in found.items() if tokenizer.token_to_id(token) is not None}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer.json, or what can be converted to one."""
+    kinds = (("tokenizer.json",), *_WITHOUT_JSON)
+    return any(all((directory / name).is_file() for name in kind) for kind in kinds)
+
+
+def tokenizer_json(directory: Path) -> str:
+    """The text of a directory's tokenizer.json, or of what its older files are converted to.
+
+    Raises:
+        UserError: there is none, it cannot be read, or the files cannot be converted.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file() and has_tokenizer(directory):
+        return _converted(directory)
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"tokenizer {file}: not a tokenizer.json ({error})") from None
+
+
+def _converted(directory: Path) -> str:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415 - seconds, rarely needed
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - damaged files and missing packages show in any way
+        reason = one_line(error)
+        raise UserError(
+            f"{directory}: there is no tokenizer.json, and its tokenizer cannot be converted: {reason}"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{directory}: has no tokenizer.json, and {type(tokenizer).__name__} cannot be converted to one"
+        )
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    text: str = backend.to_str()
+    return text
+
+
+END_OF_TEXT = "<|endoftext|>"
+"""The end-of-text token of tokenizers trained here; its id is 0."""
+
+_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # by which byte fallback spells what it has no word for
+_WORD_START = re.compile(r"(?= \S)")
+_CACHE_BYTES = 256_000_000
+_BYTES_PER_WORD = 200  # of a dictionary entry, besides its characters
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokenizer:
+    """A tokenizer and what a store must know about it.
+
+    Attributes:
+        json: the exact text of its tokenizer.json.
+        end_of_text: the token that closes every document.
+        vocab_size: one more than its largest id.
+        eos_id: id of `end_of_text`.
+        begin: the tokens that its post-processor puts in front of a text; they begin every document.
+        begin_ids: their ids.
+    """
+
+    json: str
+    end_of_text: str
+    vocab_size: int
+    eos_id: int
+    begin: tuple[str, ...] = ()
+    begin_ids: tuple[int, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of tokenizer.json; stores with equal checksums share their ids."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @property
+    def dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+        """Little-endian type of the ids on disk: uint16 where every id fits, else uint32."""
+        return np.dtype("<u2") if self.vocab_size <= 2**16 else np.dtype("<u4")
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """What its special tokens are spelled like, with those that begin and close documents."""
+        added = json.loads(self.json).get("added_tokens") or []
+        special = (token["content"] for token in added if token["special"])
+        return tuple(dict.fromkeys((*special, self.end_of_text, *self.begin)))
+
+    def library(self, *, markup: bool) -> Tokenizer:
+        """The library's tokenizer for text, or for `markup`, in which special tokens are meant.
+
+        Text gives no special token but that for what is unknown: some vocabularies hold them as words, some
+        have merges that make them, and some files name them without calling them special.
+        """
+        text = self.json if markup else _without_special_words(json.loads(self.json), self.special_tokens)
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = not markup
+        return tokenizer
+
+    def save(self, directory: Path, named: Mapping[str, str] | None = None) -> None:
+        """Write tokenizer.json as it is here, and what transformers needs beside it to load it.
+
+        A single token that begins every text is named as `bos_token`, so that lm-eval begins with it too.
+
+        Args:
+            directory: where to.
+            named: special tokens besides the end of text by their names, and the text's chat template.
+        """
+        (directory / "tokenizer.json").write_bytes(self.json.encode())
+        write_json(
+            directory / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": self.end_of_text,
+                "clean_up_tokenization_spaces": False,
+                **(named or {}),
+                **({"bos_token": self.begin[0]} if len(self.begin) == 1 else {}),
+            },
+        )
+
+    def encoder(self, *, markup: bool = False) -> Callable[[Sequence[str]], list[bytes]]:
+        """A function from texts to their ids as bytes of `dtype`, without what begins and ends documents.
+
+        Text that spells a special token is encoded letter by letter: a document cannot fake an end of
+        text. Only in `markup`, which a chat template wrote, special tokens are meant.
+        """
+        encode = _whole_texts(self.library(markup=markup), self.dtype)
+        by_word = not markup and _splits_at_spaces(json.loads(self.json))
+        return _word_by_word(encode) if by_word else encode
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE; it can encode any text and gives it back exactly.
+
+    Args:
+        texts: the text to learn from, read once.
+        vocab_size: number of ids, at least 257 (256 bytes and the end of text); it gets smaller if the
+            text has too few different words.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrapped(tokenizer.to_str(), tokenizer, END_OF_TEXT)
+
+
+def load_tokenizer(path: Path) -> TextTokenizer:
+    """Read a tokenizer.json, or the one of a model directory or token store.
+
+    The end-of-text token is `eos_token` of the directory's tokenizer_config.json. For a single file, or
+    where that says nothing, it is the first of the usual ones that the tokenizer has.
+
+    What the tokenizer's post-processor puts in front of a text is kept. What it puts behind is taken out of
+    the tokenizer, so that a text encoded with it can be continued: stores close documents themselves.
+
+    Raises:
+        UserError: there is no tokenizer, it cannot be read, or it has no end-of-text token.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = tokenizer_json(path) if path.is_dir() else file.read_bytes().decode("utf-8-sig")
+        tokenizer = Tokenizer.from_str(text)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
+        raise UserError(f"tokenizer {file}: not a tokenizer.json ({' '.join(str(error).split())})") from None
+    named = _named_end(path / "tokenizer_config.json") if path.is_dir() else None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    for token in [named] if named else _KNOWN_ENDS:
+        if token in vocabulary:
+            return _wrapped(text, tokenizer, token)
+    wanted = f"the eos_token {named!r} of its tokenizer_config.json" if named else " or ".join(_KNOWN_ENDS)
+    raise UserError(f"tokenizer {file}: has no end-of-text token; expected {wanted}")
+
+
+def _wrapped(text: str, tokenizer: Tokenizer, end: str) -> TextTokenizer:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    begin, begin_ids, appends = added_to_texts(tokenizer)
+    if appends:
+        settings = json.loads(text)
+        settings["post_processor"] = _in_front(begin, begin_ids)
+        text = json.dumps(settings, ensure_ascii=False, indent=2)
+    return TextTokenizer(text, end, max(vocabulary.values()) + 1, vocabulary[end], begin, begin_ids)
+
+
+def added_to_texts(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+    """Tokens that the post-processor puts in front of a text, their ids, and whether it puts any behind."""
+    if tokenizer.post_processor is None:
+        return (), (), False
+    bare = Tokenizer(models.WordLevel({"text": 0}))
+    bare.post_processor = tokenizer.post_processor
+    encoding = bare.encode("text")
+    place = encoding.special_tokens_mask.index(0)
+    return tuple(encoding.tokens[:place]), tuple(encoding.ids[:place]), place + 1 < len(encoding.ids)
+
+
+def _in_front(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, object]:
+    """The post-processor, as in a tokenizer.json, that puts these tokens in front of a text."""
+    bare = Tokenizer(models.WordLevel())
+    bare.post_processor = processors.TemplateProcessing(
+        single=[*tokens, "$A"], special_tokens=list(zip(tokens, ids, strict=True))
+    )
+    template: dict[str, object] = json.loads(bare.to_str())["post_processor"]
+    return template
+
+
+def _without_special_words(settings: dict[str, Any], special: Collection[str]) -> str:
+    """A tokenizer.json in which special tokens keep their ids and have names with NULs, unlike any text."""
+    model = settings["model"]
+    vocabulary = model["vocab"]
+    words = vocabulary if isinstance(vocabulary, dict) else [word for word, _ in vocabulary]  # list: Unigram
+    names = {word: f"\x00{word}\x00" for word in special if word in words and not _BYTE.fullmatch(word)}
+    if model.get("merges"):
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(word, word): index for word, index in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(word, word), score] for word, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    for token in settings.get("added_tokens") or []:
+        if token["content"] in special:
+            token |= {"content": names.get(token["content"], token["content"]), "special": True}
+    return json.dumps(settings)
+
+
+def _named_end(config: Path) -> str | None:
+    """`eos_token` of a tokenizer_config.json, which is a string or an object with its content."""
+    if not config.is_file():
+        return None
+    try:
+        token = json.loads(config.read_text(encoding="utf-8-sig")).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config}: not a JSON object ({error})") from None
+    content = token["content"] if isinstance(token, dict) else token
+    return None if content is None else str(content)
+
+
+def _whole_texts(tokenizer: Tokenizer, dtype: np.dtype[np.generic]) -> Callable[[Sequence[str]], list[bytes]]:
+    def encode(texts: Sequence[str]) -> list[bytes]:
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=dtype).tobytes() for encoding in encodings]
+
+    return encode
+
+
+def _word_by_word(encode: Callable[[Sequence[str]], list[bytes]]) -> Callable[[Sequence[str]], list[bytes]]:
+    """Encode every different word once; a text is then the join of its words' bytes.
+
+    This takes a third of the time of the library's own batches, which spend it on offsets and strings.
+    """
+    cache: dict[str, bytes] = {}
+    cached_bytes = 0
+
+    def encode_words(texts: Sequence[str]) -> list[bytes]:
+        nonlocal cached_bytes
+        if cached_bytes > _CACHE_BYTES:
+            cache.clear()
+            cached_bytes = 0
+        words = [_WORD_START.split(text) for text in texts]
+        new = list({word for text in words for word in text}.difference(cache))
+        cache.update(zip(new, encode(new), strict=True))
+        cached_bytes += sum(map(len, new)) + _BYTES_PER_WORD * len(new)
+        return [b"".join(map(cache.__getitem__, text)) for text in words]
+
+    return encode_words
+
+
+def _splits_at_spaces(tokenizer: dict[str, object]) -> bool:
+    """Whether a token never reaches over a space that is followed by something else than white space.
+
+    That holds for the pattern of GPT-2, which the ByteLevel pre-tokenizer uses, as long as nothing else
+    (a normalizer, an added token that is no special one) looks at the text before it.
+    """
+    match tokenizer:
+        case {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            "added_tokens": [*added],
+        }:
+            return all(isinstance(token, dict) and token["special"] for token in added)
+    return False

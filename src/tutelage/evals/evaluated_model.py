@@ -1,0 +1,184 @@
+"""What is evaluated: a run of ours or any Hugging Face model, and where its scores go."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.config.load import load
+from tutelage.config.run_config import RunConfig
+from tutelage.data.tokenizer import TextTokenizer, load_tokenizer
+from tutelage.data.tokenizer_comparison import check_rows
+from tutelage.errors import UserError, one_line
+from tutelage.evals.contamination import store_of
+from tutelage.evals.domains import SUITES
+from tutelage.models.hub import weights_fingerprint
+from tutelage.models.positions import trained_length
+from tutelage.run_directory import RunDirectory
+from tutelage.types import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PretrainedConfig
+
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_NEEDED = ("*.json", "*.safetensors", *TOKENIZER_FILES)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        id: run id, or `<name>-<first 8 digits of the weights' fingerprint>`.
+        model: local Hugging Face directory with weights and tokenizer.
+        revision: commit on the Hub that `model` is a copy of; None for local models.
+        step: optimizer steps it has taken; 0 for a model that is no run.
+        tokens: training tokens it has seen; 0 for a model that is no run.
+        context: the longest sequence it was trained on, in tokens; without positions, the suites' context.
+        output: directory with its `scores.jsonl` and `documents.parquet`; it need not exist yet.
+        training_store: token store a run was trained on; None for other models.
+    """
+
+    id: str
+    model: Path
+    revision: str | None
+    step: int
+    tokens: int
+    context: int
+    output: Path
+    training_store: Path | None = None
+
+    @property
+    def scores(self) -> Path:
+        """Rows of `tutelage.types.Score`."""
+        return self.output / "scores.jsonl"
+
+    @property
+    def documents(self) -> Path:
+        """Per-document losses behind the scores."""
+        return self.output / "documents.parquet"
+
+    @property
+    def samples(self) -> Path:
+        """What the model writes, for people to read."""
+        return self.output / "samples.md"
+
+    @property
+    def calibration(self) -> Path:
+        """Fits and reliability curves behind the scores, by domain."""
+        return self.output / "calibration.json"
+
+
+def find_subject(argument: str, output: Path, revision: str | None = None) -> Subject:
+    """The model that `argument` names; nothing is computed, but a model on the Hub is downloaded.
+
+    Args:
+        argument: a run directory, a Hugging Face model directory, or a name on the Hub.
+        output: where models that are no run get a directory for their scores, `<output>/<id>`.
+        revision: commit or tag on the Hub.
+
+    Raises:
+        UserError: there is nothing, no weights, or the run has not finished training.
+    """
+    path = Path(argument).expanduser()
+    if path.is_dir():
+        is_run = (path / "config.yaml").exists() or (path / "state.json").exists()
+        return _run(path) if is_run else _model(path, path.resolve().name, output, None)
+    if path.exists() or argument.startswith((".", "/", "~")) or not _HUB_NAME.match(argument):
+        raise UserError(
+            f"{argument}: no such directory; give a run directory, a model directory or a Hub name"
+        )
+    copy = _downloaded(argument, revision)
+    return _model(copy, argument.rsplit("/", 1)[-1], output, copy.name)  # it lies in snapshots/<commit>
+
+
+def find_subjects(arguments: Sequence[str], output: Path) -> list[Subject]:
+    """As `find_subject`, each model once.
+
+    Raises:
+        UserError: also where two directories have one name, under which their scores would be mixed.
+    """
+    found = {
+        subject.output.resolve(): subject for subject in (find_subject(one, output) for one in arguments)
+    }
+    named: dict[str, Path] = {}
+    for place, subject in found.items():
+        other = named.setdefault(subject.id.casefold(), place)
+        if other != place:
+            raise UserError(
+                f"{other} and {place}: both are called {subject.id}, so their scores would be shown as one "
+                "model's; evaluate them one at a time"
+            )
+    return [*found.values()]
+
+
+def _run(path: Path) -> Subject:
+    directory = RunDirectory(path.resolve())
+    state = directory.state()
+    if not directory.model.is_dir():
+        progress = (
+            f"{state.get('status', 'not started')}, step {state.get('step', 0)} of {state.get('steps', '?')}"
+        )
+        raise UserError(
+            f"{path}: the run has not finished training ({progress}); `tutelage train` goes on with it"
+        )
+    weights_fingerprint(directory.model)
+    config = load(RunConfig, directory.path / "config.yaml")
+    return Subject(
+        id=directory.id,
+        model=directory.model,
+        revision=None,
+        step=int(state["step"]),
+        tokens=int(state["tokens"]),
+        context=config.data.sequence_length,
+        output=directory.path,
+        training_store=store_of(config, directory.path),
+    )
+
+
+def _model(path: Path, name: str, output: Path, revision: str | None) -> Subject:
+    identity = f"{name}-{weights_fingerprint(path)[:8]}"
+    return Subject(identity, path, revision, 0, 0, _trained_length(path), output / identity)
+
+
+def _trained_length(path: Path) -> int:
+    """Positions that the config.json speaks of; the suites' context where a family has no such number."""
+    return trained_length(_config(path)) or SUITES.context
+
+
+def _config(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig  # noqa: PLC0415 - seconds that a wrong name need not cost
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - a wrong field can raise anything
+        reason = one_line(error)
+        raise UserError(f"{path}: no model that transformers knows: {reason}") from None
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for models on the Hub
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_NEEDED)))
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+        raise UserError(
+            f"{name}: no such directory, and the Hugging Face Hub does not give such a model: {reason}"
+        ) from None
+
+
+def check_tokenizer(subject: Subject) -> TextTokenizer:
+    """The model's own tokenizer.
+
+    Raises:
+        UserError: there is none, or it has ids that the model does not know.
+    """
+    tokenizer = load_tokenizer(subject.model)
+    rows = _config(subject.model).get_text_config(decoder=True).vocab_size
+    check_rows(str(subject.model), tokenizer.vocab_size, rows)
+    return tokenizer

@@ -1,0 +1,295 @@
+"""Downstream tasks through lm-eval's own evaluator, with its model class on the exported directory.
+
+`lm_eval --model hf --model_args pretrained=DIR,max_length=C` gives the same numbers, but for texts that are
+scored from their beginning and for heads with padded rows (`tutelage.evals.lm_eval_model`). A task is a name
+of lm-eval's, one of the paper's sixteen with the paper's shots and metric, comes inside a package
+(`tutelage.evals.lm_eval_tasks`) or is built from held-out text (`tutelage.evals.lm_eval_tasks`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer
+
+from tutelage import provenance
+from tutelage.config.load import digest
+from tutelage.data.store import open_store
+from tutelage.data.tokenizer import load_tokenizer
+from tutelage.errors import UserError
+from tutelage.evals.domains import check_sources, domain_store, find_domain
+from tutelage.evals.evaluated_model import Subject, check_tokenizer
+from tutelage.evals.lm_eval_tasks import (
+    KINDS,
+    PACKAGE_TASKS,
+    PAPER_TASKS,
+    BuiltTask,
+    build_package_task,
+    build_task,
+    held_out_texts,
+)
+from tutelage.evals.score_files import add_scores, read_scores, version_of
+from tutelage.files import claimed, make_directory
+from tutelage.models.hub import pick_device
+from tutelage.types import Score
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
+
+    from tutelage.data.store import Store
+
+_SEED = 1234  # lm-eval's own, so that few-shot examples are those of its command line
+_BOOTSTRAP = 1000
+_OFFLINE = (*KINDS, *PACKAGE_TASKS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A task with its data loaded, and which measurement it is.
+
+    Attributes:
+        name: becomes the score's domain.
+        loaded: what lm-eval evaluates: tasks, and the group they form, if any.
+        metric: the only one to keep; None for all.
+        version: covers every text that the model is shown and every right answer.
+    """
+
+    name: str
+    loaded: TaskDict
+    metric: str | None
+    version: str
+
+    @property
+    def leaves(self) -> list[Task]:
+        """The tasks without their group."""
+        return list(self.loaded["tasks"].values())
+
+
+def run_downstream(
+    subject: Subject,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    stores: Path = Path("evals/stores"),
+) -> list[Score]:
+    """Score a model on tasks and append what is new to its `scores.jsonl`, task by task.
+
+    What is there already, of the same version, is not evaluated again.
+
+    Args:
+        subject: the model; its trained context is lm-eval's `max_length`.
+        tasks: "paper", names of lm-eval (the paper's sixteen with the paper's shots and metric) or of
+            `PACKAGE_TASKS`, and "continuation" or "last_word", built from the test split of the run's
+            training store, or of any domain or token store: "continuation:kjv",
+            "continuation:stores/speeches-1a2b3c4d".
+        limit: questions per task, the first ones; None for all.
+        batch_size: of the model's forward passes; scores do not depend on it, but for rounding.
+        device: auto, cpu, cuda or mps.
+        stores: directory where token stores of domains are kept.
+
+    Returns:
+        The scores of these tasks, in their order, those that were there before too.
+
+    Raises:
+        UserError: lm-eval is missing, a task is unknown or its data cannot be had, or the model's tokenizer
+            does not fit it; before any compute.
+    """
+    _check_installed()
+    check_tokenizer(subject)
+    chosen = str(pick_device(device))
+    make_directory(subject.output)
+    with claimed(subject.output / "lock", str(subject.output)):
+        names = _expanded(tasks)
+        built = {name: _built(subject, name, stores) for name in names if _kind(name) in _OFFLINE}
+        manager = _manager([task.directory for task in built.values()], defaults=len(built) < len(names))
+        names = list(dict.fromkeys(built[name].name if name in built else name for name in names))
+        _check_different(built)
+        _check_known(names, manager)
+        prepared = [_prepared(name, manager, limit) for name in names]
+        there = read_scores(subject.scores)
+        model: HFLM | None = None
+        scores: list[Score] = []
+        for task in prepared:
+            found = [
+                Score(**row) for row in there if (row["version"], row["step"]) == (task.version, subject.step)
+            ]
+            if not found:
+                model = model or _model(subject, batch_size, chosen)
+                found = list(_scores(subject, task, model, limit))
+                add_scores(subject.scores, found)
+            scores += found
+    return scores
+
+
+def _check_installed() -> None:
+    try:
+        import accelerate  # noqa: F401, PLC0415 - an extra, and slow to import
+        import lm_eval  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise UserError(
+            f"downstream tasks: the package '{error.name}' is missing; run: pip install 'tutelage[eval]'"
+        ) from None
+
+
+def _expanded(tasks: Sequence[str]) -> list[str]:
+    """Every task once, in order."""
+    paper = [task.name for task in PAPER_TASKS]
+    return list(dict.fromkeys(itertools.chain(*(paper if task == "paper" else [task] for task in tasks))))
+
+
+def _kind(task: str) -> str:
+    return task.partition(":")[0]
+
+
+def _built(subject: Subject, task: str, stores: Path) -> BuiltTask:
+    if task in PACKAGE_TASKS:
+        return build_package_task(task, subject.output / "tasks")
+    kind, _, where = task.partition(":")
+    store = _text(subject, task, where, stores)
+    own = load_tokenizer(subject.model)
+    room = subject.context - len(own.begin_ids)
+    texts, tokenizer = held_out_texts(store), Tokenizer.from_str(own.json)
+    return build_task(kind, store.manifest.name, texts, tokenizer, room, subject.output / "tasks")
+
+
+def _text(subject: Subject, task: str, where: str, stores: Path) -> Store:
+    """The token store whose test split a task is built from."""
+    if Path(where).is_dir() and where:
+        return open_store(Path(where))
+    if where:
+        domain = find_domain(where)
+        check_sources({where: domain})
+        return domain_store(where, domain, subject.model, stores)
+    if subject.training_store is None:
+        raise UserError(
+            f"task {task}: {subject.id} has no training store; write {task}:DOMAIN or {task}:STORE"
+        )
+    return open_store(subject.training_store)
+
+
+def _check_different(built: dict[str, BuiltTask]) -> None:
+    """lm-eval tells tasks apart by name only."""
+    seen: dict[str, BuiltTask] = {}
+    for asked, task in built.items():
+        if seen.setdefault(task.name, task) != task:
+            raise UserError(f"task {asked}: another text of the same name is asked for; name them one by one")
+
+
+def _manager(directories: list[Path], *, defaults: bool) -> TaskManager:
+    """lm-eval's index of tasks; its own fourteen thousand take seconds to read."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an extra, and slow to import
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=[str(path) for path in directories], include_defaults=defaults)
+
+
+def _check_known(names: Sequence[str], manager: TaskManager) -> None:
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, ["paper", *_OFFLINE, *manager.all_tasks], n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"task {name!r} is unknown; {hint}`lm-eval ls tasks` lists them")
+
+
+def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
+    """Load a task's data, and fix its shots and its version."""
+    from datasets import disable_progress_bars  # noqa: PLC0415 - an extra, and slow to import
+    from datasets.exceptions import DatasetsError  # noqa: PLC0415 - the same
+
+    disable_progress_bars()
+    paper = next((task for task in PAPER_TASKS if task.name == name), None)
+    try:
+        loaded = manager.load([name])
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"task {name}: its data cannot be loaded ({reason}); most tasks need the Hugging Face Hub, "
+            f"{', '.join(_OFFLINE)} do not"
+        ) from None
+    leaves = list(loaded["tasks"].values())
+    for task in leaves:
+        if paper is not None:
+            task.set_config(key="num_fewshot", value=paper.shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return _Prepared(
+        name=name,
+        loaded=loaded,
+        metric=None if paper is None else paper.metric,
+        version=version_of([name, *(_shown(task, limit) for task in leaves)]),
+    )
+
+
+def _shown(task: Task, limit: int | None) -> list[str]:
+    """Version and metrics, and a digest of every question as the model sees it and of what is right."""
+    task.set_fewshot_seed(seed=_SEED)
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    metrics = sorted(task.higher_is_better())
+    texts = [[instance.args, task.doc_to_target(instance.doc)] for instance in task.instances]
+    return [str(task.VERSION), *metrics, digest(texts)]
+
+
+def _model(subject: Subject, batch_size: int, device: str) -> HFLM:
+    from tutelage.evals.lm_eval_model import ExportedModel  # noqa: PLC0415 - an extra, and slow to import
+
+    return ExportedModel(
+        load_tokenizer(subject.model),
+        pretrained=str(subject.model),
+        max_length=subject.context,
+        batch_size=batch_size,
+        device=device,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+
+
+def _scores(subject: Subject, task: _Prepared, model: HFLM, limit: int | None) -> Iterator[Score]:
+    from lm_eval import evaluate  # noqa: PLC0415 - an extra, and slow to import
+
+    for leaf in task.leaves:
+        leaf.set_fewshot_seed(seed=_SEED)
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        found = evaluate(model, task.loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+    names = [task.name] if task.name in found["results"] else [leaf.task_name for leaf in task.leaves]
+    for name in names:
+        row, directions = found["results"][name], found["higher_is_better"][name]
+        for metric, filtered, value, stderr in _metrics(row):
+            if task.metric in (None, metric):
+                yield Score(
+                    run=subject.id,
+                    step=subject.step,
+                    tokens=subject.tokens,
+                    domain=name,
+                    role="downstream",
+                    split="test",
+                    metric=metric if filtered == "none" else f"{metric},{filtered}",
+                    value=value,
+                    stderr=stderr,
+                    n=int(row["sample_len"]),
+                    higher_is_better=directions.get(metric) is not False,
+                    version=task.version,
+                    code=provenance.code(),
+                )
+
+
+def _metrics(row: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
+    """(metric, filter, value, standard error) from keys such as "acc,none" and "acc_stderr,none"."""
+    for key, value in row.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = row.get(f"{metric}_stderr,{filtered}")
+            yield metric, filtered, float(value), float(stderr) if isinstance(stderr, float) else float("nan")

@@ -1,0 +1,311 @@
+"""Where a student gains: student, teacher and baseline side by side on every token of a text.
+
+A fourth model, the sorter, may say how hard a token is: an untaught student of another seed.
+
+Documents are read as for perplexity, in windows that do not overlap. Matrices of probabilities exist for
+a chunk of tokens only, which gets smaller as the vocabulary gets larger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from tutelage.config.load import digest
+from tutelage.data.store import open_store
+from tutelage.data.tokenizer_comparison import compare_tokenizers
+from tutelage.errors import UserError
+from tutelage.evals.domains import SUITES, domain_store
+from tutelage.evals.evaluated_model import check_tokenizer, find_subject
+from tutelage.evals.token_groups import summarise
+from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, together
+from tutelage.evals.windows import Document, blocks, read_documents
+from tutelage.files import claimed, make_directory, new_directory, write_json
+from tutelage.models.hub import (
+    body_and_head,
+    head_logits,
+    load,
+    logit_transform,
+    pick_device,
+    weights_fingerprint,
+)
+from tutelage.types import IGNORE_INDEX, LogitTransform, Split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from tutelage.data.store import Store
+    from tutelage.evals.evaluate import EvalWatcher, Request
+    from tutelage.evals.evaluated_model import Subject
+
+_ROLES = ("student", "teacher", "baseline")
+_VERSION = 2
+"""Raised when a quantity or the layout of the files changes; older results are then computed again."""
+_CHUNK_TOKENS = 1024
+_CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**25, "mps": 2**25}
+"""At most this many probabilities of a model at a time, by device: matrices of 8 MB, which a CPU's allocator
+keeps (beyond 32 MB it asks the system each time and everything takes thrice as long), or of 134 MB."""
+_KINDS = {"i": np.int32, "f": np.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model split at its hidden states, the head cut to the store's vocabulary."""
+
+    body: nn.Module
+    head: nn.Linear
+    vocab_size: int
+    transform: LogitTransform
+
+    def hidden(self, inputs_BT: Tensor, keep_BT: Tensor) -> Tensor:
+        """Hidden states [N, D] of the positions to keep."""
+        hidden_BTD: Tensor = self.body(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        return hidden_BTD[keep_BT]
+
+    def predictions(self, hidden_ND: Tensor) -> Predictions:
+        """Of N positions."""
+        return Predictions.of(head_logits(self.head, hidden_ND, self.transform, self.vocab_size))
+
+
+def run_mechanism(
+    student: Subject,
+    teacher: Subject,
+    baseline: Subject,
+    store: Store,
+    split: Split,
+    *,
+    sorter: Subject | None = None,
+    max_documents: int,
+    max_tokens: int,
+    device: str,
+    output: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Measure the models on the same tokens; a finished evaluation is not computed again.
+
+    Writes `tokens.parquet` (see `_read`), `summary.parquet` (see `tutelage.evals.token_groups.summarise`) and
+    `mechanism.json` (what was compared, on what). Memory is the models, some hundred megabytes and
+    about 400 bytes a token.
+
+    Args:
+        student: the model trained with the teacher.
+        teacher: its teacher.
+        baseline: the model trained without; same seed, data and budget, or the gain is not the teacher's.
+        store: token store made with their tokenizer.
+        split: "validation" or "test".
+        max_documents: documents to read, from the split's first.
+        max_tokens: tokens to read in each, from its beginning.
+        device: "auto", "cpu", "cuda" or "mps".
+        output: the directory is `<output>/mechanism/<student>--<teacher>--<baseline>/<text>-<hash8>`; a
+            sorter is named after the baseline.
+        sorter: untaught model of another seed that tokens are sorted by; default: the baseline.
+        progress: called with the number of tokens read since the last call.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: the models do not share the store's tokenizer, the sorter is one of them, there is nothing
+            to read, or a model gives no numbers.
+    """
+    subjects = _with_third(dict(zip(_ROLES, (student, teacher, baseline), strict=True)), sorter)
+    notes = _notes(subjects, store)
+    documents = read_documents(store, split, max_documents, max_tokens)
+    if not documents:
+        raise UserError(f"{store.path}: split '{split}' has no document to read")
+    settings = _settings(subjects, store, split, max_documents, max_tokens)
+    models = "--".join(subject.id for subject in subjects.values())
+    directory = output / "mechanism" / models / f"{store.manifest.name}-{split}-{digest(settings)}"
+    if directory.is_dir():
+        return directory
+    make_directory(directory.parent)
+    lock = directory.parent / f".{directory.name}.lock"
+    with claimed(lock, f"mechanism {directory}"), new_directory(directory) as partial:
+        tokens = _read(subjects, store, documents, settings["context"], device, progress)
+        _check_finite(tokens, subjects)
+        names = {role: subject.id for role, subject in subjects.items()} | {"text": store.manifest.name}
+        counts = {"documents": len(documents), "tokens": len(tokens), "vocab_size": store.vocab_size}
+        _keep(tokens, names | counts | settings | {"notes": notes}, partial)
+    return directory
+
+
+def _keep(tokens: pl.DataFrame, facts: Mapping[str, Any], directory: Path) -> None:
+    """Write what was measured and what it was measured on."""
+    tokens.write_parquet(directory / "tokens.parquet")
+    summarise(tokens, facts["context"]).write_parquet(directory / "summary.parquet")
+    write_json(directory / "mechanism.json", facts)
+
+
+def _notes(subjects: Mapping[str, Subject], store: Store) -> list[str]:
+    """What to know about the models' tokenizers, which must give every id of the store its meaning."""
+    found = [
+        compare_tokenizers(f"{role} {subject.id}", check_tokenizer(subject).json, store)
+        for role, subject in subjects.items()
+    ]
+    return [note for note in found if note is not None]
+
+
+def _settings(
+    subjects: Mapping[str, Subject], store: Store, split: Split, max_documents: int, max_tokens: int
+) -> dict[str, Any]:
+    """Everything that determines the numbers."""
+    return {
+        "version": _VERSION,
+        "weights": {role: weights_fingerprint(subject.model) for role, subject in subjects.items()},
+        "store": store.fingerprint,
+        "split": split,
+        "max_documents": max_documents,
+        "max_tokens": max_tokens,
+        "context": min(max_tokens, *(subject.context for subject in subjects.values())),
+    }
+
+
+def run_on_texts(
+    student: str, teacher: str, baseline: str, sorter: str | None, request: Request, watcher: EvalWatcher
+) -> list[Path]:
+    """`run_mechanism` on the test split of every text of a request.
+
+    Args:
+        student: run directory, model directory or name on the Hub; `teacher` and `baseline` alike.
+        teacher: its teacher.
+        baseline: the model trained without.
+        sorter: untaught model of another seed that tokens are sorted by; None: the baseline.
+        request: domains and stores; without any, the text that the student was trained on.
+        watcher: is told how it goes.
+
+    Returns:
+        The directories, one per text.
+
+    Raises:
+        UserError: as `run_mechanism`, or there is no text.
+    """
+    subjects = {
+        role: find_subject(model, request.output)
+        for role, model in zip(_ROLES, (student, teacher, baseline), strict=True)
+    }
+    learner = subjects["student"]
+    paths = [*request.stores.values()]
+    if not paths and not request.domains:
+        if learner.training_store is None:
+            raise UserError(
+                f"{student}: its training text is not known; name a text with --domain or --store"
+            )
+        paths = [learner.training_store]
+    stores = [open_store(path) for path in paths]
+    for name, domain in request.domains.items():
+        kept = request.output / "stores"
+        stores.append(domain_store(name, domain, learner.model, kept, watcher.store))
+    directories = []
+    for number, store in enumerate(stores, 1):
+        watcher.domain(learner.id, store.manifest.name, number, len(stores))
+        found = run_mechanism(
+            **subjects,
+            store=store,
+            split="test",
+            max_documents=request.max_documents or SUITES.max_documents,
+            max_tokens=request.max_tokens or SUITES.max_tokens,
+            device=request.device,
+            output=request.output,
+            sorter=None if sorter is None else find_subject(sorter, request.output),
+            progress=watcher.advance,
+        )
+        directories.append(found)
+    return directories
+
+
+def _with_third(subjects: dict[str, Subject], sorter: Subject | None) -> dict[str, Subject]:
+    """The models, and the sorter if there is one: one that is half of a gain cannot say where it is."""
+    if sorter is None:
+        return subjects
+    own = weights_fingerprint(sorter.model)
+    for role in ("student", "baseline"):
+        if weights_fingerprint(subjects[role].model) == own:
+            raise UserError(
+                f"sorter {sorter.id}: is the {role}; tokens must be sorted by a third model, such as the "
+                "untaught student of another seed"
+            )
+    return subjects | {"sorter": sorter}
+
+
+def _open(subject: Subject, store: Store, device: str) -> _Model:
+    model = load(subject.model).to(pick_device(device)).eval()
+    body, head = body_and_head(model)
+    return _Model(body, head, store.vocab_size, logit_transform(model))
+
+
+@torch.inference_mode()
+def _read(
+    subjects: Mapping[str, Subject],
+    store: Store,
+    documents: Sequence[Document],
+    context: int,
+    device: str,
+    progress: Callable[[int], None],
+) -> pl.DataFrame:
+    """The token table, in the order of the text.
+
+    Columns are document (its place in the split), place (of the token in it), position (in the window),
+    token (its id), and `<quantity>.<of>` as in `tutelage.evals.token_quantities`, null where undefined;
+    KL(p || q) is `kl.p.q`.
+    """
+    models = {role: _open(subject, store, device) for role, subject in subjects.items()}
+    place = models["student"].head.weight.device
+    parts: list[dict[str, np.ndarray]] = []
+    index_of = np.array([document.index for document in documents])
+    for block in blocks(documents, context, stride=context):
+        scored_BT = block.labels_BT != IGNORE_INDEX
+        gold_N = block.labels_BT[scored_BT]
+        inputs_BT, keep_BT = block.inputs_BT.to(place), scored_BT.to(place)
+        hidden = {role: model.hidden(inputs_BT, keep_BT) for role, model in models.items()}
+        where = {
+            "document": index_of[block.documents_BT[scored_BT].numpy()],
+            "place": block.places_BT[scored_BT].numpy(),
+            "position": scored_BT.nonzero()[:, 1].numpy(),
+            "token": gold_N.numpy(),
+        }
+        parts.append(where | _chunked(models, hidden, gold_N.to(place)))
+        progress(len(gold_N))
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns = {name: pl.Series(values.astype(_KINDS[values.dtype.kind])) for name, values in joined.items()}
+    return pl.DataFrame(columns).with_columns(pl.col(pl.Float32).fill_nan(None)).sort("document", "place")
+
+
+def _chunked(
+    models: Mapping[str, _Model], hidden: Mapping[str, Tensor], gold_N: Tensor
+) -> dict[str, np.ndarray]:
+    """Every quantity of every token of a batch, some tokens at a time."""
+    student = models["student"]
+    values = _CHUNK_VALUES[student.head.weight.device.type]
+    size = min(_CHUNK_TOKENS, max(1, values // student.vocab_size))
+    parts = []
+    for start in range(0, len(gold_N), size):
+        rows = slice(start, start + size)
+        of = {role: model.predictions(hidden[role][rows]) for role, model in models.items()}
+        parts.append({name: value.cpu().numpy() for name, value in _measure(of, gold_N[rows]).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _measure(of: Mapping[str, Predictions], gold_N: Tensor) -> dict[str, Tensor]:
+    found = {
+        f"{quantity}.{role}": value
+        for role, predictions in of.items()
+        for quantity, value in alone(predictions, gold_N).items()
+    }
+    for p, q in combinations(_ROLES, 2):
+        found[f"kl.{p}.{q}"], found[f"kl.{q}.{p}"] = kl_both_ways(of[p], of[q])
+        found |= {f"{quantity}.{p}.{q}": value for quantity, value in together(of[p], of[q]).items()}
+    return found
+
+
+def _check_finite(tokens: pl.DataFrame, subjects: Mapping[str, Subject]) -> None:
+    for role, subject in subjects.items():
+        if tokens[f"entropy.{role}"].null_count():
+            raise UserError(f"{role} {subject.id}: its probabilities are no numbers; the weights are damaged")

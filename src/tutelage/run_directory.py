@@ -1,0 +1,203 @@
+"""Run ids and evaluation ids: hashes of everything that changes a result, and of nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config.base import parse_tokens
+from tutelage.config.load import digest
+from tutelage.config.run_config import NOT_THE_RESULT, ModelTeacher
+from tutelage.data.store import open_store
+from tutelage.files import claimed, make_directory, write_json, write_text
+from tutelage.models.directory import hub_commit, is_local
+from tutelage.models.flops import parameters
+from tutelage.models.shapes import rung
+from tutelage.types import SCORING_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tutelage.config.run_config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths and files of one run."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The run id, `<name>-<hash8>`."""
+        return self.path.name
+
+    @property
+    def model(self) -> Path:
+        """The finished model; it exists only when training is complete."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Parent of `step-N` directories."""
+        return self.path / "checkpoints"
+
+    @property
+    def scores(self) -> Path:
+        """Rows of `tutelage.types.Score`."""
+        return self.path / "scores.jsonl"
+
+    @property
+    def documents(self) -> Path:
+        """Per-document losses behind the scores."""
+        return self.path / "documents.parquet"
+
+    def claimed(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the run for this process; a second process gets a `UserError`."""
+        make_directory(self.path)
+        return claimed(self.path / "lock", str(self.path))
+
+    def state(self) -> dict[str, Any]:
+        """Contents of state.json; empty before the run has started."""
+        try:
+            state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return state
+
+    def is_done(self) -> bool:
+        """Whether the run finished training and scoring."""
+        return self.state().get("status") == "done"
+
+    def write_state(self, status: str, **fields: object) -> None:
+        """Update state.json: `status` is running, stopped, done or failed; other fields are kept."""
+        kept = self.state() | {"error": None} | fields
+        write_json(self.path / "state.json", kept | {"status": status})
+
+    def write_config(self, text: str, provenance: Mapping[str, object]) -> None:
+        """Record what runs and where. `sessions` lists every earlier start of the same run."""
+        write_text(self.path / "config.yaml", text)
+        path = self.path / "provenance.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        sessions = [*earlier.pop("sessions"), earlier] if earlier else []
+        write_json(path, {**provenance, "sessions": sessions})
+
+    def append_metrics(self, row: Mapping[str, object]) -> None:
+        """Add one row to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def recent_ce(self) -> float | None:
+        """Mean training loss of the last rows of metrics.jsonl, in nats per token; None without rows.
+
+        At most ten rows, and of a short history its last quarter, so that a loss that still falls fast is
+        not averaged over its fall.
+        """
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        losses = [float(json.loads(line)["ce"]) for line in lines[-max(1, min(10, len(lines) // 4)) :]]
+        return sum(losses) / len(losses) if losses else None
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop rows after `step`, which a resumed run is about to write again (and any torn last line)."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """The config with models on the Hub fixed to the commits that their names stand for now.
+
+    A branch moves; without its commit, the same config would train from or with other weights one day and
+    land in the same directory.
+
+    Raises:
+        UserError: the Hub has no such model, or cannot be reached and nothing was downloaded before.
+    """
+    changes: dict[str, Any] = {}
+    if config.model.path is not None and not Path(config.model.path).exists():
+        commit = _commit(config.model.path, config.model.revision)
+        changes["model"] = config.model.model_copy(update={"revision": commit})
+    teacher = config.teacher
+    if isinstance(teacher, ModelTeacher) and not Path(teacher.path).exists():
+        commit = _commit(teacher.path, teacher.revision)
+        changes["teacher"] = teacher.model_copy(update={"revision": commit})
+    return config.model_copy(update=changes)
+
+
+@functools.cache  # so that every run of a study means the same commit
+def _commit(name: str, revision: str | None) -> str | None:
+    return None if is_local(name) else hub_commit(name, revision)
+
+
+def run_id(config: RunConfig) -> str:
+    """`<name>-<hash8>`: the name of the run's directory.
+
+    The hash covers the fields that change the trained weights, as the run uses them and not as they are
+    spelled: what the model's shape decides of budget and learning rate as a number. The token store and
+    models given by path enter by their content, so moving them changes nothing and changing them changes
+    everything; models on the Hub enter by name and commit.
+
+    Raises:
+        UserError: as `pinned`, or a directory is no model.
+    """
+    config = pinned(config)
+    fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
+    store = open_store(config.data.store)
+    fields["data"]["store"] = store.fingerprint
+    if config.model.rung is not None:
+        shape = rung(config.model.rung)
+        fields["tokens"] = parse_tokens(config.tokens, parameters(shape, store.vocab_size).total)
+        fields["optim"]["lr"] = config.optim.lr or shape.lr
+    fields["objective"].pop("chunk_tokens")
+    if fields["stage"] == "pretrain":  # as in run ids from before there were stages
+        fields.pop("stage")
+    if fields["model"]["run"] is None:  # as in run ids from before a run could be named
+        fields["model"].pop("run")
+    if fields["teacher"] and fields["teacher"].get("cache") is None:  # as before targets could be kept
+        fields["teacher"].pop("cache", None)
+    for section in ("model", "teacher"):
+        if fields[section] is not None:
+            fields[section].pop("assume_same_tokenizer", None)  # a statement about the model, no change of it
+            if fields[section].get("attn_implementation") is None:  # as before it could be chosen
+                fields[section].pop("attn_implementation", None)
+        path = (fields[section] or {}).get("path")
+        if path is not None:
+            fields[section]["path"] = _content(path, fields[section].get("kind"))
+        if fields[section] is not None and (path is None or Path(path).exists()):
+            fields[section].pop("revision", None)  # it is one of the Hub's
+    return f"{config.name}-{digest(fields)}"
+
+
+def evaluation_id(config: RunConfig) -> str:
+    """Identity of what a run is scored on at its end, and of the rules by which it is.
+
+    With the run id it says which scores are meant: a run may have others beside them, by `tutelage eval`.
+    Stores enter by the names of their directories, which hold a hash of what they were built from.
+    """
+    domains = [(domain.name, domain.store.name, domain.role) for domain in config.eval.domains]
+    settings = config.eval.model_dump(mode="json", exclude={"domains", "every"})
+    return digest([SCORING_VERSION, domains, settings])
+
+
+def _content(path: str, kind: str | None) -> str:
+    """Fingerprint of a local model directory or teacher cache; a Hub name stands beside its commit."""
+    if kind == "cache":
+        from tutelage.teachers.cache.layout import cache_fingerprint  # noqa: PLC0415 - its room imports torch
+
+        return cache_fingerprint(Path(path))
+    if not Path(path).exists():
+        return path
+    from tutelage.models.hub import weights_fingerprint  # noqa: PLC0415 - imports torch, rarely needed
+
+    return weights_fingerprint(Path(path))

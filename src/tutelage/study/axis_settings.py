@@ -1,0 +1,113 @@
+"""What an axis of a grid means: which setting of a run it is, how it reads in tables and in names."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config.base import slug
+from tutelage.config.load import digest, merged
+from tutelage.config.run_config import RunConfig
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tutelage.config.grid import Point
+
+_SHORT = {
+    "alpha": "objective.alpha",
+    "temperature": "objective.temperature",
+    "divergence": "objective.divergence",
+    "mixing": "objective.mixing",
+    "truncation": "objective.truncation",
+    "gate": "objective.gate",
+    "tail": "objective.tail",
+    "lr": "optim.lr",
+    "data_seed": "data.seed",
+    "sequence_length": "data.sequence_length",
+}
+"""Short names of axes, and the setting of a run that each stands for."""
+
+OWN = {"rung", "tokens", "seed", "teacher", "compute_of"}
+"""Axes that are no setting of a run by themselves."""
+
+_STUDYS = {"name", "seed", "model", "tokens", "teacher", "output", "stage"}
+_STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "trunk"))
+"""Settings of a run that its cell decides."""
+
+_SECTIONS = ("data", "optim", "objective", "eval", "checkpoint", "runtime")
+
+_LONGEST = 60
+
+
+def setting_of(axis: str) -> str:
+    """The dotted path of the setting that an axis stands for."""
+    return _SHORT.get(axis, axis)
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of a study's runs that hide a section, or name what each run gets from the study.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for part in _SECTIONS:
+        if not isinstance(settings.get(part, {}), dict):
+            raise UserError(
+                f"{where}: run.{part} = {settings[part]!r:.80}: a section with settings is needed here"
+            )
+    given = [key for key in settings if key in _STUDYS]
+    given += [f"{part}.{key}" for part, key in _STUDYS_IN if key in settings.get(part, {})]
+    if given:
+        raise UserError(f"{where}: run.{given[0]}: the study sets that for each of its runs; drop it")
+
+
+def overlay(factors: Point, where: str) -> dict[str, Any]:
+    """Axis values as nested settings of a run.
+
+    Raises:
+        UserError: an axis is no setting of a run.
+    """
+    settings: dict[str, Any] = {}
+    axes: dict[str, str] = {}
+    for axis, value in factors.items():
+        path = setting_of(axis).split(".")
+        if (twin := axes.setdefault(setting_of(axis), axis)) != axis:
+            raise UserError(f"{where}: axes '{twin}' and '{axis}' are the same setting; keep one")
+        if path[0] not in RunConfig.model_fields:
+            known = [*sorted(OWN), *_SHORT, *RunConfig.model_fields]
+            near = difflib.get_close_matches(axis, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"{where}: axis '{axis}' is unknown; {hint}known: {', '.join(known)}")
+        nested: Any = value
+        for key in reversed(path):
+            nested = {key: nested}
+        settings = merged(settings, nested)
+    check_settings(settings, where)
+    return settings
+
+
+def cell_name(parts: Sequence[str | None], seed: int) -> str:
+    """Readable, and unique also where it had to be cut."""
+    text = "-".join(slug(part) for part in parts if part)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}-{digest(parts)}"
+    return f"{text}-s{seed}"
+
+
+def words(factors: Point) -> str:
+    """`alpha 0.2, temperature 4`; of sections their kind and settings: `gap_driven floor 0.1`.
+
+    Alpha first, then by name, whatever the order in a file: the same cell has the same words everywhere.
+    """
+    ordered = sorted(factors, key=lambda axis: (axis != "alpha", axis))
+    return ", ".join(_word(axis, factors[axis]) for axis in ordered)
+
+
+def _word(axis: str, value: object) -> str:
+    if isinstance(value, dict):
+        kind = value.get("policy", value.get("kind", axis))
+        rest = " ".join(f"{key} {item}" for key, item in value.items() if key not in {"policy", "kind"})
+        return f"{kind} {rest}".strip()
+    return f"{axis} {value:.12g}" if isinstance(value, float) else f"{axis} {value}"

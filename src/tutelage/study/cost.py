@@ -1,0 +1,371 @@
+"""The answer of `tutelage study plan`: what some studies take on a given machine, as plain data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config.base import parse_tokens, tokens_text
+from tutelage.config.cache_config import HiddenFormat, MinVarianceFormat, TopKFormat
+from tutelage.config.load import digest
+from tutelage.errors import UserError
+from tutelage.models.flops import forward_flops, parameters
+from tutelage.models.shapes import rung
+from tutelage.study.cells import cells_of, teachers_of
+from tutelage.study.devices import Device, critical_path, find_device, makespan, run_memory
+from tutelage.study.nodes import Cost, check_cells, draft_config
+from tutelage.study.plan import load_plan
+from tutelage.study.status import Speeds, read_timings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tutelage.config.cache_config import Format
+    from tutelage.config.run_config import RunConfig
+    from tutelage.config.study_config import StudyConfig
+    from tutelage.models.shapes import Rung
+    from tutelage.study.cells import Cell
+    from tutelage.study.devices import Device
+
+_SPLITS = 2
+_TRAINING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One run to be.
+
+    Attributes:
+        key: its name, and what tells it from a cell of another study that has the same name.
+        cell: what it stands for.
+        needs: keys of what comes first.
+        tokens: training tokens.
+        flops: of training, without its teacher.
+        teacher_flops: of its live teacher's forward passes.
+        scoring_flops: of scoring it when it is trained, at most.
+        memory: peak bytes on one device.
+    """
+
+    key: str
+    cell: Cell
+    needs: tuple[str, ...]
+    tokens: int
+    flops: float
+    teacher_flops: float
+    scoring_flops: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        """All its FLOPs."""
+        return self.flops + self.teacher_flops + self.scoring_flops
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """Teacher targets that are computed once and kept: FLOPs of making them, and bytes at most."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """How long it takes.
+
+    Attributes:
+        wall: seconds until the last run is done.
+        device: seconds of all devices' work.
+        path: keys of the critical path.
+        path_seconds: how long that takes, on any number of devices.
+    """
+
+    wall: float
+    device: float
+    path: list[str]
+    path_seconds: float
+
+
+def works_of(studies: Sequence[StudyConfig]) -> tuple[list[Work], Caches, list[str]]:
+    """Every run of `studies` once, each after what it needs; their caches; what the estimate leaves out.
+
+    Raises:
+        UserError: a cell cannot be built; the message names it.
+    """
+    works: dict[str, Work] = {}
+    flops = size = 0.0
+    notes: list[str] = []
+    for study in studies:
+        check_cells(study)
+        found = _Reader(study)
+        for cell in cells_of(study):
+            work = found.work(cell)
+            works.setdefault(work.key, work)
+        cached = found.caches()
+        flops, size = flops + cached.flops, size + cached.bytes
+        given = [name for name, spec in found.teachers.items() if spec.model is not None]
+        notes += [f"{study.name}: {text}" for text in found.rounded]
+        if given:
+            notes.append(f"{study.name}: forward passes of given models are not counted: {', '.join(given)}")
+    return list(works.values()), Caches(flops, size), notes
+
+
+def duration(works: Sequence[Work], devices: int, source: Device | Speeds, mfu: float | None) -> Duration:
+    """How long `works` take on `devices`, each run on one of them.
+
+    Args:
+        works: the runs, each after what it needs.
+        devices: how many work at the same time.
+        source: the kind of device, or measured speeds.
+        mfu: part of the device's peak that is reached; default: the usual one.
+    """
+    seconds = {}
+    for work in works:
+        taught = work.cell.teacher if work.cell.kind == "student" else None
+        speed = _speed(source, work.cell.rung, taught, mfu)
+        seconds[work.key] = work.total / speed
+    needs = {work.key: work.needs for work in works}
+    path = critical_path(seconds, needs)
+    return Duration(
+        wall=makespan(seconds, needs, devices),
+        device=sum(seconds.values()),
+        path=path,
+        path_seconds=sum(seconds[key] for key in path),
+    )
+
+
+def by_kind(works: Sequence[Work]) -> dict[str, tuple[int, int]]:
+    """Runs and training tokens of each kind of run."""
+    runs: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for work in works:
+        runs[work.cell.kind] += 1
+        tokens[work.cell.kind] += work.tokens
+    return {kind: (runs[kind], tokens[kind]) for kind in runs}
+
+
+def by_purpose(works: Sequence[Work], caches: Caches) -> dict[str, float]:
+    """FLOPs of training teachers, training students, running teachers beside them, and scoring."""
+    return {
+        "teacher training": sum(work.flops for work in works if work.cell.kind == "teacher"),
+        "student training": sum(work.flops for work in works if work.cell.kind != "teacher"),
+        "teacher forward": sum(work.teacher_flops for work in works) + caches.flops,
+        "scoring (at most)": sum(work.scoring_flops for work in works),
+    }
+
+
+def _speed(source: Device | Speeds, shape: str, teacher: str | None, mfu: float | None) -> float:
+    from tutelage.study.status import Speeds  # noqa: PLC0415 - the type of a choice
+
+    if isinstance(source, Speeds):
+        measured = source.of(shape, teacher)
+        assert measured is not None  # noqa: S101 - the caller has some
+        return measured
+    return source.peak_flops * (mfu or source.mfu)
+
+
+class _Reader:
+    """Costs of the cells of one study."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        self.study = study
+        self.teachers = teachers_of(study)
+        self._vocab_size = _vocab_size(study)
+        self._keys: dict[str, str] = {}
+        self._read: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._tokens: dict[str, int] = {}
+        self.rounded: dict[str, None] = {}
+
+    def work(self, cell: Cell) -> Work:
+        """The cost of a cell whose needs are known."""
+        config = draft_config(self.study, cell, self.teachers)
+        try:
+            shape = rung(cell.rung)
+            vocab_size = self._vocabulary(shape)
+            cost = Cost.of(cell, self.teachers, vocab_size)
+        except UserError as error:
+            raise UserError(f"study {self.study.name}: {cell.name}: {error}") from None
+        needs = tuple(self._keys[name] for name in cell.needs)
+        key = self._keys[cell.name] = f"{cell.name}-{digest([cell.settings, self._taught(cell), needs])}"
+        self._tokens[cell.name] = cost.tokens
+        if cell.compute_of is None and parse_tokens(cell.tokens, cost.parameters) != cost.tokens:
+            batch = config.global_batch_tokens
+            asked = tokens_text(cell.tokens)
+            text = f"of {asked} tokens {cost.tokens:,} are trained, in whole batches of {batch:,}"
+            self.rounded[text] = None
+        kept = self._is_kept(cell)
+        if kept:
+            cache = str(cell.teacher), cell.needs
+            self._read[cache] = max(cost.tokens, self._read.get(cache, 0))
+        domains = 1 + len(self.study.domains)
+        scored = domains * _SPLITS * config.eval.max_documents * config.eval.max_tokens
+        return Work(
+            key=key,
+            cell=cell,
+            needs=needs,
+            tokens=cost.tokens,
+            flops=cost.flops * (1 - self._branched(cell, config) / cost.tokens),
+            teacher_flops=0.0 if kept else cost.teacher_flops,
+            scoring_flops=cost.flops / cost.tokens / _TRAINING * scored,
+            memory=run_memory(
+                shape,
+                cost.parameters,
+                0 if kept else self._beside(cell, vocab_size),
+                config.micro_batch_tokens or config.global_batch_tokens,
+                vocab_size,
+                bf16=config.dtype == "bfloat16"
+                or (config.dtype == "auto" and config.runtime.device != "cpu"),
+            ),
+        )
+
+    def caches(self) -> Caches:
+        """What is kept of the teachers that the works so far read from disk."""
+        flops = size = 0.0
+        for (name, _), tokens in self._read.items():
+            spec = self.teachers[name]
+            if spec.rung is None or spec.cache is None:
+                continue
+            shape = rung(spec.rung)
+            vocab_size = self._vocabulary(shape)
+            length = self.study.run.get("data", {}).get("sequence_length", 1)
+            flops += forward_flops(shape, vocab_size, length) * tokens
+            size += kept_bytes(spec.cache.format, vocab_size, shape.hidden) * tokens
+        return Caches(flops, size)
+
+    def _branched(self, cell: Cell, config: RunConfig) -> float:
+        """Tokens that a branch of a trunk does not train: the shorter run's, up to its decay."""
+        return 0.0 if cell.trunk is None else self._tokens[cell.trunk] * (1 - config.optim.decay)
+
+    def _vocabulary(self, shape: Rung) -> int:
+        """Entries of the tokenizer, or of the paper's where it is not here."""
+        found = self._vocab_size or shape.vocab_size
+        if found is None:
+            raise UserError(
+                f"{self.study.corpus.tokenizer.path} is not here, so the vocabulary of {shape.name} is not "
+                "known; give corpus.tokenizer.path a tokenizer.json or its directory"
+            )
+        return found
+
+    def _taught(self, cell: Cell) -> dict[str, Any] | None:
+        return None if cell.teacher is None else self.teachers[cell.teacher].model_dump(mode="json")
+
+    def _is_kept(self, cell: Cell) -> bool:
+        return (
+            cell.kind == "student"
+            and cell.teacher is not None
+            and self.teachers[cell.teacher].cache is not None
+        )
+
+    def _beside(self, cell: Cell, vocab_size: int) -> int:
+        """Weights of the teacher that runs beside a run."""
+        name = cell.teacher if cell.kind == "student" else None
+        shape = None if name is None else self.teachers[name].rung
+        return 0 if shape is None else parameters(rung(shape), vocab_size).total
+
+
+def kept_bytes(kept: Format, vocab_size: int, width: int) -> float:
+    """Bytes per token of a cache, at most: an id takes log2 V bits, a weight two bytes."""
+    entry = ((vocab_size - 1).bit_length() + 16) / 8
+    if isinstance(kept, HiddenFormat):
+        return width * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[kept.dtype]
+    if isinstance(kept, TopKFormat):
+        return entry * kept.k
+    return entry * (kept.ids if isinstance(kept, MinVarianceFormat) else kept.draws)
+
+
+def _vocab_size(study: StudyConfig) -> int | None:
+    """Entries of the tokenizer; None if it is a ready one that is not on this machine."""
+    tokenizer = study.corpus.tokenizer
+    if tokenizer.path is None:
+        return tokenizer.vocab_size
+    if not tokenizer.path.exists():
+        return None
+    from tutelage.data.tokenizer import load_tokenizer  # noqa: PLC0415 - only where it is asked for
+
+    return load_tokenizer(tokenizer.path).vocab_size
+
+
+def largest(works: Sequence[Work]) -> Work:
+    """The run that needs most memory."""
+    return max(works, key=lambda work: work.memory)
+
+
+_FORMULA = (
+    "16 bytes per weight (float32 weight, gradient, two moments) + 4 per weight of a live teacher "
+    "+ activations of a micro-batch + a chunk of logits"
+)
+_WATTS_HOUR = 3.6e6
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a person says of the hardware.
+
+    Attributes:
+        device: name of the kind of device.
+        devices: how many.
+        mfu: part of the device's peak that is reached; None: the usual one.
+        price: of a device for an hour.
+    """
+
+    device: str
+    devices: int
+    mfu: float | None
+    price: float | None
+
+
+def forecast(studies: Sequence[StudyConfig], machine: Machine, directory: Path | None) -> dict[str, Any]:
+    """What `studies` take, as JSON data.
+
+    Args:
+        studies: what is to be run; runs they share count once.
+        machine: where.
+        directory: of a study whose finished runs say how fast a device is; None: by the data sheet.
+
+    Raises:
+        UserError: a cell cannot be built, or a device is unknown.
+    """
+    works, caches, notes = works_of(studies)
+    if not works:
+        raise UserError(f"study {studies[0].name}: no runs; give students, or teachers to train")
+    source, words, device = _source(machine, directory)
+    took = duration(works, machine.devices, source, machine.mfu)
+    most = largest(works)
+    kinds = by_kind(works)
+    names = {work.key: work.cell.name for work in works}
+    return {
+        "runs": {kind: {"runs": runs, "tokens": tokens} for kind, (runs, tokens) in kinds.items()},
+        "total_runs": len(works),
+        "total_tokens": sum(work.tokens for work in works),
+        "flops": by_purpose(works, caches),
+        "memory": {
+            "bytes": most.memory,
+            "run": most.cell.name,
+            "fits": most.memory <= device.memory,
+            "formula": _FORMULA,
+        },
+        "cache_bytes": caches.bytes,
+        "source": words,
+        "time": {"wall_seconds": took.wall, "device_seconds": took.device},
+        "critical_path": {"seconds": took.path_seconds, "runs": [names[key] for key in took.path]},
+        "energy_kwh": device.watts * took.device / _WATTS_HOUR,
+        "price": machine.price,
+        "cost": None if machine.price is None else machine.price * took.device / 3600,
+        "notes": notes,
+    }
+
+
+def _source(machine: Machine, directory: Path | None) -> tuple[Device | Speeds, str, Device]:
+    """Where speeds come from, that in words, and the device."""
+    device = find_device(machine.device)
+    if directory is not None:
+        timings = read_timings(directory, load_plan(directory))
+        if timings:
+            words = f"{machine.devices} x what {len(timings)} finished runs of {directory} were trained on"
+            return Speeds(timings), words, device
+    reached = machine.mfu or device.mfu
+    peak = f"{device.peak_flops / 1e12:g} TFLOP/s"
+    words = f"{machine.devices} x {machine.device} ({device.summary}) at {reached:.0%} of {peak}"
+    return device, words, device

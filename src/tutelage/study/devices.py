@@ -1,0 +1,154 @@
+"""Work that waits for other work: what the longest chain costs, and how long all takes on several devices."""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tutelage.models.shapes import Rung
+
+    Needs = Mapping[str, Sequence[str]]
+
+_STATE_BYTES = 16
+"""Of a trained weight: itself, its gradient and AdamW's two moments, in float32."""
+_CHUNK_BYTES = 2**28
+"""The largest [chunk, V] float32 buffer of the objective on a GPU, of the student and of its teacher each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A kind of device.
+
+    Attributes:
+        peak_flops: dense bf16 operations per second by its data sheet; of a CPU core, float32.
+        watts: power by its data sheet.
+        memory: bytes.
+        mfu: part of the peak that training usually reaches.
+        summary: what it is.
+    """
+
+    peak_flops: float
+    watts: float
+    memory: float
+    mfu: float
+    summary: str
+
+
+DEVICES = {
+    "b200": Device(2250e12, 1000, 180e9, 0.4, "NVIDIA B200 SXM, data sheet of 2024"),
+    "h200": Device(989e12, 700, 141e9, 0.4, "NVIDIA H200 SXM, data sheet of 2024"),
+    "h100": Device(989e12, 700, 80e9, 0.4, "NVIDIA H100 SXM, data sheet of 2023"),
+    "a100": Device(312e12, 400, 80e9, 0.4, "NVIDIA A100 SXM 80 GB, data sheet of 2021"),
+    "l40s": Device(362e12, 350, 48e9, 0.4, "NVIDIA L40S, data sheet of 2023"),
+    "rtx4090": Device(165e12, 450, 24e9, 0.4, "NVIDIA GeForce RTX 4090, float32 accumulation"),
+    "cpu": Device(96e9, 10, 4e9, 0.1, "one core at 3 GHz with two AVX2 units, float32; small models"),
+}
+"""Devices by the name users write."""
+
+
+def find_device(name: str) -> Device:
+    """The device called `name`.
+
+    Raises:
+        UserError: there is none; the message suggests the nearest name.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    near = difflib.get_close_matches(name.lower(), DEVICES, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UserError(f"--device {name}: no such device; {hint}known: {', '.join(DEVICES)}")
+
+
+def activation_values(rung: Rung) -> int:
+    """Values per token that a forward pass keeps for the backward pass, attention computed in blocks.
+
+    Per layer: the input of each norm and its output (4 hidden), queries, keys and values, rotated queries and
+    keys, what attention gives (3 heads + 3 kv_heads) head_dim, and in the MLP gate, its activation, up and
+    their product (4 mlp). Qwen3 also norms queries and keys. On top the last norm: 2 hidden.
+    """
+    attention = 3 * (rung.heads + rung.kv_heads) * rung.head_dim
+    if rung.family == "qwen3":
+        attention += (rung.heads + rung.kv_heads) * rung.head_dim
+    return rung.layers * (4 * rung.hidden + attention + 4 * rung.mlp) + 2 * rung.hidden
+
+
+def run_memory(
+    rung: Rung, parameters: int, teacher_parameters: int, micro_batch: int, vocab_size: int, *, bf16: bool
+) -> float:
+    """Peak bytes of a run on one device, without what the libraries take for themselves.
+
+    16 bytes per trained weight and 4 per weight of a live teacher, `activation_values` of a micro-batch in 2
+    (bf16) or 4 bytes, and one buffer of logits each for student and teacher.
+
+    Args:
+        rung: shape of the trained model.
+        parameters: its weights.
+        teacher_parameters: weights of the teacher that runs beside it; 0 without.
+        micro_batch: tokens of a forward pass.
+        vocab_size: width of the logits.
+        bf16: whether the forward pass is in bfloat16.
+    """
+    logits = min(4 * micro_batch * vocab_size, _CHUNK_BYTES) * (2 if teacher_parameters else 1)
+    activations = micro_batch * activation_values(rung) * (2 if bf16 else 4)
+    return _STATE_BYTES * parameters + 4.0 * teacher_parameters + activations + logits
+
+
+def chain_weights(costs: Mapping[str, float], needs: Needs) -> dict[str, float]:
+    """Cost of each piece of work and of the costliest chain of work that waits for it.
+
+    Args:
+        costs: by name, each after what it needs.
+        needs: names of what must be finished first.
+    """
+    behind = dict.fromkeys(costs, 0.0)
+    weights = {}
+    for name in reversed(list(costs)):
+        weights[name] = costs[name] + behind[name]
+        for need in needs[name]:
+            behind[need] = max(behind[need], weights[name])
+    return weights
+
+
+def critical_path(costs: Mapping[str, float], needs: Needs) -> list[str]:
+    """The costliest chain, first to last: with any number of devices, all of it takes at least that long."""
+    weights = chain_weights(costs, needs)
+    path: list[str] = []
+    waiting = list(costs)
+    while waiting:
+        path.append(max(waiting, key=weights.__getitem__))
+        waiting = [name for name in costs if path[-1] in needs[name]]
+    return path
+
+
+def makespan(costs: Mapping[str, float], needs: Needs, devices: int) -> float:
+    """When all is done on `devices`, each with one piece of work at a time, heaviest chain first.
+
+    This is the order in which a runner starts runs.
+    """
+    weights = chain_weights(costs, needs)
+    followers: dict[str, list[str]] = {name: [] for name in costs}
+    for name, before in needs.items():
+        for need in before:
+            followers[need].append(name)
+    missing = {name: len(needs[name]) for name in costs}
+    ready = [(-weights[name], name) for name in costs if not missing[name]]
+    heapq.heapify(ready)
+    running: list[tuple[float, str]] = []
+    now = 0.0
+    while ready or running:
+        while ready and len(running) < devices:
+            name = heapq.heappop(ready)[1]
+            heapq.heappush(running, (now + costs[name], name))
+        now, ended = heapq.heappop(running)
+        for name in followers[ended]:
+            missing[name] -= 1
+            if not missing[name]:
+                heapq.heappush(ready, (-weights[name], name))
+    return now

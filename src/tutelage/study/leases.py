@@ -1,0 +1,318 @@
+"""Who works on which run: claims as files, so that runners on machines that share a directory share a study.
+
+    queue/runners/<token>.json     a runner: host, process, and a heartbeat that it renews
+    queue/runners/<token>.stop     that runner is asked to stop
+    queue/claims/<run>.<n>.json    the n-th claim on a run; the one with the highest number counts
+
+The one step that must be atomic is to create a file that must not exist yet: whoever creates claim n + 1
+after claim n was given back, or after its runner died, has the run, and nobody else can. A claim is never
+removed, so a slow reader cannot mistake a new claim for an old one.
+
+A runner is dead if its process is gone (seen from the same machine), or if its heartbeat stood still while it
+was looked at several times in a row. Only the reader's own clock counts, so clocks may differ by any amount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tutelage.errors import UserError
+from tutelage.files import make_directory, write_json
+from tutelage.study.records import Record, UnreadableError, read_model
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+
+class Attempt(Record):
+    """One failed attempt; `step` is that of the checkpoint it would have gone on from."""
+
+    time: str
+    host: str
+    error: str
+    step: int
+
+
+class _Attempts(Record):
+    attempts: list[Attempt]
+
+
+class Failures:
+    """The failed attempts of a study, in `queue/failures/<run>.json`.
+
+    Only attempts without progress count: a run that gets further each time before its machine goes away is
+    not broken.
+
+    Args:
+        directory: of the study.
+        retries: further attempts after a failed one.
+    """
+
+    def __init__(self, directory: Path, retries: int) -> None:
+        self._directory = directory / "queue" / "failures"
+        self._retries = retries
+        self._read: dict[str, tuple[int, list[Attempt]]] = {}
+
+    def add(self, run: str, error: str, step: int) -> None:
+        """Record a failed attempt at a run that the caller has claimed."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        attempt = Attempt(time=now, host=socket.gethostname(), error=error, step=step)
+        path = make_directory(self._directory) / f"{run}.json"
+        earlier = _attempts(path)
+        write_json(path, {"attempts": [one.model_dump() for one in [*earlier, attempt]]})
+
+    def attempted(self) -> set[str]:
+        """Runs with a failed attempt."""
+        self._look()
+        return set(self._read)
+
+    def marked(self) -> dict[str, str]:
+        """Runs that have failed for good, and why the last attempt did."""
+        self._look()
+        return {
+            run: attempts[-1].error
+            for run, (_, attempts) in self._read.items()
+            if sum(one.step == attempts[-1].step for one in attempts) > self._retries
+        }
+
+    def clear(self, run: str) -> bool:
+        """Forget the attempts at a run; False if there are none."""
+        path = self._directory / f"{run}.json"
+        there = path.exists()
+        path.unlink(missing_ok=True)
+        return there
+
+    def _look(self) -> None:
+        found = {}
+        for path in self._directory.glob("*.json"):
+            try:
+                stamp = path.stat().st_mtime_ns
+            except FileNotFoundError:  # cleared just now
+                continue
+            known = self._read.get(path.stem)
+            read = known if known is not None and known[0] == stamp else (stamp, _attempts(path))
+            if read[1]:
+                found[path.stem] = read
+        self._read = found
+
+
+def _attempts(path: Path) -> list[Attempt]:
+    """A damaged file counts as no attempt."""
+    try:
+        return read_model(path, _Attempts).attempts
+    except UnreadableError:
+        return []
+
+
+Holding = Literal["free", "ours", "theirs", "done"]
+
+
+class Runner(Record):
+    """What a runner says of itself; `machine` is None where processes of others cannot be seen."""
+
+    host: str
+    machine: str | None
+    pid: int
+    beat: int
+    time: float
+
+
+class _Claim(Record):
+    owner: str
+    state: Literal["held", "given back", "done"]
+    recipe: str
+
+
+@dataclass(slots=True)
+class _Watch:
+    """How often in a row a runner's heartbeat was found where it was."""
+
+    beat: int | None
+    missed: int
+    since: float
+
+
+class Claims:
+    """A runner's view of the claims of a study, and its own claims. A context manager.
+
+    Args:
+        directory: of the study.
+        beat_seconds: between heartbeats.
+        patience: heartbeats in a row that a runner may miss before its runs are taken over.
+    """
+
+    def __init__(self, directory: Path, beat_seconds: float = 5.0, patience: int = 6) -> None:
+        self.token = f"{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._runners = make_directory(directory / "queue" / "runners")
+        self._claims = make_directory(directory / "queue" / "claims")
+        self._beat_seconds, self._patience = beat_seconds, patience
+        self._newest: dict[str, int] = {}
+        self._read: dict[str, tuple[int, _Claim]] = {}
+        self._watched: dict[str, _Watch] = {}
+        self._dead: dict[str, bool] = {}
+        self._leave = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._write(0)
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave.set()
+        self._heart.join()
+        for suffix in (".json", ".stop"):
+            (self._runners / f"{self.token}{suffix}").unlink(missing_ok=True)
+
+    def look(self) -> None:
+        """Read what has changed on disk. The other methods answer from what this has seen."""
+        self._dead.clear()
+        for entry in os.scandir(self._claims):
+            if not entry.name.startswith("."):  # a name under which a file is being written
+                run, digits, _ = entry.name.rsplit(".", 2)
+                self._newest[run] = max(int(digits), self._newest.get(run, 0))
+        for run, number in self._newest.items():
+            known = self._read.get(run)
+            if known is None or known[0] != number or known[1].state == "held":
+                self._read[run] = number, self._claim(run, number)
+
+    def holding(self, run: str, recipe: str) -> Holding:
+        """Who has `run`; "done": it was finished with this `recipe`."""
+        if run not in self._read:
+            return "free"
+        claim = self._read[run][1]
+        if claim.state == "done" and claim.recipe == recipe:
+            return "done"
+        if claim.state != "held":
+            return "free"
+        if claim.owner == self.token:
+            return "ours"
+        return "free" if self._is_dead(claim.owner) else "theirs"
+
+    def owner(self, run: str) -> str | None:
+        """Host and process of the runner that works on `run`; None if nobody does, as far as can be seen."""
+        if run not in self._read or self._read[run][1].state != "held":
+            return None
+        runner = read_runner(self._runners / f"{self._read[run][1].owner}.json")
+        return None if runner is None or is_gone(runner) else f"{runner.host} process {runner.pid}"
+
+    def take(self, run: str, recipe: str) -> bool:
+        """Claim a free run; False if another runner was faster."""
+        number = self._newest.get(run, 0) + 1
+        claim = _Claim(owner=self.token, state="held", recipe=recipe)
+        try:
+            with self._path(run, number).open("x", encoding="utf-8") as file:
+                file.write(claim.model_dump_json())
+        except FileExistsError:
+            return False
+        self._newest[run] = number
+        self._read[run] = number, claim
+        return True
+
+    def give_back(self, run: str, *, done: bool) -> None:
+        """End a claim of ours: the run is finished, or free again."""
+        number, claim = self._read[run]
+        ended = claim.model_copy(update={"state": "done" if done else "given back"})
+        write_json(self._path(run, number), ended.model_dump())
+        self._read[run] = number, ended
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether `tutelage study stop` wants this runner to end."""
+        return (self._runners / f"{self.token}.stop").exists()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._leave.wait(self._beat_seconds):
+            beat += 1
+            with contextlib.suppress(UserError, OSError):  # a full disk: others take over if it stays so
+                self._write(beat)
+
+    def _write(self, beat: int) -> None:
+        runner = Runner(
+            host=socket.gethostname(), machine=_machine(), pid=os.getpid(), beat=beat, time=time.time()
+        )
+        write_json(self._runners / f"{self.token}.json", runner.model_dump())
+
+    def _path(self, run: str, number: int) -> Path:
+        return self._claims / f"{run}.{number}.json"
+
+    def _claim(self, run: str, number: int) -> _Claim:
+        """A claim as it is on disk; one that is being written just now is held by nobody we know."""
+        path = self._path(run, number)
+        try:
+            return read_model(path, _Claim)
+        except UnreadableError:
+            return _Claim(owner=path.name, state="held", recipe="")
+
+    def _is_dead(self, owner: str) -> bool:
+        if owner not in self._dead:
+            self._dead[owner] = self._judge(owner)
+        return self._dead[owner]
+
+    def _judge(self, owner: str) -> bool:
+        runner = read_runner(self._runners / f"{owner}.json")
+        if runner is not None and is_gone(runner):
+            return True
+        beat, now = None if runner is None else runner.beat, time.monotonic()
+        watch = self._watched.get(owner)
+        if watch is None or watch.beat != beat:
+            self._watched[owner] = _Watch(beat, 0, now)
+            return False
+        if now - watch.since >= self._beat_seconds:  # one miss a look: a pause of ours is no miss of theirs
+            watch.missed, watch.since = watch.missed + 1, now
+        return watch.missed >= self._patience
+
+
+def runners(directory: Path) -> dict[str, Runner]:
+    """The runners of a study that have not ended by themselves, by token; dead ones are among them."""
+    found = {
+        path.stem: read_runner(path) for path in sorted((directory / "queue" / "runners").glob("*.json"))
+    }
+    return {token: runner for token, runner in found.items() if runner is not None}
+
+
+def ask_to_stop(directory: Path, token: str) -> None:
+    """Ask a runner to checkpoint its runs and end."""
+    write_json(directory / "queue" / "runners" / f"{token}.stop", {"time": time.time()})
+
+
+def read_runner(path: Path) -> Runner | None:
+    """A runner's record; None if there is none, or none that can be read."""
+    try:
+        return read_model(path, Runner)
+    except UnreadableError:
+        return None
+
+
+def is_gone(runner: Runner) -> bool:
+    """Whether the process is known to have ended; False also where that cannot be seen."""
+    if runner.machine is None or runner.machine != _machine():
+        return False
+    try:
+        os.kill(runner.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _machine() -> str | None:
+    """This boot of this machine and its process numbers (containers have their own); None: not on Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None

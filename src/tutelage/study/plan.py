@@ -1,0 +1,309 @@
+"""What `plan.json` says of a study: of its runs, or of its cells before anything has a run id."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from tutelage.config.base import Fraction, Name, Section
+from tutelage.config.load import validate
+from tutelage.errors import UserError
+from tutelage.files import write_json
+from tutelage.run_directory import evaluation_id
+from tutelage.study.cells import cells_of, teachers_of, trained_as
+from tutelage.study.nodes import Cost
+from tutelage.types import Role
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from tutelage.config.data_config import StoreConfig
+    from tutelage.config.study_config import StudyConfig, TeacherSpec
+    from tutelage.study.cells import Cell
+    from tutelage.study.nodes import Node
+
+    Planned = tuple[Cell, "PlanRun"]
+
+Kind = Literal["teacher", "baseline", "student", "after"]
+
+
+class PlanStudent(Section):
+    """A student setting: what a baseline and the students compared with it have in common."""
+
+    name: str = Field(description="name in tables and figures")
+    rung: str = Field(description="name of its shape")
+    tokens: int = Field(ge=1, description="training tokens of each run")
+    parameters: int = Field(ge=1, description="parameters, embeddings included")
+
+
+class PlanTeacher(Section):
+    """One teacher, or a control in a teacher's place."""
+
+    name: str = Field(description="name in tables and figures")
+    control: bool = Field(description="true if it knows nothing of the context, like the unigram")
+    description: str = Field(description="what it is, in a few words")
+    rung: str | None = Field(None, description="its shape; null for controls and given models")
+    tokens: int | None = Field(None, description="its training tokens, where the study trains it")
+    parameters: int | None = Field(None, description="parameters, embeddings included, where known")
+    run: Name | None = Field(
+        None, description="run id, where the study trains it once; null where each seed has its own"
+    )
+    data_seed: int | None = Field(None, description="seed of its data order, where the study trains it once")
+    corpus: str | None = Field(None, description="name of its training text, where it has one of its own")
+    targets: str | None = Field(None, description="format of its cached targets; null: computed as needed")
+    texts: tuple[Name, ...] = Field((), description="scored texts that its training text is made of")
+    tested_alpha: Fraction | None = Field(
+        None,
+        description="constant alpha of the claims' tests; null: chosen on the first third of the seeds",
+    )
+
+
+class PlanDomain(Section):
+    """One scored text."""
+
+    name: Name = Field(description="name in tables and figures")
+    role: Role = Field(description="is this the training distribution?")
+
+
+class PlanRun(Section):
+    """One run: a teacher, a student without a teacher (baseline), one with a teacher, or a stage after.
+
+    A student's `arm` says what is done with its teacher; an untaught student with an arm is another control,
+    such as one with the compute of a teacher in tokens. Runs of one student, teacher and arm that differ in
+    seed are replicates.
+    """
+
+    run: Name = Field(description="run id, the name of its directory")
+    kind: Kind
+    group: str = Field(description="student group of the study file that asked for it; teachers: 'teachers'")
+    student: str | None = Field(description="student setting; null for teachers")
+    teacher: str | None = Field(description="its own name (teacher), its teacher's, or null")
+    arm: str | None = Field(description="what is done with the teacher, in words; null for teacher, baseline")
+    alpha: Fraction | None = Field(description="weight of the distillation loss where it is one number")
+    seed: int = Field(description="seed of the run; a student is compared with the baseline of its seed")
+    tokens: int = Field(ge=1, description="training tokens")
+    parameters: int = Field(ge=1, description="parameters, embeddings included")
+    flops: float = Field(ge=0, description="estimate of its training, teacher included")
+    baseline: Name | None = Field(description="run id it is compared with; null for teachers and baselines")
+    stage: Name | None = Field(None, description="post-training stage (kind after)")
+    after: Name | None = Field(None, description="run id that the stage went on from (kind after)")
+    teacher_run: Name | None = Field(
+        None, description="run id of its teacher, where each seed has a teacher of its own"
+    )
+    twin: int = Field(
+        0,
+        ge=0,
+        description="of an untaught run: 0, or the number of a further one of its seed, with other initial "
+        "weights and the same batches; gains are against the mean of all",
+    )
+    evaluation: str | None = Field(
+        None, description="identity of what it is scored on; state.json has the versions of those scores"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanRun:
+        if (self.student is None) != (self.kind == "teacher"):
+            raise ValueError(f"run {self.run}: every run but a teacher's has a student setting")
+        if self.kind == "student" and (self.arm is None or self.baseline is None):
+            raise ValueError(f"run {self.run}: a student run needs an arm and a baseline")
+        if self.kind in {"teacher", "baseline"} and (self.arm, self.baseline) != (None, None):
+            raise ValueError(f"run {self.run}: a {self.kind} run has neither arm nor baseline")
+        if (self.kind == "after") != (self.after is not None and self.stage is not None):
+            raise ValueError(
+                f"run {self.run}: stage and after belong to runs of kind after, and only to them"
+            )
+        if self.twin and (self.kind in {"teacher", "student"} or self.baseline is not None):
+            raise ValueError(f"run {self.run}: only untaught runs have twins")
+        return self
+
+
+class Plan(Section):
+    """What `plan.json` holds."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    schema_version: Literal[2] = Field(2, alias="schema", description="version of this file's format")
+    name: Name
+    title: str = Field(description="heading of the report")
+    seeds: tuple[int, ...] = Field(min_length=1, description="seeds of the student runs")
+    runs_directory: str = Field("runs", description="directory of the runs, from the study's directory")
+    students: tuple[PlanStudent, ...]
+    teachers: tuple[PlanTeacher, ...]
+    domains: tuple[PlanDomain, ...]
+    in_domain: Name = Field(description="the domain that is the training distribution")
+    runs: tuple[PlanRun, ...]
+    claims: tuple[int, ...] = Field((), description="numbers of the pre-registered claims")
+    notes: tuple[str, ...] = Field((), description="remarks for the report")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        inside = [domain.name for domain in self.domains if domain.role == "in_domain"]
+        if inside != [self.in_domain]:
+            raise ValueError(f"in_domain is '{self.in_domain}' but the domains with that role are {inside}")
+        if len(self.domains) == 1:
+            raise ValueError("domains: at least one must have the role out_of_domain")
+        for what, known in (("teacher", self.teachers), ("student", self.students)):
+            names = {entry.name for entry in known}
+            used = {run.model_dump()[what] for run in self.runs} - {None}
+            if unknown := sorted(used - names):
+                raise ValueError(f"runs name {what}s that are not in '{what}s': {unknown}")
+            _refuse_twice(what, [entry.name for entry in known])
+        _refuse_twice("domain", [domain.name for domain in self.domains])
+        _refuse_twice("run", [run.run for run in self.runs])
+        cells = [(r.kind, r.student, r.teacher, r.arm, r.seed, r.stage, r.twin) for r in self.runs]
+        _refuse_twice("cell", cells)
+        known_runs = {run.run for run in self.runs} | {None}
+        if lost := [run.run for run in self.runs if run.teacher_run not in known_runs]:
+            raise ValueError(f"run {lost[0]}: its teacher's run is not among the runs")
+        if lost := [run.run for run in self.runs if run.baseline not in known_runs]:
+            raise ValueError(f"run {lost[0]}: its baseline is not among the runs")
+        return self
+
+
+def _refuse_twice(what: str, keys: Sequence[Hashable]) -> None:
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise ValueError(f"the same {what} appears twice: {twice[0]}")
+
+
+def load_plan(directory: Path) -> Plan:
+    """Read `directory/plan.json`.
+
+    Raises:
+        UserError: the file is missing, is no JSON, or a field is wrong.
+    """
+    path = directory / "plan.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the directory of a study") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    return validate(Plan, data, str(path))
+
+
+def save_plan(directory: Path, plan: Plan) -> None:
+    """Write `directory/plan.json`, which `load_plan` reads back."""
+    write_json(directory / "plan.json", plan.model_dump(mode="json", by_alias=True))
+
+
+def plan_of(study: StudyConfig, nodes: Sequence[Node]) -> Plan:
+    """The plan of a study whose runs are known."""
+    ids = {node.cell.name: node.id for node in nodes}
+    return _plan(
+        study,
+        [
+            (
+                node.cell,
+                _run(
+                    node.cell,
+                    ids,
+                    Cost(node.tokens, node.parameters, node.flops, node.teacher_flops),
+                    evaluation_id(node.config),
+                ),
+            )
+            for node in nodes
+        ],
+    )
+
+
+def draft_of(study: StudyConfig) -> Plan:
+    """The plan of a study of which nothing is built: cells stand for runs, the vocabulary is as asked for.
+
+    Raises:
+        UserError: a cell cannot be built.
+    """
+    teachers = teachers_of(study)
+    vocab_size = study.corpus.tokenizer.vocab_size
+    cells = cells_of(study)
+    names = {cell.name: cell.name for cell in cells}
+    return _plan(
+        study,
+        [(cell, _run(cell, names, Cost.of(cell, teachers, vocab_size))) for cell in cells],
+    )
+
+
+def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
+    teachers = teachers_of(study)
+    run_of = trained_as(teachers)
+    trained: dict[str | None, list[Planned]] = {}
+    for cell, run in planned:
+        if cell.kind == "teacher":
+            trained.setdefault(cell.teacher, []).append((cell, run))
+    students = {
+        cell.student: PlanStudent(
+            name=cell.student, rung=cell.rung, tokens=run.tokens, parameters=run.parameters
+        )
+        for cell, run in planned
+        if cell.kind == "baseline" and cell.student is not None
+    }
+    outside = tuple(PlanDomain(name=name, role=spec.role) for name, spec in study.domains.items())
+    return Plan(
+        name=study.name,
+        title=study.title,
+        seeds=study.seeds,
+        students=tuple(students.values()),
+        teachers=tuple(
+            _teacher(study, name, spec, trained.get(run_of.get(name), [])) for name, spec in teachers.items()
+        ),
+        domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
+        in_domain=study.in_domain,
+        runs=tuple(run for _, run in planned),
+        claims=study.claims,
+        notes=study.notes,
+    )
+
+
+def _teacher(study: StudyConfig, name: str, spec: TeacherSpec, trained: Sequence[Planned]) -> PlanTeacher:
+    """A teacher; `trained` are its runs, one or one for each seed."""
+    run = trained[0][1] if trained else None
+    once = trained[0] if spec.seed is not None and trained else None
+    return PlanTeacher(
+        name=name,
+        control=spec.control is not None,
+        description=spec.description,
+        rung=spec.rung,
+        tokens=None if run is None else run.tokens,
+        parameters=None if run is None else run.parameters,
+        run=None if once is None else once[1].run,
+        data_seed=None if once is None else once[0].settings["data"]["seed"],
+        corpus=None if spec.corpus is None else spec.corpus.name,
+        targets=None if spec.cache is None else spec.cache.format.kind,
+        texts=() if spec.corpus is None else tuple(_texts_of(study, spec.corpus)),
+        tested_alpha=spec.tested_alpha,
+    )
+
+
+def _texts_of(study: StudyConfig, corpus: StoreConfig) -> Iterator[str]:
+    """Names of the scored texts that are among the sources of a teacher's own text, at any weight."""
+    own = [source.model_copy(update={"weight": None}) for source in corpus.sources]
+    for name, domain in study.domains.items():
+        if domain.source.model_copy(update={"weight": None}) in own:
+            yield name
+
+
+def _run(cell: Cell, ids: Mapping[str, str], cost: Cost, evaluation: str | None = None) -> PlanRun:
+    after = cell.needs[0] if cell.kind == "after" else None
+    return PlanRun(
+        run=ids[cell.name],
+        kind=cell.kind,
+        group=cell.group,
+        student=cell.student,
+        teacher=cell.teacher,
+        arm=cell.arm,
+        alpha=cell.alpha,
+        seed=cell.seed,
+        tokens=cost.tokens,
+        parameters=cost.parameters,
+        flops=cost.flops + cost.teacher_flops,
+        baseline=None if cell.baseline is None else ids[cell.baseline],
+        stage=cell.stage,
+        after=None if after is None else ids[after],
+        teacher_run=None if cell.learned is None else ids[cell.learned],
+        twin=cell.twin,
+        evaluation=evaluation,
+    )

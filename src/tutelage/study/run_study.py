@@ -1,0 +1,209 @@
+"""A study from its file to finished runs: stores, plan, runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.data.store import open_store
+from tutelage.data.store_manifest import remarks
+from tutelage.errors import Stopped, UserError
+from tutelage.files import BusyError, claimed, make_directory, stop_signal
+from tutelage.study.cells import teachers_of
+from tutelage.study.engines.engine import StoreTask
+from tutelage.study.leases import Claims, Failures, is_gone, runners
+from tutelage.study.nodes import Node, Stores, check_cells, expand
+from tutelage.study.plan import Plan, load_plan, plan_of, save_plan
+from tutelage.study.runner import run_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tutelage.config.study_config import StudyConfig
+    from tutelage.study.engines.engine import Engine
+    from tutelage.study.runner import StudyWatcher
+
+_POLL_SECONDS = 0.5
+
+
+def build_stores(
+    study: StudyConfig, directory: Path, engine: Engine, claims: Claims, say: Callable[[str], None]
+) -> Stores:
+    """Build a study's token stores: the corpus, then the rest in its tokens.
+
+    Args:
+        study: the study.
+        directory: of the stores.
+        engine: where they are built.
+        claims: of this runner, which may be asked to stop.
+        say: told which text is read, and what is unusual about it.
+
+    Raises:
+        UserError: a store cannot be built.
+        Stopped: on Ctrl-C or `tutelage study stop`.
+    """
+
+    def build(configs: Mapping[str, StoreConfig]) -> dict[str, Path]:
+        tasks = {key: StoreTask(config=config, directory=directory) for key, config in configs.items()}
+        return _perform_all(tasks, engine, claims, say)
+
+    corpus = build({"corpus": study.corpus})["corpus"]
+    tokenizer = TokenizerConfig(path=corpus)
+    wanted = {
+        ("domain", name): StoreConfig(
+            name=name,
+            sources=(spec.source,),
+            tokenizer=tokenizer,
+            validation=0.5,
+            test=0.5,
+            max_bytes=spec.max_bytes,
+        )
+        for name, spec in study.domains.items()
+    }
+    texts = [("teacher", name, spec.corpus) for name, spec in teachers_of(study).items()]
+    texts += [("stage", name, spec.corpus) for name, spec in study.post_training.items()]
+    wanted |= {
+        (part, name): text.model_copy(update={"tokenizer": tokenizer})
+        for part, name, text in texts
+        if text is not None
+    }
+    distinct = {config.model_dump_json(): config for config in wanted.values()}
+    built = build(distinct)
+    places = {key: built[config.model_dump_json()] for key, config in wanted.items()}
+
+    def of(part: str) -> dict[str, Path]:
+        return {name: path for (kind, name), path in places.items() if kind == part}
+
+    return Stores(corpus=corpus, domains=of("domain"), teachers=of("teacher"), stages=of("stage"))
+
+
+def _perform_all(
+    tasks: Mapping[str, StoreTask], engine: Engine, claims: Claims, say: Callable[[str], None]
+) -> dict[str, Path]:
+    """Build every store; the first that fails ends it."""
+    waiting, running, built = list(tasks), set[str](), dict[str, Path]()
+    with stop_signal() as stop:
+        while waiting or running:
+            for key in waiting[: engine.slots - len(running)]:
+                waiting.remove(key)
+                running.add(key)
+                say(f"text: {tasks[key].config.name}")
+                engine.start(key, tasks[key])
+            for key, outcome in engine.wait(_POLL_SECONDS).items():
+                running.remove(key)
+                if outcome.status == "failed":
+                    raise UserError(outcome.text)
+                if outcome.status == "done":
+                    built[key] = Path(outcome.text)
+                    for line in remarks(open_store(built[key]).manifest):
+                        say(f"text: {tasks[key].config.name}: {line}")
+                else:  # another process is building it
+                    waiting.append(key)
+                    stop.wait(_POLL_SECONDS)
+            if stop.is_set() or claims.is_asked_to_stop():
+                raise Stopped
+    return built
+
+
+_POLL_SECONDS = 0.5
+_FRESH_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a study is run; nothing here changes its results.
+
+    Attributes:
+        retries: further attempts at a run after one that failed without getting further.
+        cohort: largest number of students of one teacher and seed that train together.
+    """
+
+    retries: int = 1
+    cohort: int = 1
+
+
+def run_study(
+    study: StudyConfig,
+    directory: Path,
+    engine: Engine,
+    watcher: StudyWatcher,
+    say: Callable[[str], None],
+    rules: Rules | None = None,
+) -> None:
+    """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
+
+    Args:
+        study: what to run.
+        directory: everything lands here: data/, runs/, plan.json, queue/.
+        engine: where the work is done.
+        watcher: shown the state of all runs twice a second.
+        say: told what is being done between the runs.
+        rules: how it is run.
+
+    Raises:
+        UserError: input is wrong, some runs failed, or a runner works on another study in `directory`.
+        Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
+    """
+    rules = rules or Rules()
+    check_cells(study)
+    make_directory(directory)
+    with engine, Claims(directory) as claims:
+        with _prepared_alone(directory, claims, say):
+            stores = build_stores(study, directory / "data", engine, claims, say)
+            nodes = expand(study, stores, directory / "runs", open_store(stores.corpus).vocab_size)
+            _check_budgets(nodes)
+            _publish(directory, plan_of(study, nodes), claims)
+        run_all(nodes, engine, claims, Failures(directory, rules.retries), watcher, rules.cohort)
+
+
+@contextlib.contextmanager
+def _prepared_alone(directory: Path, claims: Claims, say: Callable[[str], None]) -> Iterator[None]:
+    """Be the only one on this machine that prepares the study; others wait, and then find it prepared."""
+    with contextlib.ExitStack() as held:
+        said = False
+        while True:
+            try:
+                held.enter_context(claimed(directory / "lock", f"study {directory}"))
+                break
+            except BusyError:
+                if not said:
+                    say("another runner prepares the study")
+                said = True
+                if claims.is_asked_to_stop():
+                    raise Stopped from None
+                time.sleep(_POLL_SECONDS)
+        yield
+
+
+def _publish(directory: Path, plan: Plan, claims: Claims) -> None:
+    """Write plan.json, unless a living runner works on another plan."""
+    others = [
+        runner
+        for token, runner in runners(directory).items()
+        if token != claims.token and not is_gone(runner) and time.time() - runner.time < _FRESH_SECONDS
+    ]
+    if others and (directory / "plan.json").exists() and load_plan(directory) != plan:
+        raise UserError(
+            f"{directory}: process {others[0].pid} on {others[0].host} runs another plan there; stop it "
+            f"with `tutelage study stop {directory}`, or give another --output"
+        )
+    save_plan(directory, plan)
+
+
+def _check_budgets(nodes: list[Node]) -> None:
+    """A study compares runs on fresh text; repeated text would regularise and flatter any teacher."""
+    available = {
+        path: len(open_store(path).split("train").tokens)
+        for path in {node.config.data.store for node in nodes}
+    }
+    for node in nodes:
+        if node.cell.kind != "after" and node.tokens > available[node.config.data.store]:
+            raise UserError(
+                f"{node.id}: {node.tokens:,} tokens are more than the "
+                f"{available[node.config.data.store]:,} of the training split, so text would repeat; lower "
+                "the budget or add text"
+            )

@@ -1,0 +1,1 @@
+"""Teacher caches: targets computed once, kept on disk by token position, and read back."""

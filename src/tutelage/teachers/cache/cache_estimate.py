@@ -1,0 +1,167 @@
+"""What a cache would take, in every format, before it is written: bytes by trial, time by measurement."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.config.cache_config import (
+    Format,
+    HiddenFormat,
+    MinVarianceFormat,
+    MultinomialFormat,
+    TopKFormat,
+)
+from tutelage.teachers.cache.cache_writer import encoded
+from tutelage.teachers.cache.codec import Setting
+from tutelage.teachers.cache.formats import FORMATS, make_codec
+from tutelage.teachers.cache.job import make_plan, prepare
+from tutelage.teachers.cache.shard import INDEX_BYTES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tutelage.config.teach_config import TeachConfig
+    from tutelage.teachers.cache.job import Job
+    from tutelage.types import Batch, DenseTargets
+
+_TRIALS = 2
+_TOPK = (12, 50)
+
+
+@dataclass(frozen=True, slots=True)
+class FormatEstimate:
+    """What one format would take.
+
+    Attributes:
+        format: with its parameters.
+        exactness: what it promises.
+        bytes_per_token: as written, index included, as measured on the trial batches.
+        total_bytes: of the whole cache, head included.
+        seconds: teacher and codec one after the other, on this machine, alone; they overlap, so it can
+            be less.
+        configured: whether this is the format of the config.
+    """
+
+    format: Format
+    exactness: str
+    bytes_per_token: float
+    total_bytes: float
+    seconds: float
+    configured: bool
+
+    @property
+    def label(self) -> str:
+        """Kind and parameters, for a table."""
+        fields = self.format.model_dump(exclude={"kind"})
+        return " ".join([self.format.kind, *(f"{name}={value}" for name, value in fields.items())])
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a cache would take.
+
+    Attributes:
+        path: where it would be written.
+        tokens: positions to cover.
+        teacher_flops: of all forward passes.
+        free_bytes: on the disk it would be written to.
+        trial_tokens: positions that bytes and time were measured on.
+        formats: the configured one first.
+    """
+
+    path: Path
+    tokens: int
+    teacher_flops: float
+    free_bytes: int
+    trial_tokens: int
+    formats: tuple[FormatEstimate, ...]
+
+
+def estimate(config: TeachConfig) -> Estimate:
+    """Load the teacher, run two of its batches, and encode them in every format. Writes nothing.
+
+    Raises:
+        UserError: the config is wrong, as `write_cache` would say.
+    """
+    job = prepare(make_plan(config))
+    layout = job.manifest.layout
+    batches = _trial_batches(job)
+    job.targets(batches[0])  # the first call pays for set-up
+    trials, forward = [], 0.0
+    for batch in batches:
+        start = time.perf_counter()
+        targets = job.targets(batch)
+        _wait(job.device)
+        forward += time.perf_counter() - start
+        trials.append((targets, batch))
+    tokens = sum(batch.tokens_BT.numel() for batch in batches)
+    place = config.output.absolute()
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    return Estimate(
+        path=job.plan.path,
+        tokens=layout.positions,
+        teacher_flops=layout.positions * job.teacher.forward_flops,
+        free_bytes=shutil.disk_usage(existing).free,
+        trial_tokens=tokens,
+        formats=tuple(_tried(job, choice, trials, forward) for choice in _choices(job)),
+    )
+
+
+def _trial_batches(job: Job) -> list[Batch]:
+    """Batches from different parts of the text, or the first ones where there is only one shard."""
+    shards = job.manifest.layout.shards
+    chosen = sorted({trial * shards // _TRIALS for trial in range(_TRIALS)})
+    return [batch for shard in chosen for batch in islice(job.batches(shard), _TRIALS // len(chosen))]
+
+
+def _choices(job: Job) -> list[Format]:
+    """The configured format, then usual ones of every kind."""
+    vocab_size = job.manifest.vocab_size
+    usual: list[Format] = [
+        MinVarianceFormat(ids=min(16, vocab_size)),
+        MultinomialFormat(kind="sample_multinomial"),
+        *(TopKFormat(kind="topk", k=min(k, vocab_size)) for k in _TOPK),
+        HiddenFormat(kind="hidden", dtype="int8"),
+        HiddenFormat(kind="hidden", dtype="float16"),
+        HiddenFormat(kind="hidden", dtype="float32"),
+    ]
+    configured = job.manifest.format
+    return [configured, *(choice for choice in usual if choice != configured)]
+
+
+def _tried(
+    job: Job, choice: Format, trials: list[tuple[DenseTargets, Batch]], forward: float
+) -> FormatEstimate:
+    manifest = job.manifest.model_copy(update={"format": choice})
+    setting = Setting(manifest.vocab_size, manifest.width, manifest.temperature, manifest.seed)
+    tried = replace(job, manifest=manifest, codec=make_codec(choice, setting))
+    size = tokens = 0
+    start = time.perf_counter()
+    for targets, batch in trials:
+        blocks, positions = encoded(tried, targets, batch)
+        size += sum(len(block) + INDEX_BYTES for block, _ in blocks)
+        tokens += positions
+    seconds = forward + time.perf_counter() - start
+    positions = manifest.layout.positions
+    return FormatEstimate(
+        format=choice,
+        exactness=FORMATS[choice.kind].exactness,
+        bytes_per_token=size / tokens,
+        total_bytes=size / tokens * positions + tried.head_bytes,
+        seconds=seconds / tokens * positions,
+        configured=choice == job.manifest.format,
+    )
+
+
+def _wait(device: torch.device) -> None:
+    """Let the device finish, so that the clock sees its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,215 @@
+"""From a config to everything that writing a cache needs, checked before any compute is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tutelage.config.load import digest
+from tutelage.config.run_config import ControlTeacher, ModelTeacher
+from tutelage.data.store import open_store
+from tutelage.errors import UserError
+from tutelage.models import hub
+from tutelage.teachers import locate, make_teacher
+from tutelage.teachers.cache.codec import Setting
+from tutelage.teachers.cache.formats import make_codec
+from tutelage.teachers.cache.layout import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
+from tutelage.teachers.cache.shard import INDEX_BYTES
+from tutelage.types import Batch, DenseTargets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from tutelage.config.run_config import LiveTeacher
+    from tutelage.config.teach_config import TeachConfig
+    from tutelage.data.store import Store
+    from tutelage.teachers.cache.codec import Codec
+    from tutelage.teachers.live import Teacher
+
+_NOT_THE_CONTENT = {"name", "store", "teacher", "device", "threads", "runs", "output"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which cache a config means.
+
+    Attributes:
+        config: what was asked for.
+        store: the text.
+        teacher: as in the config, with a Hub name pinned to a commit.
+        teacher_fingerprint: what fixes the teacher's weights.
+        path: the cache's directory.
+    """
+
+    config: TeachConfig
+    store: Store
+    teacher: LiveTeacher
+    teacher_fingerprint: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A cache, ready to be written.
+
+    Attributes:
+        plan: which cache.
+        tokens: ids of the train split, mapped from disk.
+        device: where the teacher computes.
+        teacher: what it asks.
+        head: the teacher's head without padded rows, as files name its parts: "head" [V, E] and, where it
+            has one, "bias" [V].
+        codec: from targets to bytes.
+        manifest: of a cache without shards and without a head.
+    """
+
+    plan: Plan
+    tokens: NDArray[Any]
+    device: torch.device
+    teacher: Teacher
+    head: Mapping[str, Tensor]
+    codec: Codec
+    manifest: CacheManifest
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What the codec says a position takes, with its part of the index."""
+        return self.codec.bits_per_token() / 8 + INDEX_BYTES / self.manifest.layout.context_length
+
+    @property
+    def head_bytes(self) -> int:
+        """Size of head.safetensors, near enough; 0 for formats that need none."""
+        parts = self.head.values() if self.manifest.format.kind == "hidden" else ()
+        return sum(part.nbytes for part in parts)
+
+    def targets(self, batch: Batch) -> DenseTargets:
+        """The teacher's distributions over the store's vocabulary."""
+        return _asked(self.teacher, batch, self.plan)
+
+    def batches(self, shard: int) -> Iterator[Batch]:
+        """The teacher's batches for one shard: fixed by the config, so that rounding is too."""
+        layout = self.manifest.layout
+        blocks = layout.blocks_of(shard)
+        whole = blocks.stop - (layout.block_tokens(blocks.stop - 1) < layout.context_length)
+        size = max(1, self.manifest.batch_tokens // layout.context_length)
+        for first in range(blocks.start, whole, size):
+            yield self._batch(first, min(size, whole - first), layout.context_length)
+        if whole < blocks.stop:
+            yield self._batch(whole, 1, layout.block_tokens(whole))
+
+    def _batch(self, first: int, contexts: int, length: int) -> Batch:
+        start = first * self.manifest.layout.context_length
+        ids = torch.from_numpy(self.tokens[start : start + contexts * length + 1].astype("int64"))
+        shape = (contexts, length)
+        starts = tuple(range(start, start + contexts * length, length))
+        return Batch(ids[:-1].view(shape), ids[1:].view(shape), starts).to(self.device)
+
+
+def make_plan(config: TeachConfig) -> Plan:
+    """Find the cache of `config`: read the store's manifest and the teacher's checksum, load no model.
+
+    Raises:
+        UserError: store or teacher is missing.
+    """
+    store = open_store(config.store)
+    teacher, fingerprint = _pinned(config.teacher, store, config.runs)
+    content = config.model_dump(mode="json", exclude=_NOT_THE_CONTENT) | {
+        "schema_version": SCHEMA_VERSION,
+        "teacher": fingerprint,
+        "store": store.fingerprint,
+    }
+    if not isinstance(teacher, ControlTeacher) and teacher.attn_implementation is not None:
+        content["attn_implementation"] = teacher.attn_implementation
+    return Plan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
+
+
+def prepare(plan: Plan) -> Job:
+    """Load the teacher and check that it fits the store.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    config, store = plan.config, plan.store
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = hub.pick_device(config.device)
+    context_length = config.context_length
+    teacher = make_teacher(
+        plan.teacher, store, runs=config.runs, context_length=context_length, device=device
+    )
+    layout = Layout(
+        positions=_positions(store),
+        context_length=context_length,
+        contexts_per_shard=max(1, config.shard_tokens // context_length),
+    )
+    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    probe = _asked(teacher, Batch(token_11, token_11, (0,)), plan)
+    width = probe.hidden_NE.shape[1]
+    manifest = CacheManifest(
+        schema_version=SCHEMA_VERSION,
+        teacher=TeacherRecord(
+            kind=config.teacher.kind,
+            id=_id(config.teacher),
+            fingerprint=plan.teacher_fingerprint,
+            forward_flops=teacher.forward_flops,
+            notes=teacher.notes,
+        ),
+        vocab_size=store.vocab_size,
+        width=width,
+        transform=probe.transform,
+        dtype=config.dtype,
+        store=store.fingerprint,
+        split="train",
+        layout=layout,
+        batch_tokens=config.batch_tokens,
+        format=config.format,
+        temperature=config.temperature,
+        seed=config.seed,
+        compress=config.compress,
+        head_sha256=None,
+        shards=(),
+    )
+    codec = make_codec(config.format, Setting(store.vocab_size, width, config.temperature, config.seed))
+    head = {"head": probe.head_VE} | ({} if probe.bias_V is None else {"bias": probe.bias_V})
+    return Job(plan, store.split("train").tokens, device, teacher, head, codec, manifest)
+
+
+@torch.no_grad()
+def _asked(teacher: Teacher, batch: Batch, plan: Plan) -> DenseTargets:
+    """Targets without the padded rows of the teacher's head, in the compute type of the config."""
+    half = plan.config.dtype == "bfloat16"
+    with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=half):
+        targets = teacher.targets(batch)
+    assert isinstance(targets, DenseTargets)  # noqa: S101 - what every live teacher gives
+    vocab = plan.store.vocab_size
+    bias_V = None if targets.bias_V is None else targets.bias_V[:vocab]
+    return DenseTargets(targets.hidden_NE, targets.head_VE[:vocab], targets.transform, bias_V)
+
+
+def _pinned(teacher: LiveTeacher, store: Store, runs: Path) -> tuple[LiveTeacher, str]:
+    """The teacher with a moving revision replaced by its commit, and what fixes its weights."""
+    if isinstance(teacher, ControlTeacher):
+        return teacher, f"{teacher.kind} of {store.fingerprint}"
+    fingerprint, commit = hub.identify(*locate(teacher, runs))
+    if isinstance(teacher, ModelTeacher):
+        teacher = teacher.model_copy(update={"revision": commit})
+    return teacher, fingerprint
+
+
+def _id(teacher: LiveTeacher) -> str:
+    if isinstance(teacher, ControlTeacher):
+        return teacher.kind
+    return teacher.path if isinstance(teacher, ModelTeacher) else teacher.run
+
+
+def _positions(store: Store) -> int:
+    positions = store.manifest.splits["train"].tokens - 1
+    if positions < 1:
+        raise UserError(f"{store.path}: the train split is empty, so there is nothing to teach")
+    return positions

@@ -1,0 +1,229 @@
+"""Reading a teacher cache: targets by token position, mapped from disk and checked on first touch."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+
+from tutelage.errors import UserError
+from tutelage.teachers.cache.codec import HiddenRows, Setting
+from tutelage.teachers.cache.formats import make_codec
+from tutelage.teachers.cache.layout import read_cache_manifest
+from tutelage.teachers.cache.shard import ShardFile, wrong_size
+from tutelage.types import SparseTargets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from tutelage.data.store import Store
+    from tutelage.teachers.cache.codec import Rows
+    from tutelage.teachers.cache.layout import CacheManifest
+    from tutelage.types import LogitTransform
+
+_OPEN_FILES = 256
+"""Mapped shards at a time: every map holds a file descriptor, and a process may have about 1000."""
+
+
+class Cache:
+    """An opened cache. Threads may read from it at the same time.
+
+    Attributes:
+        path: its directory.
+        manifest: what it holds.
+    """
+
+    def __init__(self, path: Path, manifest: CacheManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        setting = Setting(manifest.vocab_size, manifest.width, manifest.temperature, manifest.seed)
+        self._codec = make_codec(manifest.format, setting)
+        self._lock = threading.Lock()
+        self._shards: dict[int, ShardFile] = {}  # in order of use, the latest last
+        self._checked_shards: set[int] = set()
+        self._checked_blocks = bytearray(manifest.layout.blocks)
+
+    def check_fits(self, store: Store, sequence_length: int) -> None:
+        """Refuse a token store or a sequence length that the cache was not written for.
+
+        Raises:
+            UserError: naming both values.
+        """
+        if store.fingerprint != self.manifest.store:
+            raise UserError(
+                f"teacher cache {self.path}: written for a token store with fingerprint "
+                f"{self.manifest.store[:16]}, {store.path} has {store.fingerprint[:16]}; teach again on it"
+            )
+        context_length = self.manifest.layout.context_length
+        if context_length % sequence_length:
+            raise UserError(
+                f"data.sequence_length = {sequence_length}: must divide the context_length of "
+                f"teacher cache {self.path}, which is {context_length}"
+            )
+
+    def read(self, starts: Sequence[int], length: int) -> Rows:
+        """The targets of `length` positions from each of `starts` on, one start after the other.
+
+        Args:
+            starts: multiples of `length`, not empty.
+            length: a divisor of the context length.
+
+        Returns:
+            CPU tensors for N = len(starts) * length positions; they may be views of the cache, so do not
+            write to them.
+
+        Raises:
+            UserError: a block is damaged; the message names file and tokens.
+            ValueError: a start or the length is outside the grid, or beyond the split.
+        """
+        layout = self.manifest.layout
+        last = layout.positions - length
+        for start in starts:
+            if layout.context_length % length or start % length or not 0 <= start <= last:
+                raise ValueError(
+                    f"start {start}, length {length}: the cache has contexts of {layout.context_length} "
+                    f"and {layout.positions} positions"
+                )
+        return _joined([self._rows(start, length) for start in starts])
+
+    def head(self) -> tuple[Tensor, LogitTransform, Tensor | None]:
+        """The teacher's output embedding [V, E], what it does to its logits, and its bias [V] or None.
+
+        Raises:
+            UserError: the file is missing or damaged.
+            ValueError: the format keeps no hidden states.
+        """
+        if self.manifest.head_sha256 is None:
+            raise ValueError(f"{self.path}: format {self.manifest.format.kind} has no head")
+        self.check_head()
+        parts = load_file(self.path / HEAD_FILE)
+        return parts["head"], self.manifest.transform, parts.get("bias")
+
+    def check_head(self) -> None:
+        """Compare head.safetensors with its checksum; nothing to do where there is none.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        expected = self.manifest.head_sha256
+        if expected is not None and file_sha256(self.path / HEAD_FILE) != expected:
+            raise UserError(
+                f"{self.path / HEAD_FILE}: missing or damaged; run the same `tutelage teach` again to mend it"
+            )
+
+    def check_shard(self, shard: int) -> None:
+        """Compare every block of a shard with its checksum.
+
+        Raises:
+            UserError: naming the first damaged block.
+        """
+        file = self._shard(shard)
+        for block in self.manifest.layout.blocks_of(shard):
+            file.block(block, check=True)
+
+    def _rows(self, start: int, length: int) -> Rows:
+        layout = self.manifest.layout
+        block, offset = divmod(start, layout.context_length)
+        blob = self._shard(block // layout.contexts_per_shard).block(
+            block, check=not self._checked_blocks[block]
+        )
+        self._checked_blocks[block] = 1
+        tokens = layout.block_tokens(block)
+        rows = self._codec.decode(blob, tokens)
+        return rows if tokens == length else _part(rows, slice(offset, offset + length))
+
+    def _shard(self, shard: int) -> ShardFile:
+        with self._lock:
+            file = self._shards.pop(shard, None)
+            if file is None:
+                file = ShardFile(self.path, self.manifest.layout, shard, self.manifest.shards[shard])
+            if shard not in self._checked_shards:
+                file.check_index()
+                self._checked_shards.add(shard)
+            self._shards[shard] = file
+            if len(self._shards) > _OPEN_FILES:
+                del self._shards[next(iter(self._shards))]
+            return file
+
+
+HEAD_FILE = "head.safetensors"
+
+
+def open_cache(path: Path) -> Cache:
+    """Open a teacher cache and check that it is complete.
+
+    Raises:
+        UserError: it is no cache, has another schema version, is unfinished, or a file is missing or has
+            the wrong size.
+    """
+    manifest = read_cache_manifest(path)
+    if not manifest.finished:
+        raise UserError(
+            f"{path}: unfinished, {len(manifest.shards)} of {manifest.layout.shards} shards done; "
+            "run the same `tutelage teach` to go on"
+        )
+    for record in manifest.shards:
+        try:
+            size = (path / record.file).stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"{path / record.file}: cannot be read ({error.strerror}); run the same `tutelage teach` "
+                "again, which computes just it"
+            ) from None
+        if size != record.bytes:
+            raise UserError(wrong_size(path / record.file, size, record.bytes))
+    return Cache(path, manifest)
+
+
+def verify_cache(path: Path) -> Cache:
+    """Open a teacher cache and recompute every checksum.
+
+    Raises:
+        UserError: as `open_cache`, or something is damaged; the message names file and tokens.
+    """
+    cache = open_cache(path)
+    cache.check_head()
+    for shard in range(cache.manifest.layout.shards):
+        cache.check_shard(shard)
+    return cache
+
+
+def file_sha256(path: Path) -> str | None:
+    """Checksum of a file; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _part(rows: Rows, part: slice) -> Rows:
+    if isinstance(rows, HiddenRows):
+        return HiddenRows(rows.hidden_NE[part], rows.gold_logp_N[part])
+    return SparseTargets(
+        rows.ids_NK[part], rows.probs_NK[part], rows.tail_N[part], rows.gold_logp_N[part], rows.temperature
+    )
+
+
+def _joined(rows: Sequence[Rows]) -> Rows:
+    if len(rows) == 1:
+        return rows[0]
+    hidden = [one for one in rows if isinstance(one, HiddenRows)]
+    if hidden:
+        return HiddenRows(
+            torch.cat([one.hidden_NE for one in hidden]), torch.cat([one.gold_logp_N for one in hidden])
+        )
+    sparse = [one for one in rows if isinstance(one, SparseTargets)]
+    return SparseTargets(
+        torch.cat([one.ids_NK for one in sparse]),
+        torch.cat([one.probs_NK for one in sparse]),
+        torch.cat([one.tail_N for one in sparse]),
+        torch.cat([one.gold_logp_N for one in sparse]),
+        sparse[0].temperature,
+    )

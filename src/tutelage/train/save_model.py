@@ -1,0 +1,113 @@
+"""The finished model as a Hugging Face directory, checked against the model in memory, with a card."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutelage import provenance
+from tutelage.config.load import to_yaml
+from tutelage.config.run_config import CacheTeacher, ControlTeacher, ModelTeacher, RunTeacher
+from tutelage.data.store import open_store
+from tutelage.models import hub
+from tutelage.models.export import card
+
+if TYPE_CHECKING:
+    from tutelage.config.run_config import RunConfig
+    from tutelage.data.store import Store
+    from tutelage.run_directory import RunDirectory
+    from tutelage.train.setup import Setup
+
+_HUB_KINDS = {"hub", "hub_pairs"}
+
+
+def export(setup: Setup, directory: RunDirectory) -> None:
+    """Write the model directory of a trained run, and say in state.json how its logits compare.
+
+    Raises:
+        UserError: it cannot be written, or what was written computes other logits.
+    """
+    config = setup.config
+    store = open_store(config.data.store)
+    text = _card(setup, directory.id, store)
+    difference = hub.save(setup.model, directory.model, store.path, setup.base, text)
+    directory.write_state("running", export={"largest_logit_difference": difference})
+
+
+def _card(setup: Setup, name: str, store: Store) -> str:
+    config = setup.config
+    records = [record.source for record in store.manifest.sources]
+    hub_data = [
+        str(source["path"]) for source in records if source["kind"] in _HUB_KINDS and "files" not in source
+    ]
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "license_name": "not-chosen",
+        "tags": ["tutelage", "distillation" if config.teacher is not None else "pretraining"],
+    }
+    if hub_data:
+        front["datasets"] = list(dict.fromkeys(hub_data))
+    if config.model.path is not None and not Path(config.model.path).exists():
+        front["base_model"] = config.model.path
+    tokens = setup.steps * config.global_batch_tokens
+    facts = {
+        "student": f"{_start(config)}, {setup.parameters:,} parameters",
+        "teacher": _teacher(config),
+        "alpha": _alpha(config),
+        "objective": f"{config.objective.divergence}, temperature {config.objective.temperature:g}",
+        "tokens": f"{tokens:,} in {setup.steps:,} steps, sequences of {config.data.sequence_length:,}",
+        "seeds": f"weights {config.seed}, data {config.data.seed}",
+        "token store": f"{store.manifest.name}, {store.fingerprint[:16]}",
+        "tokenizer": f"{store.vocab_size:,} ids, {store.manifest.tokenizer_sha256[:16]}",
+        "command": f"`{shlex.join(['tutelage', *sys.argv[1:]])}`",
+        "made with": provenance.code(),
+    }
+    notes = "".join(f"\n\nNote: {note}." for note in setup.notes)
+    summary = (
+        "A language model pretrained" if config.stage == "pretrain" else "A language model fine-tuned"
+    ) + f" with [tutelage](https://arxiv.org/abs/2605.23857), run `{name}`.{notes}"
+    sources = [
+        (_source(record.source), str(record.source.get("licence") or "not known"), f"{record.documents:,}")
+        for record in store.manifest.sources
+    ]
+    return card(name, front, summary, facts, sources, to_yaml(config))
+
+
+def _start(config: RunConfig) -> str:
+    model = config.model
+    if model.rung is not None:
+        return f"{model.rung}, from random weights"
+    return "from " + (str(model.run) if model.path is None else _revised(model.path, model.revision))
+
+
+def _teacher(config: RunConfig) -> str:
+    match config.teacher:
+        case None:
+            return "none"
+        case RunTeacher(run=run):
+            return f"run {run}"
+        case ModelTeacher(path=path, revision=revision):
+            return _revised(path, revision)
+        case ControlTeacher(kind=kind):
+            return f"{kind} control"
+        case CacheTeacher(path=path):
+            return f"cache {path.name}"
+
+
+def _revised(path: str, revision: str | None) -> str:
+    return path if revision is None else f"{path} at {revision}"
+
+
+def _alpha(config: RunConfig) -> str:
+    if config.teacher is None:
+        return "0"
+    return ", ".join(f"{name} {value}" for name, value in config.objective.alpha.model_dump().items())
+
+
+def _source(source: dict[str, Any]) -> str:
+    names = [str(source[field]) for field in ("kind", "name", "path", "subset") if source.get(field)]
+    return " ".join(names) or "files"
