@@ -5,18 +5,26 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PINS := pyproject.toml constraints.txt corpora.txt
 DEV_PINS := tests/torchtitan.txt
+# A file's tests run in one process, because they share what they set up.
+TEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --durations 15
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-slow test-all check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.core  ## train students and teachers on real text; ARGS="--quick" for a short one
 	$(BIN)/tutelage demo $(ARGS)
 
-test: .venv/.dev  ## run the tests; ARGS="tests/unit/models -x" for some of them
-	$(BIN)/pytest $(ARGS)
+test: .venv/.dev  ## run the tests that are not slow; ARGS="tests/unit/models -x" for some of them
+	$(TEST) -m "not slow" $(ARGS)
+
+test-slow: .venv/.dev  ## run the tests that take more than ten seconds each
+	$(TEST) -m slow $(ARGS)
+
+test-all: .venv/.dev  ## run every test
+	$(TEST) $(ARGS)
 
 check: .venv/.dev  ## lint, format, types, house rules
 	$(BIN)/ruff check .

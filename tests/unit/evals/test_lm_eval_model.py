@@ -22,7 +22,7 @@ from tutelage.models import hub
 from tutelage.models.shapes import rung
 
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
-lm_eval_model = pytest.importorskip("tutelage.evals.lm_eval")
+lm_eval_model = pytest.importorskip("tutelage.evals.lm_eval_model")
 
 CONTEXT = 64
 TEXTS = [
