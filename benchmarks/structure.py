@@ -6,8 +6,8 @@
 A file is on a way if one of its functions runs between the way's two ends, counted by Python's profiler in a
 process of its own; what runs in the worker processes of a study is not on the study's way.
 
-    train config to step     `tutelage train`, taught by a run, from its start to the end of the first optimizer step
-    targets to loss          the second step of that run, by cached targets: batch, targets, forward, loss, update
+    train config to step     `tutelage train`, taught by a run, up to the end of the first optimizer step
+    targets to loss          the second step of a run that is taught by cached targets
     study file to results    `tutelage study run` of one cell, without `analysis/`
     scores to report         `tutelage report` of that study
     text to batch            a token store built, opened and read for one batch
@@ -105,7 +105,7 @@ Loader(store.split("train"), 64, 8, 1).batch(0)
 
 
 def walk(folder: Path, *command: str, between: int | None = None) -> list[str]:
-    """Files of the package that have a function run by `command`, or only between two optimizer steps of it."""
+    """Files of the package that `command` runs a function of, or only between two optimizer steps."""
     found = folder / "seen.json"
     arguments = [str(SOURCE), str(found), json.dumps(between), *command]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -154,7 +154,8 @@ def measured() -> list[tuple[str, str]]:
     return [
         ("files", f"{len(modules)}"),
         ("lines", f"{sum(module.lines for module in modules):,}"),
-        ("functions, lines of one: median, longest", f"{len(functions):,}, {statistics.median(lengths):g}, {max(lengths)}"),
+        ("functions", f"{len(functions):,}"),
+        ("lines of a function: median, longest", f"{statistics.median(lengths):g}, {max(lengths)}"),
         ("imports between files", f"{sum(map(len, graph.values()))}"),
         ("files that one other file imports", f"{once}"),
         ("rooms, arrows between them", f"{len(arrows)}, {sum(map(len, arrows.values()))}"),
@@ -166,7 +167,8 @@ def measured() -> list[tuple[str, str]]:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
     parser.add_argument("--files", action="store_true", help="name the files on each way")
     arguments = parser.parse_args()
     console = Console()

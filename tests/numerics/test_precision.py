@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_objective import definition
+from divergence_definitions import definition
 from torch import nn
 
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective

@@ -1,4 +1,4 @@
-"""Structure of a Python package, read from its source text: files, lines, imports, circles, names used twice."""
+"""Structure of a Python package, read from its text: files, lines, imports, circles, names used twice."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def imported_names(tree: ast.AST) -> list[str]:
 
 
 def import_graph(modules: Iterable[Module]) -> dict[str, set[str]]:
-    """Which module of the package imports which others, by dotted name; inside functions and for types too."""
+    """Which module of the package imports which, by dotted name; inside functions and for types too."""
     known = {module.name: module for module in modules}
     graph = {}
     for module in known.values():

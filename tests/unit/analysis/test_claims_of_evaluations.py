@@ -6,8 +6,8 @@ from dataclasses import asdict
 import polars as pl
 import pytest
 from make_study import TEACHERS, TOKENS, write_study
-from test_mechanism_figures import FACTS
-from test_mechanism_figures import write as write_mechanism
+from token_files import FACTS
+from token_files import write as write_mechanism
 
 from tutelage.analysis.claims.judge import judge_claims
 from tutelage.analysis.claims.registry import missing_for

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from make_study import GAINS, write_study
 from rich.console import Console
-from test_mechanism_figures import write as write_mechanism
+from token_files import write as write_mechanism
 
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.report.text import print_verdicts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import run_tiny, tiny_study
+from tiny_study import run_tiny, tiny_study
 
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig

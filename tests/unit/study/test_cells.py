@@ -1,32 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from study_files import group, study
 
-from tutelage.config.load import validate
-from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.study.cells import cells_of, teachers_of
-
-BASE = {
-    "name": "test",
-    "title": "A test",
-    "corpus": {"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]},
-    "domains": {"scripture": {"source": {"kind": "corpus", "name": "kjv"}}},
-    "teachers": {
-        "{rung}@{tokens}": {"grid": {"product": {"rung": ["nano-20k", "nano-50k"], "tokens": ["1M", "2M"]}}},
-        "unigram": {"control": "unigram"},
-    },
-    "students": {},
-    "seeds": [43, 44],
-}
-
-
-def study(**changes):
-    return validate(StudyConfig, BASE | changes, "test")
-
-
-def group(grid, **more):
-    return {"main": {"rung": "nano-50k", "tokens": "1M", "grid": grid} | more}
 
 
 def test_a_grid_of_teachers_is_named_by_its_axes():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from tiny import run_tiny, tiny_study
+from tiny_study import run_tiny, tiny_study
 
 from tutelage.study.results import load_results
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import TINY, tiny_study
+from tiny_study import TINY, tiny_study
 
 from tutelage.config.base import refuse_alike, slug
 from tutelage.config.load import load, validate

@@ -8,7 +8,7 @@ import shutil
 
 import polars as pl
 import pytest
-from tiny import TINY, run_tiny, tiny_study
+from tiny_study import TINY, run_tiny, tiny_study
 from tokenizers import Tokenizer
 
 from tutelage.analysis.report.html import build_report

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import tiny_study
+from tiny_study import tiny_study
 
 from tutelage.analysis.claims.registry import missing_for
 from tutelage.data.store import open_store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import run_tiny, tiny_study
+from tiny_study import run_tiny, tiny_study
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import load

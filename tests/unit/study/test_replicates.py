@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
-from test_cells import group, study
-from tiny import run_tiny, tiny_study
+from study_files import group, study
+from tiny_study import run_tiny, tiny_study
 
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.verdicts import judge

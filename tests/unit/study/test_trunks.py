@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import run_tiny, tiny_study
+from tiny_study import run_tiny, tiny_study
 
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory

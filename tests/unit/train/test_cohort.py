@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import StopAt, assert_same_weights, losses
+from training import StopAt, assert_same_weights, losses
 
 from tutelage.config.load import validate
 from tutelage.config.teach_config import TeachConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_run import StopAt, assert_same_weights, losses
+from training import StopAt, assert_same_weights, losses
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from tutelage.data.hashing import mixed

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_run import assert_same_weights, losses
+from training import assert_same_weights, losses
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate

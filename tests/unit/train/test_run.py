@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from training import StopAt, assert_same_weights, losses, rows, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
@@ -17,40 +16,8 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory, run_id
 from tutelage.train import checkpoint
-from tutelage.train.loop import Nobody
 from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(directory):
-    timing = {"seconds", "tokens_per_second"}
-    return [{key: value for key, value in row.items() if key not in timing} for row in rows(directory)]
-
-
-def weights(directory):
-    return load_file(directory.model / "model.safetensors")
-
-
-def assert_same_weights(a, b, **tolerance):
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-class StopAt(Nobody):
-    """Sends the signal of a Ctrl-C after some step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def advance(self, step):
-        if step == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_run_trains_exports_and_accounts_for_every_token(make_config):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from test_run import StopAt, assert_same_weights, losses
+from training import StopAt, assert_same_weights, losses
 from transformers import AutoModelForCausalLM
 
 from tutelage.config.data_config import StoreConfig

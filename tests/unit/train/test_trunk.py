@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_run import StopAt, assert_same_weights, losses
+from training import StopAt, assert_same_weights, losses
 
 from tutelage.errors import Stopped, UserError
 from tutelage.run import run
