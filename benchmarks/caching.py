@@ -24,7 +24,7 @@ import torch
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.loader import Loader
 from tutelage.data.store import build_store, open_store
 from tutelage.models import hub, shapes

@@ -27,8 +27,8 @@ import torch
 from pydantic import TypeAdapter
 
 from tutelage.analysis.figures.style import GREY, INK, PALETTE, Figure, inline, save_all
-from tutelage.config.cache_config import Format
 from tutelage.config.data_config import StoreConfig
+from tutelage.config.teacher_config import Format
 from tutelage.data.store import build_store, open_store
 from tutelage.models import hub
 from tutelage.objective.objective import dense_logits

@@ -25,7 +25,7 @@ from scipy import stats
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import build_store
 from tutelage.run import run, run_cohort
 from tutelage.teachers.cache.cache_writer import write_cache

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest
-from tutelage.config.run_config import NOT_THE_RESULT, ModelTeacher
+from tutelage.config.run_config import NOT_THE_RESULT
+from tutelage.config.teacher_config import ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.files import claimed, make_directory, write_json, write_text
 from tutelage.models.directory import hub_commit, is_local

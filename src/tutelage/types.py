@@ -182,7 +182,7 @@ class LossSums:
         loss: the mixed objective; the only one that carries a gradient.
         ce: cross-entropy of the student on the labels.
         kd: T^2 times the divergence from the teacher (T^2 only if the objective asks for it). A KL of two
-            distributions only where targets are not samples: see `tutelage.config.cache_config.kd_name`.
+            distributions only where targets are not samples: see `tutelage.config.teacher_config.kd_name`.
         teacher_ce: cross-entropy of the teacher on the labels at T=1; 0 without a teacher.
         taught: alpha times the gate, so that taught / tokens is the mean effective alpha.
     """

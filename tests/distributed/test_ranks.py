@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from tutelage.config.load import validate
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.models import hub
 from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import Request, evaluate

@@ -15,7 +15,7 @@ import yaml
 
 from tutelage.cli.main import main
 from tutelage.config.load import load
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.formats import FORMATS
 from tutelage.teachers.cache.reader import verify_cache

@@ -195,7 +195,7 @@ def schema(
     from tutelage.config.data_config import StoreConfig
     from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import StudyConfig
-    from tutelage.config.teach_config import TeachConfig
+    from tutelage.config.teacher_config import TeachConfig
     from tutelage.files import write_text
 
     kinds: dict[str, type[BaseModel]] = {

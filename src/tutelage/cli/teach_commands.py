@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tutelage.config.teach_config import TeachConfig
+    from tutelage.config.teacher_config import TeachConfig
 
 
 def teach(
@@ -27,7 +27,7 @@ def teach(
     system, may run it at the same time and divide the work.
     """
     from tutelage.config.load import load
-    from tutelage.config.teach_config import TeachConfig
+    from tutelage.config.teacher_config import TeachConfig
 
     loaded = load(TeachConfig, config, overrides or [])
     if estimate:

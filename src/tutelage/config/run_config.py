@@ -6,7 +6,7 @@ Unknown keys and wrong types are errors. YAML is read and errors are worded by `
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -23,28 +23,20 @@ from tutelage.config.base import (
     parse_tokens,
     refuse_alike,
 )
-from tutelage.config.cache_config import CacheSettings, misfit
 from tutelage.config.objective_config import ObjectiveConfig, WsdAlpha
 from tutelage.config.optim_config import OptimConfig
+from tutelage.config.teacher_config import (
+    ControlTeacher,
+    LoadedModel,
+    ModelTeacher,
+    RunTeacher,
+    TeacherConfig,
+    incompatibility,
+)
 from tutelage.types import Role
 
-Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
-"""How attention is computed, in transformers' words."""
 
-
-class _Loaded(Section):
-    """What can be said of any model that is loaded."""
-
-    attn_implementation: Attention | None = Field(
-        None, description="how attention is computed; default: what transformers chooses for the family"
-    )
-    assume_same_tokenizer: bool = Field(
-        default=False,
-        description="you know that its ids are the token store's, although it comes without a tokenizer",
-    )
-
-
-class ModelConfig(_Loaded):
+class ModelConfig(LoadedModel):
     """The student: a rung of the ladder with fresh weights, or a model to go on from."""
 
     rung: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
@@ -67,50 +59,6 @@ class RunData(Section):
     store: FilePath = Field(description="token store written by `tutelage data build`")
     seed: Seed = Field(42, description="seed of the order; runs to compare share it")
     sequence_length: Length = Field(128, description="tokens per packed sequence")
-
-
-class _Kept(_Loaded):
-    cache: CacheSettings | None = Field(
-        None,
-        description="compute its targets once and keep them in caches/ beside the output; default: live",
-    )
-
-
-class RunTeacher(_Kept):
-    """A teacher that is a finished run in the same output directory."""
-
-    kind: Literal["run"]
-    run: Name = Field(description="run id, the name of its directory")
-
-
-class ModelTeacher(_Kept):
-    """A teacher that is any causal language model in Hugging Face format with the same vocabulary."""
-
-    kind: Literal["model"]
-    path: str = Field(description="directory or Hub name")
-    revision: str | None = Field(
-        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
-    )
-
-
-class ControlTeacher(Section):
-    """A control without knowledge of context: the corpus unigram, or the uniform distribution.
-
-    The uniform control makes the objective label smoothing with strength alpha.
-    """
-
-    kind: Literal["unigram", "uniform"]
-
-
-class CacheTeacher(Section):
-    """Targets computed before, by `tutelage teach`."""
-
-    kind: Literal["cache"]
-    path: FilePath = Field(description="teacher cache written by `tutelage teach` for the same token store")
-
-
-LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
-Teacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher | CacheTeacher, Field(discriminator="kind")]
 
 
 class EvalDomain(Section):
@@ -199,7 +147,7 @@ class RunConfig(Section):
         "auto", description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32"
     )
     optim: OptimConfig = Field(OptimConfig(), validate_default=True)
-    teacher: Teacher | None = Field(None, description="no teacher: plain cross-entropy")
+    teacher: TeacherConfig | None = Field(None, description="no teacher: plain cross-entropy")
     objective: ObjectiveConfig = ObjectiveConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -314,7 +262,7 @@ class RunConfig(Section):
                 "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"
             )
         if isinstance(self.teacher, RunTeacher | ModelTeacher) and (cache := self.teacher.cache) is not None:
-            reason = misfit(cache.format, cache.temperature, objective, "teacher.cache")
+            reason = incompatibility(cache.format, cache.temperature, objective, "teacher.cache")
             if reason is not None:
                 raise ValueError(reason)
         if isinstance(self.teacher, ControlTeacher) and gate == "teacher_entropy":

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tutelage.config.base import Budget, Bytes, Fraction, Name, Section, Seed, refuse_alike
-from tutelage.config.cache_config import CacheSettings
 from tutelage.config.data_config import Source, StoreConfig
 from tutelage.config.grid import Grid
 from tutelage.config.run_config import RunConfig
+from tutelage.config.teacher_config import CacheSettings
 from tutelage.config.yaml_text import ReadAs
 from tutelage.types import Role
 

@@ -19,7 +19,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tutelage.config.load import digest, load
-from tutelage.config.run_config import CacheTeacher, ModelTeacher, RunConfig, RunTeacher
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teacher_config import CacheTeacher, ModelTeacher, RunTeacher
 from tutelage.data.hashing import splitmix64
 from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED

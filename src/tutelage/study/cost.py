@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens, tokens_text
-from tutelage.config.cache_config import HiddenFormat, MinVarianceFormat, TopKFormat
 from tutelage.config.load import digest
+from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, parameters
 from tutelage.models.shapes import rung
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tutelage.config.cache_config import Format
     from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import StudyConfig
+    from tutelage.config.teacher_config import Format
     from tutelage.models.shapes import Rung
     from tutelage.study.cells import Cell
     from tutelage.study.devices import Device

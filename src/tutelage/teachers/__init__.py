@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tutelage.config.run_config import ControlTeacher, RunTeacher
+from tutelage.config.teacher_config import ControlTeacher, RunTeacher
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from tutelage.config.run_config import LiveTeacher, ModelTeacher
+    from tutelage.config.teacher_config import LiveTeacher, ModelTeacher
     from tutelage.data.store import Store
     from tutelage.teachers.live import Teacher
 

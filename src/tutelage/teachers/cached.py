@@ -5,8 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
-from tutelage.config.cache_config import HiddenFormat, misfit
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import HiddenFormat, TeachConfig, incompatibility
 from tutelage.errors import UserError
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.codec import HiddenRows
@@ -21,14 +20,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tutelage.config.cache_config import Format
     from tutelage.config.objective_config import ObjectiveConfig
+    from tutelage.config.teacher_config import Format
     from tutelage.data.store import Store
     from tutelage.teachers.cache.codec import Rows
     from tutelage.teachers.cache.reader import Cache
 
     Key = tuple[tuple[int, ...], int]
-    from tutelage.config.run_config import ModelTeacher, RunConfig, RunTeacher
+    from tutelage.config.run_config import RunConfig
+    from tutelage.config.teacher_config import ModelTeacher, RunTeacher
 
 
 class CachedTeacher:
@@ -103,7 +103,7 @@ def cached_teacher(
 def check_serves(path: Path, objective: ObjectiveConfig) -> None:
     """Raise UserError if a cache cannot give what an objective asks for."""
     manifest = read_cache_manifest(path)
-    reason = misfit(manifest.format, manifest.temperature, objective, str(path))
+    reason = incompatibility(manifest.format, manifest.temperature, objective, str(path))
     if reason is not None:
         raise UserError(reason)
 

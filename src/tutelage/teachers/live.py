@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from tutelage.config.cache_config import Format
+    from tutelage.config.teacher_config import Format
     from tutelage.types import Batch, Targets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from tutelage.config.run_config import CacheTeacher
+from tutelage.config.teacher_config import CacheTeacher
 from tutelage.errors import Stopped, UserError
 from tutelage.files import stop_signal
 from tutelage.teachers.cached import check_serves

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage import provenance
 from tutelage.config.load import to_yaml
-from tutelage.config.run_config import CacheTeacher, ControlTeacher, ModelTeacher, RunTeacher
+from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTeacher, RunTeacher
 from tutelage.data.store import open_store
 from tutelage.models import hub
 from tutelage.models.export import card

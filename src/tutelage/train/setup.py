@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config.cache_config import kd_name
 from tutelage.config.objective_config import TopKTruncation
-from tutelage.config.run_config import CacheTeacher, ControlTeacher
+from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, kd_name
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer

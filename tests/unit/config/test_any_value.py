@@ -15,7 +15,7 @@ from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load, to_yaml, validate
 from tutelage.config.run_config import RunConfig
 from tutelage.config.study_config import StudyConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.study.cost import works_of
 

@@ -11,7 +11,7 @@ import pytest
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load, validate
 from tutelage.config.run_config import RunConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.evals.contamination import training_text
 from tutelage.run import run

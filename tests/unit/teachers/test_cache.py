@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes

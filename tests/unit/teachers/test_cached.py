@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
 from tutelage.run import run

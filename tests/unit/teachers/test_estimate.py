@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
 from tutelage.teachers.cache.cache_estimate import estimate

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.config.cache_config import (
+from tutelage.config.teacher_config import (
     Format,
     HiddenFormat,
     MinVarianceFormat,

@@ -8,9 +8,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from tutelage.cli.progress import RunBar
-from tutelage.config.cache_config import Format, kd_name, misfit
 from tutelage.config.load import validate
 from tutelage.config.objective_config import ObjectiveConfig
+from tutelage.config.teacher_config import Format, incompatibility, kd_name
 from tutelage.run import run
 
 TOP = {"truncation": {"kind": "top_k", "k": 50}}
@@ -64,7 +64,7 @@ def test_rows_and_console_use_it(make_config, capsys):
 def test_gates_that_look_at_the_teacher_at_t_1_refuse_probabilities_at_another(gate):
     top = TypeAdapter(Format).validate_python({"kind": "topk", "k": 5})
     asking = config(gate={"kind": gate}, temperature=2.0)
-    assert "needs the teacher at temperature 1" in str(misfit(top, 2.0, asking, "x"))
-    assert misfit(TypeAdapter(Format).validate_python({"kind": "hidden"}), 2.0, asking, "x") is None
-    assert misfit(top, 1.0, config(gate={"kind": gate}), "x") is None
-    assert misfit(top, 2.0, config(gate={"kind": "teacher_better"}, temperature=2.0), "x") is None
+    assert "needs the teacher at temperature 1" in str(incompatibility(top, 2.0, asking, "x"))
+    assert incompatibility(TypeAdapter(Format).validate_python({"kind": "hidden"}), 2.0, asking, "x") is None
+    assert incompatibility(top, 1.0, config(gate={"kind": gate}), "x") is None
+    assert incompatibility(top, 2.0, config(gate={"kind": "teacher_better"}, temperature=2.0), "x") is None

@@ -28,7 +28,7 @@ STARTER = """
 import os, sys, traceback
 import torch
 torch.set_num_threads(1)
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.teachers.cache.cache_writer import write_cache
 print("ready", flush=True)
 for line in sys.stdin:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from training import StopAt, assert_same_weights, losses
 
 from tutelage.config.load import validate
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import Stopped, UserError
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import RunDirectory

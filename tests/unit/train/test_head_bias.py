@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, PhiConfig, PhiForCausalLM
 
 from tutelage.config.load import validate
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import open_store
 from tutelage.evals.evaluated_model import find_subject
 from tutelage.evals.token_comparison import _open

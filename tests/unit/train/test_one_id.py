@@ -12,7 +12,7 @@ import pytest
 
 from tutelage.config.load import load, to_yaml, validate
 from tutelage.config.run_config import RunConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models.flops import parameters

@@ -17,7 +17,7 @@ from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load, validate
 from tutelage.config.optim_config import OptimConfig
 from tutelage.config.run_config import RunConfig
-from tutelage.config.teach_config import TeachConfig
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.loader import Loader
 from tutelage.data.store import SplitView, build_store, open_store
 from tutelage.errors import Stopped, UserError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config.cache_config import (
+from tutelage.config.teacher_config import (
     Format,
     HiddenFormat,
     MinVarianceFormat,
@@ -26,7 +26,7 @@ from tutelage.teachers.cache.shard import INDEX_BYTES
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tutelage.config.teach_config import TeachConfig
+    from tutelage.config.teacher_config import TeachConfig
     from tutelage.teachers.cache.job import Job
     from tutelage.types import Batch, DenseTargets
 

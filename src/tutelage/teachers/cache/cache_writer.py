@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tutelage.config.teach_config import TeachConfig
+    from tutelage.config.teacher_config import TeachConfig
     from tutelage.teachers.cache.job import Job
     from tutelage.teachers.cache.shard import Packed
     from tutelage.types import Batch, DenseTargets

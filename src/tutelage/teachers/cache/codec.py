@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from tutelage.config.cache_config import TopKFormat
+    from tutelage.config.teacher_config import TopKFormat
     from tutelage.types import DenseTargets
 
     Integers = NDArray[np.integer[Any]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tutelage.config.cache_config import MinVarianceFormat, TopKFormat
+from tutelage.config.teacher_config import MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.teachers.cache.codec import Codec, HiddenRows, Rows, Setting, TopKCodec, chunks
 from tutelage.teachers.cache.packing import LARGEST_WIDTH
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tutelage.config.cache_config import Format, HiddenFormat
+    from tutelage.config.teacher_config import Format, HiddenFormat
     from tutelage.types import DenseTargets
 
 _DTYPES = {

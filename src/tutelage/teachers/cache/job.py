@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tutelage.config.load import digest
-from tutelage.config.run_config import ControlTeacher, ModelTeacher
+from tutelage.config.teacher_config import ControlTeacher, ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from tutelage.config.run_config import LiveTeacher
-    from tutelage.config.teach_config import TeachConfig
+    from tutelage.config.teacher_config import LiveTeacher, TeachConfig
     from tutelage.data.store import Store
     from tutelage.teachers.cache.codec import Codec
     from tutelage.teachers.live import Teacher

@@ -12,7 +12,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Literal
 
-from tutelage.config.cache_config import Format
+from tutelage.config.teacher_config import Format
 from tutelage.errors import UserError
 from tutelage.manifests import ManifestHead, ManifestRecord, read_manifest_file
 from tutelage.types import LogitTransform

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from tutelage.config.cache_config import MinVarianceFormat, MultinomialFormat
+    from tutelage.config.teacher_config import MinVarianceFormat, MultinomialFormat
     from tutelage.teachers.cache.codec import Setting
     from tutelage.types import SparseTargets
 

@@ -1,0 +1,229 @@
+"""Settings of teachers: kinds, formats of stored targets, and the cache that `tutelage teach` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from tutelage.config.base import BatchTokens, FilePath, Length, Name, Section, Seed, Threads
+from tutelage.config.objective_config import Temperature, TopKTruncation, TopPTruncation
+
+if TYPE_CHECKING:
+    from tutelage.config.objective_config import ObjectiveConfig
+
+
+class TopKFormat(Section):
+    """The k most probable ids with their log-probabilities, and the mass of the rest."""
+
+    kind: Literal["topk"]
+    k: int = Field(ge=1, le=1_000_000, description="ids per position")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="stop earlier once the kept mass reaches this")
+
+
+class MultinomialFormat(Section):
+    """Draws with replacement, as ids and counts: random-sampling KD (arXiv 2503.16870)."""
+
+    kind: Literal["sample_multinomial"]
+    draws: int = Field(50, ge=1, le=4095, description="draws per position")
+
+
+class MinVarianceFormat(Section):
+    """Large probabilities exactly, small ones sampled at one common value, with least variance."""
+
+    kind: Literal["sample_min_variance"] = "sample_min_variance"
+    ids: int = Field(16, ge=1, le=1000, description="ids per position")
+
+
+class HiddenFormat(Section):
+    """The teacher's last hidden states, with its head stored once: dense targets without its forward."""
+
+    kind: Literal["hidden"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
+        "float16", description="of the stored states; int8 has one scale per position"
+    )
+
+
+Format = Annotated[
+    TopKFormat | MultinomialFormat | MinVarianceFormat | HiddenFormat, Field(discriminator="kind")
+]
+
+
+class CacheSettings(Section):
+    """What is stored of a teacher's targets, which are computed once for all its students."""
+
+    format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
+    temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
+
+
+class LoadedModel(Section):
+    """Settings of any model that is loaded and not built."""
+
+    attn_implementation: (
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = Field(
+        None, description="how attention is computed; default: what transformers chooses for the family"
+    )
+    assume_same_tokenizer: bool = Field(
+        default=False,
+        description="you know that its ids are the token store's, although it comes without a tokenizer",
+    )
+
+
+class _CacheableTeacher(LoadedModel):
+    cache: CacheSettings | None = Field(
+        None,
+        description="compute its targets once and keep them in caches/ beside the output; default: live",
+    )
+
+
+class RunTeacher(_CacheableTeacher):
+    """A teacher that is a finished run in the same output directory."""
+
+    kind: Literal["run"]
+    run: Name = Field(description="run id, the name of its directory")
+
+
+class ModelTeacher(_CacheableTeacher):
+    """A teacher that is any causal language model in Hugging Face format with the same vocabulary."""
+
+    kind: Literal["model"]
+    path: str = Field(description="directory or Hub name")
+    revision: str | None = Field(
+        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+    )
+
+
+class ControlTeacher(Section):
+    """A control without knowledge of context: the corpus unigram, or the uniform distribution.
+
+    The uniform control makes the objective label smoothing with strength alpha.
+    """
+
+    kind: Literal["unigram", "uniform"]
+
+
+class CacheTeacher(Section):
+    """Targets computed before, by `tutelage teach`."""
+
+    kind: Literal["cache"]
+    path: FilePath = Field(description="teacher cache written by `tutelage teach` for the same token store")
+
+
+LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
+TeacherConfig = Annotated[
+    RunTeacher | ModelTeacher | ControlTeacher | CacheTeacher, Field(discriminator="kind")
+]
+
+
+class TeachConfig(Section):
+    """One teacher cache. It lands in `<output>/<name>-<hash8>`; same config, same directory."""
+
+    name: Name = Field("cache", description="readable part of the directory name")
+    store: FilePath = Field(description="token store whose training split the teacher reads")
+    teacher: LiveTeacher
+    context_length: Length = Field(
+        128, description="tokens the teacher sees; students use this sequence length or a divisor of it"
+    )
+    format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
+    temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
+    seed: Seed = Field(0, description="seed of the sampler")
+    compress: bool = Field(default=False, description="zstd per block, where it makes the block smaller")
+    shard_tokens: int = Field(
+        2**18, ge=1, le=2**40, description="tokens per file; what a writer claims at a time"
+    )
+    batch_tokens: BatchTokens = Field(4096, description="tokens per teacher forward")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the teacher")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
+    threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
+    runs: FilePath = Field(Path("runs"), description="directory that holds the run of a teacher of kind run")
+    output: FilePath = Field(Path("caches"), description="directory of caches")
+
+    @field_validator("teacher")
+    @classmethod
+    def _live(cls, teacher: LiveTeacher) -> LiveTeacher:
+        if not isinstance(teacher, ControlTeacher) and teacher.cache is not None:
+            raise ValueError("cache is for students; what this cache keeps is said by format and temperature")
+        return teacher
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _default_kind(cls, value: object) -> object:
+        """Settings of a format without a kind belong to the default one."""
+        return {"kind": "sample_min_variance"} | value if isinstance(value, dict) else value
+
+
+def incompatibility(
+    retained: Format, temperature: float, objective: ObjectiveConfig, where: str
+) -> str | None:
+    """What `objective` asks for that stored targets cannot give, in words; None if they can.
+
+    Args:
+        retained: what is stored of the distributions.
+        temperature: T of the stored probabilities.
+        objective: of the student.
+        where: the cache or setting that holds the targets, for the message.
+    """
+    if isinstance(retained, HiddenFormat):
+        return None
+    if objective.truncation is not None:
+        return f"objective.truncation: the targets of {where} are sparse already ({retained.kind}); drop it"
+    gate = None if objective.gate is None else objective.gate.kind
+    if temperature != 1.0 and gate in {"teacher_entropy", "teacher_confidence"}:
+        return (
+            f"objective.gate.kind = {gate}: needs the teacher at temperature 1, but {where} holds "
+            f"probabilities at {temperature:g} ({retained.kind}); use a cache of format hidden, or another "
+            "gate"
+        )
+    if objective.temperature != temperature and objective.divergence != "hard_labels":
+        return (
+            f"objective.temperature = {objective.temperature:g}: {where} holds probabilities at temperature "
+            f"{temperature:g}; use that, or teach again at the other"
+        )
+    if isinstance(retained, MultinomialFormat | MinVarianceFormat) and objective.divergence != "forward_kl":
+        return (
+            f"objective.divergence = {objective.divergence}: samples ({retained.kind} in {where}) are "
+            "unbiased for forward_kl only; use that, or a cache of format topk or hidden"
+        )
+    return None
+
+
+def kd_name(objective: ObjectiveConfig, retained: Format | None) -> str:
+    """The divergence's name among the metrics: quantities that are measured differently have other names.
+
+    "kd" is KL(teacher || student) of whole distributions at T=1, in nats, and nothing else. Any other
+    divergence, temperature or truncation of the teacher is appended, as in "kd_jsd_0.5_t2_top50". From
+    samples it is not a divergence: it differs from one by a term that does not depend on the student.
+
+    Args:
+        objective: of the student.
+        retained: what is stored of the teacher's distributions; None if they are whole.
+    """
+    words = ["kd"]
+    if objective.divergence != "forward_kl":
+        words.append(objective.divergence)
+    if objective.divergence == "jsd":
+        words.append(f"{objective.jsd_beta:g}")
+    if objective.divergence in {"skew_kl", "skew_reverse_kl"}:
+        words.append(f"{objective.skew:g}")
+    if objective.temperature != 1.0 and objective.divergence != "hard_labels":
+        words += [f"t{objective.temperature:g}", *([] if objective.temperature_squared else ["unscaled"])]
+    cut = _truncation_words(objective, retained)
+    return "_".join([*words, *cut, *([objective.tail] if cut and objective.tail != "other_bucket" else [])])
+
+
+def _truncation_words(objective: ObjectiveConfig, retained: Format | None) -> list[str]:
+    """How the teacher's distributions were truncated or sampled, in words; empty if they are whole."""
+    match objective.truncation or retained:
+        case TopKTruncation(k=k):
+            return [f"top{k}"]
+        case TopPTruncation(p=p):
+            return [f"top_p{p:g}"]
+        case TopKFormat(k=k, top_p=p):
+            return [f"top{k}", *([f"top_p{p:g}"] if p < 1 else [])]
+        case MultinomialFormat(draws=draws):
+            return [f"sampled{draws}"]
+        case MinVarianceFormat(ids=ids):
+            return [f"sampled{ids}_min_variance"]
+    return []
