@@ -1,36 +1,40 @@
-"""Ctrl-C and SIGTERM as an event that long work looks at, so that it stops where it can be taken up again."""
+"""Write files so that they appear whole or not at all, lock what one process may work on, catch Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import socket
+import tempfile
 import threading
+from functools import cache
 from typing import TYPE_CHECKING
+
+from filelock import SoftFileLock, Timeout, lock_descriptor
 
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from typing import TextIO
+    from typing import BinaryIO
 
 
-class BusyError(UserError):
-    """Another process holds what was to be claimed."""
+class LockedError(UserError):
+    """Another process holds the lock; the message names it and its machine."""
 
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn the write errors a user can mend into a `UserError` that names `path`."""
+def os_errors_to_user_errors(path: Path) -> Iterator[None]:
+    """Raise the write errors that a user can repair as a `UserError` that names `path`."""
     try:
         yield
     except Exception as error:
@@ -46,7 +50,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _errno(error: Exception) -> int:
-    """The operating system's number of an error; libraries in Rust put it only into the message."""
+    """Return the operating system's number of an error; libraries in Rust put it only into the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -55,7 +59,7 @@ def _errno(error: Exception) -> int:
 
 def make_directory(path: Path) -> Path:
     """Create `path` and its parents; return it. Raises `UserError` if that is not allowed."""
-    with _explained(path):
+    with os_errors_to_user_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -68,9 +72,9 @@ def check_place(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name; it replaces `path` in one step if the block succeeds."""
-    with _explained(path):
+    with os_errors_to_user_errors(path):
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             yield partial
@@ -84,7 +88,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -94,16 +98,16 @@ def write_json(path: Path, data: object) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """Fill a directory under a temporary name; it appears as `path` only if the block succeeds.
 
     An existing `path` is replaced. Leftovers of killed writers are removed first, so two processes must not
-    write the same `path` at a time: hold it with `claimed`.
+    write the same `path` at a time: hold it with `lock`.
     """
     make_directory(path.parent)
     for leftover in path.parent.glob(f".partial-{path.name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    with _explained(path):
+    with os_errors_to_user_errors(path):
         partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
         partial.mkdir()
         try:
@@ -116,43 +120,93 @@ def new_directory(path: Path) -> Iterator[Path]:
             raise
 
 
-@contextlib.contextmanager
-def claimed(lock: Path, what: str) -> Iterator[None]:
-    """Hold `what` for this process while the block runs; the kernel frees the claim of a dead process.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
-    The file `lock` is there while it is held, and longer only if the holder is killed.
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold `what` for this process while the block runs.
+
+    The file `path` exists while the lock is held and names the holder; it outlives only a killed holder.
+    Where the file system has locks (`flock`, or `LockFileEx` on Windows; on a network file system its
+    server's), a dead process holds nothing, whichever machine it ran on. Where it has none, the existence of
+    `path` is the lock: a holder that died on this machine is noticed, but one that died on another cannot be
+    told from a busy one, and the message says which file to delete.
+
+    A file system mounted so that locks end at the machine (Lustre's `localflock`, NFS's `local_lock`) looks
+    like one with locks. There only the leases of a study keep two machines apart.
 
     Raises:
-        BusyError: another process holds it.
-        UserError: `lock` cannot be written.
+        LockedError: another process holds it.
+        UserError: `path` cannot be written.
     """
-    with _locked(lock, what) as file:
+    with os_errors_to_user_errors(path):
+        has_locks = _has_locks(path.parent)
+    with _kernel_lock(path, what) if has_locks else _marker_lock(path, what):
+        yield
+
+
+@cache
+def _has_locks(directory: Path) -> bool:
+    """Whether files in `directory` can be locked, tried on a file that nobody else opens."""
+    with tempfile.TemporaryFile(dir=directory) as file:
         try:
-            with _explained(lock):  # unbuffered: what a full disk refuses now must not come back at close
-                os.ftruncate(file.fileno(), 0)
-                os.write(file.fileno(), str(os.getpid()).encode())
+            return lock_descriptor(file.fileno(), blocking=False)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return False
+            raise
+
+
+@contextlib.contextmanager
+def _kernel_lock(path: Path, what: str) -> Iterator[None]:
+    with _locked_file(path, what) as file:
+        try:
+            with os_errors_to_user_errors(path):
+                file.truncate(0)
+                file.write(f"\n{os.getpid()}\n{socket.gethostname()}\n".encode())
             yield
         finally:
-            with contextlib.suppress(OSError):
-                lock.unlink()
+            if os.name == "nt":  # refuses to remove an open file, another holder's too
+                file.close()
+            with contextlib.suppress(OSError):  # elsewhere a closed one could be another holder's already
+                path.unlink()
 
 
-def _locked(lock: Path, what: str) -> TextIO:
-    """The file `lock`, opened and locked. One that its holder removed meanwhile is no claim: try again."""
+def _locked_file(path: Path, what: str) -> BinaryIO:
+    """Open and lock `path`. A file that its holder removed meanwhile locks nothing: try again."""
     while True:
-        with _explained(lock):
-            file = lock.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        with os_errors_to_user_errors(path):
+            file = path.open("a+b", buffering=0)  # what a full disk refuses now must not come back at close
+        if not lock_descriptor(file.fileno(), blocking=False):
             with file:
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-            raise BusyError(f"{what}: process {owner} is already working on it") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                file.seek(1)  # Windows lets nobody else read the first byte, which is the one locked
+                raise LockedError(_busy(what, file.read()))
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as now:  # stat may be stale on NFS
+            if os.path.samestat(os.fstat(file.fileno()), os.fstat(now.fileno())):
                 return file
         file.close()
+
+
+@contextlib.contextmanager
+def _marker_lock(path: Path, what: str) -> Iterator[None]:
+    try:
+        with os_errors_to_user_errors(path):
+            marker = SoftFileLock(path, timeout=0.1, poll_interval=0.02).acquire()
+    except Timeout:
+        record = b""
+        with contextlib.suppress(OSError):
+            record = path.read_bytes()
+        raise LockedError(
+            f"{_busy(what, record)} (this file system has no locks: if that process is gone, delete {path})"
+        ) from None
+    with marker:
+        yield
+
+
+def _busy(what: str, record: bytes) -> str:
+    process, host, *_ = [*record.decode(errors="replace").split(), "unknown", "unknown"]
+    return f"{what}: process {process} on {host} is already working on it"
 
 
 @contextlib.contextmanager

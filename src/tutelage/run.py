@@ -14,7 +14,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import suite
 from tutelage.evals.contamination import anchored
-from tutelage.files import check_place, new_directory, write_text
+from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, run_id
 from tutelage.train import distributed
@@ -57,7 +57,7 @@ def start_from_trunk(setup: Setup, directory: RunDirectory) -> None:
     if int(name.removeprefix("step-")) > config.optim.decay_start(setup.steps, config.global_batch_tokens):
         raise UserError(f"runtime.trunk {trunk.id}: it decays later than this run does; choose a shorter one")
     write_text(directory.path / "metrics.jsonl", (trunk.path / "metrics.jsonl").read_text(encoding="utf-8"))
-    with new_directory(directory.checkpoints / name) as partial:
+    with atomic_directory(directory.checkpoints / name) as partial:
         shutil.copytree(found, partial, dirs_exist_ok=True)
 
 
@@ -123,7 +123,7 @@ def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> 
         left = _unfinished(runs, watcher)
         if is_main:
             for _, directory in left:
-                claims.enter_context(directory.claimed())
+                claims.enter_context(directory.lock())
         try:
             errors = _train([run for run in left if not run[1].model.is_dir()], watcher)
             if is_main:

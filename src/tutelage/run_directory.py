@@ -14,7 +14,7 @@ from tutelage.config.load import digest
 from tutelage.config.run_config import NOT_THE_RESULT
 from tutelage.config.teacher_config import ModelTeacher
 from tutelage.data.store import open_store
-from tutelage.files import claimed, make_directory, write_json, write_text
+from tutelage.files import lock, make_directory, write_json, write_text
 from tutelage.models.directory import hub_commit, is_local
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import rung
@@ -57,10 +57,10 @@ class RunDirectory:
         """Per-document losses behind the scores."""
         return self.path / "documents.parquet"
 
-    def claimed(self) -> contextlib.AbstractContextManager[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the run for this process; a second process gets a `UserError`."""
         make_directory(self.path)
-        return claimed(self.path / "lock", str(self.path))
+        return lock(self.path / "lock", str(self.path))
 
     def state(self) -> dict[str, Any]:
         """Contents of state.json; empty before the run has started."""

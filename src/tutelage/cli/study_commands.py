@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tutelage.errors import UserError
-from tutelage.files import BusyError, claimed
+from tutelage.files import LockedError, lock
 
 if TYPE_CHECKING:
     from tutelage.config.study_config import StudyConfig
@@ -173,9 +173,9 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, rules: R
         run_study(study, directory, engine, table, lambda text: out.print(text, highlight=False), rules)
     print_verdicts(load_results(directory), out)
     try:
-        with claimed(directory / "report.lock", f"report of {directory}"):
+        with lock(directory / "report.lock", f"report of {directory}"):
             build_report(directory)
-    except BusyError:
+    except LockedError:
         out.print("\nanother runner has just finished too and writes the report", highlight=False)
     report = directory / "report.html"
     out.print(f"\nreport   {report}\nruns     {directory / 'runs'}", highlight=False, soft_wrap=True)

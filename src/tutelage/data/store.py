@@ -37,7 +37,7 @@ from tutelage.data.store_writer import training_texts, write_splits
 from tutelage.data.text_files import cut_size, known_bytes
 from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
-from tutelage.files import claimed, make_directory, new_directory, write_text
+from tutelage.files import atomic_directory, lock, make_directory, write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -167,10 +167,10 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     make_directory(output)
     _check_space(config, output)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(claimed(output / f".{path.name}.lock", f"store {path}"))
+        stack.enter_context(lock(output / f".{path.name}.lock", f"store {path}"))
         if _is_built(path):  # by another process, which some may be reading by now
             return path
-        partial = stack.enter_context(new_directory(path))
+        partial = stack.enter_context(atomic_directory(path))
         tokenizer = ready or train_tokenizer(training_texts(config, progress), config.tokenizer.vocab_size)
         tokenizer.save(partial, named)
         mixture = Mixture(config.sources, config.max_bytes, chat)

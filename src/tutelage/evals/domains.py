@@ -21,7 +21,7 @@ from tutelage.data.store import build_store, open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
-from tutelage.files import new_directory
+from tutelage.files import atomic_directory
 from tutelage.types import Role
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _kept_tokenizer(tokenizer: Path, stores: Path) -> Path:
     found = load_tokenizer(tokenizer)
     path = stores.absolute() / f"tokenizer-{found.sha256[:12]}"
     if not path.is_dir():
-        with new_directory(path) as partial:
+        with atomic_directory(path) as partial:
             found.save(partial)
     return path
 

@@ -28,7 +28,7 @@ from tutelage.evals.evaluated_model import Subject, check_tokenizer, find_subjec
 from tutelage.evals.score_files import read_scores
 from tutelage.evals.scoring import InDomain, keep, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_overlaps, without_training_text
-from tutelage.files import claimed, make_directory
+from tutelage.files import lock, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.positions import check_length
 from tutelage.types import SCORING_VERSION, scoring_version
@@ -163,7 +163,7 @@ def _evaluated(
 ) -> list[dict[str, Any]]:
     """The rows of one model; its directory is held meanwhile."""
     make_directory(subject.output)
-    with claimed(subject.output / "lock", str(subject.output)):
+    with lock(subject.output / "lock", str(subject.output)):
         text = _training_text(subject)
         for sentence in text.unknown:
             watcher.note(f"{subject.id}: {sentence}")

@@ -35,7 +35,7 @@ from tutelage.evals.lm_eval_tasks import (
     held_out_texts,
 )
 from tutelage.evals.score_files import add_scores, read_scores, version_of
-from tutelage.files import claimed, make_directory
+from tutelage.files import lock, make_directory
 from tutelage.models.hub import pick_device
 from tutelage.types import Score
 
@@ -111,7 +111,7 @@ def run_downstream(
     check_tokenizer(subject)
     chosen = str(pick_device(device))
     make_directory(subject.output)
-    with claimed(subject.output / "lock", str(subject.output)):
+    with lock(subject.output / "lock", str(subject.output)):
         names = _expanded(tasks)
         built = {name: _built(subject, name, stores) for name in names if _kind(name) in _OFFLINE}
         manager = _manager([task.directory for task in built.values()], defaults=len(built) < len(names))

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from tutelage.data.corpora import Corpus
 from tutelage.errors import UserError
-from tutelage.files import new_directory, write_text
+from tutelage.files import atomic_directory, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -260,7 +260,7 @@ def _write_task(name: str, items: Sequence[Item], config: Mapping[str, Any], out
     whole = {"task": name, **source, **_COMMON, **config, "metadata": metadata}
     text, file = yaml.safe_dump(whole, sort_keys=False), directory / f"{name}.yaml"
     if not file.exists() or file.read_text(encoding="utf-8") != text:  # a moved directory has old paths
-        with new_directory(directory) as partial:
+        with atomic_directory(directory) as partial:
             write_text(partial / "items.jsonl", lines)
             write_text(partial / file.name, text)
     return BuiltTask(name, directory)

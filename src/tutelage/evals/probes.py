@@ -25,7 +25,7 @@ from tutelage.evals.evaluated_model import Subject, check_tokenizer
 from tutelage.evals.score_files import add_scores, read_scores, version_of
 from tutelage.evals.token_scores import Measured, ratio
 from tutelage.evals.windows import FORWARD_TOKENS, blocks, read_documents
-from tutelage.files import claimed, make_directory, write_json, write_text
+from tutelage.files import lock, make_directory, write_json, write_text
 from tutelage.models.hub import body_and_head, head_logits, load, logit_transform, pick_device
 from tutelage.types import COPYING, IGNORE_INDEX, PLAIN, Score
 
@@ -168,7 +168,7 @@ def run_probes(
     for model in (subject, teacher) if teacher else (subject,):
         check_text_tokenizer(model.id, check_tokenizer(model).json, text)
     make_directory(subject.output)
-    with claimed(subject.output / "lock", str(subject.output)):
+    with lock(subject.output / "lock", str(subject.output)):
         student = load(subject.model).to(chosen)
         write_samples(student, text, subject)
         scores = _copying(subject, student, text)

@@ -10,7 +10,7 @@ import polars as pl
 
 from tutelage.config.load import digest
 from tutelage.errors import UserError
-from tutelage.files import replacing, write_json, write_text
+from tutelage.files import atomic_write, write_json, write_text
 from tutelage.models import export
 from tutelage.types import SCORING_VERSION
 
@@ -75,7 +75,7 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
     frames = [frame]
     if path.exists():
         frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti"))
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         pl.concat(frames, how="diagonal_relaxed").write_parquet(partial)
 
 

@@ -25,7 +25,7 @@ from tutelage.evals.evaluated_model import check_tokenizer, find_subject
 from tutelage.evals.token_groups import summarise
 from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, together
 from tutelage.evals.windows import Document, blocks, read_documents
-from tutelage.files import claimed, make_directory, new_directory, write_json
+from tutelage.files import atomic_directory, lock, make_directory, write_json
 from tutelage.models.hub import (
     body_and_head,
     head_logits,
@@ -127,8 +127,8 @@ def run_mechanism(
     if directory.is_dir():
         return directory
     make_directory(directory.parent)
-    lock = directory.parent / f".{directory.name}.lock"
-    with claimed(lock, f"mechanism {directory}"), new_directory(directory) as partial:
+    place = directory.parent / f".{directory.name}.lock"
+    with lock(place, f"mechanism {directory}"), atomic_directory(directory) as partial:
         tokens = _read(subjects, store, documents, settings["context"], device, progress)
         _check_finite(tokens, subjects)
         names = {role: subject.id for role, subject in subjects.items()} | {"text": store.manifest.name}

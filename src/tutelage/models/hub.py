@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from tutelage.errors import UserError, one_line
-from tutelage.files import new_directory
+from tutelage.files import atomic_directory
 from tutelage.models.directory import (
     check_config,
     check_directory,
@@ -314,7 +314,7 @@ def save(
             other logits.
     """
     check_tokenizer_files(store)
-    with new_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         own, model.generation_config = model.generation_config, GenerationConfig()  # a wrong one is refused
         try:
             with _no_progress_bars():

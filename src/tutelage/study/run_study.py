@@ -12,7 +12,7 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
-from tutelage.files import BusyError, claimed, make_directory, stop_signal
+from tutelage.files import LockedError, lock, make_directory, stop_signal
 from tutelage.study.cells import teachers_of
 from tutelage.study.engines.engine import StoreTask
 from tutelage.study.leases import Claims, Failures, is_gone, runners
@@ -167,9 +167,9 @@ def _prepared_alone(directory: Path, claims: Claims, say: Callable[[str], None])
         said = False
         while True:
             try:
-                held.enter_context(claimed(directory / "lock", f"study {directory}"))
+                held.enter_context(lock(directory / "lock", f"study {directory}"))
                 break
-            except BusyError:
+            except LockedError:
                 if not said:
                     say("another runner prepares the study")
                 said = True

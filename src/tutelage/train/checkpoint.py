@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tutelage.errors import UserError
-from tutelage.files import new_directory
+from tutelage.files import atomic_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,7 +76,7 @@ def _write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, count
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
-    with new_directory(path) as partial:
+    with atomic_directory(path) as partial:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors"
         )

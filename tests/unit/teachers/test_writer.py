@@ -178,8 +178,8 @@ def test_a_writer_waits_for_anothers_shard_and_takes_it_over_when_that_one_dies(
     config = teaching()
     path = make_plan(config).path
     (path / "shards").mkdir(parents=True)
-    hold = "from pathlib import Path; from tutelage.files import claimed; import time\n"
-    hold += "with claimed(Path('000004.lock'), 'it'):\n    print('held', flush=True); time.sleep(60)"
+    hold = "from pathlib import Path; from tutelage.files import lock; import time\n"
+    hold += "with lock(Path('000004.lock'), 'it'):\n    print('held', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", hold], cwd=path / "shards", stdout=subprocess.PIPE, text=True
     ) as other:
@@ -205,8 +205,8 @@ def test_ctrl_c_while_waiting_for_another_process(teaching, tmp_path):
     config = teaching(shard_tokens=4096)
     path = make_plan(config).path
     (path / "shards").mkdir(parents=True)
-    hold = "from pathlib import Path; from tutelage.files import claimed; import time\n"
-    hold += "with claimed(Path('000000.lock'), 'it'):\n    print('held', flush=True); time.sleep(60)"
+    hold = "from pathlib import Path; from tutelage.files import lock; import time\n"
+    hold += "with lock(Path('000000.lock'), 'it'):\n    print('held', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", hold], cwd=path / "shards", stdout=subprocess.PIPE, text=True
     ) as other:

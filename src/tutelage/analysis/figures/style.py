@@ -15,7 +15,7 @@ import vl_convert
 from altair.utils.schemapi import debug_mode
 
 from tutelage.analysis.report.words import NO_TEACHER
-from tutelage.files import new_directory
+from tutelage.files import atomic_directory
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -101,7 +101,7 @@ def save_all(figures: Sequence[Figure], directory: Path) -> dict[str, str]:
         UserError: the directory cannot be written.
     """
     drawings: dict[str, str] = {}
-    with new_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         for figure in figures:
             spec = figure.chart.to_dict(validate=False) | {"config": _CONFIG}
             drawings[figure.name] = vl_convert.vegalite_to_svg(spec)

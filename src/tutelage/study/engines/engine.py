@@ -12,7 +12,7 @@ from tutelage.config.base import Section
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import Stopped, UserError
-from tutelage.files import BusyError
+from tutelage.files import LockedError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -90,7 +90,7 @@ def _perform(task: Task) -> Outcome:
         run_cohort(task.configs)
     except Stopped:
         return Outcome(status="stopped")
-    except BusyError as error:
+    except LockedError as error:
         return Outcome(status="busy", text=str(error))
     except UserError as error:
         return Outcome(status="failed", text=str(error))

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from tutelage.errors import Stopped, UserError
-from tutelage.files import BusyError, make_directory, stop_signal
+from tutelage.files import LockedError, make_directory, stop_signal
 from tutelage.teachers.cache.job import make_plan, prepare
 from tutelage.teachers.cache.reader import open_cache
 from tutelage.teachers.cache.shard import ShardWriter, packed
@@ -117,11 +117,11 @@ class _Writer:
     def did(self, shard: int) -> bool:
         """Write a shard unless it is there; False if another process is at it."""
         try:
-            with self._ledger.claimed(shard):
+            with self._ledger.lock(shard):
                 if not self._ledger.look(shard):
                     self._write(shard)
                     self._ledger.look(shard)
-        except BusyError:
+        except LockedError:
             return False
         self._ledger.publish(_PUBLISH_SECONDS)
         return True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 
 from tutelage.errors import Stopped, UserError
-from tutelage.files import BusyError, claimed, replacing, write_text
+from tutelage.files import LockedError, atomic_write, lock, write_text
 from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import HEAD_FILE, file_sha256
 from tutelage.teachers.cache.shard import shard_record
@@ -75,20 +75,20 @@ class Ledger:
             if self._file(shard).name in present:
                 self.look(shard)
 
-    def claimed(self, shard: int) -> contextlib.AbstractContextManager[None]:
+    def lock(self, shard: int) -> contextlib.AbstractContextManager[None]:
         """Hold a shard for this process. It may have been finished since: `look` before writing.
 
         Raises:
-            BusyError: another process holds it.
+            LockedError: another process holds it.
         """
-        return claimed(self._file(shard).with_suffix(".lock"), str(self._file(shard)))
+        return lock(self._file(shard).with_suffix(".lock"), str(self._file(shard)))
 
     @contextlib.contextmanager
     def new_shard(self, shard: int) -> Iterator[Path]:
-        """Write a claimed shard under a temporary name; it appears if the block succeeds."""
+        """Write a locked shard under a temporary name; it appears if the block succeeds."""
         path = self._file(shard)
         _remove_leftovers(path)
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             yield partial
 
     def start(self) -> None:
@@ -121,7 +121,7 @@ class Ledger:
         found = file_sha256(path)
         if found is not None and found == known:
             return found
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             save_file({name: x.detach().cpu().contiguous() for name, x in self._job.head.items()}, partial)
             partial.chmod(self.path.stat().st_mode & 0o666)  # safetensors keeps files to their owner
         written = file_sha256(path)
@@ -150,7 +150,7 @@ def tidy(cache: Path, stop: threading.Event) -> None:
         with contextlib.suppress(UserError), _manifest_held(cache, stop):  # if they are ours to remove
             pass
         for claim in claims:
-            with contextlib.suppress(UserError), claimed(claim, str(cache)):
+            with contextlib.suppress(UserError), lock(claim, str(cache)):
                 pass
 
 
@@ -160,9 +160,9 @@ def _manifest_held(cache: Path, stop: threading.Event) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         while True:
             try:
-                held.enter_context(claimed(cache / "shards" / "manifest.lock", str(cache)))
+                held.enter_context(lock(cache / "shards" / "manifest.lock", str(cache)))
                 break
-            except BusyError:
+            except LockedError:
                 if stop.wait(_POLL_SECONDS):
                     raise Stopped from None
         for name in _WRITTEN_ALONE:
