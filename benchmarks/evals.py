@@ -26,10 +26,10 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.evals.domains import SUITES
-from tutelage.evals.evaluate import Request, evaluate, select
-from tutelage.evals.evaluated_model import find_subject
+from tutelage.evals.evaluate import EvalRequest, evaluate, select
+from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.scoring import InDomain, score_domain
-from tutelage.evals.windows import Target, blocks
+from tutelage.evals.windows import Target, window_batches
 from tutelage.models.hub import build, load, save
 from tutelage.models.shapes import rung
 
@@ -44,8 +44,8 @@ def bare(model: PreTrainedModel, target: Target) -> int:
         for split in SCORED:
             documents = target.documents(split)
             tokens += sum(len(document.tokens_N) for document in documents)
-            for block in blocks(documents, target.context, target.stride):
-                model(input_ids=block.inputs_BT, use_cache=False)
+            for batch in window_batches(documents, target.context, target.stride):
+                model(input_ids=batch.inputs_BT, use_cache=False)
     return tokens
 
 
@@ -71,8 +71,8 @@ def main() -> None:
         store = build_store(config.model_copy(update={"tokenizer": tokenizer}), folder)
         model = build(rung(arguments.rung), arguments.vocab, arguments.context, seed=1)
         save(model, folder / "model", store)
-        subject = find_subject(str(folder / "model"), folder)
-        model = load(subject.model)
+        evaluated = find_model(str(folder / "model"), folder)
+        model = load(evaluated.model)
         length = arguments.context
         limits = (SUITES.max_documents, SUITES.max_tokens)
         target = Target("sotu", "in_domain", open_store(store), length, length, *limits)
@@ -81,7 +81,7 @@ def main() -> None:
             start = time.process_time()
             tokens = bare(model, target)
             middle = time.process_time()
-            score_domain(model, subject, target, InDomain(model, None))
+            score_domain(model, evaluated, target, InDomain(model, None))
             times["bare"].append(middle - start)
             times["ours"].append(time.process_time() - middle)
         share = statistics.median(b / o for b, o in zip(times["bare"][1:], times["ours"][1:], strict=True))
@@ -96,7 +96,7 @@ def main() -> None:
             start, cpu = time.perf_counter(), time.process_time()
             domains, _ = select([], None, [])
             with EvalBar() as bar:
-                evaluate([str(folder / "model")], Request(domains, {}, folder / "evals"), bar)
+                evaluate([str(folder / "model")], EvalRequest(domains, {}, folder / "evals"), bar)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
             print(f"offline suite, {len(domains)} domains: {wall:.1f} s wall, {cpu:.1f} s CPU")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from tutelage.evals.calibration import POWERS, Fit, fit, own_unigram
+from tutelage.evals.calibration import POWERS, CalibrationFit, fit, own_unigram
 from tutelage.evals.domains import SUITES, domain_store, find_domain
-from tutelage.evals.evaluated_model import find_subject
+from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.token_scores import TokenScores, score_tokens
 from tutelage.evals.windows import read_documents
 from tutelage.models.hub import load
@@ -27,7 +27,7 @@ SIZES = (4096, 32_768)
 DRAWS = 24
 
 
-def fitted(tokens: TokenScores, unigram_N: np.ndarray, chosen: np.ndarray) -> Fit:
+def fitted(tokens: TokenScores, unigram_N: np.ndarray, chosen: np.ndarray) -> CalibrationFit:
     """The fit on some tokens."""
     return fit(tokens.powered_MK[chosen], unigram_N[chosen], tokens.document_N[chosen])
 
@@ -41,23 +41,23 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=["kjv", "shakespeare", "wikipedia", "sotu"])
     parser.add_argument("--output", type=Path, default=Path("evals"))
     arguments = parser.parse_args()
-    subject = find_subject(arguments.model, arguments.output)
-    model = load(subject.model)
+    evaluated = find_model(arguments.model, arguments.output)
+    model = load(evaluated.model)
     random = np.random.default_rng(0)
     print("text, documents: tokens of the fit, off, stated, bootstrap (bits per byte, one temperature)")
     for name in arguments.domains:
-        store = domain_store(name, find_domain(name), subject.model, arguments.output / "stores")
+        store = domain_store(name, find_domain(name), evaluated.model, arguments.output / "stores")
         splits = {}
         for split in ("validation", "test"):
             documents = read_documents(store, split, SUITES.max_documents, SUITES.max_tokens)
-            scored = score_tokens(model, documents, store.vocab_size, subject.context, powers=POWERS)
+            scored = score_tokens(model, documents, store.vocab_size, evaluated.context, powers=POWERS)
             splits[split] = documents, scored
         _, tokens = splits["validation"]
         documents, test = splits["test"]
         per_byte = 1 / math.log(2) / sum(document.size for document in documents)
         spline = CubicSpline(np.log(POWERS), test.powered_MK.astype(np.float64), axis=1)
 
-        def bits(found: Fit, curve: CubicSpline = spline, scale: float = per_byte) -> float:
+        def bits(found: CalibrationFit, curve: CubicSpline = spline, scale: float = per_byte) -> float:
             return -float(curve(-math.log(found.temperature)).sum()) * scale
 
         unigram_N = own_unigram(tokens.document_N, tokens.label_N, store.vocab_size)

@@ -105,7 +105,7 @@ def _results(studies: int, seeds: int, outside: list[str], runs: list, scores: l
         documents=pl.DataFrame(),
         curves=pl.DataFrame(),
         provenance={},
-        mechanisms=(),
+        token_comparisons=(),
         problems=(),
     )
 

@@ -36,7 +36,7 @@ from tutelage.evals.token_groups import summarise
 from tutelage.study.plan import draft_of
 from tutelage.study.results import Results
 from tutelage.study.score_tables import DOCUMENT_COLUMNS
-from tutelage.study.token_tables import Mechanism
+from tutelage.study.token_tables import TokenComparison
 from tutelage.types import COPYING
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ MARGIN = 0.5
 """Percent: MARGIN of `tutelage.analysis.claims.evidence`, written down again."""
 TOKENS = 300
 TOKEN_STUDIES = 4
-"""One study of so many has mechanism evaluations, which take most of the time."""
+"""One study of so many has token comparisons, which take most of the time."""
 STUDENT = "nano-50k 1.25M"
 OF_TOKENS = " 8"
 OF_MARGINS = {4, 9, 10, 11, 14, 15, 23}
@@ -153,7 +153,7 @@ def deviations(rng: np.random.Generator, groups: NDArray[np.int64]) -> Array:
     return math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * rng.normal(size=len(groups))
 
 
-def draw(w: World, rng: np.random.Generator, mechanisms: tuple[Mechanism, ...] = ()) -> Results:
+def draw(w: World, rng: np.random.Generator, comparisons: tuple[TokenComparison, ...] = ()) -> Results:
     """The study's results with fresh noise."""
     n = len(w.groups)
     of_run = OF_RUN * deviations(rng, w.groups)
@@ -188,7 +188,7 @@ def draw(w: World, rng: np.random.Generator, mechanisms: tuple[Mechanism, ...] =
         documents=pl.concat([pl.DataFrame(schema=DOCUMENT_COLUMNS), *documents], how="diagonal_relaxed"),
         curves=pl.DataFrame(),
         provenance={},
-        mechanisms=mechanisms,
+        token_comparisons=comparisons,
         problems=(),
     )
 
@@ -209,8 +209,8 @@ def tokens_of(rng: np.random.Generator) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
-def read_tokens(w: World, rng: np.random.Generator) -> tuple[Mechanism, ...]:
-    """A mechanism evaluation of one taught student per seed, its tokens sorted by another seed's baseline."""
+def read_tokens(w: World, rng: np.random.Generator) -> tuple[TokenComparison, ...]:
+    """A token comparison of one taught student per seed, its tokens sorted by another seed's baseline."""
     baselines = {
         run.seed: run.run for run in w.plan.runs if run.kind == "baseline" and run.student == STUDENT
     }
@@ -221,7 +221,7 @@ def read_tokens(w: World, rng: np.random.Generator) -> tuple[Mechanism, ...]:
         if (run.student, run.teacher, run.arm, run.stage) == (STUDENT, "weak", "alpha 0.4", None)
     }
     return tuple(
-        Mechanism(
+        TokenComparison(
             student=taught[seed].run,
             teacher="weak",
             baseline=baselines[seed],
@@ -230,7 +230,7 @@ def read_tokens(w: World, rng: np.random.Generator) -> tuple[Mechanism, ...]:
             documents=10,
             tokens=TOKENS,
             context=TOKENS // 10,
-            cells=summarise(tokens_of(rng), TOKENS // 10),
+            groups=summarise(tokens_of(rng), TOKENS // 10),
         )
         for seed, other in zip(seeds, seeds[1:] + seeds[:1], strict=True)
     )

@@ -18,10 +18,10 @@ from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.errors import UserError
-from tutelage.evals.evaluate import Request, evaluate
-from tutelage.evals.evaluated_model import find_subject
+from tutelage.evals.evaluate import EvalRequest, evaluate
+from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.probes import run_probes
-from tutelage.evals.token_comparison import run_mechanism
+from tutelage.evals.token_comparison import compare_tokens
 from tutelage.models import hub, shapes
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
@@ -242,16 +242,16 @@ class Silent:
 
 
 def test_every_evaluation_stays_within_a_models_positions(short_sighted, store, other_store, tmp_path):
-    subject = find_subject(short_sighted, tmp_path / "evals")
-    assert subject.context == 16
-    request = Request({}, {"scripture": other_store}, tmp_path / "evals", 2, 60, "cpu")
+    evaluated = find_model(short_sighted, tmp_path / "evals")
+    assert evaluated.context == 16
+    request = EvalRequest({}, {"scripture": other_store}, tmp_path / "evals", 2, 60, "cpu")
     rows, _ = evaluate([short_sighted], request, Silent())
     assert rows
-    assert run_probes(subject, store=store)
-    found = run_mechanism(
-        student=subject,
-        teacher=subject,
-        baseline=subject,
+    assert run_probes(evaluated, store=store)
+    found = compare_tokens(
+        student=evaluated,
+        teacher=evaluated,
+        baseline=evaluated,
         store=open_store(store),
         split="test",
         max_documents=2,
@@ -280,7 +280,7 @@ def test_a_family_without_attention_teaches_learns_and_is_scored(store, other_st
     assert run(make_config(**taught)).is_done()
     student = run(make_config(model={"path": path}, optim={"lr": 1e-3}, tokens=2 * 256))
     assert student.state()["export"]["largest_logit_difference"] < 1e-6
-    request = Request({}, {"scripture": other_store}, tmp_path / "evals", 1, 40, "cpu")
+    request = EvalRequest({}, {"scripture": other_store}, tmp_path / "evals", 1, 40, "cpu")
     rows, _ = evaluate([path], request, Silent())
     assert {row["run"].split("-")[0] for row in rows} == {"mamba"}
 

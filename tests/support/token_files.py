@@ -67,5 +67,5 @@ def write(directory, stderr=0.01, documents=5):
     ]
     schema = {"stderr": pl.Float64, "low": pl.Float64, "high": pl.Float64}
     pl.DataFrame(rows, schema_overrides=schema).write_parquet(directory / "summary.parquet")
-    (directory / "mechanism.json").write_text(json.dumps(FACTS))
+    (directory / "comparison.json").write_text(json.dumps(FACTS))
     return directory

@@ -12,7 +12,7 @@ from tutelage.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tutelage.evals.evaluate import Request
+    from tutelage.evals.evaluate import EvalRequest
 
 Stores = Annotated[
     list[str] | None, typer.Option(metavar="NAME=DIR", help="also this token store; may be repeated")
@@ -24,7 +24,7 @@ Tasks = Annotated[
         "last_word (:DOMAIN or :STORE); may be repeated"
     ),
 ]
-Mechanism = Annotated[
+Compare = Annotated[
     bool, typer.Option("--mechanism", help="instead: on which tokens MODEL gains, and what its teacher knew")
 ]
 Probes = Annotated[
@@ -47,7 +47,7 @@ def evaluate(
     task: Tasks = None,
     limit: Annotated[int | None, typer.Option(min=1, help="with --task: questions per task")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="with --task: of the forward passes")] = 16,
-    mechanism: Mechanism = False,
+    mechanism: Compare = False,
     probes: Probes = False,
     teacher: Annotated[str | None, typer.Option(help="with --mechanism or --probes: MODEL's teacher")] = None,
     baseline: Annotated[str | None, typer.Option(help="with --mechanism: the student without one")] = None,
@@ -71,7 +71,7 @@ def evaluate(
     With --task, models answer questions: accuracy, by lm-eval's own evaluator. With --probes: how well they
     copy in context, how many of their tokens --teacher would accept as drafts, and samples to read.
     """
-    from tutelage.evals.evaluate import Request, select
+    from tutelage.evals.evaluate import EvalRequest, select
 
     instead = {"--task": bool(task), "--mechanism": mechanism, "--probes": probes}
     _check_options(
@@ -82,7 +82,7 @@ def evaluate(
         return
     named = domain or suite or store or not (mechanism or probes)
     domains, stores = select(domain or [], suite, store or []) if named else ({}, {})
-    request = Request(domains, stores, output, max_documents, max_tokens, device)
+    request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
     if mechanism:
         _mechanism(model, teacher, baseline, sorter, request)
     elif probes:
@@ -91,7 +91,7 @@ def evaluate(
         _score(model, request)
 
 
-def _score(model: list[str], request: Request) -> None:
+def _score(model: list[str], request: EvalRequest) -> None:
     from tutelage.analysis.report.text import print_scores
     from tutelage.analysis.score_warnings import score_warnings
     from tutelage.cli.progress import EvalBar, out
@@ -107,23 +107,23 @@ def _score(model: list[str], request: Request) -> None:
 
 
 def _mechanism(
-    model: list[str], teacher: str | None, baseline: str | None, sorter: str | None, request: Request
+    model: list[str], teacher: str | None, baseline: str | None, sorter: str | None, request: EvalRequest
 ) -> None:
     from tutelage.analysis.figures.style import save_all
-    from tutelage.analysis.figures.token_figures import mechanism_figures
-    from tutelage.analysis.report.text import print_mechanism
+    from tutelage.analysis.figures.token_figures import comparison_figures
+    from tutelage.analysis.report.text import print_token_comparison
     from tutelage.cli.progress import EvalBar, out
-    from tutelage.evals.token_comparison import run_on_texts
-    from tutelage.study.token_tables import read_mechanism
+    from tutelage.evals.token_comparison import compare_on_texts
+    from tutelage.study.token_tables import read_token_comparison
 
     if len(model) != 1 or teacher is None or baseline is None:
         raise UserError("--mechanism: give one model, --teacher MODEL and --baseline MODEL")
     with EvalBar() as bar:
-        directories = run_on_texts(model[0], teacher, baseline, sorter, request, bar)
+        directories = compare_on_texts(model[0], teacher, baseline, sorter, request, bar)
     for directory in directories:
-        found = read_mechanism(directory)
-        print_mechanism(found, out)
-        save_all(mechanism_figures(found), directory / "figures")
+        found = read_token_comparison(directory)
+        print_token_comparison(found, out)
+        save_all(comparison_figures(found), directory / "figures")
         out.print(f"tokens   {directory / 'tokens.parquet'}", highlight=False, soft_wrap=True)
         out.print(f"figures  {directory / 'figures'}\n", highlight=False, soft_wrap=True)
     if sorter is None:
@@ -165,40 +165,40 @@ def _tasks(
 ) -> None:
     from tutelage.analysis.report.text import print_tasks
     from tutelage.cli.progress import out
-    from tutelage.evals.evaluated_model import find_subjects
+    from tutelage.evals.evaluated_model import find_models
     from tutelage.evals.lm_eval import run_downstream
 
-    subjects = find_subjects(model, output)
+    evaluated_models = find_models(model, output)
     stores = output / "stores"
     scores = [
         score
-        for subject in subjects
+        for evaluated in evaluated_models
         for score in run_downstream(
-            subject, task, limit=limit, batch_size=batch_size, device=device, stores=stores
+            evaluated, task, limit=limit, batch_size=batch_size, device=device, stores=stores
         )
     ]
     print_tasks(scores, "task", "questions", out)
-    for subject in subjects:
-        out.print(f"scores   {subject.scores}", highlight=False, soft_wrap=True)
+    for evaluated in evaluated_models:
+        out.print(f"scores   {evaluated.scores}", highlight=False, soft_wrap=True)
 
 
-def _probes(model: list[str], teacher: str | None, request: Request) -> None:
+def _probes(model: list[str], teacher: str | None, request: EvalRequest) -> None:
     from tutelage.analysis.report.text import print_tasks
     from tutelage.cli.progress import out
-    from tutelage.evals.evaluated_model import find_subject, find_subjects
+    from tutelage.evals.evaluated_model import find_model, find_models
     from tutelage.evals.probes import run_probes
 
     if len(request.stores) > 1:
         raise UserError("--probes reads one text; give one --store, or none for a run's own")
     store = next(iter(request.stores.values()), None)
-    subjects = find_subjects(model, request.output)
-    judge = find_subject(teacher, request.output) if teacher else None
+    evaluated_models = find_models(model, request.output)
+    judge = find_model(teacher, request.output) if teacher else None
     scores = [
         score
-        for subject in subjects
-        for score in run_probes(subject, store=store, teacher=judge, device=request.device)
+        for evaluated in evaluated_models
+        for score in run_probes(evaluated, store=store, teacher=judge, device=request.device)
     ]
     print_tasks(scores, "probe", "sequences or documents", out)
-    for subject in subjects:
-        out.print(f"samples  {subject.samples}", highlight=False, soft_wrap=True)
-        out.print(f"scores   {subject.scores}", highlight=False, soft_wrap=True)
+    for evaluated in evaluated_models:
+        out.print(f"samples  {evaluated.samples}", highlight=False, soft_wrap=True)
+        out.print(f"scores   {evaluated.scores}", highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import brentq, minimize_scalar
 
 from tutelage.bootstrap import content_order, resampled_sums
-from tutelage.evals.token_scores import Measured
+from tutelage.evals.token_scores import ScoreEstimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,7 @@ def reliability(scores: TokenScores, edges: np.ndarray) -> list[dict[str, float 
     ]
 
 
-def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) -> Measured:
+def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) -> ScoreEstimate:
     """Expected calibration error: mean over tokens of |accuracy - confidence| of the token's bin.
 
     Its bootstrap over documents keeps the bins. Noise only adds to an absolute value, so resampled errors
@@ -93,11 +93,11 @@ def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) ->
     tokens_D1 = np.bincount(scores.document_N, minlength=documents)[:, None].astype(np.float64)
     value = float(np.abs(gaps_DB.sum(0)).sum() / tokens_D1.sum())
     if documents == 1:
-        return Measured(value, np.nan, None, None)
+        return ScoreEstimate(value, np.nan, None, None)
     sums = resampled_sums(*content_order(np.concatenate([gaps_DB, tokens_D1], axis=1)))
     drawn = np.abs(sums[:, :-1]).sum(1) / sums[:, -1]
     low, high = 2 * value - np.quantile(drawn, [0.975, 0.025])
-    return Measured(value, float(drawn.std(ddof=1)), max(0.0, float(low)), max(value, float(high)))
+    return ScoreEstimate(value, float(drawn.std(ddof=1)), max(0.0, float(low)), max(value, float(high)))
 
 
 def _bins(confidence_N: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ class FitNoise:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class CalibrationFit:
     """What was fitted on a domain's validation split.
 
     Attributes:
@@ -164,7 +164,7 @@ def mixed(logp_N: np.ndarray, unigram_N: np.ndarray, weight: float) -> np.ndarra
     return np.log(np.maximum(mixture_N, _LEAST))
 
 
-def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -> Fit:
+def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -> CalibrationFit:
     """Temperature and mixture that make N tokens most probable.
 
     The first is convex in the inverse temperature. In the second the weight is convex at each temperature
@@ -182,7 +182,7 @@ def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -
     slopes_N1, curvature = _alone_derivatives(spline, alone)
     alone_noise, variance = _noise(slopes_N1, curvature, document_N)
     mixed_noise, _ = _noise(*_mixed_derivatives(spline, mixed, weight, unigram_N), document_N)
-    return Fit(
+    return CalibrationFit(
         temperature=1 / alone,
         mixed_temperature=1 / mixed,
         weight=weight,
@@ -194,7 +194,7 @@ def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -
     )
 
 
-def foreign_noise(powered_NK: np.ndarray, other: Fit) -> float:
+def foreign_noise(powered_NK: np.ndarray, other: CalibrationFit) -> float:
     """Error that the noise of `other`'s temperature makes in a score of this text, in nats per token.
 
     On a text that it was not fitted on, a temperature is not at the optimum, so the score moves with it in

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tutelage.data.store import SplitView, Store
-    from tutelage.evals.windows import Document
+    from tutelage.evals.windows import ScoredDocument
     from tutelage.types import Split
 
 
@@ -188,7 +188,7 @@ _WORD = re.compile(r"\w+")
 _DECODE = 256  # documents turned back into text at once
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
-Key = tuple[str, "Split"]
+DomainSplit = tuple[str, "Split"]
 """A domain's name and the split."""
 
 Places = frozenset[int]
@@ -196,7 +196,7 @@ Places = frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Overlap:
+class Contamination:
     """How much of one split of a domain was trained on.
 
     Attributes:
@@ -217,7 +217,9 @@ class Overlap:
         return int(((self.grams_N > 0) & (2 * self.copied_N >= self.grams_N)).sum())
 
 
-def trained_on(training: Sequence[Store], domains: Mapping[str, Store], cache: Path) -> dict[Key, Places]:
+def trained_on(
+    training: Sequence[Store], domains: Mapping[str, Store], cache: Path
+) -> dict[DomainSplit, Places]:
     """Places, per domain and split, of documents that are in a training split, token for token.
 
     Args:
@@ -225,7 +227,7 @@ def trained_on(training: Sequence[Store], domains: Mapping[str, Store], cache: P
         domains: stores with the same tokenizer.
         cache: directory where the answer is kept for the next model with the same training stores.
     """
-    keys: list[Key] = [(name, split) for name in domains for split in SCORED]
+    keys: list[DomainSplit] = [(name, split) for name in domains for split in SCORED]
     fingerprints = sorted(store.fingerprint for store in training)
     identity = [fingerprints, {name: store.fingerprint for name, store in domains.items()}]
     path = cache / f"trained-on-{digest(identity)}.json"
@@ -255,8 +257,8 @@ def _digests(view: SplitView, lengths: NDArray[np.int64]) -> Iterator[tuple[int,
 
 
 def copied_grams(
-    training: Sequence[Store], documents: Mapping[Key, list[Document]], cache: Path
-) -> dict[Key, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    training: Sequence[Store], documents: Mapping[DomainSplit, list[ScoredDocument]], cache: Path
+) -> dict[DomainSplit, tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """8-grams of every document and how many of them occur in the training split.
 
     Args:
@@ -282,7 +284,7 @@ def copied_grams(
 
 
 def _count(
-    training: Sequence[Store], groups: list[list[Document]]
+    training: Sequence[Store], groups: list[list[ScoredDocument]]
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     tokenizer = Tokenizer.from_file(str(training[0].path / "tokenizer.json"))
     ids: dict[str, int] = {}
@@ -332,7 +334,5 @@ def _training_texts(training: Store, tokenizer: Tokenizer) -> Iterator[str]:
     starts = view.offsets[:, 0].astype(np.int64)
     every = max(1, round(int(view.offsets[-1, 1]) / TRAINING_BYTES))
     chosen = range(0, len(starts) - 1, every)
-    for block in (chosen[i : i + _DECODE] for i in range(0, len(chosen), _DECODE)):
-        yield from tokenizer.decode_batch(
-            [view.tokens[starts[i] : starts[i + 1] - 1].tolist() for i in block]
-        )
+    for some in (chosen[i : i + _DECODE] for i in range(0, len(chosen), _DECODE)):
+        yield from tokenizer.decode_batch([view.tokens[starts[i] : starts[i + 1] - 1].tolist() for i in some])

@@ -24,10 +24,10 @@ from tutelage.evals.domains import (
     domain_store,
     find_domain,
 )
-from tutelage.evals.evaluated_model import Subject, check_tokenizer, find_subjects
+from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer, find_models
 from tutelage.evals.score_files import read_scores
-from tutelage.evals.scoring import InDomain, keep, score_domain
-from tutelage.evals.windows import TRAINING_TEXT, Target, with_overlaps, without_training_text
+from tutelage.evals.scoring import InDomain, save_scores, score_domain
+from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.positions import check_length
@@ -62,7 +62,7 @@ class EvalWatcher(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class EvalRequest:
     """What to score models on.
 
     Attributes:
@@ -124,7 +124,7 @@ def select(
 
 
 def evaluate(
-    models: Sequence[str], request: Request, watcher: EvalWatcher
+    models: Sequence[str], request: EvalRequest, watcher: EvalWatcher
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """Score every model on every domain, and write the scores beside each model's run.
 
@@ -141,104 +141,107 @@ def evaluate(
         UserError: something in the input is wrong; whatever can be known is said before anything is computed.
     """
     device = pick_device(request.device)
-    subjects = find_subjects(models, request.output)
+    evaluated_models = find_models(models, request.output)
     check_sources(request.domains)
-    for subject in subjects:
-        _check(subject, request)
-    rows = [row for subject in subjects for row in _evaluated(subject, request, device, watcher)]
-    return rows, [subject.scores for subject in subjects]
+    for evaluated in evaluated_models:
+        _check(evaluated, request)
+    rows = [row for evaluated in evaluated_models for row in _evaluated(evaluated, request, device, watcher)]
+    return rows, [evaluated.scores for evaluated in evaluated_models]
 
 
-def _check(subject: Subject, request: Request) -> None:
+def _check(evaluated: EvaluatedModel, request: EvalRequest) -> None:
     """Refuse before any compute what cannot work."""
-    tokenizer = check_tokenizer(subject)
+    tokenizer = check_tokenizer(evaluated)
     for name, path in request.stores.items():
         store = open_store(path)
-        check_text_tokenizer(f"store {name}: {subject.model}", tokenizer.json, store)
+        check_text_tokenizer(f"store {name}: {evaluated.model}", tokenizer.json, store)
         check_splits(name, store)
 
 
 def _evaluated(
-    subject: Subject, request: Request, device: torch.device, watcher: EvalWatcher
+    evaluated: EvaluatedModel, request: EvalRequest, device: torch.device, watcher: EvalWatcher
 ) -> list[dict[str, Any]]:
     """The rows of one model; its directory is held meanwhile."""
-    make_directory(subject.output)
-    with lock(subject.output / "lock", str(subject.output)):
-        text = _training_text(subject)
+    make_directory(evaluated.output)
+    with lock(evaluated.output / "lock", str(evaluated.output)):
+        text = _training_text(evaluated)
         for sentence in text.unknown:
-            watcher.note(f"{subject.id}: {sentence}")
-        targets, training = _targets(subject, request, text, watcher.store)
-        found = read_scores(subject.scores)
-        _name_old_scores(subject, found, {target.name for target in targets}, watcher)
+            watcher.note(f"{evaluated.id}: {sentence}")
+        targets, training = _targets(evaluated, request, text, watcher.store)
+        found = read_scores(evaluated.scores)
+        _name_old_scores(evaluated, found, {target.name for target in targets}, watcher)
         there = {
             (row["domain"], row["version"], row["step"])
             for row in found
             if not text.stores or row["metric"] == "overlap_documents"  # made while the text was not known
         }
-        todo = [target for target in targets if (target.name, target.version, subject.step) not in there]
+        todo = [target for target in targets if (target.name, target.version, evaluated.step) not in there]
         if todo:
-            todo = with_overlaps(todo, text, request.output / "stores")
-            model = load(subject.model)
-            note = check_length(model, subject.id, max(target.context for target in todo))
+            todo = with_contamination(todo, text, request.output / "stores")
+            model = load(evaluated.model)
+            note = check_length(model, evaluated.id, max(target.context for target in todo))
             if note is not None:
                 watcher.note(note)
             model.to(device)
             in_domain = InDomain(model, training)
         for number, target in enumerate(todo, 1):
-            watcher.domain(subject.id, target.name, number, len(todo))
+            watcher.domain(evaluated.id, target.name, number, len(todo))
             for line in remarks(target.store.manifest):
                 watcher.note(f"{target.name}: {line}")
-            keep(subject, target, score_domain(model, subject, target, in_domain, watcher.advance))
+            save_scores(evaluated, target, score_domain(model, evaluated, target, in_domain, watcher.advance))
     rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {
-        (target.name, target.version, subject.step): [] for target in targets
+        (target.name, target.version, evaluated.step): [] for target in targets
     }
-    for row in read_scores(subject.scores):
+    for row in read_scores(evaluated.scores):
         rows.get((row["domain"], row["version"], row["step"]), []).append(row)
     return [row for found in rows.values() for row in found]
 
 
 def _name_old_scores(
-    subject: Subject, rows: Sequence[Mapping[str, Any]], domains: Collection[str], watcher: EvalWatcher
+    evaluated: EvaluatedModel,
+    rows: Sequence[Mapping[str, Any]],
+    domains: Collection[str],
+    watcher: EvalWatcher,
 ) -> None:
     """Say which scores of the request are not shown because documents were scored otherwise."""
     old = {row["domain"]: scoring_version(row["version"]) for row in rows if row["domain"] in domains}
     old = {domain: made_by for domain, made_by in old.items() if made_by != SCORING_VERSION}
     if old:
         watcher.note(
-            f"{subject.id}: scores of {', '.join(old)} by scoring version {max(old.values())} are left out; "
-            f"this is version {SCORING_VERSION}, and the numbers do not compare"
+            f"{evaluated.id}: scores of {', '.join(old)} by scoring version {max(old.values())} are left "
+            f"out; this is version {SCORING_VERSION}, and the numbers do not compare"
         )
 
 
-def _training_text(subject: Subject) -> TrainingText:
+def _training_text(evaluated: EvaluatedModel) -> TrainingText:
     """What a run was trained on; of other models nothing is known."""
-    if subject.training_store is None:
+    if evaluated.training_store is None:
         return TrainingText(None, (), (), ())
-    return training_text(load_config(RunConfig, subject.output / "config.yaml"), subject.output)
+    return training_text(load_config(RunConfig, evaluated.output / "config.yaml"), evaluated.output)
 
 
 def _targets(
-    subject: Subject, request: Request, text: TrainingText, progress: Progress
+    evaluated: EvaluatedModel, request: EvalRequest, text: TrainingText, progress: Progress
 ) -> tuple[list[Target], Target | None]:
     """Every domain in the model's tokens, with what it was trained on left out; and its own training text."""
     targets = []
     for name, domain in request.domains.items():
-        store = domain_store(name, domain, subject.model, request.output / "stores", progress)
+        store = domain_store(name, domain, evaluated.model, request.output / "stores", progress)
         role = "out_of_domain" if text.stores else domain.role
-        targets.append(_target(subject, request, name, store, role, domain.length_extrapolation))
+        targets.append(_target(evaluated, request, name, store, role, domain.length_extrapolation))
     for name, path in request.stores.items():
-        targets.append(_target(subject, request, name, open_store(path), "out_of_domain"))
+        targets.append(_target(evaluated, request, name, open_store(path), "out_of_domain"))
     if text.own is not None:
-        targets.append(_target(subject, request, TRAINING_TEXT, text.own, "in_domain"))
+        targets.append(_target(evaluated, request, TRAINING_TEXT, text.own, "in_domain"))
     targets = without_training_text(targets, text, request.output / "stores")
     return (targets, None) if text.own is None else (targets[:-1], targets[-1])
 
 
 def _target(
-    subject: Subject, request: Request, name: str, store: Store, role: Role, factor: float = 1.0
+    evaluated: EvaluatedModel, request: EvalRequest, name: str, store: Store, role: Role, factor: float = 1.0
 ) -> Target:
     """A text in the windows that suit the model, `factor` times as long as it was trained on."""
-    context = round(min(subject.context, SUITES.context) * factor)
+    context = round(min(evaluated.context, SUITES.context) * factor)
     return Target(
         name=name,
         role=role,

@@ -29,7 +29,7 @@ _NEEDED = ("*.json", "*.safetensors", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class EvaluatedModel:
     """A model to evaluate.
 
     Attributes:
@@ -73,7 +73,7 @@ class Subject:
         return self.output / "calibration.json"
 
 
-def find_subject(argument: str, output: Path, revision: str | None = None) -> Subject:
+def find_model(argument: str, output: Path, revision: str | None = None) -> EvaluatedModel:
     """The model that `argument` names; nothing is computed, but a model on the Hub is downloaded.
 
     Args:
@@ -96,27 +96,27 @@ def find_subject(argument: str, output: Path, revision: str | None = None) -> Su
     return _model(copy, argument.rsplit("/", 1)[-1], output, copy.name)  # it lies in snapshots/<commit>
 
 
-def find_subjects(arguments: Sequence[str], output: Path) -> list[Subject]:
-    """As `find_subject`, each model once.
+def find_models(arguments: Sequence[str], output: Path) -> list[EvaluatedModel]:
+    """As `find_model`, each model once.
 
     Raises:
         UserError: also where two directories have one name, under which their scores would be mixed.
     """
     found = {
-        subject.output.resolve(): subject for subject in (find_subject(one, output) for one in arguments)
+        evaluated.output.resolve(): evaluated for evaluated in (find_model(one, output) for one in arguments)
     }
     named: dict[str, Path] = {}
-    for place, subject in found.items():
-        other = named.setdefault(subject.id.casefold(), place)
+    for place, evaluated in found.items():
+        other = named.setdefault(evaluated.id.casefold(), place)
         if other != place:
             raise UserError(
-                f"{other} and {place}: both are called {subject.id}, so their scores would be shown as one "
+                f"{other} and {place}: both are called {evaluated.id}, so their scores would be shown as one "
                 "model's; evaluate them one at a time"
             )
     return [*found.values()]
 
 
-def _run(path: Path) -> Subject:
+def _run(path: Path) -> EvaluatedModel:
     directory = RunDirectory(path.resolve())
     state = directory.state()
     if not directory.model.is_dir():
@@ -128,7 +128,7 @@ def _run(path: Path) -> Subject:
         )
     weights_fingerprint(directory.model)
     config = load(RunConfig, directory.path / "config.yaml")
-    return Subject(
+    return EvaluatedModel(
         id=directory.id,
         model=directory.model,
         revision=None,
@@ -140,9 +140,9 @@ def _run(path: Path) -> Subject:
     )
 
 
-def _model(path: Path, name: str, output: Path, revision: str | None) -> Subject:
+def _model(path: Path, name: str, output: Path, revision: str | None) -> EvaluatedModel:
     identity = f"{name}-{weights_fingerprint(path)[:8]}"
-    return Subject(identity, path, revision, 0, 0, _trained_length(path), output / identity)
+    return EvaluatedModel(identity, path, revision, 0, 0, _trained_length(path), output / identity)
 
 
 def _trained_length(path: Path) -> int:
@@ -172,13 +172,13 @@ def _downloaded(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def check_tokenizer(subject: Subject) -> TextTokenizer:
+def check_tokenizer(evaluated: EvaluatedModel) -> TextTokenizer:
     """The model's own tokenizer.
 
     Raises:
         UserError: there is none, or it has ids that the model does not know.
     """
-    tokenizer = load_tokenizer(subject.model)
-    rows = _config(subject.model).get_text_config(decoder=True).vocab_size
-    check_rows(str(subject.model), tokenizer.vocab_size, rows)
+    tokenizer = load_tokenizer(evaluated.model)
+    rows = _config(evaluated.model).get_text_config(decoder=True).vocab_size
+    check_rows(str(evaluated.model), tokenizer.vocab_size, rows)
     return tokenizer

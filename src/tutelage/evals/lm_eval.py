@@ -24,7 +24,7 @@ from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.domains import check_sources, domain_store, find_domain
-from tutelage.evals.evaluated_model import Subject, check_tokenizer
+from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer
 from tutelage.evals.lm_eval_tasks import (
     KINDS,
     PACKAGE_TASKS,
@@ -77,7 +77,7 @@ class _Prepared:
 
 
 def run_downstream(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
@@ -90,7 +90,7 @@ def run_downstream(
     What is there already, of the same version, is not evaluated again.
 
     Args:
-        subject: the model; its trained context is lm-eval's `max_length`.
+        evaluated: the model; its trained context is lm-eval's `max_length`.
         tasks: "paper", names of lm-eval (the paper's sixteen with the paper's shots and metric) or of
             `PACKAGE_TASKS`, and "continuation" or "last_word", built from the test split of the run's
             training store, or of any domain or token store: "continuation:kjv",
@@ -108,28 +108,30 @@ def run_downstream(
             does not fit it; before any compute.
     """
     _check_installed()
-    check_tokenizer(subject)
+    check_tokenizer(evaluated)
     chosen = str(pick_device(device))
-    make_directory(subject.output)
-    with lock(subject.output / "lock", str(subject.output)):
+    make_directory(evaluated.output)
+    with lock(evaluated.output / "lock", str(evaluated.output)):
         names = _expanded(tasks)
-        built = {name: _built(subject, name, stores) for name in names if _kind(name) in _OFFLINE}
+        built = {name: _built(evaluated, name, stores) for name in names if _kind(name) in _OFFLINE}
         manager = _manager([task.directory for task in built.values()], defaults=len(built) < len(names))
         names = list(dict.fromkeys(built[name].name if name in built else name for name in names))
         _check_different(built)
         _check_known(names, manager)
         prepared = [_prepared(name, manager, limit) for name in names]
-        there = read_scores(subject.scores)
+        there = read_scores(evaluated.scores)
         model: HFLM | None = None
         scores: list[Score] = []
         for task in prepared:
             found = [
-                Score(**row) for row in there if (row["version"], row["step"]) == (task.version, subject.step)
+                Score(**row)
+                for row in there
+                if (row["version"], row["step"]) == (task.version, evaluated.step)
             ]
             if not found:
-                model = model or _model(subject, batch_size, chosen)
-                found = list(_scores(subject, task, model, limit))
-                add_scores(subject.scores, found)
+                model = model or _model(evaluated, batch_size, chosen)
+                found = list(_scores(evaluated, task, model, limit))
+                add_scores(evaluated.scores, found)
             scores += found
     return scores
 
@@ -154,30 +156,30 @@ def _kind(task: str) -> str:
     return task.partition(":")[0]
 
 
-def _built(subject: Subject, task: str, stores: Path) -> BuiltTask:
+def _built(evaluated: EvaluatedModel, task: str, stores: Path) -> BuiltTask:
     if task in PACKAGE_TASKS:
-        return build_package_task(task, subject.output / "tasks")
+        return build_package_task(task, evaluated.output / "tasks")
     kind, _, where = task.partition(":")
-    store = _text(subject, task, where, stores)
-    own = load_tokenizer(subject.model)
-    room = subject.context - len(own.begin_ids)
+    store = _text(evaluated, task, where, stores)
+    own = load_tokenizer(evaluated.model)
+    room = evaluated.context - len(own.begin_ids)
     texts, tokenizer = held_out_texts(store), Tokenizer.from_str(own.json)
-    return build_task(kind, store.manifest.name, texts, tokenizer, room, subject.output / "tasks")
+    return build_task(kind, store.manifest.name, texts, tokenizer, room, evaluated.output / "tasks")
 
 
-def _text(subject: Subject, task: str, where: str, stores: Path) -> Store:
+def _text(evaluated: EvaluatedModel, task: str, where: str, stores: Path) -> Store:
     """The token store whose test split a task is built from."""
     if Path(where).is_dir() and where:
         return open_store(Path(where))
     if where:
         domain = find_domain(where)
         check_sources({where: domain})
-        return domain_store(where, domain, subject.model, stores)
-    if subject.training_store is None:
+        return domain_store(where, domain, evaluated.model, stores)
+    if evaluated.training_store is None:
         raise UserError(
-            f"task {task}: {subject.id} has no training store; write {task}:DOMAIN or {task}:STORE"
+            f"task {task}: {evaluated.id} has no training store; write {task}:DOMAIN or {task}:STORE"
         )
-    return open_store(subject.training_store)
+    return open_store(evaluated.training_store)
 
 
 def _check_different(built: dict[str, BuiltTask]) -> None:
@@ -242,13 +244,13 @@ def _shown(task: Task, limit: int | None) -> list[str]:
     return [str(task.VERSION), *metrics, digest(texts)]
 
 
-def _model(subject: Subject, batch_size: int, device: str) -> HFLM:
+def _model(evaluated: EvaluatedModel, batch_size: int, device: str) -> HFLM:
     from tutelage.evals.lm_eval_model import ExportedModel  # noqa: PLC0415 - an extra, and slow to import
 
     return ExportedModel(
-        load_tokenizer(subject.model),
-        pretrained=str(subject.model),
-        max_length=subject.context,
+        load_tokenizer(evaluated.model),
+        pretrained=str(evaluated.model),
+        max_length=evaluated.context,
         batch_size=batch_size,
         device=device,
         trust_remote_code=False,
@@ -256,7 +258,7 @@ def _model(subject: Subject, batch_size: int, device: str) -> HFLM:
     )
 
 
-def _scores(subject: Subject, task: _Prepared, model: HFLM, limit: int | None) -> Iterator[Score]:
+def _scores(evaluated: EvaluatedModel, task: _Prepared, model: HFLM, limit: int | None) -> Iterator[Score]:
     from lm_eval import evaluate  # noqa: PLC0415 - an extra, and slow to import
 
     for leaf in task.leaves:
@@ -270,9 +272,9 @@ def _scores(subject: Subject, task: _Prepared, model: HFLM, limit: int | None) -
         for metric, filtered, value, stderr in _metrics(row):
             if task.metric in (None, metric):
                 yield Score(
-                    run=subject.id,
-                    step=subject.step,
-                    tokens=subject.tokens,
+                    run=evaluated.id,
+                    step=evaluated.step,
+                    tokens=evaluated.tokens,
                     domain=name,
                     role="downstream",
                     split="test",

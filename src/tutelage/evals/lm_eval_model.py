@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tutelage.data.tokenizer import TextTokenizer
 
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts, as a key of lm-eval's cache; ids that are given; ids that are scored."""
 
 
@@ -40,7 +40,7 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of every continuation, and whether it is the model's first choice throughout."""
-        encoded: list[Request] = []
+        encoded: list[TokenRequest] = []
         for context, continuation in (request.args for request in requests):
             if context:
                 given, scored = self._encode_pair(context, continuation)
@@ -55,7 +55,7 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
         totals = []
         for (text,) in (request.args for request in requests):
             given, scored = self._beginning(text)
-            windows: list[Request] = [(None, *window) for window in self._windows(given, scored)]
+            windows: list[TokenRequest] = [(None, *window) for window in self._windows(given, scored)]
             found = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
             totals.append(sum(value for value, _ in found))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])

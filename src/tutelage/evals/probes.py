@@ -21,10 +21,10 @@ from tutelage import provenance
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_text_tokenizer
 from tutelage.errors import UserError
-from tutelage.evals.evaluated_model import Subject, check_tokenizer
+from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer
 from tutelage.evals.score_files import add_scores, read_scores, version_of
-from tutelage.evals.token_scores import Measured, ratio
-from tutelage.evals.windows import FORWARD_TOKENS, blocks, read_documents
+from tutelage.evals.token_scores import ScoreEstimate, ratio
+from tutelage.evals.windows import FORWARD_TOKENS, read_documents, window_batches
 from tutelage.files import lock, make_directory, write_json, write_text
 from tutelage.models.hub import body_and_head, head_logits, load, logit_transform, pick_device
 from tutelage.types import COPYING, IGNORE_INDEX, PLAIN, Score
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tutelage.data.store import Store
-    from tutelage.evals.evaluated_model import Subject
-    from tutelage.evals.windows import Document
+    from tutelage.evals.evaluated_model import EvaluatedModel
+    from tutelage.evals.windows import ScoredDocument
 
 _PROMPTS, _DRAWS = 4, 2
 _PROMPT_TOKENS, _NEW_TOKENS = 48, 64
 
 
-def write_samples(model: PreTrainedModel, store: Store, subject: Subject) -> None:
+def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedModel) -> None:
     """Write `samples.json` and `samples.md`: prompts, how the text goes on, greedy and drawn continuations.
 
     Drawn continuations are seeded, at temperature 1 from the whole distribution over the tokenizer's ids. In
@@ -53,15 +53,15 @@ def write_samples(model: PreTrainedModel, store: Store, subject: Subject) -> Non
     left as they are.
 
     Args:
-        model: the loaded model of `subject`.
+        model: the loaded model of `evaluated`.
         store: its test split gives the prompts; made with the model's tokenizer.
-        subject: whose output directory the files go to.
+        evaluated: whose output directory the files go to.
     """
-    room = subject.context - len(store.begin_ids)
+    room = evaluated.context - len(store.begin_ids)
     prompt = min(_PROMPT_TOKENS, room // 2)
     new = min(_NEW_TOKENS, room - prompt)
-    version = version_of([store.fingerprint, subject.id, subject.step, prompt, new, _PROMPTS, _DRAWS])
-    path = subject.output / "samples.json"
+    version = version_of([store.fingerprint, evaluated.id, evaluated.step, prompt, new, _PROMPTS, _DRAWS])
+    path = evaluated.output / "samples.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["version"] == version:
         return
     tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
@@ -74,9 +74,9 @@ def write_samples(model: PreTrainedModel, store: Store, subject: Subject) -> Non
         ]
         texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
         samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
-    title = f"{subject.id}, step {subject.step}"
-    write_text(subject.samples, _page(title, samples))
-    write_json(path, {"version": version, "model": subject.id, "step": subject.step, "samples": samples})
+    title = f"{evaluated.id}, step {evaluated.step}"
+    write_text(evaluated.samples, _page(title, samples))
+    write_json(path, {"version": version, "model": evaluated.id, "step": evaluated.step, "samples": samples})
 
 
 def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
@@ -142,14 +142,18 @@ _VOCABULARY_TOKENS = 10_000_000
 
 
 def run_probes(
-    subject: Subject, *, store: Path | None = None, teacher: Subject | None = None, device: str = "auto"
+    evaluated: EvaluatedModel,
+    *,
+    store: Path | None = None,
+    teacher: EvaluatedModel | None = None,
+    device: str = "auto",
 ) -> list[Score]:
     """Probe a model, append what is new to its `scores.jsonl` and write `samples.md` beside it.
 
     What is there already, of the same version, is not computed again.
 
     Args:
-        subject: the model.
+        evaluated: the model.
         store: token store made with its tokenizer; default: the one a run was trained on.
         teacher: also measure how many of the model's tokens this one would accept in speculative decoding.
         device: auto, cpu, cuda or mps.
@@ -161,58 +165,64 @@ def run_probes(
     Raises:
         UserError: there is no store, or it or the teacher has another tokenizer; before any compute.
     """
-    path = store or subject.training_store
+    path = store or evaluated.training_store
     if path is None:
-        raise UserError(f"{subject.id}: probes need a token store made with its tokenizer; name one")
+        raise UserError(f"{evaluated.id}: probes need a token store made with its tokenizer; name one")
     text, chosen = open_store(path), pick_device(device)
-    for model in (subject, teacher) if teacher else (subject,):
+    for model in (evaluated, teacher) if teacher else (evaluated,):
         check_text_tokenizer(model.id, check_tokenizer(model).json, text)
-    make_directory(subject.output)
-    with lock(subject.output / "lock", str(subject.output)):
-        student = load(subject.model).to(chosen)
-        write_samples(student, text, subject)
-        scores = _copying(subject, student, text)
+    make_directory(evaluated.output)
+    with lock(evaluated.output / "lock", str(evaluated.output)):
+        student = load(evaluated.model).to(chosen)
+        write_samples(student, text, evaluated)
+        scores = _copying(evaluated, student, text)
         if teacher:
-            scores += _accepted(subject, student, teacher, text)
+            scores += _accepted(evaluated, student, teacher, text)
     return scores
 
 
-def _copying(subject: Subject, student: PreTrainedModel, text: Store) -> list[Score]:
+def _copying(evaluated: EvaluatedModel, student: PreTrainedModel, text: Store) -> list[Score]:
     ids_V = used_ids(text)
-    segment = min((subject.context + 1 - len(text.begin_ids)) // 2, LONGEST_SEGMENT)
+    segment = min((evaluated.context + 1 - len(text.begin_ids)) // 2, LONGEST_SEGMENT)
     version = version_of(["copying", ids_V.tolist(), text.begin_ids, segment, SEQUENCES])
 
-    def measure() -> dict[str, Measured]:
+    def measure() -> dict[str, ScoreEstimate]:
         found = copying_accuracy(student, ids_V, text.begin_ids, text.vocab_size, segment)
         return {"accuracy": found}
 
-    return _once(subject, COPYING, version, SEQUENCES, measure)
+    return _once(evaluated, COPYING, version, SEQUENCES, measure)
 
 
-def _accepted(subject: Subject, student: PreTrainedModel, teacher: Subject, text: Store) -> list[Score]:
+def _accepted(
+    evaluated: EvaluatedModel, student: PreTrainedModel, teacher: EvaluatedModel, text: Store
+) -> list[Score]:
     documents = read_documents(text, "test", _DOCUMENTS, _DOCUMENT_TOKENS)
-    context = min(subject.context, teacher.context)
+    context = min(evaluated.context, teacher.context)
     settings = [text.fingerprint, _DOCUMENTS, _DOCUMENT_TOKENS, context, DRAFT]
     version = version_of(["acceptance", *settings, teacher.id, teacher.step])
 
-    def measure() -> dict[str, Measured]:
+    def measure() -> dict[str, ScoreEstimate]:
         loaded = load(teacher.model).to(student.device)
         return acceptance(student, loaded, documents, text.vocab_size, context)
 
-    return _once(subject, f"acceptance:{teacher.id}", version, len(documents), measure)
+    return _once(evaluated, f"acceptance:{teacher.id}", version, len(documents), measure)
 
 
 def _once(
-    subject: Subject, domain: str, version: str, n: int, measure: Callable[[], dict[str, Measured]]
+    evaluated: EvaluatedModel,
+    domain: str,
+    version: str,
+    n: int,
+    measure: Callable[[], dict[str, ScoreEstimate]],
 ) -> list[Score]:
     """The scores of one probe: what `scores.jsonl` has of this version, or measured now and appended."""
-    there = read_scores(subject.scores)
-    found = [Score(**row) for row in there if (row["version"], row["step"]) == (version, subject.step)]
+    there = read_scores(evaluated.scores)
+    found = [Score(**row) for row in there if (row["version"], row["step"]) == (version, evaluated.step)]
     if not found:
         found = [
-            _score(subject, domain, metric, measured, n, version) for metric, measured in measure().items()
+            _score(evaluated, domain, metric, measured, n, version) for metric, measured in measure().items()
         ]
-        add_scores(subject.scores, found)
+        add_scores(evaluated.scores, found)
     return found
 
 
@@ -232,7 +242,7 @@ def copying_accuracy(
     vocab_size: int,
     segment: int,
     sequences: int = SEQUENCES,
-) -> Measured:
+) -> ScoreEstimate:
     """How often the model's first choice continues a repeated segment of random tokens.
 
     A sequence is what begins a document, `segment` ids drawn from `ids_V` with replacement, and the same
@@ -272,11 +282,11 @@ def copying_accuracy(
 def acceptance(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    documents: Sequence[Document],
+    documents: Sequence[ScoredDocument],
     vocab_size: int,
     context: int,
     draft: int = DRAFT,
-) -> dict[str, Measured]:
+) -> dict[str, ScoreEstimate]:
     """How much of what the student drafts the teacher would accept in speculative decoding.
 
     A token that the student draws from p is accepted with probability sum_x min(p(x), q(x)), q being the
@@ -306,7 +316,7 @@ def acceptance(
 def _acceptance_rates(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    documents: Sequence[Document],
+    documents: Sequence[ScoredDocument],
     vocab_size: int,
     context: int,
 ) -> list[NDArray[np.float64]]:
@@ -317,9 +327,9 @@ def _acceptance_rates(
     student.eval()
     teacher.eval()
     rates = [np.full(len(document.tokens_N), np.nan) for document in documents]
-    for block in blocks(documents, context, context):
-        scored_BT = block.labels_BT != IGNORE_INDEX
-        hidden = [_hidden(model, block.inputs_BT, scored_BT) for model in (student, teacher)]
+    for batch in window_batches(documents, context, context):
+        scored_BT = batch.labels_BT != IGNORE_INDEX
+        hidden = [_hidden(model, batch.inputs_BT, scored_BT) for model in (student, teacher)]
         shared = [
             torch.minimum(
                 _probabilities(student, hidden[0][rows], vocab_size),
@@ -327,7 +337,7 @@ def _acceptance_rates(
             ).sum(1)
             for rows in _slices(int(scored_BT.sum()))
         ]
-        where = zip(block.documents_BT[scored_BT].tolist(), block.places_BT[scored_BT].tolist(), strict=True)
+        where = zip(batch.documents_BT[scored_BT].tolist(), batch.places_BT[scored_BT].tolist(), strict=True)
         for (document, place), rate in zip(where, torch.cat(shared).tolist(), strict=True):
             rates[document][place] = rate
     return rates
@@ -355,15 +365,17 @@ def _accepted_lengths(rates_T: NDArray[np.float64], draft: int) -> NDArray[np.fl
     return lengths_T[~np.isnan(lengths_T)]
 
 
-def _mean_over_tokens(values: Sequence[NDArray[np.float64]]) -> Measured:
+def _mean_over_tokens(values: Sequence[NDArray[np.float64]]) -> ScoreEstimate:
     return ratio(np.array([x.sum() for x in values]), np.array([len(x) for x in values]))
 
 
-def _score(subject: Subject, domain: str, metric: str, measured: Measured, n: int, version: str) -> Score:
+def _score(
+    evaluated: EvaluatedModel, domain: str, metric: str, measured: ScoreEstimate, n: int, version: str
+) -> Score:
     return Score(
-        run=subject.id,
-        step=subject.step,
-        tokens=subject.tokens,
+        run=evaluated.id,
+        step=evaluated.step,
+        tokens=evaluated.tokens,
         domain=domain,
         role="probe",
         split="test",

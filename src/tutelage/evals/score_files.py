@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from tutelage.types import Score
 
-Key = tuple[str, str, str, str, int]
+ScoreKey = tuple[str, str, str, str, int]
 
 
-def key(row: dict[str, Any]) -> Key:
+def key(row: dict[str, Any]) -> ScoreKey:
     """What makes a row the same measurement as another: domain, split, metric, version and step."""
     return row["domain"], row["split"], row["metric"], row["version"], row["step"]
 

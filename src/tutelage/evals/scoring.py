@@ -14,7 +14,7 @@ from tutelage.data.store_manifest import SCORED
 from tutelage.evals.calibration import (
     FIT_TOKENS,
     POWERS,
-    Fit,
+    CalibrationFit,
     adaptive_edges,
     calibration_error,
     fit,
@@ -28,7 +28,7 @@ from tutelage.evals.calibration import (
 from tutelage.evals.score_files import add_calibration, add_documents, add_scores
 from tutelage.evals.token_scores import (
     DocumentLosses,
-    Measured,
+    ScoreEstimate,
     TokenScores,
     WindowLosses,
     ratio,
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tutelage.evals.evaluated_model import Subject
-    from tutelage.evals.windows import Document, Target
+    from tutelage.evals.evaluated_model import EvaluatedModel
+    from tutelage.evals.windows import ScoredDocument, Target
     from tutelage.types import Split
 
 
@@ -51,7 +51,7 @@ FITTED = ("temperature", "unigram", "temperature_in_domain")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class DomainScores:
     """Everything measured on one domain.
 
     Attributes:
@@ -80,9 +80,9 @@ class InDomain:
     def __init__(self, model: PreTrainedModel, target: Target | None) -> None:
         self._model = model
         self._target = target
-        self._fit: Fit | None = None
+        self._fit: CalibrationFit | None = None
 
-    def fit(self, target: Target, own: Fit | None) -> Fit | None:
+    def fit(self, target: Target, own: CalibrationFit | None) -> CalibrationFit | None:
         """The fit, made when it is first needed.
 
         Args:
@@ -101,25 +101,25 @@ class InDomain:
 
 def score_domain(
     model: PreTrainedModel,
-    subject: Subject,
+    evaluated: EvaluatedModel,
     target: Target,
     in_domain: InDomain,
     progress: Callable[[int], None] = lambda _: None,
-) -> Outcome:
+) -> DomainScores:
     """Score both splits of a domain; fit on validation, apply to test.
 
     A split whose documents were all trained on is passed over. Without validation there are no fitted
     scores, without test no scores on test.
 
     Args:
-        model: the subject's model, where it is to run.
-        subject: whose scores these are.
+        model: the evaluated model, where it is to run.
+        evaluated: whose scores these are.
         target: the domain.
-        in_domain: gives the temperature fitted on the subject's training text.
+        in_domain: gives the temperature fitted on its training text.
         progress: called with the number of tokens scored since the last call.
     """
     validation, test = (target.documents(split) for split in SCORED)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     frames: list[pl.DataFrame] = []
     record: dict[str, Any] = {"fit": None}
     repairs: list[Repair] = []
@@ -145,24 +145,26 @@ def score_domain(
         for repair in repairs:
             found = repaired[repair.name]
             error = repair.error_nats(len(test)) * found.tokens_N.sum() / found.bytes_N.sum() / math.log(2)
-            rows.append(Row("test", f"bits_per_byte_{repair.name}", found.bits_per_byte(), len(test), error))
+            rows.append(
+                Measurement("test", f"bits_per_byte_{repair.name}", found.bits_per_byte(), len(test), error)
+            )
         calibrated, record["reliability"] = _calibrated(tokens, len(test))
-        rows += [Row("test", metric, measured, len(test)) for metric, measured in calibrated.items()]
+        rows += [Measurement("test", metric, measured, len(test)) for metric, measured in calibrated.items()]
         frames.append(_frame(target, "test", test, losses, windows, repaired))
     rows += [*_overlaps(target), *_changed(target)]
-    scores = [_score(subject, target, row) for row in rows]
-    return Outcome(scores, pl.concat(frames) if frames else pl.DataFrame(), record)
+    scores = [_score(evaluated, target, row) for row in rows]
+    return DomainScores(scores, pl.concat(frames) if frames else pl.DataFrame(), record)
 
 
-def keep(subject: Subject, target: Target, outcome: Outcome) -> None:
+def save_scores(evaluated: EvaluatedModel, target: Target, found: DomainScores) -> None:
     """Write what was measured on one domain; the scores last, because they say that it is done."""
-    add_documents(subject.documents, outcome.documents)
-    add_calibration(subject.calibration, target.name, target.version, outcome.calibration)
-    add_scores(subject.scores, outcome.scores)
+    add_documents(evaluated.documents, found.documents)
+    add_calibration(evaluated.calibration, target.name, target.version, found.calibration)
+    add_scores(evaluated.scores, found.scores)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Measurement:
     """A measurement on its way to `scores.jsonl`.
 
     Attributes:
@@ -176,7 +178,7 @@ class Row:
 
     split: Split
     metric: str
-    measured: Measured
+    measured: ScoreEstimate
     n: int
     fit_error: float | None = None
 
@@ -206,7 +208,9 @@ class Repair:
         return mixed(powered_N, self.unigram_V[label_N], self.weight)
 
 
-def _repairs(own: Fit, unigram_V: np.ndarray, validation: TokenScores, in_domain: Fit | None) -> list[Repair]:
+def _repairs(
+    own: CalibrationFit, unigram_V: np.ndarray, validation: TokenScores, in_domain: CalibrationFit | None
+) -> list[Repair]:
     repairs = [
         Repair("temperature", 1 / own.temperature, 0.0, unigram_V, own.alone_noise.nats),
         Repair("unigram", 1 / own.mixed_temperature, own.weight, unigram_V, own.mixed_noise.nats),
@@ -221,7 +225,7 @@ def _repairs(own: Fit, unigram_V: np.ndarray, validation: TokenScores, in_domain
 def _validation_tokens(
     model: PreTrainedModel,
     target: Target,
-    documents: list[Document],
+    documents: list[ScoredDocument],
     progress: Callable[[int], None] = lambda _: None,
 ) -> TokenScores:
     """Every token of a validation split, some of them at all powers for the fit."""
@@ -229,7 +233,7 @@ def _validation_tokens(
     return score_tokens(model, documents, **target.windows, powers=POWERS, every=every, progress=progress)
 
 
-def _fitted(tokens: TokenScores, vocab_size: int) -> tuple[Fit, np.ndarray]:
+def _fitted(tokens: TokenScores, vocab_size: int) -> tuple[CalibrationFit, np.ndarray]:
     """The fit on a validation split, and the split's unigram, to be used on test.
 
     In the fit, a document's tokens have the unigram of the other documents, as the test split's have.
@@ -240,7 +244,7 @@ def _fitted(tokens: TokenScores, vocab_size: int) -> tuple[Fit, np.ndarray]:
     return fit(tokens.powered_MK, own_N[some_N], tokens.document_N[some_N]), unigram_V
 
 
-def _calibrated(tokens: TokenScores, documents: int) -> tuple[dict[str, Measured], dict[str, Any]]:
+def _calibrated(tokens: TokenScores, documents: int) -> tuple[dict[str, ScoreEstimate], dict[str, Any]]:
     """Calibration scores, and the reliability curves behind them."""
     edges = {"ece": fixed_edges(), "ece_adaptive": adaptive_edges(tokens.confidence_N)}
     scores = {name: calibration_error(tokens, ends, documents) for name, ends in edges.items()}
@@ -249,55 +253,59 @@ def _calibrated(tokens: TokenScores, documents: int) -> tuple[dict[str, Measured
     return scores, {name: reliability(tokens, ends) for name, ends in edges.items()}
 
 
-def _raw(split: Split, losses: DocumentLosses, windows: WindowLosses) -> Iterator[Row]:
+def _raw(split: Split, losses: DocumentLosses, windows: WindowLosses) -> Iterator[Measurement]:
     n = len(losses.nll_N)
-    yield Row(split, "bits_per_byte", losses.bits_per_byte(), n)
-    yield Row(split, "perplexity", losses.perplexity(), n)
+    yield Measurement(split, "bits_per_byte", losses.bits_per_byte(), n)
+    yield Measurement(split, "perplexity", losses.perplexity(), n)
     excess, several = windows.first_excess(n)
     if excess is not None:
-        yield Row(split, FIRST_WINDOWS, excess, several)
+        yield Measurement(split, FIRST_WINDOWS, excess, several)
 
 
-def _overlaps(target: Target) -> Iterator[Row]:
+def _overlaps(target: Target) -> Iterator[Measurement]:
     """Shares of the test split that were trained on, by the model and by its teachers alone.
 
     Of all documents; of the scored ones those that are copies with changes, and of their 8-grams. What is
     left out of the validation split is counted too.
     """
-    if "validation" in target.overlap and (left_out := target.overlap["validation"]).trained_on:
+    if "validation" in target.contamination and (left_out := target.contamination["validation"]).trained_on:
         share = len(left_out.trained_on), left_out.documents
         yield _share("overlap_documents", *share, split="validation")
-    for who, overlaps in (("overlap", target.overlap), ("teacher_overlap", target.teacher_overlap)):
+    for who, overlaps in (
+        ("overlap", target.contamination),
+        ("teacher_overlap", target.teacher_contamination),
+    ):
         if "test" not in overlaps:
             continue
         overlap, scored = overlaps["test"], len(overlaps["test"].grams_N)
         yield _share(f"{who}_documents", len(overlap.trained_on), overlap.documents)
         if overlap.grams_N.sum():
             measured = ratio(overlap.copied_N, overlap.grams_N)
-            yield Row("test", f"{who}_8grams", measured, scored)
+            yield Measurement("test", f"{who}_8grams", measured, scored)
             yield _share(f"{who}_near_documents", overlap.near, scored)
 
 
-def _share(metric: str, some: int, of: int, split: Split = "test") -> Row:
+def _share(metric: str, some: int, of: int, split: Split = "test") -> Measurement:
     share = some / max(1, of)
     deviation = math.sqrt(share * (1 - share) / max(1, of))
-    return Row(split, metric, Measured(share, deviation, None, None), of)
+    return Measurement(split, metric, ScoreEstimate(share, deviation, None, None), of)
 
 
-def _changed(target: Target) -> Iterator[Row]:
+def _changed(target: Target) -> Iterator[Measurement]:
     """Shares of documents whose text the tokenizer changes: part of it is never predicted."""
     for split in SCORED:
         record = target.store.manifest.splits[split]
         if record.changed:
-            share = Measured(record.changed / record.documents, 0.0, None, None)  # of all of them: no noise
-            yield Row(split, CHANGED_TEXT, share, record.documents)
+            # A share of all documents there are has no noise.
+            share = ScoreEstimate(record.changed / record.documents, 0.0, None, None)
+            yield Measurement(split, CHANGED_TEXT, share, record.documents)
 
 
-def _score(subject: Subject, target: Target, row: Row) -> Score:
+def _score(evaluated: EvaluatedModel, target: Target, row: Measurement) -> Score:
     return Score(
-        run=subject.id,
-        step=subject.step,
-        tokens=subject.tokens,
+        run=evaluated.id,
+        step=evaluated.step,
+        tokens=evaluated.tokens,
         domain=target.name,
         role=target.role,
         split=row.split,
@@ -317,7 +325,7 @@ def _score(subject: Subject, target: Target, row: Row) -> Score:
 def _frame(
     target: Target,
     split: Split,
-    documents: list[Document],
+    documents: list[ScoredDocument],
     losses: DocumentLosses,
     windows: WindowLosses,
     repaired: Mapping[str, DocumentLosses],

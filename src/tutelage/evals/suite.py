@@ -12,13 +12,13 @@ from tutelage.data.tokenizer import tokenizer_json
 from tutelage.data.tokenizer_comparison import check_text_tokenizer
 from tutelage.evals.contamination import training_text
 from tutelage.evals.domains import check_splits
-from tutelage.evals.evaluated_model import Subject
+from tutelage.evals.evaluated_model import EvaluatedModel
 from tutelage.evals.score_files import add_scores, read_scores
-from tutelage.evals.scoring import InDomain, keep, score_domain
+from tutelage.evals.scoring import InDomain, save_scores, score_domain
 from tutelage.evals.windows import (
     TRAINING_TEXT,
     Target,
-    with_overlaps,
+    with_contamination,
     without_training_text,
 )
 
@@ -89,7 +89,7 @@ def score(
         The scores that were missing.
     """
     domains = missing(config, directory, step)
-    subject = Subject(
+    evaluated = EvaluatedModel(
         id=directory.id,
         model=directory.model,
         revision=None,
@@ -104,12 +104,12 @@ def score(
     training, *targets = _targets(config, [own, *domains], text)
     in_domain = InDomain(model, training)
     found: list[Score] = []
-    for target in with_overlaps(targets, text, _cache(config)):
-        outcome = score_domain(model, subject, target, in_domain)
+    for target in with_contamination(targets, text, _cache(config)):
+        outcome = score_domain(model, evaluated, target, in_domain)
         if finished:
-            keep(subject, target, outcome)
+            save_scores(evaluated, target, outcome)
         else:
-            add_scores(subject.scores, outcome.scores)
+            add_scores(evaluated.scores, outcome.scores)
         found += outcome.scores
     return found
 

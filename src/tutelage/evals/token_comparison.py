@@ -21,10 +21,10 @@ from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
 from tutelage.evals.domains import SUITES, domain_store
-from tutelage.evals.evaluated_model import check_tokenizer, find_subject
+from tutelage.evals.evaluated_model import check_tokenizer, find_model
 from tutelage.evals.token_groups import summarise
 from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, together
-from tutelage.evals.windows import Document, blocks, read_documents
+from tutelage.evals.windows import ScoredDocument, read_documents, window_batches
 from tutelage.files import atomic_directory, lock, make_directory, write_json
 from tutelage.models.hub import (
     body_and_head,
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tutelage.data.store import Store
-    from tutelage.evals.evaluate import EvalWatcher, Request
-    from tutelage.evals.evaluated_model import Subject
+    from tutelage.evals.evaluate import EvalRequest, EvalWatcher
+    from tutelage.evals.evaluated_model import EvaluatedModel
 
 _ROLES = ("student", "teacher", "baseline")
-_VERSION = 2
+_VERSION = 3
 """Raised when a quantity or the layout of the files changes; older results are then computed again."""
 _CHUNK_TOKENS = 1024
 _CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**25, "mps": 2**25}
@@ -75,14 +75,14 @@ class _Model:
         return Predictions.of(head_logits(self.head, hidden_ND, self.transform, self.vocab_size))
 
 
-def run_mechanism(
-    student: Subject,
-    teacher: Subject,
-    baseline: Subject,
+def compare_tokens(
+    student: EvaluatedModel,
+    teacher: EvaluatedModel,
+    baseline: EvaluatedModel,
     store: Store,
     split: Split,
     *,
-    sorter: Subject | None = None,
+    sorter: EvaluatedModel | None = None,
     max_documents: int,
     max_tokens: int,
     device: str,
@@ -92,8 +92,7 @@ def run_mechanism(
     """Measure the models on the same tokens; a finished evaluation is not computed again.
 
     Writes `tokens.parquet` (see `_read`), `summary.parquet` (see `tutelage.evals.token_groups.summarise`) and
-    `mechanism.json` (what was compared, on what). Memory is the models, some hundred megabytes and
-    about 400 bytes a token.
+    `comparison.json` (the models and the text). Memory is the models, some 100 MB and 400 bytes a token.
 
     Args:
         student: the model trained with the teacher.
@@ -102,10 +101,10 @@ def run_mechanism(
         store: token store made with their tokenizer.
         split: "validation" or "test".
         max_documents: documents to read, from the split's first.
-        max_tokens: tokens to read in each, from its beginning.
+        max_tokens: tokens to read in each.
         device: "auto", "cpu", "cuda" or "mps".
-        output: the directory is `<output>/mechanism/<student>--<teacher>--<baseline>/<text>-<hash8>`; a
-            sorter is named after the baseline.
+        output: the directory is `<output>/token-comparisons/<student>--<teacher>--<baseline>/<text>-<hash8>`;
+            a sorter is named after the baseline.
         sorter: untaught model of another seed that tokens are sorted by; default: the baseline.
         progress: called with the number of tokens read since the last call.
 
@@ -116,24 +115,25 @@ def run_mechanism(
         UserError: the models do not share the store's tokenizer, the sorter is one of them, there is nothing
             to read, or a model gives no numbers.
     """
-    subjects = _with_third(dict(zip(_ROLES, (student, teacher, baseline), strict=True)), sorter)
-    notes = _notes(subjects, store)
+    evaluated_models = _with_third(dict(zip(_ROLES, (student, teacher, baseline), strict=True)), sorter)
+    notes = _notes(evaluated_models, store)
     documents = read_documents(store, split, max_documents, max_tokens)
     if not documents:
         raise UserError(f"{store.path}: split '{split}' has no document to read")
-    settings = _settings(subjects, store, split, max_documents, max_tokens)
-    models = "--".join(subject.id for subject in subjects.values())
-    directory = output / "mechanism" / models / f"{store.manifest.name}-{split}-{digest(settings)}"
+    settings = _settings(evaluated_models, store, split, max_documents, max_tokens)
+    models = "--".join(evaluated.id for evaluated in evaluated_models.values())
+    directory = output / "token-comparisons" / models / f"{store.manifest.name}-{split}-{digest(settings)}"
     if directory.is_dir():
         return directory
     make_directory(directory.parent)
     place = directory.parent / f".{directory.name}.lock"
-    with lock(place, f"mechanism {directory}"), atomic_directory(directory) as partial:
-        tokens = _read(subjects, store, documents, settings["context"], device, progress)
-        _check_finite(tokens, subjects)
-        names = {role: subject.id for role, subject in subjects.items()} | {"text": store.manifest.name}
+    with lock(place, str(directory)), atomic_directory(directory) as partial:
+        tokens = _read(evaluated_models, store, documents, settings["context"], device, progress)
+        _check_finite(tokens, evaluated_models)
+        names = {role: evaluated.id for role, evaluated in evaluated_models.items()}
         counts = {"documents": len(documents), "tokens": len(tokens), "vocab_size": store.vocab_size}
-        _keep(tokens, names | counts | settings | {"notes": notes}, partial)
+        about = {"text": store.manifest.name, "notes": notes}
+        _keep(tokens, names | counts | settings | about, partial)
     return directory
 
 
@@ -141,37 +141,43 @@ def _keep(tokens: pl.DataFrame, facts: Mapping[str, Any], directory: Path) -> No
     """Write what was measured and what it was measured on."""
     tokens.write_parquet(directory / "tokens.parquet")
     summarise(tokens, facts["context"]).write_parquet(directory / "summary.parquet")
-    write_json(directory / "mechanism.json", facts)
+    write_json(directory / "comparison.json", facts)
 
 
-def _notes(subjects: Mapping[str, Subject], store: Store) -> list[str]:
+def _notes(evaluated_models: Mapping[str, EvaluatedModel], store: Store) -> list[str]:
     """What to know about the models' tokenizers, which must give every id of the store its meaning."""
     found = [
-        compare_tokenizers(f"{role} {subject.id}", check_tokenizer(subject).json, store)
-        for role, subject in subjects.items()
+        compare_tokenizers(f"{role} {evaluated.id}", check_tokenizer(evaluated).json, store)
+        for role, evaluated in evaluated_models.items()
     ]
     return [note for note in found if note is not None]
 
 
 def _settings(
-    subjects: Mapping[str, Subject], store: Store, split: Split, max_documents: int, max_tokens: int
+    evaluated_models: Mapping[str, EvaluatedModel],
+    store: Store,
+    split: Split,
+    max_documents: int,
+    max_tokens: int,
 ) -> dict[str, Any]:
     """Everything that determines the numbers."""
     return {
         "version": _VERSION,
-        "weights": {role: weights_fingerprint(subject.model) for role, subject in subjects.items()},
+        "weights": {
+            role: weights_fingerprint(evaluated.model) for role, evaluated in evaluated_models.items()
+        },
         "store": store.fingerprint,
         "split": split,
         "max_documents": max_documents,
         "max_tokens": max_tokens,
-        "context": min(max_tokens, *(subject.context for subject in subjects.values())),
+        "context": min(max_tokens, *(evaluated.context for evaluated in evaluated_models.values())),
     }
 
 
-def run_on_texts(
-    student: str, teacher: str, baseline: str, sorter: str | None, request: Request, watcher: EvalWatcher
+def compare_on_texts(
+    student: str, teacher: str, baseline: str, sorter: str | None, request: EvalRequest, watcher: EvalWatcher
 ) -> list[Path]:
-    """`run_mechanism` on the test split of every text of a request.
+    """`compare_tokens` on the test split of every text of a request.
 
     Args:
         student: run directory, model directory or name on the Hub; `teacher` and `baseline` alike.
@@ -185,13 +191,13 @@ def run_on_texts(
         The directories, one per text.
 
     Raises:
-        UserError: as `run_mechanism`, or there is no text.
+        UserError: as `compare_tokens`, or there is no text.
     """
-    subjects = {
-        role: find_subject(model, request.output)
+    evaluated_models = {
+        role: find_model(model, request.output)
         for role, model in zip(_ROLES, (student, teacher, baseline), strict=True)
     }
-    learner = subjects["student"]
+    learner = evaluated_models["student"]
     paths = [*request.stores.values()]
     if not paths and not request.domains:
         if learner.training_store is None:
@@ -206,46 +212,48 @@ def run_on_texts(
     directories = []
     for number, store in enumerate(stores, 1):
         watcher.domain(learner.id, store.manifest.name, number, len(stores))
-        found = run_mechanism(
-            **subjects,
+        found = compare_tokens(
+            **evaluated_models,
             store=store,
             split="test",
             max_documents=request.max_documents or SUITES.max_documents,
             max_tokens=request.max_tokens or SUITES.max_tokens,
             device=request.device,
             output=request.output,
-            sorter=None if sorter is None else find_subject(sorter, request.output),
+            sorter=None if sorter is None else find_model(sorter, request.output),
             progress=watcher.advance,
         )
         directories.append(found)
     return directories
 
 
-def _with_third(subjects: dict[str, Subject], sorter: Subject | None) -> dict[str, Subject]:
+def _with_third(
+    evaluated_models: dict[str, EvaluatedModel], sorter: EvaluatedModel | None
+) -> dict[str, EvaluatedModel]:
     """The models, and the sorter if there is one: one that is half of a gain cannot say where it is."""
     if sorter is None:
-        return subjects
+        return evaluated_models
     own = weights_fingerprint(sorter.model)
     for role in ("student", "baseline"):
-        if weights_fingerprint(subjects[role].model) == own:
+        if weights_fingerprint(evaluated_models[role].model) == own:
             raise UserError(
                 f"sorter {sorter.id}: is the {role}; tokens must be sorted by a third model, such as the "
                 "untaught student of another seed"
             )
-    return subjects | {"sorter": sorter}
+    return evaluated_models | {"sorter": sorter}
 
 
-def _open(subject: Subject, store: Store, device: str) -> _Model:
-    model = load(subject.model).to(pick_device(device)).eval()
+def _open(evaluated: EvaluatedModel, store: Store, device: str) -> _Model:
+    model = load(evaluated.model).to(pick_device(device)).eval()
     body, head = body_and_head(model)
     return _Model(body, head, store.vocab_size, logit_transform(model))
 
 
 @torch.inference_mode()
 def _read(
-    subjects: Mapping[str, Subject],
+    evaluated_models: Mapping[str, EvaluatedModel],
     store: Store,
-    documents: Sequence[Document],
+    documents: Sequence[ScoredDocument],
     context: int,
     device: str,
     progress: Callable[[int], None],
@@ -256,18 +264,18 @@ def _read(
     token (its id), and `<quantity>.<of>` as in `tutelage.evals.token_quantities`, null where undefined;
     KL(p || q) is `kl.p.q`.
     """
-    models = {role: _open(subject, store, device) for role, subject in subjects.items()}
+    models = {role: _open(evaluated, store, device) for role, evaluated in evaluated_models.items()}
     place = models["student"].head.weight.device
     parts: list[dict[str, np.ndarray]] = []
     index_of = np.array([document.index for document in documents])
-    for block in blocks(documents, context, stride=context):
-        scored_BT = block.labels_BT != IGNORE_INDEX
-        gold_N = block.labels_BT[scored_BT]
-        inputs_BT, keep_BT = block.inputs_BT.to(place), scored_BT.to(place)
+    for batch in window_batches(documents, context, stride=context):
+        scored_BT = batch.labels_BT != IGNORE_INDEX
+        gold_N = batch.labels_BT[scored_BT]
+        inputs_BT, keep_BT = batch.inputs_BT.to(place), scored_BT.to(place)
         hidden = {role: model.hidden(inputs_BT, keep_BT) for role, model in models.items()}
         where = {
-            "document": index_of[block.documents_BT[scored_BT].numpy()],
-            "place": block.places_BT[scored_BT].numpy(),
+            "document": index_of[batch.documents_BT[scored_BT].numpy()],
+            "place": batch.places_BT[scored_BT].numpy(),
             "position": scored_BT.nonzero()[:, 1].numpy(),
             "token": gold_N.numpy(),
         }
@@ -305,7 +313,9 @@ def _measure(of: Mapping[str, Predictions], gold_N: Tensor) -> dict[str, Tensor]
     return found
 
 
-def _check_finite(tokens: pl.DataFrame, subjects: Mapping[str, Subject]) -> None:
-    for role, subject in subjects.items():
+def _check_finite(tokens: pl.DataFrame, evaluated_models: Mapping[str, EvaluatedModel]) -> None:
+    for role, evaluated in evaluated_models.items():
         if tokens[f"entropy.{role}"].null_count():
-            raise UserError(f"{role} {subject.id}: its probabilities are no numbers; the weights are damaged")
+            raise UserError(
+                f"{role} {evaluated.id}: its probabilities are no numbers; the weights are damaged"
+            )

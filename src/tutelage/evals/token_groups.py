@@ -1,9 +1,9 @@
 """Means of per-token quantities over groups of tokens, with standard errors over documents.
 
 Tokens of one document depend on each other, so the document is the unit. With S_d the sum and n_d the
-number of a cell's tokens in document d, the mean is r = sum S_d / sum n_d and its standard error
-sqrt(G / (G - 1) sum (S_d - r n_d)^2) / sum n_d over the G documents that reach into the cell. Borders of
-cells count as given.
+number of a group's tokens in document d, the mean is r = sum S_d / sum n_d and its standard error
+sqrt(G / (G - 1) sum (S_d - r n_d)^2) / sum n_d over the G documents that reach into the group. Borders of
+groups count as given.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _SCHEMA = {
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """One way to put every token into exactly one cell.
+    """One way to put every token into exactly one group.
 
     Attributes:
         name: all, entropy, position, right or closer.
-        bin_N: cell of every token.
-        labels: name of every cell.
-        edges: borders of the cells, one more than there are; None where cells are no ranges.
-        contrast: the cells (a, b) whose difference a - b is also reported.
+        bin_N: group of every token.
+        labels: name of every group.
+        edges: borders of the groups, one more than there are; None where groups are no ranges.
+        contrast: the groups (a, b) whose difference a - b is also reported.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Grouping:
 
 
 def sorted_by(tokens: pl.DataFrame) -> str:
-    """Who stands for an untaught model where tokens are put into cells: the sorter, if there is one.
+    """Who stands for an untaught model where tokens are put into groups: the sorter, if there is one.
 
     The baseline itself is half of every gain. Tokens sorted by it are sorted by its luck too: where it was
     unlucky, any other model gains.
@@ -70,8 +70,8 @@ def sorted_by(tokens: pl.DataFrame) -> str:
 def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
     """Every way the evaluation groups its tokens. "Untaught" is the sorter, without one the baseline.
 
-    all: one cell. entropy: fifths by the untaught model's entropy in nats; a token on a border is in the
-    upper cell, so equal entropies are never parted and cells can then differ in size. position: twentieths
+    all: one group. entropy: fifths by the untaught model's entropy in nats; a token on a border is in the
+    upper group, so equal entropies are never parted and groups can then differ in size. position: twentieths
     of the context, borders in tokens. right: whose most probable token is the gold one. closer: whether the
     teacher gives the gold token more probability than the untaught model does.
     """
@@ -106,16 +106,16 @@ def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
 
 
 def summarise(tokens: pl.DataFrame, context: int) -> pl.DataFrame:
-    """The long table of cell means.
+    """The long table of group means.
 
     Args:
         tokens: one row per token: document, position and the quantities, columns `<quantity>.<of>`.
         context: length of the windows, in tokens.
 
     Returns:
-        grouping, bin, label, low, high, quantity, of, mean, stderr, n (tokens), documents. Cells without
+        grouping, bin, label, low, high, quantity, of, mean, stderr, n (tokens), documents. Groups without
         a token have no row. `stderr` is null for one document. Rows of a grouping called "<name>
-        contrast" are the difference of two cells. Quantity "gain" is the cross-entropy of the baseline
+        contrast" are the difference of two groups. Quantity "gain" is the cross-entropy of the baseline
         less that of the model `of`, in nats.
     """
     document_N = tokens["document"].to_numpy().astype(np.int64)
@@ -127,13 +127,15 @@ def summarise(tokens: pl.DataFrame, context: int) -> pl.DataFrame:
         for name, values_N in columns.items():
             quantity, of = name.split(".", 1)
             rows.extend(
-                {"quantity": quantity, "of": of} | row for row in _cells(grouping, document_N, values_N)
+                {"quantity": quantity, "of": of} | row for row in _group_rows(grouping, document_N, values_N)
             )
     return pl.DataFrame(rows, schema=_SCHEMA)
 
 
-def _cells(grouping: Grouping, document_N: NDArray[np.int64], values_N: Array) -> Iterator[dict[str, object]]:
-    """Every cell of one grouping for one quantity; tokens where it is undefined are left out."""
+def _group_rows(
+    grouping: Grouping, document_N: NDArray[np.int64], values_N: Array
+) -> Iterator[dict[str, object]]:
+    """Every group of one grouping for one quantity; tokens where it is undefined are left out."""
     sums_BD, counts_BD = _sums(grouping, document_N, values_N)
     n_B = counts_BD.sum(1)
     mean_B = sums_BD.sum(1) / np.maximum(n_B, 1)
@@ -165,7 +167,7 @@ def _cells(grouping: Grouping, document_N: NDArray[np.int64], values_N: Array) -
 def _sums(
     grouping: Grouping, document_N: NDArray[np.int64], values_N: Array
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Sum and number of the values of every cell in every document."""
+    """Sum and number of the values of every group in every document."""
     defined_N = ~np.isnan(values_N)
     shape = len(grouping.labels), int(document_N.max()) + 1
     index_N = (grouping.bin_N * shape[1] + document_N)[defined_N]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tutelage.bootstrap import ratio_interval
-from tutelage.evals.windows import Document, blocks
+from tutelage.evals.windows import ScoredDocument, window_batches
 from tutelage.models.hub import body_and_head, head_logits, logit_transform
 from tutelage.types import IGNORE_INDEX
 
@@ -31,7 +31,7 @@ _FEWEST_ROWS, _MOST_ROWS = 256, 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ScoreEstimate:
     """A number with its noise over documents.
 
     Attributes:
@@ -47,15 +47,15 @@ class Measured:
     high: float | None
 
 
-def ratio(numerator_N: np.ndarray, denominator_N: np.ndarray) -> Measured:
+def ratio(numerator_N: np.ndarray, denominator_N: np.ndarray) -> ScoreEstimate:
     """Total over total, with the ratio estimator's standard error and a bootstrap interval over documents."""
     n, total = len(numerator_N), float(denominator_N.sum())
     value = float(numerator_N.sum()) / total
     if n == 1:
-        return Measured(value, math.nan, None, None)
+        return ScoreEstimate(value, math.nan, None, None)
     residual_N = numerator_N - value * denominator_N
     stderr = math.sqrt(n / (n - 1) * float((residual_N**2).sum())) / total
-    return Measured(value, stderr, *ratio_interval(numerator_N, denominator_N))
+    return ScoreEstimate(value, stderr, *ratio_interval(numerator_N, denominator_N))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,16 @@ class DocumentLosses:
     tokens_N: np.ndarray
     bytes_N: np.ndarray
 
-    def bits_per_byte(self) -> Measured:
+    def bits_per_byte(self) -> ScoreEstimate:
         """Total bits over total bytes."""
         return ratio(self.nll_N / math.log(2), self.bytes_N)
 
-    def perplexity(self) -> Measured:
+    def perplexity(self) -> ScoreEstimate:
         """Exponential of the mean nats per token; its standard error by the delta method."""
         mean = ratio(self.nll_N, self.tokens_N)
         value = math.exp(mean.value)
         ends = [None if end is None else math.exp(end) for end in (mean.low, mean.high)]
-        return Measured(value, value * mean.stderr, *ends)
+        return ScoreEstimate(value, value * mean.stderr, *ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class WindowLosses:
     tokens_W: np.ndarray
     bytes_W: np.ndarray
 
-    def first_excess(self, documents: int) -> tuple[Measured | None, int]:
+    def first_excess(self, documents: int) -> tuple[ScoreEstimate | None, int]:
         """Nats per token of first windows minus that of further ones, and of how many documents.
 
         Only documents with both count, so that texts do not differ; None if there is none. Windows of one
@@ -121,7 +121,7 @@ class WindowLosses:
         means = nll.sum(1) / tokens.sum(1)
         residual_N = np.subtract(*((nll - means[:, None] * tokens) / tokens.sum(1, keepdims=True)))
         stderr = math.sqrt(n / (n - 1) * float((residual_N**2).sum())) if n > 1 else math.nan
-        return Measured(float(means[0] - means[1]), stderr, None, None), n
+        return ScoreEstimate(float(means[0] - means[1]), stderr, None, None), n
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class TokenScores:
     sampled_N: np.ndarray
     powered_MK: np.ndarray
 
-    def losses(self, documents: Sequence[Document], logp_N: np.ndarray | None = None) -> DocumentLosses:
+    def losses(self, documents: Sequence[ScoredDocument], logp_N: np.ndarray | None = None) -> DocumentLosses:
         """Losses per document; `logp_N` are other log-probabilities of the same tokens."""
         values_N = self.logp_N if logp_N is None else logp_N
         return DocumentLosses(
@@ -162,7 +162,7 @@ class TokenScores:
             np.array([document.size for document in documents]),
         )
 
-    def windows(self, documents: Sequence[Document]) -> WindowLosses:
+    def windows(self, documents: Sequence[ScoredDocument]) -> WindowLosses:
         """Losses per window."""
         bytes_N = np.zeros(len(self.document_N))
         for number, document in enumerate(documents):
@@ -182,7 +182,7 @@ class TokenScores:
 
 def score_tokens(
     model: PreTrainedModel,
-    documents: Sequence[Document],
+    documents: Sequence[ScoredDocument],
     vocab_size: int,
     context: int,
     stride: int | None = None,
@@ -207,10 +207,10 @@ def score_tokens(
     device = head.weight.device
     parts = []
     with torch.inference_mode():
-        for block in blocks(documents, context, stride or context):
-            hidden_BTD = body(input_ids=block.inputs_BT.to(device), use_cache=False).last_hidden_state
-            scored_BT = block.labels_BT != IGNORE_INDEX
-            labels_N, places_N = block.labels_BT[scored_BT], block.places_BT[scored_BT]
+        for batch in window_batches(documents, context, stride or context):
+            hidden_BTD = body(input_ids=batch.inputs_BT.to(device), use_cache=False).last_hidden_state
+            scored_BT = batch.labels_BT != IGNORE_INDEX
+            labels_N, places_N = batch.labels_BT[scored_BT], batch.places_BT[scored_BT]
             sampled_N = (places_N % every == 0) & bool(powers)
             measured = _measured_in_pieces(
                 hidden_BTD[scored_BT.to(device)],
@@ -219,7 +219,7 @@ def score_tokens(
                 (labels_N.to(device), sampled_N.to(device)),
                 powers,
             )
-            where = block.documents_BT[scored_BT], places_N, block.windows_BT[scored_BT]
+            where = batch.documents_BT[scored_BT], places_N, batch.windows_BT[scored_BT]
             parts.append([*where, labels_N, *measured[:-1], sampled_N, measured[-1]])
             progress(len(labels_N))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tutelage.data.store_manifest import SCORED
-from tutelage.evals.contamination import Overlap, Places, copied_grams, trained_on
+from tutelage.evals.contamination import Contamination, Places, copied_grams, trained_on
 from tutelage.evals.domains import role_after
 from tutelage.evals.score_files import version_of
 from tutelage.types import IGNORE_INDEX
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.data.store import Store
-    from tutelage.evals.contamination import Key, TrainingText
+    from tutelage.evals.contamination import DomainSplit, TrainingText
     from tutelage.types import Role, Split
 
 FORWARD_TOKENS = 4096
@@ -30,7 +30,7 @@ FORWARD_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class ScoredDocument:
     """One document, from its beginning, and which of its tokens are scored.
 
     Attributes:
@@ -57,7 +57,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class WindowBatch:
     """Some windows, padded on the right to the longest of them.
 
     Attributes:
@@ -77,7 +77,7 @@ class Block:
 
 def read_documents(
     store: Store, split: Split, max_documents: int, max_tokens: int, skip: Collection[int] = ()
-) -> list[Document]:
+) -> list[ScoredDocument]:
     """The first documents of a split of which something is scored, each cut after `max_tokens` of its text.
 
     Of plain text every token is scored but what begins it (the first token, if nothing does) and the
@@ -95,7 +95,7 @@ def read_documents(
     assert view.bytes is not None  # noqa: S101 - only train has none
     starts = view.offsets[:, 0].astype(np.int64)
     given = len(store.begin_ids)
-    documents: list[Document] = []
+    documents: list[ScoredDocument] = []
     for i in (i for i in range(len(starts) - 1) if i not in skip):
         if len(documents) == max_documents:
             break
@@ -105,11 +105,11 @@ def read_documents(
         scored_N = np.ones(len(tokens_N), bool) if view.mask is None else view.mask[place] != 0
         scored_N[: max(1, given)] = False
         if scored_N.any():
-            documents.append(Document(i, tokens_N, scored_N, np.asarray(view.bytes[place])))
+            documents.append(ScoredDocument(i, tokens_N, scored_N, np.asarray(view.bytes[place])))
     return documents
 
 
-def blocks(documents: Sequence[Document], context: int, stride: int) -> Iterator[Block]:
+def window_batches(documents: Sequence[ScoredDocument], context: int, stride: int) -> Iterator[WindowBatch]:
     """Every scored token of every document as a label exactly once, in batches of windows of like length.
 
     A window holds at most `context` tokens. The first starts with the document; each further one scores the
@@ -132,7 +132,7 @@ def blocks(documents: Sequence[Document], context: int, stride: int) -> Iterator
     while at < len(windows):
         length = windows[at].end - windows[at].start
         rows = max(1, FORWARD_TOKENS // length)
-        yield _block(windows[at : at + rows], documents, length)
+        yield _window_batch(windows[at : at + rows], documents, length)
         at += rows
 
 
@@ -163,7 +163,9 @@ def _windows(owner: int, inputs: int, context: int, stride: int) -> Iterator[_Wi
         first, number = end, number + 1
 
 
-def _block(windows: Sequence[_Window], documents: Sequence[Document], length: int) -> Block:
+def _window_batch(
+    windows: Sequence[_Window], documents: Sequence[ScoredDocument], length: int
+) -> WindowBatch:
     shape = (len(windows), length)
     inputs_BT, labels_BT = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX)
     documents_BT, places_BT, windows_BT = (np.zeros(shape, np.int64) for _ in range(3))
@@ -175,7 +177,7 @@ def _block(windows: Sequence[_Window], documents: Sequence[Document], length: in
         )
         places_BT[row, : end - start] = np.arange(start + 1, end + 1)
         documents_BT[row], windows_BT[row] = owner, number
-    return Block(*map(torch.from_numpy, (inputs_BT, labels_BT, documents_BT, places_BT, windows_BT)))
+    return WindowBatch(*map(torch.from_numpy, (inputs_BT, labels_BT, documents_BT, places_BT, windows_BT)))
 
 
 TRAINING_TEXT = "training-text"
@@ -198,8 +200,8 @@ class Target:
         max_documents: documents per split.
         max_tokens: tokens per document, from its beginning.
         trained_on: places of documents that are not scored because the model was trained on them, by split.
-        overlap: what the model was trained on, by split; without entries where that was not measured.
-        teacher_overlap: the same of texts that its teachers were trained on, and it was not.
+        contamination: what the model was trained on, by split; without entries where that was not measured.
+        teacher_contamination: the same of texts that its teachers were trained on, and it was not.
     """
 
     name: str
@@ -210,8 +212,8 @@ class Target:
     max_documents: int
     max_tokens: int
     trained_on: Mapping[Split, Places] = field(default_factory=dict)
-    overlap: Mapping[Split, Overlap] = field(default_factory=dict)
-    teacher_overlap: Mapping[Split, Overlap] = field(default_factory=dict)
+    contamination: Mapping[Split, Contamination] = field(default_factory=dict)
+    teacher_contamination: Mapping[Split, Contamination] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -229,7 +231,7 @@ class Target:
         """Which ids there are, and how a document is cut into windows, as arguments of `score_tokens`."""
         return {"vocab_size": self.store.vocab_size, "context": self.context, "stride": self.stride}
 
-    def documents(self, split: Split) -> list[Document]:
+    def documents(self, split: Split) -> list[ScoredDocument]:
         """What is scored."""
         left_out = self.trained_on.get(split, frozenset())
         return read_documents(self.store, split, self.max_documents, self.max_tokens, left_out)
@@ -260,7 +262,7 @@ def without_training_text(targets: Sequence[Target], text: TrainingText, cache: 
     return found
 
 
-def with_overlaps(targets: Sequence[Target], text: TrainingText, cache: Path) -> list[Target]:
+def with_contamination(targets: Sequence[Target], text: TrainingText, cache: Path) -> list[Target]:
     """The targets with what the model and its teachers have seen of them, whole documents and 8-grams.
 
     Args:
@@ -268,30 +270,32 @@ def with_overlaps(targets: Sequence[Target], text: TrainingText, cache: Path) ->
         text: what model and teachers were trained on.
         cache: as there.
     """
-    documents: dict[Key, list[Document]] = {
+    documents: dict[DomainSplit, list[ScoredDocument]] = {
         (target.name, split): target.documents(split) for target in targets for split in SCORED
     }
-    own = _overlaps(targets, text.stores, documents, cache)
-    taught = _overlaps(targets, text.teachers, documents, cache)
+    own = _contamination(targets, text.stores, documents, cache)
+    taught = _contamination(targets, text.teachers, documents, cache)
     return [
-        replace(target, overlap=own.get(target.name, {}), teacher_overlap=taught.get(target.name, {}))
+        replace(
+            target, contamination=own.get(target.name, {}), teacher_contamination=taught.get(target.name, {})
+        )
         for target in targets
     ]
 
 
-def _overlaps(
+def _contamination(
     targets: Sequence[Target],
     stores: Sequence[Store],
-    documents: Mapping[Key, list[Document]],
+    documents: Mapping[DomainSplit, list[ScoredDocument]],
     cache: Path,
-) -> dict[str, dict[Split, Overlap]]:
+) -> dict[str, dict[Split, Contamination]]:
     if not stores or not targets:
         return {}
     exact = trained_on(stores, {target.name: target.store for target in targets}, cache)
     grams = copied_grams(stores, documents, cache)
     return {
         target.name: {
-            split: Overlap(
+            split: Contamination(
                 target.store.manifest.splits[split].documents,
                 exact[target.name, split],
                 *grams[target.name, split],

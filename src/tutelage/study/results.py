@@ -14,7 +14,7 @@ from tutelage.errors import UserError
 from tutelage.study.plan import Plan, PlanRun, load_plan
 from tutelage.study.records import Record, UnreadableError, read_lines, read_model
 from tutelage.study.score_tables import OTHERWISE, Evaluations, read_evaluations
-from tutelage.study.token_tables import Mechanism, read_mechanisms
+from tutelage.study.token_tables import TokenComparison, read_token_comparisons
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -109,7 +109,7 @@ class Results:
             nll_temperature_in_domain; the same runs.
         curves: run, tokens, ce (nats per token) of done runs.
         provenance: of done runs, by run id.
-        mechanisms: of its runs, as `tutelage eval --mechanism --output STUDY` leaves them there.
+        token_comparisons: of its runs, as `tutelage eval --mechanism --output STUDY` leaves them there.
         problems: one sentence for each file that was left out, and why.
         warnings: one sentence for each thing that makes numbers mean less than they seem to: texts that were
             trained on, runs whose held-out loss is far from their training loss.
@@ -121,7 +121,7 @@ class Results:
     documents: pl.DataFrame
     curves: pl.DataFrame
     provenance: Mapping[str, Provenance]
-    mechanisms: tuple[Mechanism, ...]
+    token_comparisons: tuple[TokenComparison, ...]
     problems: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -177,7 +177,7 @@ def load_results(directory: Path) -> Results:
         f"{run}: scored on other documents or settings of {domain} than the students; left out there"
         for run, domain in found.teachers
     ]
-    mechanisms, damaged = read_mechanisms(directory)
+    comparisons, damaged = read_token_comparisons(directory)
     _check_something_foreign(plan, found)
     learned = pl.col("teacher_run").fill_null(pl.col("teacher").replace_strict(once, return_dtype=pl.String))
     return Results(
@@ -187,7 +187,7 @@ def load_results(directory: Path) -> Results:
         documents=found.documents,
         curves=pl.DataFrame(curves, schema=_CURVE_COLUMNS, orient="row"),
         provenance=provenance,
-        mechanisms=mechanisms,
+        token_comparisons=comparisons,
         problems=(*problems, *damaged),
         warnings=tuple(_seen_texts(plan, found) + [f"{run}: {text}" for run, text in warned.items()]),
     )

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Mechanism:
-    """A finished mechanism evaluation.
+class TokenComparison:
+    """A finished token comparison.
 
     Attributes:
         student: id of the model trained with the teacher.
@@ -29,7 +29,7 @@ class Mechanism:
         documents: number of documents read.
         tokens: number of tokens read.
         context: length of the windows in tokens.
-        cells: summary.parquet with the ends `low95` and `high95` of 95% intervals (Student's t over
+        groups: summary.parquet with the ends `low95` and `high95` of 95% intervals (Student's t over
             documents; null for one document).
     """
 
@@ -41,24 +41,24 @@ class Mechanism:
     documents: int
     tokens: int
     context: int
-    cells: pl.DataFrame
+    groups: pl.DataFrame
 
     def of(self, quantity: str, of: str, *groupings: str) -> pl.DataFrame:
-        """The cells of one quantity in one or more groupings, in their order."""
+        """The token groups of one quantity in one or more groupings, in their order."""
         chosen = (pl.col("quantity") == quantity) & (pl.col("of") == of)
-        return self.cells.filter(chosen & pl.col("grouping").is_in(groupings))
+        return self.groups.filter(chosen & pl.col("grouping").is_in(groupings))
 
 
-def read_mechanism(directory: Path) -> Mechanism:
+def read_token_comparison(directory: Path) -> TokenComparison:
     """Read the result files in `directory`.
 
     Raises:
         UserError: a file is missing or is not what the evaluation writes.
     """
     try:
-        facts = json.loads((directory / "mechanism.json").read_text(encoding="utf-8"))
-        cells = pl.read_parquet(directory / "summary.parquet")
-        return Mechanism(
+        facts = json.loads((directory / "comparison.json").read_text(encoding="utf-8"))
+        groups = pl.read_parquet(directory / "summary.parquet")
+        return TokenComparison(
             student=facts["student"],
             teacher=facts["teacher"],
             baseline=facts["baseline"],
@@ -67,30 +67,35 @@ def read_mechanism(directory: Path) -> Mechanism:
             documents=facts["documents"],
             tokens=facts["tokens"],
             context=facts["context"],
-            cells=_with_intervals(cells),
+            groups=_with_intervals(groups),
         )
     except (OSError, ValueError, KeyError, TypeError, PolarsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{directory}: no finished mechanism evaluation ({type(error).__name__}: {reason}); delete it "
+            f"{directory}: no finished token comparison ({type(error).__name__}: {reason}); delete it "
             "and evaluate again"
         ) from None
 
 
-def _with_intervals(cells: pl.DataFrame) -> pl.DataFrame:
+def _with_intervals(groups: pl.DataFrame) -> pl.DataFrame:
     """Student's t with one degree of freedom less than documents."""
-    factor = pl.Series(stats.t.ppf(0.975, cells["documents"].to_numpy() - 1))
+    factor = pl.Series(stats.t.ppf(0.975, groups["documents"].to_numpy() - 1))
     half = pl.col("stderr") * factor
-    return cells.with_columns(low95=pl.col("mean") - half, high95=pl.col("mean") + half)
+    return groups.with_columns(low95=pl.col("mean") - half, high95=pl.col("mean") + half)
 
 
-def read_mechanisms(directory: Path) -> tuple[tuple[Mechanism, ...], list[str]]:
+def read_token_comparisons(directory: Path) -> tuple[tuple[TokenComparison, ...], list[str]]:
     """What `tutelage eval --mechanism --output DIRECTORY` left there, and what is wrong with it."""
-    found: list[Mechanism] = []
+    found: list[TokenComparison] = []
     problems: list[str] = []
-    for path in sorted(directory.glob("mechanism/*/*/mechanism.json")):
+    if (directory / "mechanism").is_dir():
+        problems.append(
+            f"{directory / 'mechanism'}: token comparisons by an older version, which are not read; make "
+            f"them anew with `tutelage eval --mechanism --output {directory}` and delete that directory"
+        )
+    for path in sorted(directory.glob("token-comparisons/*/*/comparison.json")):
         try:
-            found.append(read_mechanism(path.parent))
+            found.append(read_token_comparison(path.parent))
         except UserError as error:
             problems.append(str(error))
     return tuple(found), problems

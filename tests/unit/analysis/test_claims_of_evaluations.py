@@ -1,4 +1,4 @@
-"""Claims that need mechanism evaluations, probes, or teachers of a student's own batches."""
+"""Claims that need token comparisons, probes, or teachers of a student's own batches."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from make_study import TEACHERS, TOKENS, write_study
 from token_files import FACTS
-from token_files import write as write_mechanism
+from token_files import write as write_comparison
 
 from tutelage.analysis.claims.judge import judge_claims
 from tutelage.analysis.claims.registry import missing_for
@@ -26,21 +26,21 @@ def outcome(study, number):
 
 
 def write_contrasts(study, sorters):
-    """One mechanism evaluation per seed, of the student at alpha 0.4, sorted by `sorters[seed]`."""
+    """One token comparison per seed, of the student at alpha 0.4, sorted by `sorters[seed]`."""
     for seed, contrast in CONTRASTS.items():
-        folder = study / "mechanism" / f"seed-{seed}" / "speeches-test-1"
+        folder = study / "token-comparisons" / f"seed-{seed}" / "speeches-test-1"
         folder.mkdir(parents=True)
-        write_mechanism(folder)
+        write_comparison(folder)
         ids = {"student": f"student-weak-0.4-{seed}", "baseline": f"baseline-{seed}"}
         ids |= {"sorter": sorters[seed]} if sorters[seed] else {}
-        (folder / "mechanism.json").write_text(json.dumps(FACTS | ids))
+        (folder / "comparison.json").write_text(json.dumps(FACTS | ids))
         wanted = (pl.col("grouping") == "entropy contrast") & (pl.col("quantity") == "gain")
         cells = pl.read_parquet(folder / "summary.parquet")
         mean = pl.when(wanted).then(contrast).otherwise("mean").alias("mean")
         cells.with_columns(mean).write_parquet(folder / "summary.parquet")
 
 
-def test_the_gain_by_difficulty_comes_from_mechanism_evaluations(tmp_path):
+def test_the_gain_by_difficulty_comes_from_token_comparisons(tmp_path):
     study = write_study(tmp_path / "study")
     assert "eval --mechanism --sorter" in outcome(study, 8).open
 
@@ -59,13 +59,13 @@ def test_tokens_that_no_third_untaught_student_sorted_are_no_evidence(tmp_path, 
     assert outcome(study, 8).tested[0].part.members == {}
 
 
-def test_a_mechanism_evaluation_of_another_baseline_is_no_evidence(tmp_path):
+def test_a_token_comparison_of_another_baseline_is_no_evidence(tmp_path):
     study = write_study(tmp_path / "study")
-    folder = study / "mechanism" / "x" / "speeches-test-1"
+    folder = study / "token-comparisons" / "x" / "speeches-test-1"
     folder.mkdir(parents=True)
-    write_mechanism(folder)
+    write_comparison(folder)
     ids = {"student": "student-weak-0.4-43", "baseline": "baseline-44", "sorter": "baseline-45"}
-    (folder / "mechanism.json").write_text(json.dumps(FACTS | ids))
+    (folder / "comparison.json").write_text(json.dumps(FACTS | ids))
 
     assert outcome(study, 8).tested[0].part.values == {}
 

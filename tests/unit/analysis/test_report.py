@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from make_study import GAINS, write_study
 from rich.console import Console
-from token_files import write as write_mechanism
+from token_files import write as write_comparison
 
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.report.text import print_verdicts
@@ -329,20 +329,23 @@ def test_a_browser_would_show_console_errors(tmp_path):
     assert "CONSOLE" in chromium(page, tmp_path / "profile", "--dump-dom").stderr
 
 
-def test_mechanism_evaluations_left_in_the_study_are_shown_and_damaged_ones_named(tmp_path):
+def test_token_comparisons_left_in_the_study_are_shown_and_damaged_ones_named(tmp_path):
     study = write_study(tmp_path / "study")
     for name in ("good", "damaged"):
-        folder = study / "mechanism" / "student--teacher--baseline" / name
+        folder = study / "token-comparisons" / "student--teacher--baseline" / name
         folder.mkdir(parents=True)
-        write_mechanism(folder)
+        write_comparison(folder)
     (folder / "summary.parquet").write_text("no parquet")
+    (study / "mechanism").mkdir()
     page = text_of(build_report(study))
     words = visible(page)
 
-    assert "Mechanism: on which tokens" in words
-    assert page.count('aria-labelledby="mechanism"') == 1
+    assert "Token comparison: on which tokens" in words
+    assert page.count('aria-labelledby="tokens"') == 1
     assert (
         "kid-1 speeches, test split the baseline +0.170 ± 0.028 +0.170 ± 0.028 +0.170 ± 0.028 -1.170" in words
     )
-    assert (study / "figures" / "mechanism-1-entropy.csv").exists()
-    assert "no finished mechanism evaluation" in words[words.index("Result files that could not be used") :]
+    assert (study / "figures" / "tokens-1-entropy.csv").exists()
+    problems = words[words.index("Result files that could not be used") :]
+    assert "no finished token comparison" in problems
+    assert "mechanism: token comparisons by an older version, which are not read" in problems

@@ -17,7 +17,7 @@ from torch import nn
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals import probes
-from tutelage.evals.evaluated_model import Subject
+from tutelage.evals.evaluated_model import EvaluatedModel
 from tutelage.evals.probes import acceptance, copying_accuracy, run_probes, used_ids
 from tutelage.evals.score_files import read_scores
 from tutelage.evals.windows import read_documents
@@ -46,12 +46,14 @@ def documents(store):
 
 
 @pytest.fixture(scope="module")
-def subjects(models, store, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("subjects")
+def evaluated_models(models, store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated_models")
     found = []
     for name, model in zip(("student", "teacher"), models, strict=True):
         hub.save(model, folder / name, store)
-        found.append(Subject(name, folder / name, None, 3, 100, CONTEXT, folder / f"out-{name}", store))
+        found.append(
+            EvaluatedModel(name, folder / name, None, 3, 100, CONTEXT, folder / f"out-{name}", store)
+        )
     return found
 
 
@@ -184,8 +186,8 @@ def test_short_documents_have_a_rate_but_no_length(models, documents):
     assert set(acceptance(*models, short, 300, CONTEXT)) == {"acceptance_rate"}
 
 
-def test_probes_are_rows_and_come_once(subjects):
-    student, teacher = subjects
+def test_probes_are_rows_and_come_once(evaluated_models):
+    student, teacher = evaluated_models
     scores = run_probes(student, teacher=teacher)
     assert [(score.domain, score.metric) for score in scores] == [
         ("copying", "accuracy"),
@@ -200,8 +202,8 @@ def test_probes_are_rows_and_come_once(subjects):
     assert kept == (student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns)
 
 
-def test_samples_go_on_from_held_out_text(subjects, store):
-    teacher = subjects[1]
+def test_samples_go_on_from_held_out_text(evaluated_models, store):
+    teacher = evaluated_models[1]
     state = torch.get_rng_state()
     run_probes(teacher)
     assert torch.equal(state, torch.get_rng_state())
@@ -227,9 +229,9 @@ def test_samples_go_on_from_held_out_text(subjects, store):
     assert page.count("Greedy:") == 4
 
 
-def test_a_store_with_another_tokenizer_is_refused(subjects, store, tmp_path):
-    shutil.copytree(subjects[0].model, tmp_path / "model")
-    strange = dataclasses.replace(subjects[0], model=tmp_path / "model")
+def test_a_store_with_another_tokenizer_is_refused(evaluated_models, store, tmp_path):
+    shutil.copytree(evaluated_models[0].model, tmp_path / "model")
+    strange = dataclasses.replace(evaluated_models[0], model=tmp_path / "model")
     tokenizer = json.loads((strange.model / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["normalizer"] = {"type": "Lowercase"}
     (strange.model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
@@ -239,6 +241,6 @@ def test_a_store_with_another_tokenizer_is_refused(subjects, store, tmp_path):
         run_probes(strange)
 
 
-def test_a_model_without_a_store_needs_one(subjects):
+def test_a_model_without_a_store_needs_one(evaluated_models):
     with pytest.raises(UserError, match="student: probes need a token store"):
-        run_probes(dataclasses.replace(subjects[0], training_store=None))
+        run_probes(dataclasses.replace(evaluated_models[0], training_store=None))

@@ -118,7 +118,7 @@ def test_the_token_comparison_reads_completions_alone(tuned, pairs, start, tmp_p
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit):
         main()
-    (found,) = tmp_path.glob("evals/mechanism/*/*/tokens.parquet")
+    (found,) = tmp_path.glob("evals/token-comparisons/*/*/tokens.parquet")
     table = pl.read_parquet(found)
     nats, tokens, _ = truth(tuned.model, pairs)
     assert table.height == tokens

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, PhiC
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import open_store
-from tutelage.evals.evaluated_model import find_subject
+from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.token_comparison import _open
 from tutelage.evals.token_scores import score_tokens
-from tutelage.evals.windows import blocks, read_documents
+from tutelage.evals.windows import read_documents, window_batches
 from tutelage.models import hub
 from tutelage.objective.objective import dense_logits
 from tutelage.run import run
@@ -113,15 +113,15 @@ def test_a_run_trains_exports_and_scores_the_bias(biased, make_config, tmp_path,
     documents = read_documents(open_store(store), "test", 2, 60)
     found = score_tokens(hub.load(directory.model), documents, 300, context=60)
     expected = 0.0
-    for block in blocks(documents, 60, 60):
-        labels_N = block.labels_BT.flatten()
-        expected -= F.cross_entropy(logits(exported, block.inputs_BT), labels_N, reduction="sum").item()
+    for batch in window_batches(documents, 60, 60):
+        labels_N = batch.labels_BT.flatten()
+        expected -= F.cross_entropy(logits(exported, batch.inputs_BT), labels_N, reduction="sum").item()
     assert found.logp_N.sum() == pytest.approx(expected, rel=1e-5)
 
 
 def test_probes_and_token_comparison_use_it(biased, tmp_path, store):
-    subject = find_subject(str(tmp_path / "start"), tmp_path)
-    model = _open(subject, open_store(store), "cpu")
+    evaluated = find_model(str(tmp_path / "start"), tmp_path)
+    model = _open(evaluated, open_store(store), "cpu")
     tokens = torch.arange(40).view(1, 40)
     hidden = model.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
     found = model.predictions(hidden).logp_NV

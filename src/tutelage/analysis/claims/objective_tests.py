@@ -41,7 +41,7 @@ def by_skill(arm: str) -> bool:
 
 
 def difficulty(view: View) -> list[Part]:
-    """Gain by difficulty of tokens, from the mechanism evaluations made of runs; a test per text.
+    """Gain by difficulty of tokens, from the token comparisons made of runs; a test per text.
 
     Difficulty is the entropy of a third model, an untaught student of another run: tokens sorted by the
     baseline's own entropy are sorted by its luck too, and any other model seems to gain on the hard ones.
@@ -51,7 +51,7 @@ def difficulty(view: View) -> list[Part]:
     untaught = {run.run: run.student for run in view.plan.runs if run.kind == "baseline"}
     names = {cell.cell: f"{cell.student} from {cell.teacher}, {cell.arm}" for cell in view.verdicts}
     students = {cell.cell: cell.student for cell in view.verdicts}
-    for one in view.results.mechanisms:
+    for one in view.results.token_comparisons:
         if (one.student, one.baseline) in known and one.sorter not in {None, one.baseline}:
             cell, seed = known[one.student, one.baseline]
             if untaught.get(one.sorter or "") == students[cell]:

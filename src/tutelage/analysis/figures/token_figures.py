@@ -1,4 +1,4 @@
-"""The figures of a mechanism evaluation, each with its caption and its data."""
+"""The figures of a token comparison, each with its caption and its data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tutelage.analysis.report.text import sorting, untaught
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tutelage.study.token_tables import Mechanism
+    from tutelage.study.token_tables import TokenComparison
 
 _GAIN, _LEAD = "gain of the student", "lead of the teacher"
 _MODELS = {"student": PALETTE[0], "teacher": PALETTE[1], "baseline": GREY}
@@ -43,7 +43,7 @@ _TOGETHER = {
 _COLUMNS = 4
 
 
-def mechanism_figures(found: Mechanism) -> list[Figure]:
+def comparison_figures(found: TokenComparison) -> list[Figure]:
     """Gain by difficulty, by position and by who is right; the models alone; the models in pairs."""
     return [
         by_entropy(found),
@@ -61,7 +61,7 @@ def mechanism_figures(found: Mechanism) -> list[Figure]:
     ]
 
 
-def by_entropy(found: Mechanism) -> Figure:
+def by_entropy(found: TokenComparison) -> Figure:
     """Gain of the student and lead of the teacher in fifths of baseline entropy."""
     data = _gains(found, "entropy")
     return Figure(
@@ -76,7 +76,7 @@ def by_entropy(found: Mechanism) -> Figure:
     )
 
 
-def by_position(found: Mechanism) -> Figure:
+def by_position(found: TokenComparison) -> Figure:
     """Gain of the student and lead of the teacher along the context."""
     data = _gains(found, "position").with_columns(middle=(pl.col("low") + pl.col("high")) / 2)
     panels = []
@@ -101,7 +101,7 @@ def by_position(found: Mechanism) -> Figure:
     )
 
 
-def who_is_right(found: Mechanism) -> Figure:
+def who_is_right(found: TokenComparison) -> Figure:
     """Gain of the student by who is right on the first choice, and by who is closer to the token."""
     data = _gains(found, "right", "closer").filter(pl.col("side") == _GAIN)
     top = max(0.0, float(data["high95"].fill_null(data["mean"]).to_numpy().max()))
@@ -134,7 +134,7 @@ def who_is_right(found: Mechanism) -> Figure:
     )
 
 
-def _gains(found: Mechanism, *groupings: str) -> pl.DataFrame:
+def _gains(found: TokenComparison, *groupings: str) -> pl.DataFrame:
     """Both differences in some groupings, and the share of tokens of every cell."""
     sides = [(_GAIN, "student"), (_LEAD, "teacher")]
     rows = [found.of("gain", of, *groupings).with_columns(side=pl.lit(side)) for side, of in sides]
@@ -158,7 +158,7 @@ def _points(data: pl.DataFrame, side: str, title: str) -> alt.LayerChart | alt.F
 
 
 def _multiples(
-    found: Mechanism,
+    found: TokenComparison,
     name: str,
     title: str,
     quantities: Mapping[str, str],
@@ -166,7 +166,7 @@ def _multiples(
     caption: str,
 ) -> Figure:
     """One small panel per quantity, in fifths of baseline entropy."""
-    shown = found.cells.filter(pl.col("grouping") == "entropy").with_columns(fifth=pl.col("bin") + 1)
+    shown = found.groups.filter(pl.col("grouping") == "entropy").with_columns(fifth=pl.col("bin") + 1)
     data = _named(shown).filter(pl.col("quantity").is_in([*quantities]), pl.col("of").is_in([*colours]))
     colour = alt.Color("of:N", title=None).scale(domain=[*colours], range=[*colours.values()])
     panels = []
@@ -203,11 +203,11 @@ def _named(cells: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _bars(found: Mechanism) -> str:
+def _bars(found: TokenComparison) -> str:
     return f"Bars are 95% intervals over documents; {_scope(found)}."
 
 
-def _scope(found: Mechanism) -> str:
+def _scope(found: TokenComparison) -> str:
     return f"{found.text}, {found.tokens:,} tokens of {found.documents:,} documents"
 
 

@@ -13,7 +13,7 @@ from tutelage.analysis.claims.evidence import MARGIN, choosing_seeds
 from tutelage.analysis.claims.judge import LEVEL, judge_claims
 from tutelage.analysis.figures.run_figures import figures
 from tutelage.analysis.figures.style import save_all
-from tutelage.analysis.figures.token_figures import mechanism_figures
+from tutelage.analysis.figures.token_figures import comparison_figures
 from tutelage.analysis.report import headline, report_rows, words
 from tutelage.analysis.report.csv_tables import save_tables
 from tutelage.analysis.report.text import sorting
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tutelage.analysis.claims.judge import Outcome
     from tutelage.analysis.figures.style import Figure
-    from tutelage.study.token_tables import Mechanism
+    from tutelage.study.token_tables import TokenComparison
 
 _MOST_DRAWN = 4
 """Students whose figures fit a page; of the others there are tables."""
@@ -52,8 +52,8 @@ def build_report(directory: Path) -> Path:
     outcomes = judge_claims(results, findings)
     students = list(dict.fromkeys(verdict.student for verdict in findings.verdicts))
     charts = figures(results, findings, students[:_MOST_DRAWN])
-    mechanisms = _drawn(results.mechanisms)
-    seen = [chart for _, some in mechanisms for chart in some]
+    comparisons = _drawn(results.token_comparisons)
+    seen = [chart for _, some in comparisons for chart in some]
     drawings = save_all(
         [*(chart for some in charts.values() for chart in some), *seen], directory / "figures"
     )
@@ -69,12 +69,12 @@ def build_report(directory: Path) -> Path:
         students=[_student(results, findings, name, drawn) for name in students],
         undrawn=students[_MOST_DRAWN:],
         cost_figures=drawn[None],
-        mechanisms=[
+        comparisons=[
             {"found": found, "figures": [{"figure": chart, "svg": drawings[chart.name]} for chart in some]}
-            for found, some in mechanisms
+            for found, some in comparisons
         ],
-        mechanism_rows=report_rows.mechanism_rows(results.mechanisms),
-        sortings=list(dict.fromkeys(sorting(one) for one in results.mechanisms)),
+        comparison_rows=report_rows.comparison_rows(results.token_comparisons),
+        sortings=list(dict.fromkeys(sorting(one) for one in results.token_comparisons)),
         gain_caption=words.GAIN_CAPTION,
         level=f"{LEVEL:.0%}",
         margin=f"{SAME_LEVEL_MARGIN:.0%}",
@@ -96,11 +96,11 @@ def build_report(directory: Path) -> Path:
     return path
 
 
-def _drawn(mechanisms: Sequence[Mechanism]) -> list[tuple[Mechanism, list[Figure]]]:
-    """One mechanism evaluation of each teacher, with its figures, numbered."""
-    first = {one.teacher: one for one in reversed(mechanisms)}.values()
+def _drawn(comparisons: Sequence[TokenComparison]) -> list[tuple[TokenComparison, list[Figure]]]:
+    """One token comparison of each teacher, with its figures, numbered."""
+    first = {one.teacher: one for one in reversed(comparisons)}.values()
     return [
-        (one, [replace(chart, name=f"mechanism-{i}-{chart.name}") for chart in mechanism_figures(one)])
+        (one, [replace(chart, name=f"tokens-{i}-{chart.name}") for chart in comparison_figures(one)])
         for i, one in enumerate([*reversed(first)][:_MOST_DRAWN], start=1)
     ]
 

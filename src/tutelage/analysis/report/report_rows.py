@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tutelage.analysis.texts import TextSpread
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
     from tutelage.study.results import Results
-    from tutelage.study.token_tables import Mechanism
+    from tutelage.study.token_tables import TokenComparison
 
 Row = dict[str, Any]
 _SHOWN_DIGITS = 100
@@ -221,11 +221,11 @@ def calibration_rows(results: Results, findings: Findings) -> list[Row]:
     return rows
 
 
-def mechanism_rows(mechanisms: Sequence[Mechanism]) -> list[Row]:
-    """The gain of every mechanism evaluation: overall, by difficulty, and by who was right."""
+def comparison_rows(comparisons: Sequence[TokenComparison]) -> list[Row]:
+    """The gain of every token comparison: overall, by difficulty, and by who was right."""
     cells = (("all", 0), ("entropy contrast", 0), ("right", 0), ("right", 1))
     rows = []
-    for one in mechanisms:
+    for one in comparisons:
         known = {
             (row["grouping"], row["bin"]): row
             for row in one.of("gain", "student", *(c[0] for c in cells)).iter_rows(named=True)

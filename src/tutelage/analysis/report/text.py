@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tutelage.analysis.claims.judge import Outcome
     from tutelage.analysis.verdicts import Findings, Verdict
     from tutelage.study.results import Results
-    from tutelage.study.token_tables import Mechanism
+    from tutelage.study.token_tables import TokenComparison
     from tutelage.types import Score
 
 _ROWS = {
@@ -194,17 +194,17 @@ CHANCE = (
 SORTED = "Tokens are sorted by a third model, not by the baseline, whose luck would sort them too."
 
 
-def sorting(found: Mechanism) -> str:
+def sorting(found: TokenComparison) -> str:
     """By whom tokens are sorted, and what that means."""
     return CHANCE if found.sorter is None else SORTED
 
 
-def untaught(found: Mechanism) -> str:
+def untaught(found: TokenComparison) -> str:
     """`baseline`, or `sorter` if there is one: who stands for an untaught model in the cells."""
     return "baseline" if found.sorter is None else "sorter"
 
 
-def print_mechanism(found: Mechanism, console: Console) -> None:
+def print_token_comparison(found: TokenComparison, console: Console) -> None:
     """Print the gain overall and in every cell but those by position, with 95% intervals."""
     table = Table(
         title=Text(f"Where the student gains: {found.text}, {found.tokens:,} tokens of {found.documents:,} "

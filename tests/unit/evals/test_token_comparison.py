@@ -18,8 +18,8 @@ from tutelage.cli.main import main
 from tutelage.data.store import Store, open_store
 from tutelage.errors import UserError
 from tutelage.evals import token_comparison
-from tutelage.evals.evaluated_model import find_subject
-from tutelage.evals.token_comparison import run_mechanism
+from tutelage.evals.evaluated_model import find_model
+from tutelage.evals.token_comparison import compare_tokens
 from tutelage.evals.token_groups import groupings, summarise
 from tutelage.evals.token_quantities import Predictions
 from tutelage.files import write_json
@@ -45,7 +45,7 @@ def fitted(model, store, seed):
 
 
 @pytest.fixture(scope="module")
-def subjects(store, tmp_path_factory):
+def evaluated_models(store, tmp_path_factory):
     """Three models of three shapes; the teacher has a padded head and divides its logits."""
     folder = tmp_path_factory.mktemp("models")
     vocabulary = open_store(store).vocab_size
@@ -65,16 +65,16 @@ def subjects(store, tmp_path_factory):
     }
     for seed, (name, model) in enumerate(models.items()):
         save(fitted(model, store, seed), folder / name, store)
-    return {name: find_subject(str(folder / name), folder / "out") for name in models}
+    return {name: find_model(str(folder / name), folder / "out") for name in models}
 
 
 @pytest.fixture(scope="module")
-def measure(subjects, store, tmp_path_factory):
+def measure(evaluated_models, store, tmp_path_factory):
     """A function that runs the evaluation in a fresh directory; keyword arguments replace the models."""
 
     def call(**changes):
-        return run_mechanism(
-            **(subjects | changes),
+        return compare_tokens(
+            **(evaluated_models | changes),
             store=open_store(store),
             split="test",
             max_documents=4,
@@ -91,9 +91,9 @@ def found(measure):
     return measure()
 
 
-def dense_logits(subject, store, documents, max_tokens):
+def dense_logits(evaluated, store, documents, max_tokens):
     """transformers' own logits, window by window and row by row, in float64, without padded ids."""
-    opened, model = open_store(store), load(subject.model)
+    opened, model = open_store(store), load(evaluated.model)
     view, rows, gold = opened.split("test"), [], []
     for index in range(documents):
         a, b = (int(x) for x in view.offsets[index : index + 2, 0])
@@ -131,9 +131,9 @@ def together(p, q):
     }
 
 
-def test_every_quantity_is_that_of_a_dense_recomputation(found, subjects, store):
+def test_every_quantity_is_that_of_a_dense_recomputation(found, evaluated_models, store):
     tokens = pl.read_parquet(found / "tokens.parquet")
-    logits = {role: dense_logits(subjects[role], store, 4, 75) for role in ROLES}
+    logits = {role: dense_logits(evaluated_models[role], store, 4, 75) for role in ROLES}
     gold = logits["student"][1]
     p = {role: np.exp(log_softmax(values, axis=1)) for role, (values, _) in logits.items()}
     expected = [
@@ -169,7 +169,7 @@ def test_tokens_know_where_they_are(found):
     assert tokens["document"].to_list() == np.repeat(range(4), 74).tolist()
     assert tokens["place"].to_list() == [*range(1, 75)] * 4
     assert tokens["position"].to_list() == [i % CONTEXT for i in range(74)] * 4
-    facts = json.loads((found / "mechanism.json").read_text())
+    facts = json.loads((found / "comparison.json").read_text())
     assert (facts["documents"], facts["tokens"], facts["context"]) == (4, 4 * 74, CONTEXT)
 
 
@@ -198,8 +198,8 @@ def test_no_more_than_a_chunk_of_probabilities_exists(measure, monkeypatch):
     assert sum(sizes) == 3 * 4 * 74 * 300  # models, tokens, ids
 
 
-def test_a_student_that_is_the_baseline_gains_nothing(measure, subjects):
-    path = measure(student=subjects["baseline"])
+def test_a_student_that_is_the_baseline_gains_nothing(measure, evaluated_models):
+    path = measure(student=evaluated_models["baseline"])
     summary = pl.read_parquet(path / "summary.parquet")
     gain = summary.filter(quantity="gain", of="student")
     assert gain["mean"].to_list() == [0.0] * len(gain)
@@ -329,25 +329,29 @@ def test_one_document_has_no_standard_error():
     assert rows["stderr"].null_count() == rows.height
 
 
-def test_a_finished_evaluation_is_not_computed_again(found, subjects, store, other_store, monkeypatch):
+def test_a_finished_evaluation_is_not_computed_again(
+    found, evaluated_models, store, other_store, monkeypatch
+):
     arguments = {"store": open_store(store), "split": "test", "device": "cpu", "output": found.parents[2]}
     scripture = open_store(other_store)
     namesake = Store(scripture.path, scripture.manifest.model_copy(update={"name": "speeches"}))
     limits = {"max_documents": 4, "max_tokens": 75}
     before = {file.name: file.stat().st_mtime_ns for file in found.iterdir()}
     monkeypatch.delattr(token_comparison, "_read")
-    assert run_mechanism(**subjects, **arguments, **limits) == found
+    assert compare_tokens(**evaluated_models, **arguments, **limits) == found
     assert {file.name: file.stat().st_mtime_ns for file in found.iterdir()} == before
     with pytest.raises(NameError):
-        run_mechanism(**subjects, **arguments, **(limits | {"max_tokens": 74}))
+        compare_tokens(**evaluated_models, **arguments, **(limits | {"max_tokens": 74}))
     with pytest.raises(NameError):
-        run_mechanism(**subjects, **(arguments | {"store": namesake}), **limits)
+        compare_tokens(**evaluated_models, **(arguments | {"store": namesake}), **limits)
     with pytest.raises(NameError):
-        run_mechanism(**(subjects | {"student": subjects["baseline"]}), **arguments, **limits)
+        compare_tokens(
+            **(evaluated_models | {"student": evaluated_models["baseline"]}), **arguments, **limits
+        )
 
 
 @pytest.fixture(scope="module")
-def third(subjects, store, tmp_path_factory):
+def third(evaluated_models, store, tmp_path_factory):
     """An untaught model of a third seed."""
     folder = tmp_path_factory.mktemp("third")
     save(
@@ -355,7 +359,7 @@ def third(subjects, store, tmp_path_factory):
         folder / "third",
         store,
     )
-    return find_subject(str(folder / "third"), folder / "out")
+    return find_model(str(folder / "third"), folder / "out")
 
 
 def test_a_third_model_sorts_the_tokens(found, measure, third):
@@ -373,7 +377,7 @@ def test_a_third_model_sorts_the_tokens(found, measure, third):
     right = (tokens["gold_rank.teacher"] == 1) & (tokens["gold_rank.sorter"] != 1)
     assert cells.filter(grouping="right", label="teacher only")["n"].item() == right.sum()
     assert path.parent.name.endswith(f"--{third.id}")
-    assert json.loads((path / "mechanism.json").read_text())["sorter"] == third.id
+    assert json.loads((path / "comparison.json").read_text())["sorter"] == third.id
     # it is measured alone, and changes nothing of the others
     assert {name for name in tokens.columns if "sorter" in name} == {
         f"{name}.sorter" for name in alone(np.array([0.5, 0.5]), 0)
@@ -382,9 +386,9 @@ def test_a_third_model_sorts_the_tokens(found, measure, third):
 
 
 @pytest.mark.parametrize("role", ["student", "baseline"])
-def test_half_of_a_gain_cannot_sort_the_tokens(measure, subjects, role):
+def test_half_of_a_gain_cannot_sort_the_tokens(measure, evaluated_models, role):
     with pytest.raises(UserError, match=f"sorter {role}.*: is the {role}; tokens must be sorted by a third"):
-        measure(sorter=subjects[role])
+        measure(sorter=evaluated_models[role])
 
 
 def test_sorting_by_the_baseline_shows_a_gain_of_an_untaught_student_and_a_third_model_none():
@@ -410,53 +414,55 @@ def test_sorting_by_the_baseline_shows_a_gain_of_an_untaught_student_and_a_third
     assert abs(by_third.mean()) / (by_third.std() / 60**0.5) < 3.5
 
 
-def test_progress_counts_every_token(subjects, store, tmp_path):
+def test_progress_counts_every_token(evaluated_models, store, tmp_path):
     steps = []
     limits = {"max_documents": 3, "max_tokens": 40, "device": "cpu", "output": tmp_path}
-    run_mechanism(**subjects, store=open_store(store), split="validation", progress=steps.append, **limits)
+    compare_tokens(
+        **evaluated_models, store=open_store(store), split="validation", progress=steps.append, **limits
+    )
     assert sum(steps) == 3 * 39
 
 
-def test_models_of_another_tokenizer_are_refused(measure, subjects, store, tmp_path):
+def test_models_of_another_tokenizer_are_refused(measure, evaluated_models, store, tmp_path):
     other = json.loads((store / "tokenizer.json").read_text())
     words = other["model"]["vocab"]
     first, second = list(words)[100:102]
     words[first], words[second] = words[second], words[first]
     model = tmp_path / "other"
-    save(load(subjects["teacher"].model), model, store)
+    save(load(evaluated_models["teacher"].model), model, store)
     write_json(model / "tokenizer.json", other)
     with pytest.raises(
         UserError, match=r"teacher other-.*its tokenizer differs from that of .*: id \d+ is .* must share one"
     ):
-        measure(teacher=find_subject(str(model), tmp_path))
+        measure(teacher=find_model(str(model), tmp_path))
     (model / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"other.tokenizer\.json: not a tokenizer\.json"):
-        measure(teacher=find_subject(str(model), tmp_path))
+        measure(teacher=find_model(str(model), tmp_path))
 
 
 def test_a_head_smaller_than_the_vocabulary_is_refused(measure, store, tmp_path):
     save(build(rung("nano-50k"), 200, CONTEXT, seed=1), tmp_path / "small", store)
     with pytest.raises(UserError, match="tokenizer has 300 ids, the model knows 200"):
-        measure(baseline=find_subject(str(tmp_path / "small"), tmp_path))
+        measure(baseline=find_model(str(tmp_path / "small"), tmp_path))
 
 
-def test_damaged_weights_are_refused(measure, subjects, store, tmp_path):
-    weights = load_file(subjects["student"].model / "model.safetensors")
+def test_damaged_weights_are_refused(measure, evaluated_models, store, tmp_path):
+    weights = load_file(evaluated_models["student"].model / "model.safetensors")
     weights["model.embed_tokens.weight"][40:] = math.nan
-    shutil.copytree(subjects["student"].model, tmp_path / "nan")
+    shutil.copytree(evaluated_models["student"].model, tmp_path / "nan")
     save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.embed_tokens\.weight holds numbers that are not finite"):
-        measure(student=find_subject(str(tmp_path / "nan"), tmp_path))
+        measure(student=find_model(str(tmp_path / "nan"), tmp_path))
 
 
-def test_an_empty_split_is_refused(subjects, other_store, tmp_path):
+def test_an_empty_split_is_refused(evaluated_models, other_store, tmp_path):
     limits = {"max_documents": 3, "max_tokens": 1, "device": "cpu", "output": tmp_path}
     with pytest.raises(UserError, match="split 'test' has no document"):  # a first token is no label
-        run_mechanism(**subjects, store=open_store(other_store), split="test", **limits)
+        compare_tokens(**evaluated_models, store=open_store(other_store), split="test", **limits)
 
 
-def test_the_command_prints_the_cells_and_draws_them(subjects, store, tmp_path, monkeypatch, capsys):
-    models = {role: str(subject.model) for role, subject in subjects.items()}
+def test_the_command_prints_the_cells_and_draws_them(evaluated_models, store, tmp_path, monkeypatch, capsys):
+    models = {role: str(evaluated.model) for role, evaluated in evaluated_models.items()}
     arguments = ["--teacher", models["teacher"], "--baseline", models["baseline"], "--device", "cpu"]
     arguments += ["--store", f"held-out={store}", "--output", str(tmp_path), "--max-tokens", "40"]
     monkeypatch.setattr("sys.argv", ["tutelage", "eval", "--mechanism", models["student"], *arguments])
@@ -464,7 +470,7 @@ def test_the_command_prints_the_cells_and_draws_them(subjects, store, tmp_path, 
         main()
     assert not left.value.code
     printed = capsys.readouterr().out
-    (directory,) = (tmp_path / "mechanism").glob("student-*--teacher-*--baseline-*/speeches-test-*")
+    (directory,) = (tmp_path / "token-comparisons").glob("student-*--teacher-*--baseline-*/speeches-test-*")
     gain = pl.read_parquet(directory / "summary.parquet").filter(
         grouping="all", quantity="gain", of="student"
     )
@@ -487,8 +493,8 @@ def test_the_command_prints_the_cells_and_draws_them(subjects, store, tmp_path, 
         (["{student}", "--sorter", "{baseline}"], "--sorter belongs to --mechanism"),
     ],
 )
-def test_wrong_commands_get_one_line(subjects, monkeypatch, capsys, tmp_path, arguments, message):
-    models = {role: str(subject.model) for role, subject in subjects.items()}
+def test_wrong_commands_get_one_line(evaluated_models, monkeypatch, capsys, tmp_path, arguments, message):
+    models = {role: str(evaluated.model) for role, evaluated in evaluated_models.items()}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["tutelage", "eval", *(text.format(**models) for text in arguments)])
     with pytest.raises(SystemExit) as left:

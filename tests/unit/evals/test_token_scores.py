@@ -142,13 +142,13 @@ def test_no_window_is_longer_than_the_context_and_every_token_is_scored_once(ope
     documents = read_documents(opened, "test", 3, 100)
     for stride in (1, 7, CONTEXT):
         seen = set()
-        for block in windows.blocks(documents, CONTEXT, stride):
-            assert block.inputs_BT.shape[1] <= CONTEXT
-            for row, column in (block.labels_BT != -100).nonzero().tolist():
-                place = (int(block.documents_BT[row, column]), int(block.places_BT[row, column]))
+        for batch in windows.window_batches(documents, CONTEXT, stride):
+            assert batch.inputs_BT.shape[1] <= CONTEXT
+            for row, column in (batch.labels_BT != -100).nonzero().tolist():
+                place = (int(batch.documents_BT[row, column]), int(batch.places_BT[row, column]))
                 assert place not in seen
                 seen.add(place)
-                assert block.labels_BT[row, column] == documents[place[0]].tokens_N[place[1]]
+                assert batch.labels_BT[row, column] == documents[place[0]].tokens_N[place[1]]
         assert len(seen) == sum(len(document.tokens_N) - 1 for document in documents)
         assert not any(place == 0 for _, place in seen)
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.evals.evaluated_model import Subject
+from tutelage.evals.evaluated_model import EvaluatedModel
 from tutelage.evals.lm_eval import _check_known, _manager, _prepared, run_downstream
 from tutelage.evals.lm_eval_tasks import (
     KINDS,
@@ -60,8 +60,8 @@ def model_directory(store, tmp_path_factory):
 
 
 @pytest.fixture
-def subject(model_directory, store, tmp_path):
-    return Subject("tiny-1", model_directory, None, 7, 900, CONTEXT, tmp_path / "out", store)
+def evaluated(model_directory, store, tmp_path):
+    return EvaluatedModel("tiny-1", model_directory, None, 7, 900, CONTEXT, tmp_path / "out", store)
 
 
 def tokens(tokenizer, text):
@@ -162,35 +162,35 @@ def test_analogies_are_the_files_and_each_has_one_right_answer(tmp_path):
     assert len({item["category"] for item in items[:40]}) > 8  # so that --limit takes of everything
 
 
-def test_a_missing_package_comes_with_its_command(subject, monkeypatch):
+def test_a_missing_package_comes_with_its_command(evaluated, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"'lm_eval' is missing; run: pip install 'tutelage\[eval\]'"):
-        run_downstream(subject, BOTH)
+        run_downstream(evaluated, BOTH)
 
 
 @needs_lm_eval
-def test_a_model_without_a_store_needs_one_named(subject):
-    alone = dataclasses.replace(subject, training_store=None)
+def test_a_model_without_a_store_needs_one_named(evaluated):
+    alone = dataclasses.replace(evaluated, training_store=None)
     with pytest.raises(UserError, match="tiny-1 has no training store; write continuation:DOMAIN or"):
         run_downstream(alone, ["continuation"])
 
 
 @needs_lm_eval
-def test_a_task_can_be_built_from_a_domain(subject, tmp_path):
-    (score,) = run_downstream(subject, ["last_word:kjv"], limit=5, stores=tmp_path / "stores")
+def test_a_task_can_be_built_from_a_domain(evaluated, tmp_path):
+    (score,) = run_downstream(evaluated, ["last_word:kjv"], limit=5, stores=tmp_path / "stores")
     assert (score.domain, score.n) == ("last_word_kjv", 5)
     with pytest.raises(UserError, match="domain 'kvj': no such domain; did you mean 'kjv'"):
-        run_downstream(subject, ["last_word:kvj"], stores=tmp_path / "stores")
+        run_downstream(evaluated, ["last_word:kvj"], stores=tmp_path / "stores")
 
 
 @needs_lm_eval
-def test_two_texts_of_one_name_are_refused(subject, store, other_store, tmp_path):
+def test_two_texts_of_one_name_are_refused(evaluated, store, other_store, tmp_path):
     shutil.copytree(other_store, tmp_path / "twin")
     manifest = tmp_path / "twin" / "manifest.json"
     text = manifest.read_text(encoding="utf-8").replace('"name": "scripture"', '"name": "speeches"', 1)
     manifest.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="twin: another text of the same name is asked for"):
-        run_downstream(subject, ["last_word", f"last_word:{tmp_path / 'twin'}"])
+        run_downstream(evaluated, ["last_word", f"last_word:{tmp_path / 'twin'}"])
 
 
 @needs_lm_eval
@@ -202,9 +202,9 @@ def test_names_are_checked_against_what_lm_eval_has():
 
 
 @needs_lm_eval
-def test_scores_are_rows_and_come_once(subject, other_store):
+def test_scores_are_rows_and_come_once(evaluated, other_store):
     tasks = ["continuation", "last_word", f"continuation:{other_store}"]
-    scores = run_downstream(subject, tasks, limit=30)
+    scores = run_downstream(evaluated, tasks, limit=30)
     assert [(score.domain, score.metric) for score in scores] == [
         ("continuation_speeches", "acc"),
         ("continuation_speeches", "acc_norm"),
@@ -216,20 +216,20 @@ def test_scores_are_rows_and_come_once(subject, other_store):
         assert (score.run, score.step, score.tokens) == ("tiny-1", 7, 900)
         assert (score.role, score.split, score.n, score.higher_is_better) == ("downstream", "test", 30, True)
         assert score.stderr == pytest.approx((score.value * (1 - score.value) / 29) ** 0.5)
-    assert read_scores(subject.scores) == [dataclasses.asdict(score) for score in scores]
-    before = subject.scores.read_bytes()
-    assert run_downstream(subject, tasks, limit=30) == scores
-    assert subject.scores.read_bytes() == before
-    assert {score.version for score in run_downstream(subject, ["last_word"], limit=31)}.isdisjoint(
+    assert read_scores(evaluated.scores) == [dataclasses.asdict(score) for score in scores]
+    before = evaluated.scores.read_bytes()
+    assert run_downstream(evaluated, tasks, limit=30) == scores
+    assert evaluated.scores.read_bytes() == before
+    assert {score.version for score in run_downstream(evaluated, ["last_word"], limit=31)}.isdisjoint(
         score.version for score in scores
     )
 
 
 @needs_lm_eval
-def test_batch_size_moves_at_most_one_question_in_sixty(subject):
+def test_batch_size_moves_at_most_one_question_in_sixty(evaluated):
     values = []
     for size in (1, 7, 64):
-        elsewhere = dataclasses.replace(subject, output=subject.output / str(size))
+        elsewhere = dataclasses.replace(evaluated, output=evaluated.output / str(size))
         found = run_downstream(elsewhere, ["continuation"], limit=60, batch_size=size)
         values.append([score.value for score in found])
     for other in values[1:]:
@@ -238,12 +238,12 @@ def test_batch_size_moves_at_most_one_question_in_sixty(subject):
 
 @pytest.mark.slow
 @needs_lm_eval
-def test_lm_eval_on_its_own_command_line_gives_the_same_numbers(subject, tmp_path):
-    scores = run_downstream(subject, BOTH, batch_size=16)
+def test_lm_eval_on_its_own_command_line_gives_the_same_numbers(evaluated, tmp_path):
+    scores = run_downstream(evaluated, BOTH, batch_size=16)
     names = ",".join(dict.fromkeys(score.domain for score in scores))
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
-    command += ["--model_args", f"pretrained={subject.model},max_length={CONTEXT}", "--batch_size", "16"]
-    command += ["--tasks", names, "--include_path", str(subject.output / "tasks")]
+    command += ["--model_args", f"pretrained={evaluated.model},max_length={CONTEXT}", "--batch_size", "16"]
+    command += ["--tasks", names, "--include_path", str(evaluated.output / "tasks")]
     command += ["--output_path", str(tmp_path / "theirs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, timeout=240, env=environment)

@@ -11,7 +11,7 @@ import transformers
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals.domains import SUITES
-from tutelage.evals.evaluated_model import check_tokenizer, find_subject
+from tutelage.evals.evaluated_model import check_tokenizer, find_model
 from tutelage.models import hub
 from tutelage.models.shapes import LADDER
 from tutelage.run import run
@@ -27,20 +27,25 @@ def directory(store, tmp_path):
 
 def test_a_run_is_scored_where_it_lies(make_config, store):
     finished = run(make_config())
-    subject = find_subject(str(finished.path), finished.path / "elsewhere")
-    assert (subject.id, subject.step, subject.tokens, subject.context) == (finished.id, 12, 12 * 256, 32)
-    assert subject.output == finished.path
-    assert subject.training_store == store
+    evaluated = find_model(str(finished.path), finished.path / "elsewhere")
+    assert (evaluated.id, evaluated.step, evaluated.tokens, evaluated.context) == (
+        finished.id,
+        12,
+        12 * 256,
+        32,
+    )
+    assert evaluated.output == finished.path
+    assert evaluated.training_store == store
 
 
 def test_a_model_directory_is_named_by_its_weights(directory, tmp_path):
-    subject = find_subject(str(directory), tmp_path / "out")
-    assert subject.id.startswith("tiny-")
-    assert (subject.step, subject.tokens, subject.context) == (0, 0, 48)
-    assert subject.output == tmp_path / "out" / subject.id
-    assert not subject.output.exists()
+    evaluated = find_model(str(directory), tmp_path / "out")
+    assert evaluated.id.startswith("tiny-")
+    assert (evaluated.step, evaluated.tokens, evaluated.context) == (0, 0, 48)
+    assert evaluated.output == tmp_path / "out" / evaluated.id
+    assert not evaluated.output.exists()
     moved = shutil.copytree(directory, tmp_path / "copy" / "tiny")
-    assert find_subject(str(moved), tmp_path).id == subject.id
+    assert find_model(str(moved), tmp_path).id == evaluated.id
 
 
 def test_an_unfinished_run_says_how_far_it_is(make_config):
@@ -54,7 +59,7 @@ def test_an_unfinished_run_says_how_far_it_is(make_config):
         run(config, Stop())
     (path,) = config.output.iterdir()
     with pytest.raises(UserError, match=r"has not finished training \(running, step 4 of 12\)"):
-        find_subject(str(path), path)
+        find_model(str(path), path)
 
 
 def break_weights(directory):
@@ -89,7 +94,7 @@ def shrink_vocabulary(directory):
 def test_a_directory_that_is_no_model_is_refused(directory, tmp_path, damage, message):
     damage(directory)
     with pytest.raises(UserError, match=message) as caught:
-        check_tokenizer(find_subject(str(directory), tmp_path))
+        check_tokenizer(find_model(str(directory), tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -98,10 +103,10 @@ def test_a_path_that_is_not_there_is_said(name, tmp_path):
     with pytest.raises(
         UserError, match="no such directory; give a run directory, a model directory or a Hub"
     ):
-        find_subject(name, tmp_path)
+        find_model(name, tmp_path)
 
 
 def test_a_family_without_positions_reads_the_context_of_the_suites(directory, tmp_path):
     config = transformers.BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2).to_dict()
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert find_subject(str(directory), tmp_path).context == SUITES.context
+    assert find_model(str(directory), tmp_path).context == SUITES.context
