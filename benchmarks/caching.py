@@ -80,7 +80,7 @@ def take_steps(setup: Setup, alpha: float, first: int) -> None:
     for step in range(first, first + STEPS):
         upcoming = [setup.loader.batch(step + 1)]
         if teacher is not None:
-            teacher.expect(upcoming)
+            teacher.prefetch(upcoming)
         train_step([turn], batches)
         batches = upcoming
 

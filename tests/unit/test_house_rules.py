@@ -63,7 +63,7 @@ REGISTRIES = [
     ("tutelage.objective.divergences", "DIVERGENCES", attrgetter("summary")),
     ("tutelage.objective.alpha", "POLICIES", inspect.getdoc),
     ("tutelage.objective.gates", "GATES", inspect.getdoc),
-    ("tutelage.teachers", "CONTROLS", inspect.getdoc),
+    ("tutelage.teachers.kinds", "TEACHERS", attrgetter("summary")),
     ("tutelage.teachers.cache.formats", "FORMATS", attrgetter("summary")),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),

@@ -1,7 +1,4 @@
-"""Teachers that know nothing of the context: what they give is smoothing, not knowledge.
-
-If a control helps as much as a real teacher, the real teacher's help was smoothing too.
-"""
+"""Teachers that compute their targets: a frozen model, or one distribution for every position."""
 
 from __future__ import annotations
 
@@ -9,15 +6,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from tutelage.data.store import token_counts
 from tutelage.models.hub import body_and_head, logit_transform
 from tutelage.objective.chunked import weight_and_bias
-from tutelage.types import Batch, DenseTargets
+from tutelage.types import DenseTargets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -26,22 +21,22 @@ if TYPE_CHECKING:
 
 
 class Teacher(Protocol):
-    """A frozen teacher; losses never know which kind they have.
+    """A frozen teacher; losses do not depend on which kind it is.
 
     Attributes:
         vocab_size: number of token ids it gives probability to; at least the student's.
-        kept: what is kept of its distributions; None if they are whole.
-        forward_flops: FLOPs of its forward pass per token, for the cost ledger; 0 if it was paid before.
+        retained: what a cache has retained of its distributions; None if they are whole.
+        forward_flops: FLOPs of its forward pass per token; 0 if there is none or a cache has paid it.
         notes: what the user should know about it, for example what was assumed.
     """
 
     vocab_size: int
-    kept: Format | None
+    retained: Format | None
     forward_flops: float
     notes: tuple[str, ...]
 
-    def expect(self, batches: Sequence[Batch]) -> None:
-        """Learn what will be asked for next, so that it can be fetched meanwhile; may do nothing."""
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """Announce the batches of the next step, so that their targets can be read meanwhile."""
 
     def targets(self, batch: Batch) -> Targets:
         """Distributions for all B*T positions of `batch`, flattened row by row, without gradient."""
@@ -49,7 +44,7 @@ class Teacher(Protocol):
 
 
 class OnlineTeacher:
-    """A causal language model, frozen, in eval mode; only its hidden states leave it."""
+    """A causal language model, frozen, in eval mode."""
 
     def __init__(self, model: PreTrainedModel, forward_flops: float, notes: tuple[str, ...] = ()) -> None:
         model.eval().requires_grad_(requires_grad=False)
@@ -57,16 +52,16 @@ class OnlineTeacher:
         self._weight_VE, self._bias_V = weight_and_bias(head)
         self._transform = logit_transform(model)
         self.vocab_size: int = self._weight_VE.shape[0]
-        self.kept: Format | None = None
+        self.retained: Format | None = None
         self.forward_flops = forward_flops
         self.notes = notes
 
-    def expect(self, batches: Sequence[Batch]) -> None:
-        """Do nothing: the forward pass is the step's own work."""
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """No-op: targets are computed when they are asked for."""
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> DenseTargets:
-        """Last hidden states and the output embedding; logits are formed per chunk by the objective."""
+        """Last hidden states and the output embedding; the objective forms logits chunk by chunk."""
         hidden_BTE = self._body(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
         return DenseTargets(hidden_BTE.flatten(0, 1), self._weight_VE, self._transform, self._bias_V)
 
@@ -80,27 +75,16 @@ class FixedTeacher:
 
     def __init__(self, probabilities_V: Tensor) -> None:
         self.vocab_size = probabilities_V.shape[0]
-        self.kept: Format | None = None
+        self.retained: Format | None = None
         self.forward_flops = 0.0
         self.notes: tuple[str, ...] = ()
         self._head_V1 = probabilities_V.double().log().float().unsqueeze(1)
 
-    def expect(self, batches: Sequence[Batch]) -> None:
-        """Do nothing: every batch gets the same."""
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """No-op: every batch gets the same."""
 
     def targets(self, batch: Batch) -> DenseTargets:
         """The distribution, once per position."""
         n, device = batch.tokens_BT.numel(), batch.tokens_BT.device
         self._head_V1 = self._head_V1.to(device)
         return DenseTargets(torch.ones(n, 1, device=device), self._head_V1)
-
-
-def unigram(tokens: np.ndarray, vocab_size: int) -> FixedTeacher:
-    """Frequencies of the training tokens, with one added to every count so that none is zero."""
-    counts_V = token_counts(tokens, vocab_size) + 1.0
-    return FixedTeacher(torch.from_numpy(counts_V / counts_V.sum()))
-
-
-def uniform(_tokens: np.ndarray, vocab_size: int) -> FixedTeacher:
-    """1/V everywhere: the objective becomes label smoothing of strength alpha."""
-    return FixedTeacher(torch.full((vocab_size,), 1.0 / vocab_size))

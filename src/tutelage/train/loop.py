@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from tutelage.config.teacher_config import CacheTeacher
 from tutelage.errors import Stopped, UserError
 from tutelage.files import stop_signal
-from tutelage.teachers.cached import check_serves
+from tutelage.teachers.cache.reader import check_serves
 from tutelage.train import distributed
 from tutelage.train.step import train_step
 
@@ -112,7 +112,7 @@ def train(sessions: Sequence[Session], watcher: Watcher) -> list[UserError]:  # 
         for step in range(first, last):
             batches, upcoming = upcoming, _micro_batches(setup, step + 1)
             if teacher is not None:
-                teacher.expect(upcoming)
+                teacher.prefetch(upcoming)
             due = [session for session in sessions if session.is_due(step)]
             for session in due:
                 session.between_steps()

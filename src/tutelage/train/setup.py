@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.config.objective_config import TopKTruncation
-from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, kd_name
+from tutelage.config.teacher_config import kd_name
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
@@ -18,8 +18,7 @@ from tutelage.models import hub, shapes
 from tutelage.models.export import Base
 from tutelage.models.positions import check_length
 from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
-from tutelage.teachers import make_teacher
-from tutelage.teachers.cached import cached_teacher, kept_targets
+from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.train import distributed
 from tutelage.train.step import Trainee, adamw, learning_rate
 
@@ -85,7 +84,7 @@ class Setup:
     def kd_name(self) -> str:
         """Name of the divergence among the metrics."""
         teacher = self.trainee.teacher
-        return kd_name(self.config.objective, None if teacher is None else teacher.kept)
+        return kd_name(self.config.objective, None if teacher is None else teacher.retained)
 
     def memory(self) -> dict[str, dict[str, float]]:
         """What the alpha policy and the gate remember, as fields of `Counters`. Waits for the device."""
@@ -270,15 +269,17 @@ def _start(config: RunConfig) -> str:
 
 
 def _teacher(config: RunConfig, store: Store, device: torch.device) -> Teacher:
-    teacher, length = config.teacher, config.data.sequence_length
-    assert teacher is not None  # noqa: S101 - asked for only if there is one
-    if isinstance(teacher, CacheTeacher):
-        return cached_teacher(teacher.path, store, length, config.objective, device)
-    if not isinstance(teacher, ControlTeacher) and teacher.cache is not None:
-        half = _autocast(config, device) == torch.bfloat16
-        cache = kept_targets(config, teacher, "bfloat16" if half else "float32")
-        return cached_teacher(cache, store, length, config.objective, device)
-    return make_teacher(teacher, store, runs=config.output, context_length=length, device=device)
+    assert config.teacher is not None  # noqa: S101 - asked for only if there is one
+    half = _autocast(config, device) == torch.bfloat16
+    context = TeacherContext(
+        store,
+        config.output,
+        config.data.sequence_length,
+        device,
+        dtype="bfloat16" if half else "float32",
+        objective=config.objective,
+    )
+    return make_teacher(config.teacher, context)
 
 
 def _steps(config: RunConfig, parameters: int) -> int:

@@ -18,8 +18,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run import run
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
-from tutelage.teachers.cache.reader import open_cache
-from tutelage.teachers.cached import CachedTeacher
+from tutelage.teachers.cache.reader import CachedTeacher, open_cache
 from tutelage.train.loop import Nobody
 from tutelage.train.setup import prepare
 
@@ -191,7 +190,7 @@ def test_what_was_expected_is_what_is_read(teach, make_config):
     ahead = setup.trainee.teacher
     behind = CachedTeacher(open_cache(config.teacher.path), torch.device("cpu"))
     for step in range(4):
-        ahead.expect([setup.loader.batch(step + 1)])  # one step ahead, and step 0 unexpected
+        ahead.prefetch([setup.loader.batch(step + 1)])  # one step ahead, and step 0 unexpected
         batch = setup.loader.batch(step)
         if step == 2:
             continue  # a step that does not ask

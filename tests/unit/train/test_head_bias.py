@@ -19,8 +19,7 @@ from tutelage.models import hub
 from tutelage.objective.objective import dense_logits
 from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache
-from tutelage.teachers.cache.reader import open_cache
-from tutelage.teachers.cached import CachedTeacher
+from tutelage.teachers.cache.reader import CachedTeacher, open_cache
 from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
 

@@ -12,11 +12,11 @@ from tutelage.config.teacher_config import ControlTeacher, ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
-from tutelage.teachers import locate, make_teacher
 from tutelage.teachers.cache.codec import Setting
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
 from tutelage.teachers.cache.shard import INDEX_BYTES
+from tutelage.teachers.kinds import TEACHERS, TeacherContext, locate
 from tutelage.types import Batch, DenseTargets
 
 if TYPE_CHECKING:
@@ -139,9 +139,8 @@ def prepare(plan: Plan) -> Job:
         torch.set_num_threads(config.threads)
     device = hub.pick_device(config.device)
     context_length = config.context_length
-    teacher = make_teacher(
-        plan.teacher, store, runs=config.runs, context_length=context_length, device=device
-    )
+    context = TeacherContext(store, config.runs, context_length, device)
+    teacher = TEACHERS[plan.teacher.kind].make(plan.teacher, context)
     layout = Layout(
         positions=_positions(store),
         context_length=context_length,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
+from tutelage.config.teacher_config import HiddenFormat, incompatibility
 from tutelage.errors import UserError
 from tutelage.teachers.cache.codec import HiddenRows, Setting
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.shard import ShardFile, wrong_size
-from tutelage.types import SparseTargets
+from tutelage.types import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tutelage.config.objective_config import ObjectiveConfig
+    from tutelage.config.teacher_config import Format
     from tutelage.data.store import Store
     from tutelage.teachers.cache.codec import Rows
     from tutelage.teachers.cache.layout import CacheManifest
-    from tutelage.types import LogitTransform
+    from tutelage.types import Batch, LogitTransform, Targets
 
 _OPEN_FILES = 256
 """Mapped shards at a time: every map holds a file descriptor, and a process may have about 1000."""
@@ -201,6 +205,73 @@ def file_sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def check_serves(path: Path, objective: ObjectiveConfig) -> None:
+    """Raise UserError if a cache cannot give what an objective asks for."""
+    manifest = read_cache_manifest(path)
+    reason = incompatibility(manifest.format, manifest.temperature, objective, str(path))
+    if reason is not None:
+        raise UserError(reason)
+
+
+class CachedTeacher:
+    """Targets by token position. A thread reads those of the next step during this one.
+
+    Args:
+        cache: an opened cache that fits the store and the sequence length.
+        device: where the targets are wanted.
+    """
+
+    forward_flops = 0.0
+
+    def __init__(self, cache: Cache, device: torch.device) -> None:
+        self.vocab_size = cache.manifest.vocab_size
+        self.retained: Format | None = cache.manifest.format
+        self.notes = cache.manifest.teacher.notes
+        self._cache = cache
+        self._device = device
+        self._head_VE: Tensor | None = None
+        self._bias_V: Tensor | None = None
+        if isinstance(cache.manifest.format, HiddenFormat):
+            head_VE, _, bias_V = cache.head()
+            self._head_VE = head_VE.to(device)
+            self._bias_V = None if bias_V is None else bias_V.to(device)
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
+        self._prefetched: dict[tuple[tuple[int, ...], int], Future[Rows]] = {}
+
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """Start to read the targets of the next step's batches."""
+        for key in list(self._prefetched)[: -len(batches)]:  # a step that did not ask for its targets
+            del self._prefetched[key]
+        for batch in batches:
+            key = _key(batch)
+            self._prefetched[key] = self._fetcher.submit(self._cache.read, *key)
+
+    def targets(self, batch: Batch) -> Targets:
+        """The cached targets of all positions of `batch`, on the training device.
+
+        Raises:
+            UserError: a block of the cache is damaged; the message names file and range.
+        """
+        key = _key(batch)
+        fetched = self._prefetched.pop(key, None)
+        rows = fetched.result() if fetched is not None else self._cache.read(*key)
+        if isinstance(rows, HiddenRows):
+            assert self._head_VE is not None  # noqa: S101 - hidden rows come with a head
+            hidden_NE = rows.hidden_NE.to(self._device, self._head_VE.dtype)
+            return DenseTargets(hidden_NE, self._head_VE, self._cache.manifest.transform, self._bias_V)
+        return SparseTargets(
+            rows.ids_NK.to(self._device),
+            rows.probs_NK.to(self._device),
+            rows.tail_N.to(self._device),
+            rows.gold_logp_N.to(self._device),
+            rows.temperature,
+        )
+
+
+def _key(batch: Batch) -> tuple[tuple[int, ...], int]:
+    return batch.starts, batch.tokens_BT.shape[1]
 
 
 def _part(rows: Rows, part: slice) -> Rows:

@@ -1,0 +1,125 @@
+"""The registry of teacher kinds, with the function that builds each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from tutelage.config.teacher_config import RunTeacher
+from tutelage.data.store import token_counts
+from tutelage.data.tokenizer_comparison import check_model_tokenizer
+from tutelage.errors import UserError
+from tutelage.models import hub
+from tutelage.models.positions import check_length
+from tutelage.teachers.cache.reader import CachedTeacher, check_serves, open_cache
+from tutelage.teachers.live import FixedTeacher, OnlineTeacher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tutelage.config.objective_config import ObjectiveConfig
+    from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTeacher
+    from tutelage.data.store import Store
+    from tutelage.teachers.live import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherContext:
+    """What a teacher is built for.
+
+    Attributes:
+        store: the text it reads.
+        runs: directory that holds the run of a teacher of kind run; caches lie in `caches` beside it.
+        context_length: tokens per sequence.
+        device: where targets are wanted.
+        dtype: compute type of a teacher whose cache is written first; others follow the training step's.
+        objective: of the student that learns from it; None where a cache is written for any student.
+    """
+
+    store: Store
+    runs: Path
+    context_length: int
+    device: torch.device
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    objective: ObjectiveConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherKind:
+    """A kind of teacher.
+
+    Attributes:
+        summary: what it is.
+        make: builds it from its config section.
+    """
+
+    summary: str
+    make: Callable[[Any, TeacherContext], Teacher]
+
+
+def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> OnlineTeacher:
+    """Load a model and check that it reads the store's token ids."""
+    path, revision = locate(config, context.runs)
+    what = f"teacher {path}"
+    tokenizer = check_model_tokenizer(
+        what,
+        path,
+        context.store,
+        revision=revision,
+        assume=config.assume_same_tokenizer,
+        setting="teacher.assume_same_tokenizer",
+    )
+    model = hub.load(path, revision=revision, attn_implementation=config.attn_implementation)
+    beyond = check_length(model, what, context.context_length)
+    notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
+    flops = hub.forward_flops(model, context.context_length)
+    teacher = OnlineTeacher(model.to(context.device), flops, notes)
+    tokenizer.check_rows(what, teacher.vocab_size, context.store)
+    return teacher
+
+
+def _unigram(_config: ControlTeacher, context: TeacherContext) -> FixedTeacher:
+    """One is added to every count, so that no probability is zero."""
+    counts_V = token_counts(context.store.split("train").tokens, context.store.vocab_size) + 1.0
+    return FixedTeacher(torch.from_numpy(counts_V / counts_V.sum()))
+
+
+def _uniform(_config: ControlTeacher, context: TeacherContext) -> FixedTeacher:
+    vocab_size = context.store.vocab_size
+    return FixedTeacher(torch.full((vocab_size,), 1.0 / vocab_size))
+
+
+def _cache(config: CacheTeacher, context: TeacherContext) -> CachedTeacher:
+    """Open a cache and check that it holds this text and what the objective needs."""
+    cache = open_cache(config.path)
+    cache.check_fits(context.store, context.context_length)
+    if context.objective is not None:
+        check_serves(config.path, context.objective)
+    return CachedTeacher(cache, context.device)
+
+
+TEACHERS: dict[str, TeacherKind] = {
+    "run": TeacherKind("a finished run in the same output directory", _model),
+    "model": TeacherKind("any causal language model in Hugging Face format with the same vocabulary", _model),
+    "unigram": TeacherKind("control: the token frequencies of the training text", _unigram),
+    "uniform": TeacherKind("control: 1/V for every token; the objective becomes label smoothing", _uniform),
+    "cache": TeacherKind("targets computed before, by `tutelage teach`", _cache),
+}
+"""Kinds by the name users write."""
+
+
+def locate(teacher: RunTeacher | ModelTeacher, runs: Path) -> tuple[str, str | None]:
+    """(directory or Hub name, revision) of a teacher model.
+
+    Raises:
+        UserError: it is a run that has no trained model.
+    """
+    if not isinstance(teacher, RunTeacher):
+        return teacher.path, teacher.revision
+    path = runs / teacher.run / "model"
+    if not path.is_dir():
+        raise UserError(f"teacher run {teacher.run}: {path} does not exist; train that run to its end first")
+    return str(path), None
