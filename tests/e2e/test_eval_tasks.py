@@ -1,4 +1,4 @@
-"""`tutelage eval --task` and `--probes` as a user types them."""
+"""`tutelage eval tasks` and `probe` as a user types them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(store, tmp_path_factory):
 
 def test_models_side_by_side(folder, store, tutelage):
     task = f"continuation:{store}"
-    done = tutelage("eval", "seed-0", "seed-1", "--task", task, "--limit", "12", cwd=folder)
+    done = tutelage("eval", "tasks", "seed-0", "seed-1", "--task", task, "--limit", "12", cwd=folder)
     assert "continuation_speeches" in done.stdout
     assert "(n=12)" in done.stdout
     files = sorted(folder.glob("evals/seed-*/scores.jsonl"))
@@ -39,8 +39,8 @@ def test_models_side_by_side(folder, store, tutelage):
 
 
 def test_probes_side_by_side(folder, store, tutelage):
-    arguments = ("--probes", "--store", f"text={store}", "--teacher", "seed-1", "--device", "cpu")
-    done = tutelage("eval", "seed-0", *arguments, cwd=folder)
+    arguments = ("--store", store, "--teacher", "seed-1", "--device", "cpu")
+    done = tutelage("eval", "probe", "seed-0", *arguments, cwd=folder)
     for text in ("copying", "acceptance:seed-1", "accepted_length", "(n=64)", "samples.md"):
         assert text in done.stdout
     (page,) = folder.glob("evals/seed-0*/samples.md")
@@ -48,7 +48,7 @@ def test_probes_side_by_side(folder, store, tutelage):
 
 
 def test_word_analogies_come_from_a_package(folder, tutelage):
-    done = tutelage("eval", "seed-0", "--task", "word_analogy", "--limit", "20", cwd=folder)
+    done = tutelage("eval", "tasks", "seed-0", "--task", "word_analogy", "--limit", "20", cwd=folder)
     assert "word_analogy" in done.stdout
     assert "(n=20)" in done.stdout
 
@@ -57,16 +57,19 @@ def test_word_analogies_come_from_a_package(folder, tutelage):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "continuation:kvj"], "did you mean 'kjv'?"),
-        (["--task", "word_analogies"], "did you mean 'word_analogy'?"),
-        (["--limit", "3"], "--limit belongs to --task"),
-        (["--task", "word_analogy", "--probes"], "--task and --probes: one at a time"),
-        (["--probes"], "probes need a token store"),
-        (["--probes", "--domain", "kjv"], "--probes does not go with --domain"),
-        (["--teacher", "seed-1"], "--teacher belongs to --mechanism and --probes"),
+        (["tasks", "--task", "continuation:kvj"], "did you mean 'kjv'?"),
+        (["tasks", "--task", "word_analogies"], "did you mean 'word_analogy'?"),
+        (["tasks"], "Missing option '--task'"),
+        (["score", "--limit", "3"], "No such option: --limit"),
+        (["score", "--teacher", "seed-1"], "No such option: --teacher"),
+        (["tasks", "--domain", "kjv"], "No such option: --domain"),
+        (["probe"], "probes need a token store"),
+        (["probe", "--domain", "kjv"], "No such option: --domain"),
+        (["tokens", "--baseline", "seed-1"], "Missing option '--teacher'"),
+        (["tokens", "--teacher", "seed-1"], "Missing option '--baseline'"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, message, folder, tutelage):
-    done = tutelage("eval", "seed-0", *arguments, cwd=folder, check=2)
+    done = tutelage("eval", *arguments, "seed-0", cwd=folder, check=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr

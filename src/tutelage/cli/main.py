@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tutelage.cli.eval_commands import evaluate
+from tutelage.cli.eval_commands import eval_app
 from tutelage.cli.study_commands import default_cohort, local_engine, run_and_report, study_app
 from tutelage.cli.teach_commands import teach
 from tutelage.errors import Stopped, UserError
@@ -34,6 +34,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Turn text into token stores; look at them; check them.")
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
+app.add_typer(eval_app, name="eval")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. optim.lr=1e-3", metavar="[KEY=VALUE]...")
@@ -145,7 +146,6 @@ def train(
 
 
 app.command()(teach)
-app.command("eval")(evaluate)
 
 
 @app.command()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FILE = "README.md"
 _SCORES = "## Scores\n"
-_UNSCORED = "Not scored yet; `tutelage eval` does it and writes the table here."
+_UNSCORED = "Not scored yet; `tutelage eval score` does it and writes the table here."
 
 
 def card(

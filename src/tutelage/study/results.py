@@ -109,7 +109,7 @@ class Results:
             nll_temperature_in_domain; the same runs.
         curves: run, tokens, ce (nats per token) of done runs.
         provenance: of done runs, by run id.
-        token_comparisons: of its runs, as `tutelage eval --mechanism --output STUDY` leaves them there.
+        token_comparisons: of its runs, as `tutelage eval tokens --output STUDY` leaves them there.
         problems: one sentence for each file that was left out, and why.
         warnings: one sentence for each thing that makes numbers mean less than they seem to: texts that were
             trained on, runs whose held-out loss is far from their training loss.

@@ -1,4 +1,4 @@
-"""Where a student gains: reading what `tutelage eval --mechanism` wrote."""
+"""Read the token comparisons that `tutelage eval tokens` wrote."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def _with_intervals(groups: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_token_comparisons(directory: Path) -> tuple[tuple[TokenComparison, ...], list[str]]:
-    """What `tutelage eval --mechanism --output DIRECTORY` left there, and what is wrong with it."""
+    """The token comparisons of `tutelage eval tokens --output DIRECTORY`, and one line per unusable one."""
     found: list[TokenComparison] = []
     problems: list[str] = []
     if (directory / "mechanism").is_dir():
         problems.append(
             f"{directory / 'mechanism'}: token comparisons by an older version, which are not read; make "
-            f"them anew with `tutelage eval --mechanism --output {directory}` and delete that directory"
+            f"them anew with `tutelage eval tokens --output {directory}` and delete that directory"
         )
     for path in sorted(directory.glob("token-comparisons/*/*/comparison.json")):
         try:

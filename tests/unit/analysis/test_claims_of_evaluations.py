@@ -42,7 +42,7 @@ def write_contrasts(study, sorters):
 
 def test_the_gain_by_difficulty_comes_from_token_comparisons(tmp_path):
     study = write_study(tmp_path / "study")
-    assert "eval --mechanism --sorter" in outcome(study, 8).open
+    assert "eval tokens --sorter" in outcome(study, 8).open
 
     write_contrasts(study, {43: "baseline-44", 44: "baseline-45", 45: "baseline-43"})
     found = outcome(study, 8)
@@ -73,7 +73,7 @@ def test_a_token_comparison_of_another_baseline_is_no_evidence(tmp_path):
 def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
     gains = {("weak", 1.0): (-1.0, 1.0), ("strong", 1.0): (1.0, 1.0)}  # nobody probes the second
     study = write_study(tmp_path / "study", gains=gains)
-    assert "eval --probes" in outcome(study, 17).open
+    assert "eval probe" in outcome(study, 17).open
 
     for seed in (43, 44, 45):
         for run, accuracy in ((f"baseline-{seed}", 0.5), (f"student-weak-1.0-{seed}", 0.4 + seed / 1000)):

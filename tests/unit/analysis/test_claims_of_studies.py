@@ -128,7 +128,7 @@ def test_a_claim_without_its_runs_is_undecided_and_says_what_is_missing(outcomes
     assert outcomes[11].answer == "undecided"
     assert outcomes[11].p is None
     assert outcomes[11].open == "no runs with mixing keep_full_ce or keep_full_kd"
-    assert "eval --mechanism" in outcomes[8].open
+    assert "eval tokens" in outcomes[8].open
 
 
 def test_a_part_alone_can_contradict_but_not_support(outcomes):

@@ -66,7 +66,7 @@ def test_runs_and_evaluations_mark_such_scores(make_config, lossy, tutelage, tmp
     expected = [(name, 1.0, splits[name].documents) for name in ("validation", "test")]
     assert marks(pl.read_ndjson(done.scores)) == expected
     printed = tutelage(
-        "eval", done.path, "--store", f"again={lossy}", "--max-documents", "2", cwd=tmp_path
+        "eval", "score", done.path, "--store", f"again={lossy}", "--max-documents", "2", cwd=tmp_path
     ).stdout
     assert "warning  again: part of the text is never predicted, because the tokenizer changes it" in printed
     assert "(100.0%)): these bits per byte compare only with those of the same tokenizer" in printed

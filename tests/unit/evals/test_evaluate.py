@@ -1,4 +1,4 @@
-"""`tutelage eval` on texts, end to end: real runs and models through the command line's own entry."""
+"""`tutelage eval score` on texts, end to end: real runs and models through the command line's own entry."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model(store, tmp_path):
 def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_store, model, command):
     trained = run(make_config())
     what = [trained.path, model, "--store", f"scripture={other_store}", "--domain", "phenotypes", *LIMITS]
-    code, printed, complaint = command("eval", *what)
+    code, printed, complaint = command("eval", "score", *what)
     assert code == 0
     assert all("reading ended at max_bytes" in line for line in complaint.splitlines())
     for text in (
@@ -89,7 +89,7 @@ def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_stor
 
 
 def test_evaluating_again_computes_and_adds_nothing(store, model, command, monkeypatch):
-    what = ["eval", model, "--store", f"speeches={store}", *LIMITS]
+    what = ["eval", "score", model, "--store", f"speeches={store}", *LIMITS]
     _, first, _ = command(*what)
     (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
     before = scores.read_bytes()
@@ -99,12 +99,14 @@ def test_evaluating_again_computes_and_adds_nothing(store, model, command, monke
         assert code == 0
     assert second == first
     assert scores.read_bytes() == before
-    command("eval", model, "--store", f"speeches={store}", "--max-documents", "3", "--max-tokens", "90")
+    command(
+        "eval", "score", model, "--store", f"speeches={store}", "--max-documents", "3", "--max-tokens", "90"
+    )
     assert len(scores.read_bytes().splitlines()) == 2 * len(before.splitlines())
 
 
 def test_scores_of_an_older_scoring_are_named_and_made_again(store, model, command):
-    what = ["eval", model, "--store", f"speeches={store}", *LIMITS]
+    what = ["eval", "score", model, "--store", f"speeches={store}", *LIMITS]
     command(*what)
     (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
     rows = [json.loads(line) for line in scores.read_text().splitlines()]
@@ -123,7 +125,7 @@ def test_scores_of_an_older_scoring_are_named_and_made_again(store, model, comma
 
 
 def test_first_windows_that_are_much_worse_are_a_warning_with_model_and_text(store, model, command):
-    what = ["eval", model, "--store", f"speeches={store}", *LIMITS]
+    what = ["eval", "score", model, "--store", f"speeches={store}", *LIMITS]
     _, printed, _ = command(*what)
     assert "warning" not in printed
     (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
@@ -149,7 +151,7 @@ def test_a_document_that_was_trained_on_is_left_out(make_config, store, tmp_path
     )
     again = build_store(config, tmp_path)
     trained = run(make_config())
-    code, printed, _ = command("eval", trained.path, "--store", f"again={again}", *LIMITS)
+    code, printed, _ = command("eval", "score", trained.path, "--store", f"again={again}", *LIMITS)
     assert code == 0
     rows = pl.read_ndjson(trained.scores).filter(split="test")
     share = rows.filter(metric="overlap_documents")["value"].item()
@@ -191,7 +193,6 @@ def untouched(model):
         (untouched, ["--store", "x"], "write NAME=DIRECTORY"),
         (untouched, ["--store", "x=nowhere"], "nowhere"),
         (untouched, ["--device", "tpu"], "device = tpu: torch sees no such device here"),
-        (untouched, ["--mechanism"], "give one model, --teacher MODEL and --baseline MODEL"),
         (without_weights, ["--domain", "kjv"], "tiny"),
         (with_another_tokenizer, ["--store", "speeches=STORE"], "its tokenizer differs from that of"),
         (untouched, ["--store", "empty=EMPTY"], "domain empty: split 'validation' of"),
@@ -213,7 +214,9 @@ def test_what_cannot_work_is_said_before_any_compute(
         arguments = ["--store", f"empty={build_store(config, tmp_path)}"]
     damage(model)
     monkeypatch.setattr(evaluate, "load", None)
-    code, _, complaint = command("eval", model, *(text.replace("STORE", str(store)) for text in arguments))
+    code, _, complaint = command(
+        "eval", "score", model, *(text.replace("STORE", str(store)) for text in arguments)
+    )
     assert code != 0
     assert message in complaint
     assert complaint.startswith("error: ")
@@ -235,7 +238,7 @@ def test_a_missing_field_and_an_empty_text_are_said(tmp_path, store):
 def test_scores_made_without_the_training_text_are_made_again_with_it(make_config, store, tmp_path, command):
     directory = run(make_config()).path
     hidden = tmp_path / "hidden"
-    what = ["eval", directory, "--store", f"text={hidden / 'text'}", *LIMITS]
+    what = ["eval", "score", directory, "--store", f"text={hidden / 'text'}", *LIMITS]
     shutil.copytree(store, hidden / "text")
     config = directory / "config.yaml"
     known = config.read_text()
@@ -254,7 +257,7 @@ def test_scores_made_without_the_training_text_are_made_again_with_it(make_confi
 def test_two_runs_of_one_name_are_refused_naming_both(make_config, store, tmp_path, command):
     directory = run(make_config()).path
     copy = shutil.copytree(directory, tmp_path / "elsewhere" / directory.name)
-    code, _, complaint = command("eval", directory, copy, "--store", f"speeches={store}", *LIMITS)
+    code, _, complaint = command("eval", "score", directory, copy, "--store", f"speeches={store}", *LIMITS)
     assert code != 0
     assert f"both are called {directory.name}" in complaint
 
@@ -262,7 +265,7 @@ def test_two_runs_of_one_name_are_refused_naming_both(make_config, store, tmp_pa
 def test_a_card_lists_of_each_text_the_scores_made_last(make_config, store, tmp_path, command):
     directory = run(make_config()).path
     for documents in ("3", "2"):
-        command("eval", directory, "--store", f"held-out={store}", "--max-documents", documents)
+        command("eval", "score", directory, "--store", f"held-out={store}", "--max-documents", documents)
     lines = (directory / "model" / "README.md").read_text().splitlines()
     (line,) = (line for line in lines if "| held-out | test | bits_per_byte |" in line)
     rows = [json.loads(text) for text in (directory / "scores.jsonl").read_text().splitlines()]

@@ -42,8 +42,8 @@ def test_a_run_and_its_model_have_equal_scores_from_any_directory(trained, other
     abroad.mkdir()
     copy = shutil.copytree(trained.model, tmp_path / "copy")
     what = ["--store", f"scripture={other_store}", *LIMITS]
-    printed = tutelage("eval", trained.path, trained.model, *what, cwd=abroad).stdout
-    tutelage("eval", "copy", *what, cwd=home)
+    printed = tutelage("eval", "score", trained.path, trained.model, *what, cwd=abroad).stdout
+    tutelage("eval", "score", "copy", *what, cwd=home)
     ours = rows_of(trained.scores)
     assert set(FITTED) < set(ours["metric"])
     unknown = pl.col("metric").str.contains(
@@ -103,7 +103,7 @@ def best_temperature(logits_NV, labels_N):
 
 def test_every_fitted_score_is_that_of_an_independent_fit(trained, store, other_store, tutelage, tmp_path):
     """Raw logits of transformers in float64, fits by scipy's general minimiser: only the text is ours."""
-    tutelage("eval", trained.path, "--store", f"scripture={other_store}", *LIMITS, cwd=tmp_path)
+    tutelage("eval", "score", trained.path, "--store", f"scripture={other_store}", *LIMITS, cwd=tmp_path)
     model = AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.float64).eval()
     foreign, training = open_store(other_store), open_store(store)
     logits_NV, labels_N, owner_N, _ = scored(model, foreign, "validation")
@@ -164,7 +164,7 @@ def test_a_model_without_a_known_training_text_has_no_score_of_its_temperature(
     hub.save(
         hub.build(rung("nano-20k"), open_store(other_store).vocab_size, 32, 0), tmp_path / "m", other_store
     )
-    tutelage("eval", "m", "--store", f"scripture={other_store}", *LIMITS, cwd=tmp_path)
+    tutelage("eval", "score", "m", "--store", f"scripture={other_store}", *LIMITS, cwd=tmp_path)
     (scores,) = tmp_path.glob("evals/m-*/scores.jsonl")
     metrics = set(rows_of(scores)["metric"])
     assert set(FITTED) < metrics

@@ -465,7 +465,7 @@ def test_the_command_prints_the_cells_and_draws_them(evaluated_models, store, tm
     models = {role: str(evaluated.model) for role, evaluated in evaluated_models.items()}
     arguments = ["--teacher", models["teacher"], "--baseline", models["baseline"], "--device", "cpu"]
     arguments += ["--store", f"held-out={store}", "--output", str(tmp_path), "--max-tokens", "40"]
-    monkeypatch.setattr("sys.argv", ["tutelage", "eval", "--mechanism", models["student"], *arguments])
+    monkeypatch.setattr("sys.argv", ["tutelage", "eval", "tokens", models["student"], *arguments])
     with pytest.raises(SystemExit) as left:
         main()
     assert not left.value.code
@@ -483,14 +483,21 @@ def test_the_command_prints_the_cells_and_draws_them(evaluated_models, store, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mechanism", "{student}"], "give one model, --teacher MODEL and --baseline MODEL"),
-        (["{student}", "--teacher", "{teacher}"], "belongs to --mechanism"),
         (
-            ["--mechanism", "{student}", "--teacher", "{teacher}", "--baseline", "{baseline}"],
+            ["tokens", "{student}", "--teacher", "{teacher}", "--baseline", "{baseline}"],
             "its training text is not known; name a text with --domain or --store",
         ),
-        (["--mechanism", "{student}", "--teacher", "./no", "--baseline", "{baseline}"], "no such directory"),
-        (["{student}", "--sorter", "{baseline}"], "--sorter belongs to --mechanism"),
+        (["tokens", "{student}", "--teacher", "./no", "--baseline", "{baseline}"], "no such directory"),
+        (
+            ["--mechanism", "{student}", "--teacher", "{teacher}", "--baseline", "{baseline}"],
+            "run `tutelage eval tokens {student} --teacher {teacher} --baseline {baseline}`",
+        ),
+        (["{student}", "--domain", "kjv"], "run `tutelage eval score {student} --domain kjv`"),
+        (["{student}", "--probes"], "run `tutelage eval probe {student}`"),
+        (
+            ["{student}", "--task", "word_analogy"],
+            "(score, tasks, tokens, probe); run `tutelage eval tasks {student} --task word_analogy`",
+        ),
     ],
 )
 def test_wrong_commands_get_one_line(evaluated_models, monkeypatch, capsys, tmp_path, arguments, message):
@@ -503,4 +510,4 @@ def test_wrong_commands_get_one_line(evaluated_models, monkeypatch, capsys, tmp_
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert message in error
+    assert message.format(**models) in error

@@ -100,7 +100,7 @@ def test_a_fine_tuned_run_is_scored_on_completions_alone_everywhere(tuned, pairs
     assert documents["window_bytes"].list.sum().to_list() == documents["bytes"].to_list()
 
     monkeypatch.chdir(tmp_path)
-    command = ["tutelage", "eval", str(tuned.model), "--store", f"pairs={pairs}", "--device", "cpu"]
+    command = ["tutelage", "eval", "score", str(tuned.model), "--store", f"pairs={pairs}", "--device", "cpu"]
     command += ["--max-documents", "5", "--max-tokens", "200"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit):
@@ -113,7 +113,7 @@ def test_a_fine_tuned_run_is_scored_on_completions_alone_everywhere(tuned, pairs
 
 def test_the_token_comparison_reads_completions_alone(tuned, pairs, start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["tutelage", "eval", "--mechanism", str(tuned.path), "--teacher", str(start)]
+    command = ["tutelage", "eval", "tokens", str(tuned.path), "--teacher", str(start)]
     command += ["--baseline", str(start), "--max-documents", "5", "--max-tokens", "200", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit):
@@ -131,7 +131,7 @@ def test_heads_padded_or_cut_to_the_ids_have_equal_scores(start, store, tmp_path
     cut.resize_token_embeddings(300)
     hub.save(cut, tmp_path / "cut", store)
     monkeypatch.chdir(tmp_path)
-    command = ["tutelage", "eval", str(start), str(tmp_path / "cut"), "--store", f"speeches={store}"]
+    command = ["tutelage", "eval", "score", str(start), str(tmp_path / "cut"), "--store", f"speeches={store}"]
     command += ["--device", "cpu", "--max-documents", "5", "--max-tokens", "200"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit):

@@ -46,7 +46,7 @@ def eval_arguments(study, *runs):
     """Scores of the study's own domain under its own name, in other settings than the study's."""
     (store,) = (study / "data").glob("scripture-*")
     limits = ["--max-documents", 4, "--max-tokens", 40, "--device", "cpu", "--output", study / "evals"]
-    return ["eval", *runs, "--store", f"scripture={store}", *limits]
+    return ["eval", "score", *runs, "--store", f"scripture={store}", *limits]
 
 
 @pytest.mark.parametrize("which", ["baseline", "all"])

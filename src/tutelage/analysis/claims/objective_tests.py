@@ -59,7 +59,7 @@ def difficulty(view: View) -> list[Part]:
                 found.setdefault(one.text, {}).setdefault(cell, {})[seed] = contrast
     label = "gain on the hardest fifth of tokens less that on the easiest"
     if not found:
-        return [Part(f"{label} (`tutelage eval --mechanism --sorter`)", {}, "above 0")]
+        return [Part(f"{label} (`tutelage eval tokens --sorter`)", {}, "above 0")]
     return [
         Part(
             f"{label}, {text}",
@@ -173,7 +173,7 @@ def copying(view: View) -> list[Part]:
     """Accuracy of copying in context at alpha 1 less that of the baseline."""
     scores = view.scores("accuracy", COPYING)
     changes = _compared(scores, _pure(view), lambda own, base: 100 * (own - base))
-    label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval --probes`)"
+    label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval probe`)"
     return [Part(label, changes, "below 0", unit="points")]
 
 
