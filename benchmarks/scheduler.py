@@ -21,7 +21,7 @@ from tutelage.run_directory import RunDirectory
 from tutelage.study.cells import Cell
 from tutelage.study.engines.engine import Outcome, RunTask
 from tutelage.study.leases import Claims, Failures
-from tutelage.study.nodes import Node
+from tutelage.study.nodes import Cost, Node
 from tutelage.study.runner import Board, run_all
 
 
@@ -80,8 +80,20 @@ def nodes(output: Path, count: int) -> list[Node]:
         }
         config = validate(RunConfig, settings, "benchmark")
         needs = () if kind == "teacher" else (f"run-{number % 10}",)
-        cell = Cell(name, kind, "group", "tiny", None, None, None, number, "nano-50k", 1, {})
-        found.append(Node(name, cell, config, needs, None, 1024, 1, 1.0, 0.0))
+        cell = Cell(
+            name=name,
+            kind=kind,
+            group="group",
+            student="tiny",
+            teacher=None,
+            arm=None,
+            alpha=None,
+            seed=number,
+            rung="nano-50k",
+            tokens=1,
+            settings={},
+        )
+        found.append(Node(name, cell, config, needs, Cost(1024, 1, 1.0, 0.0)))
     return found
 
 

@@ -33,6 +33,7 @@ from tutelage.analysis.verdicts import judge, relation
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.evals.token_groups import summarise
+from tutelage.study.expand import expand
 from tutelage.study.plan import draft_of
 from tutelage.study.results import Results
 from tutelage.study.score_tables import DOCUMENT_COLUMNS
@@ -108,7 +109,7 @@ class World:
 
 def world(seeds: Sequence[int], *, at_margins: bool) -> World:
     """A study in which nothing has an effect, or in which what a margin speaks of is at the margin."""
-    plan = draft_of(study_file(seeds))
+    plan = draft_of(expand(study_file(seeds)))
     columns = [
         "run",
         "kind",

@@ -20,8 +20,9 @@ from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.study.engines.local import LocalEngine, default_workers
+from tutelage.study.expand import expand
 from tutelage.study.leases import Claims, Failures
-from tutelage.study.nodes import Node, Stores, expand
+from tutelage.study.nodes import Node, Stores, bind
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import run_all
 
@@ -37,7 +38,7 @@ def sweep(arguments: argparse.Namespace) -> list[Node]:
     study = validate(StudyConfig, raw, "sweep")
     store = build_store(study.corpus, arguments.output / "data")
     stores = Stores(store, dict.fromkeys(study.domains, store), {}, {})
-    nodes = expand(study, stores, arguments.output / "runs", open_store(store).vocab_size)
+    nodes = bind(expand(study), stores, arguments.output / "runs", open_store(store).vocab_size)
     return [_in_domain_only(node) for node in nodes]
 
 

@@ -25,15 +25,17 @@ from tutelage.study.leases import Claims, ask_to_stop
 from tutelage.study.engines.engine import StoreTask
 from tutelage.study.engines.ray import RayEngine
 from tutelage.study.leases import Failures
-from tutelage.study.nodes import Node
+from tutelage.study.nodes import Cost, Node
 from tutelage.study.runner import run_all
 
 folder, text = Path(sys.argv[1]), sys.argv[2]
 nodes = []
 for config in map(RunConfig.model_validate_json, json.loads(text)):
     needs = (config.teacher.run,) if config.teacher else ()
-    cell = Cell(config.name, "baseline", "test", "tiny", None, None, None, config.seed, "nano-50k", 1, {})
-    nodes.append(Node(run_id(config), cell, config, needs, None, 1, 1, 1.0, 0.0))
+    labels = {"group": "test", "student": "tiny", "teacher": None, "arm": None, "alpha": None}
+    size = {"seed": config.seed, "rung": "nano-50k", "tokens": 1, "settings": {}}
+    cell = Cell(name=config.name, kind="baseline", **labels, **size)
+    nodes.append(Node(run_id(config), cell, config, needs, Cost(1, 1, 1.0, 0.0)))
 
 class Watcher:
     most = 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.study.engines.local import LocalEngine
+from tutelage.study.expand import expand
 from tutelage.study.run_study import run_study
 
 if TYPE_CHECKING:
@@ -55,4 +56,4 @@ def tiny_study(**changes: Any) -> StudyConfig:
 
 
 def run_tiny(study: StudyConfig, directory: Path, workers: int = 1) -> None:
-    run_study(study, directory, LocalEngine(workers, []), Quiet(), [].append)
+    run_study(expand(study), directory, LocalEngine(workers, []), Quiet(), [].append)

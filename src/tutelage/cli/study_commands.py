@@ -15,6 +15,7 @@ from tutelage.files import LockedError, lock
 if TYPE_CHECKING:
     from tutelage.config.study_config import StudyConfig
     from tutelage.study.engines.engine import Engine
+    from tutelage.study.expand import ExpandedStudy
     from tutelage.study.run_study import Rules
 
 study_app = typer.Typer(
@@ -60,6 +61,7 @@ def study_plan(
     """
     from tutelage.cli.study_progress import print_forecast
     from tutelage.study.cost import Machine, forecast
+    from tutelage.study.expand import expand
     from tutelage.study.presets import load_study
 
     overrides = [text for text in files if "=" in text]
@@ -69,27 +71,28 @@ def study_plan(
     studies = [load_study(name, overrides) for name in names]
     if device is None and all(study_device(study) == "cpu" for study in studies):
         device = "cpu"
-    found = forecast(studies, Machine(device or "h100", devices, mfu, price), output)
+    expanded = [expand(study) for study in studies]
+    found = forecast(expanded, Machine(device or "h100", devices, mfu, price), output)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
-        for study in studies:
-            _say_untestable(study)
+        for one in expanded:
+            _say_untestable(one)
         print_forecast(found, [" ".join([name, *overrides]) for name in names])
 
 
-def _say_untestable(study: StudyConfig) -> None:
+def _say_untestable(expanded: ExpandedStudy) -> None:
     """Name the announced claims that no run of the study can decide."""
     from tutelage.analysis.claims.registry import missing_for
     from tutelage.cli.progress import out
     from tutelage.study.plan import draft_of
 
-    if not study.claims:
+    if not expanded.study.claims:
         return
-    plan = draft_of(study)
-    for claim in study.claims:
+    plan = draft_of(expanded)
+    for claim in plan.claims:
         if lacking := missing_for(plan, claim):
-            text = f"note     {study.name}: claim {claim} is announced and cannot be decided: {lacking}"
+            text = f"note     {plan.name}: claim {claim} is announced and cannot be decided: {lacking}"
             out.print(text, highlight=False, soft_wrap=True)
 
 
@@ -165,12 +168,14 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, rules: R
     from tutelage.analysis.report.text import print_verdicts
     from tutelage.cli.progress import out
     from tutelage.cli.study_progress import StudyTable
+    from tutelage.study.expand import expand
     from tutelage.study.results import load_results
     from tutelage.study.run_study import run_study
 
-    _say_untestable(study)
+    expanded = expand(study)
+    _say_untestable(expanded)
     with StudyTable() as table:
-        run_study(study, directory, engine, table, lambda text: out.print(text, highlight=False), rules)
+        run_study(expanded, directory, engine, table, lambda text: out.print(text, highlight=False), rules)
     print_verdicts(load_results(directory), out)
     try:
         with lock(directory / "report.lock", f"report of {directory}"):

@@ -56,7 +56,7 @@ class StudyTable:
         done_flops = 0.0
         for node in board.nodes:
             directory = node.config.output / node.id
-            flops = node.flops + node.teacher_flops
+            flops = node.cost.total
             if node.id in board.finished:
                 done_flops += flops
                 continue
@@ -66,9 +66,9 @@ class StudyTable:
             if node.id in board.running | board.elsewhere:
                 table.add_row(
                     *(node.id, "running" if node.id in board.running else "elsewhere", f"{part:.0%}"),
-                    *_measured(directory, node.tokens),
+                    *_measured(directory, node.cost.tokens),
                 )
-        total = sum(node.flops + node.teacher_flops for node in board.nodes)
+        total = sum(node.cost.total for node in board.nodes)
         table.caption = (
             f"{len(board.finished)} of {len(board.nodes)} runs done"
             + (f", {len(board.failed)} failed" if board.failed else "")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
-from tutelage.config.base import slug
+from pydantic import TypeAdapter, ValidationError
+
+from tutelage.config.base import Budget, Fraction, Name, Seed, slug
 from tutelage.config.load import digest, merged
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
@@ -32,6 +34,14 @@ _SHORT = {
 OWN = {"rung", "tokens", "seed", "teacher", "compute_of"}
 """Axes that are no setting of a run by themselves."""
 
+OWN_TYPES: dict[str, TypeAdapter[Any]] = {
+    "rung": TypeAdapter(Name),
+    "tokens": TypeAdapter(Budget),
+    "seed": TypeAdapter(Seed),
+    "tested_alpha": TypeAdapter(Fraction | None),
+}
+"""Axes that are fields of a teacher or a student itself, with their types."""
+
 _STUDYS = {"name", "seed", "model", "tokens", "teacher", "output", "stage"}
 _STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "trunk"))
 """Settings of a run that its cell decides."""
@@ -44,6 +54,19 @@ _LONGEST = 60
 def setting_of(axis: str) -> str:
     """The dotted path of the setting that an axis stands for."""
     return _SHORT.get(axis, axis)
+
+
+def own_value(axis: str, value: object, where: str) -> Any:  # noqa: ANN401 - a type for each axis
+    """The value of an axis of `OWN_TYPES`, in the spelling that every other way of saying it has too.
+
+    Raises:
+        UserError: it is no such value.
+    """
+    try:
+        return OWN_TYPES[axis].validate_python(value, strict=True)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {axis} = {value!r:.80}: {reason}") from None
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens, tokens_text
@@ -12,9 +12,8 @@ from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopK
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, parameters
 from tutelage.models.shapes import rung
-from tutelage.study.cells import cells_of, teachers_of
 from tutelage.study.devices import Device, critical_path, find_device, makespan, run_memory
-from tutelage.study.nodes import Cost, check_cells, draft_config
+from tutelage.study.nodes import Cost, check_cells
 from tutelage.study.plan import load_plan
 from tutelage.study.status import Speeds, read_timings
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from tutelage.config.teacher_config import Format
     from tutelage.models.shapes import Rung
     from tutelage.study.cells import Cell
-    from tutelage.study.devices import Device
+    from tutelage.study.expand import ExpandedStudy
 
 _SPLITS = 2
 _TRAINING = 3
@@ -35,32 +34,29 @@ _TRAINING = 3
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One run to be.
+    """One run of some studies that share runs.
 
     Attributes:
         key: its name, and what tells it from a cell of another study that has the same name.
-        cell: what it stands for.
         needs: keys of what comes first.
-        tokens: training tokens.
-        flops: of training, without its teacher.
-        teacher_flops: of its live teacher's forward passes.
+        cell: what it stands for.
+        cost: what is still to be computed: without the steps of another run that it starts from, and without
+            the teacher where its targets are cached.
         scoring_flops: of scoring it when it is trained, at most.
         memory: peak bytes on one device.
     """
 
     key: str
-    cell: Cell
     needs: tuple[str, ...]
-    tokens: int
-    flops: float
-    teacher_flops: float
+    cell: Cell
+    cost: Cost
     scoring_flops: float
     memory: float
 
     @property
-    def total(self) -> float:
-        """All its FLOPs."""
-        return self.flops + self.teacher_flops + self.scoring_flops
+    def flops(self) -> float:
+        """FLOPs of training, its live teacher and scoring."""
+        return self.cost.total + self.scoring_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ class Duration:
     path_seconds: float
 
 
-def works_of(studies: Sequence[StudyConfig]) -> tuple[list[Work], Caches, list[str]]:
+def works_of(studies: Sequence[ExpandedStudy]) -> tuple[list[Work], Caches, list[str]]:
     """Every run of `studies` once, each after what it needs; their caches; what the estimate leaves out.
 
     Raises:
@@ -97,18 +93,18 @@ def works_of(studies: Sequence[StudyConfig]) -> tuple[list[Work], Caches, list[s
     works: dict[str, Work] = {}
     flops = size = 0.0
     notes: list[str] = []
-    for study in studies:
-        check_cells(study)
-        found = _Reader(study)
-        for cell in cells_of(study):
+    for expanded in studies:
+        found = _Reader(expanded)
+        for cell in expanded.cells:
             work = found.work(cell)
             works.setdefault(work.key, work)
         cached = found.caches()
         flops, size = flops + cached.flops, size + cached.bytes
         given = [name for name, spec in found.teachers.items() if spec.model is not None]
-        notes += [f"{study.name}: {text}" for text in found.rounded]
+        name = expanded.study.name
+        notes += [f"{name}: {text}" for text in found.rounded]
         if given:
-            notes.append(f"{study.name}: forward passes of given models are not counted: {', '.join(given)}")
+            notes.append(f"{name}: forward passes of given models are not counted: {', '.join(given)}")
     return list(works.values()), Caches(flops, size), notes
 
 
@@ -125,7 +121,7 @@ def duration(works: Sequence[Work], devices: int, source: Device | Speeds, mfu: 
     for work in works:
         taught = work.cell.teacher if work.cell.kind == "student" else None
         speed = _speed(source, work.cell.rung, taught, mfu)
-        seconds[work.key] = work.total / speed
+        seconds[work.key] = work.flops / speed
     needs = {work.key: work.needs for work in works}
     path = critical_path(seconds, needs)
     return Duration(
@@ -142,16 +138,16 @@ def by_kind(works: Sequence[Work]) -> dict[str, tuple[int, int]]:
     tokens: Counter[str] = Counter()
     for work in works:
         runs[work.cell.kind] += 1
-        tokens[work.cell.kind] += work.tokens
+        tokens[work.cell.kind] += work.cost.tokens
     return {kind: (runs[kind], tokens[kind]) for kind in runs}
 
 
 def by_purpose(works: Sequence[Work], caches: Caches) -> dict[str, float]:
     """FLOPs of training teachers, training students, running teachers beside them, and scoring."""
     return {
-        "teacher training": sum(work.flops for work in works if work.cell.kind == "teacher"),
-        "student training": sum(work.flops for work in works if work.cell.kind != "teacher"),
-        "teacher forward": sum(work.teacher_flops for work in works) + caches.flops,
+        "teacher training": sum(work.cost.flops for work in works if work.cell.kind == "teacher"),
+        "student training": sum(work.cost.flops for work in works if work.cell.kind != "teacher"),
+        "teacher forward": sum(work.cost.teacher_flops for work in works) + caches.flops,
         "scoring (at most)": sum(work.scoring_flops for work in works),
     }
 
@@ -169,10 +165,10 @@ def _speed(source: Device | Speeds, shape: str, teacher: str | None, mfu: float 
 class _Reader:
     """Costs of the cells of one study."""
 
-    def __init__(self, study: StudyConfig) -> None:
-        self.study = study
-        self.teachers = teachers_of(study)
-        self._vocab_size = _vocab_size(study)
+    def __init__(self, expanded: ExpandedStudy) -> None:
+        self.study, self.teachers = expanded.study, expanded.teachers
+        self._drafts = check_cells(expanded)
+        self._vocab_size = _vocab_size(expanded.study)
         self._keys: dict[str, str] = {}
         self._read: dict[tuple[str, tuple[str, ...]], int] = {}
         self._tokens: dict[str, int] = {}
@@ -180,11 +176,11 @@ class _Reader:
 
     def work(self, cell: Cell) -> Work:
         """The cost of a cell whose needs are known."""
-        config = draft_config(self.study, cell, self.teachers)
+        config = self._drafts[cell.name]
         try:
             shape = rung(cell.rung)
             vocab_size = self._vocabulary(shape)
-            cost = Cost.of(cell, self.teachers, vocab_size)
+            cost = Cost.of(cell, config, self.teachers, vocab_size)
         except UserError as error:
             raise UserError(f"study {self.study.name}: {cell.name}: {error}") from None
         needs = tuple(self._keys[name] for name in cell.needs)
@@ -203,11 +199,13 @@ class _Reader:
         scored = domains * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
             key=key,
-            cell=cell,
             needs=needs,
-            tokens=cost.tokens,
-            flops=cost.flops * (1 - self._branched(cell, config) / cost.tokens),
-            teacher_flops=0.0 if kept else cost.teacher_flops,
+            cell=cell,
+            cost=replace(
+                cost,
+                flops=cost.flops * (1 - self._branched(cell, config) / cost.tokens),
+                teacher_flops=0.0 if kept else cost.teacher_flops,
+            ),
             scoring_flops=cost.flops / cost.tokens / _TRAINING * scored,
             memory=run_memory(
                 shape,
@@ -316,7 +314,7 @@ class Machine:
     price: float | None
 
 
-def forecast(studies: Sequence[StudyConfig], machine: Machine, directory: Path | None) -> dict[str, Any]:
+def forecast(studies: Sequence[ExpandedStudy], machine: Machine, directory: Path | None) -> dict[str, Any]:
     """What `studies` take, as JSON data.
 
     Args:
@@ -329,7 +327,7 @@ def forecast(studies: Sequence[StudyConfig], machine: Machine, directory: Path |
     """
     works, caches, notes = works_of(studies)
     if not works:
-        raise UserError(f"study {studies[0].name}: no runs; give students, or teachers to train")
+        raise UserError(f"study {studies[0].study.name}: no runs; give students, or teachers to train")
     source, words, device = _source(machine, directory)
     took = duration(works, machine.devices, source, machine.mfu)
     most = largest(works)
@@ -338,7 +336,7 @@ def forecast(studies: Sequence[StudyConfig], machine: Machine, directory: Path |
     return {
         "runs": {kind: {"runs": runs, "tokens": tokens} for kind, (runs, tokens) in kinds.items()},
         "total_runs": len(works),
-        "total_tokens": sum(work.tokens for work in works),
+        "total_tokens": sum(work.cost.tokens for work in works),
         "flops": by_purpose(works, caches),
         "memory": {
             "bytes": most.memory,

@@ -1,4 +1,4 @@
-"""From cells to a graph of runs: every run's full config and id, and what must be finished before it."""
+"""Give the cells of a study their run ids and full configs; check and cost them before anything is built."""
 
 from __future__ import annotations
 
@@ -7,22 +7,66 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, merged, validate
-from tutelage.config.run_config import NOT_THE_RESULT, RunConfig, RunData
+from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
 from tutelage.models.shapes import rung
 from tutelage.run_directory import pinned, run_id
-from tutelage.study.cells import cells_of, teachers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from tutelage.config.study_config import StudyConfig, TeacherSpec
     from tutelage.study.cells import Cell
+    from tutelage.study.expand import ExpandedStudy
 
-_LENGTH = int(RunData.model_fields["sequence_length"].default)
-_BATCH = int(RunConfig.model_fields["global_batch_tokens"].default)
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Estimate of a run, from shapes alone.
+
+    Attributes:
+        tokens: training tokens, whole batches.
+        parameters: of the trained model, embeddings included.
+        flops: of training, forward and backward.
+        teacher_flops: of the teacher's forward passes; 0 without a teacher, with a control, or a given model.
+            Counted in every student, also where a cache pays it once for all: a student's cost is its own.
+    """
+
+    tokens: int
+    parameters: int
+    flops: float
+    teacher_flops: float
+
+    @property
+    def total(self) -> float:
+        """FLOPs of training and of the teacher."""
+        return self.flops + self.teacher_flops
+
+    @classmethod
+    def of(cls, cell: Cell, config: RunConfig, teachers: Mapping[str, TeacherSpec], vocab_size: int) -> Cost:
+        """Cost of a cell whose run is `config`, its stores and models aside.
+
+        Raises:
+            UserError: its tokens are less than a batch.
+        """
+        batch = config.global_batch_tokens
+
+        def forward(name: str) -> float:
+            return forward_flops(rung(name), vocab_size, config.data.sequence_length)
+
+        total = parameters(rung(cell.rung), vocab_size).total
+        tokens = parse_tokens(cell.tokens, total)
+        of = cell.compute_of or (cell.teacher if cell.kind == "student" else None)
+        shape = teachers[of].rung if of is not None else None
+        teacher = forward(shape) if shape is not None else 0.0
+        if cell.compute_of is not None:
+            tokens, teacher = round(tokens * kd_cost_factor(teacher, forward(cell.rung))), 0.0
+        if tokens < batch:
+            raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
+        tokens -= tokens % batch
+        return cls(tokens, total, 3 * forward(cell.rung) * tokens, teacher * tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +78,14 @@ class Node:
         cell: what it stands for.
         config: the run.
         needs: run ids to be finished first.
-        baseline: run id of what it is compared with; None for teachers and baselines.
-        tokens: training tokens.
-        parameters: of the trained model, embeddings included.
-        flops: estimate of its training, forward and backward.
-        teacher_flops: estimate of its teacher's forward passes; 0 without a teacher or with a control.
-            Counted in every student, also where a cache pays it once for all: a student's cost is its own.
+        cost: estimate of its cost.
     """
 
     id: str
     cell: Cell
     config: RunConfig
     needs: tuple[str, ...]
-    baseline: str | None
-    tokens: int
-    parameters: int
-    flops: float
-    teacher_flops: float
+    cost: Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +105,11 @@ class Stores:
     stages: Mapping[str, Path]
 
 
-def expand(study: StudyConfig, stores: Stores, output: Path, vocab_size: int) -> list[Node]:
-    """All runs of `study`, in an order in which each comes after what it needs.
+def bind(expanded: ExpandedStudy, stores: Stores, output: Path, vocab_size: int) -> list[Node]:
+    """Give every cell its config and run id, in an order in which each comes after what it needs.
 
     Args:
-        study: the study.
+        expanded: the study.
         stores: its token stores, which exist.
         output: directory of run directories.
         vocab_size: entries of the tokenizer.
@@ -82,38 +117,27 @@ def expand(study: StudyConfig, stores: Stores, output: Path, vocab_size: int) ->
     Raises:
         UserError: a run's settings are wrong; the message names the cell.
     """
-    make = _Binder(study, stores, output, vocab_size, teachers_of(study), {})
-    return [make.node(cell) for cell in cells_of(study)]
+    binder = _Binder(expanded.study, expanded.teachers, stores, output, vocab_size, {})
+    return [binder.node(cell) for cell in expanded.cells]
 
 
 @dataclass(frozen=True, slots=True)
 class _Binder:
     study: StudyConfig
+    teachers: Mapping[str, TeacherSpec]
     stores: Stores
     output: Path
     vocab_size: int
-    teachers: Mapping[str, TeacherSpec]
     nodes: dict[str, Node]
 
     def node(self, cell: Cell) -> Node:
         """The node of a cell whose needs are nodes already."""
-        draft_config(self.study, cell, self.teachers)
-        cost = Cost.of(cell, self.teachers, self.vocab_size)
+        cost = Cost.of(cell, draft_config(self.study, cell, self.teachers), self.teachers, self.vocab_size)
         settings = merged(cell.settings, self._places(cell))
         settings["tokens"] = cost.tokens if cell.compute_of else cell.tokens
         config = pinned(validate(RunConfig, settings, f"study {self.study.name}: {cell.name}"))
-        node = Node(
-            id=run_id(config),
-            cell=cell,
-            config=config,
-            needs=tuple(self.nodes[name].id for name in cell.needs),
-            baseline=None if cell.baseline is None else self.nodes[cell.baseline].id,
-            tokens=cost.tokens,
-            parameters=cost.parameters,
-            flops=cost.flops,
-            teacher_flops=cost.teacher_flops,
-        )
-        self.nodes[cell.name] = node
+        needs = tuple(self.nodes[name].id for name in cell.needs)
+        node = self.nodes[cell.name] = Node(run_id(config), cell, config, needs, cost)
         return node
 
     def _places(self, cell: Cell) -> dict[str, Any]:
@@ -173,16 +197,22 @@ def draft_config(study: StudyConfig, cell: Cell, teachers: Mapping[str, TeacherS
     return validate(RunConfig, settings, f"study {study.name}: {cell.name}")
 
 
-def check_cells(study: StudyConfig) -> None:
-    """Raise UserError if a run of the study cannot be, or is asked for twice in different words.
+def check_cells(expanded: ExpandedStudy) -> dict[str, RunConfig]:
+    """Check every run of a study, for which nothing needs to be built.
 
-    Or if claims are to be tested at an alpha that nobody is taught with. Nothing needs to be built for that.
+    Returns:
+        The settings of each cell's run, as `draft_config` gives them, by the cell's name.
+
+    Raises:
+        UserError: a run cannot be, or is asked for twice in different words, or claims are to be tested at an
+            alpha that nobody is taught with.
     """
-    teachers, cells = teachers_of(study), cells_of(study)
-    _check_tested_alphas(study, teachers, cells)
+    study = expanded.study
+    _check_tested_alphas(expanded)
+    drafts: dict[str, RunConfig] = {}
     names: dict[str, str] = {}
-    for cell in cells:
-        config = draft_config(study, cell, teachers)
+    for cell in expanded.cells:
+        config = drafts[cell.name] = draft_config(study, cell, expanded.teachers)
         recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
         key = digest(
             [recipe, cell.kind, cell.teacher, cell.needs, cell.baseline, cell.compute_of, cell.trunk]
@@ -191,62 +221,19 @@ def check_cells(study: StudyConfig) -> None:
             raise UserError(
                 f"study {study.name}: {other} and {cell.name} are the same run in different words; keep one"
             )
+    return drafts
 
 
-def _check_tested_alphas(
-    study: StudyConfig, teachers: Mapping[str, TeacherSpec], cells: Sequence[Cell]
-) -> None:
+def _check_tested_alphas(expanded: ExpandedStudy) -> None:
     alphas: dict[str, set[float]] = {}
-    for cell in cells:
+    for cell in expanded.cells:
         if cell.teacher is not None and cell.alpha is not None and cell.arm == f"alpha {cell.alpha:g}":
             alphas.setdefault(cell.teacher, set()).add(cell.alpha)
-    for name, spec in teachers.items():
+    for name, spec in expanded.teachers.items():
         own = sorted(alphas.get(name, ()))
         if spec.tested_alpha is not None and all(alpha != spec.tested_alpha for alpha in own):
             known = ", ".join(f"{alpha:g}" for alpha in own) or "none"
             raise UserError(
-                f"study {study.name}: teacher {name}: tested_alpha {spec.tested_alpha} is no constant alpha "
-                f"of its students; they have: {known}"
+                f"study {expanded.study.name}: teacher {name}: tested_alpha {spec.tested_alpha} is no "
+                f"constant alpha of its students; they have: {known}"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Estimate of a cell, from shapes alone.
-
-    Attributes:
-        tokens: training tokens, whole batches.
-        parameters: of the trained model, embeddings included.
-        flops: of training, forward and backward.
-        teacher_flops: of the teacher's forward passes.
-    """
-
-    tokens: int
-    parameters: int
-    flops: float
-    teacher_flops: float
-
-    @classmethod
-    def of(cls, cell: Cell, teachers: Mapping[str, TeacherSpec], vocab_size: int) -> Cost:
-        """Cost of a cell whose settings are right; a given model or a control as teacher counts as free.
-
-        Raises:
-            UserError: its tokens are less than a batch.
-        """
-        length = cell.settings["data"].get("sequence_length", _LENGTH)
-        batch = cell.settings.get("global_batch_tokens", _BATCH)
-
-        def forward(name: str) -> float:
-            return forward_flops(rung(name), vocab_size, length)
-
-        total = parameters(rung(cell.rung), vocab_size).total
-        tokens = parse_tokens(cell.tokens, total)
-        of = cell.compute_of or (cell.teacher if cell.kind == "student" else None)
-        shape = teachers[of].rung if of is not None else None
-        teacher = forward(shape) if shape is not None else 0.0
-        if cell.compute_of is not None:
-            tokens, teacher = round(tokens * kd_cost_factor(teacher, forward(cell.rung))), 0.0
-        if tokens < batch:
-            raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
-        tokens -= tokens % batch
-        return cls(tokens, total, 3 * forward(cell.rung) * tokens, teacher * tokens)

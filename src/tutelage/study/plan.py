@@ -13,8 +13,8 @@ from tutelage.config.load import validate
 from tutelage.errors import UserError
 from tutelage.files import write_json
 from tutelage.run_directory import evaluation_id
-from tutelage.study.cells import cells_of, teachers_of, trained_as
-from tutelage.study.nodes import Cost
+from tutelage.study.cells import RunLabels
+from tutelage.study.nodes import Cost, check_cells
 from tutelage.types import Role
 
 if TYPE_CHECKING:
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from tutelage.config.data_config import StoreConfig
     from tutelage.config.study_config import StudyConfig, TeacherSpec
     from tutelage.study.cells import Cell
+    from tutelage.study.expand import ExpandedStudy
     from tutelage.study.nodes import Node
 
     Planned = tuple[Cell, "PlanRun"]
-
-Kind = Literal["teacher", "baseline", "student", "after"]
 
 
 class PlanStudent(Section):
@@ -69,36 +68,17 @@ class PlanDomain(Section):
     role: Role = Field(description="is this the training distribution?")
 
 
-class PlanRun(Section):
-    """One run: a teacher, a student without a teacher (baseline), one with a teacher, or a stage after.
-
-    A student's `arm` says what is done with its teacher; an untaught student with an arm is another control,
-    such as one with the compute of a teacher in tokens. Runs of one student, teacher and arm that differ in
-    seed are replicates.
-    """
+class PlanRun(RunLabels):
+    """One run, with what it is expected to cost and the runs it belongs to."""
 
     run: Name = Field(description="run id, the name of its directory")
-    kind: Kind
-    group: str = Field(description="student group of the study file that asked for it; teachers: 'teachers'")
-    student: str | None = Field(description="student setting; null for teachers")
-    teacher: str | None = Field(description="its own name (teacher), its teacher's, or null")
-    arm: str | None = Field(description="what is done with the teacher, in words; null for teacher, baseline")
-    alpha: Fraction | None = Field(description="weight of the distillation loss where it is one number")
-    seed: int = Field(description="seed of the run; a student is compared with the baseline of its seed")
     tokens: int = Field(ge=1, description="training tokens")
     parameters: int = Field(ge=1, description="parameters, embeddings included")
     flops: float = Field(ge=0, description="estimate of its training, teacher included")
     baseline: Name | None = Field(description="run id it is compared with; null for teachers and baselines")
-    stage: Name | None = Field(None, description="post-training stage (kind after)")
     after: Name | None = Field(None, description="run id that the stage went on from (kind after)")
     teacher_run: Name | None = Field(
         None, description="run id of its teacher, where each seed has a teacher of its own"
-    )
-    twin: int = Field(
-        0,
-        ge=0,
-        description="of an untaught run: 0, or the number of a further one of its seed, with other initial "
-        "weights and the same batches; gains are against the mean of all",
     )
     evaluation: str | None = Field(
         None, description="identity of what it is scored on; state.json has the versions of those scores"
@@ -191,56 +171,40 @@ def save_plan(directory: Path, plan: Plan) -> None:
     write_json(directory / "plan.json", plan.model_dump(mode="json", by_alias=True))
 
 
-def plan_of(study: StudyConfig, nodes: Sequence[Node]) -> Plan:
+def plan_of(expanded: ExpandedStudy, nodes: Sequence[Node]) -> Plan:
     """The plan of a study whose runs are known."""
     ids = {node.cell.name: node.id for node in nodes}
-    return _plan(
-        study,
-        [
-            (
-                node.cell,
-                _run(
-                    node.cell,
-                    ids,
-                    Cost(node.tokens, node.parameters, node.flops, node.teacher_flops),
-                    evaluation_id(node.config),
-                ),
-            )
-            for node in nodes
-        ],
-    )
+    runs = [_run(node.cell, ids, node.cost, evaluation_id(node.config)) for node in nodes]
+    return _plan(expanded, runs)
 
 
-def draft_of(study: StudyConfig) -> Plan:
+def draft_of(expanded: ExpandedStudy) -> Plan:
     """The plan of a study of which nothing is built: cells stand for runs, the vocabulary is as asked for.
 
     Raises:
         UserError: a cell cannot be built.
     """
-    teachers = teachers_of(study)
-    vocab_size = study.corpus.tokenizer.vocab_size
-    cells = cells_of(study)
-    names = {cell.name: cell.name for cell in cells}
+    drafts = check_cells(expanded)
+    vocab_size = expanded.study.corpus.tokenizer.vocab_size
+    names = {cell.name: cell.name for cell in expanded.cells}
+    costs = [Cost.of(cell, drafts[cell.name], expanded.teachers, vocab_size) for cell in expanded.cells]
     return _plan(
-        study,
-        [(cell, _run(cell, names, Cost.of(cell, teachers, vocab_size))) for cell in cells],
+        expanded, [_run(cell, names, cost) for cell, cost in zip(expanded.cells, costs, strict=True)]
     )
 
 
-def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
-    teachers = teachers_of(study)
-    run_of = trained_as(teachers)
+def _plan(expanded: ExpandedStudy, runs: Sequence[PlanRun]) -> Plan:
+    """The plan of `runs`, one for each cell in their order."""
+    study = expanded.study
     trained: dict[str | None, list[Planned]] = {}
-    for cell, run in planned:
+    students: dict[str, PlanStudent] = {}
+    for cell, run in zip(expanded.cells, runs, strict=True):
         if cell.kind == "teacher":
             trained.setdefault(cell.teacher, []).append((cell, run))
-    students = {
-        cell.student: PlanStudent(
-            name=cell.student, rung=cell.rung, tokens=run.tokens, parameters=run.parameters
-        )
-        for cell, run in planned
-        if cell.kind == "baseline" and cell.student is not None
-    }
+        if cell.kind == "baseline" and cell.student is not None:
+            students[cell.student] = PlanStudent(
+                name=cell.student, rung=cell.rung, tokens=run.tokens, parameters=run.parameters
+            )
     outside = tuple(PlanDomain(name=name, role=spec.role) for name, spec in study.domains.items())
     return Plan(
         name=study.name,
@@ -248,11 +212,12 @@ def _plan(study: StudyConfig, planned: Sequence[Planned]) -> Plan:
         seeds=study.seeds,
         students=tuple(students.values()),
         teachers=tuple(
-            _teacher(study, name, spec, trained.get(run_of.get(name), [])) for name, spec in teachers.items()
+            _teacher(study, name, spec, trained.get(expanded.trained_as.get(name), []))
+            for name, spec in expanded.teachers.items()
         ),
         domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
         in_domain=study.in_domain,
-        runs=tuple(run for _, run in planned),
+        runs=tuple(runs),
         claims=study.claims,
         notes=study.notes,
     )
@@ -287,23 +252,15 @@ def _texts_of(study: StudyConfig, corpus: StoreConfig) -> Iterator[str]:
 
 
 def _run(cell: Cell, ids: Mapping[str, str], cost: Cost, evaluation: str | None = None) -> PlanRun:
-    after = cell.needs[0] if cell.kind == "after" else None
+    """The record of a cell, its name and those of others replaced by `ids`."""
     return PlanRun(
+        **cell.labels(),
         run=ids[cell.name],
-        kind=cell.kind,
-        group=cell.group,
-        student=cell.student,
-        teacher=cell.teacher,
-        arm=cell.arm,
-        alpha=cell.alpha,
-        seed=cell.seed,
         tokens=cost.tokens,
         parameters=cost.parameters,
-        flops=cost.flops + cost.teacher_flops,
+        flops=cost.total,
         baseline=None if cell.baseline is None else ids[cell.baseline],
-        stage=cell.stage,
-        after=None if after is None else ids[after],
+        after=ids[cell.needs[0]] if cell.kind == "after" else None,
         teacher_run=None if cell.learned is None else ids[cell.learned],
-        twin=cell.twin,
         evaluation=evaluation,
     )

@@ -13,30 +13,29 @@ from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
 from tutelage.files import LockedError, lock, make_directory, stop_signal
-from tutelage.study.cells import teachers_of
 from tutelage.study.engines.engine import StoreTask
 from tutelage.study.leases import Claims, Failures, is_gone, runners
-from tutelage.study.nodes import Node, Stores, check_cells, expand
+from tutelage.study.nodes import Node, Stores, bind, check_cells
 from tutelage.study.plan import Plan, load_plan, plan_of, save_plan
 from tutelage.study.runner import run_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from tutelage.config.study_config import StudyConfig
     from tutelage.study.engines.engine import Engine
+    from tutelage.study.expand import ExpandedStudy
     from tutelage.study.runner import StudyWatcher
 
 _POLL_SECONDS = 0.5
 
 
 def build_stores(
-    study: StudyConfig, directory: Path, engine: Engine, claims: Claims, say: Callable[[str], None]
+    expanded: ExpandedStudy, directory: Path, engine: Engine, claims: Claims, say: Callable[[str], None]
 ) -> Stores:
     """Build a study's token stores: the corpus, then the rest in its tokens.
 
     Args:
-        study: the study.
+        expanded: the study.
         directory: of the stores.
         engine: where they are built.
         claims: of this runner, which may be asked to stop.
@@ -51,6 +50,7 @@ def build_stores(
         tasks = {key: StoreTask(config=config, directory=directory) for key, config in configs.items()}
         return _perform_all(tasks, engine, claims, say)
 
+    study = expanded.study
     corpus = build({"corpus": study.corpus})["corpus"]
     tokenizer = TokenizerConfig(path=corpus)
     wanted = {
@@ -64,7 +64,7 @@ def build_stores(
         )
         for name, spec in study.domains.items()
     }
-    texts = [("teacher", name, spec.corpus) for name, spec in teachers_of(study).items()]
+    texts = [("teacher", name, spec.corpus) for name, spec in expanded.teachers.items()]
     texts += [("stage", name, spec.corpus) for name, spec in study.post_training.items()]
     wanted |= {
         (part, name): text.model_copy(update={"tokenizer": tokenizer})
@@ -127,7 +127,7 @@ class Rules:
 
 
 def run_study(
-    study: StudyConfig,
+    expanded: ExpandedStudy,
     directory: Path,
     engine: Engine,
     watcher: StudyWatcher,
@@ -137,7 +137,7 @@ def run_study(
     """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
 
     Args:
-        study: what to run.
+        expanded: what to run.
         directory: everything lands here: data/, runs/, plan.json, queue/.
         engine: where the work is done.
         watcher: shown the state of all runs twice a second.
@@ -149,14 +149,14 @@ def run_study(
         Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
     """
     rules = rules or Rules()
-    check_cells(study)
+    check_cells(expanded)
     make_directory(directory)
     with engine, Claims(directory) as claims:
         with _prepared_alone(directory, claims, say):
-            stores = build_stores(study, directory / "data", engine, claims, say)
-            nodes = expand(study, stores, directory / "runs", open_store(stores.corpus).vocab_size)
+            stores = build_stores(expanded, directory / "data", engine, claims, say)
+            nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
             _check_budgets(nodes)
-            _publish(directory, plan_of(study, nodes), claims)
+            _publish(directory, plan_of(expanded, nodes), claims)
         run_all(nodes, engine, claims, Failures(directory, rules.retries), watcher, rules.cohort)
 
 
@@ -201,9 +201,9 @@ def _check_budgets(nodes: list[Node]) -> None:
         for path in {node.config.data.store for node in nodes}
     }
     for node in nodes:
-        if node.cell.kind != "after" and node.tokens > available[node.config.data.store]:
+        if node.cell.kind != "after" and node.cost.tokens > available[node.config.data.store]:
             raise UserError(
-                f"{node.id}: {node.tokens:,} tokens are more than the "
+                f"{node.id}: {node.cost.tokens:,} tokens are more than the "
                 f"{available[node.config.data.store]:,} of the training split, so text would repeat; lower "
                 "the budget or add text"
             )

@@ -113,7 +113,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         self._recipes = {node.id: _recipe(node) for node in self.nodes}
-        costs = {node.id: node.flops + node.teacher_flops for node in self.nodes}
+        costs = {node.id: node.cost.total for node in self.nodes}
         self._weights = chain_weights(costs, {node.id: node.needs for node in self.nodes})
         self._keys = map(str, itertools.count())
         self._tried: set[str] = set()

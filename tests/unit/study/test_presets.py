@@ -12,7 +12,7 @@ from tutelage.config.base import parse_tokens
 from tutelage.errors import UserError
 from tutelage.evals.domains import DOMAINS
 from tutelage.models.shapes import rung
-from tutelage.study.cells import cells_of
+from tutelage.study.expand import expand
 from tutelage.study.presets import load_study, preset_names
 
 STEP = 256 * 8192
@@ -38,7 +38,7 @@ RUNS = {
 
 
 def by_kind(name):
-    found = Counter(cell.kind for cell in cells_of(load_study(name)))
+    found = Counter(cell.kind for cell in expand(load_study(name)).cells)
     return tuple(found[kind] for kind in ("teacher", "baseline", "student", "after"))
 
 
@@ -58,7 +58,7 @@ def test_run_counts_are_the_papers_or_the_table_says_why(name):
 
 
 def test_a_cell_of_two_presets_is_one_run():
-    cells = {name: {cell.name: cell for cell in cells_of(load_study(name))} for name in PAPER}
+    cells = {name: {cell.name: cell for cell in expand(load_study(name)).cells} for name in PAPER}
     for small, large in (
         ("paper/teachers", "paper/teacher-tokens"),
         ("paper/mixing", "paper/teacher-tokens"),
@@ -84,7 +84,7 @@ def test_a_cell_of_two_presets_is_one_run():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_hyper_parameters_are_the_papers(name):
-    for cell in cells_of(load_study(name)):
+    for cell in expand(load_study(name)).cells:
         optim, data = cell.settings["optim"], cell.settings["data"]
         expected = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0, "schedule": "cosine"}
         assert {key: optim[key] for key in expected} == expected
@@ -113,14 +113,15 @@ def test_domains_are_those_of_the_paper_suite():
 def test_the_text_is_enough_for_the_longest_run():
     """At 5 bytes per token, more than any tokenizer of 128,256 entries gives on English."""
     study = load_study("paper/teacher-tokens")
-    longest = max(parse_tokens(cell.tokens) for cell in cells_of(study))
+    longest = max(parse_tokens(cell.tokens) for cell in expand(study).cells)
     assert study.corpus.max_bytes / 5 > longest
 
 
 EXPAND = """
 import sys, time
 from pathlib import Path
-from tutelage.study.nodes import Stores, expand
+from tutelage.study.expand import expand
+from tutelage.study.nodes import Stores, bind
 from tutelage.study.presets import load_study, preset_names
 store, began, runs = Path(sys.argv[1]), time.process_time(), set()
 for name in preset_names():
@@ -128,7 +129,7 @@ for name in preset_names():
         study = load_study(name)
         domains, stages = (dict.fromkeys(names, store) for names in (study.domains, study.post_training))
         stores = Stores(store, domains, {}, stages)
-        runs |= {node.id for node in expand(study, stores, Path("runs"), 128_256)}
+        runs |= {node.id for node in bind(expand(study), stores, Path("runs"), 128_256)}
 print(len(runs), time.process_time() - began, "torch" in sys.modules)
 """
 

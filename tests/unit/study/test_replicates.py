@@ -14,8 +14,8 @@ from tiny_study import run_tiny, tiny_study
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.verdicts import judge
 from tutelage.errors import UserError
-from tutelage.study.cells import cells_of
 from tutelage.study.cost import works_of
+from tutelage.study.expand import expand
 from tutelage.study.plan import draft_of
 from tutelage.study.results import load_results
 
@@ -37,7 +37,7 @@ def by_kind(cells, kind):
 
 
 def test_each_seed_learns_from_a_teacher_of_its_own():
-    cells = cells_of(replicated())
+    cells = expand(replicated()).cells
 
     teachers = {cell.name: cell for cell in by_kind(cells, "teacher")}
     assert len(teachers) == 4 * 2
@@ -53,7 +53,7 @@ def test_each_seed_learns_from_a_teacher_of_its_own():
 
 def test_targets_alone_make_no_further_teacher_and_a_seed_of_its_own_makes_one_for_all():
     grid = {"product": {"teacher": ["live", "kept", "fixed"], "alpha": [0.4]}}
-    cells = cells_of(replicated(teachers=CACHED, students=group(grid)))
+    cells = expand(replicated(teachers=CACHED, students=group(grid))).cells
 
     names = [cell.name for cell in by_kind(cells, "teacher")]
     assert names == ["teacher-live-s1043", "teacher-live-s1044", "teacher-fixed"]
@@ -66,7 +66,7 @@ def test_further_untaught_runs_differ_in_their_initial_weights_alone():
     stages = {"sft": {"corpus": {"name": "p", "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}]},
                       "tokens": "10K"}}  # fmt: skip
     main = group(GRID, then=["sft"])
-    cells = cells_of(study(students=main, baselines=3, post_training=stages))
+    cells = expand(study(students=main, baselines=3, post_training=stages)).cells
 
     untaught = by_kind(cells, "baseline")
     assert len(untaught) == 2 * 3
@@ -82,7 +82,7 @@ def test_further_untaught_runs_differ_in_their_initial_weights_alone():
 
 
 def test_a_plan_knows_which_teacher_a_seed_had_and_which_runs_are_twins():
-    plan = draft_of(replicated(baselines=2))
+    plan = draft_of(expand(replicated(baselines=2)))
 
     runs = {run.run: run for run in plan.runs}
     taught = [run for run in plan.runs if run.kind == "student" and run.teacher == "nano-20k@1M"]
@@ -90,29 +90,29 @@ def test_a_plan_knows_which_teacher_a_seed_had_and_which_runs_are_twins():
     assert all(teacher.run is None and teacher.data_seed is None for teacher in plan.teachers)
     assert [t.parameters is None for t in plan.teachers] == [False] * 4 + [True]
     assert [run.twin for run in plan.runs if run.kind == "baseline"].count(1) == 2
-    once = draft_of(study(students=group(GRID)))
+    once = draft_of(expand(study(students=group(GRID))))
     assert all(run.teacher_run is None for run in once.runs)
 
 
 def test_an_estimate_counts_every_run_once():
     grid = {"product": {"teacher": ["live", "kept"], "alpha": [0.2, 0.4]}}
     both = replicated(teachers=CACHED, students=group(grid), baselines=2)
-    works, caches, _ = works_of([both, both])
+    works, caches, _ = works_of([expand(both), expand(both)])
 
     kinds = [work.cell.kind for work in works]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"teacher": 3, "baseline": 4, "student": 8}
-    once = works_of([study(teachers=CACHED, students=group(grid))])[1]
+    once = works_of([expand(study(teachers=CACHED, students=group(grid)))])[1]
     assert caches.bytes == 2 * 2 * once.bytes  # two studies are given, and each seed's teacher has its cache
 
 
 def test_seeds_of_several_groups_find_their_teachers():
     part = {"one": {"rung": "nano-50k", "tokens": "1M", "seeds": [44], "grid": GRID}}
-    cells = cells_of(replicated(students=part))
+    cells = expand(replicated(students=part)).cells
     assert {cell.needs for cell in by_kind(cells, "student")} == {("teacher-nano-20k-1M-s1044",), ()}
 
     part["one"]["seeds"] = [45]
     with pytest.raises(UserError, match=r"students\.one: seed 45 is not among the study's seeds \[43, 44\]"):
-        cells_of(replicated(students=part))
+        expand(replicated(students=part))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.leases import Claims, Failures, ask_to_stop
-from tutelage.study.nodes import Node
+from tutelage.study.nodes import Cost, Node
 from tutelage.study.runner import run_all
 
 
@@ -28,8 +28,20 @@ class Quiet:
 
 
 def node(config, needs=(), kind="baseline"):
-    cell = Cell(config.name, kind, "test", "tiny", None, None, None, config.seed, "nano-50k", 1, {})
-    return Node(run_id(config), cell, config, needs, None, 1, 1, 1.0, 0.0)
+    cell = Cell(
+        name=config.name,
+        kind=kind,
+        group="test",
+        student="tiny",
+        teacher=None,
+        arm=None,
+        alpha=None,
+        seed=config.seed,
+        rung="nano-50k",
+        tokens=1,
+        settings={},
+    )
+    return Node(run_id(config), cell, config, needs, Cost(1, 1, 1.0, 0.0))
 
 
 def taught(make_config, teacher, alpha, **changes):

@@ -11,8 +11,9 @@ from tutelage.cli.study_progress import StudyTable, print_status
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cost import Machine, forecast
+from tutelage.study.expand import expand
 from tutelage.study.leases import Claims, Failures
-from tutelage.study.nodes import Stores, expand
+from tutelage.study.nodes import Stores, bind
 from tutelage.study.plan import plan_of, save_plan
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import Board
@@ -25,14 +26,14 @@ STUDY = demo_study(1, "20K", quick=False)
 def nodes(store, other_store, tmp_path):
     """Two runs done, one stopped, one that goes on, one given up, one to be tried again, the rest waiting."""
     stores = Stores(store, dict.fromkeys(STUDY.domains, other_store), {}, {})
-    found = expand(STUDY, stores, tmp_path / "runs", 300)
-    save_plan(tmp_path, plan_of(STUDY, found))
+    found = bind(expand(STUDY), stores, tmp_path / "runs", 300)
+    save_plan(tmp_path, plan_of(expand(STUDY), found))
     for node, status, speed in zip(
         found[:4], ("done", "done", "stopped", "running"), (1e9, 2e9, 1e9, 1e9), strict=True
     ):
         directory = RunDirectory(tmp_path / "runs" / node.id)
         directory.path.mkdir(parents=True)
-        seconds = (node.flops + node.teacher_flops) / speed
+        seconds = (node.cost.total) / speed
         directory.write_state(status, seconds=seconds, step=5, steps=10)
         directory.append_metrics({"step": 5, "tokens": 10_000, "loss": 3.25, "tokens_per_second": 500.0})
     failures = Failures(tmp_path, 1)
@@ -54,7 +55,7 @@ def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, 
     assert status.retried == [nodes[5].id]
     assert [one.run for one in status.active] == [nodes[3].id]
     assert status.error == pytest.approx(0.75)  # each by the other's speed: |2 - 1| and |1/2 - 1|
-    flops = sum(node.flops + node.teacher_flops for node in nodes[2:])
+    flops = sum(node.cost.total for node in nodes[2:])
     assert flops / 2e9 <= status.seconds_left <= flops / 1e9
     text = shown.get()
     for part in ("2 done", "3.250", "too hot again", "heartbeat", "75%", "study retry"):
@@ -79,7 +80,7 @@ def test_retry_clears_what_is_named(nodes, tmp_path):
 
 
 def test_plan_goes_by_how_fast_finished_runs_were(nodes, tmp_path):
-    found = forecast([STUDY], Machine("cpu", 1, None, None), tmp_path)
+    found = forecast([expand(STUDY)], Machine("cpu", 1, None, None), tmp_path)
     assert "2 finished runs" in found["source"]
     total = sum(found["flops"].values())
     assert total / 2e9 <= found["time"]["wall_seconds"] <= total / 1e9

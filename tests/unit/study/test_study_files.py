@@ -14,7 +14,7 @@ import yaml
 
 from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
-from tutelage.study.cells import cells_of
+from tutelage.study.expand import expand
 from tutelage.study.presets import load_study, preset_names
 
 PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "study-files.md"
@@ -36,7 +36,7 @@ def test_the_examples_are_found():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_an_example_has_the_runs_that_it_promises(folder, name):
-    found = Counter(cell.kind for cell in cells_of(load_study(str(folder / name))))
+    found = Counter(cell.kind for cell in expand(load_study(str(folder / name))).cells)
     promised = re.findall(r"(\d+) (teacher|baseline|student|after)", STUDIES[name][0])
     assert found == Counter({kind: int(number) for number, kind in promised})
 

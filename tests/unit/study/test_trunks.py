@@ -9,8 +9,8 @@ from tiny_study import run_tiny, tiny_study
 
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
-from tutelage.study.cells import cells_of
-from tutelage.study.nodes import Stores, expand
+from tutelage.study.expand import expand
+from tutelage.study.nodes import Stores, bind
 
 GRID = {"product": {"rung": ["nano-20k", "nano-50k"], "tokens": ["6K", "2K", "4K"]}}
 OPTIM = {"schedule": "wsd", "warmup": "512"}
@@ -22,7 +22,7 @@ def study(**teacher):
 
 
 def test_budgets_are_chained_from_the_smallest_to_the_largest():
-    cells = {cell.name: cell for cell in cells_of(study())}
+    cells = {cell.name: cell for cell in expand(study()).cells}
     assert {name: cell.trunk for name, cell in cells.items()} == {
         f"teacher-{rung}-{tokens}": shorter and f"teacher-{rung}-{shorter}"
         for rung in ("nano-20k", "nano-50k")
@@ -31,14 +31,14 @@ def test_budgets_are_chained_from_the_smallest_to_the_largest():
     for cell in cells.values():
         assert cell.needs == (() if cell.trunk is None else (cell.trunk,))
         assert cell.settings["checkpoint"]["trunk"] == (cell.tokens != 6000)
-    assert all(cell.trunk is None for cell in cells_of(study(trunk=False)))
+    assert all(cell.trunk is None for cell in expand(study(trunk=False)).cells)
 
 
 def test_other_recipes_are_other_trunks(store, other_store, tmp_path):
     grid = {"product": {"rung": ["nano-20k"], "tokens": ["2K", "4K"], "lr": [0.001, 0.002]}}
     spec = {"trunk": True, "run": {"optim": OPTIM}, "grid": grid}
     lr = tiny_study(teachers={"{rung}@{tokens}@{lr}": spec}, students={})
-    nodes = expand(lr, Stores(store, {"scripture": other_store}, {}, {}), tmp_path, 300)
+    nodes = bind(expand(lr), Stores(store, {"scripture": other_store}, {}, {}), tmp_path, 300)
     by_id = {node.id: node.config for node in nodes}
     branches = [config for config in by_id.values() if config.runtime.trunk is not None]
     assert len(branches) == 2
@@ -48,10 +48,13 @@ def test_other_recipes_are_other_trunks(store, other_store, tmp_path):
 
 def test_a_trunk_does_not_change_ids_and_wrong_schedules_are_named(store, other_store, tmp_path):
     stores = Stores(store, {"scripture": other_store}, {}, {})
-    ids = [{node.id for node in expand(study(trunk=trunk), stores, tmp_path, 300)} for trunk in (True, False)]
+    ids = [
+        {node.id for node in bind(expand(study(trunk=trunk)), stores, tmp_path, 300)}
+        for trunk in (True, False)
+    ]
     assert ids[0] == ids[1]
     with pytest.raises(UserError, match=r"teacher-nano-20k-2K: .*a trunk needs optim\.schedule = wsd"):
-        expand(study(run={}), stores, tmp_path, 300)
+        bind(expand(study(run={})), stores, tmp_path, 300)
 
 
 @pytest.mark.slow

@@ -1,0 +1,267 @@
+"""Expand a study file, once: its teachers by name, and its cells."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from tutelage.config.base import slug, tokens_text
+from tutelage.config.load import digest, merged
+from tutelage.errors import UserError
+from tutelage.study.axis_settings import (
+    OWN,
+    cell_name,
+    check_settings,
+    overlay,
+    own_value,
+    setting_of,
+    words,
+)
+from tutelage.study.cells import Cell, teacher_cell_name, teacher_cells, teachers_of, trained_as
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from tutelage.config.grid import Point
+    from tutelage.config.study_config import StudentSpec, StudyConfig, TeacherSpec
+    from tutelage.study.cells import RunKind
+
+_TWIN_STEP = 1_000_000
+"""The first twin of seed 43 draws its initial weights with seed 1000043."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandedStudy:
+    """A study with its grids expanded.
+
+    Attributes:
+        study: the study file.
+        teachers: every teacher by name, as `teachers_of` gives them.
+        trained_as: of each trained teacher the one whose run it is, as `trained_as` gives it.
+        cells: every run once: teachers, baselines, students, then what follows them.
+    """
+
+    study: StudyConfig
+    teachers: Mapping[str, TeacherSpec]
+    trained_as: Mapping[str, str]
+    cells: tuple[Cell, ...]
+
+
+def expand(study: StudyConfig) -> ExpandedStudy:
+    """Expand the grids of `study`.
+
+    Raises:
+        UserError: a teacher or a cell cannot be built; the message names it.
+    """
+    teachers = teachers_of(study)
+    run_of = trained_as(teachers)
+    _check_runs(study)
+    trained = {name: teachers[name] for name in dict.fromkeys(run_of.values())}
+    cells = {cell.name: cell for cell in teacher_cells(study, trained)}
+    for group, spec in study.students.items():
+        where = f"study {study.name}: students.{group}"
+        points = list(_with_teachers(spec.grid.points(), teachers, where))
+        if spec.seeds and any("seed" in point for point in points):
+            raise UserError(f"{where}: seeds are given and are an axis too; give one of them")
+        for point in points:
+            own = [own_value("seed", point["seed"], where)] if "seed" in point else None
+            for seed in own or spec.seeds or study.seeds:
+                for cell in _student_cells(study, group, point, seed, teachers, run_of):
+                    _add(cells, cell)
+    order: dict[RunKind, int] = {"teacher": 0, "baseline": 1, "student": 2, "after": 3}
+    return ExpandedStudy(
+        study, teachers, run_of, tuple(sorted(cells.values(), key=lambda cell: order[cell.kind]))
+    )
+
+
+def _check_runs(study: StudyConfig) -> None:
+    where = f"study {study.name}"
+    check_settings(study.run, where)
+    for group, students in study.students.items():
+        check_settings(students.run, f"{where}: students.{group}")
+    for name, teacher in study.teachers.items():
+        check_settings(teacher.run, f"{where}: teachers.{name}")
+    for name, stage in study.post_training.items():
+        check_settings(stage.run, f"{where}: post_training.{name}")
+
+
+def _add(cells: dict[str, Cell], cell: Cell) -> None:
+    """A cell that two groups ask for is one run; different cells must not share a name."""
+    known = cells.setdefault(cell.name, cell)
+    if known.model_copy(update={"group": cell.group}) != cell:
+        raise UserError(
+            f"two runs would both be called {cell.name}: {_said(known)}, and {_said(cell)}; rename what they "
+            "are named by"
+        )
+
+
+def _said(cell: Cell) -> str:
+    """What tells a cell from others, for a message."""
+    parts = [f"student '{cell.student}'", cell.teacher and f"teacher '{cell.teacher}'", cell.arm, cell.stage]
+    return f"group {cell.group}, " + ", ".join(part for part in parts if part)
+
+
+def _teacher_seed(study: StudyConfig, seed: int, where: str) -> int | None:
+    """Seed of the teachers of the students of `seed`; None where all have the same."""
+    if not study.teacher_seeds:
+        return None
+    if seed not in study.seeds:
+        raise UserError(
+            f"{where}: seed {seed} is not among the study's seeds {[*study.seeds]}, so none of teacher_seeds "
+            "is its own; add it to both"
+        )
+    return study.teacher_seeds[study.seeds.index(seed)]
+
+
+def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], where: str) -> Iterator[Point]:
+    """Every point, those whose teacher is a pattern ("*@50B") once per teacher that matches."""
+    for point in points:
+        wanted = point.get("teacher")
+        if wanted is None:
+            yield point
+            continue
+        names = [name for name in teachers if name == wanted or fnmatchcase(name, str(wanted))]
+        if not names:
+            near = difflib.get_close_matches(str(wanted), teachers, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"{where}: teacher {wanted!r:.80} is unknown; {hint}known: {', '.join(teachers)}")
+        yield from (point | {"teacher": name} for name in names)
+
+
+def _student_cells(
+    study: StudyConfig,
+    group: str,
+    point: Point,
+    seed: int,
+    teachers: Mapping[str, TeacherSpec],
+    run_of: Mapping[str, str],
+) -> Iterator[Cell]:
+    """The student of a point, the baseline it is compared with, and the stages that follow each."""
+    spec = study.students[group]
+    where = f"study {study.name}: students.{group}"
+    rung, budget = point.get("rung", spec.rung), point.get("tokens", spec.tokens)
+    if rung is None or budget is None:
+        raise UserError(f"{where}: a student needs 'rung' and 'tokens', in the group or as an axis")
+    tokens = own_value("tokens", budget, where)
+    rung = own_value("rung", rung, where)
+    teaching, shared = _told_apart({axis: value for axis, value in point.items() if axis not in OWN})
+    own = {"seed": seed, "model": {"rung": rung}, "data": {"seed": seed}}
+    settings = merged(own, merged(study.run, merged(spec.run, overlay(shared, where))))
+    objective = settings.pop("objective", {})  # a baseline has none, whatever the group's students have
+    student = _joined([str(rung), tokens_text(tokens), words(shared), _own_words(spec)])
+    baseline = Cell(
+        name=cell_name(["student", student], seed),
+        kind="baseline",
+        group=group,
+        student=student,
+        teacher=None,
+        arm=None,
+        alpha=None,
+        seed=seed,
+        rung=str(rung),
+        tokens=tokens,
+        settings=settings | {"tokens": tokens},
+    )
+    cells = [baseline, *(_twin(baseline, number) for number in range(1, study.baselines))]
+    if (teacher := point.get("teacher")) is not None:
+        taught = _taught(baseline, str(teacher), teaching, where)
+        if (run := run_of.get(teacher)) is not None:
+            each = teachers[run].seed is None
+            learned = teacher_cell_name(run, _teacher_seed(study, seed, where) if each else None)
+            update = {"needs": (learned,), "learned": learned if each else None}
+            taught = taught.model_copy(update=update)
+        settings = merged({"objective": objective}, taught.settings)
+        cells.append(taught.model_copy(update={"settings": settings}))
+    elif (matched := point.get("compute_of")) is not None:
+        cells.append(_compute_matched(baseline, str(matched), teachers, where))
+    elif teaching:
+        raise UserError(f"{where}: {words(teaching)} without a teacher; add the axis 'teacher'")
+    for cell in cells:
+        yield cell
+        yield from (_after(study, cell, stage) for stage in spec.then)
+
+
+def _twin(baseline: Cell, number: int) -> Cell:
+    """The same untaught run from other initial weights: what reads the batches in their order stays."""
+    seed = baseline.settings["seed"] + _TWIN_STEP * number
+    return baseline.model_copy(
+        update={
+            "name": f"{baseline.name}-w{number}",
+            "settings": baseline.settings | {"seed": seed},
+            "twin": number,
+        }
+    )
+
+
+def _told_apart(factors: Point) -> tuple[Point, Point]:
+    """(what is done with the teacher, what the baseline shares)."""
+    teaching = {axis for axis in factors if setting_of(axis).startswith("objective.")}
+    return (
+        {axis: value for axis, value in factors.items() if axis in teaching},
+        {axis: value for axis, value in factors.items() if axis not in teaching},
+    )
+
+
+def _taught(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
+    if "alpha" not in teaching:
+        raise UserError(f"{where}: teacher {teacher} without alpha; add the axis 'alpha'")
+    alpha = teaching["alpha"]
+    arm = words(teaching)
+    return baseline.model_copy(
+        update={
+            "name": cell_name(["student", baseline.student, teacher, arm], baseline.seed),
+            "kind": "student",
+            "teacher": teacher,
+            "arm": arm,
+            "alpha": float(alpha) if isinstance(alpha, int | float) and 0 <= alpha <= 1 else None,
+            "settings": merged(baseline.settings, overlay(teaching, where)),
+            "baseline": baseline.name,
+        }
+    )
+
+
+def _compute_matched(baseline: Cell, teacher: str, teachers: Mapping[str, TeacherSpec], where: str) -> Cell:
+    if teacher not in teachers or teachers[teacher].rung is None:
+        known = ", ".join(teachers)
+        raise UserError(f"{where}: compute_of {teacher!r} is no trained teacher; known: {known}")
+    arm = f"compute of {teacher}"
+    return baseline.model_copy(
+        update={
+            "name": cell_name(["student", baseline.student, arm], baseline.seed),
+            "kind": "student",
+            "arm": arm,
+            "baseline": baseline.name,
+            "compute_of": teacher,
+        }
+    )
+
+
+def _after(study: StudyConfig, cell: Cell, stage: str) -> Cell:
+    """A run's post-training: the same stage for all, compared with the baseline's."""
+    spec = study.post_training[stage]
+    seed = {"seed": cell.seed, "data": {"seed": cell.seed}}
+    settings = merged(merged(study.run, spec.run), seed | {"stage": "sft", "tokens": spec.tokens})
+    return cell.model_copy(
+        update={
+            "name": f"{cell.name}-{slug(stage)}",
+            "kind": "after",
+            "tokens": spec.tokens,
+            "settings": settings,
+            "needs": (cell.name,),
+            "baseline": None if cell.baseline is None else f"{cell.baseline}-{slug(stage)}",
+            "stage": stage,
+            "compute_of": None,
+        }
+    )
+
+
+def _own_words(spec: StudentSpec) -> str:
+    """Settings of a whole group are part of what its students are."""
+    settings = {key: value for key, value in spec.run.items() if key != "objective"}
+    return f"settings {digest(settings)}" if settings else ""
+
+
+def _joined(parts: list[str]) -> str:
+    return " ".join(part for part in parts if part)
