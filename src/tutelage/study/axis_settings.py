@@ -34,13 +34,16 @@ _SHORT = {
 OWN = {"rung", "tokens", "seed", "teacher", "compute_of"}
 """Axes that are no setting of a run by themselves."""
 
-OWN_TYPES: dict[str, TypeAdapter[Any]] = {
+_OWN_TYPES: dict[str, TypeAdapter[Any]] = {
     "rung": TypeAdapter(Name),
     "tokens": TypeAdapter(Budget),
     "seed": TypeAdapter(Seed),
     "tested_alpha": TypeAdapter(Fraction | None),
 }
 """Axes that are fields of a teacher or a student itself, with their types."""
+
+TEACHER_FIELDS = frozenset(_OWN_TYPES)
+"""Axes that are fields of a teacher."""
 
 _STUDYS = {"name", "seed", "model", "tokens", "teacher", "output", "stage"}
 _STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "trunk"))
@@ -57,13 +60,13 @@ def setting_of(axis: str) -> str:
 
 
 def own_value(axis: str, value: object, where: str) -> Any:  # noqa: ANN401 - a type for each axis
-    """The value of an axis of `OWN_TYPES`, in the spelling that every other way of saying it has too.
+    """The value of an axis of `_OWN_TYPES`, in the spelling that every other way of saying it has too.
 
     Raises:
         UserError: it is no such value.
     """
     try:
-        return OWN_TYPES[axis].validate_python(value, strict=True)
+        return _OWN_TYPES[axis].validate_python(value, strict=True)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {axis} = {value!r:.80}: {reason}") from None

@@ -9,7 +9,7 @@ from pydantic import Field
 from tutelage.config.base import Fraction, Name, Section, parse_tokens, refuse_alike, slug, tokens_text
 from tutelage.config.load import digest, merged
 from tutelage.errors import UserError
-from tutelage.study.axis_settings import OWN_TYPES, overlay, own_value
+from tutelage.study.axis_settings import TEACHER_FIELDS, overlay, own_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -140,7 +140,7 @@ def _filled(pattern: str, point: Point, where: str) -> str:
 
 
 def _one_teacher(spec: TeacherSpec, point: Point, seed: int | None, where: str) -> TeacherSpec:
-    own = {axis: own_value(axis, value, where) for axis, value in point.items() if axis in OWN_TYPES}
+    own = {axis: own_value(axis, value, where) for axis, value in point.items() if axis in TEACHER_FIELDS}
     settings = {axis: value for axis, value in point.items() if axis not in own}
     one = spec.model_copy(
         update={"seed": spec.seed if spec.seed is not None else seed}
