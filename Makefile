@@ -2,7 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is first imported; compiling all of torch is half of an installation.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 PINS := pyproject.toml constraints.txt corpora.txt
 DEV_PINS := tests/torchtitan.txt
 # A file's tests run in one process, because they share what they set up.
