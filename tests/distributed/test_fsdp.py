@@ -5,96 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import json
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.debug import CommDebugMode
-from tutelage.objective import Objective
-from tutelage.objective.chunked import ObjectiveHead
-from tutelage.types import DenseTargets, SparseTargets
-
-N, D, E, V, STEPS = 38, 16, 24, 101, 3
-
-
-def problem():
-    torch.manual_seed(0)
-    body = nn.Linear(D, D, bias=False)
-    head = nn.Linear(D, V, bias=False)
-    x = torch.randn(N, D)
-    labels = torch.randint(V, (N,))
-    labels[:7] = -100  # the ranks hold different numbers of valid tokens
-    return body, head, x, labels, torch.randn(N, E), torch.randn(V, E)
-
-
-def step(body, head, x, labels, targets, valid):
-    hidden = body(x)
-    hidden.retain_grad()
-    loss, *metrics = head(hidden, labels, targets, 0.4)
-    (loss / valid).backward()
-    return hidden.grad, torch.stack([loss.detach(), *metrics])
-
-
-def targets_of(kind, ht, Wt):
-    if kind == "dense":
-        return DenseTargets(ht, Wt)
-    p, ids = (ht @ Wt.T).softmax(-1).topk(5)
-    return SparseTargets(ids, p, 1 - p.sum(1), torch.full((len(ht),), -2.0))
-
-
-def main(kind):
-    rank = dist.get_rank()
-    body, head, x, labels, ht, Wt = problem()
-    valid = (labels != -100).sum()
-    whole = ObjectiveHead(head, Objective(chunk_tokens=8))
-    d_hidden, sums = step(body, whole, x, labels, targets_of(kind, ht, Wt), valid)
-    expected = head.weight.grad.clone(), body.weight.grad.clone()
-
-    body, head, x, labels, ht, Wt = problem()
-    sharded = ObjectiveHead(head, Objective(chunk_tokens=8))
-    mesh = init_device_mesh("cpu", (2,))
-    for module in (body, sharded):
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
-        module.set_force_sum_reduction_for_comms(True)  # gloo only sums
-    mine = slice(rank * N // 2, (rank + 1) * N // 2)
-    for _ in range(STEPS):
-        body.zero_grad()
-        sharded.zero_grad()
-        targets = targets_of(kind, ht[mine], Wt)
-        with CommDebugMode() as traffic:
-            found, my_sums = step(body, sharded, x[mine], labels[mine], targets, valid)
-        counts = {str(op): count for op, count in traffic.get_comm_counts().items()}
-        assert sharded.head.weight.to_local().shape[0] < V
-        torch.testing.assert_close(found, d_hidden[mine], rtol=1e-5, atol=1e-7)
-        for weight, gradient in ((sharded.head.weight, expected[0]), (body.weight, expected[1])):
-            torch.testing.assert_close(weight.grad.full_tensor(), gradient, rtol=1e-5, atol=1e-7)
-        dist.all_reduce(my_sums)
-        torch.testing.assert_close(my_sums, sums, rtol=1e-5, atol=1e-5)
-        if rank == 0:
-            print(json.dumps(counts))
-
-
-dist.init_process_group("gloo")
-for kind in ("dense", "sparse"):
-    main(kind)
-dist.barrier()
-dist.destroy_process_group()
-"""
+SCRIPT = Path(__file__).parents[1] / "support" / "sharded_head.py"
 
 
 @pytest.mark.slow
-def test_sharded_head_gives_the_same_and_is_gathered_once(tmp_path):
-    file = tmp_path / "sharded.py"
-    file.write_text(SCRIPT, encoding="utf-8")
+def test_sharded_head_gives_the_same_and_is_gathered_once():
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run([*launcher, str(file)], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([*launcher, str(SCRIPT)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "view tensor" not in done.stderr  # of which FSDP2 warns
     traffic = [json.loads(line) for line in done.stdout.splitlines()]
