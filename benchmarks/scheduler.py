@@ -1,7 +1,7 @@
-"""Seconds of a study's runner per run: claims, failures, choosing what is next, giving claims back.
+"""Seconds of a study's runner per run: leases, failures, choosing what is next, giving leases back.
 
 The engine ends every run at once, so nothing but the runner is measured; its files are on a real disk. Then
-the same with two runners at the same time, which see each other's claims.
+the same with two runners at the same time, which see each other's leases.
 
     python benchmarks/scheduler.py [--runs 1000]
 """
@@ -19,10 +19,10 @@ from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cells import Cell
-from tutelage.study.engines.engine import Outcome, RunTask
-from tutelage.study.leases import Claims, Failures
+from tutelage.study.engines.engine import RunTask, TaskOutcome
+from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import Cost, Node
-from tutelage.study.runner import Board, run_all
+from tutelage.study.runner import StudyProgress, run_all
 
 
 class Instant:
@@ -32,7 +32,7 @@ class Instant:
 
     def __init__(self, output: Path) -> None:
         self._output = output
-        self._ended: dict[str, Outcome] = {}
+        self._ended: dict[str, TaskOutcome] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -45,9 +45,9 @@ class Instant:
         for config in task.configs:
             (self._output / config.name).mkdir(parents=True)
             RunDirectory(self._output / config.name).write_state("done")
-        self._ended[key] = Outcome(status="done")
+        self._ended[key] = TaskOutcome(status="done")
 
-    def wait(self, seconds: float) -> dict[str, Outcome]:
+    def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """What was started since."""
         ended, self._ended = self._ended, {}
         if not ended:
@@ -61,7 +61,7 @@ class Instant:
 class Nobody:
     """A watcher that does not look."""
 
-    def show(self, board: Board) -> None:
+    def show(self, board: StudyProgress) -> None:
         """Do nothing."""
 
 
@@ -99,9 +99,9 @@ def nodes(output: Path, count: int) -> list[Node]:
 
 def run(folder: Path, count: int) -> None:
     """Run all of them."""
-    with Claims(folder) as claims:
+    with Leases(folder) as leases:
         run_all(
-            nodes(folder / "runs", count), Instant(folder / "runs"), claims, Failures(folder, 1), Nobody()
+            nodes(folder / "runs", count), Instant(folder / "runs"), leases, Failures(folder, 1), Nobody()
         )
 
 
@@ -125,8 +125,8 @@ def main() -> None:
         for process in processes:
             process.join()
         wall = time.perf_counter() - start
-        begun = len(list((Path(text) / "queue" / "claims").iterdir()))
-    print(f"two runners  {1e3 * wall / count:6.1f} ms per run; {begun} claims for {count} runs")
+        begun = len(list((Path(text) / "queue" / "leases").iterdir()))
+    print(f"two runners  {1e3 * wall / count:6.1f} ms per run; {begun} leases for {count} runs")
 
 
 if __name__ == "__main__":

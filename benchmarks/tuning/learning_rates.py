@@ -21,7 +21,7 @@ from tutelage.config.study_config import StudyConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.study.engines.local import LocalEngine, default_workers
 from tutelage.study.expand import expand
-from tutelage.study.leases import Claims, Failures
+from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import Node, Stores, bind
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import run_all
@@ -61,8 +61,8 @@ def main() -> None:
     arguments = parser.parse_args()
     nodes = sweep(arguments)
     engine = LocalEngine(default_workers(), [])
-    with engine, Claims(arguments.output) as claims, StudyTable() as table:
-        run_all(nodes, engine, claims, Failures(arguments.output, 1), table)
+    with engine, Leases(arguments.output) as leases, StudyTable() as table:
+        run_all(nodes, engine, leases, Failures(arguments.output, 1), table)
     print(f"{arguments.tokens} tokens, {arguments.seeds} seeds, validation bits per byte")
     for name in arguments.rungs:
         results = {}

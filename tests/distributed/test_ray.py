@@ -21,7 +21,7 @@ from tutelage.config.data_config import StoreConfig
 from tutelage.errors import Stopped, UserError
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
-from tutelage.study.leases import Claims, ask_to_stop
+from tutelage.study.leases import Leases, ask_to_stop
 from tutelage.study.engines.engine import StoreTask
 from tutelage.study.engines.ray import RayEngine
 from tutelage.study.leases import Failures
@@ -51,7 +51,7 @@ cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 watcher = Watcher()
 for attempt in range(2):
-    with RayEngine(cluster.address, None, "cpu") as engine, Claims(folder, 0.5) as claims:
+    with RayEngine(cluster.address, None, "cpu") as engine, Leases(folder, 0.5) as leases:
         assert engine.slots == 2
         if attempt == 0:
             broken = StoreConfig(name="none", sources=({"kind": "corpus", "name": "nothing"},))
@@ -59,9 +59,9 @@ for attempt in range(2):
             while not (ended := engine.wait(0.5)):
                 pass
             assert ended["store"].status == "failed" and "nothing" in ended["store"].text
-        watcher.token, watcher.stopping = claims.token, attempt == 0
+        watcher.token, watcher.stopping = leases.token, attempt == 0
         try:
-            run_all(nodes, engine, claims, Failures(folder, 0), watcher)
+            run_all(nodes, engine, leases, Failures(folder, 0), watcher)
         except Stopped:
             assert attempt == 0
             states = [json.loads(path.read_text())["status"] for path in folder.glob("runs/*/state.json")]

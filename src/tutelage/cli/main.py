@@ -81,10 +81,10 @@ def demo(
     again: it goes on. With one seed it shows the numbers and does not judge them.
     """
     from tutelage.study.presets import demo_study
-    from tutelage.study.run_study import Rules
+    from tutelage.study.run_study import RunnerOptions
 
     study = demo_study(seeds, tokens, quick=quick)
-    run_and_report(study, output, local_engine(study, workers), Rules(cohort=default_cohort(study)))
+    run_and_report(study, output, local_engine(study, workers), RunnerOptions(cohort=default_cohort(study)))
 
 
 @app.command()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tutelage.config.study_config import StudyConfig
     from tutelage.study.engines.engine import Engine
     from tutelage.study.expand import ExpandedStudy
-    from tutelage.study.run_study import Rules
+    from tutelage.study.run_study import RunnerOptions
 
 study_app = typer.Typer(
     no_args_is_help=True,
@@ -128,7 +128,7 @@ def study_run(
     share the work: each run is done once, and what a killed one had begun is taken over.
     """
     from tutelage.study.presets import load_study
-    from tutelage.study.run_study import Rules
+    from tutelage.study.run_study import RunnerOptions
 
     study = load_study(file, overrides or [])
     directory = output or Path(f"tutelage-{study.name}")
@@ -138,7 +138,7 @@ def study_run(
         chosen: Engine = RayEngine(ray_address, workers, study_device(study))
     else:
         chosen = local_engine(study, workers)
-    run_and_report(study, directory, chosen, Rules(retries, cohort or default_cohort(study)))
+    run_and_report(study, directory, chosen, RunnerOptions(retries, cohort or default_cohort(study)))
 
 
 def local_engine(study: StudyConfig, workers: int | None) -> Engine:
@@ -162,7 +162,7 @@ def study_device(study: StudyConfig) -> str:
     return str(study.run.get("runtime", {}).get("device", "auto"))
 
 
-def run_and_report(study: StudyConfig, directory: Path, engine: Engine, rules: Rules) -> None:
+def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options: RunnerOptions) -> None:
     """Run a study in view of a person, then say what came out."""
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import print_verdicts
@@ -175,7 +175,7 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, rules: R
     expanded = expand(study)
     _say_untestable(expanded)
     with StudyTable() as table:
-        run_study(expanded, directory, engine, table, lambda text: out.print(text, highlight=False), rules)
+        run_study(expanded, directory, engine, table, lambda text: out.print(text, highlight=False), options)
     print_verdicts(load_results(directory), out)
     try:
         with lock(directory / "report.lock", f"report of {directory}"):

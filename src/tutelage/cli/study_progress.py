@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from tutelage.study.runner import Board
+    from tutelage.study.runner import StudyProgress
     from tutelage.study.status import Status
 
 _TAIL_BYTES = 2048
@@ -43,10 +43,10 @@ class StudyTable:
     ) -> None:
         self._live.stop()
 
-    def show(self, board: Board) -> None:
+    def show(self, progress: StudyProgress) -> None:
         """Draw what runs, what is done and how long the rest will take."""
         if not out.is_terminal:
-            self._print_news(board)
+            self._print_news(progress)
             return
         table = Table(box=None, pad_edge=False)
         table.add_column("run")
@@ -54,24 +54,24 @@ class StudyTable:
         for name in ("done", "loss", "tokens/s", "left"):
             table.add_column(name, justify="right")
         done_flops = 0.0
-        for node in board.nodes:
+        for node in progress.nodes:
             directory = node.config.output / node.id
             flops = node.cost.total
-            if node.id in board.finished:
+            if node.id in progress.finished:
                 done_flops += flops
                 continue
             state = _state(directory)
             part = state.get("step", 0) / max(1, state.get("steps", 1))
             done_flops += part * flops
-            if node.id in board.running | board.elsewhere:
+            if node.id in progress.running | progress.elsewhere:
                 table.add_row(
-                    *(node.id, "running" if node.id in board.running else "elsewhere", f"{part:.0%}"),
+                    *(node.id, "running" if node.id in progress.running else "elsewhere", f"{part:.0%}"),
                     *_measured(directory, node.cost.tokens),
                 )
-        total = sum(node.cost.total for node in board.nodes)
+        total = sum(node.cost.total for node in progress.nodes)
         table.caption = (
-            f"{len(board.finished)} of {len(board.nodes)} runs done"
-            + (f", {len(board.failed)} failed" if board.failed else "")
+            f"{len(progress.finished)} of {len(progress.nodes)} runs done"
+            + (f", {len(progress.failed)} failed" if progress.failed else "")
             + f" · {done_flops / total:.0%} of the work · {self._left(done_flops, total)}"
         )
         table.caption_justify = "left"
@@ -84,14 +84,14 @@ class StudyTable:
         gained, seconds = done - self._flops_at_start, time.monotonic() - self._start
         return f"about {period((total - done) / gained * seconds)} left" if gained > 0 else "measuring speed"
 
-    def _print_news(self, board: Board) -> None:
+    def _print_news(self, progress: StudyProgress) -> None:
         """Without a terminal: one line per run that ended."""
-        for node in board.nodes:
-            if node.id in (board.finished | board.failed.keys()) - self._printed:
+        for node in progress.nodes:
+            if node.id in (progress.finished | progress.failed.keys()) - self._printed:
                 self._printed.add(node.id)
-                word = "failed" if node.id in board.failed else "done"
+                word = "failed" if node.id in progress.failed else "done"
                 out.print(
-                    f"[{len(self._printed)}/{len(board.nodes)}] {node.id} {word}",
+                    f"[{len(self._printed)}/{len(progress.nodes)}] {node.id} {word}",
                     highlight=False,
                     markup=False,
                 )

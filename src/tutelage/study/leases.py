@@ -1,15 +1,16 @@
-"""Who works on which run: claims as files, so that runners on machines that share a directory share a study.
+"""Leases on runs and records of failed attempts, kept as files that runners on several machines share.
 
     queue/runners/<token>.json     a runner: host, process, and a heartbeat that it renews
     queue/runners/<token>.stop     that runner is asked to stop
-    queue/claims/<run>.<n>.json    the n-th claim on a run; the one with the highest number counts
+    queue/leases/<run>.<n>.json    the n-th lease of a run; the one with the highest number counts
+    queue/failures/<run>.json      failed attempts at a run
 
-The one step that must be atomic is to create a file that must not exist yet: whoever creates claim n + 1
-after claim n was given back, or after its runner died, has the run, and nobody else can. A claim is never
-removed, so a slow reader cannot mistake a new claim for an old one.
+The one step that must be atomic is to create a file that must not exist yet: whoever creates lease n + 1
+after lease n was released, or after its runner died, has the run, and nobody else can. A lease is never
+removed, so a slow reader cannot mistake a new lease for an old one.
 
-A runner is dead if its process is gone (seen from the same machine), or if its heartbeat stood still while it
-was looked at several times in a row. Only the reader's own clock counts, so clocks may differ by any amount.
+A runner is dead if its process is gone (seen from the same machine), or if its heartbeat stood still in
+several readings in a row. Only the reader's own clock counts, so clocks may differ by any amount.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+_FRESH_SECONDS = 60.0
+
+
 class Attempt(Record):
-    """One failed attempt; `step` is that of the checkpoint it would have gone on from."""
+    """One failed attempt; `step` is that of the checkpoint from which it would have resumed."""
 
     time: str
     host: str
@@ -48,7 +52,7 @@ class _Attempts(Record):
 
 
 class Failures:
-    """The failed attempts of a study, in `queue/failures/<run>.json`.
+    """The failed attempts at a study's runs.
 
     Only attempts without progress count: a run that gets further each time before its machine goes away is
     not broken.
@@ -64,21 +68,20 @@ class Failures:
         self._read: dict[str, tuple[int, list[Attempt]]] = {}
 
     def add(self, run: str, error: str, step: int) -> None:
-        """Record a failed attempt at a run that the caller has claimed."""
+        """Record a failed attempt at a run that the caller holds."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         attempt = Attempt(time=now, host=socket.gethostname(), error=error, step=step)
         path = make_directory(self._directory) / f"{run}.json"
-        earlier = _attempts(path)
-        write_json(path, {"attempts": [one.model_dump() for one in [*earlier, attempt]]})
+        write_json(path, {"attempts": [one.model_dump() for one in [*_attempts(path), attempt]]})
 
     def attempted(self) -> set[str]:
         """Runs with a failed attempt."""
-        self._look()
+        self._refresh()
         return set(self._read)
 
     def marked(self) -> dict[str, str]:
         """Runs that have failed for good, and why the last attempt did."""
-        self._look()
+        self._refresh()
         return {
             run: attempts[-1].error
             for run, (_, attempts) in self._read.items()
@@ -86,13 +89,13 @@ class Failures:
         }
 
     def clear(self, run: str) -> bool:
-        """Forget the attempts at a run; False if there are none."""
+        """Forget the attempts at a run; False if it has none."""
         path = self._directory / f"{run}.json"
-        there = path.exists()
+        exists = path.exists()
         path.unlink(missing_ok=True)
-        return there
+        return exists
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         found = {}
         for path in self._directory.glob("*.json"):
             try:
@@ -107,18 +110,18 @@ class Failures:
 
 
 def _attempts(path: Path) -> list[Attempt]:
-    """A damaged file counts as no attempt."""
+    """The attempts in a file; none if it is missing or damaged."""
     try:
         return read_model(path, _Attempts).attempts
     except UnreadableError:
         return []
 
 
-Holding = Literal["free", "ours", "theirs", "done"]
+LeaseState = Literal["free", "ours", "theirs", "done"]
 
 
 class Runner(Record):
-    """What a runner says of itself; `machine` is None where processes of others cannot be seen."""
+    """A runner's own record; `machine` is None where processes of others cannot be seen."""
 
     host: str
     machine: str | None
@@ -127,37 +130,45 @@ class Runner(Record):
     time: float
 
 
-class _Claim(Record):
+class _Lease(Record):
     owner: str
-    state: Literal["held", "given back", "done"]
+    state: Literal["held", "released", "done"]
     recipe: str
 
 
 @dataclass(slots=True)
 class _Watch:
-    """How often in a row a runner's heartbeat was found where it was."""
+    """How often in a row a runner's heartbeat was found unchanged."""
 
     beat: int | None
     missed: int
     since: float
 
 
-class Claims:
-    """A runner's view of the claims of a study, and its own claims. A context manager.
+class Leases:
+    """A runner's view of the leases of a study, and its own leases. A context manager.
 
     Args:
         directory: of the study.
-        beat_seconds: between heartbeats.
+        beat_seconds: time between heartbeats.
         patience: heartbeats in a row that a runner may miss before its runs are taken over.
+
+    Raises:
+        UserError: an older version of tutelage wrote the study's queue.
     """
 
     def __init__(self, directory: Path, beat_seconds: float = 5.0, patience: int = 6) -> None:
+        if (directory / "queue" / "claims").exists():
+            raise UserError(
+                f"{directory / 'queue'}: by an older version, whose runners this one cannot see; stop them, "
+                "delete that directory and run the study again (finished runs are kept)"
+            )
         self.token = f"{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._runners = make_directory(directory / "queue" / "runners")
-        self._claims = make_directory(directory / "queue" / "claims")
+        self._leases = make_directory(directory / "queue" / "leases")
         self._beat_seconds, self._patience = beat_seconds, patience
         self._newest: dict[str, int] = {}
-        self._read: dict[str, tuple[int, _Claim]] = {}
+        self._read: dict[str, tuple[int, _Lease]] = {}
         self._watched: dict[str, _Watch] = {}
         self._dead: dict[str, bool] = {}
         self._leave = threading.Event()
@@ -176,55 +187,55 @@ class Claims:
         for suffix in (".json", ".stop"):
             (self._runners / f"{self.token}{suffix}").unlink(missing_ok=True)
 
-    def look(self) -> None:
-        """Read what has changed on disk. The other methods answer from what this has seen."""
+    def refresh(self) -> None:
+        """Read what has changed on disk; the other methods answer from what this has read."""
         self._dead.clear()
-        for entry in os.scandir(self._claims):
+        for entry in os.scandir(self._leases):
             if not entry.name.startswith("."):  # a name under which a file is being written
                 run, digits, _ = entry.name.rsplit(".", 2)
                 self._newest[run] = max(int(digits), self._newest.get(run, 0))
         for run, number in self._newest.items():
             known = self._read.get(run)
             if known is None or known[0] != number or known[1].state == "held":
-                self._read[run] = number, self._claim(run, number)
+                self._read[run] = number, self._lease(run, number)
 
-    def holding(self, run: str, recipe: str) -> Holding:
-        """Who has `run`; "done": it was finished with this `recipe`."""
+    def state(self, run: str, recipe: str) -> LeaseState:
+        """Who holds `run`; "done": it was finished with this `recipe`."""
         if run not in self._read:
             return "free"
-        claim = self._read[run][1]
-        if claim.state == "done" and claim.recipe == recipe:
+        lease = self._read[run][1]
+        if lease.state == "done" and lease.recipe == recipe:
             return "done"
-        if claim.state != "held":
+        if lease.state != "held":
             return "free"
-        if claim.owner == self.token:
+        if lease.owner == self.token:
             return "ours"
-        return "free" if self._is_dead(claim.owner) else "theirs"
+        return "free" if self._is_dead(lease.owner) else "theirs"
 
     def owner(self, run: str) -> str | None:
-        """Host and process of the runner that works on `run`; None if nobody does, as far as can be seen."""
+        """Host and process of the runner that holds `run`; None if none does, as far as can be seen."""
         if run not in self._read or self._read[run][1].state != "held":
             return None
         runner = read_runner(self._runners / f"{self._read[run][1].owner}.json")
         return None if runner is None or is_gone(runner) else f"{runner.host} process {runner.pid}"
 
-    def take(self, run: str, recipe: str) -> bool:
-        """Claim a free run; False if another runner was faster."""
+    def acquire(self, run: str, recipe: str) -> bool:
+        """Take a free run; False if another runner was faster."""
         number = self._newest.get(run, 0) + 1
-        claim = _Claim(owner=self.token, state="held", recipe=recipe)
+        lease = _Lease(owner=self.token, state="held", recipe=recipe)
         try:
             with self._path(run, number).open("x", encoding="utf-8") as file:
-                file.write(claim.model_dump_json())
+                file.write(lease.model_dump_json())
         except FileExistsError:
             return False
         self._newest[run] = number
-        self._read[run] = number, claim
+        self._read[run] = number, lease
         return True
 
-    def give_back(self, run: str, *, done: bool) -> None:
-        """End a claim of ours: the run is finished, or free again."""
-        number, claim = self._read[run]
-        ended = claim.model_copy(update={"state": "done" if done else "given back"})
+    def release(self, run: str, *, done: bool) -> None:
+        """End a lease of ours: the run is finished, or free again."""
+        number, lease = self._read[run]
+        ended = lease.model_copy(update={"state": "done" if done else "released"})
         write_json(self._path(run, number), ended.model_dump())
         self._read[run] = number, ended
 
@@ -246,15 +257,15 @@ class Claims:
         write_json(self._runners / f"{self.token}.json", runner.model_dump())
 
     def _path(self, run: str, number: int) -> Path:
-        return self._claims / f"{run}.{number}.json"
+        return self._leases / f"{run}.{number}.json"
 
-    def _claim(self, run: str, number: int) -> _Claim:
-        """A claim as it is on disk; one that is being written just now is held by nobody we know."""
+    def _lease(self, run: str, number: int) -> _Lease:
+        """A lease as it is on disk; one that is being written just now is held by an unknown runner."""
         path = self._path(run, number)
         try:
-            return read_model(path, _Claim)
+            return read_model(path, _Lease)
         except UnreadableError:
-            return _Claim(owner=path.name, state="held", recipe="")
+            return _Lease(owner=path.name, state="held", recipe="")
 
     def _is_dead(self, owner: str) -> bool:
         if owner not in self._dead:
@@ -270,7 +281,7 @@ class Claims:
         if watch is None or watch.beat != beat:
             self._watched[owner] = _Watch(beat, 0, now)
             return False
-        if now - watch.since >= self._beat_seconds:  # one miss a look: a pause of ours is no miss of theirs
+        if now - watch.since >= self._beat_seconds:  # one miss a reading: our pause is no miss of theirs
             watch.missed, watch.since = watch.missed + 1, now
         return watch.missed >= self._patience
 
@@ -281,6 +292,16 @@ def runners(directory: Path) -> dict[str, Runner]:
         path.stem: read_runner(path) for path in sorted((directory / "queue" / "runners").glob("*.json"))
     }
     return {token: runner for token, runner in found.items() if runner is not None}
+
+
+def living_runners(directory: Path) -> dict[str, Runner]:
+    """The runners of a study whose process is not known to have ended, by token."""
+    return {token: runner for token, runner in runners(directory).items() if not is_gone(runner)}
+
+
+def is_silent(runner: Runner) -> bool:
+    """Whether the last heartbeat is more than a minute old by our clock, which may be off from theirs."""
+    return time.time() - runner.time >= _FRESH_SECONDS
 
 
 def ask_to_stop(directory: Path, token: str) -> None:
@@ -304,8 +325,8 @@ def is_gone(runner: Runner) -> bool:
         os.kill(runner.pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # it exists, and is another user's
+        pass
     return False
 
 

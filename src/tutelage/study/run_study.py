@@ -14,7 +14,7 @@ from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
 from tutelage.files import LockedError, lock, make_directory, stop_signal
 from tutelage.study.engines.engine import StoreTask
-from tutelage.study.leases import Claims, Failures, is_gone, runners
+from tutelage.study.leases import Failures, Leases, is_silent, living_runners
 from tutelage.study.nodes import Node, Stores, bind, check_cells
 from tutelage.study.plan import Plan, load_plan, plan_of, save_plan
 from tutelage.study.runner import run_all
@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.5
 
 
 def build_stores(
-    expanded: ExpandedStudy, directory: Path, engine: Engine, claims: Claims, say: Callable[[str], None]
+    expanded: ExpandedStudy, directory: Path, engine: Engine, leases: Leases, say: Callable[[str], None]
 ) -> Stores:
     """Build a study's token stores: the corpus, then the rest in its tokens.
 
@@ -38,7 +38,7 @@ def build_stores(
         expanded: the study.
         directory: of the stores.
         engine: where they are built.
-        claims: of this runner, which may be asked to stop.
+        leases: of this runner, which may be asked to stop.
         say: told which text is read, and what is unusual about it.
 
     Raises:
@@ -48,7 +48,7 @@ def build_stores(
 
     def build(configs: Mapping[str, StoreConfig]) -> dict[str, Path]:
         tasks = {key: StoreTask(config=config, directory=directory) for key, config in configs.items()}
-        return _perform_all(tasks, engine, claims, say)
+        return _build_all(tasks, engine, leases, say)
 
     study = expanded.study
     corpus = build({"corpus": study.corpus})["corpus"]
@@ -81,8 +81,8 @@ def build_stores(
     return Stores(corpus=corpus, domains=of("domain"), teachers=of("teacher"), stages=of("stage"))
 
 
-def _perform_all(
-    tasks: Mapping[str, StoreTask], engine: Engine, claims: Claims, say: Callable[[str], None]
+def _build_all(
+    tasks: Mapping[str, StoreTask], engine: Engine, leases: Leases, say: Callable[[str], None]
 ) -> dict[str, Path]:
     """Build every store; the first that fails ends it."""
     waiting, running, built = list(tasks), set[str](), dict[str, Path]()
@@ -104,17 +104,16 @@ def _perform_all(
                 else:  # another process is building it
                     waiting.append(key)
                     stop.wait(_POLL_SECONDS)
-            if stop.is_set() or claims.is_asked_to_stop():
+            if stop.is_set() or leases.is_asked_to_stop():
                 raise Stopped
     return built
 
 
 _POLL_SECONDS = 0.5
-_FRESH_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RunnerOptions:
     """How a study is run; nothing here changes its results.
 
     Attributes:
@@ -132,7 +131,7 @@ def run_study(
     engine: Engine,
     watcher: StudyWatcher,
     say: Callable[[str], None],
-    rules: Rules | None = None,
+    options: RunnerOptions | None = None,
 ) -> None:
     """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
 
@@ -142,26 +141,26 @@ def run_study(
         engine: where the work is done.
         watcher: shown the state of all runs twice a second.
         say: told what is being done between the runs.
-        rules: how it is run.
+        options: how it is run.
 
     Raises:
         UserError: input is wrong, some runs failed, or a runner works on another study in `directory`.
         Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
     """
-    rules = rules or Rules()
+    options = options or RunnerOptions()
     check_cells(expanded)
     make_directory(directory)
-    with engine, Claims(directory) as claims:
-        with _prepared_alone(directory, claims, say):
-            stores = build_stores(expanded, directory / "data", engine, claims, say)
+    with engine, Leases(directory) as leases:
+        with _prepared_alone(directory, leases, say):
+            stores = build_stores(expanded, directory / "data", engine, leases, say)
             nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
             _check_budgets(nodes)
-            _publish(directory, plan_of(expanded, nodes), claims)
-        run_all(nodes, engine, claims, Failures(directory, rules.retries), watcher, rules.cohort)
+            _publish(directory, plan_of(expanded, nodes), leases)
+        run_all(nodes, engine, leases, Failures(directory, options.retries), watcher, options.cohort)
 
 
 @contextlib.contextmanager
-def _prepared_alone(directory: Path, claims: Claims, say: Callable[[str], None]) -> Iterator[None]:
+def _prepared_alone(directory: Path, leases: Leases, say: Callable[[str], None]) -> Iterator[None]:
     """Be the only one on this machine that prepares the study; others wait, and then find it prepared."""
     with contextlib.ExitStack() as held:
         said = False
@@ -173,18 +172,18 @@ def _prepared_alone(directory: Path, claims: Claims, say: Callable[[str], None])
                 if not said:
                     say("another runner prepares the study")
                 said = True
-                if claims.is_asked_to_stop():
+                if leases.is_asked_to_stop():
                     raise Stopped from None
                 time.sleep(_POLL_SECONDS)
         yield
 
 
-def _publish(directory: Path, plan: Plan, claims: Claims) -> None:
+def _publish(directory: Path, plan: Plan, leases: Leases) -> None:
     """Write plan.json, unless a living runner works on another plan."""
     others = [
         runner
-        for token, runner in runners(directory).items()
-        if token != claims.token and not is_gone(runner) and time.time() - runner.time < _FRESH_SECONDS
+        for token, runner in living_runners(directory).items()
+        if token != leases.token and not is_silent(runner)
     ]
     if others and (directory / "plan.json").exists() and load_plan(directory) != plan:
         raise UserError(

@@ -17,8 +17,8 @@ from tutelage.study.engines.engine import RunTask
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tutelage.study.engines.engine import Engine, Outcome
-    from tutelage.study.leases import Claims, Failures
+    from tutelage.study.engines.engine import Engine, TaskOutcome
+    from tutelage.study.leases import Failures, Leases
     from tutelage.study.nodes import Node
 
 _POLL_SECONDS = 0.5
@@ -27,7 +27,7 @@ _BUSY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class StudyProgress:
     """Where the runs of a study are, by run id.
 
     Attributes:
@@ -48,14 +48,14 @@ class Board:
 class StudyWatcher(Protocol):
     """Whoever looks on while a study runs."""
 
-    def show(self, board: Board) -> None:
+    def show(self, progress: StudyProgress) -> None:
         """Called about twice a second."""
 
 
 def run_all(
     nodes: Sequence[Node],
     engine: Engine,
-    claims: Claims,
+    leases: Leases,
     failures: Failures,
     watcher: StudyWatcher,
     cohort: int = 1,
@@ -68,7 +68,7 @@ def run_all(
     Args:
         nodes: the runs; each comes after what it needs.
         engine: where they run, entered.
-        claims: of this runner, entered.
+        leases: of this runner, entered.
         failures: of the study.
         watcher: shown the state of all runs twice a second.
         cohort: largest number of students of one teacher and seed that train together.
@@ -77,33 +77,33 @@ def run_all(
         UserError: some runs failed; the message lists them. What finished is kept.
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
-    work = _Work(nodes, engine, claims, failures, cohort)
+    state = RunnerState(nodes, engine, leases, failures, cohort)
     with stop_signal() as stop:
-        work.look()
-        while not work.is_over():
-            work.start_ready()
-            watcher.show(work.board())
-            work.take_note(engine.wait(_POLL_SECONDS))
-            if stop.is_set() or claims.is_asked_to_stop():
-                work.stop()
+        state.refresh()
+        while not state.is_over():
+            state.start_ready()
+            watcher.show(state.progress())
+            state.settle(engine.wait(_POLL_SECONDS))
+            if stop.is_set() or leases.is_asked_to_stop():
+                state.stop()
                 raise Stopped
-            work.look()
-    watcher.show(work.board())
-    if work.failed:
-        lines = "\n".join(f"  {run}: {reason}" for run, reason in work.failed.items())
+            state.refresh()
+    watcher.show(state.progress())
+    if state.failed:
+        lines = "\n".join(f"  {run}: {reason}" for run, reason in state.failed.items())
         raise UserError(
-            f"{len(work.failed)} of {len(nodes)} runs failed; the others are finished and kept\n{lines}\n"
+            f"{len(state.failed)} of {len(nodes)} runs failed; the others are finished and kept\n{lines}\n"
             "`tutelage study retry DIR` lets them be tried again"
         )
 
 
 @dataclass
-class _Work:
+class RunnerState:
     """The runner's state between two looks at the disk."""
 
     nodes: Sequence[Node]
     engine: Engine
-    claims: Claims
+    leases: Leases
     failures: Failures
     cohort: int
     finished: set[str] = field(default_factory=set)
@@ -118,16 +118,16 @@ class _Work:
         self._keys = map(str, itertools.count())
         self._tried: set[str] = set()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Learn from disk what other runners have done; let go of runs that they took over."""
-        self.claims.look()
+        self.leases.refresh()
         self._tried = self.failures.attempted()
         marked = self.failures.marked()
         failed: dict[str, str] = {}
         for node in self.nodes:
             if node.id in self.finished:
                 continue
-            if self._holding(node) == "done" and _directory(node).is_done():
+            if self._lease(node) == "done" and _directory(node).is_done():
                 self.finished.add(node.id)
             elif node.id in marked and node.id not in self._ours():
                 failed[node.id] = marked[node.id]
@@ -135,7 +135,7 @@ class _Work:
                 failed[node.id] = f"needs {broken[0]}, which failed"
         self.failed = failed
         for key, members in self.tasks.items():
-            if any(self._holding(node) != "ours" for node in members):
+            if any(self._lease(node) != "ours" for node in members):
                 self.engine.cancel(key)
 
     def is_over(self) -> bool:
@@ -152,24 +152,24 @@ class _Work:
             and node.id not in self.failed
             and self.finished.issuperset(node.needs)
             and self.not_before.get(node.id, 0.0) <= now
-            and self._holding(node) == "free"
+            and self._lease(node) == "free"
         ]
         ready.sort(key=lambda node: -self._weights[node.id])
         while ready and (free := self.engine.slots - len(self.tasks)) > 0:
             together = self._together(ready, free)
             ready = [node for node in ready if node not in together]
-            taken = [node for node in together if self.claims.take(node.id, self._recipes[node.id])]
+            taken = [node for node in together if self.leases.acquire(node.id, self._recipes[node.id])]
             if taken:
                 key = next(self._keys)
                 self.tasks[key] = taken
                 self.engine.start(key, RunTask(configs=tuple(node.config for node in taken)))
 
-    def take_note(self, outcomes: Mapping[str, Outcome]) -> None:
-        """Give back the claims of tasks that have ended."""
+    def settle(self, outcomes: Mapping[str, TaskOutcome]) -> None:
+        """Give back the leases of tasks that have ended."""
         for key, outcome in outcomes.items():
             members = self.tasks.pop(key)
             for node in members:
-                if self._holding(node) != "ours":  # taken over meanwhile: not ours to judge
+                if self._lease(node) != "ours":  # taken over meanwhile: not ours to judge
                     continue
                 if outcome.status == "done":
                     self.finished.add(node.id)
@@ -178,7 +178,7 @@ class _Work:
                 elif outcome.status == "failed" and not (len(members) > 1 and _directory(node).is_done()):
                     own = _directory(node).state().get("error") if len(members) > 1 else None
                     self.failures.add(node.id, own or outcome.text, _checkpoint(node))
-                self.claims.give_back(node.id, done=outcome.status == "done")
+                self.leases.release(node.id, done=outcome.status == "done")
 
     def stop(self) -> None:
         """Ask everything of ours to stop and wait until it has."""
@@ -186,19 +186,19 @@ class _Work:
             self.engine.cancel(key)
         deadline = time.monotonic() + _GRACE_SECONDS
         while self.tasks and time.monotonic() < deadline:
-            self.take_note(self.engine.wait(_POLL_SECONDS))
+            self.settle(self.engine.wait(_POLL_SECONDS))
 
-    def board(self) -> Board:
+    def progress(self) -> StudyProgress:
         """The state for a watcher."""
         left = [node for node in self.nodes if node.id not in self.finished]
-        theirs = {node.id for node in left if self._holding(node) == "theirs"}
-        return Board(self.nodes, self._ours(), theirs, set(self.finished), dict(self.failed))
+        theirs = {node.id for node in left if self._lease(node) == "theirs"}
+        return StudyProgress(self.nodes, self._ours(), theirs, set(self.finished), dict(self.failed))
 
     def _ours(self) -> set[str]:
         return {node.id for members in self.tasks.values() for node in members}
 
-    def _holding(self, node: Node) -> str:
-        return self.claims.holding(node.id, self._recipes[node.id])
+    def _lease(self, node: Node) -> str:
+        return self.leases.state(node.id, self._recipes[node.id])
 
     def _together(self, ready: Sequence[Node], free: int) -> list[Node]:
         """The first run that is ready and those that can share its batches, as long as no slot stays empty.
@@ -209,12 +209,12 @@ class _Work:
         if first.cell.kind != "student" or first.id in self._tried:
             return [first]
         size = max(1, min(self.cohort, len(ready) // free))
-        key = _company(first)
-        alike = [node for node in ready if node.id not in self._tried and _company(node) == key]
+        key = cohort_key(first)
+        alike = [node for node in ready if node.id not in self._tried and cohort_key(node) == key]
         return alike[:size]
 
 
-def _company(node: Node) -> str:
+def cohort_key(node: Node) -> str:
     """Equal for students that `check_cohort` lets train together."""
     config = node.config
     parts = (config.teacher, config.data, config.runtime)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
-from tutelage.study.leases import Claims, Failures, ask_to_stop, is_gone, runners
+from tutelage.study.leases import Failures, Leases, ask_to_stop, is_gone, is_silent, living_runners, runners
 from tutelage.study.plan import Plan, load_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from tutelage.study.leases import Runner
     from tutelage.study.plan import Plan, PlanRun
 
 
@@ -105,7 +106,6 @@ def _keys(rung: str, teacher: str | None) -> list[tuple[str | None, ...]]:
     return [(rung, teacher), (rung,), ()]
 
 
-_FRESH_SECONDS = 60.0
 _POLL_SECONDS = 0.2
 
 
@@ -154,15 +154,15 @@ def read_status(directory: Path, retries: int = 1) -> Status:
         UserError: there is no valid plan.json.
     """
     plan = load_plan(directory)
-    claims, failures = Claims(directory), Failures(directory, retries)
-    claims.look()
+    leases, failures = Leases(directory), Failures(directory, retries)
+    leases.refresh()
     marked, attempted = failures.marked(), failures.attempted()
     counts: Counter[str] = Counter()
     active: list[Active] = []
     left: list[str] = []
     for run in plan.runs:
         state = RunDirectory(directory / plan.runs_directory / run.run).state()
-        owner = claims.owner(run.run)
+        owner = leases.owner(run.run)
         if state.get("status") == "done":
             word = "done"
         elif owner is not None:
@@ -182,7 +182,7 @@ def read_status(directory: Path, retries: int = 1) -> Status:
         active=active,
         failed={run: reason for run, reason in marked.items() if run in left},
         retried=sorted((attempted - marked.keys()) & set(left)),
-        runners=[_described(token, directory) for token in runners(directory)],
+        runners=[_described(runner) for runner in runners(directory).values()],
         seconds_left=_seconds_left(plan, left, Speeds(timings)),
         timed=len(timings),
         error=estimate_error(timings),
@@ -199,14 +199,14 @@ def stop_study(directory: Path, patience_seconds: float = 90.0) -> tuple[int, in
         UserError: there is no valid plan.json.
     """
     load_plan(directory)
-    asked = [token for token, runner in runners(directory).items() if not is_gone(runner)]
+    asked = [*living_runners(directory)]
     for token in asked:
         ask_to_stop(directory, token)
     deadline = time.monotonic() + patience_seconds
     left = set(asked)
     while left and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-        left = {token for token, runner in runners(directory).items() if not is_gone(runner)} & left
+        left &= living_runners(directory).keys()
     return len(asked), len(left)
 
 
@@ -237,10 +237,9 @@ def _seconds_left(plan: Plan, left: Sequence[str], speeds: Speeds) -> float | No
     return total
 
 
-def _described(token: str, directory: Path) -> str:
-    runner = runners(directory)[token]
-    age = max(0.0, time.time() - runner.time)
+def _described(runner: Runner) -> str:
     if is_gone(runner):
         return f"{runner.host} process {runner.pid}: dead"
-    late = "" if age < _FRESH_SECONDS else ": silent, dead unless its clock is off"
+    age = max(0.0, time.time() - runner.time)
+    late = ": silent, dead unless its clock is off" if is_silent(runner) else ""
     return f"{runner.host} process {runner.pid}: heartbeat {age:.0f} s ago{late}"

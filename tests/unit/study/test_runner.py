@@ -10,7 +10,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
 from tutelage.study.engines.local import LocalEngine
-from tutelage.study.leases import Claims, Failures, ask_to_stop
+from tutelage.study.leases import Failures, Leases, ask_to_stop
 from tutelage.study.nodes import Cost, Node
 from tutelage.study.runner import run_all
 
@@ -50,8 +50,8 @@ def taught(make_config, teacher, alpha, **changes):
 
 
 def run(nodes, folder, watcher=None, workers=2, retries=1, cohort=1):
-    with LocalEngine(workers, []) as engine, Claims(folder, 0.2) as claims:
-        run_all(nodes, engine, claims, Failures(folder, retries), watcher or Quiet(), cohort)
+    with LocalEngine(workers, []) as engine, Leases(folder, 0.2) as leases:
+        run_all(nodes, engine, leases, Failures(folder, retries), watcher or Quiet(), cohort)
 
 
 def status(one):
@@ -110,28 +110,28 @@ def test_number_of_workers_and_cohorts_do_not_change_results(make_config, tmp_pa
 def test_what_is_finished_is_not_started_again(make_config, tmp_path):
     nodes = [node(make_config(seed=seed)) for seed in (1, 2)]
     run(nodes, tmp_path)
-    before = sorted((tmp_path / "queue" / "claims").iterdir())
+    before = sorted((tmp_path / "queue" / "leases").iterdir())
     run(nodes, tmp_path)
-    assert sorted((tmp_path / "queue" / "claims").iterdir()) == before
+    assert sorted((tmp_path / "queue" / "leases").iterdir()) == before
     assert len(before) == 2
 
 
 def test_stop_checkpoints_and_the_same_call_goes_on(make_config, tmp_path):
     nodes = [node(make_config(seed=seed, tokens=256 * 4000)) for seed in (1, 2)]
-    with LocalEngine(2, []) as engine, Claims(tmp_path, 0.2) as claims:
+    with LocalEngine(2, []) as engine, Leases(tmp_path, 0.2) as leases:
 
         class Impatient(Quiet):
             def show(self, board):
                 if all((one.config.output / one.id / "checkpoints").exists() for one in nodes):
-                    ask_to_stop(tmp_path, claims.token)
+                    ask_to_stop(tmp_path, leases.token)
 
         with pytest.raises(Stopped):
-            run_all(nodes, engine, claims, Failures(tmp_path, 1), Impatient())
+            run_all(nodes, engine, leases, Failures(tmp_path, 1), Impatient())
     assert {status(one) for one in nodes} == {"stopped"}
     assert Failures(tmp_path, 1).attempted() == set()
-    with Claims(tmp_path, 0.2) as claims:
-        claims.look()
-        assert all(claims.take(one.id, "recipe") for one in nodes)
+    with Leases(tmp_path, 0.2) as leases:
+        leases.refresh()
+        assert all(leases.acquire(one.id, "recipe") for one in nodes)
 
 
 def test_two_runners_share_the_work(make_config, tmp_path):
@@ -147,6 +147,6 @@ def test_two_runners_share_the_work(make_config, tmp_path):
         thread.join(120)
     assert {status(one) for one in nodes} == {"done"}
     assert all(len(watcher.board.finished) == len(nodes) for watcher in watchers)
-    claims = [json.loads(path.read_text()) for path in (tmp_path / "queue" / "claims").iterdir()]
-    assert len(claims) == len(nodes)  # each was begun once
-    assert len({claim["owner"] for claim in claims}) == 2
+    leases = [json.loads(path.read_text()) for path in (tmp_path / "queue" / "leases").iterdir()]
+    assert len(leases) == len(nodes)  # each was begun once
+    assert len({lease["owner"] for lease in leases}) == 2

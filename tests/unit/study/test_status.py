@@ -12,11 +12,11 @@ from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cost import Machine, forecast
 from tutelage.study.expand import expand
-from tutelage.study.leases import Claims, Failures
+from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import Stores, bind
 from tutelage.study.plan import plan_of, save_plan
 from tutelage.study.presets import demo_study
-from tutelage.study.runner import Board
+from tutelage.study.runner import StudyProgress
 from tutelage.study.status import read_status, retry_runs, stop_study
 
 STUDY = demo_study(1, "20K", quick=False)
@@ -44,8 +44,8 @@ def nodes(store, other_store, tmp_path):
 
 
 def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, tmp_path):
-    with Claims(tmp_path) as claims:
-        claims.take(nodes[3].id, "recipe")
+    with Leases(tmp_path) as leases:
+        leases.acquire(nodes[3].id, "recipe")
         status = read_status(tmp_path)
         with out.capture() as shown:
             print_status(status, tmp_path)
@@ -65,9 +65,9 @@ def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, 
 
 
 def test_stop_asks_and_says_who_is_still_there(nodes, tmp_path):
-    with Claims(tmp_path) as claims:
+    with Leases(tmp_path) as leases:
         assert stop_study(tmp_path, 0.3) == (1, 1)
-        assert claims.is_asked_to_stop()
+        assert leases.is_asked_to_stop()
     assert stop_study(tmp_path, 0.3) == (0, 0)
 
 
@@ -90,7 +90,7 @@ def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
     ids = [node.id for node in nodes]
     with out.capture() as shown, StudyTable() as table:
         for finished in (set(ids[:1]), set(ids[:2]), set(ids[:2])):
-            table.show(Board(nodes, {ids[3]}, set(), finished, {ids[4]: "too hot"}))
+            table.show(StudyProgress(nodes, {ids[3]}, set(), finished, {ids[4]: "too hot"}))
     lines = shown.get().splitlines()
     assert sum("done" in line for line in lines) == 2
     assert sum("failed" in line for line in lines) == 1
@@ -102,7 +102,9 @@ def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_p
     monkeypatch.setattr("tutelage.cli.study_progress.out", screen)
     with StudyTable() as table:
         table.show(
-            Board(nodes, {nodes[3].id}, {nodes[2].id}, {nodes[0].id, nodes[1].id}, {nodes[4].id: "hot"})
+            StudyProgress(
+                nodes, {nodes[3].id}, {nodes[2].id}, {nodes[0].id, nodes[1].id}, {nodes[4].id: "hot"}
+            )
         )
     shown = screen.file.getvalue()
     row = next(line for line in shown.splitlines() if nodes[3].id in line)

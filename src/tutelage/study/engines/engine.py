@@ -38,7 +38,7 @@ Task = RunTask | StoreTask
 _TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
 
 
-class Outcome(Section):
+class TaskOutcome(Section):
     """How a task ended.
 
     `stopped`: it can be taken up again; `busy`: another process works on it; `failed`: `text` says why. Of a
@@ -67,33 +67,33 @@ class Engine(Protocol):
     def start(self, key: str, task: Task) -> None:
         """Begin a task; the caller keeps to `slots`."""
 
-    def wait(self, seconds: float) -> dict[str, Outcome]:
+    def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """Tasks that have ended, by key; returns when there is one, or after `seconds`."""
 
     def cancel(self, key: str) -> None:
         """Ask a task to stop where it can be taken up again; its outcome follows."""
 
 
-def perform(task: str) -> str:
+def execute(task: str) -> str:
     """Do a task, both given and answered as JSON, so that it can be sent anywhere."""
-    return _perform(_TASK.validate_json(task)).model_dump_json()
+    return _execute(_TASK.validate_json(task)).model_dump_json()
 
 
-def _perform(task: Task) -> Outcome:
+def _execute(task: Task) -> TaskOutcome:
     try:
         if isinstance(task, StoreTask):
             from tutelage.data.store import build_store  # noqa: PLC0415 - as below
 
-            return Outcome(status="done", text=str(build_store(task.config, task.directory)))
+            return TaskOutcome(status="done", text=str(build_store(task.config, task.directory)))
         from tutelage.run import run_cohort  # noqa: PLC0415 - torch is imported where tasks run
 
         run_cohort(task.configs)
     except Stopped:
-        return Outcome(status="stopped")
+        return TaskOutcome(status="stopped")
     except LockedError as error:
-        return Outcome(status="busy", text=str(error))
+        return TaskOutcome(status="busy", text=str(error))
     except UserError as error:
-        return Outcome(status="failed", text=str(error))
+        return TaskOutcome(status="failed", text=str(error))
     except Exception:  # noqa: BLE001 - whatever it is, the other runs go on, and this is kept
-        return Outcome(status="failed", text=traceback.format_exc(limit=-3).strip())
-    return Outcome(status="done")
+        return TaskOutcome(status="failed", text=traceback.format_exc(limit=-3).strip())
+    return TaskOutcome(status="done")

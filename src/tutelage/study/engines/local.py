@@ -13,7 +13,7 @@ import time
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from tutelage.study.engines.engine import Outcome, perform
+from tutelage.study.engines.engine import TaskOutcome, execute
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -69,7 +69,7 @@ class LocalEngine:
             worker = self._workers[place] = _Worker(self._context, _share(place, self.slots), gpu)
         worker.start(key, task.model_dump_json())
 
-    def wait(self, seconds: float) -> dict[str, Outcome]:
+    def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """See `Engine`."""
         busy = [worker for worker in self._workers if worker is not None and worker.key is not None]
         if not busy:
@@ -123,11 +123,11 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it died just now: `outcome` says so
             self.connection.send_bytes(task.encode())
 
-    def outcome(self) -> Outcome | None:
+    def outcome(self) -> TaskOutcome | None:
         """How the task ended; None while it goes on."""
         try:
             if self.connection.poll():
-                outcome = Outcome.model_validate_json(self.connection.recv_bytes())
+                outcome = TaskOutcome.model_validate_json(self.connection.recv_bytes())
             elif self.process.is_alive():
                 return None
             else:
@@ -146,13 +146,13 @@ class _Worker:
             self.process.join()
         self.connection.close()
 
-    def _died(self) -> Outcome:
+    def _died(self) -> TaskOutcome:
         if self.is_leaving:
-            return Outcome(status="stopped")
+            return TaskOutcome(status="stopped")
         code = self.process.exitcode or 0
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         guess = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return Outcome(status="failed", text=f"its process ended {how}{guess}")
+        return TaskOutcome(status="failed", text=f"its process ended {how}{guess}")
 
 
 def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpu: str | None) -> None:
@@ -167,7 +167,7 @@ def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gp
     while not leaving.is_set():
         try:
             task = connection.recv_bytes()
-            connection.send_bytes(perform(task.decode()).encode())
+            connection.send_bytes(execute(task.decode()).encode())
         except (EOFError, ConnectionError):  # nobody is left to answer
             return
 

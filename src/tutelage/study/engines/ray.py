@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
-from tutelage.study.engines.engine import Outcome, perform
+from tutelage.study.engines.engine import TaskOutcome, execute
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -63,7 +63,7 @@ class RayEngine:
         gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
         self.slots = self._workers or gpus or int(resources.get("CPU", 1))
         needs = self._ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
-        self._perform = needs(_perform_there)
+        self._execute = needs(_execute_there)
         return self
 
     def __exit__(
@@ -75,9 +75,9 @@ class RayEngine:
 
     def start(self, key: str, task: Task) -> None:
         """See `Engine`."""
-        self._running[self._perform.remote(task.model_dump_json(), os.getcwd())] = key  # noqa: PTH109 - text
+        self._running[self._execute.remote(task.model_dump_json(), os.getcwd())] = key  # noqa: PTH109 - text
 
-    def wait(self, seconds: float) -> dict[str, Outcome]:
+    def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """See `Engine`."""
         if not self._running:
             time.sleep(seconds)
@@ -92,14 +92,14 @@ class RayEngine:
                 self._cancelled.add(key)
                 self._ray.cancel(task, force=False)  # Ctrl-C in the worker, which checkpoints
 
-    def _outcome(self, task: Any, key: str) -> Outcome:  # noqa: ANN401 - a reference of Ray's
+    def _outcome(self, task: Any, key: str) -> TaskOutcome:  # noqa: ANN401 - a reference of Ray's
         errors = self._ray.exceptions
         try:
-            return Outcome.model_validate_json(self._ray.get(task))
+            return TaskOutcome.model_validate_json(self._ray.get(task))
         except errors.RayError as error:
             if key in self._cancelled:
-                return Outcome(status="stopped")
-            return Outcome(status="failed", text=" ".join(str(error).split())[:500])
+                return TaskOutcome(status="stopped")
+            return TaskOutcome(status="failed", text=" ".join(str(error).split())[:500])
 
 
 def _check_listens(what: str, address: str) -> None:
@@ -126,6 +126,6 @@ def _check_listens(what: str, address: str) -> None:
         raise UserError(f"{what} {address}: what listens there is not Ray")
 
 
-def _perform_there(task: str, folder: str) -> str:
+def _execute_there(task: str, folder: str) -> str:
     os.chdir(folder)
-    return perform(task)
+    return execute(task)

@@ -7,17 +7,18 @@ import time
 
 import pytest
 
-from tutelage.study.leases import Claims, Failures, ask_to_stop, is_gone, read_runner, runners
+from tutelage.errors import UserError
+from tutelage.study.leases import Failures, Leases, ask_to_stop, is_gone, read_runner, runners
 
 BEAT = 0.05
-CLAIMER = """
+LESSEE = """
 import sys, time
 from pathlib import Path
-from tutelage.study.leases import Claims
-with Claims(Path(sys.argv[1]), 0.05) as claims:
-    claims.look()
-    free = [run for run in map(str, range(200)) if claims.holding(run, "recipe") == "free"]
-    won = [run for run in free if claims.take(run, "recipe")]
+from tutelage.study.leases import Leases
+with Leases(Path(sys.argv[1]), 0.05) as leases:
+    leases.refresh()
+    free = [run for run in map(str, range(200)) if leases.state(run, "recipe") == "free"]
+    won = [run for run in free if leases.acquire(run, "recipe")]
     print(",".join(won), flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -25,7 +26,7 @@ with Claims(Path(sys.argv[1]), 0.05) as claims:
 
 def start(directory, seconds=0.0):
     return subprocess.Popen(
-        [sys.executable, "-c", CLAIMER, str(directory), str(seconds)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LESSEE, str(directory), str(seconds)], stdout=subprocess.PIPE, text=True
     )
 
 
@@ -36,12 +37,12 @@ def elsewhere(directory, token, **changes):
     return path
 
 
-def looks(claims, times):
+def looks(leases, times):
     for _ in range(times):
         time.sleep(BEAT * 1.1)
-        claims.look()
-        claims.holding("run", "recipe")
-    return claims.holding("run", "recipe")
+        leases.refresh()
+        leases.state("run", "recipe")
+    return leases.state("run", "recipe")
 
 
 def test_of_many_claimants_each_run_has_one(tmp_path):
@@ -51,65 +52,65 @@ def test_of_many_claimants_each_run_has_one(tmp_path):
 
 
 def test_a_claim_holds_until_it_is_given_back(tmp_path):
-    with Claims(tmp_path, BEAT) as ours, Claims(tmp_path, BEAT) as theirs:
-        assert ours.take("run", "recipe")
-        theirs.look()
-        assert theirs.holding("run", "recipe") == "theirs"
-        ours.look()
-        assert ours.holding("run", "recipe") == "ours"
-        ours.give_back("run", done=False)
-        theirs.look()
-        assert theirs.holding("run", "recipe") == "free"
-        assert theirs.take("run", "recipe")
-        assert not ours.take("run", "recipe")  # it has not looked since
-        theirs.give_back("run", done=True)
-        ours.look()
-        assert ours.holding("run", "recipe") == "done"
-        assert ours.holding("run", "more domains") == "free"
+    with Leases(tmp_path, BEAT) as ours, Leases(tmp_path, BEAT) as theirs:
+        assert ours.acquire("run", "recipe")
+        theirs.refresh()
+        assert theirs.state("run", "recipe") == "theirs"
+        ours.refresh()
+        assert ours.state("run", "recipe") == "ours"
+        ours.release("run", done=False)
+        theirs.refresh()
+        assert theirs.state("run", "recipe") == "free"
+        assert theirs.acquire("run", "recipe")
+        assert not ours.acquire("run", "recipe")  # it has not looked since
+        theirs.release("run", done=True)
+        ours.refresh()
+        assert ours.state("run", "recipe") == "done"
+        assert ours.state("run", "more domains") == "free"
 
 
 def test_a_killed_runner_on_this_machine_is_seen_at_once(tmp_path):
     process = start(tmp_path, 60)
     process.stdout.readline()
-    with Claims(tmp_path, 5.0) as claims:
-        claims.look()
-        assert claims.holding("7", "recipe") == "theirs"
+    with Leases(tmp_path, 5.0) as leases:
+        leases.refresh()
+        assert leases.state("7", "recipe") == "theirs"
         process.kill()
         process.communicate()
-        claims.look()
-        assert claims.holding("7", "recipe") == "free"
-        assert claims.take("7", "recipe")
+        leases.refresh()
+        assert leases.state("7", "recipe") == "free"
+        assert leases.acquire("7", "recipe")
 
 
 def test_a_silent_runner_elsewhere_is_taken_over_and_notices(tmp_path):
     with (
-        Claims(tmp_path, 3600) as silent,
-        Claims(tmp_path, BEAT, 3) as ours,
-        Claims(tmp_path, BEAT, 3) as third,
+        Leases(tmp_path, 3600) as silent,
+        Leases(tmp_path, BEAT, 3) as ours,
+        Leases(tmp_path, BEAT, 3) as third,
     ):
-        silent.take("run", "recipe")
+        silent.acquire("run", "recipe")
         elsewhere(tmp_path, silent.token)
         assert looks(ours, 2) == "theirs"
         assert looks(ours, 3) == "free"
         looks(third, 5)
-        assert [ours.take("run", "recipe"), third.take("run", "recipe")] == [True, False]
-        silent.look()
-        assert silent.holding("run", "recipe") == "theirs"
+        assert [ours.acquire("run", "recipe"), third.acquire("run", "recipe")] == [True, False]
+        silent.refresh()
+        assert silent.state("run", "recipe") == "theirs"
 
 
 @pytest.mark.parametrize("skew", [-86400.0, 86400.0])
 def test_clocks_of_other_machines_do_not_matter(tmp_path, skew):
     """A beating runner is alive, whatever time it says it is."""
-    with Claims(tmp_path, 3600) as other, Claims(tmp_path, BEAT, 3) as ours:
-        other.take("run", "recipe")
+    with Leases(tmp_path, 3600) as other, Leases(tmp_path, BEAT, 3) as ours:
+        other.acquire("run", "recipe")
         for beat in range(8):
             elsewhere(tmp_path, other.token, beat=beat, time=time.time() + skew)
             assert looks(ours, 1) == "theirs"
 
 
 def test_a_pause_of_the_reader_is_no_silence_of_others(tmp_path):
-    with Claims(tmp_path, 3600) as other, Claims(tmp_path, BEAT, 3) as ours:
-        other.take("run", "recipe")
+    with Leases(tmp_path, 3600) as other, Leases(tmp_path, BEAT, 3) as ours:
+        other.acquire("run", "recipe")
         elsewhere(tmp_path, other.token)
         looks(ours, 1)
         time.sleep(BEAT * 10)
@@ -117,17 +118,17 @@ def test_a_pause_of_the_reader_is_no_silence_of_others(tmp_path):
 
 
 def test_a_claim_caught_while_it_is_written_is_respected_and_one_left_so_is_not(tmp_path):
-    with Claims(tmp_path, BEAT, 3) as claims:
-        (tmp_path / "queue" / "claims" / "run.1.json").touch()
-        claims.look()
-        assert claims.holding("run", "recipe") == "theirs"
-        assert looks(claims, 5) == "free"
-        assert claims.take("run", "recipe")
-        assert (tmp_path / "queue" / "claims" / "run.2.json").exists()
+    with Leases(tmp_path, BEAT, 3) as leases:
+        (tmp_path / "queue" / "leases" / "run.1.json").touch()
+        leases.refresh()
+        assert leases.state("run", "recipe") == "theirs"
+        assert looks(leases, 5) == "free"
+        assert leases.acquire("run", "recipe")
+        assert (tmp_path / "queue" / "leases" / "run.2.json").exists()
 
 
 def test_the_heart_beats_and_a_stop_is_for_one_runner(tmp_path):
-    with Claims(tmp_path, BEAT) as one, Claims(tmp_path, BEAT) as two:
+    with Leases(tmp_path, BEAT) as one, Leases(tmp_path, BEAT) as two:
         path = tmp_path / "queue" / "runners" / f"{one.token}.json"
         first = read_runner(path).beat
         deadline = time.monotonic() + 10
@@ -154,3 +155,9 @@ def test_only_attempts_without_progress_count(tmp_path):
     assert failures.marked() == {}
     assert failures.attempted() == set()
     assert not failures.clear("run")
+
+
+def test_the_queue_of_an_older_version_is_one_line_with_the_remedy(tmp_path):
+    (tmp_path / "queue" / "claims").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"queue: by an older version.*delete that directory"):
+        Leases(tmp_path)
