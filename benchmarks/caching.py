@@ -14,16 +14,15 @@ import argparse
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from students import opened
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
-from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.loader import Loader
 from tutelage.data.store import build_store, open_store
@@ -31,8 +30,8 @@ from tutelage.models import hub, shapes
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.job import make_plan
 from tutelage.teachers.cache.job import prepare as prepare_pass
-from tutelage.train.setup import Setup, prepare
-from tutelage.train.step import Turn, train_step
+from tutelage.train.step import train_step
+from tutelage.train.student import StepInputs, Student
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +52,7 @@ class Timed:
     """A teacher that adds up how long its caller waits."""
 
     def __init__(self, teacher: Any) -> None:  # noqa: ANN401 - a Teacher
-        self.expect, self.vocab_size, self.forward_flops = teacher.expect, teacher.vocab_size, 0.0
+        self.prefetch, self.vocab_size, self.forward_flops = teacher.prefetch, teacher.vocab_size, 0.0
         self._targets: Callable[[Batch], Targets] = teacher.targets
         self.waited = 0.0
 
@@ -72,16 +71,16 @@ def store_of(folder: Path, tokenizer: str, limit: int) -> Path:
     return build_store(StoreConfig.model_validate_json(text), folder)
 
 
-def take_steps(setup: Setup, alpha: float, first: int) -> None:
+def take_steps(student: Student, alpha: float, first: int) -> None:
     """Some steps as the loop takes them, the reader a step ahead."""
-    teacher = setup.trainee.teacher
-    turn = Turn(setup.trainee, alpha, 1e-4)
-    batches = [setup.loader.batch(first)]
+    teacher = student.teacher
+    inputs = StepInputs(student, alpha, 1e-4)
+    batches = [student.loader.batch(first)]
     for step in range(first, first + STEPS):
-        upcoming = [setup.loader.batch(step + 1)]
+        upcoming = [student.loader.batch(step + 1)]
         if teacher is not None:
             teacher.prefetch(upcoming)
-        train_step([turn], batches)
+        train_step([inputs], batches)
         batches = upcoming
 
 
@@ -92,7 +91,7 @@ def cpu(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def cached(common: dict[str, Any], settings: dict[str, Any], folder: Path) -> Setup:
+def cached(common: dict[str, Any], settings: dict[str, Any], folder: Path) -> Student:
     """A run whose teacher is a cache of this format, with a clock on it."""
     teach = {
         "store": common["data"]["store"],
@@ -103,8 +102,9 @@ def cached(common: dict[str, Any], settings: dict[str, Any], folder: Path) -> Se
     }
     path = write_cache(validate(TeachConfig, teach, "caching"))
     taught = {"teacher": {"kind": "cache", "path": str(path)}, "objective": {"alpha": 0.5}}
-    setup = prepare(validate(RunConfig, common | taught, "caching"))
-    return replace(setup, trainee=replace(setup.trainee, teacher=Timed(setup.trainee.teacher)))
+    student = opened(common | taught)
+    student.teacher = Timed(student.teacher)
+    return student
 
 
 def step_table(student: str, vocabulary: int, rounds: int, folder: Path) -> None:
@@ -118,22 +118,22 @@ def step_table(student: str, vocabulary: int, rounds: int, folder: Path) -> None
         "global_batch_tokens": TOKENS,
         "runtime": {"device": "cpu", "threads": 1},
     }
-    plain = prepare(validate(RunConfig, common, "caching"))
+    plain = opened(common)
     print(f"{student}, vocabulary {vocabulary}, {TOKENS} tokens a step, 1 thread, torch {torch.__version__}")
     print("| targets | step / step without teacher | waiting for the reader | reader's CPU time |")
     print("|---|---|---|---|")
     for name, settings in FORMATS.items():
-        setup = cached(common, settings, folder)
-        teacher = setup.trainee.teacher
+        taught = cached(common, settings, folder)
+        teacher = taught.teacher
         assert isinstance(teacher, Timed)  # noqa: S101 - made so
         rounds_found = []
         for index in range(rounds + 1):  # the first warms up, and checks every block it reads
             first = index * STEPS
             base = cpu(partial(take_steps, plain, 0.0, first))
             teacher.waited, wall = 0.0, time.perf_counter()
-            ours = cpu(partial(take_steps, setup, 0.5, first))
+            ours = cpu(partial(take_steps, taught, 0.5, first))
             wait = teacher.waited / (time.perf_counter() - wall)
-            batches = [setup.loader.batch(step) for step in range(first, first + STEPS)]
+            batches = [taught.loader.batch(step) for step in range(first, first + STEPS)]
             read = cpu(partial(list, map(teacher.targets, batches)))
             rounds_found.append((ours / base, wait, read / ours))
         ratio, wait, read = (statistics.median(x) for x in zip(*rounds_found[1:], strict=True))

@@ -16,24 +16,23 @@ import tempfile
 import time
 from pathlib import Path
 
+from students import opened
 from tutelage.config.data_config import StoreConfig
-from tutelage.config.load import validate
-from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
 from tutelage.models import hub, shapes
-from tutelage.train.setup import Setup, prepare
-from tutelage.train.step import Turn, train_step
+from tutelage.train.step import train_step
+from tutelage.train.student import StepInputs, Student
 
 ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 STEPS, TOKENS, LENGTH = 4, 1024, 128
 
 
-def setups(rungs: tuple[str, str], folder: Path) -> list[Setup]:
+def students(rungs: tuple[str, str], folder: Path) -> list[Student]:
     """One run per alpha, all with the same untrained teacher: its values do not change its cost."""
     corpus = '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]}'
     store = build_store(StoreConfig.model_validate_json(corpus), folder)
     hub.save(hub.build(shapes.rung(rungs[1]), 512, LENGTH, seed=1), folder / "teacher", store)
-    found: list[Setup] = []
+    found: list[Student] = []
     for alpha in ALPHAS:
         config = {
             "model": {"rung": rungs[0]},
@@ -44,23 +43,23 @@ def setups(rungs: tuple[str, str], folder: Path) -> list[Setup]:
             "objective": {"alpha": alpha},
             "runtime": {"device": "cpu", "threads": 1},
         }
-        teacher = found[0].trainee.teacher if found else None
-        found.append(prepare(validate(RunConfig, config, "cohort"), teacher))
+        teacher = found[0].teacher if found else None
+        found.append(opened(config, teacher))
     return found
 
 
-def cpu_seconds(members: list[Setup]) -> float:
+def cpu_seconds(members: list[Student]) -> float:
     """CPU seconds of one step of `members` together."""
-    turns = [Turn(member.trainee, alpha, 1e-3) for member, alpha in zip(members, ALPHAS, strict=False)]
+    inputs = [StepInputs(member, alpha, 1e-3) for member, alpha in zip(members, ALPHAS, strict=False)]
     start = time.process_time()
     for step in range(STEPS):
-        train_step(turns, [members[0].loader.batch(step)])
+        train_step(inputs, [members[0].loader.batch(step)])
     return (time.process_time() - start) / STEPS
 
 
-def forward_seconds(member: Setup) -> float:
+def forward_seconds(member: Student) -> float:
     """CPU seconds of the teacher's targets for one step."""
-    teacher = member.trainee.teacher
+    teacher = member.teacher
     assert teacher is not None  # noqa: S101 - the config has one
     batches = [member.loader.batch(step) for step in range(STEPS)]
     start = time.process_time()
@@ -79,8 +78,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        members = setups((arguments.student, arguments.teacher), Path(folder))
-        student, teacher = members[0].student_flops, members[0].trainee.teacher
+        members = students((arguments.student, arguments.teacher), Path(folder))
+        student, teacher = members[0].training_flops, members[0].teacher
         assert teacher is not None  # noqa: S101 - the config has one
         rounds = []
         for _ in range(arguments.rounds + 1):  # the first warms up

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from students import opened
 from tutelage.config.data_config import StoreConfig
-from tutelage.config.load import validate
-from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store
-from tutelage.train.setup import Setup, prepare
-from tutelage.train.step import Turn, learning_rate, train_step
+from tutelage.train.optim import learning_rate
+from tutelage.train.step import train_step
+from tutelage.train.student import StepInputs, Student
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 STEPS = 8
 
 
-def bare(setup: Setup) -> Callable[[int], None]:
+def bare(student: Student) -> Callable[[int], None]:
     """Forward, loss, backward, with the batch already in memory."""
-    batch = setup.loader.batch(0)
-    model = setup.model
+    batch = student.loader.batch(0)
+    model = student.model
 
     def step(_: int) -> None:
         logits_BTV = model(input_ids=batch.tokens_BT, use_cache=False).logits
@@ -45,14 +45,18 @@ def bare(setup: Setup) -> Callable[[int], None]:
     return step
 
 
-def ours(setup: Setup, alpha: float) -> Callable[[int], None]:
+def ours(student: Student, alpha: float) -> Callable[[int], None]:
     """The step as the loop takes it."""
 
     def step(index: int) -> None:
         lr = learning_rate(
-            setup.config.optim, setup.lr, index, setup.steps, batch_tokens=setup.config.global_batch_tokens
+            student.config.optim,
+            student.lr,
+            index,
+            student.steps,
+            batch_tokens=student.config.global_batch_tokens,
         )
-        train_step([Turn(setup.trainee, alpha, lr)], [setup.loader.batch(index)])
+        train_step([StepInputs(student, alpha, lr)], [student.loader.batch(index)])
 
     return step
 
@@ -86,9 +90,9 @@ def main() -> None:
         }
         unigram = {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.5}}
         setups = {
-            "bare forward + backward": bare(prepare(validate(RunConfig, common, "step"))),
-            "training step, no teacher": ours(prepare(validate(RunConfig, common, "step")), 0.0),
-            "training step, unigram": ours(prepare(validate(RunConfig, common | unigram, "step")), 0.5),
+            "bare forward + backward": bare(opened(common)),
+            "training step, no teacher": ours(opened(common), 0.0),
+            "training step, unigram": ours(opened(common | unigram), 0.5),
         }
         times: dict[str, list[float]] = {name: [] for name in setups}
         for _ in range(arguments.rounds + 1):  # the first round warms up

@@ -1,10 +1,14 @@
-"""Runs from config to scores: the single way in, for the command line, studies and Python alike."""
+"""Run a config from its token store to its scores, stage by stage; the command line and studies start here.
+
+Open the students, open the teacher (write its cache if asked), train, export, score.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tutelage import provenance
@@ -14,116 +18,57 @@ from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import suite
 from tutelage.evals.contamination import anchored
-from tutelage.files import atomic_directory, check_place, write_text
+from tutelage.files import atomic_directory, check_place, stop_signal, write_text
 from tutelage.models import hub
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, run_id
 from tutelage.train import distributed
-from tutelage.train.checkpoint import TRUNK
+from tutelage.train.checkpoint import BRANCH_POINT
 from tutelage.train.loop import Nobody, Watcher, check_cohort, train
-from tutelage.train.setup import Setup, prepare
-from tutelage.train.student import Hook, Session
-from tutelage.train.trackers import Tracker, open_tracker
+from tutelage.train.save_model import export
+from tutelage.train.setup import open_student, open_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from transformers import PreTrainedModel
-
-    from tutelage.train.setup import Setup
+    from tutelage.train.student import Student
     from tutelage.types import Score
 
     Run = tuple[RunConfig, RunDirectory]
 
 
-def start_from_trunk(setup: Setup, directory: RunDirectory) -> None:
-    """Give a run that names a trunk and has no checkpoint the trunk's, with the rows of its metrics.
-
-    Raises:
-        UserError: the trunk has none, is no beginning of this run, or decays later than this run does.
-    """
-    config = setup.config
-    if config.runtime.trunk is None or any(directory.checkpoints.glob("step-*")):
-        return
-    trunk = RunDirectory(config.output / config.runtime.trunk)
-    found = next(trunk.checkpoints.glob(f"{TRUNK}step-*"), None)
-    if found is None:
-        raise UserError(
-            f"runtime.trunk {trunk.id}: {trunk.path} has no checkpoint from where its decay begins; train it "
-            "with checkpoint.trunk: true, or drop runtime.trunk"
-        )
-    _check_same(config, trunk)
-    name = found.name.removeprefix(TRUNK)
-    if int(name.removeprefix("step-")) > config.optim.decay_start(setup.steps, config.global_batch_tokens):
-        raise UserError(f"runtime.trunk {trunk.id}: it decays later than this run does; choose a shorter one")
-    write_text(directory.path / "metrics.jsonl", (trunk.path / "metrics.jsonl").read_text(encoding="utf-8"))
-    with atomic_directory(directory.checkpoints / name) as partial:
-        shutil.copytree(found, partial, dirs_exist_ok=True)
-
-
-def _check_same(config: RunConfig, trunk: RunDirectory) -> None:
-    theirs = load(RunConfig, trunk.path / "config.yaml")
-    ours, other = _recipe(config), _recipe(theirs)
-    different = [field for field in ours if ours[field] != other[field]]
-    if different:
-        field = different[0]
-        raise UserError(
-            f"runtime.trunk {trunk.id}: it is no beginning of this run: {field} is {other[field]} there and "
-            f"{ours[field]} here"
-        )
-
-
-def _recipe(config: RunConfig) -> dict[str, Any]:
-    recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT | {"tokens"})
-    recipe["data"]["store"] = open_store(config.data.store).fingerprint
-    return recipe
-
-
-_REPEAT_NOTE = (
-    "{epochs:.1f} passes over the training split of {store}: repeated data can make any teacher look "
-    "good (it regularises); use more text or a smaller budget for comparisons"
-)
-
-
 def run(config: RunConfig, watcher: Watcher | None = None) -> RunDirectory:
     """Train, export and score what `config` says, or what is left of it; finished work is kept.
 
-    The same config always lands in the same directory. A stopped or killed run goes on from its last
+    The same config always lands in the same directory. A stopped or killed run resumes from its last
     checkpoint; a finished one returns at once; new evaluation domains of a finished run are scored
     without training.
 
     Raises:
         UserError: something in the input is wrong, before compute is spent where that can be known.
-        Stopped: the run was interrupted and can be taken up again.
+        Stopped: the run was interrupted and can be resumed.
     """
     return run_cohort([config], watcher)[0]
 
 
 def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> list[RunDirectory]:
-    """As `run`, for several students of one teacher that read the same batches.
+    """Run several students of one teacher that read the same batches together.
 
-    The teacher is asked once per batch for all of them. Each student's result is the one it would have
-    alone, to the bit, and lands in the same directory.
+    The teacher's targets are computed once per batch for all of them. Each student's result is the one it
+    would have alone, to the bit, and lands in the same directory.
 
     Raises:
         UserError: as `run`, or the runs cannot share batches and teacher; the message names the field.
         Stopped: as `run`.
     """
     watcher = watcher or Nobody()
-    configs = [pinned(config) for config in configs]
-    check_cohort(configs)
-    for config in configs:
-        check_place(config.output)
-    runs = [(config, RunDirectory(config.output / run_id(config))) for config in configs]
-    _check_distinct(runs)
-    for config in configs:
-        suite.check(config)
+    runs = _planned(configs)
     is_main = os.environ.get("RANK", "0") == "0"
-    with contextlib.ExitStack() as claims:
+    with contextlib.ExitStack() as locks:
         left = _unfinished(runs, watcher)
         if is_main:
             for _, directory in left:
-                claims.enter_context(directory.lock())
+                locks.enter_context(directory.lock())
         try:
             errors = _train([run for run in left if not run[1].model.is_dir()], watcher)
             if is_main:
@@ -139,6 +84,19 @@ def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> 
     if errors:
         raise UserError("\n".join(map(str, errors)))
     return [directory for _, directory in runs]
+
+
+def _planned(configs: Sequence[RunConfig]) -> list[Run]:
+    """Check the configs and name their directories, before anything is computed."""
+    configs = [pinned(config) for config in configs]
+    check_cohort(configs)
+    for config in configs:
+        check_place(config.output)
+    runs = [(config, RunDirectory(config.output / run_id(config))) for config in configs]
+    _check_distinct(runs)
+    for config in configs:
+        suite.check(config)
+    return runs
 
 
 def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
@@ -163,6 +121,76 @@ def _check_distinct(runs: Sequence[Run]) -> None:
                 f"{place.id} and {directory.id} are the same run asked for in two ways (name, scoring or "
                 "checkpoints differ); keep one of the files"
             )
+
+
+def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
+    """Open, train and export the runs; return what kept some of them from their end."""
+    if not runs:
+        return []
+    world = distributed.start(runs[0][0].runtime)
+    students = [open_student(config, directory, world) for config, directory in runs]
+    taught = [student for student in students if student.config.teacher is not None]
+    if taught:
+        teacher = open_teacher(taught[0].config, world.device)  # writes its cache first, if one is asked for
+        for student in taught:
+            student.learn_from(teacher)
+    if world.is_main:
+        for student in students:
+            _copy_branch_point(student)
+            _announce(student, watcher)
+    distributed.barrier()
+    with contextlib.ExitStack() as closing:
+        for student in students:
+            closing.callback(student.close)
+            student.resume(cohort=len(students))
+        errors = train(students, watcher, partial(_evaluate, watcher))
+    if world.is_main:
+        errors += _export(students)
+    distributed.barrier()
+    return errors
+
+
+def _announce(student: Student, watcher: Watcher) -> None:
+    """Record what runs and where, and tell the user what to know before it does."""
+    config, directory = student.config, student.directory
+    notes = [*student.notes, *suite.notes(config, directory)]
+    record = provenance.collect(str(student.world.device)) | {"notes": notes}
+    directory.write_config(to_yaml(anchored(config)), record)
+    for note in notes:
+        watcher.note(note)
+    if student.epochs > 1:
+        watcher.note(
+            f"{student.epochs:.1f} passes over the training split of {open_store(config.data.store).path}: "
+            "repeated data can make any teacher look good (it regularises); use more text or a smaller "
+            "budget for comparisons"
+        )
+    for text in config.rounding(student.steps, student.parameter_count):
+        watcher.note(text)
+    directory.write_state("running", parameters=student.parameter_count, steps=student.steps)
+
+
+def _evaluate(watcher: Watcher, student: Student) -> None:
+    """Score a student between two steps; the last scores come from the exported model."""
+    scores = suite.score(student.config, student.directory, student.model, student.step, finished=False)
+    _warn_if_parted(scores, student.directory, watcher)
+    bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
+    if bits:
+        values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
+        watcher.note(f"step {student.step:,}, bits per byte of validation text: {values}")
+
+
+def _export(students: Sequence[Student]) -> list[UserError]:
+    """Write the model directories of the students that are trained; return what kept some from it."""
+    errors = []
+    with stop_signal():  # a directory that is begun is finished
+        for student in students:
+            if student.step == student.steps:
+                try:
+                    export(student)
+                except UserError as error:
+                    student.mark_failed(error)
+                    errors.append(error)
+    return errors
 
 
 def _score(runs: Sequence[Run], watcher: Watcher) -> None:
@@ -193,42 +221,6 @@ def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
         directory.write_state("done", evaluations=known | mine)
 
 
-def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
-    """Train the runs; returns what kept some of them from their end."""
-    sessions: list[Session] = []
-    teacher = None
-    with contextlib.ExitStack() as closing:
-        for config, directory in runs:
-            setup = prepare(config, teacher)
-            teacher = teacher or setup.trainee.teacher
-            if setup.world.is_main:
-                start_from_trunk(setup, directory)
-                _announce(setup, directory, watcher)
-            distributed.barrier()
-            trackers = _trackers(setup, directory)
-            for tracker in trackers:
-                closing.callback(tracker.close)
-            hook = _scoring(config, directory, watcher)
-            sessions.append(Session(setup, directory, trackers, len(runs), hook))
-        return train(sessions, watcher) if sessions else []
-
-
-def _scoring(config: RunConfig, directory: RunDirectory, watcher: Watcher) -> Hook | None:
-    """Scores on the way, every `eval.every` tokens; the last ones come from the exported model."""
-    if config.eval.every is None:
-        return None
-
-    def call(model: PreTrainedModel, step: int) -> None:
-        scores = suite.score(config, directory, model, step, finished=False)
-        _warn_if_parted(scores, directory, watcher)
-        bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
-        if bits:
-            values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
-            watcher.note(f"step {step:,}, bits per byte of validation text: {values}")
-
-    return Hook(config.eval.every, call)
-
-
 def _mark_failed(runs: Sequence[Run], error: BaseException) -> None:
     """Record the error in every run that it kept from finishing and that has none of its own."""
     for _, directory in runs:
@@ -236,27 +228,42 @@ def _mark_failed(runs: Sequence[Run], error: BaseException) -> None:
             directory.write_state("failed", error=f"{type(error).__name__}: {error}")
 
 
-def _trackers(setup: Setup, directory: RunDirectory) -> list[Tracker]:
-    if not setup.world.is_main:
-        return []
-    config = setup.config
-    return [
-        open_tracker(name, directory.path, config.model_dump(mode="json")) for name in config.runtime.trackers
-    ]
+def _copy_branch_point(student: Student) -> None:
+    """Give a run that branches from another and has no checkpoint the other's, with the rows of its metrics.
+
+    Raises:
+        UserError: the other has none, computes something else, or decays later than this run does.
+    """
+    config, directory = student.config, student.directory
+    if config.runtime.trunk is None or any(directory.checkpoints.glob("step-*")):
+        return
+    other = RunDirectory(config.output / config.runtime.trunk)
+    found = next(other.checkpoints.glob(f"{BRANCH_POINT}step-*"), None)
+    if found is None:
+        raise UserError(
+            f"runtime.trunk {other.id}: {other.path} has no checkpoint from where its decay begins; train it "
+            "with checkpoint.trunk: true, or drop runtime.trunk"
+        )
+    ours, theirs = _recipe(config), _recipe(load(RunConfig, other.path / "config.yaml"))
+    for field, value in ours.items():
+        if value != theirs[field]:
+            raise UserError(
+                f"runtime.trunk {other.id}: it is no beginning of this run: {field} is {theirs[field]} there "
+                f"and {value} here"
+            )
+    name = found.name.removeprefix(BRANCH_POINT)
+    if int(name.removeprefix("step-")) > config.optim.decay_start(student.steps, config.global_batch_tokens):
+        raise UserError(f"runtime.trunk {other.id}: it decays later than this run does; choose a shorter one")
+    write_text(directory.path / "metrics.jsonl", (other.path / "metrics.jsonl").read_text(encoding="utf-8"))
+    with atomic_directory(directory.checkpoints / name) as partial_directory:
+        shutil.copytree(found, partial_directory, dirs_exist_ok=True)
 
 
-def _announce(setup: Setup, directory: RunDirectory, watcher: Watcher) -> None:
-    config = setup.config
-    notes = [*setup.notes, *suite.notes(config, directory)]
-    record = provenance.collect(str(setup.device)) | {"notes": notes}
-    directory.write_config(to_yaml(anchored(config)), record)
-    for note in notes:
-        watcher.note(note)
-    if setup.epochs > 1:
-        watcher.note(_REPEAT_NOTE.format(epochs=setup.epochs, store=open_store(config.data.store).path))
-    for text in config.rounding(setup.steps, setup.parameters):
-        watcher.note(text)
-    directory.write_state("running", parameters=setup.parameters, steps=setup.steps)
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """The fields that decide every step before the decay."""
+    recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT | {"tokens"})
+    recipe["data"]["store"] = open_store(config.data.store).fingerprint
+    return recipe
 
 
 __all__ = ["RunDirectory", "Stopped", "UserError", "run", "run_cohort"]

@@ -8,7 +8,10 @@ import signal
 import torch
 from safetensors.torch import load_file
 
+from tutelage.run_directory import RunDirectory
+from tutelage.train import distributed
 from tutelage.train.loop import Nobody
+from tutelage.train.setup import open_student, open_teacher
 
 
 def rows(directory):
@@ -29,6 +32,15 @@ def assert_same_weights(a, b, **tolerance):
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def opened(config):
+    """The student of a run, opened with its teacher, before its first step."""
+    world = distributed.start(config.runtime)
+    student = open_student(config, RunDirectory(config.output / config.name), world)
+    if config.teacher is not None:
+        student.learn_from(open_teacher(config, world.device))
+    return student
 
 
 class StopAt(Nobody):

@@ -1,9 +1,6 @@
-"""Checkpoints that resume a run bitwise: weights, optimizer moments, loop counters. No pickle.
+"""Checkpoints that resume a run bitwise: weights and optimizer moments as safetensors, counters as JSON.
 
-There is no random state to keep: dropout is a function of seed, step and rank.
-
-One safetensors file holds every tensor, one JSON file the counters. A checkpoint appears under its
-name only when it is complete.
+No random state is kept, because dropout is a function of seed, step and rank.
 """
 
 from __future__ import annotations
@@ -27,13 +24,13 @@ if TYPE_CHECKING:
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-TRUNK = "trunk-"
-"""Before the name of a checkpoint that longer runs start from."""
+BRANCH_POINT = "branch-point-"
+"""Prefix of the checkpoint that longer runs start from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Where the loop stands.
+    """Progress of a run, and the memory of what adapts to it.
 
     Attributes:
         step: optimizer steps taken.
@@ -52,25 +49,26 @@ class Counters:
 
 def save(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, keep: int
-) -> Path:
+) -> None:
     """Write `directory/step-N` and remove all but the newest `keep` checkpoints."""
-    path = directory / f"step-{counters.step:09d}"
-    _write(path, model, optimizer, counters)
+    _write(directory / _name(counters), model, optimizer, counters)
     for old in _all(directory)[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
-def save_trunk(
+def save_branch_point(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters
-) -> Path:
-    """Write `directory/trunk-step-N`, which stays: longer runs start from it."""
-    path = directory / f"{TRUNK}step-{counters.step:09d}"
-    _write(path, model, optimizer, counters)
-    return path
+) -> None:
+    """Write `directory/branch-point-step-N`, which is kept: longer runs start from it."""
+    _write(directory / f"{BRANCH_POINT}{_name(counters)}", model, optimizer, counters)
+
+
+def _name(counters: Counters) -> str:
+    return f"step-{counters.step:09d}"
 
 
 def _write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> None:
+    """Write a checkpoint as one directory, which appears when it is complete."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()

@@ -12,16 +12,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed as dist
 
+from tutelage.models import hub
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
 
+    from tutelage.config.run_config import RuntimeConfig
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all."""
+    """This process among all, and the device it computes on."""
 
+    device: torch.device
     rank: int = 0
     size: int = 1
 
@@ -31,13 +36,16 @@ class World:
         return self.rank == 0
 
 
-def start(device: torch.device) -> World:
-    """Join the process group that torchrun describes in the environment, if it does."""
+def start(runtime: RuntimeConfig) -> World:
+    """Set the threads, choose the device, and join the processes of torchrun if it started this one."""
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    device = hub.pick_device(runtime.device)
     if "WORLD_SIZE" not in os.environ:
-        return World()
+        return World(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(device, dist.get_rank(), dist.get_world_size())
 
 
 def stop() -> None:

@@ -1,4 +1,4 @@
-"""The loop around the step: one run, or several that read the same batches together."""
+"""The loop around the training step, for one run or a cohort of runs that read the same batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from tutelage.train import distributed
 from tutelage.train.step import train_step
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tutelage.config.run_config import RunConfig
-    from tutelage.train.setup import Setup
-    from tutelage.train.student import Session
-    from tutelage.types import Batch
+    from tutelage.train.student import StepInputs, Student
+    from tutelage.types import Batch, StepReport
 
 
 def check_cohort(configs: Sequence[RunConfig]) -> None:
@@ -86,59 +85,77 @@ class Nobody:
         """Do nothing."""
 
 
-def train(sessions: Sequence[Session], watcher: Watcher) -> list[UserError]:  # noqa: C901 - one loop, read whole
-    """Train every run to the end of its budget and write its model directory.
+def train(
+    students: Sequence[Student], watcher: Watcher, evaluate: Callable[[Student], None]
+) -> list[UserError]:
+    """Train every student to the end of its budget.
 
-    The runs read the same batches and share one teacher, which is asked once for all of them. A run whose
-    loss breaks is marked as failed and left out; the others go on.
+    The students read the same batches and share one teacher, whose targets are computed once for all of them.
+    One whose loss breaks is marked as failed and left out; the others continue.
+
+    Args:
+        students: resumed from their checkpoints.
+        watcher: sees every step.
+        evaluate: called with a student every `eval.every` tokens, on the main process.
 
     Returns:
-        What was wrong with the runs that were left out: a loss that is not finite, or a directory that
+        What was wrong with the students that were left out: a loss that is not finite, or a directory that
         cannot be written.
 
     Raises:
-        Stopped: on SIGINT or SIGTERM, after writing a checkpoint of every run.
+        Stopped: on SIGINT or SIGTERM, after writing a checkpoint of every student.
     """
-    setup = sessions[0].setup
-    is_main = setup.world.is_main
-    first, last = min(s.step for s in sessions), max(s.setup.steps for s in sessions)
+    lead = students[0]
+    is_main = lead.world.is_main
+    first, last = min(s.step for s in students), max(s.steps for s in students)
     if is_main:
-        name = sessions[0].directory.id if len(sessions) == 1 else f"{len(sessions)} runs"
-        watcher.begin(name, first, last)
-    teacher = next((s.setup.trainee.teacher for s in sessions if s.setup.trainee.teacher), None)
+        watcher.begin(lead.directory.id if len(students) == 1 else f"{len(students)} runs", first, last)
+    teacher = next((s.teacher for s in students if s.teacher is not None), None)
     errors: list[UserError] = []
-    upcoming = _micro_batches(setup, first)
+    upcoming = _micro_batches(lead, first)
     with stop_signal() as stop:
         for step in range(first, last):
-            batches, upcoming = upcoming, _micro_batches(setup, step + 1)
+            batches, upcoming = upcoming, _micro_batches(lead, step + 1)
             if teacher is not None:
                 teacher.prefetch(upcoming)
-            due = [session for session in sessions if session.is_due(step)]
-            for session in due:
-                session.between_steps()
-            turns = [session.turn() for session in due]
-            reports = train_step(turns, batches)
+            # One whose checkpoint is further along waits for the others.
+            due = [student for student in students if student.has_steps_left and student.step == step]
+            for student in due:
+                student.maybe_evaluate(evaluate)
+            inputs = [student.step_inputs() for student in due]
+            reports = train_step(inputs, batches)
             if is_main:
                 watcher.advance(step + 1)
-            stopping = distributed.anywhere(stop.is_set(), setup.device)
-            for session, turn, report in zip(due, turns, reports, strict=True):
-                try:
-                    session.after(turn, report, stopping=stopping)
-                except UserError as error:
-                    session.give_up(error)
-                    errors.append(error)
-            if is_main and due and due[0].row.get("step") == step + 1:
-                watcher.log(due[0].row)
-            left = [session for session in sessions if session.is_due(session.step)]
+            stopping = distributed.anywhere(stop.is_set(), lead.world.device)
+            rows = [
+                _finish_step(one, report, errors, stopping=stopping)
+                for one, report in zip(inputs, reports, strict=True)
+            ]
+            if is_main and rows and rows[0] is not None:
+                watcher.log(rows[0])
+            left = any(student.has_steps_left for student in students)
             if stopping and left:
                 raise Stopped
             if not left:
                 break
-    distributed.barrier()
     return errors
 
 
-def _micro_batches(setup: Setup, step: int) -> list[Batch]:
-    whole = setup.loader.batch(step).to(setup.device)
-    size = setup.micro_sequences
-    return [whole.rows(slice(start, start + size)) for start in range(0, len(whole.starts), size)]
+def _finish_step(
+    inputs: StepInputs, report: StepReport, errors: list[UserError], *, stopping: bool
+) -> dict[str, float] | None:
+    """Count a student's step and return its log row, if any; what ends its run is added to `errors`."""
+    try:
+        return inputs.student.finish_step(inputs, report, stopping=stopping)
+    except UserError as error:
+        inputs.student.mark_failed(error)
+        errors.append(error)
+        return None
+
+
+def _micro_batches(student: Student, step: int) -> list[Batch]:
+    """The batch of a step on this rank, in the pieces of one forward pass each."""
+    config, world = student.config, student.world
+    size = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
+    batch = student.loader.batch(step).to(world.device)
+    return [batch.rows(slice(start, start + size)) for start in range(0, len(batch.starts), size)]

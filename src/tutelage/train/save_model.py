@@ -17,27 +17,25 @@ from tutelage.models.export import card
 if TYPE_CHECKING:
     from tutelage.config.run_config import RunConfig
     from tutelage.data.store import Store
-    from tutelage.run_directory import RunDirectory
-    from tutelage.train.setup import Setup
+    from tutelage.train.student import Student
 
 _HUB_KINDS = {"hub", "hub_pairs"}
 
 
-def export(setup: Setup, directory: RunDirectory) -> None:
+def export(student: Student) -> None:
     """Write the model directory of a trained run, and say in state.json how its logits compare.
 
     Raises:
         UserError: it cannot be written, or what was written computes other logits.
     """
-    config = setup.config
-    store = open_store(config.data.store)
-    text = _card(setup, directory.id, store)
-    difference = hub.save(setup.model, directory.model, store.path, setup.base, text)
+    directory, store = student.directory, open_store(student.config.data.store)
+    text = _card(student, store)
+    difference = hub.save(student.model, directory.model, store.path, student.base, text)
     directory.write_state("running", export={"largest_logit_difference": difference})
 
 
-def _card(setup: Setup, name: str, store: Store) -> str:
-    config = setup.config
+def _card(student: Student, store: Store) -> str:
+    config = student.config
     records = [record.source for record in store.manifest.sources]
     hub_data = [
         str(source["path"]) for source in records if source["kind"] in _HUB_KINDS and "files" not in source
@@ -53,28 +51,28 @@ def _card(setup: Setup, name: str, store: Store) -> str:
         front["datasets"] = list(dict.fromkeys(hub_data))
     if config.model.path is not None and not Path(config.model.path).exists():
         front["base_model"] = config.model.path
-    tokens = setup.steps * config.global_batch_tokens
+    tokens = student.steps * config.global_batch_tokens
     facts = {
-        "student": f"{_start(config)}, {setup.parameters:,} parameters",
+        "student": f"{_start(config)}, {student.parameter_count:,} parameters",
         "teacher": _teacher(config),
         "alpha": _alpha(config),
         "objective": f"{config.objective.divergence}, temperature {config.objective.temperature:g}",
-        "tokens": f"{tokens:,} in {setup.steps:,} steps, sequences of {config.data.sequence_length:,}",
+        "tokens": f"{tokens:,} in {student.steps:,} steps, sequences of {config.data.sequence_length:,}",
         "seeds": f"weights {config.seed}, data {config.data.seed}",
         "token store": f"{store.manifest.name}, {store.fingerprint[:16]}",
         "tokenizer": f"{store.vocab_size:,} ids, {store.manifest.tokenizer_sha256[:16]}",
         "command": f"`{shlex.join(['tutelage', *sys.argv[1:]])}`",
         "made with": provenance.code(),
     }
-    notes = "".join(f"\n\nNote: {note}." for note in setup.notes)
+    notes = "".join(f"\n\nNote: {note}." for note in student.notes)
     summary = (
         "A language model pretrained" if config.stage == "pretrain" else "A language model fine-tuned"
-    ) + f" with [tutelage](https://arxiv.org/abs/2605.23857), run `{name}`.{notes}"
+    ) + f" with [tutelage](https://arxiv.org/abs/2605.23857), run `{student.directory.id}`.{notes}"
     sources = [
         (_source(record.source), str(record.source.get("licence") or "not known"), f"{record.documents:,}")
         for record in store.manifest.sources
     ]
-    return card(name, front, summary, facts, sources, to_yaml(config))
+    return card(student.directory.id, front, summary, facts, sources, to_yaml(config))
 
 
 def _start(config: RunConfig) -> str:

@@ -1,133 +1,210 @@
-"""One run inside the loop: where it stands, what it does in a step, what it writes afterwards."""
+"""A student in training: what it computes with, how far it is, and what it writes after a step."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tutelage.config.teacher_config import kd_name
 from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
+from tutelage.models import hub
 from tutelage.train import checkpoint
-from tutelage.train.save_model import export
-from tutelage.train.step import Turn, learning_rate
+from tutelage.train.optim import learning_rate
+from tutelage.train.trackers import open_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
+    from tutelage.config.run_config import RunConfig
+    from tutelage.data.loader import Loader
+    from tutelage.models.export import Base
+    from tutelage.objective import Gate, Objective, Policy
     from tutelage.run_directory import RunDirectory
-    from tutelage.train.setup import Setup
+    from tutelage.teachers.live import Teacher
+    from tutelage.train.distributed import World
     from tutelage.train.trackers import Tracker
     from tutelage.types import StepReport
 
 
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """Something to do now and then with a model in training, for example to score it.
+@dataclass(slots=True, kw_only=True)
+class Student:
+    """A student in training. Several that train together are a cohort; one alone is a cohort of one.
 
     Attributes:
-        tokens: how often, in training tokens.
-        call: gets the model and the steps it has taken; must leave weights and gradients as they
-            are, and do nothing the second time, because a resumed run passes the same steps again.
-    """
-
-    tokens: int
-    call: Callable[[PreTrainedModel, int], None]
-
-
-class Session:
-    """A run from its newest checkpoint to its end.
-
-    Args:
-        setup: the run.
+        config: its run.
         directory: where it writes.
-        trackers: who else gets its metrics.
-        cohort: how many runs train together, for the record.
-        hook: called between steps, on the main process only; the others wait in their next step.
+        world: this process among all, and its device.
+        model: the model, on the device.
+        body: the part of it that maps token ids to hidden states after the final norm.
+        head: its output embedding, a linear layer with or without bias.
+        parameters: what the optimizer updates.
+        parameter_count: all parameters, frozen ones too.
+        training_flops: FLOPs per token of forward and backward.
+        optimizer: AdamW.
+        autocast: compute dtype when it is not float32.
+        objective: divergence and temperature.
+        policy: gives alpha of every step.
+        gate: factor on alpha per token, or None.
+        loader: batches as a function of the step.
+        steps: optimizer steps in the budget.
+        lr: peak learning rate.
+        base: the model it was initialised from, if its directory is on this machine.
+        notes: what the user should know about student and teacher.
+        teacher: None for plain cross-entropy.
+        cohort: students that train together.
+        step: optimizer steps taken.
+        teacher_tokens: tokens the teacher has been run on.
+        failed: whether it cannot be trained further.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        directory: RunDirectory,
-        trackers: Sequence[Tracker],
-        cohort: int,
-        hook: Hook | None = None,
-    ) -> None:
-        self.setup = setup
-        self.directory = directory
-        self.row: dict[str, float] = {}
-        self._trackers = trackers
-        self._cohort = cohort
-        self._hook = hook
-        counters = checkpoint.load_latest(directory.checkpoints, setup.model, setup.trainee.optimizer)
-        setup.load_memory(counters)
-        self.step = counters.step
-        self._failed = False
-        self._clock = _Clock(counters)
-        self._every = max(1, setup.checkpoint_tokens // setup.config.global_batch_tokens)
-        if setup.world.is_main:
-            directory.keep_metrics_until(counters.step)
-        setup.model.train()
+    config: RunConfig
+    directory: RunDirectory
+    world: World
+    model: PreTrainedModel
+    body: nn.Module = field(init=False)
+    head: nn.Linear = field(init=False)
+    parameters: tuple[nn.Parameter, ...] = field(init=False)
+    parameter_count: int = field(init=False)
+    training_flops: float = field(init=False)
+    optimizer: torch.optim.Optimizer
+    autocast: torch.dtype | None
+    objective: Objective
+    policy: Policy
+    gate: Gate | None
+    loader: Loader
+    steps: int
+    lr: float
+    base: Base | None
+    notes: tuple[str, ...]
+    teacher: Teacher | None = None
+    cohort: int = 1
+    step: int = 0
+    teacher_tokens: int = 0
+    failed: bool = False
+    _trackers: list[Tracker] = field(default_factory=list)
+    _start: float = 0.0
+    _logged: tuple[int, float] = (0, 0.0)
 
-    def is_due(self, step: int) -> bool:
-        """Whether this run has `step` before it; one whose checkpoint is further on waits for the others."""
-        return not self._failed and self.step <= step < self.setup.steps
+    def __post_init__(self) -> None:
+        self.body, self.head = hub.body_and_head(self.model)
+        self.parameters = tuple(p for p in self.model.parameters() if p.requires_grad)
+        self.parameter_count = sum(p.numel() for p in self.model.parameters())
+        self.training_flops = 3 * hub.forward_flops(self.model, self.config.data.sequence_length)
 
-    def between_steps(self) -> None:
-        """Call the hook if it is due. Its time is not training time."""
-        if self._hook is None or not self.setup.world.is_main:
+    @property
+    def epochs(self) -> float:
+        """Passes over the training split; above 1 the data repeats."""
+        return self.steps / self.loader.steps_per_epoch
+
+    @property
+    def has_steps_left(self) -> bool:
+        """Whether it is to take another step."""
+        return not self.failed and self.step < self.steps
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Take the open teacher that the run's config names."""
+        self.teacher = teacher
+        self.notes += teacher.notes
+
+    def resume(self, cohort: int) -> None:
+        """Load the newest checkpoint, if there is one, and open the trackers.
+
+        Raises:
+            UserError: the checkpoint is damaged, or a tracker's package is not installed.
+        """
+        counters = checkpoint.load_latest(self.directory.checkpoints, self.model, self.optimizer)
+        if counters.policy:
+            self.policy.load(counters.policy)
+        if counters.gate and self.gate is not None:
+            self.gate.load(counters.gate)
+        self.cohort, self.step, self.teacher_tokens = cohort, counters.step, counters.teacher_tokens
+        if self.world.is_main:
+            self.directory.keep_metrics_until(self.step)
+            settings = self.config.model_dump(mode="json")
+            for name in self.config.runtime.trackers:
+                self._trackers.append(open_tracker(name, self.directory.path, settings))
+        self.model.train()
+        now = time.perf_counter()
+        self._start, self._logged = now - counters.seconds, (self.step, now)
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
+
+    def step_inputs(self) -> StepInputs:
+        """Alpha, learning rate and seed of the next step."""
+        config = self.config
+        lr = learning_rate(
+            config.optim, self.lr, self.step, self.steps, batch_tokens=config.global_batch_tokens
+        )
+        alpha = self.policy.alpha(self.step, self.steps)
+        seed = mixed(config.seed, self.step, self.world.rank)
+        return StepInputs(self, alpha, lr, self.policy.needs_teacher(self.step), seed)
+
+    def maybe_evaluate(self, evaluate: Callable[[Student], None]) -> None:
+        """Call `evaluate` between two steps if `eval.every` is due; its time is not training time.
+
+        Only the main process does; the others wait in their next step. `evaluate` must leave weights and
+        gradients as they are, and do nothing the second time: a resumed run passes the same steps again.
+        """
+        every = self.config.eval.every
+        if every is None or not self.world.is_main:
             return
-        steps = max(1, self._hook.tokens // self.setup.config.global_batch_tokens)
-        if self.step == 0 or self.step % steps:
+        if self.step == 0 or self.step % max(1, every // self.config.global_batch_tokens):
             return
-        start = time.perf_counter()
-        self._hook.call(self.setup.model, self.step)
-        self.setup.model.train()
-        self._clock.leave_out(time.perf_counter() - start)
+        began = time.perf_counter()
+        evaluate(self)
+        self.model.train()
+        seconds = time.perf_counter() - began
+        step, logged = self._logged
+        self._start, self._logged = self._start + seconds, (step, logged + seconds)
 
-    def turn(self) -> Turn:
-        """What the student does in the next step."""
-        setup = self.setup
-        batch = setup.config.global_batch_tokens
-        lr = learning_rate(setup.config.optim, setup.lr, self.step, setup.steps, batch_tokens=batch)
-        alpha = setup.policy.alpha(self.step, setup.steps)
-        seed = mixed(setup.config.seed, self.step, setup.world.rank)
-        return Turn(setup.trainee, alpha, lr, setup.policy.needs_teacher(self.step), seed)
+    def finish_step(
+        self, inputs: StepInputs, report: StepReport, *, stopping: bool
+    ) -> dict[str, float] | None:
+        """Count a step that was taken; log and save where that is due, and at the end.
 
-    def after(self, turn: Turn, report: StepReport, *, stopping: bool) -> None:
-        """Take note of a step: policy, log row, checkpoint; at the last one the model directory.
+        Args:
+            inputs: of the step.
+            report: what came out of it.
+            stopping: the run is interrupted after this step, so it is saved.
+
+        Returns:
+            The row of metrics.jsonl, if one was written.
 
         Raises:
             UserError: the loss is not finite.
         """
-        setup, config = self.setup, self.setup.config
-        setup.policy.observe(self.step, report.ce, report.teacher_ce)
+        config, batch_tokens = self.config, self.config.global_batch_tokens
+        self.policy.observe(self.step, report.ce, report.teacher_ce)
         self.step += 1
-        self._clock.tick(config.global_batch_tokens if turn.asks_teacher else 0)
-        finished = self.step == setup.steps
-        saving = stopping or finished or self.step % self._every == 0
-        if config.checkpoint.trunk and self.step == config.optim.decay_start(
-            setup.steps, config.global_batch_tokens
-        ):
+        self.teacher_tokens += batch_tokens if inputs.needs_teacher else 0
+        finished = self.step == self.steps
+        due = finished or self.step % max(1, config.checkpoint.every // batch_tokens) == 0
+        if config.checkpoint.trunk and self.step == config.optim.decay_start(self.steps, batch_tokens):
             self._check_finite(report)
-            self._save_trunk()
-        if saving or self.step % config.runtime.log_every == 0:
-            self._log(report, saving=saving)
-        if not setup.world.is_main:
-            return
-        if finished:
-            export(setup, self.directory)
-        elif stopping:
+            if self.world.is_main:
+                counters = self._counters(time.perf_counter())
+                checkpoint.save_branch_point(self.directory.checkpoints, self.model, self.optimizer, counters)
+        row = None
+        if stopping or due or self.step % config.runtime.log_every == 0:
+            row = self._log(report, saving=stopping or due)
+        if self.world.is_main and stopping and not finished:
             self.directory.write_state("stopped")
+        return row
 
-    def give_up(self, error: UserError) -> None:
-        """Record why this run cannot go on; it is not due any more."""
-        self._failed = True
-        if self.setup.world.is_main:
+    def mark_failed(self, error: UserError) -> None:
+        """Record why this run cannot continue; no steps are left for it."""
+        self.failed = True
+        if self.world.is_main:
             self.directory.write_state("failed", error=str(error))
 
     def _check_finite(self, report: StepReport) -> None:
@@ -146,85 +223,100 @@ class Session:
             "checkpoint is intact)"
         )
 
-    def _save_trunk(self) -> None:
-        if self.setup.world.is_main:
-            checkpoint.save_trunk(
-                self.directory.checkpoints,
-                self.setup.model,
-                self.setup.trainee.optimizer,
-                self._clock.counters(self.step),
-            )
-
-    def _log(self, report: StepReport, *, saving: bool) -> None:
-        setup, config = self.setup, self.setup.config
+    def _log(self, report: StepReport, *, saving: bool) -> dict[str, float]:
+        """Write a row of metrics.jsonl, the run's state and, if `saving`, a checkpoint."""
         self._check_finite(report)
-        memory = setup.memory()
-        self.row = self._clock.row(self.step, config.global_batch_tokens, report, setup.kd_name) | _named(
-            memory
-        )
-        if not setup.world.is_main:
-            return
-        counters = self._clock.counters(self.step)
-        self.directory.append_metrics(self.row)
-        self.directory.write_state("running", **setup.ledger(counters), cohort=self._cohort)
-        for tracker in self._trackers:
-            tracker.log(self.row)
-        if saving:
-            checkpoint.save(
-                self.directory.checkpoints,
-                setup.model,
-                setup.trainee.optimizer,
-                replace(counters, policy=memory["policy"], gate=memory["gate"]),
-                config.checkpoint.keep,
-            )
-
-
-def _named(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What policy and gate remember, as columns of metrics.jsonl: "policy_ce", "gate_threshold"."""
-    return {f"{part}_{name}": value for part, state in memory.items() for name, value in state.items()}
-
-
-class _Clock:
-    """Training time over all sessions, and speed since the last row."""
-
-    def __init__(self, start: checkpoint.Counters) -> None:
-        self._before = start
-        self._teacher_tokens = start.teacher_tokens
-        self._start = self._last = time.perf_counter()
-        self._last_step = start.step
-
-    def tick(self, teacher_tokens: int) -> None:
-        self._teacher_tokens += teacher_tokens
-
-    def leave_out(self, seconds: float) -> None:
-        self._start += seconds
-        self._last += seconds
-
-    def counters(self, step: int) -> checkpoint.Counters:
-        seconds = self._before.seconds + time.perf_counter() - self._start
-        return checkpoint.Counters(step, seconds, self._teacher_tokens)
-
-    def row(self, step: int, batch_tokens: int, report: StepReport, kd_name: str) -> dict[str, float]:
-        """Read the report (this waits for the device) as one row of metrics.jsonl."""
-        values = {
-            name: float(tensor)
-            for name, tensor in (
-                ("loss", report.loss),
-                ("ce", report.ce),
-                (kd_name, report.kd),
-                ("teacher_ce", report.teacher_ce),
-                ("grad_norm", report.grad_norm),
-            )
-        }
+        values = self._values(report)
         now = time.perf_counter()
-        speed = (step - self._last_step) * batch_tokens / max(now - self._last, 1e-9)
-        self._last, self._last_step = now, step
-        return {
-            "step": step,
-            "tokens": step * batch_tokens,
+        counters = self._counters(now)
+        (last_step, last), self._logged = self._logged, (self.step, now)
+        batch_tokens = self.config.global_batch_tokens
+        row: dict[str, float] = {
+            "step": self.step,
+            "tokens": self.step * batch_tokens,
             **values,
+            "tokens_per_second": round((self.step - last_step) * batch_tokens / max(now - last, 1e-9), 1),
+            "seconds": round(counters.seconds, 3),
+        }
+        for part, memory in (("policy", counters.policy), ("gate", counters.gate)):
+            row |= {f"{part}_{name}": value for name, value in memory.items()}
+        if self.world.is_main:
+            self.directory.append_metrics(row)
+            self._write_state(counters.seconds)
+            for tracker in self._trackers:
+                tracker.log(row)
+            if saving:
+                checkpoint.save(
+                    self.directory.checkpoints,
+                    self.model,
+                    self.optimizer,
+                    counters,
+                    self.config.checkpoint.keep,
+                )
+        return row
+
+    def _values(self, report: StepReport) -> dict[str, float]:
+        """Read what a step reported (this waits for the device), by the names of metrics.jsonl."""
+        retained = None if self.teacher is None else self.teacher.retained
+        return {
+            "loss": float(report.loss),
+            "ce": float(report.ce),
+            kd_name(self.config.objective, retained): float(report.kd),
+            "teacher_ce": float(report.teacher_ce),
+            "grad_norm": float(report.grad_norm),
             "alpha": float(report.alpha),
             "lr": report.lr,
-            "tokens_per_second": round(speed, 1),
-            "seconds": round(self.counters(step).seconds, 3),
         }
+
+    def _counters(self, now: float) -> checkpoint.Counters:
+        """Where the run stands, as checkpoints hold it; waits for the device."""
+        return checkpoint.Counters(
+            self.step,
+            now - self._start,
+            self.teacher_tokens,
+            self.policy.state(),
+            {} if self.gate is None else self.gate.state(),
+        )
+
+    def _write_state(self, seconds: float) -> None:
+        """Record progress and cost in state.json."""
+        tokens = self.step * self.config.global_batch_tokens
+        teacher_flops = 0.0 if self.teacher is None else self.teacher.forward_flops
+        self.directory.write_state(
+            "running",
+            step=self.step,
+            steps=self.steps,
+            tokens=tokens,
+            seconds=round(seconds, 3),
+            tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+            parameters=self.parameter_count,
+            train_flops=self.training_flops * tokens,
+            teacher_flops=teacher_flops * self.teacher_tokens,
+            cohort=self.cohort,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What one student takes a step with, besides the batch.
+
+    Attributes:
+        student: whose step it is.
+        alpha: weight of the divergence.
+        lr: learning rate.
+        needs_teacher_ce: run the teacher even at alpha 0, because the policy needs its cross-entropy.
+        seed: of dropout, different for every run seed, step and rank.
+    """
+
+    student: Student
+    alpha: float
+    lr: float
+    needs_teacher_ce: bool = False
+    seed: int = 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the step computes anything from the teacher's targets."""
+        if self.student.teacher is None:
+            return False
+        return self.needs_teacher_ce or self.alpha > 0 or self.student.objective.mixing == "keep_full_kd"

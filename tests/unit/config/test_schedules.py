@@ -13,7 +13,7 @@ from tutelage.config.load import validate
 from tutelage.config.optim_config import OptimConfig
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
-from tutelage.train.step import learning_rate
+from tutelage.train.optim import learning_rate
 
 BASE = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "10K", "global_batch_tokens": 256}
 STEPS = 39  # whole batches of 10,000 tokens

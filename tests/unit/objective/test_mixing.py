@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
+from training import opened
 
 from tutelage.config.load import validate
 from tutelage.config.objective_config import Alpha, Gate, ObjectiveConfig
@@ -18,8 +19,9 @@ from tutelage.config.optim_config import OptimConfig
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 from tutelage.objective import GATES, POLICIES, make_policy
-from tutelage.train.setup import prepare
-from tutelage.train.step import Turn, learning_rate, train_step
+from tutelage.train.optim import learning_rate
+from tutelage.train.step import train_step
+from tutelage.train.student import StepInputs
 
 WSD = OptimConfig(schedule="wsd", warmup=0.1, decay=0.2, final_lr=0.0)
 EXAMPLES = {
@@ -201,9 +203,9 @@ def test_a_policy_costs_less_than_a_hundredth_of_a_demo_step(name, make_config):
     config = make_config(
         model={"rung": "nano-150k"}, global_batch_tokens=1024, tokens=4096, objective={"alpha": 0.0}
     )
-    setup = prepare(config)
-    batch = [setup.loader.batch(0)]
-    step = min(cpu_seconds(lambda: train_step([Turn(setup.trainee, 0.0, 1e-3)], batch)) for _ in range(5))
+    student = opened(config)
+    batch = [student.loader.batch(0)]
+    step = min(cpu_seconds(lambda: train_step([StepInputs(student, 0.0, 1e-3)], batch)) for _ in range(5))
     policy, ce, teacher_ce = make(name), torch.tensor(3.5), torch.tensor(3.0)
 
     def hundred_steps():

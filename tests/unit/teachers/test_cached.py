@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import opened
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
@@ -20,7 +21,6 @@ from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.reader import CachedTeacher, open_cache
 from tutelage.train.loop import Nobody
-from tutelage.train.setup import prepare
 
 KEYS = ("loss", "ce", "kd", "teacher_ce", "grad_norm")
 
@@ -141,9 +141,9 @@ def test_seed_order_micro_batches_and_shorter_sequences_cannot_misalign_it(make_
         config = make_config(
             teacher={"kind": "cache", "path": str(path)}, objective={"alpha": 0.5}, **changes
         )
-        setup = prepare(config)
-        whole = setup.loader.batch(3)
-        targets = setup.trainee.teacher.targets(whole)
+        student = opened(config)
+        whole = student.loader.batch(3)
+        targets = student.teacher.targets(whole)
         for row, start in enumerate(whole.starts):
             length = whole.tokens_BT.shape[1]
             alone = open_cache(path).read((start,), length)
@@ -186,12 +186,12 @@ def test_a_resumed_run_reads_what_an_uninterrupted_one_reads(make_config, teach,
 
 def test_what_was_expected_is_what_is_read(teach, make_config):
     config = make_config(teacher={"kind": "cache", "path": str(teach())}, objective={"alpha": 0.5})
-    setup = prepare(config)
-    ahead = setup.trainee.teacher
+    student = opened(config)
+    ahead = student.teacher
     behind = CachedTeacher(open_cache(config.teacher.path), torch.device("cpu"))
     for step in range(4):
-        ahead.prefetch([setup.loader.batch(step + 1)])  # one step ahead, and step 0 unexpected
-        batch = setup.loader.batch(step)
+        ahead.prefetch([student.loader.batch(step + 1)])  # one step ahead, and step 0 unexpected
+        batch = student.loader.batch(step)
         if step == 2:
             continue  # a step that does not ask
         found, plain = ahead.targets(batch), behind.targets(batch)

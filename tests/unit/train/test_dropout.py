@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training import StopAt, assert_same_weights, losses
+from training import StopAt, assert_same_weights, losses, opened
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from tutelage.data.hashing import mixed
 from tutelage.errors import Stopped
 from tutelage.models import hub
 from tutelage.run import run, run_cohort
-from tutelage.train.setup import prepare
-from tutelage.train.student import Session
 
 
 @pytest.fixture(params=["gpt2", "opt"])
@@ -88,11 +86,10 @@ def test_scoring_on_the_way_changes_nothing(make, store, tmp_path):
 
 
 def test_masks_differ_by_step_rank_and_micro_batch(make, tmp_path):
-    setup = prepare(make())
-    session = Session(setup, run(make(tokens=256)), [], 1)
-    first = session.turn().seed
-    session.step += 1
-    assert session.turn().seed == mixed(43, session.step, 0) != first
+    student = opened(make())
+    first = student.step_inputs().seed
+    student.step += 1
+    assert student.step_inputs().seed == mixed(43, student.step, 0) != first
     seeds = {mixed(43, step, rank) for step in range(200) for rank in range(8)}
     assert len(seeds) == 1600
     assert mixed(1, 2) != mixed(2, 1)
@@ -100,11 +97,11 @@ def test_masks_differ_by_step_rank_and_micro_batch(make, tmp_path):
 
 def test_a_teacher_with_dropout_never_drops(make_config, start):
     taught = {"teacher": {"kind": "model", "path": start}, "objective": {"alpha": 0.4}}
-    setup = prepare(make_config(**taught))
-    setup.model.train()
-    batch = setup.loader.batch(0)
-    first = setup.trainee.teacher.targets(batch)
-    again = setup.trainee.teacher.targets(batch)
+    student = opened(make_config(**taught))
+    student.model.train()
+    batch = student.loader.batch(0)
+    first = student.teacher.targets(batch)
+    again = student.teacher.targets(batch)
     assert torch.equal(first.hidden_NE, again.hidden_NE)
     plain = hub.load(start).eval()
     with torch.no_grad():
@@ -114,9 +111,9 @@ def test_a_teacher_with_dropout_never_drops(make_config, start):
 
 def test_dropout_is_on_in_training(make):
     """Without it the tests above prove nothing."""
-    setup = prepare(make())
-    setup.model.train()
-    batch = setup.loader.batch(0)
+    student = opened(make())
+    student.model.train()
+    batch = student.loader.batch(0)
     with torch.no_grad():
-        twice = [setup.trainee.body(input_ids=batch.tokens_BT).last_hidden_state for _ in range(2)]
+        twice = [student.body(input_ids=batch.tokens_BT).last_hidden_state for _ in range(2)]
     assert not torch.equal(*twice)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from training import opened
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, PhiConfig, PhiForCausalLM
 
 from tutelage.config.load import validate
@@ -20,7 +21,6 @@ from tutelage.objective.objective import dense_logits
 from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.reader import CachedTeacher, open_cache
-from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
 
 FAMILIES = {
@@ -53,10 +53,10 @@ def logits(model, tokens):
 
 
 def test_the_training_loss_is_the_models_own(biased, make_config, tmp_path):
-    setup = prepare(make_config(model={"path": str(tmp_path / "start")}))
-    batch = setup.loader.batch(0)
-    setup.model.eval()
-    sums = loss_sums(setup.trainee, batch, None, 0.0)
+    student = opened(make_config(model={"path": str(tmp_path / "start")}))
+    batch = student.loader.batch(0)
+    student.model.eval()
+    sums = loss_sums(student, batch, None, 0.0)
     expected = F.cross_entropy(logits(biased, batch.tokens_BT), batch.labels_BT.flatten(), reduction="sum")
     torch.testing.assert_close(sums.loss.detach(), expected)
     without = F.cross_entropy(
@@ -68,18 +68,18 @@ def test_the_training_loss_is_the_models_own(biased, make_config, tmp_path):
     sums.loss.backward()
     probabilities = logits(biased, batch.tokens_BT).softmax(-1)
     gold = F.one_hot(batch.labels_BT.flatten(), 300)
-    gradient = setup.trainee.head.bias.grad
+    gradient = student.head.bias.grad
     torch.testing.assert_close(gradient[:300], (probabilities - gold).sum(0), rtol=1e-4, atol=1e-4)
     assert not gradient[300:].any()
 
 
 def test_as_a_teacher_live_and_from_caches(biased, make_config, tmp_path, store):
     teacher = {"kind": "model", "path": str(tmp_path / "start")}
-    setup = prepare(make_config(teacher=teacher, objective={"alpha": 0.5}))
-    batch = setup.loader.batch(0)
+    student = opened(make_config(teacher=teacher, objective={"alpha": 0.5}))
+    batch = student.loader.batch(0)
     expected = logits(biased, batch.tokens_BT)
     with torch.no_grad():
-        targets = setup.trainee.teacher.targets(batch)
+        targets = student.teacher.targets(batch)
     torch.testing.assert_close(dense_logits(targets, slice(None), 300), expected)
     for kept in ({"kind": "hidden", "dtype": "float32"}, {"kind": "topk", "k": 9}):
         config = {

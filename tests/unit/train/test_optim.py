@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tutelage.config.optim_config import OptimConfig
-from tutelage.train.step import adamw, learning_rate
+from tutelage.train.optim import adamw, learning_rate
 
 
 @pytest.mark.parametrize(

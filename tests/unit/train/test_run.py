@@ -7,7 +7,7 @@ import json
 import polars as pl
 import pytest
 import torch
-from training import StopAt, assert_same_weights, losses, rows, weights
+from training import StopAt, assert_same_weights, losses, opened, rows, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
@@ -16,7 +16,6 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory, run_id
 from tutelage.train import checkpoint
-from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
 
 
@@ -67,13 +66,13 @@ def test_finished_run_is_not_trained_again(make_config):
 def test_exported_model_has_the_logits_of_the_trained_one(make_config):
     config = make_config()
     directory = run(config)
-    setup = prepare(config)
-    checkpoint.load_latest(directory.checkpoints, setup.model, setup.trainee.optimizer)
+    student = opened(config)
+    checkpoint.load_latest(directory.checkpoints, student.model, student.optimizer)
     tokens = torch.arange(64).view(2, 32)
     exported = AutoModelForCausalLM.from_pretrained(directory.model)
     with torch.no_grad():
         torch.testing.assert_close(
-            exported(input_ids=tokens).logits, setup.model(input_ids=tokens).logits, rtol=0, atol=0
+            exported(input_ids=tokens).logits, student.model(input_ids=tokens).logits, rtol=0, atol=0
         )
     tokenizer = AutoTokenizer.from_pretrained(directory.model)
     assert (
@@ -102,9 +101,9 @@ def test_a_student_that_is_its_teacher_has_no_divergence(make_config):
         teacher={"kind": "model", "path": str(teacher.model)},
         objective={"alpha": 1.0},
     )
-    setup = prepare(config)
-    batch = setup.loader.batch(0)
-    sums = loss_sums(setup.trainee, batch, setup.trainee.teacher.targets(batch), 1.0)
+    student = opened(config)
+    batch = student.loader.batch(0)
+    sums = loss_sums(student, batch, student.teacher.targets(batch), 1.0)
     assert abs(sums.kd.item()) < 1e-3
     assert sums.ce.item() == pytest.approx(sums.teacher_ce.item(), rel=1e-6)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from training import StopAt, assert_same_weights, losses
+from training import StopAt, assert_same_weights, losses, opened
 from transformers import AutoModelForCausalLM
 
 from tutelage.config.data_config import StoreConfig
@@ -24,7 +24,6 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run import run
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
-from tutelage.train.setup import prepare
 from tutelage.train.step import loss_sums
 from tutelage.types import IGNORE_INDEX
 
@@ -136,22 +135,22 @@ def direct_loss(model: PreTrainedModel, view: SplitView, batch: Batch) -> torch.
 
 
 def test_masked_loss_and_gradient_are_the_direct_ones(make_sft, trained, pairs):
-    setup = prepare(make_sft())
-    batch, view = setup.loader.batch(3), open_store(pairs).split("train")
-    ours = loss_sums(setup.trainee, batch, None, 0.0)
+    student = opened(make_sft())
+    batch, view = student.loader.batch(3), open_store(pairs).split("train")
+    ours = loss_sums(student, batch, None, 0.0)
     ours.loss.backward()
     model = AutoModelForCausalLM.from_pretrained(trained.model)
     expected = direct_loss(model, view, batch)
     expected.backward()
     assert float(ours.ce) == pytest.approx(float(expected.detach()), rel=1e-5)
     theirs = dict(model.named_parameters())
-    for name, weight in setup.model.named_parameters():
+    for name, weight in student.model.named_parameters():
         torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
 
 
 def test_the_logged_loss_is_per_token_of_a_completion(make_sft, trained, pairs):
     config = make_sft()
-    batch, view = prepare(config).loader.batch(0), open_store(pairs).split("train")
+    batch, view = opened(config).loader.batch(0), open_store(pairs).split("train")
     learned = sum(int(view.mask[start + 1 : start + LENGTH + 1].sum()) for start in batch.starts)
     with torch.no_grad():
         expected = direct_loss(AutoModelForCausalLM.from_pretrained(trained.model), view, batch) / learned
@@ -192,7 +191,7 @@ def test_stopped_and_resumed_is_bitwise_uninterrupted(make_sft, tmp_path):
 def test_micro_batches_without_completions_change_nothing(make_sft, tmp_path):
     """Of 32 tokens at a time some hold a prompt only; the denominator is that of the whole batch."""
     config = make_sft(micro_batch_tokens=LENGTH, output=str(tmp_path / "micro"), optim={"lr": 1e-3})
-    batches = [prepare(config).loader.batch(step) for step in range(12)]
+    batches = [opened(config).loader.batch(step) for step in range(12)]
     labels = torch.cat([batch.labels_BT for batch in batches])
     assert (labels == IGNORE_INDEX).all(1).any()
     parts, whole = run(config), run(make_sft(optim={"lr": 1e-3}))
