@@ -1,4 +1,4 @@
-"""The answer of `tutelage study plan`: what some studies take on a given machine, as plain data."""
+"""Estimate what studies take on a given machine, before anything runs (`tutelage study plan`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopK
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, parameters
 from tutelage.models.shapes import rung
-from tutelage.study.devices import Device, critical_path, find_device, makespan, run_memory
+from tutelage.study.devices import (
+    Speeds,
+    critical_path,
+    find_device,
+    makespan,
+    read_timings,
+    run_memory,
+)
 from tutelage.study.nodes import Cost, check_cells
 from tutelage.study.plan import load_plan
-from tutelage.study.status import Speeds, read_timings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from tutelage.config.run_config import RunConfig
@@ -26,10 +32,13 @@ if TYPE_CHECKING:
     from tutelage.config.teacher_config import Format
     from tutelage.models.shapes import Rung
     from tutelage.study.cells import Cell
+    from tutelage.study.devices import Device
     from tutelage.study.expand import ExpandedStudy
 
+    Speed = Callable[[str, str | None], float]
+    """FLOPs per second of a run, by the names of its shape and of the teacher that runs beside it."""
+
 _SPLITS = 2
-_TRAINING = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +117,18 @@ def works_of(studies: Sequence[ExpandedStudy]) -> tuple[list[Work], Caches, list
     return list(works.values()), Caches(flops, size), notes
 
 
-def duration(works: Sequence[Work], devices: int, source: Device | Speeds, mfu: float | None) -> Duration:
+def duration(works: Sequence[Work], devices: int, speed: Speed) -> Duration:
     """How long `works` take on `devices`, each run on one of them.
 
     Args:
         works: the runs, each after what it needs.
         devices: how many work at the same time.
-        source: the kind of device, or measured speeds.
-        mfu: part of the device's peak that is reached; default: the usual one.
+        speed: of each run.
     """
     seconds = {}
     for work in works:
         taught = work.cell.teacher if work.cell.kind == "student" else None
-        speed = _speed(source, work.cell.rung, taught, mfu)
-        seconds[work.key] = work.flops / speed
+        seconds[work.key] = work.flops / speed(work.cell.rung, taught)
     needs = {work.key: work.needs for work in works}
     path = critical_path(seconds, needs)
     return Duration(
@@ -152,16 +159,6 @@ def by_purpose(works: Sequence[Work], caches: Caches) -> dict[str, float]:
     }
 
 
-def _speed(source: Device | Speeds, shape: str, teacher: str | None, mfu: float | None) -> float:
-    from tutelage.study.status import Speeds  # noqa: PLC0415 - the type of a choice
-
-    if isinstance(source, Speeds):
-        measured = source.of(shape, teacher)
-        assert measured is not None  # noqa: S101 - the caller has some
-        return measured
-    return source.peak_flops * (mfu or source.mfu)
-
-
 class _Reader:
     """Costs of the cells of one study."""
 
@@ -184,33 +181,34 @@ class _Reader:
         except UserError as error:
             raise UserError(f"study {self.study.name}: {cell.name}: {error}") from None
         needs = tuple(self._keys[name] for name in cell.needs)
-        key = self._keys[cell.name] = f"{cell.name}-{digest([cell.settings, self._taught(cell), needs])}"
+        taught = None if cell.teacher is None else self.teachers[cell.teacher]
+        recipe = [cell.settings, None if taught is None else taught.model_dump(mode="json"), needs]
+        key = self._keys[cell.name] = f"{cell.name}-{digest(recipe)}"
         self._tokens[cell.name] = cost.tokens
         if cell.compute_of is None and parse_tokens(cell.tokens, cost.parameters) != cost.tokens:
-            batch = config.global_batch_tokens
-            asked = tokens_text(cell.tokens)
+            batch, asked = config.global_batch_tokens, tokens_text(cell.tokens)
             text = f"of {asked} tokens {cost.tokens:,} are trained, in whole batches of {batch:,}"
             self.rounded[text] = None
-        kept = self._is_kept(cell)
-        if kept:
-            cache = str(cell.teacher), cell.needs
-            self._read[cache] = max(cost.tokens, self._read.get(cache, 0))
-        domains = 1 + len(self.study.domains)
-        scored = domains * _SPLITS * config.eval.max_documents * config.eval.max_tokens
+        teacher = taught if cell.kind == "student" else None
+        if cached := teacher is not None and teacher.cache is not None:
+            read = str(cell.teacher), cell.needs
+            self._read[read] = max(cost.tokens, self._read.get(read, 0))
+        beside = None if teacher is None or cached else teacher.rung
+        scored = (1 + len(self.study.domains)) * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
             key=key,
             needs=needs,
             cell=cell,
             cost=replace(
                 cost,
-                flops=cost.flops * (1 - self._branched(cell, config) / cost.tokens),
-                teacher_flops=0.0 if kept else cost.teacher_flops,
+                flops=cost.flops * (1 - self._shared(cell, config) / cost.tokens),
+                teacher_flops=0.0 if cached else cost.teacher_flops,
             ),
-            scoring_flops=cost.flops / cost.tokens / _TRAINING * scored,
+            scoring_flops=forward_flops(shape, vocab_size, config.data.sequence_length) * scored,
             memory=run_memory(
                 shape,
                 cost.parameters,
-                0 if kept else self._beside(cell, vocab_size),
+                0 if beside is None else parameters(rung(beside), vocab_size).total,
                 config.micro_batch_tokens or config.global_batch_tokens,
                 vocab_size,
                 bf16=config.dtype == "bfloat16"
@@ -219,7 +217,7 @@ class _Reader:
         )
 
     def caches(self) -> Caches:
-        """What is kept of the teachers that the works so far read from disk."""
+        """Cached targets of the teachers that the runs so far read from disk."""
         flops = size = 0.0
         for (name, _), tokens in self._read.items():
             spec = self.teachers[name]
@@ -232,8 +230,8 @@ class _Reader:
             size += kept_bytes(spec.cache.format, vocab_size, shape.hidden) * tokens
         return Caches(flops, size)
 
-    def _branched(self, cell: Cell, config: RunConfig) -> float:
-        """Tokens that a branch of a trunk does not train: the shorter run's, up to its decay."""
+    def _shared(self, cell: Cell, config: RunConfig) -> float:
+        """Tokens that a run does not train because it starts from a shorter one, where that one decays."""
         return 0.0 if cell.trunk is None else self._tokens[cell.trunk] * (1 - config.optim.decay)
 
     def _vocabulary(self, shape: Rung) -> int:
@@ -245,22 +243,6 @@ class _Reader:
                 "known; give corpus.tokenizer.path a tokenizer.json or its directory"
             )
         return found
-
-    def _taught(self, cell: Cell) -> dict[str, Any] | None:
-        return None if cell.teacher is None else self.teachers[cell.teacher].model_dump(mode="json")
-
-    def _is_kept(self, cell: Cell) -> bool:
-        return (
-            cell.kind == "student"
-            and cell.teacher is not None
-            and self.teachers[cell.teacher].cache is not None
-        )
-
-    def _beside(self, cell: Cell, vocab_size: int) -> int:
-        """Weights of the teacher that runs beside a run."""
-        name = cell.teacher if cell.kind == "student" else None
-        shape = None if name is None else self.teachers[name].rung
-        return 0 if shape is None else parameters(rung(shape), vocab_size).total
 
 
 def kept_bytes(kept: Format, vocab_size: int, width: int) -> float:
@@ -283,11 +265,6 @@ def _vocab_size(study: StudyConfig) -> int | None:
     from tutelage.data.tokenizer import load_tokenizer  # noqa: PLC0415 - only where it is asked for
 
     return load_tokenizer(tokenizer.path).vocab_size
-
-
-def largest(works: Sequence[Work]) -> Work:
-    """The run that needs most memory."""
-    return max(works, key=lambda work: work.memory)
 
 
 _FORMULA = (
@@ -328,9 +305,9 @@ def forecast(studies: Sequence[ExpandedStudy], machine: Machine, directory: Path
     works, caches, notes = works_of(studies)
     if not works:
         raise UserError(f"study {studies[0].study.name}: no runs; give students, or teachers to train")
-    source, words, device = _source(machine, directory)
-    took = duration(works, machine.devices, source, machine.mfu)
-    most = largest(works)
+    speed, words, device = _speed(machine, directory)
+    took = duration(works, machine.devices, speed)
+    most = max(works, key=lambda work: work.memory)
     kinds = by_kind(works)
     names = {work.key: work.cell.name for work in works}
     return {
@@ -355,15 +332,21 @@ def forecast(studies: Sequence[ExpandedStudy], machine: Machine, directory: Path
     }
 
 
-def _source(machine: Machine, directory: Path | None) -> tuple[Device | Speeds, str, Device]:
-    """Where speeds come from, that in words, and the device."""
+def _speed(machine: Machine, directory: Path | None) -> tuple[Speed, str, Device]:
+    """The speed of a run, its source in words, and the device."""
     device = find_device(machine.device)
-    if directory is not None:
-        timings = read_timings(directory, load_plan(directory))
-        if timings:
-            words = f"{machine.devices} x what {len(timings)} finished runs of {directory} were trained on"
-            return Speeds(timings), words, device
-    reached = machine.mfu or device.mfu
+    timings = [] if directory is None else read_timings(directory, load_plan(directory))
+    if timings:
+        speeds = Speeds(timings)
+
+        def measured(shape: str, teacher: str | None) -> float:
+            speed = speeds.of(shape, teacher)
+            assert speed is not None  # noqa: S101 - some run is finished
+            return speed
+
+        words = f"{machine.devices} x what {len(timings)} finished runs of {directory} were trained on"
+        return measured, words, device
+    mfu = machine.mfu or device.mfu
     peak = f"{device.peak_flops / 1e12:g} TFLOP/s"
-    words = f"{machine.devices} x {machine.device} ({device.summary}) at {reached:.0%} of {peak}"
-    return device, words, device
+    words = f"{machine.devices} x {machine.device} ({device.summary}) at {mfu:.0%} of {peak}"
+    return lambda *_: device.peak_flops * mfu, words, device

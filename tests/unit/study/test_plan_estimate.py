@@ -19,16 +19,18 @@ from tutelage.models.shapes import LADDER, rung
 from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
 from tutelage.study.devices import (
     DEVICES,
+    Speeds,
+    Timing,
     activation_values,
     chain_weights,
     critical_path,
+    estimate_error,
     find_device,
     makespan,
     run_memory,
 )
 from tutelage.study.expand import expand
 from tutelage.study.presets import demo_study, load_study
-from tutelage.study.status import Speeds, Timing, estimate_error
 
 DEMO = demo_study(2, "100K", quick=False)
 
@@ -156,7 +158,7 @@ def test_memory_counts_state_teacher_and_micro_batch():
 def test_time_energy_and_cost_follow_from_the_device():
     works, _, _ = works_of([expand(DEMO)])
     device = DEVICES["h100"]
-    took = duration(works, 2, device, 0.5)
+    took = duration(works, 2, lambda *_: 0.5 * device.peak_flops)
     assert took.device == pytest.approx(sum(work.flops for work in works) / (0.5 * device.peak_flops))
     assert took.path_seconds <= took.wall <= took.device
     found = forecast([expand(DEMO)], Machine("h100", 2, 0.5, 3.0), None)
