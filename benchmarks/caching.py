@@ -110,9 +110,9 @@ def cached(common: dict[str, Any], settings: dict[str, Any], folder: Path) -> St
 def step_table(student: str, vocabulary: int, rounds: int, folder: Path) -> None:
     """Steps with each format beside steps without a teacher."""
     store = store_of(folder, f'{{"vocab_size": {vocabulary}}}', 2_000_000)
-    hub.save(hub.build(shapes.rung("nano-50k"), vocabulary, LENGTH, seed=1), folder / "teacher", store)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), vocabulary, LENGTH, seed=1), folder / "teacher", store)
     common = {
-        "model": {"rung": student},
+        "model": {"shape": student},
         "data": {"store": str(store), "sequence_length": LENGTH},
         "tokens": "1M",
         "global_batch_tokens": TOKENS,

@@ -27,15 +27,15 @@ ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 STEPS, TOKENS, LENGTH = 4, 1024, 128
 
 
-def students(rungs: tuple[str, str], folder: Path) -> list[Student]:
+def students(names: tuple[str, str], folder: Path) -> list[Student]:
     """One run per alpha, all with the same untrained teacher: its values do not change its cost."""
     corpus = '{"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]}'
     store = build_store(StoreConfig.model_validate_json(corpus), folder)
-    hub.save(hub.build(shapes.rung(rungs[1]), 512, LENGTH, seed=1), folder / "teacher", store)
+    hub.save(hub.build(shapes.find_shape(names[1]), 512, LENGTH, seed=1), folder / "teacher", store)
     found: list[Student] = []
     for alpha in ALPHAS:
         config = {
-            "model": {"rung": rungs[0]},
+            "model": {"shape": names[0]},
             "data": {"store": str(store), "sequence_length": LENGTH},
             "tokens": "1M",
             "global_batch_tokens": TOKENS,

@@ -5,7 +5,7 @@ thrown away. Ours: everything `tutelage eval` does with a domain once its token 
 losses per document, the fit of temperature and unigram on validation and its use on test, calibration,
 intervals. Both in this process, in turn; the ratio is the median over rounds of CPU seconds.
 
-    python benchmarks/evals.py [--rung nano-700k] [--vocab 4096] [--rounds 5] [--suite]
+    python benchmarks/evals.py [--shape nano-700k] [--vocab 4096] [--rounds 5] [--suite]
 
 `--suite` also times the whole offline suite of `tutelage eval`, token stores included (wall and CPU seconds).
 """
@@ -31,7 +31,7 @@ from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.scoring import InDomain, score_domain
 from tutelage.evals.windows import Target, window_batches
 from tutelage.models.hub import build, load, save
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rung", default="nano-700k")
+    parser.add_argument("--shape", default="nano-700k")
     parser.add_argument("--vocab", type=int, default=512)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,7 +69,7 @@ def main() -> None:
         )
         tokenizer = TokenizerConfig(vocab_size=arguments.vocab)
         store = build_store(config.model_copy(update={"tokenizer": tokenizer}), folder)
-        model = build(rung(arguments.rung), arguments.vocab, arguments.context, seed=1)
+        model = build(find_shape(arguments.shape), arguments.vocab, arguments.context, seed=1)
         save(model, folder / "model", store)
         evaluated = find_model(str(folder / "model"), folder)
         model = load(evaluated.model)
@@ -86,7 +86,7 @@ def main() -> None:
             times["ours"].append(time.process_time() - middle)
         share = statistics.median(b / o for b, o in zip(times["bare"][1:], times["ours"][1:], strict=True))
         parameters = sum(weight.numel() for weight in model.parameters())
-        print(f"{arguments.rung}, {parameters:,} parameters, vocabulary {arguments.vocab}")
+        print(f"{arguments.shape}, {parameters:,} parameters, vocabulary {arguments.vocab}")
         print(f"torch {torch.__version__}")
         for key, found in times.items():
             median = statistics.median(found[1:])

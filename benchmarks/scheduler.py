@@ -73,7 +73,7 @@ def nodes(output: Path, count: int) -> list[Node]:
         name = f"run-{number}"
         settings = {
             "name": name,
-            "model": {"rung": "nano-50k"},
+            "model": {"shape": "nano-50k"},
             "data": {"store": "none"},
             "tokens": 1024,
             "output": str(output),
@@ -89,7 +89,7 @@ def nodes(output: Path, count: int) -> list[Node]:
             arm=None,
             alpha=None,
             seed=number,
-            rung="nano-50k",
+            shape="nano-50k",
             tokens=1,
             settings={},
         )

@@ -4,7 +4,7 @@ Bare: forward, cross-entropy over whole logits, backward, nothing else. Ours: th
 loader, the chunked objective, clipping, AdamW and the loop's bookkeeping. Both in this process, in turn,
 one CPU thread; the ratio is the median over rounds of CPU seconds per step.
 
-    python benchmarks/step.py [--rung nano-150k] [--rounds 7]
+    python benchmarks/step.py [--shape nano-150k] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rung", default="nano-150k")
+    parser.add_argument("--shape", default="nano-150k")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -83,7 +83,7 @@ def main() -> None:
         )
         store = build_store(corpus, Path(directory))
         common = {
-            "model": {"rung": arguments.rung},
+            "model": {"shape": arguments.shape},
             "data": {"store": str(store)},
             "tokens": "1M",
             "runtime": {"device": "cpu", "threads": 1},
@@ -100,7 +100,7 @@ def main() -> None:
                 times[name].append(cpu_seconds(step))
     tokens = 1024
     base = times["bare forward + backward"][1:]
-    print(f"{arguments.rung}, {tokens} tokens a step, float32, 1 thread, torch {torch.__version__}")
+    print(f"{arguments.shape}, {tokens} tokens a step, float32, 1 thread, torch {torch.__version__}")
     for name, found in times.items():
         share = statistics.median(b / t for b, t in zip(base, found[1:], strict=True))
         median = statistics.median(found[1:])

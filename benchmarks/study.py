@@ -79,18 +79,18 @@ def write_study(directory: Path, runs: int) -> Plan:
     rows = list(itertools.islice(_rows(students, trained), runs))
     controls = [{"name": name, "control": True, "description": "control"} for name in ("unigram", "uniform")]
     teachers = [
-        {"name": name, "control": False, "description": "generated", "rung": shape, "tokens": tokens,
+        {"name": name, "control": False, "description": "generated", "shape": shape, "tokens": tokens,
          "parameters": SHAPES[shape], "run": f"teacher-{name.replace('@', '_')}"}
         for name, shape, tokens in trained
     ]  # fmt: skip
     plan = Plan.model_validate(
         {
-            "schema": 2,
+            "schema": 3,
             "name": "generated",
             "title": "A generated study",
             "seeds": SEEDS,
             "students": [
-                {"name": name, "rung": shape, "tokens": tokens, "parameters": SHAPES[shape]}
+                {"name": name, "shape": shape, "tokens": tokens, "parameters": SHAPES[shape]}
                 for name, shape, tokens in students
             ],
             "teachers": teachers + controls,

@@ -55,7 +55,7 @@ def make_config(store, tmp_path):
     def make(**changes: Any) -> RunConfig:
         base: dict[str, Any] = {
             "name": "tiny",
-            "model": {"rung": "nano-50k"},
+            "model": {"shape": "nano-50k"},
             "data": {"store": str(store), "sequence_length": 32},
             "tokens": 12 * 256,
             "global_batch_tokens": 256,

@@ -49,7 +49,7 @@ METRICS = ("bits_per_byte", "ece")
 def base(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Settings that all runs share."""
     return {
-        "model": {"rung": "nano-150k"},
+        "model": {"shape": "nano-150k"},
         "data": {"store": str(store), "sequence_length": LENGTH},
         "tokens": arguments.tokens,
         "global_batch_tokens": 1024,
@@ -76,7 +76,7 @@ def train_all(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]
     text += f'"max_bytes": {arguments.bytes}}}'
     store = build_store(StoreConfig.model_validate_json(text), arguments.output / "stores")
     common = base(store, arguments)
-    taught = {"name": "teacher", "seed": 42, "model": {"rung": "nano-350k"}}
+    taught = {"name": "teacher", "seed": 42, "model": {"shape": "nano-350k"}}
     taught["tokens"] = arguments.teacher_tokens
     teacher = run(validate(RunConfig, common | taught, "teacher"))
     print(f"teacher: {measured(teacher)['bits_per_byte']:.4f} bits per byte", flush=True)

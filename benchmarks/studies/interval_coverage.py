@@ -91,7 +91,7 @@ def _results(studies: int, seeds: int, outside: list[str], runs: list, scores: l
         name="simulated",
         title="simulated",
         seeds=tuple(range(seeds)),
-        students=tuple(PlanStudent(name=f"s{g}", rung="r", tokens=1, parameters=1) for g in range(studies)),
+        students=tuple(PlanStudent(name=f"s{g}", shape="r", tokens=1, parameters=1) for g in range(studies)),
         teachers=(PlanTeacher(name="t", control=False, description=""),),
         domains=domains,
         in_domain="own",

@@ -78,7 +78,7 @@ OF_MARGINS = {4, 9, 10, 11, 14, 15, 23}
 def study_file(seeds: Sequence[int]) -> StudyConfig:
     """A study with everything that a claim needs: null_claims.yaml with these seeds."""
     data = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    own = {f"own-{seed}": {"rung": "nano-20k", "tokens": "1.25M", "seed": seed} for seed in seeds}
+    own = {f"own-{seed}": {"shape": "nano-20k", "tokens": "1.25M", "seed": seed} for seed in seeds}
     data["seeds"] = [*seeds]
     data["teachers"] |= own
     for group in ("fewer", "controls"):

@@ -1,7 +1,7 @@
-"""Tune the no-teacher run of each rung of the demo, and show that the choice is stable across seeds.
+"""Tune the no-teacher run of each shape of the demo, and show that the choice is stable across seeds.
 
-Prints bits per byte on the *validation* split, mean and standard deviation over seeds; the best rate per rung
-is marked. The rungs' `lr` come from here (see LAB.md). Runs are kept, so an interrupted sweep goes on.
+Prints bits per byte on the *validation* split, mean and standard deviation over seeds; the best rate of each
+shape is marked. The shapes' `lr` come from here (see LAB.md). Runs are kept, so an interrupted sweep goes on.
 
     python benchmarks/tuning/learning_rates.py --output lr-sweep --tokens 1.5M --seeds 3
 """
@@ -26,14 +26,14 @@ from tutelage.study.nodes import Node, Stores, bind
 from tutelage.study.presets import demo_study
 from tutelage.study.runner import run_all
 
-RUNGS = ["nano-50k", "nano-150k", "nano-350k"]
+SHAPES = ["nano-50k", "nano-150k", "nano-350k"]
 RATES = [2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2]
 
 
 def sweep(arguments: argparse.Namespace) -> list[Node]:
-    """The demo's no-teacher run at every rung, rate and seed."""
+    """The demo's no-teacher run at every shape, rate and seed."""
     raw = demo_study(arguments.seeds, None, quick=False).model_dump(mode="json")
-    grid = {"product": {"rung": arguments.rungs, "lr": arguments.rates}}
+    grid = {"product": {"shape": arguments.shapes, "lr": arguments.rates}}
     raw |= {"teachers": {}, "students": {"sweep": {"tokens": arguments.tokens, "grid": grid}}}
     study = validate(StudyConfig, raw, "sweep")
     store = build_store(study.corpus, arguments.output / "data")
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("lr-sweep"))
     parser.add_argument("--tokens", default="1.5M")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rungs", nargs="+", default=RUNGS)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     arguments = parser.parse_args()
     nodes = sweep(arguments)
@@ -64,10 +64,10 @@ def main() -> None:
     with engine, Leases(arguments.output) as leases, StudyTable() as table:
         run_all(nodes, engine, leases, Failures(arguments.output, 1), table)
     print(f"{arguments.tokens} tokens, {arguments.seeds} seeds, validation bits per byte")
-    for name in arguments.rungs:
+    for name in arguments.shapes:
         results = {}
         for rate in arguments.rates:
-            cell = [node for node in nodes if node.cell.rung == name and node.config.optim.lr == rate]
+            cell = [node for node in nodes if node.cell.shape == name and node.config.optim.lr == rate]
             found = [score(arguments.output / "runs" / node.id) for node in cell]
             results[rate] = (statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0)
         best = min(results, key=lambda rate: results[rate][0])

@@ -1,12 +1,12 @@
 """How much do in-domain losses of untaught models differ between training seeds?
 
-Trains each rung with several seeds, of weights and data order as in a study, on the State of the Union
+Trains each shape with several seeds, of weights and data order as in a study, on the State of the Union
 addresses, with the demo's store, batch and limits, and prints the mean over seeds and the spread (standard
 deviation over mean) of the test split's bits per byte, and of nats per token in the first windows of
 documents and in the others. Runs are kept, so the same command resumes where it was interrupted and computes
 nothing twice.
 
-    python benchmarks/tuning/seed_spread.py --output seed-spread --rungs nano-50k nano-50k-qk --seeds 6
+    python benchmarks/tuning/seed_spread.py --output seed-spread --shapes nano-50k nano-50k-qk --seeds 6
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ STORE = {
 }
 
 
-def config(rung: str, seed: int, tokens: str, store: Path, output: Path) -> RunConfig:
+def config(shape: str, seed: int, tokens: str, store: Path, output: Path) -> RunConfig:
     """The demo's run without a teacher, scored on held-out speeches alone."""
     fields = {
-        "name": f"{rung}-{seed}",
+        "name": f"{shape}-{seed}",
         "seed": seed,
-        "model": {"rung": rung},
+        "model": {"shape": shape},
         "data": {"store": str(store), "sequence_length": 128, "seed": seed},
         "tokens": tokens,
         "global_batch_tokens": 1024,
@@ -75,17 +75,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("seed-spread"))
-    parser.add_argument("--rungs", nargs="+", default=["nano-50k", "nano-50k-qk"])
+    parser.add_argument("--shapes", nargs="+", default=["nano-50k", "nano-50k-qk"])
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--tokens", default="1.25M")
     arguments = parser.parse_args()
     with StoreBar() as bar:
         store = build_store(validate(StoreConfig, STORE, "seed_spread.py"), arguments.output / "data", bar)
     print(f"{arguments.tokens} tokens, {arguments.seeds} seeds from {FIRST_SEED}, test split of the speeches")
-    for rung in arguments.rungs:
+    for shape in arguments.shapes:
         found = []
         for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
-            asked = config(rung, seed, arguments.tokens, store, arguments.output / "runs")
+            asked = config(shape, seed, arguments.tokens, store, arguments.output / "runs")
             with RunBar() as bar:
                 found.append(measured(run(asked, bar).path / "documents.parquet"))
         for name in found[0]:
@@ -93,7 +93,7 @@ def main() -> None:
             mean = statistics.mean(values)
             spread = f"{statistics.stdev(values) / mean:7.2%}" if len(values) > 1 else "      -"
             every = " ".join(f"{value:.4f}" for value in values)
-            print(f"{rung:<14} {name:<20} mean {mean:.4f}  spread {spread}   {every}")
+            print(f"{shape:<14} {name:<20} mean {mean:.4f}  spread {spread}   {every}")
 
 
 if __name__ == "__main__":

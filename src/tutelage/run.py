@@ -235,25 +235,27 @@ def _copy_branch_point(student: Student) -> None:
         UserError: the other has none, computes something else, or decays later than this run does.
     """
     config, directory = student.config, student.directory
-    if config.runtime.trunk is None or any(directory.checkpoints.glob("step-*")):
+    if config.runtime.branch_from is None or any(directory.checkpoints.glob("step-*")):
         return
-    other = RunDirectory(config.output / config.runtime.trunk)
+    other = RunDirectory(config.output / config.runtime.branch_from)
     found = next(other.checkpoints.glob(f"{BRANCH_POINT}step-*"), None)
     if found is None:
         raise UserError(
-            f"runtime.trunk {other.id}: {other.path} has no checkpoint from where its decay begins; train it "
-            "with checkpoint.trunk: true, or drop runtime.trunk"
+            f"runtime.branch_from {other.id}: {other.path} has no checkpoint from where its decay "
+            "begins; train it with checkpoint.keep_before_decay: true, or drop runtime.branch_from"
         )
     ours, theirs = _recipe(config), _recipe(load(RunConfig, other.path / "config.yaml"))
     for field, value in ours.items():
         if value != theirs[field]:
             raise UserError(
-                f"runtime.trunk {other.id}: it is no beginning of this run: {field} is {theirs[field]} there "
-                f"and {value} here"
+                f"runtime.branch_from {other.id}: it is no beginning of this run: {field} is "
+                f"{theirs[field]} there and {value} here"
             )
     name = found.name.removeprefix(BRANCH_POINT)
     if int(name.removeprefix("step-")) > config.optim.decay_start(student.steps, config.global_batch_tokens):
-        raise UserError(f"runtime.trunk {other.id}: it decays later than this run does; choose a shorter one")
+        raise UserError(
+            f"runtime.branch_from {other.id}: it decays later than this run does; choose a shorter one"
+        )
     write_text(directory.path / "metrics.jsonl", (other.path / "metrics.jsonl").read_text(encoding="utf-8"))
     with atomic_directory(directory.checkpoints / name) as partial_directory:
         shutil.copytree(found, partial_directory, dirs_exist_ok=True)

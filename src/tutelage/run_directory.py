@@ -17,7 +17,7 @@ from tutelage.data.store import open_store
 from tutelage.files import lock, make_directory, write_json, write_text
 from tutelage.models.directory import hub_commit, is_local
 from tutelage.models.flops import parameters
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
@@ -156,8 +156,8 @@ def run_id(config: RunConfig) -> str:
     fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
     store = open_store(config.data.store)
     fields["data"]["store"] = store.fingerprint
-    if config.model.rung is not None:
-        shape = rung(config.model.rung)
+    if config.model.shape is not None:
+        shape = find_shape(config.model.shape)
         fields["tokens"] = parse_tokens(config.tokens, parameters(shape, store.vocab_size).total)
         fields["optim"]["lr"] = config.optim.lr or shape.lr
     fields["objective"].pop("chunk_tokens")

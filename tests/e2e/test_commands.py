@@ -18,7 +18,7 @@ from tutelage.cli.main import main
 
 RUN = {
     "name": "tiny",
-    "model": {"rung": "nano-50k"},
+    "model": {"shape": "nano-50k"},
     "data": {"sequence_length": 32},
     "tokens": "40K",
     "global_batch_tokens": 256,
@@ -104,7 +104,7 @@ def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
         (["train", "run.yaml", "tokens=lots"], "not a token budget"),
         (["train", "run.yaml", "tokens=10"], "less than one batch"),
         (["train", "run.yaml", "nonsense"], "nonsense: no such file"),
-        (["train", "run.yaml", "model.rung=nano"], "no such shape"),
+        (["train", "run.yaml", "model.shape=nano"], "no such shape"),
         (["train", "run.yaml", "runtime.device=cuda"], "no such device"),
         (["train", "run.yaml", "output=/proc/x"], "/proc/x"),
         (["data", "build", "--corpus", "sotuu"], "did you mean 'sotu'"),

@@ -34,7 +34,7 @@ GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_i
 
 @pytest.fixture
 def directory(store, tmp_path):
-    hub.save(hub.build(shapes.rung("nano-50k"), 300, 32, seed=9), tmp_path / "model", store)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 300, 32, seed=9), tmp_path / "model", store)
     return tmp_path / "model"
 
 
@@ -125,7 +125,7 @@ def test_another_commit_of_a_hub_name_is_another_run(role, directory, store, mak
     assert command(["train", str(file)], home, tmp_path)[0] == 0
     (first,) = runs_of(config)
     on_the_hub_again, newer = tmp_path / "newer", "c" * 40
-    hub.save(hub.build(shapes.rung("nano-50k"), 300, 32, seed=10), on_the_hub_again, store)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 300, 32, seed=10), on_the_hub_again, store)
     on_the_hub(on_the_hub_again, home, newer)
     assert command(["train", str(file)], home, tmp_path)[0] == 0
     (second,) = runs_of(config).keys() - {first}
@@ -287,7 +287,7 @@ def test_a_family_without_attention_teaches_learns_and_is_scored(store, other_st
 
 def test_a_tokenizer_of_more_ids_than_rows_is_refused(store, make_config, tmp_path):
     tokenizer = json.loads((store / "tokenizer.json").read_text())
-    hub.save(hub.build(shapes.rung("nano-50k"), 300, 32, seed=9), tmp_path / "model", store)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 300, 32, seed=9), tmp_path / "model", store)
     tokenizer["added_tokens"].append(dict(tokenizer["added_tokens"][0], id=300, content="<|more|>"))
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
     taught = {"teacher": {"kind": "model", "path": str(tmp_path / "model")}, "objective": {"alpha": 0.4}}
@@ -298,7 +298,7 @@ def test_a_tokenizer_of_more_ids_than_rows_is_refused(store, make_config, tmp_pa
 
 def test_a_superset_of_the_vocabulary_is_fine(store, make_config, tmp_path):
     tokenizer = json.loads((store / "tokenizer.json").read_text())
-    hub.save(hub.build(shapes.rung("nano-50k"), 310, 32, seed=9), tmp_path / "model", store)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 310, 32, seed=9), tmp_path / "model", store)
     tokenizer["added_tokens"].append(dict(tokenizer["added_tokens"][0], id=300, content="<|more|>"))
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
     taught = {"teacher": {"kind": "model", "path": str(tmp_path / "model")}, "objective": {"alpha": 0.4}}

@@ -28,11 +28,11 @@ corpus:
 domains:
   medicine: {source: {kind: corpus, name: medicine}}
 teachers:
-  small: {rung: nano-20k, tokens: 60K}
-  large: {rung: nano-50k, tokens: 60K}
+  small: {shape: nano-20k, tokens: 60K}
+  large: {shape: nano-50k, tokens: 60K}
 students:
   mixing:
-    rung: nano-20k
+    shape: nano-20k
     tokens: 60K
     grid: {product: {teacher: [small, large], alpha: [0.2, 0.8]}}
 seeds: [43, 44]

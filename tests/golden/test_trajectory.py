@@ -42,7 +42,7 @@ def trajectories(directory: Path) -> dict[str, list[dict[str, float]]]:
     )
     store = build_store(StoreConfig.model_validate_json(text), directory / "stores")
     base = {
-        "model": {"rung": "nano-50k"},
+        "model": {"shape": "nano-50k"},
         "data": {"store": str(store), "sequence_length": 64},
         "tokens": 60 * 512,
         "global_batch_tokens": 512,

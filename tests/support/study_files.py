@@ -11,7 +11,9 @@ BASE = {
     "corpus": {"name": "sotu", "sources": [{"kind": "corpus", "name": "sotu"}]},
     "domains": {"scripture": {"source": {"kind": "corpus", "name": "kjv"}}},
     "teachers": {
-        "{rung}@{tokens}": {"grid": {"product": {"rung": ["nano-20k", "nano-50k"], "tokens": ["1M", "2M"]}}},
+        "{shape}@{tokens}": {
+            "grid": {"product": {"shape": ["nano-20k", "nano-50k"], "tokens": ["1M", "2M"]}}
+        },
         "unigram": {"control": "unigram"},
     },
     "students": {},
@@ -24,4 +26,4 @@ def study(**changes):
 
 
 def group(grid, **more):
-    return {"main": {"rung": "nano-50k", "tokens": "1M", "grid": grid} | more}
+    return {"main": {"shape": "nano-50k", "tokens": "1M", "grid": grid} | more}

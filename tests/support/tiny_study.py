@@ -25,10 +25,10 @@ TINY: dict[str, Any] = {
         "max_bytes": 400_000,
     },
     "domains": {"scripture": {"source": {"kind": "corpus", "name": "kjv"}, "max_bytes": 100_000}},
-    "teachers": {"weak": {"rung": "nano-20k", "tokens": "4K"}},
+    "teachers": {"weak": {"shape": "nano-20k", "tokens": "4K"}},
     "students": {
         "main": {
-            "rung": "nano-50k",
+            "shape": "nano-50k",
             "tokens": "4K",
             "grid": {"product": {"teacher": ["weak"], "alpha": [0.4]}},
         }

@@ -157,16 +157,16 @@ def models() -> None:
     from tutelage.models.flops import parameters
     from tutelage.models.shapes import LADDER
 
-    table = Table("rung", "family", box=None)
+    table = Table("shape", "family", box=None)
     for column in ("width", "layers", "non-embedding", "total", "peak lr"):
         table.add_column(column, justify="right")
-    for rung in LADDER.values():
-        size = parameters(rung, rung.vocab_size or 512)
+    for shape in LADDER.values():
+        size = parameters(shape, shape.vocab_size or 512)
         table.add_row(
-            *(rung.name, rung.family, str(rung.hidden), str(rung.layers)),
-            *(f"{size.non_embedding:,}", f"{size.total:,}", f"{rung.lr:g}"),
+            *(shape.name, shape.family, str(shape.hidden), str(shape.layers)),
+            *(f"{size.non_embedding:,}", f"{size.total:,}", f"{shape.lr:g}"),
         )
-    table.caption = "total: with the paper's vocabulary, or 512 entries for the nano rungs"
+    table.caption = "total: with the paper's vocabulary, or 512 entries for the nano shapes"
     out.print(table)
 
 

@@ -23,7 +23,7 @@ class _Named(BaseModel):
 
     teacher: tuple[str | None, ...] | str | None = None
     compute_of: tuple[str | None, ...] | str | None = None
-    rung: tuple[str, ...] | str | None = None
+    shape: tuple[str, ...] | str | None = None
     tokens: tuple[Budget, ...] | Budget | None = None
     seed: tuple[Seed, ...] | Seed | None = None
 

@@ -39,7 +39,7 @@ class OptimConfig(Section):
         None,
         gt=0,
         le=1e30,
-        description="peak learning rate; default: the rung's tuned one, 1e-5 in stage sft",
+        description="peak learning rate; default: the shape's tuned one, 1e-5 in stage sft",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW beta1, beta2")
     eps: float = Field(1e-8, ge=1e-30, le=1, description="AdamW epsilon")

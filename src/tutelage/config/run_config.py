@@ -37,9 +37,9 @@ from tutelage.types import Role
 
 
 class ModelConfig(LoadedModel):
-    """The student: a rung of the ladder with fresh weights, or a model to go on from."""
+    """The student: a shape of the ladder with fresh weights, or a model to go on from."""
 
-    rung: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
+    shape: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
     path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
     revision: str | None = Field(
         None, description="commit or tag on the Hub; default: what main is when the run is asked for"
@@ -48,8 +48,8 @@ class ModelConfig(LoadedModel):
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
-        if sum(given is not None for given in (self.rung, self.path, self.run)) != 1:
-            raise ValueError("give exactly one of 'rung', 'path' and 'run'")
+        if sum(given is not None for given in (self.shape, self.path, self.run)) != 1:
+            raise ValueError("give exactly one of 'shape', 'path' and 'run'")
         return self
 
 
@@ -90,7 +90,7 @@ class CheckpointConfig(Section):
 
     every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
     keep: int = Field(2, ge=1, le=10**6, description="checkpoints to keep")
-    trunk: bool = Field(
+    keep_before_decay: bool = Field(
         default=False,
         description="keep one more, where the decay begins (wsd), for longer runs to start from",
     )
@@ -112,10 +112,10 @@ class RuntimeConfig(Section):
         refuse_alike("trackers", trackers)
         return trackers
 
-    trunk: Name | None = Field(
+    branch_from: Name | None = Field(
         None,
-        description="shorter run with checkpoint.trunk in the same output directory, to start from: it has "
-        "computed the same steps up to its decay",
+        description="shorter run with checkpoint.keep_before_decay in the same output directory, to "
+        "start from: it has computed the same steps up to its decay",
     )
 
 
@@ -165,25 +165,31 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _staged(self) -> RunConfig:
-        if self.stage == "sft" and self.model.rung is not None:
+        if self.stage == "sft" and self.model.shape is not None:
             raise ValueError(
                 "stage = sft goes on from a trained model; give model.path, a model directory, or model.run, "
-                "a run's id, not model.rung"
+                "a run's id, not model.shape"
             )
         return self
 
     @model_validator(mode="after")
     def _branching(self) -> RunConfig:
         """Up to the decay, runs that differ in their budget are one, if nothing else depends on it."""
-        trunk = self.runtime.trunk is not None
-        if (trunk or self.checkpoint.trunk) and self.optim.schedule != "wsd":
-            raise ValueError(f"a trunk needs optim.schedule = wsd, not {self.optim.schedule}")
-        if trunk and not isinstance(self.optim.warmup, str):
+        branches = self.runtime.branch_from is not None
+        if (branches or self.checkpoint.keep_before_decay) and self.optim.schedule != "wsd":
             raise ValueError(
-                f"runtime.trunk: optim.warmup = {self.optim.warmup} depends on the budget; give it in tokens"
+                "checkpoint.keep_before_decay and runtime.branch_from need "
+                f"optim.schedule = wsd, not {self.optim.schedule}"
             )
-        if trunk and self.teacher is not None:
-            raise ValueError("runtime.trunk: a run with a teacher starts at its beginning; drop one of them")
+        if branches and not isinstance(self.optim.warmup, str):
+            raise ValueError(
+                f"runtime.branch_from: optim.warmup = {self.optim.warmup} depends on the budget; "
+                "give it in tokens"
+            )
+        if branches and self.teacher is not None:
+            raise ValueError(
+                "runtime.branch_from: a run with a teacher starts at its beginning; drop one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from tutelage.config.yaml_text import ReadAs
 from tutelage.types import Role
 
 Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9{][A-Za-z0-9._@{}-]*$", max_length=100)]
-"""A name; with a grid, axes in braces take their values: "{rung}@{tokens}"."""
+"""A name; with a grid, axes in braces take their values: "{shape}@{tokens}"."""
 
 RunSettings = Annotated[dict[str, Any], ReadAs(RunConfig)]
 """Part of a run file."""
@@ -28,7 +28,7 @@ class TeacherSpec(Section):
     """
 
     description: str = Field("", description="a few words for tables")
-    rung: Name | None = Field(None, description="shape of a trained teacher")
+    shape: Name | None = Field(None, description="shape of a trained teacher")
     tokens: Budget | None = Field(None, description="its training tokens")
     seed: Seed | None = Field(
         None, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
@@ -41,7 +41,7 @@ class TeacherSpec(Section):
     cache: CacheSettings | None = Field(
         None, description="compute targets once for all students, in caches/; default: live"
     )
-    trunk: bool = Field(
+    branch_from_shorter: bool = Field(
         default=False,
         description="budgets are branches of one run: each starts where the decay of the next shorter one "
         "begins; needs optim.schedule wsd and a warm-up in tokens",
@@ -58,13 +58,13 @@ class TeacherSpec(Section):
 class StudentSpec(Section):
     """A group of students: one per point of the grid and seed, each beside the same student untaught.
 
-    Axes: teacher (a name, or null), alpha (a number or a policy), rung, tokens, seed, compute_of (a teacher
+    Axes: teacher (a name, or null), alpha (a number or a policy), shape, tokens, seed, compute_of (a teacher
     whose forward's cost an untaught student gets as more tokens), short names such as temperature, and any
     setting of a run by its dotted path.
     """
 
     description: str = Field("", description="what this group is to show")
-    rung: Name | None = Field(None, description="shape, where it is no axis")
+    shape: Name | None = Field(None, description="shape, where it is no axis")
     tokens: Budget | None = Field(None, description="training tokens, where they are no axis")
     seeds: tuple[Seed, ...] = Field((), description="default: the study's")
     run: RunSettings = Field({}, description="settings of these runs, as in a run file")

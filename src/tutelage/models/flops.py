@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a rung, by formula from its shape. No torch.
+"""Parameters and floating-point operations of a model, by formula from its shape. No torch.
 
 Counted: every matrix product of the forward pass, one multiply and one add each, with attention at half
 the context, since a causal query sees half of the keys on average. Left out: embedding lookup, norms,
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tutelage.models.shapes import Rung
+    from tutelage.models.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,33 +28,33 @@ class Parameters:
     non_embedding: int
 
 
-def _matmul_weights(rung: Rung) -> int:
+def _matmul_weights(shape: ModelShape) -> int:
     """Weights of the decoder layers that take part in matrix products."""
-    attention = rung.hidden * rung.head_dim * 2 * (rung.heads + rung.kv_heads)
-    return rung.layers * (attention + 3 * rung.hidden * rung.mlp)
+    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
+    return shape.layers * (attention + 3 * shape.hidden * shape.mlp)
 
 
-def parameters(rung: Rung, vocab_size: int) -> Parameters:
-    """Count the weights of `rung` with an embedding of `vocab_size` rows."""
-    norms = 2 * rung.hidden + (2 * rung.head_dim if rung.family == "qwen3" else 0)
-    non_embedding = _matmul_weights(rung) + rung.layers * norms + rung.hidden
-    embeddings = 1 if rung.tied else 2
-    return Parameters(non_embedding + embeddings * vocab_size * rung.hidden, non_embedding)
+def parameters(shape: ModelShape, vocab_size: int) -> Parameters:
+    """Count the weights of `shape` with an embedding of `vocab_size` rows."""
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.family == "qwen3" else 0)
+    non_embedding = _matmul_weights(shape) + shape.layers * norms + shape.hidden
+    embeddings = 1 if shape.tied else 2
+    return Parameters(non_embedding + embeddings * vocab_size * shape.hidden, non_embedding)
 
 
-def forward_flops(rung: Rung, vocab_size: int, context: int) -> float:
+def forward_flops(shape: ModelShape, vocab_size: int, context: int) -> float:
     """Operations of a forward pass per token, averaged over a sequence of `context` tokens.
 
     2 (matmul weights + hidden * vocab_size) for the layers and the head, and
     2 * 2 * (context / 2) * heads * head_dim * layers for queries times keys and weights times values.
     """
-    attention = 2 * context * rung.heads * rung.head_dim * rung.layers
-    return float(2 * (_matmul_weights(rung) + rung.hidden * vocab_size) + attention)
+    attention = 2 * context * shape.heads * shape.head_dim * shape.layers
+    return float(2 * (_matmul_weights(shape) + shape.hidden * vocab_size) + attention)
 
 
-def training_flops(rung: Rung, vocab_size: int, context: int) -> float:
+def training_flops(shape: ModelShape, vocab_size: int, context: int) -> float:
     """Operations of one training token: the forward pass, and a backward pass of twice that."""
-    return 3.0 * forward_flops(rung, vocab_size, context)
+    return 3.0 * forward_flops(shape, vocab_size, context)
 
 
 def kd_cost_factor(teacher: float, student: float) -> float:

@@ -1,4 +1,4 @@
-"""Models as Hugging Face directories: build from a rung, load, save, and split at the hidden states.
+"""Models as Hugging Face directories: build from a shape, load, save, and split at the hidden states.
 
 A directory holds config.json, *.safetensors and the tokenizer, so everything that reads Hugging Face
 models reads ours. No pickled weights are read and no code from a model directory is run.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from tutelage.models.shapes import Rung
+    from tutelage.models.shapes import ModelShape
 
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling",)  # Granite
@@ -62,7 +62,7 @@ _TOLERANCE = 1e-4
 
 
 def build(
-    rung: Rung,
+    shape: ModelShape,
     vocab_size: int,
     context: int,
     seed: int,
@@ -74,7 +74,7 @@ def build(
     Weights are drawn on the CPU (normal, standard deviation 0.02) and then moved. The global random
     state is left as it was. On device "meta" there are shapes and no weights.
     """
-    config = rung.config(vocab_size, context)
+    config = shape.config(vocab_size, context)
     meta = device == "meta"
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
         torch.default_generator.manual_seed(seed)

@@ -20,11 +20,11 @@ Family = Literal["llama", "qwen3"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class ModelShape:
     """One shape: a decoder with rotary positions, RMS norm, gated MLP and grouped queries.
 
     Attributes:
-        name: what `model.rung` in a config refers to.
+        name: what `model.shape` in a config refers to.
         family: "llama", or "qwen3" (which also normalises queries and keys).
         hidden: width of the residual stream.
         layers: number of decoder layers.
@@ -109,13 +109,13 @@ _QWEN3 = (
     ("qwen3-1b", 1536, 28, 12, 4, 128, "arXiv 2605.23857: student and teacher of the architecture study"),
 )
 
-_RUNGS = (
+_SHAPES = (
     *(
-        Rung(name, "llama", hidden, layers, heads, 2, head_dim, mlp, False, lr, None, summary)
+        ModelShape(name, "llama", hidden, layers, heads, 2, head_dim, mlp, False, lr, None, summary)
         for name, hidden, layers, heads, head_dim, mlp, lr, summary in _NANO
     ),
     *(
-        Rung(
+        ModelShape(
             f"{name}-qk",
             "qwen3",
             hidden,
@@ -133,23 +133,23 @@ _RUNGS = (
         if name in _NORMALISED
     ),
     *(
-        Rung(name, "llama", hidden, layers, 32, 8, 128, mlp, False, 3e-4, 128_256, summary)
+        ModelShape(name, "llama", hidden, layers, 32, 8, 128, mlp, False, 3e-4, 128_256, summary)
         for name, hidden, layers, mlp, summary in _LLAMA
     ),
     *(
-        Rung(
+        ModelShape(
             name, "qwen3", hidden, layers, heads, kv_heads, head_dim, 3 * hidden, True, 5e-4, 151_936, summary
         )
         for name, hidden, layers, heads, kv_heads, head_dim, summary in _QWEN3
     ),
 )
 
-LADDER: dict[str, Rung] = {rung.name: rung for rung in _RUNGS}
-"""Every rung by name, each ladder from small to large."""
+LADDER: dict[str, ModelShape] = {shape.name: shape for shape in _SHAPES}
+"""Every shape by name, each ladder from small to large."""
 
 
-def rung(name: str) -> Rung:
-    """The rung called `name`.
+def find_shape(name: str) -> ModelShape:
+    """The shape called `name`.
 
     Raises:
         UserError: there is none; the message suggests the nearest name.
@@ -158,4 +158,4 @@ def rung(name: str) -> Rung:
         return LADDER[name]
     near = difflib.get_close_matches(name.lower(), LADDER, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UserError(f"model.rung = {name!r}: no such shape; {hint}known: {', '.join(LADDER)}")
+    raise UserError(f"model.shape = {name!r}: no such shape; {hint}known: {', '.join(LADDER)}")

@@ -31,11 +31,11 @@ _SHORT = {
 }
 """Short names of axes, and the setting of a run that each stands for."""
 
-OWN = {"rung", "tokens", "seed", "teacher", "compute_of"}
+OWN = {"shape", "tokens", "seed", "teacher", "compute_of"}
 """Axes that are no setting of a run by themselves."""
 
 _OWN_TYPES: dict[str, TypeAdapter[Any]] = {
-    "rung": TypeAdapter(Name),
+    "shape": TypeAdapter(Name),
     "tokens": TypeAdapter(Budget),
     "seed": TypeAdapter(Seed),
     "tested_alpha": TypeAdapter(Fraction | None),
@@ -46,7 +46,7 @@ TEACHER_FIELDS = frozenset(_OWN_TYPES)
 """Axes that are fields of a teacher."""
 
 _STUDYS = {"name", "seed", "model", "tokens", "teacher", "output", "stage"}
-_STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "trunk"))
+_STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "branch_from"))
 """Settings of a run that its cell decides."""
 
 _SECTIONS = ("data", "optim", "objective", "eval", "checkpoint", "runtime")

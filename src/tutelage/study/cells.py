@@ -54,7 +54,7 @@ class Cell(RunLabels):
     """One run of a study before it has a run id."""
 
     name: str = Field(description="readable and unique; the run's directory is `<name>-<hash8>`")
-    rung: str = Field(description="shape of the trained model")
+    shape: str = Field(description="shape of the trained model")
     tokens: int | str = Field(description="budget as written")
     settings: dict[str, Any] = Field(
         description="of the run, as in a run file, without stores, models and teachers"
@@ -65,14 +65,14 @@ class Cell(RunLabels):
         None,
         description="teacher whose forward's cost this untaught student gets as more tokens",
     )
-    trunk: str | None = Field(None, description="cell of the shorter run that this one is a branch of")
+    branch_from: str | None = Field(None, description="cell of the shorter run that this one is a branch of")
     learned: str | None = Field(
         None, description="cell of its teacher, where each seed has a teacher of its own"
     )
 
 
 def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
-    """Every teacher by name, grids expanded; `rung`, `tokens`, `seed` and `run` of each are its own.
+    """Every teacher by name, grids expanded; `shape`, `tokens`, `seed` and `run` of each are its own.
 
     A teacher's `seed` is None where each seed of the students has a teacher of its own.
 
@@ -99,12 +99,12 @@ def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
 
 def trained_as(teachers: Mapping[str, TeacherSpec]) -> dict[str, str]:
     """The name that each trained teacher's run goes by: teachers that differ in targets alone are one run."""
-    training = {"rung", "tokens", "seed", "run", "corpus", "trunk"}
+    training = {"shape", "tokens", "seed", "run", "corpus", "branch_from_shorter"}
     first: dict[str, str] = {}
     return {
         name: first.setdefault(digest(spec.model_dump(mode="json", include=training)), name)
         for name, spec in teachers.items()
-        if spec.rung is not None
+        if spec.shape is not None
     }
 
 
@@ -147,15 +147,15 @@ def _one_teacher(spec: TeacherSpec, point: Point, seed: int | None, where: str) 
         | own
         | {"run": merged(spec.run, overlay(settings, where)), "grid": None}
     )
-    kinds = [one.rung is not None, one.model is not None, one.control is not None]
-    if sum(kinds) != 1 or (one.rung is None) != (one.tokens is None):
-        raise UserError(f"{where}: give 'rung' and 'tokens', or 'model', or 'control'")
+    kinds = [one.shape is not None, one.model is not None, one.control is not None]
+    if sum(kinds) != 1 or (one.shape is None) != (one.tokens is None):
+        raise UserError(f"{where}: give 'shape' and 'tokens', or 'model', or 'control'")
     return one
 
 
 def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec, seed: int) -> Cell:
-    assert spec.rung is not None and spec.tokens is not None  # noqa: S101, PT018 - checked
-    settings = {"seed": seed, "model": {"rung": spec.rung}, "data": {"seed": seed}}
+    assert spec.shape is not None and spec.tokens is not None  # noqa: S101, PT018 - checked
+    settings = {"seed": seed, "model": {"shape": spec.shape}, "data": {"seed": seed}}
     return Cell(
         name=teacher_cell_name(name, None if spec.seed is not None else seed),
         kind="teacher",
@@ -165,7 +165,7 @@ def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec, seed: int) -
         arm=None,
         alpha=None,
         seed=seed,
-        rung=spec.rung,
+        shape=spec.shape,
         tokens=spec.tokens,
         settings=merged(study.run, merged(settings, spec.run)) | {"tokens": spec.tokens},
     )
@@ -177,7 +177,7 @@ def _branched(cells: Iterable[Cell], teachers: Mapping[str, TeacherSpec]) -> lis
     families: dict[str, list[Cell]] = {}
     for cell in cells:
         spec = teachers[str(cell.teacher)]
-        if not spec.trunk:
+        if not spec.branch_from_shorter:
             found.append(cell)
             continue
         recipe = {key: value for key, value in cell.settings.items() if key != "tokens"}
@@ -186,7 +186,7 @@ def _branched(cells: Iterable[Cell], teachers: Mapping[str, TeacherSpec]) -> lis
     for family in families.values():
         family.sort(key=lambda cell: parse_tokens(cell.tokens, 1))
         for shorter, cell in zip([None, *family], family, strict=False):
-            start = {} if shorter is None else {"trunk": shorter.name, "needs": (shorter.name,)}
-            settings = merged(cell.settings, {"checkpoint": {"trunk": cell is not family[-1]}})
+            start = {} if shorter is None else {"branch_from": shorter.name, "needs": (shorter.name,)}
+            settings = merged(cell.settings, {"checkpoint": {"keep_before_decay": cell is not family[-1]}})
             found.append(cell.model_copy(update=start | {"settings": settings}))
     return found

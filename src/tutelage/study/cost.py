@@ -11,7 +11,7 @@ from tutelage.config.load import digest
 from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, parameters
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.study.devices import (
     Speeds,
     critical_path,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import StudyConfig
     from tutelage.config.teacher_config import Format
-    from tutelage.models.shapes import Rung
+    from tutelage.models.shapes import ModelShape
     from tutelage.study.cells import Cell
     from tutelage.study.devices import Device
     from tutelage.study.expand import ExpandedStudy
@@ -128,7 +128,7 @@ def duration(works: Sequence[Work], devices: int, speed: Speed) -> Duration:
     seconds = {}
     for work in works:
         taught = work.cell.teacher if work.cell.kind == "student" else None
-        seconds[work.key] = work.flops / speed(work.cell.rung, taught)
+        seconds[work.key] = work.flops / speed(work.cell.shape, taught)
     needs = {work.key: work.needs for work in works}
     path = critical_path(seconds, needs)
     return Duration(
@@ -175,7 +175,7 @@ class _Reader:
         """The cost of a cell whose needs are known."""
         config = self._drafts[cell.name]
         try:
-            shape = rung(cell.rung)
+            shape = find_shape(cell.shape)
             vocab_size = self._vocabulary(shape)
             cost = Cost.of(cell, config, self.teachers, vocab_size)
         except UserError as error:
@@ -193,7 +193,7 @@ class _Reader:
         if cached := teacher is not None and teacher.cache is not None:
             read = str(cell.teacher), cell.needs
             self._read[read] = max(cost.tokens, self._read.get(read, 0))
-        beside = None if teacher is None or cached else teacher.rung
+        beside = None if teacher is None or cached else teacher.shape
         scored = (1 + len(self.study.domains)) * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
             key=key,
@@ -208,7 +208,7 @@ class _Reader:
             memory=run_memory(
                 shape,
                 cost.parameters,
-                0 if beside is None else parameters(rung(beside), vocab_size).total,
+                0 if beside is None else parameters(find_shape(beside), vocab_size).total,
                 config.micro_batch_tokens or config.global_batch_tokens,
                 vocab_size,
                 bf16=config.dtype == "bfloat16"
@@ -221,9 +221,9 @@ class _Reader:
         flops = size = 0.0
         for (name, _), tokens in self._read.items():
             spec = self.teachers[name]
-            if spec.rung is None or spec.cache is None:
+            if spec.shape is None or spec.cache is None:
                 continue
-            shape = rung(spec.rung)
+            shape = find_shape(spec.shape)
             vocab_size = self._vocabulary(shape)
             length = self.study.run.get("data", {}).get("sequence_length", 1)
             flops += forward_flops(shape, vocab_size, length) * tokens
@@ -232,9 +232,9 @@ class _Reader:
 
     def _shared(self, cell: Cell, config: RunConfig) -> float:
         """Tokens that a run does not train because it starts from a shorter one, where that one decays."""
-        return 0.0 if cell.trunk is None else self._tokens[cell.trunk] * (1 - config.optim.decay)
+        return 0.0 if cell.branch_from is None else self._tokens[cell.branch_from] * (1 - config.optim.decay)
 
-    def _vocabulary(self, shape: Rung) -> int:
+    def _vocabulary(self, shape: ModelShape) -> int:
         """Entries of the tokenizer, or of the paper's where it is not here."""
         found = self._vocab_size or shape.vocab_size
         if found is None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from tutelage.models.shapes import Rung
+    from tutelage.models.shapes import ModelShape
     from tutelage.study.plan import Plan, PlanRun
 
     Needs = Mapping[str, Sequence[str]]
@@ -71,21 +71,27 @@ def find_device(name: str) -> Device:
     raise UserError(f"--device {name}: no such device; {hint}known: {', '.join(DEVICES)}")
 
 
-def activation_values(rung: Rung) -> int:
+def activation_values(shape: ModelShape) -> int:
     """Values per token that a forward pass keeps for the backward pass, attention computed in blocks.
 
     Per layer: the input of each norm and its output (4 hidden), queries, keys and values, rotated queries and
     keys, what attention gives (3 heads + 3 kv_heads) head_dim, and in the MLP gate, its activation, up and
     their product (4 mlp). Qwen3 also norms queries and keys. On top the last norm: 2 hidden.
     """
-    attention = 3 * (rung.heads + rung.kv_heads) * rung.head_dim
-    if rung.family == "qwen3":
-        attention += (rung.heads + rung.kv_heads) * rung.head_dim
-    return rung.layers * (4 * rung.hidden + attention + 4 * rung.mlp) + 2 * rung.hidden
+    attention = 3 * (shape.heads + shape.kv_heads) * shape.head_dim
+    if shape.family == "qwen3":
+        attention += (shape.heads + shape.kv_heads) * shape.head_dim
+    return shape.layers * (4 * shape.hidden + attention + 4 * shape.mlp) + 2 * shape.hidden
 
 
 def run_memory(
-    rung: Rung, parameters: int, teacher_parameters: int, micro_batch: int, vocab_size: int, *, bf16: bool
+    shape: ModelShape,
+    parameters: int,
+    teacher_parameters: int,
+    micro_batch: int,
+    vocab_size: int,
+    *,
+    bf16: bool,
 ) -> float:
     """Peak bytes of a run on one device, without what the libraries take for themselves.
 
@@ -93,7 +99,7 @@ def run_memory(
     (bf16) or 4 bytes, and one buffer of logits each for student and teacher.
 
     Args:
-        rung: shape of the trained model.
+        shape: of the trained model.
         parameters: its weights.
         teacher_parameters: weights of the teacher that runs beside it; 0 without.
         micro_batch: tokens of a forward pass.
@@ -101,7 +107,7 @@ def run_memory(
         bf16: whether the forward pass is in bfloat16.
     """
     logits = min(4 * micro_batch * vocab_size, _CHUNK_BYTES) * (2 if teacher_parameters else 1)
-    activations = micro_batch * activation_values(rung) * (2 if bf16 else 4)
+    activations = micro_batch * activation_values(shape) * (2 if bf16 else 4)
     return _STATE_BYTES * parameters + 4.0 * teacher_parameters + activations + logits
 
 
@@ -110,13 +116,13 @@ class Timing:
     """A finished run.
 
     Attributes:
-        rung: shape of the trained model.
+        shape: of the trained model.
         teacher: name of its teacher; None without one.
         flops: estimate of its training, teacher included.
         seconds: of training, over all sessions; of a cohort, its share.
     """
 
-    rung: str
+    shape: str
     teacher: str | None
     flops: float
     seconds: float
@@ -131,14 +137,14 @@ class Speeds:
     def __init__(self, timings: Sequence[Timing]) -> None:
         self._groups: dict[tuple[str | None, ...], list[float]] = defaultdict(list)
         for timing in timings:
-            for key in _keys(timing.rung, timing.teacher):
+            for key in _keys(timing.shape, timing.teacher):
                 self._groups[key].append(timing.flops / timing.seconds)
         for group in self._groups.values():
             group.sort()
 
-    def of(self, rung: str, teacher: str | None, *, without: float | None = None) -> float | None:
+    def of(self, shape: str, teacher: str | None, *, without: float | None = None) -> float | None:
         """The speed, leaving out one run with the speed `without`; None if no other run is known."""
-        for key in _keys(rung, teacher):
+        for key in _keys(shape, teacher):
             group = self._groups.get(key, [])
             others = group
             if without is not None:
@@ -164,9 +170,9 @@ def read_timings(directory: Path, plan: Plan) -> list[Timing]:
 def likeness(plan: Plan, run: PlanRun) -> tuple[str, str | None]:
     """What makes runs alike in speed: the shape, and the teacher that runs beside it."""
     if run.student is None:
-        return next(str(teacher.rung) for teacher in plan.teachers if teacher.name == run.teacher), None
-    rung = next(student.rung for student in plan.students if student.name == run.student)
-    return rung, run.teacher if run.kind == "student" else None
+        return next(str(teacher.shape) for teacher in plan.teachers if teacher.name == run.teacher), None
+    shape = next(student.shape for student in plan.students if student.name == run.student)
+    return shape, run.teacher if run.kind == "student" else None
 
 
 def estimate_error(timings: Sequence[Timing]) -> float | None:
@@ -181,13 +187,13 @@ def estimate_error(timings: Sequence[Timing]) -> float | None:
 def _errors(timings: Sequence[Timing]) -> Iterator[float]:
     speeds = Speeds(timings)
     for timing in timings:
-        speed = speeds.of(timing.rung, timing.teacher, without=timing.flops / timing.seconds)
+        speed = speeds.of(timing.shape, timing.teacher, without=timing.flops / timing.seconds)
         if speed is not None:
             yield abs(timing.seconds * speed / timing.flops - 1.0)
 
 
-def _keys(rung: str, teacher: str | None) -> list[tuple[str | None, ...]]:
-    return [(rung, teacher), (rung,), ()]
+def _keys(shape: str, teacher: str | None) -> list[tuple[str | None, ...]]:
+    return [(shape, teacher), (shape,), ()]
 
 
 def chain_weights(costs: Mapping[str, float], needs: Needs) -> dict[str, float]:

@@ -141,16 +141,16 @@ def _student_cells(
     """The student of a point, the baseline it is compared with, and the stages that follow each."""
     spec = study.students[group]
     where = f"study {study.name}: students.{group}"
-    rung, budget = point.get("rung", spec.rung), point.get("tokens", spec.tokens)
-    if rung is None or budget is None:
-        raise UserError(f"{where}: a student needs 'rung' and 'tokens', in the group or as an axis")
+    shape, budget = point.get("shape", spec.shape), point.get("tokens", spec.tokens)
+    if shape is None or budget is None:
+        raise UserError(f"{where}: a student needs 'shape' and 'tokens', in the group or as an axis")
     tokens = own_value("tokens", budget, where)
-    rung = own_value("rung", rung, where)
+    shape = own_value("shape", shape, where)
     teaching, shared = _told_apart({axis: value for axis, value in point.items() if axis not in OWN})
-    own = {"seed": seed, "model": {"rung": rung}, "data": {"seed": seed}}
+    own = {"seed": seed, "model": {"shape": shape}, "data": {"seed": seed}}
     settings = merged(own, merged(study.run, merged(spec.run, overlay(shared, where))))
     objective = settings.pop("objective", {})  # a baseline has none, whatever the group's students have
-    student = _joined([str(rung), tokens_text(tokens), words(shared), _own_words(spec)])
+    student = _joined([str(shape), tokens_text(tokens), words(shared), _own_words(spec)])
     baseline = Cell(
         name=cell_name(["student", student], seed),
         kind="baseline",
@@ -160,7 +160,7 @@ def _student_cells(
         arm=None,
         alpha=None,
         seed=seed,
-        rung=str(rung),
+        shape=str(shape),
         tokens=tokens,
         settings=settings | {"tokens": tokens},
     )
@@ -223,7 +223,7 @@ def _taught(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
 
 
 def _compute_matched(baseline: Cell, teacher: str, teachers: Mapping[str, TeacherSpec], where: str) -> Cell:
-    if teacher not in teachers or teachers[teacher].rung is None:
+    if teacher not in teachers or teachers[teacher].shape is None:
         known = ", ".join(teachers)
         raise UserError(f"{where}: compute_of {teacher!r} is no trained teacher; known: {known}")
     arm = f"compute of {teacher}"

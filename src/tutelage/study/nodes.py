@@ -10,7 +10,7 @@ from tutelage.config.load import digest, merged, validate
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.run_directory import pinned, run_id
 
 if TYPE_CHECKING:
@@ -54,19 +54,19 @@ class Cost:
         batch = config.global_batch_tokens
 
         def forward(name: str) -> float:
-            return forward_flops(rung(name), vocab_size, config.data.sequence_length)
+            return forward_flops(find_shape(name), vocab_size, config.data.sequence_length)
 
-        total = parameters(rung(cell.rung), vocab_size).total
+        total = parameters(find_shape(cell.shape), vocab_size).total
         tokens = parse_tokens(cell.tokens, total)
         of = cell.compute_of or (cell.teacher if cell.kind == "student" else None)
-        shape = teachers[of].rung if of is not None else None
+        shape = teachers[of].shape if of is not None else None
         teacher = forward(shape) if shape is not None else 0.0
         if cell.compute_of is not None:
-            tokens, teacher = round(tokens * kd_cost_factor(teacher, forward(cell.rung))), 0.0
+            tokens, teacher = round(tokens * kd_cost_factor(teacher, forward(cell.shape))), 0.0
         if tokens < batch:
             raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
         tokens -= tokens % batch
-        return cls(tokens, total, 3 * forward(cell.rung) * tokens, teacher * tokens)
+        return cls(tokens, total, 3 * forward(cell.shape) * tokens, teacher * tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,8 @@ class _Binder:
             "output": str(self.output),
             "eval": {"domains": self._domains()},
         }
-        if cell.trunk is not None:
-            places["runtime"] = {"trunk": self.nodes[cell.trunk].id}
+        if cell.branch_from is not None:
+            places["runtime"] = {"branch_from": self.nodes[cell.branch_from].id}
         if cell.kind == "after":
             places["model"] = {"run": self.nodes[cell.needs[0]].id}
         elif cell.kind == "student" and cell.teacher is not None:
@@ -215,7 +215,7 @@ def check_cells(expanded: ExpandedStudy) -> dict[str, RunConfig]:
         config = drafts[cell.name] = draft_config(study, cell, expanded.teachers)
         recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
         key = digest(
-            [recipe, cell.kind, cell.teacher, cell.needs, cell.baseline, cell.compute_of, cell.trunk]
+            [recipe, cell.kind, cell.teacher, cell.needs, cell.baseline, cell.compute_of, cell.branch_from]
         )
         if (other := names.setdefault(key, cell.name)) != cell.name:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -30,11 +30,15 @@ if TYPE_CHECKING:
     Planned = tuple[Cell, "PlanRun"]
 
 
+SCHEMA: Final = 3
+"""Version of the format of `plan.json`. 2: a model's shape was called shape."""
+
+
 class PlanStudent(Section):
     """A student setting: what a baseline and the students compared with it have in common."""
 
     name: str = Field(description="name in tables and figures")
-    rung: str = Field(description="name of its shape")
+    shape: str = Field(description="name in the ladder")
     tokens: int = Field(ge=1, description="training tokens of each run")
     parameters: int = Field(ge=1, description="parameters, embeddings included")
 
@@ -45,7 +49,7 @@ class PlanTeacher(Section):
     name: str = Field(description="name in tables and figures")
     control: bool = Field(description="true if it knows nothing of the context, like the unigram")
     description: str = Field(description="what it is, in a few words")
-    rung: str | None = Field(None, description="its shape; null for controls and given models")
+    shape: str | None = Field(None, description="its shape; null for controls and given models")
     tokens: int | None = Field(None, description="its training tokens, where the study trains it")
     parameters: int | None = Field(None, description="parameters, embeddings included, where known")
     run: Name | None = Field(
@@ -106,7 +110,7 @@ class Plan(Section):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    schema_version: Literal[2] = Field(2, alias="schema", description="version of this file's format")
+    schema_version: Literal[3] = Field(SCHEMA, alias="schema", description="version of this file's format")
     name: Name
     title: str = Field(description="heading of the report")
     seeds: tuple[int, ...] = Field(min_length=1, description="seeds of the student runs")
@@ -163,6 +167,11 @@ def load_plan(directory: Path) -> Plan:
         raise UserError(f"{path}: no such file; give the directory of a study") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if isinstance(data, dict) and data.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: schema = {data.get('schema')!r}: of another version, this one reads {SCHEMA}; "
+            "`tutelage study run` writes it again"
+        )
     return validate(Plan, data, str(path))
 
 
@@ -203,7 +212,7 @@ def _plan(expanded: ExpandedStudy, runs: Sequence[PlanRun]) -> Plan:
             trained.setdefault(cell.teacher, []).append((cell, run))
         if cell.kind == "baseline" and cell.student is not None:
             students[cell.student] = PlanStudent(
-                name=cell.student, rung=cell.rung, tokens=run.tokens, parameters=run.parameters
+                name=cell.student, shape=cell.shape, tokens=run.tokens, parameters=run.parameters
             )
     outside = tuple(PlanDomain(name=name, role=spec.role) for name, spec in study.domains.items())
     return Plan(
@@ -231,7 +240,7 @@ def _teacher(study: StudyConfig, name: str, spec: TeacherSpec, trained: Sequence
         name=name,
         control=spec.control is not None,
         description=spec.description,
-        rung=spec.rung,
+        shape=spec.shape,
         tokens=None if run is None else run.tokens,
         parameters=None if run is None else run.parameters,
         run=None if once is None else once[1].run,

@@ -77,8 +77,8 @@ def _card(student: Student, store: Store) -> str:
 
 def _start(config: RunConfig) -> str:
     model = config.model
-    if model.rung is not None:
-        return f"{model.rung}, from random weights"
+    if model.shape is not None:
+        return f"{model.shape}, from random weights"
     return "from " + (str(model.run) if model.path is None else _revised(model.path, model.revision))
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tutelage.types import LogitTransform
 
 _FALLBACK_LR = 3e-4
-"""Peak learning rate of a model that is on no rung and whose config names none."""
+"""Peak learning rate of a model that is no shape of the ladder and whose config names none."""
 
 
 def open_student(config: RunConfig, directory: RunDirectory, world: World) -> Student:
@@ -154,10 +154,10 @@ class _StartingModel:
 
 def _starting_model(config: RunConfig, store: Store) -> _StartingModel:
     length, attention = config.data.sequence_length, config.model.attn_implementation
-    if config.model.rung is not None:
-        rung = shapes.rung(config.model.rung)
-        model = hub.build(rung, store.vocab_size, length, config.seed, attn_implementation=attention)
-        return _StartingModel(model, config.optim.lr or rung.lr, None, ())
+    if config.model.shape is not None:
+        shape = shapes.find_shape(config.model.shape)
+        model = hub.build(shape, store.vocab_size, length, config.seed, attn_implementation=attention)
+        return _StartingModel(model, config.optim.lr or shape.lr, None, ())
     path = _start(config)
     what = f"model {path}"
     tokenizer = check_model_tokenizer(

@@ -189,7 +189,9 @@ class Student:
         self.teacher_tokens += batch_tokens if inputs.needs_teacher else 0
         finished = self.step == self.steps
         due = finished or self.step % max(1, config.checkpoint.every // batch_tokens) == 0
-        if config.checkpoint.trunk and self.step == config.optim.decay_start(self.steps, batch_tokens):
+        if config.checkpoint.keep_before_decay and self.step == config.optim.decay_start(
+            self.steps, batch_tokens
+        ):
             self._check_finite(report)
             if self.world.is_main:
                 counters = self._counters(time.perf_counter())

@@ -55,12 +55,12 @@ def write_study(
     rows += [run_row("baseline", s, None, None, seed, sizes[s]) for s in students for seed in seeds]
     rows += [run_row("student", *key, seed, sizes[key[0]]) for key in wanted for seed in seeds]
     plan = {
-        "schema": 2,
+        "schema": 3,
         "name": "demo",
         "title": title,
         "seeds": list(seeds),
         "students": [
-            {"name": s, "rung": s.split()[0], "tokens": sizes[s][1], "parameters": sizes[s][0]}
+            {"name": s, "shape": s.split()[0], "tokens": sizes[s][1], "parameters": sizes[s][0]}
             for s in students
         ],
         "teachers": [plan_teacher(t, trained, description) for t in names],
@@ -85,7 +85,7 @@ def plan_teacher(name, trained, description):
     if name not in trained:
         return fields
     _, parameters, tokens = trained[name]
-    more = {"rung": "tiny", "tokens": tokens, "parameters": parameters, "run": f"teacher-{name}-42"}
+    more = {"shape": "tiny", "tokens": tokens, "parameters": parameters, "run": f"teacher-{name}-42"}
     return fields | more
 
 

@@ -51,7 +51,7 @@ def test_a_plan_survives_writing_and_reading(study, tmp_path):
     save_plan(tmp_path, plan)
 
     assert load_plan(tmp_path) == plan
-    assert json.loads((tmp_path / "plan.json").read_text())["schema"] == 2
+    assert json.loads((tmp_path / "plan.json").read_text())["schema"] == 3
 
 
 def test_no_plan_is_a_user_error(tmp_path):
@@ -62,7 +62,7 @@ def test_no_plan_is_a_user_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 1}, "schema"),
+        ({"schema": 1}, "schema = 1: of another version, this one reads 3"),
         ({"in_domain": "fables"}, "in_domain is 'fables'"),
         (
             {"domains": [{"name": "speeches", "role": "in_domain"}]},

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 RUN = """
-{name: a, stage: pretrain, seed: 1, model: {rung: nano-50k}, data: {store: s, seed: 1, sequence_length: 32},
+{name: a, stage: pretrain, seed: 1, model: {shape: nano-50k}, data: {store: s, seed: 1, sequence_length: 32},
 tokens: 20K, global_batch_tokens: 256, micro_batch_tokens: 128, dtype: auto, output: runs,
 optim: {lr: 1e-3, betas: [.9, .95], eps: 1e-8, weight_decay: .1, clip: 1.0, schedule: wsd, warmup: .1,
   decay: .2, final_lr: .1},
@@ -34,7 +34,7 @@ objective: {alpha: {policy: prequential, cap: .9, floor: .1, period: 50, probe: 
   gate: {kind: student_entropy, keep: .2}, divergence: forward_kl, mixing: convex, temperature: 1.0,
   temperature_squared: true, tail: other_bucket, jsd_beta: .5, skew: .1, chunk_tokens: 100},
 eval: {every: 1K, domains: [{name: x, store: y, role: in_domain}], max_documents: 5, max_tokens: 100},
-checkpoint: {every: 1K, keep: 1, trunk: false},
+checkpoint: {every: 1K, keep: 1, keep_before_decay: false},
 runtime: {device: cpu, threads: 1, log_every: 5, trackers: [wandb]}}
 """
 STORE = """
@@ -50,9 +50,9 @@ dtype: float32, device: cpu, threads: 1, runs: r, output: o}
 STUDY = """
 {name: a, title: t, corpus: {name: c, sources: [{kind: corpus, name: sotu}], tokenizer: {vocab_size: 300}},
 in_domain: in, domains: {kjv: {source: {kind: corpus, name: kjv}, max_bytes: 1000}}, teacher_seed: 1,
-teachers: {weak: {rung: nano-20k, tokens: 4K, seed: 2, description: d, cache: {temperature: 1.0}},
-  "t-{seed}": {rung: nano-20k, tokens: 4K, grid: {product: {seed: [3, 4]}}, run: {optim: {lr: 1e-2}}}},
-students: {main: {rung: nano-50k, tokens: 4K, description: d, seeds: [1, 2], run: {optim: {lr: 1e-3}},
+teachers: {weak: {shape: nano-20k, tokens: 4K, seed: 2, description: d, cache: {temperature: 1.0}},
+  "t-{seed}": {shape: nano-20k, tokens: 4K, grid: {product: {seed: [3, 4]}}, run: {optim: {lr: 1e-2}}}},
+students: {main: {shape: nano-50k, tokens: 4K, description: d, seeds: [1, 2], run: {optim: {lr: 1e-3}},
   then: [sft],
   grid: {product: {teacher: [weak, "t-*"], alpha: [.4, {policy: linear, start: .1, end: .2}]}}}},
 seeds: [43], post_training: {sft: {corpus: {name: p, sources: [{kind: corpus_pairs, name: q}]}, tokens: 4K,

@@ -9,7 +9,7 @@ from tutelage.config.load import digest, load, to_yaml, validate
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 
-BASE = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
+BASE = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
 TAUGHT = BASE | {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.4}}
 
 
@@ -85,8 +85,8 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"checkpoint": {"every": "2x"}}, "checkpoint.every"),
         ({"global_batch_tokens": 100}, "multiple of data.sequence_length (128)"),
         ({"micro_batch_tokens": 384}, "divide global_batch_tokens"),
-        ({"model": {}}, "exactly one of 'rung', 'path' and 'run'"),
-        ({"model": {"rung": "a", "path": "b"}}, "exactly one of 'rung', 'path' and 'run'"),
+        ({"model": {}}, "exactly one of 'shape', 'path' and 'run'"),
+        ({"model": {"shape": "a", "path": "b"}}, "exactly one of 'shape', 'path' and 'run'"),
         ({"seed": "43"}, "seed = '43'"),
         ({"optim": {"betas": [0.9]}}, "optim.betas"),
         ({"eval": {"domains": [{"name": "x", "stor": "y"}]}}, "eval.domains.0.stor: unknown setting"),
@@ -139,13 +139,13 @@ def write(folder, **files):
 def test_a_file_builds_on_others_section_by_section(tmp_path):
     write(
         tmp_path,
-        first="{model: {rung: nano-50k}, data: {store: s, seed: 1}, tokens: 1M}",
+        first="{model: {shape: nano-50k}, data: {store: s, seed: 1}, tokens: 1M}",
         second="{data: {seed: 2}, optim: {betas: [0.8, 0.9]}}",
         third="{base: second, optim: {clip: 0.5}}",
         own="{base: [first, third], tokens: 2M}",
     )
     config = load(RunConfig, tmp_path / "own.yaml", ["seed=5"])
-    assert (config.model.rung, config.tokens, config.seed) == ("nano-50k", 2_000_000, 5)
+    assert (config.model.shape, config.tokens, config.seed) == ("nano-50k", 2_000_000, 5)
     assert (str(config.data.store), config.data.seed) == ("s", 2)
     assert (config.optim.betas, config.optim.clip) == ((0.8, 0.9), 0.5)
 

@@ -18,7 +18,7 @@ from tutelage.errors import UserError
 from tutelage.study.cells import teachers_of
 from tutelage.study.expand import expand
 
-RUN = "model: {rung: nano-50k}\ndata: {store: s}\ntokens: 1M\n"
+RUN = "model: {shape: nano-50k}\ndata: {store: s}\ntokens: 1M\n"
 STORE = "sources: [{kind: corpus, name: sotu}]\n"
 TEACH = "teacher: {kind: unigram}\n"
 STUDY = """
@@ -26,9 +26,9 @@ name: words
 title: t
 corpus: {name: sotu, sources: [{kind: corpus, name: sotu}]}
 domains: {kjv: {source: {kind: corpus, name: kjv}}}
-teachers: {"1e3": {rung: nano-20k, tokens: 1e5}, no: {control: unigram}}
+teachers: {"1e3": {shape: nano-20k, tokens: 1e5}, no: {control: unigram}}
 students:
-  main: {rung: nano-50k, tokens: 100K, grid: {product: {teacher: [1e3, no], alpha: [4e-1]}}}
+  main: {shape: nano-50k, tokens: 100K, grid: {product: {teacher: [1e3, no], alpha: [4e-1]}}}
 seeds: [43]
 run: {optim: {lr: 1e-3}, data: {sequence_length: 1.28e2}}
 """
@@ -88,13 +88,13 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_or_path_stays_what_was_written(name, tmp_path):
-    text = f"name: {name}\nmodel: {{rung: nano-50k}}\ndata: {{store: {name}}}\ntokens: 1M\noutput: {name}"
+    text = f"name: {name}\nmodel: {{shape: nano-50k}}\ndata: {{store: {name}}}\ntokens: 1M\noutput: {name}"
     config = read(RunConfig, text, tmp_path)
     assert (config.name, str(config.data.store), str(config.output)) == (name, name, name)
     assert read(RunConfig, RUN, tmp_path, f"name={name}").name == name
     again = read(RunConfig, to_yaml(config), tmp_path)  # quoting follows PyYAML's rules, reading ours
     assert again == config
-    model = read(RunConfig, RUN.replace("rung: nano-50k", f"path: {name}"), tmp_path).model
+    model = read(RunConfig, RUN.replace("shape: nano-50k", f"path: {name}"), tmp_path).model
     assert model.path == name
     teacher = f"teacher: {{kind: model, path: {name}, revision: {name}}}\nobjective: {{alpha: .5}}"
     assert read(RunConfig, RUN + teacher, tmp_path).teacher.revision == name

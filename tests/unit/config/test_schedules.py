@@ -15,7 +15,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 from tutelage.train.optim import learning_rate
 
-BASE = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "10K", "global_batch_tokens": 256}
+BASE = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "10K", "global_batch_tokens": 256}
 STEPS = 39  # whole batches of 10,000 tokens
 
 

@@ -25,7 +25,7 @@ from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.run import run
 
 WORDS = "some plain words say hello to the world and then they go away"
@@ -228,7 +228,7 @@ def test_a_document_of_one_token_has_nothing_to_score(tmp_path):
 def test_a_run_that_goes_on_from_a_model_exports_a_tokenizer_that_agrees_with_its_store(tmp_path, template):
     path = written(byte_level(), tmp_path / "start", TEMPLATES[template][0])
     store = built(tmp_path, path, validation=0.2, test=0.2)
-    hub.save(hub.build(rung("nano-20k"), store.vocab_size, 32, seed=0), tmp_path / "model", path)
+    hub.save(hub.build(find_shape("nano-20k"), store.vocab_size, 32, seed=0), tmp_path / "model", path)
     fields = {
         "name": "more",
         "model": {"path": str(tmp_path / "model")},

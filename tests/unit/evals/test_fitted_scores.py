@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tutelage.data.store import open_store
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.run import run
 
 DOCUMENTS, TOKENS = 12, 30
@@ -162,7 +162,9 @@ def test_a_model_without_a_known_training_text_has_no_score_of_its_temperature(
     other_store, tutelage, tmp_path
 ):
     hub.save(
-        hub.build(rung("nano-20k"), open_store(other_store).vocab_size, 32, 0), tmp_path / "m", other_store
+        hub.build(find_shape("nano-20k"), open_store(other_store).vocab_size, 32, 0),
+        tmp_path / "m",
+        other_store,
     )
     tutelage("eval", "score", "m", "--store", f"scripture={other_store}", *LIMITS, cwd=tmp_path)
     (scores,) = tmp_path.glob("evals/m-*/scores.jsonl")

@@ -19,7 +19,7 @@ from tutelage.data.tokenizer import load_tokenizer
 from tutelage.evals.token_scores import score_tokens
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 lm_eval_model = pytest.importorskip("tutelage.evals.lm_eval_model")
@@ -60,7 +60,7 @@ def opened(request, store, tmp_path_factory):
 @pytest.fixture(scope="module", params=[0, 60], ids=["", "padded"])
 def exported(request, opened, tmp_path_factory):
     """A model far from uniform, whose head may have likely rows beyond the tokenizer's ids."""
-    model = hub.build(rung("nano-50k"), opened.vocab_size + request.param, CONTEXT, seed=3).eval()
+    model = hub.build(find_shape("nano-50k"), opened.vocab_size + request.param, CONTEXT, seed=3).eval()
     for weight in model.parameters():
         weight.data *= 2
     directory = tmp_path_factory.mktemp("model") / "m"

@@ -24,7 +24,7 @@ from tutelage.evals.token_groups import groupings, summarise
 from tutelage.evals.token_quantities import Predictions
 from tutelage.files import write_json
 from tutelage.models.hub import build, load, save
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 
 ROLES = ("student", "teacher", "baseline")
 CONTEXT = 32
@@ -59,9 +59,9 @@ def evaluated_models(store, tmp_path_factory):
         **shape,
     )
     models = {
-        "student": build(rung("nano-50k"), vocabulary, CONTEXT, seed=1),
+        "student": build(find_shape("nano-50k"), vocabulary, CONTEXT, seed=1),
         "teacher": GraniteForCausalLM(granite),
-        "baseline": build(rung("nano-50k"), vocabulary, 2 * CONTEXT, seed=2),
+        "baseline": build(find_shape("nano-50k"), vocabulary, 2 * CONTEXT, seed=2),
     }
     for seed, (name, model) in enumerate(models.items()):
         save(fitted(model, store, seed), folder / name, store)
@@ -355,7 +355,7 @@ def third(evaluated_models, store, tmp_path_factory):
     """An untaught model of a third seed."""
     folder = tmp_path_factory.mktemp("third")
     save(
-        fitted(build(rung("nano-50k"), open_store(store).vocab_size, CONTEXT, seed=3), store, 3),
+        fitted(build(find_shape("nano-50k"), open_store(store).vocab_size, CONTEXT, seed=3), store, 3),
         folder / "third",
         store,
     )
@@ -441,7 +441,7 @@ def test_models_of_another_tokenizer_are_refused(measure, evaluated_models, stor
 
 
 def test_a_head_smaller_than_the_vocabulary_is_refused(measure, store, tmp_path):
-    save(build(rung("nano-50k"), 200, CONTEXT, seed=1), tmp_path / "small", store)
+    save(build(find_shape("nano-50k"), 200, CONTEXT, seed=1), tmp_path / "small", store)
     with pytest.raises(UserError, match="tokenizer has 300 ids, the model knows 200"):
         measure(baseline=find_model(str(tmp_path / "small"), tmp_path))
 

@@ -13,14 +13,14 @@ from tutelage.evals import token_scores, windows
 from tutelage.evals.token_scores import DocumentLosses, ratio, score_tokens
 from tutelage.evals.windows import read_documents
 from tutelage.models.hub import build
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 
 CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
 def model():
-    built = build(rung("nano-50k"), 300, CONTEXT, seed=1)
+    built = build(find_shape("nano-50k"), 300, CONTEXT, seed=1)
     for weight in built.parameters():
         weight.data *= 2  # far from uniform
     return built.eval()

@@ -17,7 +17,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.evals.score_files import read_scores
 from tutelage.models import hub
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.run import run
 
 LENGTH, PADDED = 64, 84
@@ -27,7 +27,7 @@ LIMITS = {"max_documents": 5, "max_tokens": 200}
 @pytest.fixture(scope="module")
 def start(store, tmp_path_factory):
     """A model whose head is padded beyond the tokenizer's 300 ids, far from uniform."""
-    model = hub.build(rung("nano-50k"), 300 + PADDED, LENGTH, seed=5)
+    model = hub.build(find_shape("nano-50k"), 300 + PADDED, LENGTH, seed=5)
     for weight in model.parameters():
         weight.data *= 2
     directory = tmp_path_factory.mktemp("start") / "m"

@@ -11,14 +11,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tutelage.errors import UserError
 from tutelage.models.hub import build, identify, load, weights_fingerprint
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 
 VOCAB, CONTEXT = 300, 32
 
 
 @pytest.fixture
 def directory(tmp_path):
-    build(rung("nano-50k"), VOCAB, CONTEXT, seed=7).save_pretrained(tmp_path / "model")
+    build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=7).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -28,7 +28,7 @@ from tutelage.data.store import build_store
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.export import Base, with_scores
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.run import run
 
 VOCAB, CONTEXT = 300, 64
@@ -59,8 +59,8 @@ def rope(**parameters):
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 MODELS = {
-    "nano": rung("nano-50k").config(VOCAB, CONTEXT),
-    "qwen3": rung("qwen3-0.15b").config(VOCAB, CONTEXT),
+    "nano": find_shape("nano-50k").config(VOCAB, CONTEXT),
+    "qwen3": find_shape("qwen3-0.15b").config(VOCAB, CONTEXT),
     "linear": rope(rope_type="linear", rope_theta=5e5, factor=4.0),
     "llama3": rope(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=32),
@@ -158,7 +158,7 @@ def by_definition(directory, tokens_BT):
 
 @torch.no_grad()
 def test_logits_by_definition_with_the_theta_of_older_readers(store, tmp_path):
-    model = hub.build(rung("nano-50k"), VOCAB, CONTEXT, seed=3).eval()
+    model = hub.build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=3).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(3.0)
@@ -222,7 +222,7 @@ class _Doubling(LlamaForCausalLM):
 
 
 def test_a_directory_that_computes_something_else_is_refused(store, tmp_path):
-    config = rung("nano-50k").config(VOCAB, CONTEXT)
+    config = find_shape("nano-50k").config(VOCAB, CONTEXT)
     with pytest.raises(UserError, match=r"model: what was written computes other logits .* in neither"):
         hub.save(_Doubling(config), tmp_path / "model", store)
     lying = LlamaForCausalLM(config)
@@ -241,8 +241,8 @@ def test_a_directory_that_computes_something_else_is_refused(store, tmp_path):
 
 def test_the_cause_of_a_difference_is_named():
     model, again = (
-        hub.build(rung("nano-50k"), VOCAB, CONTEXT, 1),
-        hub.build(rung("nano-50k"), VOCAB, CONTEXT, 1),
+        hub.build(find_shape("nano-50k"), VOCAB, CONTEXT, 1),
+        hub.build(find_shape("nano-50k"), VOCAB, CONTEXT, 1),
     )
     assert hub._cause(model, again).startswith("weights and config are equal")
     again.config.hidden_act = "gelu"
@@ -280,7 +280,7 @@ def test_a_trained_run_generates_to_the_end_of_a_document_and_stops(make_config,
 @pytest.fixture
 def chatting(store, tmp_path):
     """A model that chats: the store's tokenizer with added tokens, a template, and a generation config."""
-    model = hub.build(rung("nano-50k"), 320, CONTEXT, seed=1)
+    model = hub.build(find_shape("nano-50k"), 320, CONTEXT, seed=1)
     directory = tmp_path / "chatting"
     hub.save(model, directory, store)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -341,7 +341,7 @@ def test_a_tokenizer_that_cuts_otherwise_is_not_taken_over(chatting, make_config
 
 def test_a_special_token_that_the_tokenizer_lacks_gets_no_id_beyond_the_model(store, tmp_path):
     base = tmp_path / "base"
-    hub.save(hub.build(rung("nano-50k"), VOCAB, CONTEXT, seed=1), base, store)
+    hub.save(hub.build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=1), base, store)
     settings = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(
         json.dumps(settings | {"pad_token": "[PAD]", "bos_token": "<s>"})

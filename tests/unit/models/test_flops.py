@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from tutelage.models import hub
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
 from tutelage.models.hub import build, count_parameters
-from tutelage.models.shapes import LADDER, rung
+from tutelage.models.shapes import LADDER, find_shape
 
 VOCAB = 512
 
@@ -33,7 +33,7 @@ def test_the_formula_counts_what_the_real_module_holds(shape):
     ],
 )
 def test_the_papers_sizes(name, non_embedding, total):
-    counted = parameters(rung(name), rung(name).vocab_size)
+    counted = parameters(find_shape(name), find_shape(name).vocab_size)
     assert counted.non_embedding == pytest.approx(non_embedding, rel=0.005)
     assert counted.total == pytest.approx(total, rel=0.01)
 
@@ -50,13 +50,13 @@ def test_the_papers_sizes(name, non_embedding, total):
         ("nano-20m", 20e6),
     ],
 )
-def test_tiny_rungs_have_the_size_in_their_name(name, size):
-    assert parameters(rung(name), VOCAB).non_embedding == pytest.approx(size, rel=0.15)
+def test_tiny_shapes_have_the_size_in_their_name(name, size):
+    assert parameters(find_shape(name), VOCAB).non_embedding == pytest.approx(size, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["nano-50k", "nano-350k", "qwen3-0.15b"])
 def test_forward_flops_against_torchs_own_counter(name):
-    shape, context = rung(name), 64
+    shape, context = find_shape(name), 64
     model = build(shape, VOCAB, context, seed=0)
     model.set_attn_implementation("eager")  # torch does not count its fused CPU attention
     tokens_BT = torch.zeros(2, context, dtype=torch.long)
@@ -77,7 +77,7 @@ def test_operations_of_other_models():
 
 
 def test_backward_costs_twice_forward():
-    shape, context = rung("nano-50k"), 32
+    shape, context = find_shape("nano-50k"), 32
     model = build(shape, VOCAB, context, seed=0)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
@@ -94,7 +94,7 @@ def test_backward_costs_twice_forward():
 )
 def test_the_papers_cost_of_an_online_teacher(teacher, factor):
     def forward(name):
-        return forward_flops(rung(name), 128_256, 8192)
+        return forward_flops(find_shape(name), 128_256, 8192)
 
     assert kd_cost_factor(forward(teacher), forward("llama-1.7b")) == pytest.approx(factor, abs=0.005)
 

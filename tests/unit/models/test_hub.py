@@ -34,7 +34,7 @@ from tutelage.models.hub import (
     save,
     weights_fingerprint,
 )
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.types import PLAIN, LogitTransform, transformed
 
 VOCAB, CONTEXT = 300, 32
@@ -56,7 +56,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return build(rung("nano-50k"), VOCAB, CONTEXT, seed=7)
+    return build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=7)
 
 
 @pytest.fixture
@@ -72,12 +72,12 @@ def _from_config(config):
 
 def test_weights_depend_on_the_seed_alone():
     torch.manual_seed(1)
-    first = build(rung("nano-50k"), VOCAB, CONTEXT, seed=7).state_dict()
+    first = build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=7).state_dict()
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    second = build(rung("nano-50k"), VOCAB, CONTEXT, seed=7).state_dict()
+    second = build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=7).state_dict()
     assert torch.equal(before, torch.get_rng_state())
-    other = build(rung("nano-50k"), VOCAB, CONTEXT, seed=8).state_dict()
+    other = build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=8).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
@@ -89,7 +89,7 @@ def test_fresh_weights_are_float32_with_the_usual_spread(model):
 
 
 def test_a_meta_model_has_shapes_only():
-    model = build(rung("llama-8b"), 128_256, 8192, seed=0, device="meta")
+    model = build(find_shape("llama-8b"), 128_256, 8192, seed=0, device="meta")
     assert all(weight.is_meta for weight in model.parameters())
 
 
@@ -118,7 +118,7 @@ def test_a_saved_directory_is_a_hugging_face_directory(saved, store):
 
 def test_save_replaces_an_older_directory(saved, store):
     (saved / "stale").write_text("old")
-    save(build(rung("nano-50k"), VOCAB, CONTEXT, seed=8), saved, store)
+    save(build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=8), saved, store)
     assert not (saved / "stale").exists()
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
@@ -218,8 +218,8 @@ def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
         OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4),
         Gemma2Config(**SMALL, **HEADS, final_logit_softcapping=None),
         GraniteConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2),
-        rung("nano-50k").config(VOCAB, CONTEXT),
-        rung("qwen3-0.15b").config(VOCAB, CONTEXT),
+        find_shape("nano-50k").config(VOCAB, CONTEXT),
+        find_shape("qwen3-0.15b").config(VOCAB, CONTEXT),
     ],
     ids=lambda config: config.model_type,
 )

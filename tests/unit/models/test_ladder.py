@@ -6,7 +6,7 @@ import pytest
 
 from tutelage.errors import UserError
 from tutelage.models.hub import build
-from tutelage.models.shapes import LADDER, rung
+from tutelage.models.shapes import LADDER, find_shape
 
 TINY = [shape for shape in LADDER.values() if shape.name.startswith("nano-") and shape.family == "llama"]
 NORMALISED = [shape for shape in LADDER.values() if shape.name.endswith("-qk")]
@@ -32,7 +32,7 @@ def test_the_ladder_holds_the_papers_eight_shapes_and_eight_tiny_ones():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_shapes(name):
-    shape = rung(name)
+    shape = find_shape(name)
     fields = ("family", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
     assert tuple(dataclasses.asdict(shape)[field] for field in fields) == PAPER[name]
     expected = {"llama": (False, 3e-4, 128_256), "qwen3": (True, 5e-4, 151_936)}
@@ -50,7 +50,7 @@ def test_tiny_shapes_are_untied_llamas_with_grouped_queries(shape):
 def test_normalised_shapes_differ_from_the_tiny_ones_in_their_family_alone():
     assert [shape.name for shape in NORMALISED] == ["nano-50k-qk", "nano-150k-qk", "nano-350k-qk"]
     for shape in NORMALISED:
-        plain = rung(shape.name.removesuffix("-qk"))
+        plain = find_shape(shape.name.removesuffix("-qk"))
         assert dataclasses.replace(shape, name=plain.name, family="llama", summary=plain.summary) == plain
         model = build(shape, 300, 32, seed=0)
         assert model.config.model_type == "qwen3"
@@ -68,7 +68,7 @@ def test_the_learning_rate_falls_with_size():
     [("nano-150k", 5e5, 1e-5, "llama"), ("llama-8b", 5e5, 1e-5, "llama"), ("qwen3-1b", 1e6, 1e-6, "qwen3")],
 )
 def test_config(name, theta, eps, kind):
-    shape = rung(name)
+    shape = find_shape(name)
     config = shape.config(vocab_size=1000, context=256)
     assert config.model_type == kind
     assert config.rope_parameters["rope_theta"] == theta
@@ -83,11 +83,11 @@ def test_config(name, theta, eps, kind):
     assert config.eos_token_id is None
 
 
-def test_an_unknown_rung_is_refused_with_the_nearest_name():
-    with pytest.raises(UserError, match=r"model\.rung = 'nano-150K'.*did you mean 'nano-150k'\?"):
-        rung("nano-150K")
+def test_an_unknown_shape_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match=r"model\.shape = 'nano-150K'.*did you mean 'nano-150k'\?"):
+        find_shape("nano-150K")
     with pytest.raises(UserError, match="known: nano-20k, ") as caught:
-        rung("zzz")
+        find_shape("zzz")
     assert "did you mean" not in str(caught.value)
 
 

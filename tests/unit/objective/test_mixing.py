@@ -178,7 +178,7 @@ def test_contract_state_round_trips_at_any_step(name, cut):
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(objective, message):
-    base = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
+    base = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
     with pytest.raises(UserError) as caught:
         validate(RunConfig, base | {"teacher": {"kind": "unigram"}, "objective": objective}, "run.yaml")
     assert message in str(caught.value)
@@ -186,7 +186,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(objective, message):
 
 
 def test_a_gate_without_a_teacher_is_refused():
-    base = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
+    base = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
     with pytest.raises(UserError, match=r"objective\.gate but objective\.alpha is 0"):
         validate(RunConfig, base | {"objective": {"gate": {"kind": "teacher_better"}}}, "run.yaml")
 
@@ -201,7 +201,7 @@ def test_the_page_shows_every_policy_and_gate_and_its_settings_are_valid():
 @pytest.mark.parametrize("name", ["gap_driven", "prequential"])
 def test_a_policy_costs_less_than_a_hundredth_of_a_demo_step(name, make_config):
     config = make_config(
-        model={"rung": "nano-150k"}, global_batch_tokens=1024, tokens=4096, objective={"alpha": 0.0}
+        model={"shape": "nano-150k"}, global_batch_tokens=1024, tokens=4096, objective={"alpha": 0.0}
     )
     student = opened(config)
     batch = [student.loader.batch(0)]

@@ -14,8 +14,12 @@ from tutelage.study.nodes import Stores, bind
 from tutelage.study.plan import load_plan
 from tutelage.teachers.cache.reader import verify_cache
 
-TEACHER = {"rung": "nano-20k", "tokens": "4K", "cache": {"format": {"kind": "sample_min_variance", "ids": 8}}}
-GROUP = {"rung": "nano-50k", "tokens": "4K"}
+TEACHER = {
+    "shape": "nano-20k",
+    "tokens": "4K",
+    "cache": {"format": {"kind": "sample_min_variance", "ids": 8}},
+}
+GROUP = {"shape": "nano-50k", "tokens": "4K"}
 
 
 @pytest.mark.slow

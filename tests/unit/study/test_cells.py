@@ -11,13 +11,13 @@ from tutelage.study.expand import expand
 def test_a_grid_of_teachers_is_named_by_its_axes():
     found = teachers_of(study())
     assert list(found) == ["nano-20k@1M", "nano-20k@2M", "nano-50k@1M", "nano-50k@2M", "unigram"]
-    assert (found["nano-50k@2M"].rung, found["nano-50k@2M"].tokens) == ("nano-50k", 2_000_000)
+    assert (found["nano-50k@2M"].shape, found["nano-50k@2M"].tokens) == ("nano-50k", 2_000_000)
     assert {cell.seed for cell in expand(study()).cells} == {42}
 
 
 def test_teachers_that_differ_in_targets_alone_are_trained_once():
     cache = {"format": {"kind": "topk", "k": 5}}
-    both = {"rung": "nano-20k", "tokens": "1M"}
+    both = {"shape": "nano-20k", "tokens": "1M"}
     teachers = {"live": both, "kept": both | {"cache": cache}, "other": both | {"seed": 1}}
     grid = {"product": {"teacher": ["live", "kept", "other"], "alpha": [0.4]}}
     cells = expand(study(teachers=teachers, students=group(grid))).cells
@@ -46,7 +46,7 @@ def test_students_that_share_everything_but_the_teacher_share_a_baseline():
 
 
 def test_what_is_not_about_the_teacher_makes_another_student_with_its_own_baseline():
-    grid = {"product": {"teacher": ["unigram"], "alpha": [0.1], "lr": [1e-3, 2e-3], "rung": ["nano-20k"]}}
+    grid = {"product": {"teacher": ["unigram"], "alpha": [0.1], "lr": [1e-3, 2e-3], "shape": ["nano-20k"]}}
     cells = expand(study(students=group(grid))).cells
     assert len({cell.student for cell in cells if cell.kind == "student"}) == 2
     assert sum(cell.kind == "baseline" for cell in cells) == 2 * 2
@@ -111,7 +111,7 @@ def test_an_axis_can_be_any_setting_of_a_run_by_its_path():
 
 def test_a_group_and_a_teacher_can_override_any_setting():
     own = {"tokens": "1M", "run": {"optim": {"clip": 2.0}, "data": {"seed": 7}}}
-    teachers = {"{rung}": own | {"grid": {"product": {"rung": ["nano-20k"], "optim.lr": [0.1]}}}}
+    teachers = {"{shape}": own | {"grid": {"product": {"shape": ["nano-20k"], "optim.lr": [0.1]}}}}
     run = {"optim": {"weight_decay": 0.0}, "objective": {"divergence": "jsd"}}
     grid = {"product": {"teacher": ["nano-20k"], "alpha": [0.1]}}
     cells = {
@@ -130,10 +130,10 @@ def test_a_group_and_a_teacher_can_override_any_setting():
 
 def test_exclude_drops_cells_and_the_baselines_that_only_they_had():
     teachers = ["nano-20k@1M", "nano-50k@1M"]
-    product = {"rung": ["nano-20k", "nano-50k"], "teacher": teachers, "alpha": [0.2, 0.8]}
-    exclude = [{"rung": "nano-20k", "teacher": "nano-50k@1M"}, {"rung": "nano-20k", "alpha": [0.2, 0.8]}]
+    product = {"shape": ["nano-20k", "nano-50k"], "teacher": teachers, "alpha": [0.2, 0.8]}
+    exclude = [{"shape": "nano-20k", "teacher": "nano-50k@1M"}, {"shape": "nano-20k", "alpha": [0.2, 0.8]}]
     cells = expand(study(students=group({"product": product, "exclude": exclude}), seeds=[43])).cells
-    assert {cell.rung for cell in cells if cell.kind in {"student", "baseline"}} == {"nano-50k"}
+    assert {cell.shape for cell in cells if cell.kind in {"student", "baseline"}} == {"nano-50k"}
     assert sum(cell.kind == "student" for cell in cells) == 4
 
 
@@ -190,9 +190,9 @@ def test_a_stage_follows_students_and_baselines_alike():
         (group({"product": {"alpha": [0.1]}}), "alpha 0.1 without a teacher"),
         (group({"product": {"temprature": [2.0]}}), "did you mean 'temperature'"),
         (group({"product": {"compute_of": ["unigram"]}}), "compute_of 'unigram' is no trained teacher"),
-        (group({"product": {"rung": ["nano-20k"], "tokens": ["lots"]}}), "not a token budget"),
-        ({"main": {"grid": {"product": {"rung": ["nano-20k"]}}}}, "needs 'rung' and 'tokens'"),
-        (group({"product": {"rung": ["nano-20k"]}}, then=["sft"]), "no stage 'sft'"),
+        (group({"product": {"shape": ["nano-20k"], "tokens": ["lots"]}}), "not a token budget"),
+        ({"main": {"grid": {"product": {"shape": ["nano-20k"]}}}}, "needs 'shape' and 'tokens'"),
+        (group({"product": {"shape": ["nano-20k"]}}, then=["sft"]), "no stage 'sft'"),
     ],
 )
 def test_a_cell_that_cannot_be_built_is_named(students, message):
@@ -203,14 +203,14 @@ def test_a_cell_that_cannot_be_built_is_named(students, message):
 @pytest.mark.parametrize(
     ("teachers", "message"),
     [
-        ({"a": {"grid": {"product": {"rung": ["nano-20k"], "tokens": ["1M"]}}}}, "axes in braces"),
-        ({"{size}": {"grid": {"product": {"rung": ["nano-20k"]}}}}, "asks for 'size'"),
+        ({"a": {"grid": {"product": {"shape": ["nano-20k"], "tokens": ["1M"]}}}}, "axes in braces"),
+        ({"{size}": {"grid": {"product": {"shape": ["nano-20k"]}}}}, "asks for 'size'"),
         (
-            {"{rung}": {"grid": {"product": {"rung": ["a"], "tokens": ["1M", "2M"]}}}},
+            {"{shape}": {"grid": {"product": {"shape": ["a"], "tokens": ["1M", "2M"]}}}},
             "two teachers are called a",
         ),
-        ({"a": {"rung": "nano-20k"}}, "give 'rung' and 'tokens', or 'model', or 'control'"),
-        ({"a": {"control": "unigram", "model": "x"}}, "give 'rung' and 'tokens', or 'model', or 'control'"),
+        ({"a": {"shape": "nano-20k"}}, "give 'shape' and 'tokens', or 'model', or 'control'"),
+        ({"a": {"control": "unigram", "model": "x"}}, "give 'shape' and 'tokens', or 'model', or 'control'"),
     ],
 )
 def test_a_teacher_that_is_none_is_named(teachers, message):

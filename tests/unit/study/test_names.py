@@ -16,13 +16,13 @@ from tutelage.study.expand import expand
 from tutelage.study.nodes import check_cells
 
 KJV = {"source": {"kind": "corpus", "name": "kjv"}}
-WEAK = {"rung": "nano-20k", "tokens": "4K"}
+WEAK = {"shape": "nano-20k", "tokens": "4K"}
 PAIRS = {"corpus": TINY["corpus"], "tokens": "4K"}
 
 
 def students(**product):
     grid = {"product": {"teacher": ["weak"], "alpha": [0.4]} | product}
-    return {"main": {"rung": "nano-50k", "tokens": "4K", "grid": grid}}
+    return {"main": {"shape": "nano-50k", "tokens": "4K", "grid": grid}}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_names_that_become_one_are_refused_naming_both(changes, first, second):
         ({"run": {"data": {"store": "x"}}}, "run.data.store: the study sets that"),
         ({"run": {"tokens": "1K"}}, "run.tokens"),
         ({"run": {"eval": {"domains": []}}}, "run.eval.domains"),
-        ({"students": students(**{"model.rung": ["nano-20k"]})}, "run.model"),
+        ({"students": students(**{"model.shape": ["nano-20k"]})}, "run.model"),
         (
             {"students": students(alpha=[0.4, {"policy": "constant", "value": 0.4}])},
             "same run in different words",
@@ -99,13 +99,13 @@ def test_what_is_said_twice_or_in_two_ways_is_refused(changes, says):
 
 def test_keys_given_twice_in_a_file_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("model: {rung: nano-50k}\ntokens: 1K\ntokens: 2K\ndata: {store: s}\n")
+    path.write_text("model: {shape: nano-50k}\ntokens: 1K\ntokens: 2K\ndata: {store: s}\n")
     with pytest.raises(UserError, match=r"run\.yaml: line 3: tokens is given twice"):
         load(RunConfig, path)
 
 
 def test_two_eval_domains_of_one_name_are_refused():
-    base = {"model": {"rung": "nano-50k"}, "data": {"store": "s"}, "tokens": "1M"}
+    base = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "1M"}
     for names in (("a", "a"), ("a", "A"), ("a.b_c", "a.b-c")):
         domains = [{"name": name, "store": name} for name in names]
         with pytest.raises(UserError, match="domains: "):
@@ -155,8 +155,8 @@ def test_a_budget_has_one_spelling_in_a_study():
 
 
 def test_a_grid_of_teachers_has_one_name_per_budget():
-    grid = {"product": {"tokens": [4000, "8_000"], "rung": ["nano-20k"]}}
-    study = tiny_study(teachers={"{rung}@{tokens}": {"grid": grid}, "weak": WEAK})
+    grid = {"product": {"tokens": [4000, "8_000"], "shape": ["nano-20k"]}}
+    study = tiny_study(teachers={"{shape}@{tokens}": {"grid": grid}, "weak": WEAK})
     assert list(teachers_of(study)) == ["nano-20k@4K", "nano-20k@8K", "weak"]
 
 

@@ -144,7 +144,7 @@ def corpus_of(folder, name):
 def contaminated(seen_text, tmp_path_factory):
     """A study on the file, with domains made of it in every way, and a teacher of the other text."""
     names = ("trained", "near", "mixed", "other")
-    weak = {"rung": "nano-20k", "tokens": "4K"}
+    weak = {"shape": "nano-20k", "tokens": "4K"}
     directory = tmp_path_factory.mktemp("contaminated") / "study"
     study = tiny_study(
         corpus=corpus_of(seen_text, "trained"),

@@ -15,7 +15,7 @@ from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.flops import training_flops
-from tutelage.models.shapes import LADDER, rung
+from tutelage.models.shapes import LADDER, find_shape
 from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
 from tutelage.study.devices import (
     DEVICES,
@@ -81,7 +81,9 @@ def test_flops_are_told_apart_and_add_up_to_the_shapes():
         "student": 14,
     }
     purposes = by_purpose(works, caches)
-    per_token = {name: training_flops(rung(name), 512, 128) for name in ("nano-20k", "nano-50k", "nano-150k")}
+    per_token = {
+        name: training_flops(find_shape(name), 512, 128) for name in ("nano-20k", "nano-50k", "nano-150k")
+    }
     assert purposes["teacher training"] == pytest.approx(TRAINED * 2 * sum(per_token.values()))
     assert purposes["student training"] == pytest.approx(TRAINED * 16 * per_token["nano-50k"])
     assert purposes["teacher forward"] == pytest.approx(TRAINED * 4 * sum(per_token.values()) / 3)
@@ -102,7 +104,7 @@ def test_a_kept_teacher_is_run_once_and_takes_room():
     raw = DEMO.model_dump(mode="json")
     raw["teachers"]["strong"]["cache"] = {"format": {"kind": "sample_min_variance", "ids": 16}}
     works, caches, _ = works_of([expand(validate(StudyConfig, raw, "test"))])
-    forward = training_flops(rung("nano-150k"), 512, 128) / 3
+    forward = training_flops(find_shape("nano-150k"), 512, 128) / 3
     assert caches.flops == pytest.approx(TRAINED * 2 * forward)  # a teacher for each of two seeds
     assert caches.bytes == pytest.approx(TRAINED * 2 * 16 * (9 + 16) / 8)
     assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
@@ -148,7 +150,7 @@ def test_activations_are_what_autograd_keeps(name):
 
 
 def test_memory_counts_state_teacher_and_micro_batch():
-    shape = rung("nano-150k")
+    shape = find_shape("nano-150k")
     alone = run_memory(shape, 1000, 0, 1, 300, bf16=False)
     assert alone == 16 * 1000 + 4 * activation_values(shape) + 4 * 300
     assert run_memory(shape, 1000, 500, 1, 300, bf16=False) == alone + 4 * 500 + 4 * 300

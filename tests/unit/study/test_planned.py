@@ -43,19 +43,19 @@ def test_the_papers_presets_can_decide_what_they_announce(name):
 def test_a_plan_says_what_a_teacher_reads_and_keeps():
     corpus = {"name": "scripture", "sources": [{"kind": "corpus", "name": "kjv"}]}
     cache = {"format": {"kind": "topk", "k": 5}}
-    weak = {"rung": "nano-20k", "tokens": "4K", "corpus": corpus, "cache": cache}
+    weak = {"shape": "nano-20k", "tokens": "4K", "corpus": corpus, "cache": cache}
     (teacher,) = draft_of(expand(tiny_study(teachers={"weak": weak}))).teachers
     assert (teacher.corpus, teacher.targets) == ("scripture", "topk")
     assert teacher.texts == ("scripture",)  # the domain of that name has the same source
 
 
 def test_an_alpha_fixed_for_the_claims_is_in_the_plan():
-    weak = {"rung": "nano-20k", "tokens": "4K", "tested_alpha": 0.4}
-    grid = {"zip": {"rung": ["nano-20k", "nano-50k"], "tested_alpha": [0.4, None]}}
-    by_grid = {"{rung}": {"tokens": "4K", "grid": grid}}
+    weak = {"shape": "nano-20k", "tokens": "4K", "tested_alpha": 0.4}
+    grid = {"zip": {"shape": ["nano-20k", "nano-50k"], "tested_alpha": [0.4, None]}}
+    by_grid = {"{shape}": {"tokens": "4K", "grid": grid}}
     students = {
         "main": {
-            "rung": "nano-50k",
+            "shape": "nano-50k",
             "tokens": "4K",
             "grid": {"product": {"teacher": ["nano-*"], "alpha": [0.2, 0.4]}},
         }
@@ -67,7 +67,7 @@ def test_an_alpha_fixed_for_the_claims_is_in_the_plan():
 
 
 def test_an_alpha_fixed_for_the_claims_must_be_taught_with():
-    weak = {"rung": "nano-20k", "tokens": "4K", "tested_alpha": 0.3}
+    weak = {"shape": "nano-20k", "tokens": "4K", "tested_alpha": 0.3}
     check_cells(expand(tiny_study(teachers={"weak": weak | {"tested_alpha": 0.4}})))
     with pytest.raises(UserError) as caught:
         check_cells(expand(tiny_study(teachers={"weak": weak})))

@@ -74,8 +74,8 @@ def test_the_run_must_be_there_and_at_its_end(make_config, make_after):
 
 
 def test_exactly_one_beginning(make_config):
-    with pytest.raises(UserError, match="exactly one of 'rung', 'path' and 'run'"):
-        make_config(model={"rung": "nano-50k", "run": "x"})
+    with pytest.raises(UserError, match="exactly one of 'shape', 'path' and 'run'"):
+        make_config(model={"shape": "nano-50k", "run": "x"})
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from tutelage.config.base import parse_tokens
 from tutelage.errors import UserError
 from tutelage.evals.domains import DOMAINS
-from tutelage.models.shapes import rung
+from tutelage.models.shapes import find_shape
 from tutelage.study.expand import expand
 from tutelage.study.presets import load_study, preset_names
 
@@ -70,7 +70,7 @@ def test_a_cell_of_two_presets_is_one_run():
     for name, times in shared.items():
         same = [preset[name] for preset in cells.values() if name in preset]
         assert len(same) == times
-        if not any("qwen3" in cell.rung for cell in same):  # another tokenizer, and another rung's name
+        if not any("qwen3" in cell.shape for cell in same):  # another tokenizer, and another shape's name
             assert all(cell.settings == same[0].settings for cell in same)
             assert len({(cell.needs, cell.baseline) for cell in same}) == 1
     one_t = {n for n, cell in cells["paper/temperature"].items() if cell.kind == "student"} & set(
@@ -93,7 +93,7 @@ def test_hyper_parameters_are_the_papers(name):
             assert (optim["lr"], optim["warmup"], data["sequence_length"]) == (1e-5, 0.01, 4096)
             assert parse_tokens(cell.tokens) == 4000 * cell.settings["global_batch_tokens"]
             continue
-        assert rung(cell.rung).lr == (5e-4 if cell.rung.startswith("qwen3") else 3e-4)
+        assert find_shape(cell.shape).lr == (5e-4 if cell.shape.startswith("qwen3") else 3e-4)
         assert "lr" not in optim
         assert (optim["warmup"], data["sequence_length"]) == (0.05, 8192)
         assert cell.settings["global_batch_tokens"] == STEP

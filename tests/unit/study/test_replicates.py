@@ -21,9 +21,9 @@ from tutelage.study.results import load_results
 
 GRID = {"product": {"teacher": ["nano-20k@1M", "unigram"], "alpha": [0.2, 0.6]}}
 CACHED = {
-    "live": {"rung": "nano-20k", "tokens": "1M"},
-    "kept": {"rung": "nano-20k", "tokens": "1M", "cache": {"format": {"kind": "topk", "k": 5}}},
-    "fixed": {"rung": "nano-50k", "tokens": "1M", "seed": 7},
+    "live": {"shape": "nano-20k", "tokens": "1M"},
+    "kept": {"shape": "nano-20k", "tokens": "1M", "cache": {"format": {"kind": "topk", "k": 5}}},
+    "fixed": {"shape": "nano-50k", "tokens": "1M", "seed": 7},
     "unigram": {"control": "unigram"},
 }
 
@@ -106,7 +106,7 @@ def test_an_estimate_counts_every_run_once():
 
 
 def test_seeds_of_several_groups_find_their_teachers():
-    part = {"one": {"rung": "nano-50k", "tokens": "1M", "seeds": [44], "grid": GRID}}
+    part = {"one": {"shape": "nano-50k", "tokens": "1M", "seeds": [44], "grid": GRID}}
     cells = expand(replicated(students=part)).cells
     assert {cell.needs for cell in by_kind(cells, "student")} == {("teacher-nano-20k-1M-s1044",), ()}
 

@@ -37,7 +37,7 @@ def node(config, needs=(), kind="baseline"):
         arm=None,
         alpha=None,
         seed=config.seed,
-        rung="nano-50k",
+        shape="nano-50k",
         tokens=1,
         settings={},
     )

@@ -66,7 +66,7 @@ def written(pristine, tmp_path):
 def model(text, tmp_path):
     """A model directory with the text's tokenizer."""
     directory = tmp_path / "model"
-    hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, seed=3), directory, text)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 300, 64, seed=3), directory, text)
     return directory
 
 

@@ -54,7 +54,7 @@ def teacher(store, tmp_path_factory):
     config = {
         "name": "teacher",
         "seed": 7,
-        "model": {"rung": "nano-50k"},
+        "model": {"shape": "nano-50k"},
         "data": {"store": str(store), "sequence_length": 32},
         "tokens": 12 * 256,
         "global_batch_tokens": 256,

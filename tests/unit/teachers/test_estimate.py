@@ -19,7 +19,7 @@ def size_of(path):
 @pytest.fixture
 def model(text, tmp_path):
     directory = tmp_path / "model"
-    hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, seed=3), directory, text)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 300, 64, seed=3), directory, text)
     return {"kind": "model", "path": str(directory)}
 
 

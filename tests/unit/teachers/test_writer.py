@@ -82,7 +82,9 @@ def starter():
 def models(text, tmp_path):
     """Two models with the text's tokenizer."""
     for seed in (3, 4):
-        hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, seed=seed), tmp_path / f"model-{seed}", text)
+        hub.save(
+            hub.build(shapes.find_shape("nano-50k"), 300, 64, seed=seed), tmp_path / f"model-{seed}", text
+        )
     return [tmp_path / "model-3", tmp_path / "model-4"]
 
 
@@ -360,8 +362,8 @@ def test_mistakes_are_one_line_and_come_before_any_compute(teaching, text, tmp_p
         max_bytes=40_000,
     )
     strange, small = tmp_path / "strange", tmp_path / "small"
-    hub.save(hub.build(shapes.rung("nano-50k"), 300, 64, 1), strange, build_store(config, tmp_path))
-    hub.save(hub.build(shapes.rung("nano-50k"), 200, 64, 1), small, text)
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 300, 64, 1), strange, build_store(config, tmp_path))
+    hub.save(hub.build(shapes.find_shape("nano-50k"), 200, 64, 1), small, text)
     for changes, message in (
         ({"teacher": {"kind": "model", "path": str(strange)}}, "its tokenizer differs"),
         ({"teacher": {"kind": "model", "path": str(small)}}, "has 300 ids, the model knows 200"),

@@ -37,7 +37,7 @@ def members(make_config, teacher):
             make_config(name="seed", seed=5, teacher=taught, objective={"alpha": 0.3}, **changes),
             make_config(
                 **{"name": "large", "teacher": taught, "objective": {"alpha": {"policy": "gap_driven"}}}
-                | {"model": {"rung": "nano-150k"}, "tokens": 7 * 256}
+                | {"model": {"shape": "nano-150k"}, "tokens": 7 * 256}
                 | changes
             ),
         ]

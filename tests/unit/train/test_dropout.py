@@ -64,8 +64,13 @@ def test_resumed_is_uninterrupted(make, tmp_path):
 def test_each_of_a_cohort_is_as_alone_however_it_is_made_up(make, tmp_path):
     def members(**changes):
         taught = {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.3}}
-        rung = {"model": {"rung": "nano-50k"}}
-        return [make(**changes), make(seed=44, **changes), make(**taught, **changes), make(**rung, **changes)]
+        shape = {"model": {"shape": "nano-50k"}}
+        return [
+            make(**changes),
+            make(seed=44, **changes),
+            make(**taught, **changes),
+            make(**shape, **changes),
+        ]
 
     together = run_cohort(members())
     alone = [run(config) for config in members(output=str(tmp_path / "alone"))]

@@ -54,7 +54,7 @@ def make(make_config, text):
 
 @pytest.fixture
 def teacher(make):
-    return make(name="teacher", seed=7, model={"rung": "nano-20k"})
+    return make(name="teacher", seed=7, model={"shape": "nano-20k"})
 
 
 def student(make, teacher: RunConfig, cache: dict[str, Any] | None, **changes: Any) -> RunConfig:

@@ -64,7 +64,9 @@ def test_the_good_run_of_a_cohort_ends_as_it_does_alone(make_config, tmp_path, o
 def test_a_branch_point_of_a_broken_run_is_not_kept(make_config):
     wsd = {"schedule": "wsd", "decay": 0.5, "warmup": 0.0, "lr": 1e30, "clip": 1e30}
     config = make_config(
-        optim=wsd, checkpoint={"every": "1M", "trunk": True}, runtime={"device": "cpu", "log_every": 1000}
+        optim=wsd,
+        checkpoint={"every": "1M", "keep_before_decay": True},
+        runtime={"device": "cpu", "log_every": 1000},
     )
     with pytest.raises(UserError, match=r"step 6: loss is nan"):
         run(config)

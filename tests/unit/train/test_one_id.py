@@ -43,7 +43,7 @@ def text_of(store, **changes):
         "seed": "43",
     } | changes
     return """
-model: {{rung: nano-50k}}
+model: {{shape: nano-50k}}
 data: {{store: {store}, sequence_length: 32}}
 tokens: {tokens}
 seed: {seed}

@@ -158,7 +158,7 @@ def test_scores_of_all_domains_are_written_once(make_config, store, other_store)
             {"teacher": {"kind": "model", "path": "/nowhere/at-all"}, "objective": {"alpha": 0.5}},
             "/nowhere/at-all",
         ),
-        ({"model": {"rung": "nano-51k"}}, "did you mean 'nano-50k'"),
+        ({"model": {"shape": "nano-51k"}}, "did you mean 'nano-50k'"),
         ({"data": {"store": "/nowhere"}}, "/nowhere"),
         ({"output": "/proc/nowhere"}, "/proc/nowhere"),
     ],

@@ -47,7 +47,7 @@ def trained(store, tmp_path_factory) -> RunDirectory:
     """A student after a few steps on speeches."""
     fields = {
         "name": "base",
-        "model": {"rung": "nano-50k"},
+        "model": {"shape": "nano-50k"},
         "data": {"store": str(store), "sequence_length": LENGTH},
         "tokens": 20 * 256,
         "global_batch_tokens": 256,
@@ -264,7 +264,7 @@ def test_run_ids_of_pretraining_do_not_change_unnoticed(tmp_path, monkeypatch):
         sources=[source], tokenizer={"path": "tokenizer.json"}, validation=0.0, test=0.0, max_bytes=None
     )
     path = build_store(settings, Path("stores"))
-    fields = {"name": "old", "model": {"rung": "nano-50k"}, "data": {"store": str(path)}, "tokens": "1M"}
+    fields = {"name": "old", "model": {"shape": "nano-50k"}, "data": {"store": str(path)}, "tokens": "1M"}
     assert run_id(validate(RunConfig, fields, "test")) == "old-05956a37"
     assert run_id(validate(RunConfig, fields | {"stage": "pretrain"}, "test")) == "old-05956a37"
 
@@ -278,7 +278,7 @@ def test_the_stage_is_part_of_a_fine_tuned_runs_id(make_sft):
 
 def test_fine_tuning_needs_a_model(make_sft):
     with pytest.raises(UserError, match=r"stage = sft goes on from a trained model; give model\.path"):
-        make_sft(model={"rung": "nano-50k"})
+        make_sft(model={"shape": "nano-50k"})
     with pytest.raises(UserError, match="stage = 'finetune': Input should be 'pretrain' or 'sft'"):
         make_sft(stage="finetune")
 

@@ -111,7 +111,7 @@ def _renormalised(cell: Verdict) -> bool:
 
 def _same_but_targets(pair: PairFinding, full: PairFinding) -> bool:
     one, other = pair.teacher, full.teacher
-    same = (one.rung, one.tokens, one.corpus) == (other.rung, other.tokens, other.corpus)
+    same = (one.shape, one.tokens, one.corpus) == (other.shape, other.tokens, other.corpus)
     return pair.student == full.student and same and other.targets is None
 
 

@@ -118,7 +118,7 @@ _STEPS = Need(
     lambda plan: _stepped(plan) >= strength.LINE,
 )
 _FOUR = _several("four teachers of one student", 4, lambda _r, s, t: (s.name, t.name))
-_BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.rung, t.name), s.tokens))
+_BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.shape, t.name), s.tokens))
 _SIZES = _several(
     "students of two sizes at one budget", 2, lambda _r, s, t: ((s.tokens, t.name), s.parameters)
 )

@@ -133,7 +133,7 @@ def outside_more(view: View) -> list[Part]:
 
 def falls_with_tokens(view: View) -> list[Part]:
     """Slope of the gain on the student's tokens, same shape and teacher."""
-    slopes = _student_slopes(view, lambda p: p.student.rung, lambda p: p.student.tokens)
+    slopes = _student_slopes(view, lambda p: p.student.shape, lambda p: p.student.tokens)
     return [Part("gain per doubling of the student's tokens", slopes, "below 0")]
 
 
@@ -329,7 +329,7 @@ def identical_data(view: View) -> list[Part]:
         for choice in view.candidates(view.constants(pair)):
             (cell,) = choice.cells
             if cell.alpha is not None and teacher.data_seed in view.gain(cell, _OUTSIDE):
-                kind = pair.student.name, teacher.rung, teacher.tokens
+                kind = pair.student.name, teacher.shape, teacher.tokens
                 arms.setdefault(kind, {}).setdefault(cell.alpha, []).append(cell)
     gains: Members = {}
     for (student, shape, tokens), alphas in arms.items():

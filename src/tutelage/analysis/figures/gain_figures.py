@@ -159,7 +159,7 @@ def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
     panels = []
     for field, title, log, detail in (
         ("parameters", "teacher's parameters", True, "tokens:N"),
-        ("tokens", "teacher's training tokens", True, "rung:N"),
+        ("tokens", "teacher's training tokens", True, "shape:N"),
         ("strength", "fewer bits per byte than the student (%)", False, None),
     ):
         x = alt.X(
@@ -203,7 +203,7 @@ def _strength_rows(pair: PairFinding) -> list[dict[str, str | float | None]]:
         sides["out of domain, fitted"] = pair.best.fitted
     teacher: dict[str, str | float | None] = {
         "teacher": pair.teacher.name,
-        "rung": pair.teacher.rung,
+        "shape": pair.teacher.shape,
         "parameters": pair.teacher.parameters,
         "tokens": pair.teacher.tokens,
         "strength": 100 * (1 - pair.bits_per_byte / pair.student_bits),

@@ -136,7 +136,7 @@ def _student(
     return {
         "id": list(dict.fromkeys(v.student for v in findings.verdicts)).index(name) + 1,
         "name": name,
-        "about": f"{student.rung}, {words.count(student.parameters)} parameters, "
+        "about": f"{student.shape}, {words.count(student.parameters)} parameters, "
         f"{words.count(student.tokens)} training tokens",
         "pairs": [report_rows.pair_row(pair) for pair in findings.pairs if pair.student.name == name],
         "verdicts": [report_rows.verdict_row(v) for v in verdicts],

@@ -20,21 +20,23 @@ class Began(Nobody):
         self.step = step
 
 
-def budget(make_config, steps, trunk=None, **changes):
-    """A run of some steps that keeps a trunk, and starts from that of another one."""
+def budget(make_config, steps, shorter=None, **changes):
+    """A run of some steps that keeps the checkpoint before its decay and starts from that of `shorter`."""
     threads = {"device": "cpu", "threads": 1, "log_every": 1}
     base = {
         "name": f"steps-{steps}",
-        "model": {"rung": "nano-20k"},
+        "model": {"shape": "nano-20k"},
         "tokens": steps * 256,
         "optim": OPTIM,
-        "checkpoint": {"every": 4 * 256, "trunk": True},
-        "runtime": threads | ({} if trunk is None else {"trunk": run_id(trunk)}),
+        "checkpoint": {"every": 4 * 256, "keep_before_decay": True},
+        "runtime": threads | ({} if shorter is None else {"branch_from": run_id(shorter)}),
     }
     return make_config(**base | changes)
 
 
-def test_a_longer_run_from_a_shorter_ones_trunk_is_bitwise_the_one_trained_alone(make_config, tmp_path):
+def test_a_longer_run_from_a_shorter_ones_branch_point_is_bitwise_the_one_trained_alone(
+    make_config, tmp_path
+):
     short = budget(make_config, 8)
     middle = budget(make_config, 12, short)
     long = budget(make_config, 16, middle)
@@ -63,7 +65,7 @@ def test_a_branch_goes_on_from_its_own_checkpoint_once_it_has_one(make_config, t
     assert losses(resumed) == losses(run(budget(make_config, 16, output=str(tmp_path / "alone"))))
 
 
-def test_what_is_no_trunk_is_refused(make_config):
+def test_what_is_no_branch_point_is_refused(make_config):
     short = budget(make_config, 8)
     config = budget(make_config, 16, short)
     with pytest.raises(UserError, match=r"has no checkpoint from where its decay begins; train it with"):
@@ -79,7 +81,7 @@ def test_what_is_no_trunk_is_refused(make_config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim": OPTIM | {"schedule": "cosine"}}, r"a trunk needs optim\.schedule = wsd, not cosine"),
+        ({"optim": OPTIM | {"schedule": "cosine"}}, r"need optim\.schedule = wsd, not cosine"),
         ({"optim": OPTIM | {"warmup": 0.1}}, r"warmup = 0\.1 depends on the budget; give it in tokens"),
         ({"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.1}}, "starts at its beginning"),
         ({"optim": OPTIM | {"warmup": "lots"}}, "not a token budget"),

@@ -1,0 +1,72 @@
+"""Teachers of a study whose budgets are branches of one run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_study import run_tiny, tiny_study
+
+from tutelage.errors import UserError
+from tutelage.run_directory import RunDirectory
+from tutelage.study.expand import expand
+from tutelage.study.nodes import Stores, bind
+
+GRID = {"product": {"shape": ["nano-20k", "nano-50k"], "tokens": ["6K", "2K", "4K"]}}
+OPTIM = {"schedule": "wsd", "warmup": "512"}
+
+
+def study(**teacher):
+    spec = {"branch_from_shorter": True, "run": {"optim": OPTIM}, "grid": GRID} | teacher
+    return tiny_study(teachers={"{shape}@{tokens}": spec}, students={})
+
+
+def test_budgets_are_chained_from_the_smallest_to_the_largest():
+    cells = {cell.name: cell for cell in expand(study()).cells}
+    assert {name: cell.branch_from for name, cell in cells.items()} == {
+        f"teacher-{shape}-{tokens}": shorter and f"teacher-{shape}-{shorter}"
+        for shape in ("nano-20k", "nano-50k")
+        for tokens, shorter in (("2K", None), ("4K", "2K"), ("6K", "4K"))
+    }
+    for cell in cells.values():
+        assert cell.needs == (() if cell.branch_from is None else (cell.branch_from,))
+        assert cell.settings["checkpoint"]["keep_before_decay"] == (cell.tokens != 6000)
+    assert all(cell.branch_from is None for cell in expand(study(branch_from_shorter=False)).cells)
+
+
+def test_other_recipes_are_other_branch_points(store, other_store, tmp_path):
+    grid = {"product": {"shape": ["nano-20k"], "tokens": ["2K", "4K"], "lr": [0.001, 0.002]}}
+    spec = {"branch_from_shorter": True, "run": {"optim": OPTIM}, "grid": grid}
+    lr = tiny_study(teachers={"{shape}@{tokens}@{lr}": spec}, students={})
+    nodes = bind(expand(lr), Stores(store, {"scripture": other_store}, {}, {}), tmp_path, 300)
+    by_id = {node.id: node.config for node in nodes}
+    branches = [config for config in by_id.values() if config.runtime.branch_from is not None]
+    assert len(branches) == 2
+    for config in branches:
+        assert by_id[config.runtime.branch_from].optim.lr == config.optim.lr
+
+
+def test_branching_does_not_change_ids_and_wrong_schedules_are_named(store, other_store, tmp_path):
+    stores = Stores(store, {"scripture": other_store}, {}, {})
+    ids = [
+        {node.id for node in bind(expand(study(branch_from_shorter=branches)), stores, tmp_path, 300)}
+        for branches in (True, False)
+    ]
+    assert ids[0] == ids[1]
+    with pytest.raises(UserError, match=r"teacher-nano-20k-2K: .*need optim\.schedule = wsd"):
+        bind(expand(study(run={})), stores, tmp_path, 300)
+
+
+@pytest.mark.slow
+def test_a_study_trains_the_branches_and_not_their_beginning_twice(tmp_path):
+    one = {"product": {"shape": ["nano-20k"], "tokens": ["2K", "6K"]}}
+    run_tiny(study(grid=one), tmp_path)
+    short, long = sorted((tmp_path / "runs").iterdir(), key=lambda path: "6K" in path.name)
+    assert RunDirectory(short).is_done()
+    assert RunDirectory(long).is_done()
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (short, long)]
+    rows = [[json.loads(line) for line in log] for log in logs]
+    assert [len(log) for log in rows] == [2000 // 256, 6000 // 256]
+    # seconds too, so these were not computed again; of the first 7 steps, 1 is decay
+    assert rows[0][:6] == rows[1][:6]
+    assert rows[0][6]["lr"] < rows[1][6]["lr"]
