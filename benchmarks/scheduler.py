@@ -19,7 +19,7 @@ from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cells import Cell
-from tutelage.study.engines.engine import RunTask, TaskOutcome
+from tutelage.study.engines import RunTask, TaskOutcome
 from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import Cost, Node
 from tutelage.study.runner import StudyProgress, run_all

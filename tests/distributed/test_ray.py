@@ -22,7 +22,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
 from tutelage.study.leases import Leases, ask_to_stop
-from tutelage.study.engines.engine import StoreTask
+from tutelage.study.engines import StoreTask
 from tutelage.study.engines.ray import RayEngine
 from tutelage.study.leases import Failures
 from tutelage.study.nodes import Cost, Node

@@ -14,7 +14,7 @@ from tutelage.files import LockedError, lock
 
 if TYPE_CHECKING:
     from tutelage.config.study_config import StudyConfig
-    from tutelage.study.engines.engine import Engine
+    from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
     from tutelage.study.run_study import RunnerOptions
 

@@ -13,7 +13,7 @@ from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
 from tutelage.files import LockedError, lock, make_directory, stop_signal
-from tutelage.study.engines.engine import StoreTask
+from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases, is_silent, living_runners
 from tutelage.study.nodes import Node, Stores, bind, check_cells
 from tutelage.study.plan import Plan, load_plan, plan_of, save_plan
@@ -22,7 +22,7 @@ from tutelage.study.runner import run_all
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from tutelage.study.engines.engine import Engine
+    from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
     from tutelage.study.runner import StudyWatcher
 

@@ -12,12 +12,12 @@ from tutelage.errors import Stopped, UserError
 from tutelage.files import stop_signal
 from tutelage.run_directory import RunDirectory, evaluation_id
 from tutelage.study.devices import chain_weights
-from tutelage.study.engines.engine import RunTask
+from tutelage.study.engines import RunTask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tutelage.study.engines.engine import Engine, TaskOutcome
+    from tutelage.study.engines import Engine, TaskOutcome
     from tutelage.study.leases import Failures, Leases
     from tutelage.study.nodes import Node
 

@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import sys
 import threading
+from multiprocessing import forkserver
 
 import pytest
 
+from tutelage.config.data_config import StoreConfig
 from tutelage.errors import Stopped, UserError
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
+from tutelage.study.engines import StoreTask
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.leases import Failures, Leases, ask_to_stop
 from tutelage.study.nodes import Cost, Node
@@ -150,3 +156,26 @@ def test_two_runners_share_the_work(make_config, tmp_path):
     leases = [json.loads(path.read_text()) for path in (tmp_path / "queue" / "leases").iterdir()]
     assert len(leases) == len(nodes)  # each was begun once
     assert len({lease["owner"] for lease in leases}) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked from a server on Linux alone")
+@pytest.mark.parametrize(("kills", "text"), [(1, "nothing"), (2, "its process could not be started")])
+def test_a_fork_server_that_is_killed_as_a_task_starts_is_replaced_once(tmp_path, monkeypatch, kills, text):
+    ensure, left = forkserver.ensure_running, [None] * kills
+
+    def ensure_and_kill():
+        ensure()
+        if left:
+            left.pop()
+            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+            os.waitid(os.P_PID, forkserver._forkserver._forkserver_pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(forkserver._forkserver, "ensure_running", ensure_and_kill)
+    broken = StoreConfig(name="none", sources=({"kind": "corpus", "name": "nothing"},))
+    with LocalEngine(1, []) as engine:
+        engine.start("store", StoreTask(config=broken, directory=tmp_path))
+        while not (ended := engine.wait(0.5)):
+            pass
+    assert ended["store"].status == "failed"
+    assert text in ended["store"].text
+    assert left == []

@@ -1,4 +1,4 @@
-"""Tasks in worker processes on this machine, each on its own cores and, where there are some, its own GPU."""
+"""Run tasks in worker processes on this machine, each on its own cores and, if there are any, its own GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from tutelage.study.engines.engine import TaskOutcome, execute
+from tutelage.study.engines import TaskOutcome, execute
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from tutelage.study.engines.engine import Task
+    from tutelage.study.engines import Task
 
     _Context = ForkServerContext | SpawnContext
 
@@ -32,17 +32,18 @@ class LocalEngine:
     """An `Engine` of long-lived worker processes.
 
     On the CPU they are forked from a server that has imported torch and done nothing else, so a worker starts
-    in no time and they share that memory. CUDA does not survive a fork: with GPUs each starts afresh.
+    at once and they share that memory. CUDA does not survive a fork: with GPUs each is a fresh process.
 
     Args:
         workers: how many.
-        gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES; worker i sees number i, round and round.
+        gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES; worker i sees GPU i modulo their number.
     """
 
     def __init__(self, workers: int, gpus: list[str]) -> None:
         self.slots = workers
         self._gpus = gpus
         self._workers: list[_Worker | None] = [None] * workers
+        self._not_started: dict[str, TaskOutcome] = {}
         self._context: _Context = multiprocessing.get_context("spawn")
         if not gpus and sys.platform == "linux":
             self._context = multiprocessing.get_context("forkserver")
@@ -54,10 +55,10 @@ class LocalEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        there = [worker for worker in self._workers if worker is not None]
-        for worker in there:
+        workers = [worker for worker in self._workers if worker is not None]
+        for worker in workers:
             worker.ask_to_leave()
-        for worker in there:
+        for worker in workers:
             worker.end()
 
     def start(self, key: str, task: Task) -> None:
@@ -65,12 +66,27 @@ class LocalEngine:
         place = next(i for i, worker in enumerate(self._workers) if worker is None or worker.key is None)
         worker = self._workers[place]
         if worker is None or not worker.process.is_alive():
-            gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
-            worker = self._workers[place] = _Worker(self._context, _share(place, self.slots), gpu)
+            try:
+                worker = self._workers[place] = self._new_worker(place)
+            except (OSError, EOFError) as error:
+                text = f"its process could not be started: {type(error).__name__} {error}".rstrip()
+                self._not_started[key] = TaskOutcome(status="failed", text=text)
+                return
         worker.start(key, task.model_dump_json())
+
+    def _new_worker(self, place: int) -> _Worker:
+        gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
+        cores = _share(place, self.slots)
+        try:
+            return _Worker(self._context, cores, gpu)
+        except (OSError, EOFError):  # the server that forks workers was killed; the next try starts another
+            return _Worker(self._context, cores, gpu)
 
     def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """See `Engine`."""
+        if self._not_started:
+            outcomes, self._not_started = self._not_started, {}
+            return outcomes
         busy = [worker for worker in self._workers if worker is not None and worker.key is not None]
         if not busy:
             time.sleep(seconds)
@@ -96,10 +112,10 @@ class LocalEngine:
 
 
 class _Worker:
-    """A process that does one task after another until it is asked to leave.
+    """A process that executes one task after another until it is asked to leave.
 
     It leaves when a pipe to it is closed, here or by this process's death. Nothing is shared that a killed
-    process could leave locked, as it can the lock inside a `multiprocessing.Event`.
+    process could leave locked, such as the lock inside a `multiprocessing.Event`.
     """
 
     def __init__(self, context: _Context, cores: set[int] | None, gpu: str | None) -> None:
@@ -124,7 +140,7 @@ class _Worker:
             self.connection.send_bytes(task.encode())
 
     def outcome(self) -> TaskOutcome | None:
-        """How the task ended; None while it goes on."""
+        """How the task ended; None while it runs."""
         try:
             if self.connection.poll():
                 outcome = TaskOutcome.model_validate_json(self.connection.recv_bytes())
@@ -139,7 +155,7 @@ class _Worker:
         return outcome
 
     def end(self) -> None:
-        """Wait for the process, which was told to leave, or has died."""
+        """Wait for the process, which was asked to leave or has died."""
         self.process.join(_GRACE_SECONDS)
         if self.process.is_alive():
             self.process.kill()
@@ -156,7 +172,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpu: str | None) -> None:
-    """Do what comes in. Ctrl-C in a terminal reaches workers too; they leave it to the parent."""
+    """Execute tasks as they arrive. Ctrl-C in a terminal reaches workers too; they leave it to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -173,7 +189,7 @@ def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gp
 
 
 def _follow(leave: Connection, leaving: threading.Event) -> None:
-    """Stop the run, checkpointed, when that is asked for and when the parent has died: both close `leave`."""
+    """Stop the run, checkpointed, when asked to or when the parent has died: both close `leave`."""
     with contextlib.suppress(EOFError, ConnectionError):
         leave.recv_bytes()
     leaving.set()
@@ -183,7 +199,7 @@ def _follow(leave: Connection, leaving: threading.Event) -> None:
 
 
 def _share(place: int, workers: int) -> set[int] | None:
-    """The cores of a worker: all in equal parts; None where that cannot be or they are too few."""
+    """The cores of a worker, an equal part of all; None where that cannot be set or they are too few."""
     if sys.platform != "linux":
         return None
     cores = sorted(os.sched_getaffinity(0))
@@ -192,7 +208,7 @@ def _share(place: int, workers: int) -> set[int] | None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that torch can use, by their names for CUDA_VISIBLE_DEVICES. Asks a process of its own."""
+    """Names for CUDA_VISIBLE_DEVICES of the GPUs that torch can use, found by a separate process."""
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster (extra `ray`): each on its cores and GPU, wherever there are some.
+"""Run tasks on a Ray cluster (extra `ray`), each on cores and a GPU of any node.
 
 Tasks travel as JSON text. The study's directory must be the same on every node, as on a cluster's file
 system.
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
-from tutelage.study.engines.engine import TaskOutcome, execute
+from tutelage.study.engines import TaskOutcome, execute
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from tutelage.study.engines.engine import Task
+    from tutelage.study.engines import Task
 
 _NO_PLACES = {"auto", "local", ""}
 _CLIENT_PORT = 10001
@@ -35,7 +35,7 @@ class RayEngine:
     Args:
         address: of the cluster; None: the one that RAY_ADDRESS or this machine knows, else a new one here.
         workers: tasks at the same time; None: as many as the cluster has GPUs, or CPUs, now.
-        device: `runtime.device` of the runs: cpu takes a core per task, anything else a GPU if there is one.
+        device: `runtime.device` of the runs: with cpu a task takes a core, otherwise a GPU if there is one.
 
     Raises:
         UserError: Ray is not installed, or there is no cluster at that address (known in seconds).
