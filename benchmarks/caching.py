@@ -28,8 +28,7 @@ from tutelage.data.loader import Loader
 from tutelage.data.store import build_store, open_store
 from tutelage.models import hub, shapes
 from tutelage.teachers.cache.cache_writer import write_cache
-from tutelage.teachers.cache.job import make_plan
-from tutelage.teachers.cache.job import prepare as prepare_pass
+from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.train.step import train_step
 from tutelage.train.student import StepInputs, Student
 
@@ -167,7 +166,7 @@ def pass_table(model: Path, names: list[str] | None, limit: int, folder: Path) -
         }
         config = validate(TeachConfig, teach, "caching")
         forward = cpu(bare) / (steps * BATCH)
-        loading = cpu(partial(prepare_pass, make_plan(config)))
+        loading = cpu(partial(load_job, plan_cache(config)))
         writing = (cpu(partial(write_cache, config)) - loading) / len(split.tokens)
         print(f"| {name} | {1 / forward:,.0f} | {1 / writing:,.0f} | {forward / writing:.0%} |", flush=True)
 

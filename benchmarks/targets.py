@@ -32,7 +32,8 @@ from tutelage.config.teacher_config import Format
 from tutelage.data.store import build_store, open_store
 from tutelage.models import hub
 from tutelage.objective.objective import dense_logits
-from tutelage.teachers.cache.formats import HiddenRows, Setting, make_codec
+from tutelage.teachers.cache.codec import CodecSettings, HiddenRows
+from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.live import OnlineTeacher
 from tutelage.types import Batch, DenseTargets, SparseTargets
 
@@ -118,7 +119,7 @@ def measure(problem: Problem, settings: dict[str, Any], treatment: str, seed: in
     """Bytes per token and both errors of one format; samples are drawn with `seed`."""
     n, width = problem.targets.hidden_NE.shape
     config = TypeAdapter(Format).validate_python(settings)
-    codec = make_codec(config, Setting(problem.vocab_size, width, temperature=1.0, seed=seed))
+    codec = make_codec(config, CodecSettings(problem.vocab_size, width, temperature=1.0, seed=seed))
     blobs = codec.encode(problem.targets, problem.labels_N, 0, CONTEXT)
     decoded = [codec.decode(blob, CONTEXT) for blob in blobs]
     unique = math.nan

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 COPYING = "copying"
@@ -168,6 +170,29 @@ class SparseTargets:
             self.tail_N[rows],
             self.gold_logp_N[rows],
             self.temperature,
+        )
+
+    def to(self, device: object) -> SparseTargets:
+        """The same targets on `device`."""
+        return SparseTargets(
+            self.ids_NK.to(device),  # type: ignore[call-overload]
+            self.probs_NK.to(device),  # type: ignore[call-overload]
+            self.tail_N.to(device),  # type: ignore[call-overload]
+            self.gold_logp_N.to(device),  # type: ignore[call-overload]
+            self.temperature,
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[SparseTargets]) -> SparseTargets:
+        """The tokens of several targets of one temperature, one after the other."""
+        import torch  # noqa: PLC0415 - this module is free to import
+
+        return SparseTargets(
+            torch.cat([part.ids_NK for part in parts]),
+            torch.cat([part.probs_NK for part in parts]),
+            torch.cat([part.tail_N for part in parts]),
+            torch.cat([part.gold_logp_N for part in parts]),
+            parts[0].temperature,
         )
 
 

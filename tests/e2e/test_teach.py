@@ -59,12 +59,12 @@ def wait_until(condition):
         time.sleep(0.002)
 
 
-def claims(directory):
-    """Processes that hold a shard, from the files that say so while they are there."""
+def holders(directory):
+    """Ids of the processes that hold a shard, from the lock files."""
     found = set()
     for file in directory.glob("*/shards/0*.lock"):
         with contextlib.suppress(FileNotFoundError):
-            found.add(file.read_text())
+            found.update(file.read_text().split()[:1])
     return found
 
 
@@ -85,10 +85,10 @@ def test_two_commands_stopped_and_continued_write_what_one_writes(teach_file, tm
     size = sum(len(data) for name, data in tree(alone).items() if name.endswith(".bin"))
     caches = tmp_path / "caches"
     with start(*command) as first, start(*command) as second:
-        wait_until(lambda: claims(caches) & {str(first.pid), str(second.pid)})
-        early, late = (first, second) if str(first.pid) in claims(caches) else (second, first)
+        wait_until(lambda: holders(caches) & {str(first.pid), str(second.pid)})
+        early, late = (first, second) if str(first.pid) in holders(caches) else (second, first)
         pause(early, caches)  # or it may be done before the other has begun
-        wait_until(lambda: str(late.pid) in claims(caches))
+        wait_until(lambda: str(late.pid) in holders(caches))
         for process in (late, early):
             process.send_signal(signal.SIGINT)
         early.send_signal(signal.SIGCONT)

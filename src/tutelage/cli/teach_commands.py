@@ -39,15 +39,16 @@ def teach(
 def _write(config: TeachConfig) -> None:
     from tutelage.cli.progress import TeachBar, out
     from tutelage.teachers.cache.cache_writer import write_cache
-    from tutelage.teachers.cache.layout import read_cache_manifest
+    from tutelage.teachers.cache.reader import open_cache
 
     with TeachBar() as bar:
         path = write_cache(config, bar)
-    manifest = read_cache_manifest(path)
+    cache = open_cache(path)
+    positions = cache.manifest.layout.positions
     out.print(
         f"cache    {path}\n"
-        f"size     {manifest.bytes:,} bytes for {manifest.layout.positions:,} tokens, "
-        f"{manifest.bytes / manifest.layout.positions:.2f} bytes per token\n"
+        f"size     {cache.bytes:,} bytes for {positions:,} tokens, "
+        f"{cache.bytes / positions:.2f} bytes per token\n"
         f"next     put 'teacher: {{kind: cache, path: {path}}}' into a run file",
         highlight=False,
         soft_wrap=True,

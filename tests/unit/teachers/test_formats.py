@@ -21,7 +21,8 @@ from tutelage.objective.chunked import chunked_objective
 from tutelage.objective.objective import Objective
 from tutelage.objective.sparse import TopK, TopP, truncate
 from tutelage.teachers.cache import codec as codec_module
-from tutelage.teachers.cache.formats import FORMATS, Setting, make_codec
+from tutelage.teachers.cache.codec import CodecSettings
+from tutelage.teachers.cache.formats import FORMATS, make_codec
 from tutelage.teachers.cache.packing import (
     gold_codes,
     gold_values,
@@ -65,11 +66,11 @@ def teacher(tokens: int, vocab: int, transform: LogitTransform = PLAIN, padding:
     return DenseTargets(hidden_NE, head_VE, transform), labels_N, logits_NV
 
 
-def setting(vocab: int, temperature: float = 1.0, seed: int = 0) -> Setting:
-    return Setting(vocab, WIDTH, temperature, seed)
+def setting(vocab: int, temperature: float = 1.0, seed: int = 0) -> CodecSettings:
+    return CodecSettings(vocab, WIDTH, temperature, seed)
 
 
-def through(config: Format, targets, labels_N, at: Setting, first: int = 0):
+def through(config: Format, targets, labels_N, at: CodecSettings, first: int = 0):
     """Encoded as one block and decoded."""
     codec = make_codec(config, at)
     (blob,) = codec.encode(targets, labels_N, first, len(labels_N))
@@ -335,7 +336,7 @@ def test_gold_grid():
 @pytest.mark.parametrize("unlucky", [1e-12, 1 - 1e-12])
 def test_the_derived_weight_stays_above_zero(ids, unlucky, monkeypatch):
     """The worst case, a flat teacher with hardly anything outside, with all roundings up, then all down."""
-    codec = make_codec(MinVarianceFormat(ids=ids), Setting(2 * ids, 2, 1.0, 0))
+    codec = make_codec(MinVarianceFormat(ids=ids), CodecSettings(2 * ids, 2, 1.0, 0))
     rising = torch.linspace(0, 3, 7).unsqueeze(1) ** 2 * 0.01
     inside_NV = torch.zeros(7, ids)
     inside_NV[:, 0] = rising[:, 0]  # one id slightly, then much, above the others
@@ -430,7 +431,7 @@ def test_a_writable_buffer_is_not_copied(offset):
 def test_another_width_is_refused():
     targets, labels_N, _ = teacher(16, 333)
     with pytest.raises(ValueError, match="width 12: must be 16"):
-        make_codec(STATES["float16"], Setting(333, 16, 1.0, 0)).encode(targets, labels_N, 0, 16)
+        make_codec(STATES["float16"], CodecSettings(333, 16, 1.0, 0)).encode(targets, labels_N, 0, 16)
 
 
 # sizes and mistakes ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
 from tutelage.models import hub, shapes
 from tutelage.teachers.cache.cache_writer import Unwatched, write_cache
-from tutelage.teachers.cache.job import make_plan, prepare
+from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import cache_fingerprint, read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache, verify_cache
 
@@ -124,14 +124,14 @@ def test_killed_twenty_times_and_finished_is_as_if_undisturbed(starter, teaching
     begin = time.monotonic()
     assert starter.wait(starter.start(config)) == 0
     whole = time.monotonic() - begin
-    expected = tree(make_plan(config).path)
+    expected = tree(plan_cache(config).path)
     chance = random.Random(0)  # noqa: S311 - moments, not secrets
     kills, stages = 0, set()
     for attempt in range(100):
         if kills >= 20 and attempt:
             break
         again = elsewhere(config, tmp_path / f"again-{attempt}")
-        path = make_plan(again).path
+        path = plan_cache(again).path
         while True:
             pid = starter.start(again)
             time.sleep(chance.uniform(0, whole / 6))
@@ -151,12 +151,12 @@ def test_killed_twenty_times_and_finished_is_as_if_undisturbed(starter, teaching
 def test_two_processes_together_write_what_one_writes(starter, teaching, tree, tmp_path):
     config = teaching(shard_tokens=64, format={"kind": "hidden"})
     assert starter.wait(starter.start(config)) == 0
-    expected = tree(make_plan(config).path)
+    expected = tree(plan_cache(config).path)
     together = elsewhere(config, tmp_path / "together")
     for _ in range(2):
         first, second = starter.start(together), starter.start(together)
         assert (starter.wait(first), starter.wait(second)) == (0, 0)
-        path = make_plan(together).path
+        path = plan_cache(together).path
         assert tree(path) == expected
         shutil.rmtree(path)
 
@@ -164,9 +164,9 @@ def test_two_processes_together_write_what_one_writes(starter, teaching, tree, t
 def test_one_of_two_is_killed_and_the_other_finishes(starter, teaching, tree, tmp_path):
     config = teaching(shard_tokens=64)
     assert starter.wait(starter.start(config)) == 0
-    expected = tree(make_plan(config).path)
+    expected = tree(plan_cache(config).path)
     together = elsewhere(config, tmp_path / "together")
-    path = make_plan(together).path
+    path = plan_cache(together).path
     first, second = starter.start(together), starter.start(together)
     while len(list(path.glob("shards/*.bin"))) < 20:
         time.sleep(0.001)
@@ -178,7 +178,7 @@ def test_one_of_two_is_killed_and_the_other_finishes(starter, teaching, tree, tm
 
 def test_a_writer_waits_for_anothers_shard_and_takes_it_over_when_that_one_dies(starter, teaching, tree):
     config = teaching()
-    path = make_plan(config).path
+    path = plan_cache(config).path
     (path / "shards").mkdir(parents=True)
     hold = "from pathlib import Path; from tutelage.files import lock; import time\n"
     hold += "with lock(Path('000004.lock'), 'it'):\n    print('held', flush=True); time.sleep(60)"
@@ -187,8 +187,8 @@ def test_a_writer_waits_for_anothers_shard_and_takes_it_over_when_that_one_dies(
     ) as other:
         assert other.stdout.readline() == "held\n"
         writer = starter.start(config)
-        shards = prepare(make_plan(config)).manifest.layout.shards
-        while not (path / "manifest.json").exists() or (len(read_cache_manifest(path).shards) < shards - 1):
+        shards = load_job(plan_cache(config)).manifest.layout.shards
+        while len(list(path.glob("shards/*.bin"))) < shards - 1:
             time.sleep(0.01)
         time.sleep(0.2)
         assert not (path / "shards" / "000004.bin").exists()
@@ -205,7 +205,7 @@ def test_a_writer_waits_for_anothers_shard_and_takes_it_over_when_that_one_dies(
 def test_ctrl_c_while_waiting_for_another_process(teaching, tmp_path):
     """The signal comes while nothing is left to do but to wait."""
     config = teaching(shard_tokens=4096)
-    path = make_plan(config).path
+    path = plan_cache(config).path
     (path / "shards").mkdir(parents=True)
     hold = "from pathlib import Path; from tutelage.files import lock; import time\n"
     hold += "with lock(Path('000000.lock'), 'it'):\n    print('held', flush=True); time.sleep(60)"
@@ -225,7 +225,7 @@ def test_ctrl_c_stops_after_a_batch_and_the_same_call_goes_on(teaching, tree, tm
     config = teaching()
     expected = tree(write_cache(config))
     again = elsewhere(config, tmp_path / "again")
-    path = make_plan(again).path
+    path = plan_cache(again).path
     done = []
     for after in (2, 7, 9):
         watcher = Recorded(after, interrupt)
@@ -259,11 +259,11 @@ def test_what_killed_writers_left_is_removed(teaching, tree):
 def test_progress_counts_positions_and_bytes(teaching):
     watcher = Recorded()
     path = write_cache(teaching(), watcher)
-    manifest = read_cache_manifest(path)
-    assert watcher.tokens == manifest.layout.positions
+    cache = open_cache(path)
+    assert watcher.tokens == cache.manifest.layout.positions
     assert watcher.calls[0] == (0, 0)
     assert watcher.calls == sorted(watcher.calls)
-    assert watcher.calls[-1] == (manifest.layout.positions, manifest.bytes)
+    assert watcher.calls[-1] == (watcher.tokens, cache.bytes)
 
 
 def test_a_finished_cache_is_left_alone(teaching):
@@ -276,7 +276,7 @@ def test_a_finished_cache_is_left_alone(teaching):
 
 
 def test_batches_cover_every_position_once_and_stay_in_their_shard(teaching, text):
-    job = prepare(make_plan(teaching(batch_tokens=100)))
+    job = load_job(plan_cache(teaching(batch_tokens=100)))
     layout = job.manifest.layout
     covered = []
     for shard in range(layout.shards):
@@ -293,7 +293,7 @@ def test_batches_cover_every_position_once_and_stay_in_their_shard(teaching, tex
 
 def test_the_directory_is_named_by_content(teaching, models, tmp_path):
     teacher = {"kind": "model", "path": str(models[0])}
-    base = make_plan(teaching(teacher=teacher)).path.name
+    base = plan_cache(teaching(teacher=teacher)).path.name
     moved = shutil.copytree(models[0], tmp_path / "moved")
     same = [
         {"teacher": {"kind": "model", "path": str(moved)}},
@@ -313,10 +313,10 @@ def test_the_directory_is_named_by_content(teaching, models, tmp_path):
         {"shard_tokens": 1024},
         {"batch_tokens": 64},
     ]
-    assert {make_plan(teaching(**{"teacher": teacher} | change)).path.name for change in same} == {base}
-    names = {make_plan(teaching(**{"teacher": teacher} | change)).path.name for change in other}
+    assert {plan_cache(teaching(**{"teacher": teacher} | change)).path.name for change in same} == {base}
+    names = {plan_cache(teaching(**{"teacher": teacher} | change)).path.name for change in other}
     assert len(names - {base}) == len(other)
-    assert make_plan(teaching(teacher=teacher, name="mine")).path.name == f"mine-{base.split('-')[1]}"
+    assert plan_cache(teaching(teacher=teacher, name="mine")).path.name == f"mine-{base.split('-')[1]}"
 
 
 def test_settings_of_a_format_without_a_kind_are_those_of_the_default(teaching):
@@ -328,7 +328,7 @@ def test_a_teacher_that_moves_half_way_changes_no_byte(teaching, models, tree, t
     config = teaching(teacher={"kind": "model", "path": str(models[0])})
     with pytest.raises(Stopped):
         write_cache(config, Recorded(20, interrupt))
-    manifest = (make_plan(config).path / "manifest.json").read_bytes()
+    manifest = (plan_cache(config).path / "manifest.json").read_bytes()
     moved = teaching(teacher={"kind": "model", "path": str(models[0].rename(tmp_path / "moved"))})
     path = write_cache(moved)
     assert read_cache_manifest(path).teacher.id == str(models[0])
@@ -384,7 +384,7 @@ def test_a_cache_of_other_content_under_the_same_name_is_not_touched(teaching, t
     config = teaching()
     with pytest.raises(Stopped):
         write_cache(config, Recorded(20, interrupt))
-    path = make_plan(config).path
+    path = plan_cache(config).path
     file = path / "manifest.json"
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
     before = tree(path)
@@ -431,7 +431,7 @@ def test_a_disk_that_fills_up_keeps_finished_shards_and_the_same_call_goes_on(
     with pytest.raises(UserError, match="no space left on the device; free some") as caught:
         write_cache(here, Recorded(30, fill))
     assert "\n" not in str(caught.value)
-    path = make_plan(here).path
+    path = plan_cache(here).path
     finished = sorted(path.glob("shards/*.bin"))
     assert len(finished) >= 2
     assert not list(path.rglob(".*"))  # nothing half written
@@ -439,4 +439,4 @@ def test_a_disk_that_fills_up_keeps_finished_shards_and_the_same_call_goes_on(
     ballast.unlink()
     write_cache(here)
     assert tree(path) == expected
-    assert cache_fingerprint(path) == cache_fingerprint(make_plan(config).path)
+    assert cache_fingerprint(path) == cache_fingerprint(plan_cache(config).path)

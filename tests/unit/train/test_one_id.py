@@ -19,7 +19,7 @@ from tutelage.models.flops import parameters
 from tutelage.models.shapes import LADDER
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
-from tutelage.teachers.cache.job import make_plan
+from tutelage.teachers.cache.job import plan_cache
 from tutelage.train.loop import Nobody
 
 
@@ -130,7 +130,7 @@ def test_a_model_directory_is_its_content(make_config, tmp_path, monkeypatch):
     }
     assert len(ids) == 1
     caches = {
-        make_plan(
+        plan_cache(
             TeachConfig(store=place, teacher={"kind": "model", "path": str(path)}, output=tmp_path / "caches")
         ).path
         for place in (first_store(first), Path(f"{first_store(first)}/"))

@@ -17,17 +17,16 @@ from tutelage.config.teacher_config import (
     MultinomialFormat,
     TopKFormat,
 )
-from tutelage.teachers.cache.cache_writer import encoded
-from tutelage.teachers.cache.codec import Setting
+from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import FORMATS, make_codec
-from tutelage.teachers.cache.job import make_plan, prepare
+from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.shard import INDEX_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tutelage.config.teacher_config import TeachConfig
-    from tutelage.teachers.cache.job import Job
+    from tutelage.teachers.cache.job import CacheJob
     from tutelage.types import Batch, DenseTargets
 
 _TRIALS = 2
@@ -63,7 +62,7 @@ class FormatEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class CacheEstimate:
     """What a cache would take.
 
     Attributes:
@@ -83,13 +82,13 @@ class Estimate:
     formats: tuple[FormatEstimate, ...]
 
 
-def estimate(config: TeachConfig) -> Estimate:
+def estimate(config: TeachConfig) -> CacheEstimate:
     """Load the teacher, run two of its batches, and encode them in every format. Writes nothing.
 
     Raises:
         UserError: the config is wrong, as `write_cache` would say.
     """
-    job = prepare(make_plan(config))
+    job = load_job(plan_cache(config))
     layout = job.manifest.layout
     batches = _trial_batches(job)
     job.targets(batches[0])  # the first call pays for set-up
@@ -103,7 +102,7 @@ def estimate(config: TeachConfig) -> Estimate:
     tokens = sum(batch.tokens_BT.numel() for batch in batches)
     place = config.output.absolute()
     existing = next(folder for folder in (place, *place.parents) if folder.exists())
-    return Estimate(
+    return CacheEstimate(
         path=job.plan.path,
         tokens=layout.positions,
         teacher_flops=layout.positions * job.teacher.forward_flops,
@@ -113,14 +112,14 @@ def estimate(config: TeachConfig) -> Estimate:
     )
 
 
-def _trial_batches(job: Job) -> list[Batch]:
+def _trial_batches(job: CacheJob) -> list[Batch]:
     """Batches from different parts of the text, or the first ones where there is only one shard."""
     shards = job.manifest.layout.shards
     chosen = sorted({trial * shards // _TRIALS for trial in range(_TRIALS)})
     return [batch for shard in chosen for batch in islice(job.batches(shard), _TRIALS // len(chosen))]
 
 
-def _choices(job: Job) -> list[Format]:
+def _choices(job: CacheJob) -> list[Format]:
     """The configured format, then usual ones of every kind."""
     vocab_size = job.manifest.vocab_size
     usual: list[Format] = [
@@ -136,15 +135,14 @@ def _choices(job: Job) -> list[Format]:
 
 
 def _tried(
-    job: Job, choice: Format, trials: list[tuple[DenseTargets, Batch]], forward: float
+    job: CacheJob, choice: Format, trials: list[tuple[DenseTargets, Batch]], forward: float
 ) -> FormatEstimate:
     manifest = job.manifest.model_copy(update={"format": choice})
-    setting = Setting(manifest.vocab_size, manifest.width, manifest.temperature, manifest.seed)
-    tried = replace(job, manifest=manifest, codec=make_codec(choice, setting))
+    tried = replace(job, manifest=manifest, codec=make_codec(choice, CodecSettings.of(manifest)))
     size = tokens = 0
     start = time.perf_counter()
     for targets, batch in trials:
-        blocks, positions = encoded(tried, targets, batch)
+        blocks, positions = tried.encoded(targets, batch)
         size += sum(len(block) + INDEX_BYTES for block, _ in blocks)
         tokens += positions
     seconds = forward + time.perf_counter() - start

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
+from safetensors.torch import save_file
+
 from tutelage.errors import Stopped, UserError
-from tutelage.files import LockedError, make_directory, stop_signal
-from tutelage.teachers.cache.job import make_plan, prepare
-from tutelage.teachers.cache.reader import open_cache
-from tutelage.teachers.cache.shard import ShardWriter, packed
-from tutelage.teachers.cache.shard_index import Ledger, tidy
+from tutelage.files import LockedError, atomic_write, lock, make_directory, stop_signal, write_text
+from tutelage.teachers.cache.job import load_job, plan_cache
+from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
+from tutelage.teachers.cache.reader import file_sha256, open_cache
+from tutelage.teachers.cache.shard import ShardFile, ShardWriter
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator
     from pathlib import Path
 
     from tutelage.config.teacher_config import TeachConfig
-    from tutelage.teachers.cache.job import Job
+    from tutelage.teachers.cache.job import CacheJob
+    from tutelage.teachers.cache.layout import CacheManifest
     from tutelage.teachers.cache.shard import Packed
-    from tutelage.types import Batch, DenseTargets
 
 _POLL_SECONDS = 0.5
-_PUBLISH_SECONDS = 1.0
-"""Between manifests. They tell people how far it is; writers look at the shards themselves."""
+_MANIFEST_POLL_SECONDS = 0.02
 
 
 class TeachWatcher(Protocol):
@@ -55,11 +57,11 @@ class Unwatched:
 
 
 def write_cache(config: TeachConfig, watcher: TeachWatcher | None = None) -> Path:
-    """Write the teacher cache of `config`, or what is left of it.
+    """Write the teacher cache of `config`, or what is missing of it.
 
     The same config always lands in the same directory. Several processes, on one machine or on several
     that share a file system, may be given the same config at the same time; each returns when the whole
-    cache is there. However often writers are killed, the bytes are those of an undisturbed one (up to
+    cache is finished. However often writers are killed, the bytes are those of an undisturbed one (up to
     the rounding of different hardware).
 
     Returns:
@@ -70,92 +72,29 @@ def write_cache(config: TeachConfig, watcher: TeachWatcher | None = None) -> Pat
         Stopped: on SIGINT or SIGTERM, after the current batch; finished shards stay.
     """
     watcher = watcher or Unwatched()
-    plan = make_plan(config)
+    plan = plan_cache(config)
     if _is_finished(plan.path):
-        tidy(plan.path, threading.Event())
+        remove_stale_files(plan.path)
         watcher.note(f"{plan.path} is finished; nothing to do")
         return plan.path
-    job = prepare(plan)
+    job = load_job(plan)
     for note in job.teacher.notes:
         watcher.note(note)
     make_directory(plan.path / "shards")
     with stop_signal() as stop, ThreadPoolExecutor(1, thread_name_prefix="encoder") as encoder:
-        ledger = Ledger(job, stop)
-        layout = job.manifest.layout
-        _check_space(job, layout.positions - ledger.tokens)
-        ledger.start()
-        watcher.begin(plan.path.name, ledger.tokens, layout.positions)
-        writer = _Writer(job, ledger, watcher, stop, encoder)
-        while missing := ledger.missing():
-            did = [writer.did(shard) for shard in missing]
-            ledger.publish(_PUBLISH_SECONDS)
-            if not any(did) and stop.wait(_POLL_SECONDS):  # other processes hold all that is left
+        index = ShardIndex(plan.path, job.manifest)
+        positions = job.manifest.layout.positions
+        _check_space(job, positions - index.tokens)
+        _write_manifest(job, stop)
+        watcher.begin(plan.path.name, index.tokens, positions)
+        writer = _Writer(job, index, watcher, stop, encoder)
+        while missing := index.missing():
+            written = [writer.try_write(shard) for shard in missing]
+            if not any(written) and stop.wait(_POLL_SECONDS):  # other processes hold all that is left
                 raise Stopped
-            ledger.refresh()
-        ledger.publish()
-        tidy(plan.path, stop)
+            index.refresh()
+    remove_stale_files(plan.path)
     return plan.path
-
-
-class _Writer:
-    """Writes shards. The codec works in a thread of its own while the teacher computes the next batch."""
-
-    def __init__(
-        self,
-        job: Job,
-        ledger: Ledger,
-        watcher: TeachWatcher,
-        stop: threading.Event,
-        encoder: ThreadPoolExecutor,
-    ) -> None:
-        self._job = job
-        self._ledger = ledger
-        self._watcher = watcher
-        self._stop = stop
-        self._encoder = encoder
-
-    def did(self, shard: int) -> bool:
-        """Write a shard unless it is there; False if another process is at it."""
-        try:
-            with self._ledger.lock(shard):
-                if not self._ledger.look(shard):
-                    self._write(shard)
-                    self._ledger.look(shard)
-        except LockedError:
-            return False
-        self._ledger.publish(_PUBLISH_SECONDS)
-        return True
-
-    def _write(self, shard: int) -> None:
-        done, size = self._ledger.tokens, self._ledger.bytes
-        with self._ledger.new_shard(shard) as partial, partial.open("wb") as file:
-            out = ShardWriter(file)
-            for blocks, tokens in self._encoded(shard):
-                for block in blocks:
-                    out.add(block)
-                done += tokens
-                self._watcher.advance(done, size + out.bytes)
-            out.finish()
-
-    def _encoded(self, shard: int) -> Iterator[tuple[list[Packed], int]]:
-        """The blocks of each batch of a shard, and their positions."""
-        ahead: Future[tuple[list[Packed], int]] | None = None
-        for batch in self._job.batches(shard):
-            if self._stop.is_set():
-                raise Stopped
-            targets = self._job.targets(batch)
-            before, ahead = ahead, self._encoder.submit(encoded, self._job, targets, batch)
-            if before is not None:
-                yield before.result()
-        if ahead is not None:
-            yield ahead.result()
-
-
-def encoded(job: Job, targets: DenseTargets, batch: Batch) -> tuple[list[Packed], int]:
-    """A batch's blocks as they are stored, and its positions."""
-    labels_N = batch.labels_BT.flatten()
-    blocks = job.codec.encode(targets, labels_N, batch.starts[0], batch.tokens_BT.shape[1])
-    return [packed(block, compress=job.manifest.compress) for block in blocks], len(labels_N)
 
 
 def _is_finished(path: Path) -> bool:
@@ -166,8 +105,8 @@ def _is_finished(path: Path) -> bool:
     return True
 
 
-def _check_space(job: Job, tokens: int) -> None:
-    """Refuse early what does not fit; compression may save some, but nobody knows how much."""
+def _check_space(job: CacheJob, tokens: int) -> None:
+    """Refuse early what does not fit; what compression may save is not known yet."""
     needed = tokens * job.bytes_per_token + job.head_bytes
     free = shutil.disk_usage(job.plan.path).free
     if needed > free:
@@ -175,3 +114,165 @@ def _check_space(job: Job, tokens: int) -> None:
             f"{job.plan.path}: the cache needs about {needed / 1e6:,.1f} MB more, free are "
             f"{free / 1e6:,.1f} MB; choose another output or a smaller format (--estimate compares them)"
         )
+
+
+def _write_manifest(job: CacheJob, stop: threading.Event) -> None:
+    """Write the manifest unless it exists, and before it the head where hidden states need one.
+
+    Raises:
+        UserError: the directory holds another cache, or its manifest is damaged.
+    """
+    path, manifest = job.plan.path, job.manifest
+    with _manifest_lock(path, stop):
+        for name in (MANIFEST_FILE, HEAD_FILE):
+            _remove_leftovers(path / name)
+        known = read_cache_manifest(path) if (path / MANIFEST_FILE).exists() else manifest
+        if known.fingerprint != manifest.fingerprint or known.layout != manifest.layout:
+            raise UserError(f"{path}: holds a teacher cache of other content; choose another name or output")
+        sha256 = known.head_sha256
+        if manifest.format.kind == "hidden" and (sha256 is None or file_sha256(path / HEAD_FILE) != sha256):
+            with atomic_write(path / HEAD_FILE) as partial:
+                save_file({name: x.detach().cpu().contiguous() for name, x in job.head.items()}, partial)
+                partial.chmod(path.stat().st_mode & 0o666)  # safetensors keeps files to their owner
+            sha256 = file_sha256(path / HEAD_FILE)
+        if known is manifest or sha256 != known.head_sha256:
+            manifest = known.model_copy(update={"head_sha256": sha256})
+            write_text(path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _manifest_lock(cache: Path, stop: threading.Event) -> Iterator[None]:
+    """Wait until no other process writes manifest and head, which is quick."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock(cache / "shards" / "manifest.lock", str(cache)))
+                break
+            except LockedError:
+                if stop.wait(_MANIFEST_POLL_SECONDS):
+                    raise Stopped from None
+        yield
+
+
+class ShardIndex:
+    """The finished shards of a cache, read off its directory.
+
+    A shard appears under its name only when it is complete, whichever process wrote it.
+    """
+
+    def __init__(self, cache: Path, manifest: CacheManifest) -> None:
+        self._cache = cache
+        self._manifest = manifest
+        self._bytes: dict[int, int] = {}
+        self.refresh()
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the finished shards."""
+        return sum(len(self._manifest.layout.positions_of(shard)) for shard in self._bytes)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the finished shards."""
+        return sum(self._bytes.values())
+
+    def missing(self) -> list[int]:
+        """Shards that are not known to be finished."""
+        return [shard for shard in range(self._manifest.layout.shards) if shard not in self._bytes]
+
+    def is_finished(self, shard: int) -> bool:
+        """Look whether a shard is finished now. A damaged one is not."""
+        try:
+            file = ShardFile(self._cache, self._manifest, shard)
+            file.check_index()
+        except UserError:
+            return False
+        self._bytes[shard] = file.bytes
+        return True
+
+    def refresh(self) -> None:
+        """Look for shards that other processes have finished."""
+        present = {path.name for path in (self._cache / "shards").iterdir()}
+        for shard in self.missing():
+            if self.file(shard).name in present:
+                self.is_finished(shard)
+
+    def file(self, shard: int) -> Path:
+        """Where a shard lies."""
+        return self._cache / self._manifest.layout.file(shard)
+
+
+class _Writer:
+    """Writes shards. The codec works in a thread of its own while the teacher computes the next batch."""
+
+    def __init__(
+        self,
+        job: CacheJob,
+        index: ShardIndex,
+        watcher: TeachWatcher,
+        stop: threading.Event,
+        encoder: ThreadPoolExecutor,
+    ) -> None:
+        self._job = job
+        self._index = index
+        self._watcher = watcher
+        self._stop = stop
+        self._encoder = encoder
+
+    def try_write(self, shard: int) -> bool:
+        """Write a shard unless it is finished; False if another process is writing it."""
+        path = self._index.file(shard)
+        try:
+            with lock(path.with_suffix(".lock"), str(path)):
+                if not self._index.is_finished(shard):
+                    self._write(path, shard)
+                    self._index.is_finished(shard)
+        except LockedError:
+            return False
+        return True
+
+    def _write(self, path: Path, shard: int) -> None:
+        done, size = self._index.tokens, self._index.bytes
+        _remove_leftovers(path)
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            out = ShardWriter(file)
+            for blocks, tokens in self._encoded(shard):
+                for block in blocks:
+                    out.add(block)
+                done += tokens
+                self._watcher.advance(done, size + out.bytes)
+            out.finish(self._job.manifest, shard)
+
+    def _encoded(self, shard: int) -> Iterator[tuple[list[Packed], int]]:
+        """The blocks of each batch of a shard, and their positions."""
+        ahead: Future[tuple[list[Packed], int]] | None = None
+        for batch in self._job.batches(shard):
+            if self._stop.is_set():
+                raise Stopped
+            targets = self._job.targets(batch)
+            before, ahead = ahead, self._encoder.submit(self._job.encoded, targets, batch)
+            if before is not None:
+                yield before.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
+def remove_stale_files(cache: Path) -> None:
+    """Remove what killed writers left in a finished cache; a cache without leftovers is not touched."""
+    if any(_leftovers(cache / name) for name in (MANIFEST_FILE, HEAD_FILE)):
+        with contextlib.suppress(UserError), lock(cache / "shards" / "manifest.lock", str(cache)):
+            for name in (MANIFEST_FILE, HEAD_FILE):
+                _remove_leftovers(cache / name)
+    for stale in (cache / "shards").glob("*.lock"):
+        with contextlib.suppress(UserError), lock(stale, str(cache)):
+            pass  # releasing it removes the file
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """Temporary files of `path`: of killed writers, if the caller holds its lock."""
+    return list(path.parent.glob(f".{path.name}.*"))
+
+
+def _remove_leftovers(path: Path) -> None:
+    for leftover in _leftovers(path):
+        leftover.unlink(missing_ok=True)

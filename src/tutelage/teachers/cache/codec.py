@@ -1,7 +1,4 @@
-"""What the formats with a few ids per position share, and the one that keeps the largest: `topk`.
-
-A blob is a row of bit-packed columns, described at each codec. Widths in bits: ids ceil(log2 V).
-"""
+"""Protocol of the codecs, the rows they decode to, and the base of those that keep a few ids a position."""
 
 from __future__ import annotations
 
@@ -11,30 +8,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from tutelage.errors import UserError
 from tutelage.objective.objective import dense_logits
-from tutelage.objective.sparse import TopK, TopP, Truncation, truncate
-from tutelage.teachers.cache.packing import (
-    LOG_BITS,
-    Columns,
-    log_codes,
-    log_values,
-    mass_values,
-    pack,
-    width_of,
-)
-from tutelage.types import DenseTargets, SparseTargets
+from tutelage.teachers.cache.packing import width_of
+from tutelage.types import SparseTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from tutelage.config.teacher_config import TopKFormat
+    from tutelage.teachers.cache.layout import CacheManifest
     from tutelage.types import DenseTargets
+    from tutelage.types import Rows as TokenRows
 
     Integers = NDArray[np.integer[Any]]
 
@@ -43,13 +31,13 @@ _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What a format must know of the cache it is for.
+class CodecSettings:
+    """Properties of a cache that its codec needs.
 
     Attributes:
         vocab_size: token ids of the store; later rows of the teacher's head are padding.
         width: E, the teacher's hidden width.
-        temperature: T at which probabilities are kept, above 0. Log p(label) is always that at T=1.
+        temperature: T of the stored probabilities, above 0. Log p(label) is always that at T=1.
         seed: of samples and of stochastic rounding.
     """
 
@@ -57,6 +45,11 @@ class Setting:
     width: int
     temperature: float
     seed: int
+
+    @staticmethod
+    def of(manifest: CacheManifest) -> CodecSettings:
+        """Those of a cache."""
+        return CodecSettings(manifest.vocab_size, manifest.width, manifest.temperature, manifest.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +65,27 @@ class HiddenRows:
     hidden_NE: Tensor
     gold_logp_N: Tensor
 
+    def rows(self, rows: TokenRows) -> HiddenRows:
+        """Those of some tokens."""
+        return HiddenRows(self.hidden_NE[rows], self.gold_logp_N[rows])
 
-Rows = SparseTargets | HiddenRows
+    @staticmethod
+    def cat(parts: Sequence[HiddenRows]) -> HiddenRows:
+        """The tokens of several, one after the other."""
+        return HiddenRows(
+            torch.cat([part.hidden_NE for part in parts]), torch.cat([part.gold_logp_N for part in parts])
+        )
+
+
+CachedRows = SparseTargets | HiddenRows
 """Decoded targets of consecutive positions, on the CPU."""
 
 
 class Codec(Protocol):
     """One format with its parameters.
 
-    The same call gives the same bytes in every process. Randomness goes by place and does not depend on
-    batches, but a matrix product may: other calls for the same places can differ in a logit's last bit.
+    The same call gives the same bytes in every process. Random numbers are a function of the position and not
+    of the batch, but a matrix product may depend on the batch in a logit's last bit.
     """
 
     def encode(self, targets: DenseTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
@@ -98,7 +102,7 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, blob: bytes | memoryview, tokens: int) -> Rows:
+    def decode(self, blob: bytes | memoryview, tokens: int) -> CachedRows:
         """The targets of a blob of `tokens` positions; every blob gives the same number of ids per position.
 
         A writable buffer may be returned as a view of it, where nothing is to be unpacked.
@@ -113,7 +117,7 @@ class Codec(Protocol):
         ...
 
 
-def chunks(
+def logit_chunks(
     targets: DenseTargets, labels_N: Tensor, first: int, vocab_size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, logits_CV, gold_logp_C) chunk by chunk: float32, at T=1, of the real vocabulary, never [N, V].
@@ -150,19 +154,23 @@ def chunks(
 
 
 class SparseCodec(ABC):
-    """Reduces chunks of logits to arrays with one row per position, then packs blocks of rows."""
+    """Base of the formats that store a few ids per position: a blob is a row of bit-packed columns.
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self._id_bits = width_of(setting.vocab_size)
+    Each chunk of logits is reduced to arrays with one row per position; blocks of rows are then packed. The
+    columns are listed at each codec. Widths in bits: ids ceil(log2 V).
+    """
+
+    def __init__(self, settings: CodecSettings) -> None:
+        self._settings = settings
+        self._id_bits = width_of(settings.vocab_size)
 
     def encode(self, targets: DenseTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
         """See `Codec`."""
         parts = []
-        for rows, logits_CV, gold_C in chunks(targets, labels_N, first, self._setting.vocab_size):
+        for rows, logits_CV, gold_C in logit_chunks(targets, labels_N, first, self._settings.vocab_size):
             places = np.arange(first + rows.start, first + rows.stop, dtype=np.int64)
-            if self._setting.temperature != 1.0:  # a pass over memory
-                logits_CV.div_(self._setting.temperature)
+            if self._settings.temperature != 1.0:  # a pass over memory
+                logits_CV.div_(self._settings.temperature)
             parts.append(self._reduced(logits_CV, gold_C.cpu().numpy(), places))
         arrays = [np.concatenate(chunk) for chunk in zip(*parts, strict=True)]
         starts = range(0, len(labels_N), block)
@@ -172,7 +180,7 @@ class SparseCodec(ABC):
     def _reduced(
         self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]
     ) -> tuple[Integers, ...]:
-        """What is kept of a chunk; `logits_CV` are divided by the temperature, and may be overwritten."""
+        """What is stored of a chunk; `logits_CV` are divided by the temperature and may be overwritten."""
 
     @abstractmethod
     def _columns(self, *arrays: Integers) -> list[bytes]:
@@ -186,61 +194,15 @@ class SparseCodec(ABC):
         gold: NDArray[np.float32],
     ) -> SparseTargets:
         of = torch.from_numpy
-        return SparseTargets(of(ids), of(probs), of(tail), of(gold), self._setting.temperature)
+        return SparseTargets(of(ids), of(probs), of(tail), of(gold), self._settings.temperature)
 
 
-class TopKCodec(SparseCodec):
-    """Columns: (top-p) ids used less 1; ids by falling probability; their log-probabilities; tail; gold.
-
-    Which ids are kept is exactly what online truncation keeps. Log-probabilities, that of the tail and
-    that of the label have 16 bits each and are wrong by at most 2^-12 nats. Log-probabilities below
-    -31.9995 (p = 1.3e-14) become that; a tail as small becomes 0.
-    """
-
-    def __init__(self, config: TopKFormat, setting: Setting) -> None:
-        super().__init__(setting)
-        self._k = config.k
-        self._bounded = config.top_p < 1
-        self._truncation: Truncation = TopP(config.top_p, config.k) if self._bounded else TopK(config.k)
-
-    def _reduced(
-        self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]
-    ) -> tuple[Integers, ...]:
-        del places  # nothing is drawn
-        ids_CK, probs_CK, tail_C = truncate(logits_CV.log_softmax(-1), self._truncation)
-        missing = 0, self._k - ids_CK.shape[1]  # chunks of a top-p differ in how many ids they need
-        ids_CK, probs_CK = F.pad(ids_CK, missing), F.pad(probs_CK, missing)
-        logs = log_codes(probs_CK.log().cpu().numpy()), log_codes(tail_C.log().cpu().numpy())
-        return ids_CK.cpu().numpy(), *logs, log_codes(gold), (probs_CK > 0).sum(-1).cpu().numpy()
-
-    def _columns(self, *arrays: Integers) -> list[bytes]:
-        ids, logs, tail, gold, used = arrays
-        counts = []
-        if self._bounded:
-            kept = np.arange(self._k) < used[:, None]
-            ids, logs, counts = ids[kept], logs[kept], [pack(used - 1, width_of(self._k))]
-        return [*counts, pack(ids, self._id_bits), *(pack(codes, LOG_BITS) for codes in (logs, tail, gold))]
-
-    def decode(self, blob: bytes | memoryview, tokens: int) -> SparseTargets:
-        """See `Codec`; slots that top-p left unused repeat the first id."""
-        columns, k = Columns(blob), self._k
-        if self._bounded:
-            used = columns.take(tokens, width_of(k)).astype(np.int64) + 1
-            kept = np.arange(k) < used[:, None]
-            entries = int(used.sum())
-            ids, probs = np.empty((tokens, k), np.int64), np.zeros((tokens, k), np.float32)
-            flat = columns.take(entries, self._id_bits)
-            ids[:] = flat[np.cumsum(used) - used, None]
-            ids[kept] = flat
-            probs[kept] = np.exp(log_values(columns.take(entries, LOG_BITS)))
-        else:
-            ids = columns.take(tokens * k, self._id_bits).astype(np.int64).reshape(tokens, k)
-            probs = np.exp(log_values(columns.take(tokens * k, LOG_BITS))).reshape(tokens, k)
-        tail, gold = columns.take(tokens, LOG_BITS), columns.take(tokens, LOG_BITS)
-        columns.finish()
-        return self._targets(ids, probs, mass_values(tail), log_values(gold))
-
-    def bits_per_token(self) -> float:
-        """Exact size of a position; with top-p an upper bound."""
-        count = width_of(self._k) if self._bounded else 0
-        return float(count + self._k * (self._id_bits + LOG_BITS) + 2 * LOG_BITS)
+def scattered(
+    used: NDArray[np.int64], flat: NDArray[np.integer[Any]], slots: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(ids [N, slots], which slots are used) of rows of `used` ids; unused slots repeat the first id."""
+    is_used = np.arange(slots) < used[:, None]
+    ids = np.empty(is_used.shape, np.int64)
+    ids[:] = flat[np.cumsum(used) - used, None]
+    ids[is_used] = flat
+    return ids, is_used

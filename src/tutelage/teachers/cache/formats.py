@@ -1,4 +1,4 @@
-"""The registry of formats of a teacher cache."""
+"""The registry of formats of a teacher cache, and the formats that draw nothing: `topk` and `hidden`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,95 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from tutelage.config.teacher_config import MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
-from tutelage.teachers.cache.codec import Codec, HiddenRows, Rows, Setting, TopKCodec, chunks
-from tutelage.teachers.cache.packing import LARGEST_WIDTH
+from tutelage.objective.sparse import TopK, TopP, Truncation, truncate
+from tutelage.teachers.cache.codec import (
+    Codec,
+    CodecSettings,
+    HiddenRows,
+    SparseCodec,
+    logit_chunks,
+    scattered,
+)
+from tutelage.teachers.cache.packing import (
+    LARGEST_WIDTH,
+    LOG_BITS,
+    Columns,
+    log_codes,
+    log_values,
+    mass_values,
+    pack,
+    width_of,
+)
 from tutelage.teachers.cache.sampled import MinVarianceCodec, MultinomialCodec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from tutelage.config.teacher_config import Format, HiddenFormat
-    from tutelage.types import DenseTargets
+    from tutelage.teachers.cache.codec import Integers
+    from tutelage.types import DenseTargets, SparseTargets
+
+
+class TopKCodec(SparseCodec):
+    """Columns: (top-p) ids used minus 1; ids by falling probability; their log-probabilities; tail; gold.
+
+    The stored ids are exactly those of online truncation. Log-probabilities, that of the tail and that of the
+    label have 16 bits each and are wrong by at most 2^-12 nats. Log-probabilities below -31.9995
+    (p = 1.3e-14) become that; a tail as small becomes 0.
+    """
+
+    def __init__(self, config: TopKFormat, settings: CodecSettings) -> None:
+        super().__init__(settings)
+        self._k = config.k
+        self._bounded = config.top_p < 1
+        self._truncation: Truncation = TopP(config.top_p, config.k) if self._bounded else TopK(config.k)
+
+    def _reduced(
+        self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]
+    ) -> tuple[Integers, ...]:
+        del places  # nothing is drawn
+        ids_CK, probs_CK, tail_C = truncate(logits_CV.log_softmax(-1), self._truncation)
+        missing = 0, self._k - ids_CK.shape[1]  # chunks of a top-p differ in how many ids they need
+        ids_CK, probs_CK = F.pad(ids_CK, missing), F.pad(probs_CK, missing)
+        logs = log_codes(probs_CK.log().cpu().numpy()), log_codes(tail_C.log().cpu().numpy())
+        return ids_CK.cpu().numpy(), *logs, log_codes(gold), (probs_CK > 0).sum(-1).cpu().numpy()
+
+    def _columns(self, *arrays: Integers) -> list[bytes]:
+        ids, logs, tail, gold, used = arrays
+        counts = []
+        if self._bounded:
+            is_used = np.arange(self._k) < used[:, None]
+            ids, logs, counts = ids[is_used], logs[is_used], [pack(used - 1, width_of(self._k))]
+        return [*counts, pack(ids, self._id_bits), *(pack(codes, LOG_BITS) for codes in (logs, tail, gold))]
+
+    def decode(self, blob: bytes | memoryview, tokens: int) -> SparseTargets:
+        """See `Codec`; slots that top-p left unused repeat the first id."""
+        columns, k = Columns(blob), self._k
+        if self._bounded:
+            used = columns.take(tokens, width_of(k)).astype(np.int64) + 1
+            entries = int(used.sum())
+            ids, is_used = scattered(used, columns.take(entries, self._id_bits), k)
+            probs = np.zeros((tokens, k), np.float32)
+            probs[is_used] = np.exp(log_values(columns.take(entries, LOG_BITS)))
+        else:
+            ids = columns.take(tokens * k, self._id_bits).astype(np.int64).reshape(tokens, k)
+            probs = np.exp(log_values(columns.take(tokens * k, LOG_BITS))).reshape(tokens, k)
+        tail, gold = columns.take(tokens, LOG_BITS), columns.take(tokens, LOG_BITS)
+        columns.finish()
+        return self._targets(ids, probs, mass_values(tail), log_values(gold))
+
+    def bits_per_token(self) -> float:
+        """Exact size of a position; with top-p an upper bound."""
+        count = width_of(self._k) if self._bounded else 0
+        return float(count + self._k * (self._id_bits + LOG_BITS) + 2 * LOG_BITS)
+
 
 _DTYPES = {
     "float32": torch.float32,
@@ -41,13 +116,14 @@ class HiddenCodec:
     """
 
     config: HiddenFormat
-    setting: Setting
+    settings: CodecSettings
 
     def encode(self, targets: DenseTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
         """See `Codec`; float16 raises UserError where a state is above 65,504."""
-        if targets.hidden_NE.shape[1] != self.setting.width:
-            raise ValueError(f"states of width {targets.hidden_NE.shape[1]}: must be {self.setting.width}")
-        gold = [gold_C for _, _, gold_C in chunks(targets, labels_N, first, self.setting.vocab_size)]
+        if targets.hidden_NE.shape[1] != self.settings.width:
+            raise ValueError(f"states of width {targets.hidden_NE.shape[1]}: must be {self.settings.width}")
+        vocab_size = self.settings.vocab_size
+        gold = [gold_C for _, _, gold_C in logit_chunks(targets, labels_N, first, vocab_size)]
         columns = [column.cpu() for column in (*self._stored(targets.hidden_NE, first), torch.cat(gold))]
         return [
             b"".join(_bytes(column[start : start + block]) for column in columns)
@@ -79,8 +155,8 @@ class HiddenCodec:
             raw = raw.copy()  # torch has no read-only tensors
         whole = torch.from_numpy(raw)
         dtype = _DTYPES[self.config.dtype]
-        split = tokens * self.setting.width * dtype.itemsize
-        states_NE = _viewed(whole[:split], dtype).view(tokens, self.setting.width)
+        split = tokens * self.settings.width * dtype.itemsize
+        states_NE = _viewed(whole[:split], dtype).view(tokens, self.settings.width)
         numbers_N = _viewed(whole[split:], torch.float32)
         if dtype == torch.int8:
             states_NE = states_NE.float() * numbers_N[:tokens].unsqueeze(1)
@@ -89,7 +165,7 @@ class HiddenCodec:
     def bits_per_token(self) -> float:
         """Exact size of a position."""
         quantised = self.config.dtype == "int8"
-        return 8.0 * (self.setting.width * _DTYPES[self.config.dtype].itemsize + (8 if quantised else 4))
+        return 8.0 * (self.settings.width * _DTYPES[self.config.dtype].itemsize + (8 if quantised else 4))
 
 
 def _bytes(column: Tensor) -> bytes:
@@ -104,42 +180,39 @@ def _viewed(bytes_N: Tensor, dtype: torch.dtype) -> Tensor:
     return bytes_N.view(dtype)
 
 
-__all__ = ["FORMATS", "Codec", "HiddenRows", "Kind", "Rows", "Setting", "make_codec"]
-
-
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A format.
+class FormatKind:
+    """A kind of format.
 
     Attributes:
-        summary: what is kept.
+        summary: what is stored.
         exactness: what is lost, with the bound on each error.
-        make: a codec from the format's config and the cache's setting.
+        make: a codec from the format's config and the cache's properties.
     """
 
     summary: str
     exactness: str
-    make: Callable[[Any, Setting], Codec]
+    make: Callable[[Any, CodecSettings], Codec]
 
 
-FORMATS: dict[str, Kind] = {
-    "topk": Kind(
+FORMATS: dict[str, FormatKind] = {
+    "topk": FormatKind(
         "the k most probable ids, their log-probabilities and the mass of the rest",
         "biased by the cut; the same ids as online truncation, log-probabilities within 2^-12 nats",
         TopKCodec,
     ),
-    "sample_multinomial": Kind(
+    "sample_multinomial": FormatKind(
         "N draws with replacement, as ids and counts (arXiv 2503.16870)",
         "unbiased; weights exact; log p(label) unbiased, within 0.012 sqrt(its size) nats",
         MultinomialCodec,
     ),
-    "sample_min_variance": Kind(
+    "sample_min_variance": FormatKind(
         "K ids: large probabilities kept, small ones sampled at one common weight",
         "unbiased, with the least variance for K weights; stored weights rounded by chance to a square grid, "
         "right on average, their sum 1; log p(label) unbiased, within 0.012 sqrt(its size) nats",
         MinVarianceCodec,
     ),
-    "hidden": Kind(
+    "hidden": FormatKind(
         "the teacher's last hidden states, beside its head: dense targets at any temperature",
         "float32 exact; float16 within 2^-11, bfloat16 within 2^-8 of an entry; int8 within 1/254 of the "
         "largest entry of the position",
@@ -149,25 +222,21 @@ FORMATS: dict[str, Kind] = {
 """Formats by the name users write."""
 
 
-def make_codec(config: Format, setting: Setting) -> Codec:
+def make_codec(config: Format, settings: CodecSettings) -> Codec:
     """The codec of a format.
 
     Raises:
         UserError: it keeps more ids than there are, or the vocabulary is too large to pack.
     """
-    if setting.vocab_size > 2**LARGEST_WIDTH:
+    vocab_size = settings.vocab_size
+    if vocab_size > 2**LARGEST_WIDTH:
         raise UserError(
-            f"vocabulary of {setting.vocab_size}: caches hold ids of at most {LARGEST_WIDTH} bits, "
+            f"vocabulary of {vocab_size}: caches hold ids of at most {LARGEST_WIDTH} bits, "
             f"{2**LARGEST_WIDTH} of them"
         )
-    for field, kept in _kept(config):
-        if kept > setting.vocab_size:
-            raise UserError(f"format.{field} {kept}: must be at most the vocabulary of {setting.vocab_size}")
-    return FORMATS[config.kind].make(config, setting)
-
-
-def _kept(config: Format) -> list[tuple[str, int]]:
-    """The field that says how many ids are kept, where that may not exceed the vocabulary."""
-    if isinstance(config, TopKFormat):
-        return [("k", config.k)]
-    return [("ids", config.ids)] if isinstance(config, MinVarianceFormat) else []
+    match config:
+        case TopKFormat(k=ids) if ids > vocab_size:
+            raise UserError(f"format.k {ids}: must be at most the vocabulary of {vocab_size}")
+        case MinVarianceFormat(ids=ids) if ids > vocab_size:
+            raise UserError(f"format.ids {ids}: must be at most the vocabulary of {vocab_size}")
+    return FORMATS[config.kind].make(config, settings)

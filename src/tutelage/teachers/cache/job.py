@@ -1,4 +1,4 @@
-"""From a config to everything that writing a cache needs, checked before any compute is spent."""
+"""From a config to a cache that is ready to be written, checked before any compute is spent."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tutelage.config.teacher_config import ControlTeacher, ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
-from tutelage.teachers.cache.codec import Setting
+from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
-from tutelage.teachers.cache.shard import INDEX_BYTES
+from tutelage.teachers.cache.shard import INDEX_BYTES, packed
 from tutelage.teachers.kinds import TEACHERS, TeacherContext, locate
 from tutelage.types import Batch, DenseTargets
 
@@ -29,20 +29,21 @@ if TYPE_CHECKING:
     from tutelage.config.teacher_config import LiveTeacher, TeachConfig
     from tutelage.data.store import Store
     from tutelage.teachers.cache.codec import Codec
+    from tutelage.teachers.cache.shard import Packed
     from tutelage.teachers.live import Teacher
 
 _NOT_THE_CONTENT = {"name", "store", "teacher", "device", "threads", "runs", "output"}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Which cache a config means.
+class CachePlan:
+    """The cache that a config stands for.
 
     Attributes:
         config: what was asked for.
         store: the text.
         teacher: as in the config, with a Hub name pinned to a commit.
-        teacher_fingerprint: what fixes the teacher's weights.
+        teacher_fingerprint: identity of the teacher's weights.
         path: the cache's directory.
     """
 
@@ -54,21 +55,21 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CacheJob:
     """A cache, ready to be written.
 
     Attributes:
         plan: which cache.
         tokens: ids of the train split, mapped from disk.
         device: where the teacher computes.
-        teacher: what it asks.
-        head: the teacher's head without padded rows, as files name its parts: "head" [V, E] and, where it
-            has one, "bias" [V].
+        teacher: whose targets are stored.
+        head: the teacher's head without padded rows, by the names in head.safetensors: "head" [V, E] and,
+            where it has one, "bias" [V].
         codec: from targets to bytes.
-        manifest: of a cache without shards and without a head.
+        manifest: of the cache, without the head's checksum.
     """
 
-    plan: Plan
+    plan: CachePlan
     tokens: NDArray[Any]
     device: torch.device
     teacher: Teacher
@@ -78,18 +79,24 @@ class Job:
 
     @property
     def bytes_per_token(self) -> float:
-        """What the codec says a position takes, with its part of the index."""
+        """Size of a position by the codec's own reckoning, with its part of the index."""
         return self.codec.bits_per_token() / 8 + INDEX_BYTES / self.manifest.layout.context_length
 
     @property
     def head_bytes(self) -> int:
-        """Size of head.safetensors, near enough; 0 for formats that need none."""
+        """Size of head.safetensors without its header; 0 for formats that need none."""
         parts = self.head.values() if self.manifest.format.kind == "hidden" else ()
         return sum(part.nbytes for part in parts)
 
     def targets(self, batch: Batch) -> DenseTargets:
         """The teacher's distributions over the store's vocabulary."""
-        return _asked(self.teacher, batch, self.plan)
+        return _targets(self.teacher, batch, self.plan)
+
+    def encoded(self, targets: DenseTargets, batch: Batch) -> tuple[list[Packed], int]:
+        """A batch's blocks as they are stored, and its positions."""
+        labels_N = batch.labels_BT.flatten()
+        blocks = self.codec.encode(targets, labels_N, batch.starts[0], batch.tokens_BT.shape[1])
+        return [packed(block, compress=self.manifest.compress) for block in blocks], len(labels_N)
 
     def batches(self, shard: int) -> Iterator[Batch]:
         """The teacher's batches for one shard: fixed by the config, so that rounding is too."""
@@ -110,14 +117,19 @@ class Job:
         return Batch(ids[:-1].view(shape), ids[1:].view(shape), starts).to(self.device)
 
 
-def make_plan(config: TeachConfig) -> Plan:
+def plan_cache(config: TeachConfig) -> CachePlan:
     """Find the cache of `config`: read the store's manifest and the teacher's checksum, load no model.
 
     Raises:
         UserError: store or teacher is missing.
     """
-    store = open_store(config.store)
-    teacher, fingerprint = _pinned(config.teacher, store, config.runs)
+    store, teacher = open_store(config.store), config.teacher
+    if isinstance(teacher, ControlTeacher):
+        fingerprint = f"{teacher.kind} of {store.fingerprint}"
+    else:
+        fingerprint, commit = hub.identify(*locate(teacher, config.runs))
+        if isinstance(teacher, ModelTeacher):
+            teacher = teacher.model_copy(update={"revision": commit})
     content = config.model_dump(mode="json", exclude=_NOT_THE_CONTENT) | {
         "schema_version": SCHEMA_VERSION,
         "teacher": fingerprint,
@@ -125,30 +137,26 @@ def make_plan(config: TeachConfig) -> Plan:
     }
     if not isinstance(teacher, ControlTeacher) and teacher.attn_implementation is not None:
         content["attn_implementation"] = teacher.attn_implementation
-    return Plan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
+    return CachePlan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
 
 
-def prepare(plan: Plan) -> Job:
-    """Load the teacher and check that it fits the store.
+def load_job(plan: CachePlan) -> CacheJob:
+    """Load the teacher of a planned cache and check that it fits the store.
 
     Raises:
         UserError: naming what does not fit.
     """
     config, store = plan.config, plan.store
+    positions = store.manifest.splits["train"].tokens - 1
+    if positions < 1:
+        raise UserError(f"{store.path}: the train split is empty, so there is nothing to teach")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = hub.pick_device(config.device)
-    context_length = config.context_length
-    context = TeacherContext(store, config.runs, context_length, device)
+    context = TeacherContext(store, config.runs, config.context_length, device)
     teacher = TEACHERS[plan.teacher.kind].make(plan.teacher, context)
-    layout = Layout(
-        positions=_positions(store),
-        context_length=context_length,
-        contexts_per_shard=max(1, config.shard_tokens // context_length),
-    )
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    probe = _asked(teacher, Batch(token_11, token_11, (0,)), plan)
-    width = probe.hidden_NE.shape[1]
+    probe = _targets(teacher, Batch(token_11, token_11, (0,)), plan)
     manifest = CacheManifest(
         schema_version=SCHEMA_VERSION,
         teacher=TeacherRecord(
@@ -159,27 +167,30 @@ def prepare(plan: Plan) -> Job:
             notes=teacher.notes,
         ),
         vocab_size=store.vocab_size,
-        width=width,
+        width=probe.hidden_NE.shape[1],
         transform=probe.transform,
-        dtype=config.dtype,
         store=store.fingerprint,
         split="train",
-        layout=layout,
+        layout=Layout(
+            positions=positions,
+            context_length=config.context_length,
+            contexts_per_shard=max(1, config.shard_tokens // config.context_length),
+        ),
+        dtype=config.dtype,
         batch_tokens=config.batch_tokens,
         format=config.format,
         temperature=config.temperature,
         seed=config.seed,
         compress=config.compress,
         head_sha256=None,
-        shards=(),
     )
-    codec = make_codec(config.format, Setting(store.vocab_size, width, config.temperature, config.seed))
+    codec = make_codec(config.format, CodecSettings.of(manifest))
     head = {"head": probe.head_VE} | ({} if probe.bias_V is None else {"bias": probe.bias_V})
-    return Job(plan, store.split("train").tokens, device, teacher, head, codec, manifest)
+    return CacheJob(plan, store.split("train").tokens, device, teacher, head, codec, manifest)
 
 
 @torch.no_grad()
-def _asked(teacher: Teacher, batch: Batch, plan: Plan) -> DenseTargets:
+def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> DenseTargets:
     """Targets without the padded rows of the teacher's head, in the compute type of the config."""
     half = plan.config.dtype == "bfloat16"
     with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=half):
@@ -190,24 +201,7 @@ def _asked(teacher: Teacher, batch: Batch, plan: Plan) -> DenseTargets:
     return DenseTargets(targets.hidden_NE, targets.head_VE[:vocab], targets.transform, bias_V)
 
 
-def _pinned(teacher: LiveTeacher, store: Store, runs: Path) -> tuple[LiveTeacher, str]:
-    """The teacher with a moving revision replaced by its commit, and what fixes its weights."""
-    if isinstance(teacher, ControlTeacher):
-        return teacher, f"{teacher.kind} of {store.fingerprint}"
-    fingerprint, commit = hub.identify(*locate(teacher, runs))
-    if isinstance(teacher, ModelTeacher):
-        teacher = teacher.model_copy(update={"revision": commit})
-    return teacher, fingerprint
-
-
 def _id(teacher: LiveTeacher) -> str:
     if isinstance(teacher, ControlTeacher):
         return teacher.kind
     return teacher.path if isinstance(teacher, ModelTeacher) else teacher.run
-
-
-def _positions(store: Store) -> int:
-    positions = store.manifest.splits["train"].tokens - 1
-    if positions < 1:
-        raise UserError(f"{store.path}: the train split is empty, so there is nothing to teach")
-    return positions

@@ -1,36 +1,39 @@
-"""The record that makes a directory a teacher cache: `manifest.json`, and where each position lies.
+"""The manifest of a teacher cache, and where the targets of a token position lie in its files.
 
-A cache is a directory: `manifest.json`, `shards/NNNNNN.bin` and, for hidden states, `head.safetensors`.
-It covers every position of the train split that has a next token. Context w is what the teacher saw at
-once, positions [w T, (w + 1) T); the last one may be shorter. A context is one block of bytes, and a shard
-is the blocks of as many contexts as one writer claims at a time.
+A cache is a directory: `manifest.json`, `shards/NNNNNN.bin` and, for hidden states, `head.safetensors`. It
+covers every position of the train split that has a next token. The manifest is written once, before the first
+shard, and says what the shards hold; a shard is finished when its file exists under its name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from tutelage.config.teacher_config import Format
-from tutelage.errors import UserError
 from tutelage.manifests import ManifestHead, ManifestRecord, read_manifest_file
 from tutelage.types import LogitTransform
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SCHEMA_VERSION = 1
-"""Raised when the bytes of a cache change. It is part of a cache's name, so old ones are not continued."""
+SCHEMA_VERSION = 2
+"""Raised when the files of a cache change. It is part of a cache's name, so old ones are not continued.
+1: the manifest listed the finished shards with a checksum of each."""
+
+MANIFEST_FILE = "manifest.json"
+HEAD_FILE = "head.safetensors"
 
 
 class TeacherRecord(ManifestRecord):
-    """Who taught.
+    """The teacher of a cache.
 
     Attributes:
         kind: as in the config: run, model, or the name of a control.
         id: run id, path or Hub name, as it was first given.
-        fingerprint: what fixes its weights: SHA-256 of a model directory, name@commit on the Hub.
+        fingerprint: identity of its weights: SHA-256 of a model directory, name@commit on the Hub.
         forward_flops: FLOPs of its forward pass per token.
         notes: what the user should know about it, for example what was assumed.
     """
@@ -42,26 +45,11 @@ class TeacherRecord(ManifestRecord):
     notes: tuple[str, ...] = ()
 
 
-class ShardRecord(ManifestRecord):
-    """One finished shard.
-
-    Attributes:
-        file: its path in the cache.
-        first: its first position.
-        tokens: number of its positions.
-        bytes: size of the file.
-        index_sha256: checksum of its index, which holds a checksum for every block.
-    """
-
-    file: str
-    first: int
-    tokens: int
-    bytes: int
-    index_sha256: str
-
-
 class Layout(ManifestRecord):
     """Where positions lie.
+
+    A block holds the context [w T, (w + 1) T) that the teacher saw at once; the last one may be shorter. A
+    shard holds the blocks that one writer computes at a time.
 
     Attributes:
         positions: positions covered, from 0.
@@ -84,7 +72,7 @@ class Layout(ManifestRecord):
         return -(-self.blocks // self.contexts_per_shard)
 
     def block_tokens(self, block: int) -> int:
-        """Positions of a block: T, or what is left for the last one."""
+        """Positions of a block: T, or the rest for the last one."""
         return min(self.context_length, self.positions - block * self.context_length)
 
     def blocks_of(self, shard: int) -> range:
@@ -107,7 +95,7 @@ class CacheManifest(ManifestRecord):
     """Everything about a cache but the targets. No date, place or machine: equal caches are equal bytes.
 
     Attributes:
-        schema_version: layout of the files.
+        schema_version: version of the files.
         teacher: whose targets these are.
         vocab_size: token ids of the store; padded rows of the teacher's head are left out.
         width: of the teacher's hidden states.
@@ -117,12 +105,11 @@ class CacheManifest(ManifestRecord):
         split: which of its splits.
         layout: where positions lie.
         batch_tokens: tokens per teacher forward.
-        format: what is kept of the distributions.
-        temperature: T of the kept probabilities.
+        format: what is stored of the distributions.
+        temperature: T of the stored probabilities.
         seed: of the sampler.
         compress: whether blocks may be zstd frames.
-        head_sha256: checksum of head.safetensors; None where there is none.
-        shards: the finished ones, in order.
+        head_sha256: checksum of head.safetensors; None where the format needs no head.
     """
 
     schema_version: int
@@ -140,9 +127,8 @@ class CacheManifest(ManifestRecord):
     seed: int
     compress: bool
     head_sha256: str | None
-    shards: tuple[ShardRecord, ...]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what determines the targets; name, place, shards and compression do not count."""
         content = self.model_dump(
@@ -151,19 +137,9 @@ class CacheManifest(ManifestRecord):
         ) | {"teacher": self.teacher.fingerprint, "context_length": self.layout.context_length}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    @property
-    def finished(self) -> bool:
-        """Whether every shard is there."""
-        return len(self.shards) == self.layout.shards
 
-    @property
-    def bytes(self) -> int:
-        """Size of the finished shards."""
-        return sum(record.bytes for record in self.shards)
-
-    def text(self) -> str:
-        """The content of manifest.json."""
-        return self.model_dump_json(indent=2) + "\n"
+class _Head(ManifestHead):
+    teacher: object  # a token store has a schema version too
 
 
 def read_cache_manifest(cache: Path) -> CacheManifest:
@@ -172,11 +148,7 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
     Raises:
         UserError: it is missing, is no manifest of a cache, or has another schema version.
     """
-    manifest = read_manifest_file(
-        cache, CacheManifest, _Head, SCHEMA_VERSION, "teacher cache", "tutelage teach"
-    )
-    _check_shards(cache / "manifest.json", manifest)
-    return manifest
+    return read_manifest_file(cache, CacheManifest, _Head, SCHEMA_VERSION, "teacher cache", "tutelage teach")
 
 
 def cache_fingerprint(cache: Path) -> str:
@@ -186,19 +158,3 @@ def cache_fingerprint(cache: Path) -> str:
         UserError: as `read_cache_manifest`.
     """
     return read_cache_manifest(cache).fingerprint
-
-
-class _Head(ManifestHead):
-    teacher: object  # a token store has a schema version too
-
-
-def _check_shards(path: Path, manifest: CacheManifest) -> None:
-    """Every record must be where the layout puts it."""
-    layout = manifest.layout
-    places = {layout.file(shard): layout.positions_of(shard) for shard in range(layout.shards)}
-    files = [record.file for record in manifest.shards]
-    if files != sorted(set(files)) or any(
-        record.file not in places or range(record.first, record.first + record.tokens) != places[record.file]
-        for record in manifest.shards
-    ):
-        raise UserError(f"{path}: not the manifest of a teacher cache (shards do not fit the layout)")

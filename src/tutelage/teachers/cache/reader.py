@@ -1,4 +1,4 @@
-"""Reading a teacher cache: targets by token position, mapped from disk and checked on first touch."""
+"""Reading a teacher cache: targets by token position, mapped from disk and checked on first use."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import load_file
 
 from tutelage.config.teacher_config import HiddenFormat, incompatibility
 from tutelage.errors import UserError
-from tutelage.teachers.cache.codec import HiddenRows, Setting
+from tutelage.teachers.cache.codec import CodecSettings, HiddenRows
 from tutelage.teachers.cache.formats import make_codec
-from tutelage.teachers.cache.layout import read_cache_manifest
-from tutelage.teachers.cache.shard import ShardFile, wrong_size
+from tutelage.teachers.cache.layout import HEAD_FILE, read_cache_manifest
+from tutelage.teachers.cache.shard import ShardFile
 from tutelage.types import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
     from tutelage.config.objective_config import ObjectiveConfig
     from tutelage.config.teacher_config import Format
     from tutelage.data.store import Store
-    from tutelage.teachers.cache.codec import Rows
+    from tutelage.teachers.cache.codec import CachedRows
     from tutelage.teachers.cache.layout import CacheManifest
     from tutelage.types import Batch, LogitTransform, Targets
 
@@ -41,13 +41,14 @@ class Cache:
     Attributes:
         path: its directory.
         manifest: what it holds.
+        bytes: size of its shards.
     """
 
-    def __init__(self, path: Path, manifest: CacheManifest) -> None:
+    def __init__(self, path: Path, manifest: CacheManifest, size: int) -> None:
         self.path = path
         self.manifest = manifest
-        setting = Setting(manifest.vocab_size, manifest.width, manifest.temperature, manifest.seed)
-        self._codec = make_codec(manifest.format, setting)
+        self.bytes = size
+        self._codec = make_codec(manifest.format, CodecSettings.of(manifest))
         self._lock = threading.Lock()
         self._shards: dict[int, ShardFile] = {}  # in order of use, the latest last
         self._checked_shards: set[int] = set()
@@ -71,7 +72,7 @@ class Cache:
                 f"teacher cache {self.path}, which is {context_length}"
             )
 
-    def read(self, starts: Sequence[int], length: int) -> Rows:
+    def read(self, starts: Sequence[int], length: int) -> CachedRows:
         """The targets of `length` positions from each of `starts` on, one start after the other.
 
         Args:
@@ -94,7 +95,12 @@ class Cache:
                     f"start {start}, length {length}: the cache has contexts of {layout.context_length} "
                     f"and {layout.positions} positions"
                 )
-        return _joined([self._rows(start, length) for start in starts])
+        rows = [self._rows(start, length) for start in starts]
+        if len(rows) == 1:
+            return rows[0]
+        if isinstance(rows[0], HiddenRows):
+            return HiddenRows.cat([part for part in rows if isinstance(part, HiddenRows)])
+        return SparseTargets.cat([part for part in rows if isinstance(part, SparseTargets)])
 
     def head(self) -> tuple[Tensor, LogitTransform, Tensor | None]:
         """The teacher's output embedding [V, E], what it does to its logits, and its bias [V] or None.
@@ -131,22 +137,21 @@ class Cache:
         for block in self.manifest.layout.blocks_of(shard):
             file.block(block, check=True)
 
-    def _rows(self, start: int, length: int) -> Rows:
+    def _rows(self, start: int, length: int) -> CachedRows:
         layout = self.manifest.layout
         block, offset = divmod(start, layout.context_length)
-        blob = self._shard(block // layout.contexts_per_shard).block(
-            block, check=not self._checked_blocks[block]
-        )
+        file = self._shard(block // layout.contexts_per_shard)
+        blob = file.block(block, check=not self._checked_blocks[block])
         self._checked_blocks[block] = 1
         tokens = layout.block_tokens(block)
         rows = self._codec.decode(blob, tokens)
-        return rows if tokens == length else _part(rows, slice(offset, offset + length))
+        return rows if tokens == length else rows.rows(slice(offset, offset + length))
 
     def _shard(self, shard: int) -> ShardFile:
         with self._lock:
             file = self._shards.pop(shard, None)
             if file is None:
-                file = ShardFile(self.path, self.manifest.layout, shard, self.manifest.shards[shard])
+                file = ShardFile(self.path, self.manifest, shard)
             if shard not in self._checked_shards:
                 file.check_index()
                 self._checked_shards.add(shard)
@@ -154,9 +159,6 @@ class Cache:
             if len(self._shards) > _OPEN_FILES:
                 del self._shards[next(iter(self._shards))]
             return file
-
-
-HEAD_FILE = "head.safetensors"
 
 
 def open_cache(path: Path) -> Cache:
@@ -167,22 +169,17 @@ def open_cache(path: Path) -> Cache:
             the wrong size.
     """
     manifest = read_cache_manifest(path)
-    if not manifest.finished:
+    layout = manifest.layout
+    present = {file.name for file in (path / "shards").glob("*.bin")}
+    files = [path / layout.file(shard) for shard in range(layout.shards)]
+    missing = [file for file in files if file.name not in present]
+    if missing:
         raise UserError(
-            f"{path}: unfinished, {len(manifest.shards)} of {manifest.layout.shards} shards done; "
-            "run the same `tutelage teach` to go on"
+            f"{missing[0]}: missing, {layout.shards - len(missing)} of {layout.shards} shards done; "
+            "run the same `tutelage teach` again, which computes just what is missing"
         )
-    for record in manifest.shards:
-        try:
-            size = (path / record.file).stat().st_size
-        except OSError as error:
-            raise UserError(
-                f"{path / record.file}: cannot be read ({error.strerror}); run the same `tutelage teach` "
-                "again, which computes just it"
-            ) from None
-        if size != record.bytes:
-            raise UserError(wrong_size(path / record.file, size, record.bytes))
-    return Cache(path, manifest)
+    sizes = [ShardFile(path, manifest, shard).bytes for shard in range(layout.shards)]
+    return Cache(path, manifest, sum(sizes))
 
 
 def verify_cache(path: Path) -> Cache:
@@ -216,7 +213,7 @@ def check_serves(path: Path, objective: ObjectiveConfig) -> None:
 
 
 class CachedTeacher:
-    """Targets by token position. A thread reads those of the next step during this one.
+    """A teacher whose targets are read from a cache. A thread reads those of the next step during this one.
 
     Args:
         cache: an opened cache that fits the store and the sequence length.
@@ -237,16 +234,16 @@ class CachedTeacher:
             head_VE, _, bias_V = cache.head()
             self._head_VE = head_VE.to(device)
             self._bias_V = None if bias_V is None else bias_V.to(device)
-        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
-        self._prefetched: dict[tuple[tuple[int, ...], int], Future[Rows]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
+        self._prefetched: dict[tuple[tuple[int, ...], int], Future[CachedRows]] = {}
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
         """Start to read the targets of the next step's batches."""
         for key in list(self._prefetched)[: -len(batches)]:  # a step that did not ask for its targets
             del self._prefetched[key]
         for batch in batches:
-            key = _key(batch)
-            self._prefetched[key] = self._fetcher.submit(self._cache.read, *key)
+            key = batch.starts, batch.tokens_BT.shape[1]
+            self._prefetched[key] = self._thread.submit(self._cache.read, *key)
 
     def targets(self, batch: Batch) -> Targets:
         """The cached targets of all positions of `batch`, on the training device.
@@ -254,47 +251,11 @@ class CachedTeacher:
         Raises:
             UserError: a block of the cache is damaged; the message names file and range.
         """
-        key = _key(batch)
-        fetched = self._prefetched.pop(key, None)
-        rows = fetched.result() if fetched is not None else self._cache.read(*key)
-        if isinstance(rows, HiddenRows):
-            assert self._head_VE is not None  # noqa: S101 - hidden rows come with a head
-            hidden_NE = rows.hidden_NE.to(self._device, self._head_VE.dtype)
-            return DenseTargets(hidden_NE, self._head_VE, self._cache.manifest.transform, self._bias_V)
-        return SparseTargets(
-            rows.ids_NK.to(self._device),
-            rows.probs_NK.to(self._device),
-            rows.tail_N.to(self._device),
-            rows.gold_logp_N.to(self._device),
-            rows.temperature,
-        )
-
-
-def _key(batch: Batch) -> tuple[tuple[int, ...], int]:
-    return batch.starts, batch.tokens_BT.shape[1]
-
-
-def _part(rows: Rows, part: slice) -> Rows:
-    if isinstance(rows, HiddenRows):
-        return HiddenRows(rows.hidden_NE[part], rows.gold_logp_N[part])
-    return SparseTargets(
-        rows.ids_NK[part], rows.probs_NK[part], rows.tail_N[part], rows.gold_logp_N[part], rows.temperature
-    )
-
-
-def _joined(rows: Sequence[Rows]) -> Rows:
-    if len(rows) == 1:
-        return rows[0]
-    hidden = [one for one in rows if isinstance(one, HiddenRows)]
-    if hidden:
-        return HiddenRows(
-            torch.cat([one.hidden_NE for one in hidden]), torch.cat([one.gold_logp_N for one in hidden])
-        )
-    sparse = [one for one in rows if isinstance(one, SparseTargets)]
-    return SparseTargets(
-        torch.cat([one.ids_NK for one in sparse]),
-        torch.cat([one.probs_NK for one in sparse]),
-        torch.cat([one.tail_N for one in sparse]),
-        torch.cat([one.gold_logp_N for one in sparse]),
-        sparse[0].temperature,
-    )
+        key = batch.starts, batch.tokens_BT.shape[1]
+        prefetched = self._prefetched.pop(key, None)
+        rows = self._cache.read(*key) if prefetched is None else prefetched.result()
+        if isinstance(rows, SparseTargets):
+            return rows.to(self._device)
+        assert self._head_VE is not None  # noqa: S101 - hidden rows come with a head
+        hidden_NE = rows.hidden_NE.to(self._device, self._head_VE.dtype)
+        return DenseTargets(hidden_NE, self._head_VE, self._cache.manifest.transform, self._bias_V)

@@ -1,20 +1,16 @@
-"""The formats that keep an unbiased sample: `sample_multinomial` and `sample_min_variance`.
-
-A blob is a row of bit-packed columns, described at each codec. Widths in bits: ids ceil(log2 V), log p(label)
-10, counts as they need.
-"""
+"""Formats that store an unbiased sample (`sample_multinomial`, `sample_min_variance`) and their samplers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from tutelage.data.hashing import uniforms
-from tutelage.teachers.cache.codec import SparseCodec
+from tutelage.teachers.cache.codec import SparseCodec, scattered
 from tutelage.teachers.cache.packing import (
     GOLD_BITS,
     Columns,
@@ -32,10 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.config.teacher_config import MinVarianceFormat, MultinomialFormat
-    from tutelage.teachers.cache.codec import Setting
+    from tutelage.teachers.cache.codec import CodecSettings, Integers
     from tutelage.types import SparseTargets
-
-    Integers = NDArray[np.integer[Any]]
 
 _GROUP = 128
 SLACK = 1e-5
@@ -177,7 +171,7 @@ _DIFFERENT, _HEAVY = 0.76, 0.3
 
 class _SampleCodec(SparseCodec):
     def _uniform(self, stream: int, places: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
-        return uniforms(self._setting.seed, stream, places, draws)
+        return uniforms(self._settings.seed, stream, places, draws)
 
     def _gold(self, gold: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.uint32]:
         return gold_codes(gold, self._uniform(_GOLD, places, 1)[:, 0])
@@ -190,10 +184,10 @@ class MultinomialCodec(_SampleCodec):
     p(label) is right on average; one is wrong by at most 0.012 sqrt(its size) nats.
     """
 
-    def __init__(self, config: MultinomialFormat, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, config: MultinomialFormat, settings: CodecSettings) -> None:
+        super().__init__(settings)
         self._draws = config.draws
-        self._slots = min(config.draws, setting.vocab_size)
+        self._slots = min(config.draws, settings.vocab_size)
 
     def _reduced(
         self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]
@@ -217,12 +211,11 @@ class MultinomialCodec(_SampleCodec):
         """See `Codec`; as many slots as there can be different ids."""
         columns = Columns(blob)
         used = columns.take(tokens, width_of(self._slots)).astype(np.int64) + 1
-        entries, kept = int(used.sum()), np.arange(self._slots) < used[:, None]
-        ids, probs = np.empty(kept.shape, np.int64), np.zeros(kept.shape, np.float32)
-        flat = columns.take(entries, self._id_bits)
-        ids[:] = flat[np.cumsum(used) - used, None]
-        ids[kept] = flat
-        probs[kept] = (columns.take(entries, width_of(self._draws)) + np.uint32(1)) / np.float32(self._draws)
+        entries = int(used.sum())
+        ids, is_used = scattered(used, columns.take(entries, self._id_bits), self._slots)
+        probs = np.zeros(ids.shape, np.float32)
+        counts = columns.take(entries, width_of(self._draws)) + np.uint32(1)
+        probs[is_used] = counts / np.float32(self._draws)
         gold = gold_values(columns.take(tokens, GOLD_BITS))
         columns.finish()
         return self._targets(ids, probs, np.zeros(tokens, np.float32), gold)
@@ -250,13 +243,13 @@ class MinVarianceCodec(_SampleCodec):
     larger p the gain is smaller still.
     """
 
-    def __init__(self, config: MinVarianceFormat, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, config: MinVarianceFormat, settings: CodecSettings) -> None:
+        super().__init__(settings)
         self._k = config.ids
         self._bits = safe_bits(config.ids)
         self._levels = 2**self._bits - 1
         low_bits = max(1, self._id_bits - self._k.bit_length() + 1)
-        self._rising = low_bits, ((setting.vocab_size - 1) >> low_bits) + 1
+        self._rising = low_bits, ((settings.vocab_size - 1) >> low_bits) + 1
 
     def _reduced(
         self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]

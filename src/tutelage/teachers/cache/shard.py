@@ -1,8 +1,9 @@
-"""The file of one shard: blocks back to back, then an index of where each ends and its checksum.
+"""The file of one shard: blocks back to back, an index of where each ends with its checksum, and a seal.
 
 An index entry is 12 bytes, little endian: the end of the block as u64, whose top bit says that the block is
-a zstd frame, and the CRC-32 of the stored bytes as u32. The number of blocks is known from the layout, so
-the index needs no header.
+a zstd frame, and the CRC-32 of the stored bytes as u32. The number of blocks is known from the layout. The
+seal is the SHA-256 of the index, the cache's fingerprint and the shard's number: a file that was renamed, or
+belongs to another cache, does not pass.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from typing import TYPE_CHECKING
 import zstandard
 
 from tutelage.errors import UserError
-from tutelage.teachers.cache.layout import ShardRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    from tutelage.teachers.cache.layout import Layout
+    from tutelage.teachers.cache.layout import CacheManifest
 
 _ENTRY = struct.Struct("<QI")
 _ZSTD = 1 << 63
+_SEAL_BYTES = 32
 INDEX_BYTES = _ENTRY.size
 """Bytes per block beside the block."""
 
@@ -42,8 +43,12 @@ def packed(block: bytes, *, compress: bool) -> Packed:
     return block, False
 
 
+def _seal(index: bytes | bytearray, manifest: CacheManifest, shard: int) -> bytes:
+    return hashlib.sha256(bytes(index) + f"{manifest.fingerprint}:{shard}".encode()).digest()
+
+
 class ShardWriter:
-    """Writes blocks to an open file, then the index."""
+    """Writes blocks to an open file, then index and seal."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -52,8 +57,8 @@ class ShardWriter:
 
     @property
     def bytes(self) -> int:
-        """Size of the shard up to now, with its index."""
-        return self._end + len(self._index)
+        """Size of the shard up to now, as if it were finished."""
+        return self._end + len(self._index) + _SEAL_BYTES
 
     def add(self, block: Packed) -> None:
         """Append one block."""
@@ -62,73 +67,50 @@ class ShardWriter:
         self._end += len(stored)
         self._index += _ENTRY.pack(self._end | (_ZSTD if is_frame else 0), zlib.crc32(stored))
 
-    def finish(self) -> None:
-        """Append the index."""
-        self._file.write(self._index)
-
-
-def shard_record(cache: Path, layout: Layout, shard: int) -> ShardRecord | None:
-    """The record of a shard as it lies on disk; None if it is missing or its index makes no sense."""
-    blocks, positions = len(layout.blocks_of(shard)), layout.positions_of(shard)
-    name = layout.file(shard)
-    try:
-        with (cache / name).open("rb") as file:
-            size = file.seek(0, 2)
-            data = size - blocks * INDEX_BYTES
-            if data < 0:
-                return None
-            file.seek(data)
-            index = file.read()
-    except FileNotFoundError:
-        return None
-    ends = [end & ~_ZSTD for end, _ in _ENTRY.iter_unpack(index)]
-    if ends != sorted(ends) or ends[-1] != data:
-        return None
-    return ShardRecord(
-        file=name,
-        first=positions.start,
-        tokens=len(positions),
-        bytes=size,
-        index_sha256=hashlib.sha256(index).hexdigest(),
-    )
+    def finish(self, manifest: CacheManifest, shard: int) -> None:
+        """Append index and seal of a shard whose blocks are all there."""
+        self._file.write(self._index + _seal(self._index, manifest, shard))
 
 
 class ShardFile:
     """A finished shard, mapped from disk.
 
+    Attributes:
+        bytes: size of the file.
+
     Args:
         cache: the cache's directory.
-        layout: of the cache.
-        shard: its number.
-        record: what the manifest says of it.
+        manifest: of the cache.
+        shard: number of the shard.
 
     Raises:
-        UserError: it is missing or cut short.
+        UserError: it is missing, was cut short or has grown.
     """
 
-    def __init__(self, cache: Path, layout: Layout, shard: int, record: ShardRecord) -> None:
-        self._path = cache / record.file
-        self._layout = layout
-        self._blocks = layout.blocks_of(shard)
-        self._sha256 = record.index_sha256
+    def __init__(self, cache: Path, manifest: CacheManifest, shard: int) -> None:
+        self._path = cache / manifest.layout.file(shard)
+        self._manifest, self._shard = manifest, shard
+        self._blocks = manifest.layout.blocks_of(shard)
         try:
             with self._path.open("rb") as file:
                 # Private, not read-only: torch wants memory that it could write to, or else a copy.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self._path}: cannot be read ({error})") from None
-        if len(self._map) != record.bytes:
-            raise UserError(wrong_size(self._path, len(self._map), record.bytes))
-        self._index = record.bytes - len(self._blocks) * INDEX_BYTES
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise self._damaged(f"cannot be read: {error}") from None
+        self.bytes = len(self._map)
+        self._index = self.bytes - _SEAL_BYTES - len(self._blocks) * INDEX_BYTES
+        if self._index < 0 or self._span(self._blocks[-1])[1] != self._index:
+            raise self._damaged(f"its size of {self.bytes:,} bytes is not what its index says")
 
     def check_index(self) -> None:
-        """Compare the index with its checksum in the manifest.
+        """Compare the index with the seal.
 
         Raises:
-            UserError: it is damaged.
+            UserError: one of them is damaged, or the file is another shard's.
         """
-        if hashlib.sha256(self._map[self._index :]).hexdigest() != self._sha256:
-            raise UserError(self._damaged("its index", self._layout.positions_of(self._number)))
+        index, seal = self._map[self._index : -_SEAL_BYTES], self._map[-_SEAL_BYTES:]
+        if _seal(index, self._manifest, self._shard) != seal:
+            raise self._damaged("its index")
 
     def block(self, block: int, *, check: bool) -> bytes | memoryview:
         """The bytes of a block (of the cache, not of the file), as the codec made them.
@@ -140,33 +122,26 @@ class ShardFile:
         Raises:
             UserError: it is damaged.
         """
+        start, end, is_frame, crc = self._span(block)
+        stored = memoryview(self._map)[start:end]
+        if check and zlib.crc32(stored) != crc:
+            layout = self._manifest.layout
+            first = block * layout.context_length
+            raise self._damaged("a block", range(first, first + layout.block_tokens(block)))
+        return zstandard.ZstdDecompressor().decompress(stored) if is_frame else stored
+
+    def _span(self, block: int) -> tuple[int, int, bool, int]:
+        """(start, end, whether it is a zstd frame, CRC-32) of a block."""
         place = self._index + (block - self._blocks.start) * INDEX_BYTES
         end, crc = _ENTRY.unpack_from(self._map, place)
         start = 0
         if block > self._blocks.start:
             start = _ENTRY.unpack_from(self._map, place - INDEX_BYTES)[0] & ~_ZSTD
-        stored = memoryview(self._map)[start : end & ~_ZSTD]
-        if check and zlib.crc32(stored) != crc:
-            first = block * self._layout.context_length
-            raise UserError(self._damaged("a block", range(first, first + self._layout.block_tokens(block))))
-        if end & _ZSTD:
-            return zstandard.ZstdDecompressor().decompress(stored)
-        return stored
+        return start, end & ~_ZSTD, bool(end & _ZSTD), crc
 
-    @property
-    def _number(self) -> int:
-        return self._blocks.start // self._layout.contexts_per_shard
-
-    def _damaged(self, what: str, tokens: range) -> str:
-        return (
+    def _damaged(self, what: str, tokens: range | None = None) -> UserError:
+        tokens = tokens or self._manifest.layout.positions_of(self._shard)
+        return UserError(
             f"{self._path}: damaged ({what}, tokens {tokens.start:,} to {tokens.stop - 1:,}); "
             "delete this file and run the same `tutelage teach` again, which computes just it"
         )
-
-
-def wrong_size(path: Path, found: int, expected: int) -> str:
-    """What to say of a shard that was cut short or grown."""
-    return (
-        f"{path}: has {found} bytes, expected {expected}; delete this file and run the same "
-        "`tutelage teach` again, which computes just it"
-    )
