@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from tutelage.study.axis_settings import words
 from tutelage.study.plan import Plan, save_plan
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ SHAPES = {"xs": 20_000, "s": 50_000, "m": 150_000, "l": 350_000}
 STUDENT_TOKENS = (1_250_000, 400_000, 4_000_000)
 TEACHER_TOKENS = (250_000, 1_250_000, 3_750_000, 12_500_000)
 ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-POLICIES = ("linear start 0.8 end 0.0", "salt value 0.8 until 0.3", "gap_driven floor 0.1")
+POLICIES = (
+    {"policy": "linear", "start": 0.8, "end": 0.0},
+    {"policy": "salt", "value": 0.8, "until": 0.3},
+    {"policy": "gap_driven", "floor": 0.1},
+)
 SEEDS = (43, 44, 45, 46, 47)
 DOCUMENTS = 16
 LOG_ROWS = 25
@@ -113,21 +118,21 @@ def write_study(directory: Path, runs: int) -> Plan:
 
 def _rows(students: list[tuple[str, str, int]], trained: list[tuple[str, str, int]]) -> Iterator[Row]:
     for name, shape, tokens in trained:
-        yield _row("teacher", None, name, None, None, 42, SHAPES[shape], tokens)
-    arms = [(f"alpha {alpha:g}", alpha) for alpha in ALPHAS] + [(policy, None) for policy in POLICIES]
+        yield _row("teacher", None, name, None, 42, SHAPES[shape], tokens)
+    arms = [{"alpha": alpha} for alpha in (*ALPHAS, *POLICIES)]
     names = [name for name, _, _ in trained] + ["unigram", "uniform"]
     for student, shape, tokens in students:
         for seed in SEEDS:
-            yield _row("baseline", student, None, None, None, seed, SHAPES[shape], tokens)
-        for teacher, (arm, alpha), seed in itertools.product(names, arms, SEEDS):
-            yield _row("student", student, teacher, arm, alpha, seed, SHAPES[shape], tokens)
+            yield _row("baseline", student, None, None, seed, SHAPES[shape], tokens)
+        for teacher, arm, seed in itertools.product(names, arms, SEEDS):
+            yield _row("student", student, teacher, arm, seed, SHAPES[shape], tokens)
         for teacher, seed in itertools.product(names[:-2], SEEDS):
-            yield _row("student", student, None, f"compute of {teacher}", None, seed, SHAPES[shape], tokens)
+            yield _row("student", student, None, {"compute_of": teacher}, seed, SHAPES[shape], tokens)
 
 
-def _row(kind: str, student: str | None, teacher: str | None, arm: str | None, alpha: float | None,
-         seed: int, parameters: int, tokens: int) -> Row:  # fmt: skip
-    parts = [kind, student, teacher, arm, None if kind == "teacher" else seed]
+def _row(kind: str, student: str | None, teacher: str | None, arm: Row | None, seed: int,
+          parameters: int, tokens: int) -> Row:  # fmt: skip
+    parts = [kind, student, teacher, arm and words(arm), None if kind == "teacher" else seed]
     base = f"baseline-{student}-{seed}".replace(" ", "-") if kind == "student" else None
     return {
         "run": "-".join(str(part) for part in parts if part is not None).replace(" ", "-").replace("@", "_"),
@@ -135,8 +140,7 @@ def _row(kind: str, student: str | None, teacher: str | None, arm: str | None, a
         "group": "teachers" if kind == "teacher" else "generated",
         "student": student,
         "teacher": teacher,
-        "arm": arm,
-        "alpha": alpha,
+        "arm_settings": arm,
         "seed": seed,
         "tokens": tokens,
         "parameters": parameters,
@@ -203,7 +207,7 @@ def _write_evaluation(path: Path, row: Row) -> None:
 def _factor(row: Row) -> float:
     """Bits of a run as a multiple: size and tokens help, teachers a little."""
     size = math.log(float(str(row["parameters"])) * float(str(row["tokens"])))
-    alpha = row["alpha"]
+    alpha = (row["arm_settings"] or {}).get("alpha")
     helped = 0.04 * alpha * (1 - alpha) if isinstance(alpha, float) else 0.0
     return 1.5 - 0.02 * size - helped
 

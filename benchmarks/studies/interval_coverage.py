@@ -72,11 +72,12 @@ def simulate(
         for s in range(seeds):
             place = {"student": f"s{g}", "seed": s}
             for twin in range(baselines):
-                blank = dict.fromkeys(("teacher", "arm", "alpha", "baseline", "teacher_run"))
+                blank = dict.fromkeys(("teacher", "arm", "alpha", "constant", "baseline", "teacher_run"))
                 add(f"b{g}-{s}-{twin}", {"kind": "baseline", "twin": twin, **place, **blank},
                     rng.normal(0, noise.baseline) + np.zeros(texts))  # fmt: skip
             taught = {"kind": "student", "teacher": "t", "arm": "alpha 0.4", "alpha": 0.4, "twin": 0}
-            taught |= {"baseline": f"b{g}-{s}-0", "teacher_run": f"t{g}-{s if own else 0}"}
+            taught |= {"constant": True, "baseline": f"b{g}-{s}-0"}
+            taught |= {"teacher_run": f"t{g}-{s if own else 0}"}
             gain_T = GAIN + text_GT[g] + teacher_GS[g, s] + rng.normal(0, noise.student)
             add(f"k{g}-{s}", place | taught, gain_T)
     return measure(_results(studies, seeds, outside, runs, scores))
@@ -97,10 +98,15 @@ def _results(studies: int, seeds: int, outside: list[str], runs: list, scores: l
         in_domain="own",
         runs=(),
     )  # fmt: skip
-    strings = dict.fromkeys(("stage", "teacher", "arm", "baseline", "teacher_run"), pl.String)
+    types: dict = dict.fromkeys(("stage", "teacher", "arm", "baseline", "teacher_run"), pl.String)
+    types |= {"alpha": pl.Float64, "constant": pl.Boolean}
     return Results(
         plan=plan,
-        runs=pl.DataFrame(runs, schema_overrides={**strings, "alpha": pl.Float64}, infer_schema_length=None),
+        runs=pl.DataFrame(
+            runs,
+            schema_overrides=types,
+            infer_schema_length=None,
+        ),
         scores=pl.DataFrame(scores, ["run", "domain", "split", "metric", "value"], orient="row"),
         documents=pl.DataFrame(),
         curves=pl.DataFrame(),

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ import polars as pl
 import yaml
 from scipy import stats
 
+from tutelage.analysis.claims.evidence import has_setting
 from tutelage.analysis.claims.judge import LEVEL, judge_claims
+from tutelage.analysis.claims.objective_tests import UNSCALED
 from tutelage.analysis.gains import measure
 from tutelage.analysis.verdicts import judge, relation
 from tutelage.config.load import validate
@@ -70,6 +73,13 @@ TOKENS = 300
 TOKEN_STUDIES = 4
 """One study of so many has token comparisons, which take most of the time."""
 STUDENT = "nano-50k 1.25M"
+MOVED = (
+    ("temperature", 0.5, 2),
+    ("mixing", *UNSCALED),
+    ("alpha", "linear", "cosine"),
+    ("gate", "teacher_better"),
+)
+"""Settings that tests of a margin out of domain look at."""
 OF_TOKENS = " 8"
 OF_MARGINS = {4, 9, 10, 11, 14, 15, 23}
 """Claims that are true, or false, where nothing has an effect: their tests of a margin say so."""
@@ -110,20 +120,11 @@ class World:
 def world(seeds: Sequence[int], *, at_margins: bool) -> World:
     """A study in which nothing has an effect, or in which what a margin speaks of is at the margin."""
     plan = draft_of(expand(study_file(seeds)))
-    columns = [
-        "run",
-        "kind",
-        "group",
-        "student",
-        "teacher",
-        "arm",
-        "alpha",
-        "seed",
-        "baseline",
-        "stage",
-        "twin",
-    ]
-    rows = pl.DataFrame([run.model_dump() for run in plan.runs], infer_schema_length=None).select(columns)
+    columns = ("run", "kind", "group", "student", "teacher", "arm", "alpha", "constant", "seed", "baseline",
+               "stage", "twin")  # fmt: skip
+    rows = pl.DataFrame(
+        [attrgetter(*columns)(run) for run in plan.runs], columns, orient="row", infer_schema_length=None
+    )
     run_of = {teacher.name: teacher.run for teacher in plan.teachers}
     learned = pl.col("teacher").replace_strict(run_of, return_dtype=pl.String)
     taught = pl.when(pl.col("kind") != "teacher").then(learned)
@@ -134,15 +135,13 @@ def world(seeds: Sequence[int], *, at_margins: bool) -> World:
     worse = 1 + MARGIN / 100
     inside, outside, errors = (np.full(len(plan.runs), value) for value in (1.0, 1.0, ERRORS))
     for i, run in enumerate(plan.runs):
-        arm = run.arm or ""
         if run.kind == "teacher":
             inside[i] = LEVELS.get(run.teacher or "", 1.0)
         elif at_margins:
             shape = (run.student or "").split()[0]
             same = (shape, run.teacher) in {("nano-50k", "same"), ("nano-150k", "strong")}
             inside[i] = worse if same or run.teacher == "sampled" else 1.0
-            moved = ("temperature 0.5", "temperature 2", "mixing", "linear", "cosine", "teacher_better")
-            outside[i] = worse if any(word in arm for word in moved) else 1.0
+            outside[i] = worse if any(has_setting(run.arm_settings or {}, *one) for one in MOVED) else 1.0
             errors[i] = ERRORS * (2.0 if run.alpha == 1 else 1.0)
     groups = np.array([places[row] for row in runs.select("student", "seed").iter_rows()])
     return World(plan, runs, groups, inside, outside, errors)
@@ -219,7 +218,7 @@ def read_tokens(w: World, rng: np.random.Generator) -> tuple[TokenComparison, ..
     taught = {
         run.seed: run
         for run in w.plan.runs
-        if (run.student, run.teacher, run.arm, run.stage) == (STUDENT, "weak", "alpha 0.4", None)
+        if (run.student, run.teacher, run.arm_settings, run.stage) == (STUDENT, "weak", {"alpha": 0.4}, None)
     }
     return tuple(
         TokenComparison(

@@ -211,12 +211,10 @@ def _cells(results: Results) -> pl.DataFrame:
     students = {student.name: i for i, student in enumerate(results.plan.students)}
     teachers = {teacher.name: i for i, teacher in enumerate(results.plan.teachers)}
     controls = [teacher.name for teacher in results.plan.teachers if teacher.control]
-    alone = pl.format("alpha {}", pl.col("alpha").map_elements(lambda a: f"{a:g}", return_dtype=pl.String))
     return (
         results.runs.filter(pl.col("baseline").is_not_null())
         .unique(_CELL, keep="first", maintain_order=True)
         .with_columns(
-            constant=(pl.col("arm") == alone).fill_null(value=False),
             control=pl.col("teacher").is_in(controls).fill_null(value=True),
             place=pl.col("student").replace_strict(students, return_dtype=pl.Int64),
             teacher_place=pl.col("teacher").replace_strict(

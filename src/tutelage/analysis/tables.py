@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from tutelage.analysis.claims.evidence import Series, View, minus
+from tutelage.analysis.claims.evidence import Series, View, has_setting, minus
 from tutelage.analysis.stats import Estimate, t_interval
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
             continue
         name, base = pair.teacher.name, alone.get(pair.student.name)
         spent = view.arms(pair.student.name, None)
-        matched = next((v for v in spent if v.arm == f"compute of {name}"), None)
+        matched = next((v for v in spent if has_setting(v.arm_settings, "compute_of", name)), None)
         lead = {
             side: None if matched is None else _paired(view.gain(pair.best, side), view.gain(matched, side))
             for side in sides

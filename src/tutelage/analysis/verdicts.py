@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 
@@ -38,7 +38,8 @@ class Verdict:
         cell: its number in `Gains.cells`.
         student: name of the student setting.
         teacher: name; None for a student without one that has an arm of its own.
-        arm: what is done with the teacher.
+        arm: what is done with the teacher, in words.
+        arm_settings: the same as settings; see `RunLabels`.
         stage: post-training stage after which this was measured; None: after pretraining.
         alpha: weight of the distillation loss where it is one number.
         constant: whether that number is all there is to the arm.
@@ -57,6 +58,7 @@ class Verdict:
     student: str
     teacher: str | None
     arm: str
+    arm_settings: Mapping[str, Any]
     stage: str | None
     alpha: float | None
     constant: bool
@@ -188,6 +190,7 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
     learned = gains.domains.group_by("cell").agg(pl.col("teacher_run").drop_nulls().n_unique())
     teachers = dict(learned.iter_rows())
     texts = text_spreads(gains)
+    settings = {run.arm: run.arm_settings for run in results.plan.runs}
     found = []
     for row in gains.cells.iter_rows(named=True):
         own, documents = seeds[row["cell"]], noise[row["cell"]]
@@ -196,6 +199,7 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
         found.append(
             Verdict(
                 **fields,
+                arm_settings=settings[row["arm"]] or {},
                 relation=bits.relation(row["teacher"], row["student"]),
                 gains=own,
                 noise=documents,

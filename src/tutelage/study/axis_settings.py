@@ -123,9 +123,10 @@ def cell_name(parts: Sequence[str | None], seed: int) -> str:
 
 
 def words(factors: Point) -> str:
-    """`alpha 0.2, temperature 4`; of sections their kind and settings: `gap_driven floor 0.1`.
+    """Name settings for people: `alpha 0.2, temperature 4`; of a section its kind: `gap_driven floor 0.1`.
 
     Alpha first, then by name, whatever the order in a file: the same cell has the same words everywhere.
+    Nothing reads these words; what needs the settings takes the mapping.
     """
     ordered = sorted(factors, key=lambda axis: (axis != "alpha", axis))
     return ", ".join(_word(axis, factors[axis]) for axis in ordered)
@@ -136,4 +137,6 @@ def _word(axis: str, value: object) -> str:
         kind = value.get("policy", value.get("kind", axis))
         rest = " ".join(f"{key} {item}" for key, item in value.items() if key not in {"policy", "kind"})
         return f"{kind} {rest}".strip()
+    if axis == "compute_of":
+        return f"compute of {value}"
     return f"{axis} {value:.12g}" if isinstance(value, float) else f"{axis} {value}"

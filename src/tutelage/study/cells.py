@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
-from tutelage.config.base import Fraction, Name, Section, parse_tokens, refuse_alike, slug, tokens_text
+from tutelage.config.base import Name, Section, parse_tokens, refuse_alike, slug, tokens_text
 from tutelage.config.load import digest, merged
 from tutelage.errors import UserError
-from tutelage.study.axis_settings import TEACHER_FIELDS, overlay, own_value
+from tutelage.study.axis_settings import TEACHER_FIELDS, overlay, own_value, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,11 +31,11 @@ class RunLabels(Section):
         description="name of the shape, budget and settings shared with its baseline; null for teachers"
     )
     teacher: str | None = Field(description="its own name (teacher), its teacher's, or null")
-    arm: str | None = Field(
-        description="what is done with the teacher, in words: 'alpha 0.2, temperature 4'; null for teachers "
-        "and baselines; an untaught student with an arm is another control"
+    arm_settings: dict[str, JsonValue] | None = Field(
+        None,
+        description="what is done with the teacher: {alpha: 0.2, temperature: 4}; null for teachers and "
+        "baselines; an untaught student with some, {compute_of: strong}, is another control",
     )
-    alpha: Fraction | None = Field(description="weight of the distillation loss where it is one number")
     seed: int = Field(description="seed of the run; a student is compared with the baseline of its seed")
     stage: Name | None = Field(None, description="post-training stage (kind after)")
     twin: int = Field(
@@ -44,6 +44,22 @@ class RunLabels(Section):
         description="of an untaught run: 0, or the number of a further one of its seed, with other initial "
         "weights and the same batches; gains are against the mean of all",
     )
+
+    @property
+    def arm(self) -> str | None:
+        """`arm_settings` in words, the name of the arm in tables."""
+        return None if self.arm_settings is None else words(self.arm_settings)
+
+    @property
+    def alpha(self) -> float | None:
+        """Weight of the distillation loss where it is one number."""
+        alpha = (self.arm_settings or {}).get("alpha")
+        return float(alpha) if isinstance(alpha, int | float) and 0 <= alpha <= 1 else None
+
+    @property
+    def constant(self) -> bool:
+        """Whether a constant alpha is all there is to the arm."""
+        return self.alpha is not None and self.arm_settings == {"alpha": self.alpha}
 
     def labels(self) -> dict[str, Any]:
         """These fields alone, for another record of the same run."""
@@ -162,8 +178,6 @@ def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec, seed: int) -
         group="teachers",
         student=None,
         teacher=name,
-        arm=None,
-        alpha=None,
         seed=seed,
         shape=spec.shape,
         tokens=spec.tokens,

@@ -157,8 +157,6 @@ def _student_cells(
         group=group,
         student=student,
         teacher=None,
-        arm=None,
-        alpha=None,
         seed=seed,
         shape=str(shape),
         tokens=tokens,
@@ -207,15 +205,12 @@ def _told_apart(factors: Point) -> tuple[Point, Point]:
 def _taught(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
     if "alpha" not in teaching:
         raise UserError(f"{where}: teacher {teacher} without alpha; add the axis 'alpha'")
-    alpha = teaching["alpha"]
-    arm = words(teaching)
     return baseline.model_copy(
         update={
-            "name": cell_name(["student", baseline.student, teacher, arm], baseline.seed),
+            "name": cell_name(["student", baseline.student, teacher, words(teaching)], baseline.seed),
             "kind": "student",
             "teacher": teacher,
-            "arm": arm,
-            "alpha": float(alpha) if isinstance(alpha, int | float) and 0 <= alpha <= 1 else None,
+            "arm_settings": teaching,
             "settings": merged(baseline.settings, overlay(teaching, where)),
             "baseline": baseline.name,
         }
@@ -226,12 +221,12 @@ def _compute_matched(baseline: Cell, teacher: str, teachers: Mapping[str, Teache
     if teacher not in teachers or teachers[teacher].shape is None:
         known = ", ".join(teachers)
         raise UserError(f"{where}: compute_of {teacher!r} is no trained teacher; known: {known}")
-    arm = f"compute of {teacher}"
+    arm = {"compute_of": teacher}
     return baseline.model_copy(
         update={
-            "name": cell_name(["student", baseline.student, arm], baseline.seed),
+            "name": cell_name(["student", baseline.student, words(arm)], baseline.seed),
             "kind": "student",
-            "arm": arm,
+            "arm_settings": arm,
             "baseline": baseline.name,
             "compute_of": teacher,
         }

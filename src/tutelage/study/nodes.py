@@ -227,7 +227,7 @@ def check_cells(expanded: ExpandedStudy) -> dict[str, RunConfig]:
 def _check_tested_alphas(expanded: ExpandedStudy) -> None:
     alphas: dict[str, set[float]] = {}
     for cell in expanded.cells:
-        if cell.teacher is not None and cell.alpha is not None and cell.arm == f"alpha {cell.alpha:g}":
+        if cell.teacher is not None and cell.alpha is not None and cell.constant:
             alphas.setdefault(cell.teacher, set()).add(cell.alpha)
     for name, spec in expanded.teachers.items():
         own = sorted(alphas.get(name, ()))

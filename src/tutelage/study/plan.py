@@ -92,9 +92,9 @@ class PlanRun(RunLabels):
     def _consistent(self) -> PlanRun:
         if (self.student is None) != (self.kind == "teacher"):
             raise ValueError(f"run {self.run}: every run but a teacher's has a student setting")
-        if self.kind == "student" and (self.arm is None or self.baseline is None):
+        if self.kind == "student" and (self.arm_settings is None or self.baseline is None):
             raise ValueError(f"run {self.run}: a student run needs an arm and a baseline")
-        if self.kind in {"teacher", "baseline"} and (self.arm, self.baseline) != (None, None):
+        if self.kind in {"teacher", "baseline"} and (self.arm_settings, self.baseline) != (None, None):
             raise ValueError(f"run {self.run}: a {self.kind} run has neither arm nor baseline")
         if (self.kind == "after") != (self.after is not None and self.stage is not None):
             raise ValueError(
@@ -158,7 +158,7 @@ def load_plan(directory: Path) -> Plan:
     """Read `directory/plan.json`.
 
     Raises:
-        UserError: the file is missing, is no JSON, or a field is wrong.
+        UserError: the file is missing, is no JSON, is of another version, or a field is wrong.
     """
     path = directory / "plan.json"
     try:

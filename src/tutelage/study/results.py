@@ -30,6 +30,7 @@ _PLANNED = {
     "teacher": pl.String(),
     "arm": pl.String(),
     "alpha": pl.Float64(),
+    "constant": pl.Boolean(),
     "seed": pl.Int64(),
     "baseline": pl.String(),
     "stage": pl.String(),

@@ -289,9 +289,8 @@ def _odd_ones(scores: pl.DataFrame, documents: pl.DataFrame, plan: Plan) -> pl.D
     known = scores.filter(pl.col("metric").is_in(compared))
     versions = _fingerprints(known.select(*_KEYS, "metric", "version"))
     texts = _fingerprints(documents.select(*_KEYS, "document", "bytes"))
-    runs = pl.DataFrame(
-        [(run.run, run.kind, run.stage) for run in plan.runs], ["run", "kind", "stage"], orient="row"
-    )
+    columns = dict.fromkeys(("run", "kind", "stage"), pl.String())  # a stage may come late
+    runs = pl.DataFrame([(run.run, run.kind, run.stage) for run in plan.runs], columns, orient="row")
     both = versions.join(texts, on=["run", "domain"], suffix="_text").join(runs, on="run")
     group = ["stage", "domain"]
     usual = (

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import polars as pl
 
+from tutelage.study.axis_settings import words
 from tutelage.study.plan import Plan, save_plan
 from tutelage.types import SCORING_VERSION, Score
 
@@ -26,6 +27,17 @@ KNOWLEDGE = {"unigram": 0.0}
 """Part of the out-of-domain gain that is left when calibration is fitted; 0.5 for whom it does not name."""
 TEACHERS = {"weak": (1.75, 130_000, TOKENS := 2_000_000), "strong": (1.60, 1_300_000, 4_000_000)}
 """Trained teachers: bits per byte in domain, parameters, tokens."""
+ARMS = {
+    "linear start 0.8 end 0.0": {"alpha": {"policy": "linear", "start": 0.8, "end": 0.0}},
+    "alpha 0.4, teacher_better": {"alpha": 0.4, "gate": {"kind": "teacher_better"}},
+    "alpha 1, temperature 4": {"alpha": 1.0, "temperature": 4},
+    "alpha 1, tail renormalise, top_k k 5": {
+        "alpha": 1.0,
+        "tail": "renormalise",
+        "truncation": {"kind": "top_k", "k": 5},
+    },
+}
+"""Settings of the arms that GAINS names by their words."""
 STUDENT = "tiny 2M"
 DOCUMENTS = 20
 PARAMETERS = 380_000
@@ -74,7 +86,7 @@ def write_study(
     save_plan(path, Plan.model_validate_json(json.dumps(plan)))
     for row in rows:
         own = trained[row["teacher"]][0] if row["kind"] == "teacher" else None
-        gain = wanted.get((row["student"], row["teacher"], short(row["arm"], row["alpha"])))
+        gain = wanted.get((row["student"], row["teacher"], short(row["arm_settings"])))
         noise = more.get("offsets", OFFSETS).get(row["seed"], 0.0)
         write_run(path / "runs" / row["run"], row, own, gain, noise)
     return path
@@ -89,16 +101,26 @@ def plan_teacher(name, trained, description):
     return fields | more
 
 
-def short(arm, alpha):
+def short(settings):
     """The arm as it is written in GAINS."""
-    return alpha if alpha is not None and arm == f"alpha {alpha:g}" else arm
+    if settings is None:
+        return None
+    text = words(settings)
+    return text if text in ARMS or "compute_of" in settings else settings["alpha"]
+
+
+def long(arm):
+    """The settings of an arm that is written as in GAINS."""
+    if arm is None or isinstance(arm, float):
+        return None if arm is None else {"alpha": arm}
+    of = arm.removeprefix("compute of ")
+    settings = ARMS[arm] if of == arm else {"compute_of": of}
+    assert words(settings) == arm
+    return settings
 
 
 def run_row(kind, student, teacher, arm, seed, size):
     """One row of the plan's `runs`."""
-    alpha = arm if isinstance(arm, float) else None
-    if isinstance(arm, str) and arm.startswith("alpha "):
-        alpha = float(arm.split()[1].rstrip(","))
     special = None if student in (None, STUDENT) else student.replace(" ", "-")
     word = None if arm is None else str(arm).replace(" ", "-").replace(",", "")
     return {
@@ -107,8 +129,7 @@ def run_row(kind, student, teacher, arm, seed, size):
         "group": "teachers" if kind == "teacher" else "main",
         "student": student,
         "teacher": teacher,
-        "arm": f"alpha {arm:g}" if isinstance(arm, float) else arm,
-        "alpha": alpha,
+        "arm_settings": long(arm),
         "seed": seed,
         "tokens": size[1],
         "parameters": size[0],

@@ -7,7 +7,7 @@ import pytest
 from make_study import write_study
 from scipy import stats
 
-from tutelage.analysis.claims.evidence import Part, View, mean_of, minus, says, without
+from tutelage.analysis.claims.evidence import Part, View, has_setting, mean_of, minus, without
 from tutelage.analysis.claims.judge import judge_claims
 from tutelage.analysis.claims.registry import CLAIMS, missing_for
 from tutelage.analysis.verdicts import judge
@@ -397,12 +397,13 @@ def test_open_claims_say_how_many_seeds_would_decide_them_which_way(tmp_path):
 
 
 def test_arms_are_read_setting_by_setting():
-    arm = "alpha 1, top_k k 5, tail renormalise"
+    arm = {"alpha": 1, "truncation": {"kind": "top_k", "k": 5}, "tail": "renormalise"}
 
-    assert says(arm, "top_k")
-    assert says(arm, "alpha 1")
-    assert not says("alpha 0.1", "alpha 0")
-    assert without(arm, "top_k", "tail") == "alpha 1"
+    assert has_setting(arm, "truncation", "top_k")
+    assert has_setting(arm, "alpha", 1.0)
+    assert not has_setting({"alpha": 0.1}, "alpha", 0)
+    assert has_setting({"alpha": {"policy": "salt", "value": 0.8}}, "alpha", "wsd", "salt")
+    assert without(arm, "truncation", "tail") == {"alpha": 1}
 
 
 def test_series_pair_by_seed_and_average_on_the_seeds_that_all_have():

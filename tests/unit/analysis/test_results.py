@@ -84,7 +84,7 @@ def test_a_wrong_plan_is_a_user_error(study, change, message):
     [
         ({"kind": "baseline"}, "has neither arm nor baseline"),
         ({"student": None}, "every run but a teacher's has a student"),
-        ({"arm": None}, "needs an arm and a baseline"),
+        ({"arm_settings": None}, "needs an arm and a baseline"),
         ({"baseline": "baseline-46"}, "its baseline is not among the runs"),
         ({"kind": "after"}, "stage and after belong to"),
         ({"run": "baseline-43"}, "the same run appears twice"),

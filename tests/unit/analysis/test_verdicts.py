@@ -300,7 +300,8 @@ def test_words_come_from_the_intervals(inside, outside, expected):
     estimates = [Estimate((low + high) / 2, low, high, 3) for low, high in (inside, outside)]
 
     gains = {("raw", "in_domain"): estimates[0], ("raw", "out_of_domain"): estimates[1]}
-    v = Verdict(0, "tiny", "weak", "alpha 0.2", None, 0.2, True, False, None, gains, {}, {}, 3, 1)
+    arm = ("alpha 0.2", {"alpha": 0.2})
+    v = Verdict(0, "tiny", "weak", *arm, None, 0.2, True, False, None, gains, {}, {}, 3, 1)
 
     assert words.verdict(v) == expected
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutelage.analysis.gains import twins_of
 from tutelage.analysis.stats import POWER, Evidence, differs, exceeds, seeds_needed, stays_within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tutelage.analysis.gains import Fit, Side
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
@@ -157,14 +157,15 @@ def mean_of(many: Iterable[Series]) -> Series:
     return {seed: fmean(one[seed] for one in filled) for seed in sorted(seeds)}
 
 
-def says(arm: str, phrase: str) -> bool:
-    """Whether one of the settings that an arm names begins with `phrase`."""
-    return any(f"{setting} ".startswith(f"{phrase} ") for setting in arm.split(", "))
+def has_setting(arm: Mapping[str, Any], name: str, *values: object) -> bool:
+    """Whether an arm has one of `values` as a setting; a section counts by its kind or policy."""
+    given = arm.get(name)
+    return (given.get("kind", given.get("policy")) if isinstance(given, dict) else given) in values
 
 
-def without(arm: str, *phrases: str) -> str:
-    """The arm less the settings that begin with one of `phrases`."""
-    return ", ".join(s for s in arm.split(", ") if not any(says(s, phrase) for phrase in phrases))
+def without(arm: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The arm without some of its settings."""
+    return {name: value for name, value in arm.items() if name not in names}
 
 
 def choosing_seeds(plan: Plan) -> frozenset[int]:
@@ -308,15 +309,19 @@ class View:
             found.setdefault(cell, {}).setdefault(text, {})[seed] = gain
         return found
 
-    def variants(self, *phrases: str, alpha: float | None = None) -> list[tuple[Verdict, Verdict]]:
-        """Cells before any stage whose arm says `phrases[0]`, each with that without `phrases`."""
-        found = []
-        for cell in self.verdicts:
-            if not says(cell.arm, phrases[0]) or cell.stage is not None or alpha not in {None, cell.alpha}:
-                continue
-            plain = without(cell.arm, *phrases)
-            found += [(cell, other) for other in self.arms(cell.student, cell.teacher) if other.arm == plain]
-        return found
+    def variants(
+        self, name: str, value: object, *others: str, alpha: float | None = None
+    ) -> list[tuple[Verdict, Verdict]]:
+        """Cells before any stage with a setting, each with the cell without it and without `others`."""
+        return [
+            (cell, other)
+            for cell in self.verdicts
+            if has_setting(cell.arm_settings, name, value)
+            and cell.stage is None
+            and alpha in {None, cell.alpha}
+            for other in self.arms(cell.student, cell.teacher)
+            if other.arm_settings == without(cell.arm_settings, name, *others)
+        ]
 
     def change(self, variants: Iterable[tuple[Verdict, Verdict]], side: Side) -> Members:
         """Gain of variants less that of the plain cells."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from math import log2
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tutelage.analysis.claims.evidence import Members, Part, Series, minus, named, says
+from tutelage.analysis.claims.evidence import Members, Part, Series, has_setting, minus, named
 from tutelage.analysis.claims.teacher_tests import at_alphas
 from tutelage.types import COPYING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from tutelage.analysis.claims.evidence import Statement, View
     from tutelage.analysis.gains import Side
@@ -19,25 +19,28 @@ if TYPE_CHECKING:
 
 _INSIDE: Side = "in_domain"
 _OUTSIDE: Side = "out_of_domain"
+UNSCALED = ("keep_full_ce", "keep_full_kd")
+"""Values of `mixing` that are no convex mixture."""
 
 
-def kd_first(arm: str) -> bool:
+def kd_first(arm: Mapping[str, Any]) -> bool:
     """Whether an arm is a schedule that begins with more teacher than it ends with."""
-    words = arm.split(", ", maxsplit=1)[0].split()
-    numbers = dict(zip(words[1::2], words[2::2], strict=False))
-    first, last = {
-        "linear": ("start", "end"),
-        "cosine": ("start", "end"),
-        "two_phase": ("first", "second"),
-    }.get(words[0], ("", ""))
-    if words[0] == "salt":
-        return True
-    return first in numbers and last in numbers and float(numbers[first]) > float(numbers[last])
+    schedule = arm.get("alpha")
+    if not isinstance(schedule, dict):
+        return False
+    match schedule:
+        case {"policy": "salt"}:
+            return True
+        case {"policy": "linear" | "cosine", "start": first, "end": last}:
+            return bool(first > last)
+        case {"policy": "two_phase", "first": first, "second": last}:
+            return bool(first > last)
+    return False
 
 
-def by_skill(arm: str) -> bool:
+def by_skill(arm: Mapping[str, Any]) -> bool:
     """Whether an arm teaches only tokens on which the teacher is better than the student."""
-    return says(arm, "teacher_better")
+    return has_setting(arm, "gate", "teacher_better")
 
 
 def difficulty(view: View) -> list[Part]:
@@ -73,25 +76,25 @@ def difficulty(view: View) -> list[Part]:
 
 def temperatures_alike(view: View) -> list[Part]:
     """T of 0.5 and of 2 against 1, at alpha 1."""
-    return [_changed(view, f"T {t}", f"temperature {t}", "within") for t in ("0.5", "2")]
+    return [_changed(view, f"T {t:g}", ("temperature", t), "within") for t in (0.5, 2)]
 
 
 def temperatures_worse(view: View) -> list[Part]:
     """T of 4, and hard labels, against T of 1, at alpha 1."""
     return [
-        _changed(view, "T 4", "temperature 4", "below 0"),
-        _changed(view, "hard labels", "divergence hard_labels", "below 0"),
+        _changed(view, "T 4", ("temperature", 4), "below 0"),
+        _changed(view, "hard labels", ("divergence", "hard_labels"), "below 0"),
     ]
 
 
-def _changed(view: View, name: str, phrase: str, statement: Statement) -> Part:
-    changes = view.change(view.variants(phrase, alpha=1.0), _OUTSIDE)
+def _changed(view: View, name: str, setting: tuple[str, object], statement: Statement) -> Part:
+    changes = view.change(view.variants(*setting, alpha=1.0), _OUTSIDE)
     return Part(f"change of the gain, {name}", changes, statement)
 
 
 def truncation(view: View) -> list[Part]:
     """Renormalised top-k, and sampled targets, against the whole distribution, at alpha 1."""
-    cut = [pair for pair in view.variants("top_k", "tail", alpha=1.0) if _renormalised(pair[0])]
+    cut = [pair for pair in view.variants("truncation", "top_k", "tail", alpha=1.0) if _renormalised(pair[0])]
     sampled = [pair for pair in view.all_pairs() if (pair.teacher.targets or "").startswith("sample")]
     changes: Members = {}
     for pair in sampled:
@@ -106,7 +109,8 @@ def truncation(view: View) -> list[Part]:
 
 
 def _renormalised(cell: Verdict) -> bool:
-    return says(cell.arm, "top_k") and says(cell.arm, "tail renormalise")
+    arm = cell.arm_settings
+    return has_setting(arm, "truncation", "top_k") and has_setting(arm, "tail", "renormalise")
 
 
 def _same_but_targets(pair: PairFinding, full: PairFinding) -> bool:
@@ -119,8 +123,9 @@ def not_scale(view: View) -> list[Part]:
     """Unscaled mixtures against the convex mixture of the same proportions."""
     changes: Members = {}
     for cell in view.verdicts:
-        if cell.alpha is not None and cell.stage is None and says(cell.arm, "mixing"):
-            ce = says(cell.arm, "mixing keep_full_ce")
+        mixing = cell.arm_settings.get("mixing")
+        if cell.alpha is not None and cell.stage is None and mixing in UNSCALED:
+            ce = mixing == "keep_full_ce"
             equal = cell.alpha / (1 + cell.alpha) if ce else 1 / (2 - cell.alpha)
             name = f"{cell.student} from {cell.teacher}, {cell.arm}"
             changes[name] = minus(view.gain(cell, _OUTSIDE), _interpolated(view, cell, equal))
@@ -159,10 +164,12 @@ def gating(view: View) -> list[Part]:
     return [Part("gain gated by skill less that of the best constant", difference, "not below")]
 
 
-def _arms_less_constants(view: View, pairs: Iterable[PairFinding], wanted: Callable[[str], bool]) -> Members:
+def _arms_less_constants(
+    view: View, pairs: Iterable[PairFinding], wanted: Callable[[Mapping[str, Any]], bool]
+) -> Members:
     differences: Members = {}
     for pair in pairs:
-        arms = [v for v in view.arms(pair.student.name, pair.teacher.name) if wanted(v.arm)]
+        arms = [v for v in view.arms(pair.student.name, pair.teacher.name) if wanted(v.arm_settings)]
         if arms:
             constant = view.best(view.constants(pair), _OUTSIDE)
             differences[named(pair)] = minus(view.best(arms, _OUTSIDE), constant)
@@ -179,7 +186,7 @@ def copying(view: View) -> list[Part]:
 
 def reverse_kl(view: View) -> list[Part]:
     """Reverse against forward KL, in domain."""
-    change = view.change(view.variants("divergence reverse_kl"), _INSIDE)
+    change = view.change(view.variants("divergence", "reverse_kl"), _INSIDE)
     return [Part("change of the gain in domain, reverse KL", change, "below 0")]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tutelage.analysis.claims import objective_tests as objective
 from tutelage.analysis.claims import teacher_tests as control
 from tutelage.analysis.claims import teacher_tests as strength
-from tutelage.analysis.claims.evidence import Claim, Need, says
+from tutelage.analysis.claims.evidence import Claim, Need, has_setting
 from tutelage.analysis.verdicts import nominal
 from tutelage.errors import UserError
 
@@ -57,9 +57,14 @@ def _some(what: str, wanted: Callable[[PlanRun, PlanStudent, PlanTeacher], bool]
     return Need(what, lambda plan: any(wanted(*row) for row in _taught(plan)))
 
 
-def _arm(what: str, *phrases: str) -> Need:
-    """A need that a run meets whose arm says all of `phrases`."""
-    return _some(what, lambda run, _s, _t: all(says(run.arm or "", phrase) for phrase in phrases))
+def _arm(what: str, **settings: object) -> Need:
+    """A need that a run meets whose arm has all of `settings`."""
+
+    def wanted(run: PlanRun, _student: PlanStudent, _teacher: PlanTeacher) -> bool:
+        arm = run.arm_settings or {}
+        return all(has_setting(arm, name, value) for name, value in settings.items())
+
+    return _some(what, wanted)
 
 
 def _several(
@@ -77,10 +82,6 @@ def _several(
     return Need(what, met)
 
 
-def _constant(run: PlanRun) -> bool:
-    return run.alpha is not None and run.arm == f"alpha {run.alpha:g}"
-
-
 def _weaker(student: PlanStudent, teacher: PlanTeacher) -> bool:
     return nominal(teacher, student) in {"weak-to-strong", "mixed"}
 
@@ -93,16 +94,16 @@ def _stepped(plan: Plan) -> int:
     """Teachers of one student that are used at the small and at the large alpha; of the student with most."""
     alphas: dict[tuple[str, str], set[float | None]] = {}
     for run, student, teacher in _taught(plan):
-        if _constant(run):
+        if run.constant:
             alphas.setdefault((student.name, teacher.name), set()).add(run.alpha)
     both = [student for (student, _), own in alphas.items() if {strength.SMALL, strength.LARGE} <= own]
     return max(Counter(both).values(), default=0)
 
 
-_TEACHER = _some("a real teacher and constant alphas", lambda run, _s, _t: _constant(run))
-_WEAK = _some("a weaker teacher", lambda run, s, t: _constant(run) and _weaker(s, t))
+_TEACHER = _some("a real teacher and constant alphas", lambda run, _s, _t: run.constant)
+_WEAK = _some("a weaker teacher", lambda run, s, t: run.constant and _weaker(s, t))
 _WEAK_ALONE = _some(
-    "a weaker teacher at alpha 1", lambda r, s, t: _constant(r) and r.alpha == 1 and _weaker(s, t)
+    "a weaker teacher at alpha 1", lambda r, s, t: r.constant and r.alpha == 1 and _weaker(s, t)
 )
 _SAME = _some("a teacher of the student's shape and tokens", lambda _r, s, t: nominal(t, s) == "same-level")
 _SMALL = _some(
@@ -122,13 +123,17 @@ _BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.
 _SIZES = _several(
     "students of two sizes at one budget", 2, lambda _r, s, t: ((s.tokens, t.name), s.parameters)
 )
-_PURE = _some("a real teacher at alpha 1", lambda run, _s, _t: _constant(run) and run.alpha == 1)
+_PURE = _some("a real teacher at alpha 1", lambda run, _s, _t: run.constant and run.alpha == 1)
 _CONTROL = Need("a control in the teacher's place", lambda plan: any(t.control for t in plan.teachers))
-_TOP_K = _arm("renormalised top-k at alpha 1", "top_k", "tail renormalise", "alpha 1")
+_TOP_K = _arm("renormalised top-k at alpha 1", truncation="top_k", tail="renormalise", alpha=1)
 _SAMPLED = _some("sampled targets", lambda _r, _s, t: (t.targets or "").startswith("sample"))
-_FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm or ""))
+_UNSCALED = _some(
+    "mixing keep_full_ce or keep_full_kd",
+    lambda run, _s, _t: has_setting(run.arm_settings or {}, "mixing", *objective.UNSCALED),
+)
+_FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm_settings or {}))
 _STAGE = Need("a stage of post_training", lambda plan: any(run.kind == "after" for run in plan.runs))
-_MATCHED = Need("compute_of", lambda plan: any((r.arm or "").startswith("compute of ") for r in plan.runs))
+_MATCHED = Need("compute_of", lambda plan: any("compute_of" in (r.arm_settings or {}) for r in plan.runs))
 _OWN_DATA = Need(
     "a teacher of a student's own batches",
     lambda plan: (
@@ -177,7 +182,7 @@ CLAIMS: dict[int, Claim] = {
     8: Claim("The gain grows with the difficulty of tokens.", (_TEACHER,), objective.difficulty),
     9: Claim(
         "At alpha 1, temperatures 0.5, 1 and 2 are alike.",
-        tuple(_arm(f"temperature {t}", f"temperature {t}", "alpha 1") for t in ("0.5", "2")),
+        tuple(_arm(f"temperature {t:g}", temperature=t, alpha=1) for t in (0.5, 2)),
         objective.temperatures_alike,
     ),
     10: Claim(
@@ -187,7 +192,7 @@ CLAIMS: dict[int, Claim] = {
     ),
     11: Claim(
         "What counts is the mixture, not the scale of the loss.",
-        (_some("mixing keep_full_ce or keep_full_kd", lambda r, _s, _t: says(r.arm or "", "mixing")),),
+        (_UNSCALED,),
         objective.not_scale,
     ),
     12: Claim(
@@ -206,7 +211,7 @@ CLAIMS: dict[int, Claim] = {
     ),
     15: Claim(
         "Teaching only where the teacher is better does no worse than the best constant.",
-        (_arm("the gate teacher_better", "teacher_better"),),
+        (_arm("the gate teacher_better", gate="teacher_better"),),
         objective.gating,
     ),
     16: Claim(
@@ -236,7 +241,7 @@ CLAIMS: dict[int, Claim] = {
     21: Claim("The gain survives a teacher of another corpus.", (_FOREIGN,), control.cross_corpus),
     22: Claim(
         "Reverse KL is worse in domain than forward KL.",
-        (_arm("divergence reverse_kl", "divergence reverse_kl"),),
+        (_arm("divergence reverse_kl", divergence="reverse_kl"),),
         objective.reverse_kl,
     ),
     23: Claim(
@@ -248,8 +253,8 @@ CLAIMS: dict[int, Claim] = {
     24: Claim(
         "At alpha 1, temperature 4 and hard labels are worse than temperature 1.",
         (
-            _arm("temperature 4", "temperature 4", "alpha 1"),
-            _arm("hard_labels", "divergence hard_labels", "alpha 1"),
+            _arm("temperature 4", temperature=4, alpha=1),
+            _arm("hard_labels", divergence="hard_labels", alpha=1),
         ),
         objective.temperatures_worse,
     ),

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tutelage.analysis.claims.evidence import Choice, Members, Part, Series, mean_of, minus, named
+from tutelage.analysis.claims.evidence import (
+    Choice,
+    Members,
+    Part,
+    Series,
+    has_setting,
+    mean_of,
+    minus,
+    named,
+)
 from tutelage.analysis.stats import exceeds, holm
 
 if TYPE_CHECKING:
@@ -315,7 +324,7 @@ def _matched(view: View) -> list[tuple[PairFinding, Verdict]]:
         (pair, cell)
         for pair in view.pairs()
         for cell in view.arms(pair.student.name, None)
-        if cell.arm == f"compute of {pair.teacher.name}"
+        if has_setting(cell.arm_settings, "compute_of", pair.teacher.name)
     ]
 
 

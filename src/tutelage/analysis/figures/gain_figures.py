@@ -217,8 +217,8 @@ def domain_gains(findings: Findings, verdicts: Sequence[Verdict], suffix: str) -
     cells = [v.cell for v in verdicts]
     shown = pl.col("cell").is_in(cells), pl.col("fit").is_in(["raw", "unigram"])
     data = findings.domains.filter(*shown).with_columns(
-        row=pl.format(
-            "{} {}", pl.col("teacher").fill_null(words.NO_TEACHER), pl.col("arm").str.strip_prefix("alpha ")
+        row=pl.col("cell").replace_strict(
+            {v.cell: f"{v.teacher or words.NO_TEACHER} {words.arm(v)}" for v in verdicts}
         )
     )
     largest = float(data["gain"].abs().to_numpy().max()) or 1.0
