@@ -199,3 +199,22 @@ def test_loss_that_explodes_stops_the_run_and_says_what_to_lower(make_config):
     config = make_config(optim={"lr": 1e30, "clip": 1e30, "warmup": 0.0})
     with pytest.raises(UserError, match=r"lower optim\.lr"):
         run(config)
+
+
+def test_a_trained_run_whose_export_failed_is_exported_by_the_next_call(make_config, tmp_path, monkeypatch):
+    config = make_config()
+    whole = run(config.model_copy(update={"output": tmp_path / "whole"}))
+
+    def full(*_arguments):
+        raise UserError("no space left on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tutelage.models.hub.save", full)
+        with pytest.raises(UserError, match="no space left"):
+            run(config)
+    directory = RunDirectory(config.output / run_id(config))
+    assert directory.state()["status"] == "failed"
+    run(config)
+    assert directory.state()["status"] == "done"
+    assert losses(directory) == losses(whole)
+    assert_same_weights(directory, whole)
