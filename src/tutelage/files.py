@@ -71,6 +71,12 @@ def check_place(path: Path) -> None:
         raise UserError(f"{path}: {there} is a file and no directory; choose another output")
 
 
+def free_bytes(path: Path) -> int:
+    """Return the free space of the device that holds `path`, or that will hold it once it exists."""
+    place = path.absolute()
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name; it replaces `path` in one step if the block succeeds."""

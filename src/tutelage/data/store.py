@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ from tutelage.data.store_writer import training_texts, write_splits
 from tutelage.data.text_files import cut_size, known_bytes
 from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
-from tutelage.files import atomic_directory, lock, make_directory, write_text
+from tutelage.files import atomic_directory, free_bytes, lock, make_directory, write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -303,8 +302,7 @@ def _check_space(config: StoreConfig, output: Path) -> None:
     """
     known = sum(known_bytes(source) for source in config.sources if isinstance(source, FilesSource))
     needed = min(known, config.max_bytes or known) // 2
-    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(output)
     if needed > free:
         raise UserError(
             f"{output}: the store needs at least {needed / 1e6:,.0f} MB, free are {free / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""Experiment trackers, optional (extra `trackers`): each gets the rows of metrics.jsonl."""
+"""Send the rows of metrics.jsonl to experiment trackers (extra `trackers`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """A place that shows curves."""
+    """An experiment tracker."""
 
     def log(self, row: Mapping[str, float]) -> None:
         """Take one row of metrics.jsonl; its "step" is the x axis."""
 
     def close(self) -> None:
-        """Flush and leave."""
+        """Flush and close."""
 
 
 class _TensorBoard:
@@ -37,15 +37,11 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WandB:
-    """Weights & Biases; the run id is ours, so a resumed run goes on there too."""
+class _Remote:
+    """A run of Weights & Biases, or of Trackio, which has the same methods."""
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-        import wandb  # noqa: PLC0415 - optional
-
-        self._run = wandb.init(
-            project="tutelage", id=directory.name, resume="allow", dir=str(directory), config=config
-        )
+    def __init__(self, run: Any) -> None:  # noqa: ANN401 - the packages are optional
+        self._run = run
 
     def log(self, row: Mapping[str, float]) -> None:
         self._run.log(dict(row), step=int(row["step"]))
@@ -54,25 +50,26 @@ class _WandB:
         self._run.finish()
 
 
-class _Trackio:
+def _wandb(directory: Path, config: dict[str, Any]) -> _Remote:
+    """Weights & Biases; its run has the id of ours, so a resumed run continues there too."""
+    import wandb  # noqa: PLC0415 - optional
+
+    return _Remote(
+        wandb.init(project="tutelage", id=directory.name, resume="allow", dir=str(directory), config=config)
+    )
+
+
+def _trackio(directory: Path, config: dict[str, Any]) -> _Remote:
     """Trackio, a local dashboard."""
+    import trackio  # noqa: PLC0415 - optional
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-        import trackio  # noqa: PLC0415 - optional
-
-        self._run = trackio.init(project="tutelage", name=directory.name, resume="allow", config=config)
-
-    def log(self, row: Mapping[str, float]) -> None:
-        self._run.log(dict(row), step=int(row["step"]))
-
-    def close(self) -> None:
-        self._run.finish()
+    return _Remote(trackio.init(project="tutelage", name=directory.name, resume="allow", config=config))
 
 
 TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
     "tensorboard": _TensorBoard,
-    "wandb": _WandB,
-    "trackio": _Trackio,
+    "wandb": _wandb,
+    "trackio": _trackio,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,6 +16,7 @@ from tutelage.config.teacher_config import (
     MultinomialFormat,
     TopKFormat,
 )
+from tutelage.files import free_bytes
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import FORMATS, make_codec
 from tutelage.teachers.cache.job import load_job, plan_cache
@@ -100,13 +100,11 @@ def estimate(config: TeachConfig) -> CacheEstimate:
         forward += time.perf_counter() - start
         trials.append((targets, batch))
     tokens = sum(batch.tokens_BT.numel() for batch in batches)
-    place = config.output.absolute()
-    existing = next(folder for folder in (place, *place.parents) if folder.exists())
     return CacheEstimate(
         path=job.plan.path,
         tokens=layout.positions,
         teacher_flops=layout.positions * job.teacher.forward_flops,
-        free_bytes=shutil.disk_usage(existing).free,
+        free_bytes=free_bytes(config.output),
         trial_tokens=tokens,
         formats=tuple(_tried(job, choice, trials, forward) for choice in _choices(job)),
     )

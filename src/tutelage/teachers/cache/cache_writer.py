@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from safetensors.torch import save_file
 
 from tutelage.errors import Stopped, UserError
-from tutelage.files import LockedError, atomic_write, lock, make_directory, stop_signal, write_text
+from tutelage.files import (
+    LockedError,
+    atomic_write,
+    free_bytes,
+    lock,
+    make_directory,
+    stop_signal,
+    write_text,
+)
 from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
 from tutelage.teachers.cache.reader import file_sha256, open_cache
@@ -108,7 +115,7 @@ def _is_finished(path: Path) -> bool:
 def _check_space(job: CacheJob, tokens: int) -> None:
     """Refuse early what does not fit; what compression may save is not known yet."""
     needed = tokens * job.bytes_per_token + job.head_bytes
-    free = shutil.disk_usage(job.plan.path).free
+    free = free_bytes(job.plan.path)
     if needed > free:
         raise UserError(
             f"{job.plan.path}: the cache needs about {needed / 1e6:,.1f} MB more, free are "
