@@ -16,7 +16,7 @@ from tutelage.config.load import load, to_yaml
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
-from tutelage.evals import suite
+from tutelage.evals import evaluate
 from tutelage.evals.contamination import anchored
 from tutelage.files import atomic_directory, check_place, stop_signal, write_text
 from tutelage.models import hub
@@ -95,7 +95,7 @@ def _planned(configs: Sequence[RunConfig]) -> list[Run]:
     runs = [(config, RunDirectory(config.output / run_id(config))) for config in configs]
     _check_distinct(runs)
     for config in configs:
-        suite.check(config)
+        evaluate.check_domains(config)
     return runs
 
 
@@ -103,7 +103,9 @@ def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
     """The runs with something left to do, each once."""
     left: dict[str, Run] = {}
     for config, directory in runs:
-        if directory.is_done() and not suite.missing(config, directory, int(directory.state()["step"])):
+        if directory.is_done() and not evaluate.missing_domains(
+            config, directory, int(directory.state()["step"])
+        ):
             _mark_scored(config, directory)
             watcher.note(f"{directory.path} is finished; nothing to do")
         else:
@@ -153,7 +155,7 @@ def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
 def _announce(student: Student, watcher: Watcher) -> None:
     """Record what runs and where, and tell the user what to know before it does."""
     config, directory = student.config, student.directory
-    notes = [*student.notes, *suite.notes(config, directory)]
+    notes = [*student.notes, *evaluate.domain_notes(config, directory)]
     record = provenance.collect(str(student.world.device)) | {"notes": notes}
     directory.write_config(to_yaml(anchored(config)), record)
     for note in notes:
@@ -171,7 +173,9 @@ def _announce(student: Student, watcher: Watcher) -> None:
 
 def _evaluate(watcher: Watcher, student: Student) -> None:
     """Score a student between two steps; the last scores come from the exported model."""
-    scores = suite.score(student.config, student.directory, student.model, student.step, finished=False)
+    scores = evaluate.score_run(
+        student.config, student.directory, student.model, student.step, finished=False
+    )
     _warn_if_parted(scores, student.directory, watcher)
     bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
     if bits:
@@ -199,7 +203,7 @@ def _score(runs: Sequence[Run], watcher: Watcher) -> None:
         step = int(directory.state()["step"])
         model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
         model.to(hub.pick_device(config.runtime.device))
-        scores = suite.score(config, directory, model, step, finished=True)
+        scores = evaluate.score_run(config, directory, model, step, finished=True)
         _warn_if_parted(scores, directory, watcher)
         _mark_scored(config, directory)
 
@@ -207,7 +211,7 @@ def _score(runs: Sequence[Run], watcher: Watcher) -> None:
 def _warn_if_parted(scores: Sequence[Score], directory: RunDirectory, watcher: Watcher) -> None:
     """Say once in a run's life, and leave in state.json, that held-out and training loss are far apart."""
     state = directory.state()
-    warning = suite.parted(scores, directory)
+    warning = evaluate.loss_gap_warning(scores, directory)
     if warning is not None and state.get("warning") is None:
         watcher.note(f"warning: {directory.id}: {warning}")
         directory.write_state(state["status"], warning=warning)
@@ -216,7 +220,7 @@ def _warn_if_parted(scores: Sequence[Score], directory: RunDirectory, watcher: W
 def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
     """Record that the run is done, and which versions its scores by this evaluation have."""
     known = directory.state().get("evaluations", {})
-    mine = {evaluation_id(config): suite.versions(config, directory)}
+    mine = {evaluation_id(config): evaluate.score_versions(config, directory)}
     if not directory.is_done() or known | mine != known:
         directory.write_state("done", evaluations=known | mine)
 

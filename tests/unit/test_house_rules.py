@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "provenance": set(),
     "bootstrap": set(),
+    "records": set(),
     "files": {"errors"},
     "manifests": {"errors"},
     "config": {"types", "errors"},
@@ -39,9 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "run_directory": _BASE | {"data", "models", "teachers.cache.layout"},
     "train": _BASE | _ROOMS | {"provenance", "run_directory"},
     "evals": _BASE
-    | {"data", "models", "presets", "provenance", "bootstrap", "teachers.cache.layout", "run_directory"},
+    | {"data", "models", "presets", "provenance", "bootstrap", "records", "run_directory"}
+    | {"teachers.cache.layout"},
     "run": _BASE | _ROOMS | {"evals", "provenance", "run_directory", "train"},
-    "study": _BASE | {"data", "models", "presets", "run", "run_directory"},
+    "study": _BASE | {"data", "models", "presets", "records", "run", "run_directory"},
     "analysis": {
         "types",
         "errors",
@@ -133,7 +135,7 @@ def unsafe_loading(tree: ast.AST) -> list[str]:
     ("rule", "offence"),
     [
         (lambda tree: forbidden_imports(tree, "types"), "from tutelage.config.run_config import RunConfig"),
-        (lambda tree: forbidden_imports(tree, "train"), "def f():\n    import tutelage.evals.suite"),
+        (lambda tree: forbidden_imports(tree, "train"), "def f():\n    import tutelage.evals.evaluate"),
         (lambda tree: forbidden_imports(tree, "study"), "from tutelage.train import loop"),
         (lambda tree: forbidden_imports(tree, "study"), "from tutelage import train"),
         (lambda tree: forbidden_imports(tree, "evals"), "from tutelage.run_directories import x"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +85,8 @@ def score(
     domains, stores = select(domain or [], suite, store or [])
     request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
     with EvalBar() as bar:
-        rows, places = evaluate(model, request, bar)
+        scores, places = evaluate(model, request, bar)
+    rows = [asdict(one) for one in scores]
     print_scores(rows, {name: entry.metric for name, entry in domains.items()}, out)
     for warning in score_warnings(rows):
         out.print(f"warning  {warning}", highlight=False, soft_wrap=True)

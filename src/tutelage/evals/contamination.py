@@ -1,8 +1,8 @@
-"""Was a domain's text in the training text? Whole documents are looked up, and 8-grams of words.
+"""Find the texts that a run was trained on, and their overlap with the text of a domain.
 
-Documents that were trained on are not scored. What remains is reported with its share of word 8-grams
-that occur in a training split, and with the number of documents of which at least half do: those are copies
-with changes. Words are runs of letters and digits, in lower case.
+Documents that were trained on are not scored. The other documents are reported with their share of word
+8-grams that occur in a training split, and with the number of documents of which at least half do: those are
+copies with changes. Words are runs of letters and digits, in lower case.
 """
 
 from __future__ import annotations
@@ -33,30 +33,31 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tutelage.data.store import SplitView, Store
-    from tutelage.evals.windows import ScoredDocument
+    from tutelage.data.store import SplitView
     from tutelage.types import Split
+
+    Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingText:
-    """What a run has seen.
+    """The token stores that a run and its teachers were trained on.
 
     Attributes:
-        own: token store of the run; None if it is not where it was, or the model is no run.
-        stores: token stores that the run, and the runs it goes on from, were trained on; its own first.
-        teachers: token stores that only its teachers, or theirs, were trained on.
-        unknown: of what the training text is not known, one sentence each.
+        own: token store of the run; None if it is not where it was, or the model is not a run.
+        stores: training stores of the run and of the runs it continues; its own first.
+        teachers: training stores of its teachers, and of theirs, that are not among `stores`.
+        unknown: one sentence for every model whose training text is not known.
     """
 
-    own: Store | None
-    stores: tuple[Store, ...]
-    teachers: tuple[Store, ...]
-    unknown: tuple[str, ...]
+    own: Store | None = None
+    stores: tuple[Store, ...] = ()
+    teachers: tuple[Store, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 def training_text(config: RunConfig, directory: Path) -> TrainingText:
-    """The texts that a run has seen.
+    """The texts that a run was trained on, and those of its teachers.
 
     Args:
         config: of the run.
@@ -66,27 +67,21 @@ def training_text(config: RunConfig, directory: Path) -> TrainingText:
     own = _stores(_ancestors(config, directory, unknown), unknown)
     seen = {store.fingerprint for store in own}
     taught = _stores(_teachers(config, directory, unknown), unknown)
-    place = store_of(config, directory)
+    path = located(config.data.store, config, directory)
     return TrainingText(
-        own=next((store for store in own if store.path == place), None),
+        own=next((store for store in own if store.path == path), None),
         stores=tuple(own),
         teachers=tuple(store for store in taught if store.fingerprint not in seen),
         unknown=tuple(dict.fromkeys(unknown)),
     )
 
 
-def store_of(config: RunConfig, directory: Path) -> Path:
-    """Where a run's token store lies.
-
-    Relative paths in a run's configuration are relative to where the run was started, which nobody knows any
-    more. But the store lies as far from the run directories as it did then; the same finds it after both were
-    moved together.
-    """
-    return located(config.data.store, config, directory)
-
-
 def located(path: Path, config: RunConfig, directory: Path) -> Path:
-    """A path of a run's configuration, from wherever one is."""
+    """Find a path of a run's configuration from any working directory.
+
+    Relative paths in it are relative to the directory in which the run was started, which is not recorded.
+    But the way from the run directories to the path is the same as then, also after both moved together.
+    """
     if path.is_absolute() and path.exists():
         return path
     return Path(os.path.normpath(directory.absolute().parent / os.path.relpath(path, config.output)))
@@ -97,11 +92,11 @@ _Run = tuple[RunConfig, Path]
 
 
 def _stores(runs: Iterator[_Run], unknown: list[str]) -> list[Store]:
-    """The stores of runs, each once."""
+    """The token stores of runs, each once."""
     found: dict[str, Store] = {}
     for config, directory in runs:
         try:
-            store = open_store(store_of(config, directory))
+            store = open_store(located(config.data.store, config, directory))
         except UserError as error:
             unknown.append(f"overlap with the training text of {directory.name} is not known ({error})")
         else:
@@ -110,7 +105,7 @@ def _stores(runs: Iterator[_Run], unknown: list[str]) -> list[Store]:
 
 
 def _ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterator[_Run]:
-    """A run and those it goes on from."""
+    """A run and the runs it continues."""
     yield config, directory
     if config.model.run is not None:
         start = directory.parent / config.model.run
@@ -124,11 +119,11 @@ def _ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterat
 
 
 def _teachers(config: RunConfig, directory: Path, unknown: list[str]) -> Iterator[_Run]:
-    """Runs that taught a run or one that it goes on from, with all that is behind those."""
+    """The teachers of a run and of the runs it continues, and the runs and teachers behind those."""
     for one, place in _ancestors(config, directory, []):
         teacher = one.teacher
-        kind, name = (None, "") if teacher is None else _source(teacher, one, place)
-        if kind is None:
+        kind, name = _source(teacher, one, place)
+        if kind not in {"run", "model"}:
             continue
         start = place.parent / name if kind == "run" else located(Path(name), one, place).parent
         if (found := _run(start, f"{name}, which taught {place.name}", unknown)) is not None:
@@ -136,23 +131,24 @@ def _teachers(config: RunConfig, directory: Path, unknown: list[str]) -> Iterato
             yield from _teachers(*found, unknown)
 
 
-def _source(teacher: object, config: RunConfig, directory: Path) -> tuple[str | None, str]:
-    """What a teacher is, "run" or "model", and its name; None for controls."""
-    if isinstance(teacher, RunTeacher):
-        return "run", teacher.run
-    if isinstance(teacher, ModelTeacher):
-        return "model", teacher.path
-    if isinstance(teacher, CacheTeacher):
-        try:
-            record = read_cache_manifest(located(teacher.path, config, directory)).teacher
-        except UserError:
-            return "model", str(teacher.path)
-        return (record.kind, record.id) if record.kind in {"run", "model"} else (None, "")
-    return None, ""
+def _source(teacher: object, config: RunConfig, directory: Path) -> tuple[str, str]:
+    """The kind of a teacher, and the id of a run or the path of a model."""
+    match teacher:
+        case RunTeacher(run=run):
+            return "run", run
+        case ModelTeacher(path=path):
+            return "model", path
+        case CacheTeacher(path=path):
+            try:
+                record = read_cache_manifest(located(path, config, directory)).teacher
+            except UserError:
+                return "model", str(path)
+            return record.kind, record.id
+    return "control", ""
 
 
 def _run(path: Path, what: str, unknown: list[str]) -> _Run | None:
-    """The run in a directory; None if there is none, which is noted."""
+    """The run in a directory; None, and a sentence in `unknown`, if there is none."""
     try:
         return load(RunConfig, path / "config.yaml"), path
     except UserError as error:
@@ -161,9 +157,9 @@ def _run(path: Path, what: str, unknown: list[str]) -> _Run | None:
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """The configuration as it is to be written down, so that `store_of` and its like find what it names.
+    """The configuration as a run directory keeps it, so that `located` finds its paths.
 
-    Where run directories have an absolute path, what lies relative to the working directory gets one too.
+    Where the output directory is absolute, paths relative to the working directory become absolute too.
     """
     if not config.output.is_absolute():
         return config
@@ -179,41 +175,41 @@ def anchored(config: RunConfig) -> RunConfig:
 
 
 GRAM = 8
-"""Words in a row that count as copied when they occur in the training text."""
+"""Number of consecutive words that count as copied if they occur in the training text."""
 
 TRAINING_BYTES = 100_000_000
-"""8-grams are looked up in whole training documents, evenly spread, of about this much text in all."""
+"""About as much training text is searched for 8-grams, in whole documents, evenly spread."""
 
 _WORD = re.compile(r"\w+")
-_DECODE = 256  # documents turned back into text at once
+_DECODE = 256  # documents decoded at once
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 DomainSplit = tuple[str, "Split"]
 """A domain's name and the split."""
 
 Places = frozenset[int]
-"""Places of documents in a split."""
+"""Indices of documents in a split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contamination:
-    """How much of one split of a domain was trained on.
+    """The overlap of one split of a domain with training text.
 
     Attributes:
-        documents: documents that hold any token.
-        trained_on: places, in the split, of those that are documents of the training split as well.
-        grams_N: 8-grams of each scored document.
-        copied_N: how many of them occur in the training split.
+        documents: number of documents that are not empty.
+        trained_on: places of documents that are in the training split too.
+        grams_N: number of 8-grams of each scored document.
+        copied_N: number of them that occur in the training split.
     """
 
     documents: int
     trained_on: Places
-    grams_N: NDArray[np.int64]
-    copied_N: NDArray[np.int64]
+    grams_N: Ints
+    copied_N: Ints
 
     @property
     def near(self) -> int:
-        """Scored documents of whose 8-grams at least half occur in the training split."""
+        """Number of scored documents of whose 8-grams at least half occur in the training split."""
         return int(((self.grams_N > 0) & (2 * self.copied_N >= self.grams_N)).sum())
 
 
@@ -223,9 +219,9 @@ def trained_on(
     """Places, per domain and split, of documents that are in a training split, token for token.
 
     Args:
-        training: stores the model was trained on.
-        domains: stores with the same tokenizer.
-        cache: directory where the answer is kept for the next model with the same training stores.
+        training: stores that the model was trained on.
+        domains: stores with the same tokenizer, by name.
+        cache: directory of results, for the next model with the same training stores.
     """
     keys: list[DomainSplit] = [(name, split) for name in domains for split in SCORED]
     fingerprints = sorted(store.fingerprint for store in training)
@@ -243,13 +239,13 @@ def trained_on(
     return dict(zip(keys, map(frozenset, json.loads(path.read_text(encoding="utf-8"))), strict=True))
 
 
-def _lengths(view: SplitView) -> NDArray[np.int64]:
+def _lengths(view: SplitView) -> Ints:
     starts = view.offsets[:, 0].astype(np.int64)
     return starts[1:] - starts[:-1]
 
 
-def _digests(view: SplitView, lengths: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
-    """Place and digest of every document that is as long as one of `lengths`; others need not be read."""
+def _digests(view: SplitView, lengths: Ints) -> Iterator[tuple[int, bytes]]:
+    """Place and digest of every document whose length is one of `lengths`; others cannot be equal."""
     starts = view.offsets[:, 0].astype(np.int64)
     for i in np.flatnonzero(np.isin(_lengths(view), lengths)).tolist():
         text = view.tokens[starts[i] : starts[i + 1]].tobytes()
@@ -257,38 +253,36 @@ def _digests(view: SplitView, lengths: NDArray[np.int64]) -> Iterator[tuple[int,
 
 
 def copied_grams(
-    training: Sequence[Store], documents: Mapping[DomainSplit, list[ScoredDocument]], cache: Path
-) -> dict[DomainSplit, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """8-grams of every document and how many of them occur in the training split.
+    training: Sequence[Store], texts: Mapping[DomainSplit, Sequence[Ints]], cache: Path
+) -> dict[DomainSplit, tuple[Ints, Ints]]:
+    """Count the 8-grams of every document, and those that occur in the training split.
 
     Args:
-        training: stores the model was trained on.
-        documents: what is scored, per domain and split, in the tokens of the same tokenizer.
-        cache: directory where the answer is kept.
+        training: stores that the model was trained on.
+        texts: ids of every scored document, per domain and split, by the same tokenizer.
+        cache: directory of results.
 
     Returns:
-        Per key, the number of 8-grams and of copied ones, one of each per document.
+        The two counts of each document, per domain and split.
     """
     fingerprints = sorted(store.fingerprint for store in training)
     identity = hashlib.sha256(json.dumps([fingerprints, GRAM, TRAINING_BYTES]).encode())
-    for group in documents.values():
-        for document in group:
-            identity.update(document.tokens_N.tobytes() + b"\0")
+    for group in texts.values():
+        for tokens_N in group:
+            identity.update(tokens_N.tobytes() + b"\0")
         identity.update(b"\1")
     path = cache / f"copied-grams-{identity.hexdigest()[:16]}.json"
     if not path.exists():
-        counts = _count(training, list(documents.values()))
+        counts = _count(training, list(texts.values()))
         write_json(make_directory(cache) / path.name, [[x.tolist() for x in pair] for pair in counts])
     read = json.loads(path.read_text(encoding="utf-8"))
-    return {key: (np.array(n), np.array(m)) for key, (n, m) in zip(documents, read, strict=True)}
+    return {key: (np.array(n), np.array(m)) for key, (n, m) in zip(texts, read, strict=True)}
 
 
-def _count(
-    training: Sequence[Store], groups: list[list[ScoredDocument]]
-) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _count(training: Sequence[Store], groups: Sequence[Sequence[Ints]]) -> list[tuple[Ints, Ints]]:
     tokenizer = Tokenizer.from_file(str(training[0].path / "tokenizer.json"))
     ids: dict[str, int] = {}
-    texts = [tokenizer.decode_batch([document.tokens_N.tolist() for document in group]) for group in groups]
+    texts = [tokenizer.decode_batch([tokens_N.tolist() for tokens_N in group]) for group in groups]
     grams = [
         [_grams([ids.setdefault(word, len(ids) + 1) for word in _words(text)]) for text in group]
         for group in texts
@@ -316,7 +310,7 @@ def _words(text: str) -> list[str]:
 
 
 def _grams(words: list[int]) -> NDArray[np.uint64]:
-    """A 64-bit hash of every 8 words in a row; rows with a word of no domain (0) are left out."""
+    """A 64-bit hash of every 8 consecutive words; those with a word of no domain (0) are left out."""
     ids_N = np.array(words, np.uint64)
     if len(ids_N) < GRAM:
         return np.zeros(0, np.uint64)

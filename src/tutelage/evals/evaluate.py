@@ -1,17 +1,19 @@
-"""`tutelage eval`: models on domains; what was scored before is not scored again."""
+"""Score models on texts, for `tutelage eval score` and for runs; existing scores are not computed again."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tutelage.config.base import refuse_alike
 from tutelage.config.load import load as load_config
-from tutelage.config.run_config import RunConfig
+from tutelage.config.run_config import EvalDomain, RunConfig
 from tutelage.data.store import Store, open_store
-from tutelage.data.store_manifest import remarks
+from tutelage.data.store_manifest import SCORED, not_comparable, remarks
+from tutelage.data.tokenizer import tokenizer_json
 from tutelage.data.tokenizer_comparison import check_text_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.contamination import TrainingText, training_text
@@ -25,7 +27,7 @@ from tutelage.evals.domains import (
     find_domain,
 )
 from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer, find_models
-from tutelage.evals.score_files import read_scores
+from tutelage.evals.score_files import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, save_scores, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
 from tutelage.files import lock, make_directory
@@ -37,16 +39,17 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     import torch
+    from transformers import PreTrainedModel
 
     from tutelage.data.store_writer import Progress
-    from tutelage.types import Role
-
+    from tutelage.run_directory import RunDirectory
+    from tutelage.types import Role, Score
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class EvalWatcher(Protocol):
-    """Who is told how an evaluation goes."""
+    """Receives the progress of an evaluation."""
 
     def store(self, stage: str, done: int) -> None:
         """`done` bytes of text have gone through `stage` of a token store."""
@@ -63,14 +66,14 @@ class EvalWatcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """What to score models on.
+    """The texts and settings of an evaluation.
 
     Attributes:
         domains: named domains.
-        stores: token stores by the name they are to have; made with the models' tokenizer.
-        output: where token stores, and scores of models that are no run, go.
-        max_documents: documents per domain and split; None: as the suite says.
-        max_tokens: tokens per document, from its beginning; None: as the suite says.
+        stores: token stores by the name of their scores; made with the models' tokenizer.
+        output: directory of token stores, and of scores of models that are not runs.
+        max_documents: documents per domain and split; None: the number of the suites.
+        max_tokens: tokens per document, from its beginning; None: the number of the suites.
         device: auto, cpu, cuda or mps.
     """
 
@@ -85,7 +88,7 @@ class EvalRequest:
 def select(
     domains: Sequence[str], suite: str | None, stores: Sequence[str]
 ) -> tuple[dict[str, Domain], dict[str, Path]]:
-    """Domains and token stores out of what a user typed; nothing typed means the offline suite.
+    """Find the domains and token stores that a user names; without any, the offline suite.
 
     Args:
         domains: names.
@@ -97,9 +100,8 @@ def select(
     """
     if suite not in (None, "offline", "paper"):
         raise UserError(f"--suite {suite}: no such suite; choose offline or paper")
+    suite = suite if suite or domains or stores else "offline"
     chosen = {name: entry for name, entry in DOMAINS.items() if entry.suite == suite}
-    if suite is None and not domains and not stores:
-        chosen = {name: entry for name, entry in DOMAINS.items() if entry.suite == "offline"}
     paths: dict[str, Path] = {}
     for text in stores:
         name, _, path = text.partition("=")
@@ -125,55 +127,52 @@ def select(
 
 def evaluate(
     models: Sequence[str], request: EvalRequest, watcher: EvalWatcher
-) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Score every model on every domain, and write the scores beside each model's run.
+) -> tuple[list[Score], list[Path]]:
+    """Score every model on every domain, and write the scores to each model's directory.
 
     Args:
         models: run directories, model directories or names on the Hub.
         request: domains and settings.
-        watcher: is told how it goes.
+        watcher: receives progress.
 
     Returns:
-        All rows of the request, models and domains in order, also those that were there before; and the
-        files they are in.
+        All scores of the request, by model and domain, existing ones included; and the files they are in.
 
     Raises:
-        UserError: something in the input is wrong; whatever can be known is said before anything is computed.
+        UserError: an input is wrong; before any compute where that can be known.
     """
     device = pick_device(request.device)
-    evaluated_models = find_models(models, request.output)
+    found = find_models(models, request.output)
     check_sources(request.domains)
-    for evaluated in evaluated_models:
-        _check(evaluated, request)
-    rows = [row for evaluated in evaluated_models for row in _evaluated(evaluated, request, device, watcher)]
-    return rows, [evaluated.scores for evaluated in evaluated_models]
-
-
-def _check(evaluated: EvaluatedModel, request: EvalRequest) -> None:
-    """Refuse before any compute what cannot work."""
-    tokenizer = check_tokenizer(evaluated)
-    for name, path in request.stores.items():
-        store = open_store(path)
-        check_text_tokenizer(f"store {name}: {evaluated.model}", tokenizer.json, store)
-        check_splits(name, store)
+    for evaluated in found:
+        tokenizer = check_tokenizer(evaluated)
+        for name, path in request.stores.items():
+            store = open_store(path)
+            check_text_tokenizer(f"store {name}: {evaluated.model}", tokenizer.json, store)
+            check_splits(name, store)
+    scores = [score for evaluated in found for score in _evaluated(evaluated, request, device, watcher)]
+    return scores, [evaluated.scores for evaluated in found]
 
 
 def _evaluated(
     evaluated: EvaluatedModel, request: EvalRequest, device: torch.device, watcher: EvalWatcher
-) -> list[dict[str, Any]]:
-    """The rows of one model; its directory is held meanwhile."""
+) -> list[Score]:
+    """The scores of one model, whose directory is locked meanwhile."""
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
-        text = _training_text(evaluated)
+        text = TrainingText()
+        if evaluated.training_store is not None:
+            config = load_config(RunConfig, evaluated.output / "config.yaml")
+            text = training_text(config, evaluated.output)
         for sentence in text.unknown:
             watcher.note(f"{evaluated.id}: {sentence}")
         targets, training = _targets(evaluated, request, text, watcher.store)
         found = read_scores(evaluated.scores)
         _name_old_scores(evaluated, found, {target.name for target in targets}, watcher)
         there = {
-            (row["domain"], row["version"], row["step"])
+            (row.domain, row.version, row.step)
             for row in found
-            if not text.stores or row["metric"] == "overlap_documents"  # made while the text was not known
+            if not text.stores or row.metric == "overlap_documents"  # else made before the text was known
         }
         todo = [target for target in targets if (target.name, target.version, evaluated.step) not in there]
         if todo:
@@ -189,22 +188,22 @@ def _evaluated(
             for line in remarks(target.store.manifest):
                 watcher.note(f"{target.name}: {line}")
             save_scores(evaluated, target, score_domain(model, evaluated, target, in_domain, watcher.advance))
-    rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {
+    rows: dict[tuple[str, str, int], list[Score]] = {
         (target.name, target.version, evaluated.step): [] for target in targets
     }
     for row in read_scores(evaluated.scores):
-        rows.get((row["domain"], row["version"], row["step"]), []).append(row)
+        rows.get((row.domain, row.version, row.step), []).append(row)
     return [row for found in rows.values() for row in found]
 
 
 def _name_old_scores(
     evaluated: EvaluatedModel,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Score],
     domains: Collection[str],
     watcher: EvalWatcher,
 ) -> None:
-    """Say which scores of the request are not shown because documents were scored otherwise."""
-    old = {row["domain"]: scoring_version(row["version"]) for row in rows if row["domain"] in domains}
+    """Note which scores of the request are left out because another scoring version made them."""
+    old = {row.domain: scoring_version(row.version) for row in rows if row.domain in domains}
     old = {domain: made_by for domain, made_by in old.items() if made_by != SCORING_VERSION}
     if old:
         watcher.note(
@@ -213,17 +212,10 @@ def _name_old_scores(
         )
 
 
-def _training_text(evaluated: EvaluatedModel) -> TrainingText:
-    """What a run was trained on; of other models nothing is known."""
-    if evaluated.training_store is None:
-        return TrainingText(None, (), (), ())
-    return training_text(load_config(RunConfig, evaluated.output / "config.yaml"), evaluated.output)
-
-
 def _targets(
     evaluated: EvaluatedModel, request: EvalRequest, text: TrainingText, progress: Progress
 ) -> tuple[list[Target], Target | None]:
-    """Every domain in the model's tokens, with what it was trained on left out; and its own training text."""
+    """Every domain in the model's tokens, without documents of its training text; and that text itself."""
     targets = []
     for name, domain in request.domains.items():
         store = domain_store(name, domain, evaluated.model, request.output / "stores", progress)
@@ -240,7 +232,7 @@ def _targets(
 def _target(
     evaluated: EvaluatedModel, request: EvalRequest, name: str, store: Store, role: Role, factor: float = 1.0
 ) -> Target:
-    """A text in the windows that suit the model, `factor` times as long as it was trained on."""
+    """A text in windows `factor` times the trained length, or the suites' context if that is shorter."""
     context = round(min(evaluated.context, SUITES.context) * factor)
     return Target(
         name=name,
@@ -251,3 +243,127 @@ def _target(
         max_documents=request.max_documents or SUITES.max_documents,
         max_tokens=request.max_tokens or SUITES.max_tokens,
     )
+
+
+_FAR_APART = 1.0
+"""Nats per token between training and held-out loss from which a run gets a warning."""
+
+
+def check_domains(config: RunConfig) -> None:
+    """Raise `UserError` before training if a domain cannot be scored after it."""
+    own = tokenizer_json(config.data.store)
+    for domain in config.eval.domains:
+        store = open_store(domain.store)
+        check_text_tokenizer(f"eval domain {domain.name}: {config.data.store}", own, store)
+        check_splits(domain.name, store)
+
+
+def domain_notes(config: RunConfig, directory: RunDirectory) -> list[str]:
+    """Sentences about a run's domains and training text that a reader of its scores should know."""
+    changed = {
+        domain.name: not_comparable(open_store(domain.store).manifest) for domain in config.eval.domains
+    }
+    unknown = training_text(config, directory.path).unknown if config.eval.domains else ()
+    return [*unknown, *(f"domain {name}: {note}" for name, note in changed.items() if note is not None)]
+
+
+def score_versions(config: RunConfig, directory: RunDirectory) -> dict[str, str]:
+    """Version of a run's scores of each domain, by its name: identity of the text and settings."""
+    targets = _run_targets(config, config.eval.domains, training_text(config, directory.path))
+    return {target.name: target.version for target in targets}
+
+
+def missing_domains(config: RunConfig, directory: RunDirectory, step: int) -> list[EvalDomain]:
+    """Domains of `config` of which `directory` lacks a score of a split after `step` steps."""
+    scores = read_scores(directory.scores)
+    there = {(score.domain, score.split, score.version) for score in scores if score.step == step}
+    known = score_versions(config, directory)
+    return [
+        domain
+        for domain in config.eval.domains
+        if any((domain.name, split, known[domain.name]) not in there for split in SCORED)
+    ]
+
+
+def score_run(
+    config: RunConfig, directory: RunDirectory, model: PreTrainedModel, step: int, *, finished: bool
+) -> list[Score]:
+    """Compute and append the scores of a run that are missing after `step` steps.
+
+    Args:
+        config: names the domains.
+        directory: of the run.
+        model: its model after `step` steps; left in eval mode.
+        step: optimizer steps it has taken.
+        finished: the model is the run's last, of which losses of documents and calibration are kept too.
+
+    Returns:
+        The new scores.
+    """
+    domains = missing_domains(config, directory, step)
+    evaluated = EvaluatedModel(
+        id=directory.id,
+        model=directory.model,
+        revision=None,
+        step=step,
+        tokens=step * config.global_batch_tokens,
+        context=config.data.sequence_length,
+        output=directory.path,
+        training_store=config.data.store,
+    )
+    own = EvalDomain(name=TRAINING_TEXT, store=config.data.store, role="in_domain")
+    text = training_text(config, directory.path)
+    training, *targets = _run_targets(config, [own, *domains], text)
+    in_domain = InDomain(model, training)
+    scores: list[Score] = []
+    for target in with_contamination(targets, text, _overlap_cache(config)):
+        found = score_domain(model, evaluated, target, in_domain)
+        if finished:
+            save_scores(evaluated, target, found)
+        else:
+            add_scores(evaluated.scores, found.scores)
+        scores += found.scores
+    return scores
+
+
+def loss_gap_warning(scores: Sequence[Score], directory: RunDirectory) -> str | None:
+    """A sentence if the loss on held-out text of the training distribution is far from the training loss.
+
+    Args:
+        scores: new ones of the run, of its latest step.
+        directory: of the run, whose metrics have its recent training loss.
+    """
+    training = directory.recent_ce()
+    for score in scores:
+        measured = score.role, score.split, score.metric
+        if training is None or measured != ("in_domain", "validation", "perplexity"):
+            continue
+        held_out = math.log(score.value)
+        if abs(held_out - training) > _FAR_APART:
+            return (
+                f"step {score.step:,}: {held_out:.2f} nats per token on held-out text of {score.domain}, "
+                f"{training:.2f} lately in training; more than {_FAR_APART:g} apart: the model knows its "
+                "text by heart, or the held-out text is of another kind or in other tokens"
+            )
+    return None
+
+
+def _run_targets(config: RunConfig, domains: Sequence[EvalDomain], text: TrainingText) -> list[Target]:
+    targets = [
+        Target(
+            name=domain.name,
+            role=domain.role,
+            store=open_store(domain.store),
+            context=config.data.sequence_length,
+            stride=config.data.sequence_length,
+            max_documents=config.eval.max_documents,
+            max_tokens=config.eval.max_tokens,
+        )
+        for domain in domains
+    ]
+    return without_training_text(targets, text, _overlap_cache(config))
+
+
+def _overlap_cache(config: RunConfig) -> Path:
+    """Directory of what the runs of an output directory found out about their texts."""
+    return config.output.parent / "overlap"

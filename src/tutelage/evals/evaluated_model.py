@@ -1,4 +1,4 @@
-"""What is evaluated: a run of ours or any Hugging Face model, and where its scores go."""
+"""Find a model to evaluate, a run or any Hugging Face model, and the directory of its scores."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage import provenance
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
 from tutelage.data.tokenizer import TextTokenizer, load_tokenizer
 from tutelage.data.tokenizer_comparison import check_rows
 from tutelage.errors import UserError, one_line
-from tutelage.evals.contamination import store_of
+from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
 from tutelage.models.hub import weights_fingerprint
 from tutelage.models.positions import trained_length
 from tutelage.run_directory import RunDirectory
-from tutelage.types import TOKENIZER_FILES
+from tutelage.types import TOKENIZER_FILES, Score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PretrainedConfig
+
+    from tutelage.evals.token_scores import ScoreEstimate
+    from tutelage.types import ScoreRole, Split
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _NEEDED = ("*.json", "*.safetensors", *TOKENIZER_FILES)
@@ -71,6 +75,39 @@ class EvaluatedModel:
     def calibration(self) -> Path:
         """Fits and reliability curves behind the scores, by domain."""
         return self.output / "calibration.json"
+
+    def score(
+        self,
+        domain: str,
+        role: ScoreRole,
+        split: Split,
+        metric: str,
+        estimate: ScoreEstimate,
+        n: int,
+        version: str,
+        *,
+        higher_is_better: bool = False,
+        fit_error: float | None = None,
+    ) -> Score:
+        """A score of this model, with the code version that measured it."""
+        return Score(
+            run=self.id,
+            step=self.step,
+            tokens=self.tokens,
+            domain=domain,
+            role=role,
+            split=split,
+            metric=metric,
+            value=estimate.value,
+            stderr=estimate.stderr,
+            n=n,
+            higher_is_better=higher_is_better,
+            version=version,
+            low=estimate.low,
+            high=estimate.high,
+            fit_error=fit_error,
+            code=provenance.code(),
+        )
 
 
 def find_model(argument: str, output: Path, revision: str | None = None) -> EvaluatedModel:
@@ -136,7 +173,7 @@ def _run(path: Path) -> EvaluatedModel:
         tokens=int(state["tokens"]),
         context=config.data.sequence_length,
         output=directory.path,
-        training_store=store_of(config, directory.path),
+        training_store=located(config.data.store, config, directory.path),
     )
 
 

@@ -1,9 +1,9 @@
-"""Downstream tasks through lm-eval's own evaluator, with its model class on the exported directory.
+"""Score downstream tasks with lm-eval's evaluator, on the exported model directory.
 
-`lm_eval --model hf --model_args pretrained=DIR,max_length=C` gives the same numbers, but for texts that are
-scored from their beginning and for heads with padded rows (`tutelage.evals.lm_eval_model`). A task is a name
-of lm-eval's, one of the paper's sixteen with the paper's shots and metric, comes inside a package
-(`tutelage.evals.lm_eval_tasks`) or is built from held-out text (`tutelage.evals.lm_eval_tasks`).
+`lm_eval --model hf --model_args pretrained=DIR,max_length=C` gives the same numbers, except for texts that
+are scored from their beginning and for heads with padded rows (`tutelage.evals.lm_eval_model`). A task is a
+name of lm-eval's (the paper's sixteen get the paper's shots and metric), comes inside a package, or is built
+from held-out text (`tutelage.evals.lm_eval_tasks`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer
 
-from tutelage import provenance
 from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.domains import check_sources, domain_store, find_domain
-from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer
+from tutelage.evals.evaluated_model import check_tokenizer
 from tutelage.evals.lm_eval_tasks import (
     KINDS,
     PACKAGE_TASKS,
@@ -34,10 +33,10 @@ from tutelage.evals.lm_eval_tasks import (
     build_task,
     held_out_texts,
 )
-from tutelage.evals.score_files import add_scores, read_scores, version_of
+from tutelage.evals.score_files import add_scores, known_scores, version_of
+from tutelage.evals.token_scores import ScoreEstimate
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import pick_device
-from tutelage.types import Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
 
     from tutelage.data.store import Store
+    from tutelage.evals.evaluated_model import EvaluatedModel
+    from tutelage.types import Score
 
 _SEED = 1234  # lm-eval's own, so that few-shot examples are those of its command line
 _BOOTSTRAP = 1000
@@ -56,12 +57,12 @@ _OFFLINE = (*KINDS, *PACKAGE_TASKS)
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A task with its data loaded, and which measurement it is.
+    """A task with its data loaded.
 
     Attributes:
-        name: becomes the score's domain.
-        loaded: what lm-eval evaluates: tasks, and the group they form, if any.
-        metric: the only one to keep; None for all.
+        name: domain of the scores.
+        loaded: the tasks for lm-eval, and the group they form, if any.
+        metric: the only metric to keep; None for all.
         version: covers every text that the model is shown and every right answer.
     """
 
@@ -85,9 +86,9 @@ def run_downstream(
     device: str = "auto",
     stores: Path = Path("evals/stores"),
 ) -> list[Score]:
-    """Score a model on tasks and append what is new to its `scores.jsonl`, task by task.
+    """Score a model on tasks and append new scores to its `scores.jsonl`, task by task.
 
-    What is there already, of the same version, is not evaluated again.
+    Existing scores of the same version are not computed again.
 
     Args:
         evaluated: the model; its trained context is lm-eval's `max_length`.
@@ -96,16 +97,16 @@ def run_downstream(
             training store, or of any domain or token store: "continuation:kjv",
             "continuation:stores/speeches-1a2b3c4d".
         limit: questions per task, the first ones; None for all.
-        batch_size: of the model's forward passes; scores do not depend on it, but for rounding.
+        batch_size: of the forward passes; scores depend on it by rounding alone.
         device: auto, cpu, cuda or mps.
-        stores: directory where token stores of domains are kept.
+        stores: directory of the token stores of domains.
 
     Returns:
-        The scores of these tasks, in their order, those that were there before too.
+        The scores of these tasks, in their order, existing ones included.
 
     Raises:
-        UserError: lm-eval is missing, a task is unknown or its data cannot be had, or the model's tokenizer
-            does not fit it; before any compute.
+        UserError: lm-eval is missing, a task is unknown, its data cannot be loaded, or the model's tokenizer
+            is incompatible with it; before any compute.
     """
     _check_installed()
     check_tokenizer(evaluated)
@@ -119,15 +120,10 @@ def run_downstream(
         _check_different(built)
         _check_known(names, manager)
         prepared = [_prepared(name, manager, limit) for name in names]
-        there = read_scores(evaluated.scores)
         model: HFLM | None = None
         scores: list[Score] = []
         for task in prepared:
-            found = [
-                Score(**row)
-                for row in there
-                if (row["version"], row["step"]) == (task.version, evaluated.step)
-            ]
+            found = known_scores(evaluated.scores, task.version, evaluated.step)
             if not found:
                 model = model or _model(evaluated, batch_size, chosen)
                 found = list(_scores(evaluated, task, model, limit))
@@ -183,7 +179,7 @@ def _text(evaluated: EvaluatedModel, task: str, where: str, stores: Path) -> Sto
 
 
 def _check_different(built: dict[str, BuiltTask]) -> None:
-    """lm-eval tells tasks apart by name only."""
+    """Raise `UserError` for two tasks of one name, which lm-eval could not tell apart."""
     seen: dict[str, BuiltTask] = {}
     for asked, task in built.items():
         if seen.setdefault(task.name, task) != task:
@@ -191,7 +187,7 @@ def _check_different(built: dict[str, BuiltTask]) -> None:
 
 
 def _manager(directories: list[Path], *, defaults: bool) -> TaskManager:
-    """lm-eval's index of tasks; its own fourteen thousand take seconds to read."""
+    """lm-eval's index of tasks; its own 14,000 take seconds to read."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an extra, and slow to import
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -207,7 +203,7 @@ def _check_known(names: Sequence[str], manager: TaskManager) -> None:
 
 
 def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
-    """Load a task's data, and fix its shots and its version."""
+    """Load a task's data, and set its shots and version."""
     from datasets import disable_progress_bars  # noqa: PLC0415 - an extra, and slow to import
     from datasets.exceptions import DatasetsError  # noqa: PLC0415 - the same
 
@@ -236,7 +232,7 @@ def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
 
 
 def _shown(task: Task, limit: int | None) -> list[str]:
-    """Version and metrics, and a digest of every question as the model sees it and of what is right."""
+    """Version and metrics, and a digest of every question as the model sees it and of every answer."""
     task.set_fewshot_seed(seed=_SEED)
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     metrics = sorted(task.higher_is_better())
@@ -269,29 +265,21 @@ def _scores(evaluated: EvaluatedModel, task: _Prepared, model: HFLM, limit: int 
     names = [task.name] if task.name in found["results"] else [leaf.task_name for leaf in task.leaves]
     for name in names:
         row, directions = found["results"][name], found["higher_is_better"][name]
-        for metric, filtered, value, stderr in _metrics(row):
+        for metric, filtered, estimate in _metrics(row):
             if task.metric in (None, metric):
-                yield Score(
-                    run=evaluated.id,
-                    step=evaluated.step,
-                    tokens=evaluated.tokens,
-                    domain=name,
-                    role="downstream",
-                    split="test",
-                    metric=metric if filtered == "none" else f"{metric},{filtered}",
-                    value=value,
-                    stderr=stderr,
-                    n=int(row["sample_len"]),
-                    higher_is_better=directions.get(metric) is not False,
-                    version=task.version,
-                    code=provenance.code(),
+                full_name = metric if filtered == "none" else f"{metric},{filtered}"
+                better = directions.get(metric) is not False
+                n, version = int(row["sample_len"]), task.version
+                yield evaluated.score(
+                    name, "downstream", "test", full_name, estimate, n, version, higher_is_better=better
                 )
 
 
-def _metrics(row: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
-    """(metric, filter, value, standard error) from keys such as "acc,none" and "acc_stderr,none"."""
+def _metrics(row: dict[str, Any]) -> Iterator[tuple[str, str, ScoreEstimate]]:
+    """(metric, filter, estimate) from keys such as "acc,none" and "acc_stderr,none"."""
     for key, value in row.items():
         metric, comma, filtered = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = row.get(f"{metric}_stderr,{filtered}")
-            yield metric, filtered, float(value), float(stderr) if isinstance(stderr, float) else float("nan")
+            error = float(stderr) if isinstance(stderr, float) else float("nan")
+            yield metric, filtered, ScoreEstimate(float(value), error)

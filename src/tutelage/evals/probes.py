@@ -1,7 +1,7 @@
-"""Probes: copying in context, how a model's drafts would fare with a teacher, and samples for people to read.
+"""Probe models: copying in context, acceptance of a model's drafts by a teacher, and samples to read.
 
-They need a token store made with the model's tokenizer: its training split says which ids are in use, its
-test split is the text.
+The probes need a token store made with the model's tokenizer: its training split tells which ids are in use,
+its test split is the text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import textwrap
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,116 +16,28 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from tokenizers import Tokenizer
 
-from tutelage import provenance
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_text_tokenizer
 from tutelage.errors import UserError
-from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer
-from tutelage.evals.score_files import add_scores, read_scores, version_of
-from tutelage.evals.token_scores import ScoreEstimate, ratio
+from tutelage.evals.evaluated_model import check_tokenizer
+from tutelage.evals.score_files import add_scores, known_scores, version_of
+from tutelage.evals.token_scores import NextTokenModel, ScoreEstimate, ratio
 from tutelage.evals.windows import FORWARD_TOKENS, read_documents, window_batches
 from tutelage.files import lock, make_directory, write_json, write_text
-from tutelage.models.hub import body_and_head, head_logits, load, logit_transform, pick_device
-from tutelage.types import COPYING, IGNORE_INDEX, PLAIN, Score
+from tutelage.models.hub import body_and_head, load, pick_device
+from tutelage.types import COPYING, PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tutelage.data.store import Store
     from tutelage.evals.evaluated_model import EvaluatedModel
     from tutelage.evals.windows import ScoredDocument
-
-_PROMPTS, _DRAWS = 4, 2
-_PROMPT_TOKENS, _NEW_TOKENS = 48, 64
-
-
-def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedModel) -> None:
-    """Write `samples.json` and `samples.md`: prompts, how the text goes on, greedy and drawn continuations.
-
-    Drawn continuations are seeded, at temperature 1 from the whole distribution over the tokenizer's ids. In
-    front of a prompt the model sees what begins a document. Files of the same model, text and settings are
-    left as they are.
-
-    Args:
-        model: the loaded model of `evaluated`.
-        store: its test split gives the prompts; made with the model's tokenizer.
-        evaluated: whose output directory the files go to.
-    """
-    room = evaluated.context - len(store.begin_ids)
-    prompt = min(_PROMPT_TOKENS, room // 2)
-    new = min(_NEW_TOKENS, room - prompt)
-    version = version_of([store.fingerprint, evaluated.id, evaluated.step, prompt, new, _PROMPTS, _DRAWS])
-    path = evaluated.output / "samples.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["version"] == version:
-        return
-    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
-    samples = []
-    for tokens_N in _excerpts(store, prompt + new):
-        ids = [
-            tokens_N[:prompt],
-            tokens_N[prompt:],
-            *_continuations(model, [*store.begin_ids, *tokens_N[:prompt]], new, store),
-        ]
-        texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
-        samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
-    title = f"{evaluated.id}, step {evaluated.step}"
-    write_text(evaluated.samples, _page(title, samples))
-    write_json(path, {"version": version, "model": evaluated.id, "step": evaluated.step, "samples": samples})
-
-
-def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
-    """Ids that the head has and the tokenizer has not, as generation wants them: None if there are none."""
-    return [*range(vocab_size, model.get_output_embeddings().weight.shape[0])] or None
-
-
-def _excerpts(store: Store, length: int) -> list[list[int]]:
-    """The middle of the first test documents that are long enough; beginnings are often all alike."""
-    view = store.split("test")
-    bounds = itertools.pairwise(view.offsets[:, 0].astype(np.int64).tolist())
-    starts = [(start + end - length) // 2 for start, end in bounds if end - start > length]
-    return [view.tokens[start : start + length].tolist() for start in starts[:_PROMPTS]]
-
-
-def _continuations(model: PreTrainedModel, prompt: list[int], new: int, store: Store) -> list[list[int]]:
-    """Greedy, then drawn; the global random state is left as it was."""
-    tokens_BT = torch.tensor([prompt], device=model.device)
-    fixed: dict[str, Any] = {
-        "attention_mask": torch.ones_like(tokens_BT),
-        "max_new_tokens": new,
-        "eos_token_id": store.eos_id,
-        "pad_token_id": store.eos_id,
-        "suppress_tokens": padded_ids(model, store.vocab_size),
-    }
-    devices = [model.device] if model.device.type == "cuda" else []
-    found = [model.generate(tokens_BT, do_sample=False, **fixed)]
-    with torch.random.fork_rng(devices):
-        for draw in range(_DRAWS):
-            torch.manual_seed(draw)
-            found.append(
-                model.generate(tokens_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **fixed)
-            )
-    return [tokens_BT[0, len(prompt) :].tolist() for tokens_BT in found]
-
-
-def _page(title: str, samples: list[dict[str, Any]]) -> str:
-    """Markdown; texts are indented, so that nothing in them is taken for markup."""
-    parts = [f"# Samples of {title}"]
-    for number, sample in enumerate(samples, 1):
-        named = [
-            ("Prompt", sample["prompt"]),
-            ("The text goes on", sample["text"]),
-            ("Greedy", sample["greedy"]),
-        ]
-        named += [(f"Drawn, seed {seed}", text) for seed, text in enumerate(sample["drawn"])]
-        parts.append(f"## {number}")
-        parts += [f"{name}:\n\n{textwrap.indent(text, '    ', lambda _: True)}" for name, text in named]
-    return "\n\n".join(parts) + "\n"
-
+    from tutelage.types import Score
 
 SEQUENCES = 64
 """Random sequences of the copying probe."""
@@ -136,6 +47,8 @@ LONGEST_SEGMENT = 128
 DRAFT = 4
 """Tokens that a draft proposes at a time."""
 
+_PROMPTS, _DRAWS = 4, 2
+_PROMPT_TOKENS, _NEW_TOKENS = 48, 64
 _DOCUMENTS, _DOCUMENT_TOKENS = 32, 2048
 _LOGIT_TOKENS = 512
 _VOCABULARY_TOKENS = 10_000_000
@@ -148,9 +61,9 @@ def run_probes(
     teacher: EvaluatedModel | None = None,
     device: str = "auto",
 ) -> list[Score]:
-    """Probe a model, append what is new to its `scores.jsonl` and write `samples.md` beside it.
+    """Probe a model, add what is new to its `scores.jsonl` and write `samples.md` beside it.
 
-    What is there already, of the same version, is not computed again.
+    Scores of the same version that exist are not computed again.
 
     Args:
         evaluated: the model.
@@ -159,8 +72,8 @@ def run_probes(
         device: auto, cpu, cuda or mps.
 
     Returns:
-        The scores, those that were there before too: "accuracy" of domain "copying", and
-        "acceptance_rate" and "accepted_length" of domain "acceptance:<teacher id>".
+        The scores, existing ones included: "accuracy" of domain "copying", and "acceptance_rate" and
+        "accepted_length" of domain "acceptance:<teacher id>".
 
     Raises:
         UserError: there is no store, or it or the teacher has another tokenizer; before any compute.
@@ -187,8 +100,7 @@ def _copying(evaluated: EvaluatedModel, student: PreTrainedModel, text: Store) -
     version = version_of(["copying", ids_V.tolist(), text.begin_ids, segment, SEQUENCES])
 
     def measure() -> dict[str, ScoreEstimate]:
-        found = copying_accuracy(student, ids_V, text.begin_ids, text.vocab_size, segment)
-        return {"accuracy": found}
+        return {"accuracy": copying_accuracy(student, ids_V, text.begin_ids, text.vocab_size, segment)}
 
     return _once(evaluated, COPYING, version, SEQUENCES, measure)
 
@@ -215,19 +127,19 @@ def _once(
     n: int,
     measure: Callable[[], dict[str, ScoreEstimate]],
 ) -> list[Score]:
-    """The scores of one probe: what `scores.jsonl` has of this version, or measured now and appended."""
-    there = read_scores(evaluated.scores)
-    found = [Score(**row) for row in there if (row["version"], row["step"]) == (version, evaluated.step)]
+    """The scores of one probe: those of this version in `scores.jsonl`, or new ones."""
+    found = known_scores(evaluated.scores, version, evaluated.step)
     if not found:
         found = [
-            _score(evaluated, domain, metric, measured, n, version) for metric, measured in measure().items()
+            evaluated.score(domain, "probe", "test", metric, estimate, n, version, higher_is_better=True)
+            for metric, estimate in measure().items()
         ]
         add_scores(evaluated.scores, found)
     return found
 
 
 def used_ids(store: Store) -> NDArray[np.int64]:
-    """Ids that occur in the (first ten million tokens of the) training split, without marks of documents."""
+    """Ids that occur in the first ten million training tokens, without those that begin or end a document."""
     tokens = store.split("train").tokens[:_VOCABULARY_TOKENS]
     counts_V = np.bincount(tokens, minlength=store.vocab_size)
     counts_V[[store.eos_id, *store.begin_ids]] = 0
@@ -243,18 +155,19 @@ def copying_accuracy(
     segment: int,
     sequences: int = SEQUENCES,
 ) -> ScoreEstimate:
-    """How often the model's first choice continues a repeated segment of random tokens.
+    """Accuracy of the model's first choice in the second copy of a segment of random tokens.
 
-    A sequence is what begins a document, `segment` ids drawn from `ids_V` with replacement, and the same
-    again. Scored are the tokens of the second copy but its first, which nothing announces. Chance is 1/V.
+    A sequence is the ids that begin a document, `segment` ids drawn from `ids_V` with replacement, and the
+    same again. All tokens of the second copy are scored except the first, which cannot be known. Chance is
+    1/V.
 
     Args:
         model: a causal language model; put into eval mode.
         ids_V: ids to draw from.
-        begin_ids: what begins a document.
-        vocab_size: number of ids of the tokenizer; what the head has beyond them is padding.
+        begin_ids: ids that begin a document.
+        vocab_size: number of ids of the tokenizer; rows of the head beyond them are padding.
         segment: tokens in a copy, 2 or more.
-        sequences: how many; the draw is a function of the arguments alone.
+        sequences: number of sequences; the draw is a function of the arguments alone.
 
     Returns:
         Accuracy in [0, 1], with its noise over sequences.
@@ -264,18 +177,18 @@ def copying_accuracy(
     copy_NS = torch.from_numpy(ids_V)[picks_NS]
     begin_NB = torch.tensor([*begin_ids], dtype=torch.int64).expand(sequences, -1)
     tokens_NT = torch.cat([begin_NB, copy_NS, copy_NS], 1)
-    model.eval()
-    body, head = body_and_head(model)
-    logits_of = partial(head_logits, head, transform=PLAIN, vocab_size=vocab_size)  # which one is largest
-    right: list[Tensor] = []
+    # Without the model's logit transform, which changes no order but may make logits equal.
+    predictor = NextTokenModel(*body_and_head(model.eval()), PLAIN, vocab_size)
+    scored_T = torch.arange(tokens_NT.shape[1] - 1) >= tokens_NT.shape[1] - segment
+    right: list[torch.Tensor] = []
     for rows in _slices(sequences, max(1, FORWARD_TOKENS // tokens_NT.shape[1])):
-        rows_BT = tokens_NT[rows].to(head.weight.device)
-        hidden_BTD = body(input_ids=rows_BT[:, :-1], use_cache=False).last_hidden_state[:, -segment + 1 :]
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        parts = (logits_of(hidden_ND[part]) for part in _slices(len(hidden_ND)))
-        choice_N = torch.cat([logits_NV.argmax(1) for logits_NV in parts])
-        right.append((choice_N.view(len(rows_BT), -1) == rows_BT[:, -segment + 1 :]).sum(1))
-    return ratio(torch.cat(right).cpu().numpy(), np.full(sequences, segment - 1))
+        inputs_BT, labels_BT = tokens_NT[rows, :-1], tokens_NT[rows, 1:]
+        hidden_ND = predictor.hidden(inputs_BT, scored_T.expand_as(inputs_BT))
+        choice_N = torch.cat(
+            [predictor.logits(part).argmax(1) for part in torch.split(hidden_ND, _LOGIT_TOKENS)]
+        )
+        right.append((choice_N.view(len(inputs_BT), -1).cpu() == labels_BT[:, scored_T]).sum(1))
+    return ratio(torch.cat(right).numpy(), np.full(sequences, segment - 1))
 
 
 @torch.inference_mode()
@@ -287,24 +200,24 @@ def acceptance(
     context: int,
     draft: int = DRAFT,
 ) -> dict[str, ScoreEstimate]:
-    """How much of what the student drafts the teacher would accept in speculative decoding.
+    """Measure how much of the student's drafts the teacher would accept in speculative decoding.
 
-    A token that the student draws from p is accepted with probability sum_x min(p(x), q(x)), q being the
-    teacher's distribution. It is taken along held-out text, so a draft's later tokens are judged where the
-    text went on, not where the draft would have gone.
+    A token that the student draws from p is accepted with probability sum_x min(p(x), q(x)), where q is the
+    teacher's distribution. Both are taken along held-out text, so the later tokens of a draft are judged
+    after the text's own tokens, not after the draft's.
 
     Args:
         student: a causal language model; put into eval mode.
         teacher: another one with the same tokenizer, on the same device.
-        documents: the text; all not empty.
-        vocab_size: number of ids of their tokenizer; what a head has beyond them is padding.
-        context: window length in tokens; at most what both were trained on.
+        documents: the text; none is empty.
+        vocab_size: number of ids of their tokenizer; rows of a head beyond them are padding.
+        context: window length in tokens; at most the trained length of both.
         draft: tokens proposed at a time.
 
     Returns:
         acceptance_rate: mean over tokens of sum_x min(p, q), 0 to 1.
         accepted_length: mean, over the places where `draft` tokens follow in the document, of the tokens
-            accepted before the first rejection, 0 to `draft`. Left out where no document is that long.
+            accepted before the first rejection, 0 to `draft`. Missing if no document is that long.
     """
     rates = _acceptance_rates(student, teacher, documents, vocab_size, context)
     found = {"acceptance_rate": _mean_over_tokens([rates_T[~np.isnan(rates_T)] for rates_T in rates])}
@@ -324,43 +237,30 @@ def _acceptance_rates(
 
     No more than `_LOGIT_TOKENS` rows of logits exist.
     """
-    student.eval()
-    teacher.eval()
+    models = [NextTokenModel.of(model, vocab_size) for model in (student, teacher)]
     rates = [np.full(len(document.tokens_N), np.nan) for document in documents]
     for batch in window_batches(documents, context, context):
-        scored_BT = batch.labels_BT != IGNORE_INDEX
-        hidden = [_hidden(model, batch.inputs_BT, scored_BT) for model in (student, teacher)]
+        hidden = (
+            torch.split(model.hidden(batch.inputs_BT, batch.scored_BT), _LOGIT_TOKENS) for model in models
+        )
         shared = [
             torch.minimum(
-                _probabilities(student, hidden[0][rows], vocab_size),
-                _probabilities(teacher, hidden[1][rows], vocab_size),
+                *(model.logits(part).softmax(1) for model, part in zip(models, parts, strict=True))
             ).sum(1)
-            for rows in _slices(int(scored_BT.sum()))
+            for parts in zip(*hidden, strict=True)
         ]
-        where = zip(batch.documents_BT[scored_BT].tolist(), batch.places_BT[scored_BT].tolist(), strict=True)
-        for (document, place), rate in zip(where, torch.cat(shared).tolist(), strict=True):
+        where = batch.documents_BT[batch.scored_BT].tolist(), batch.places_BT[batch.scored_BT].tolist()
+        for document, place, rate in zip(*where, torch.cat(shared).tolist(), strict=True):
             rates[document][place] = rate
     return rates
 
 
-def _slices(n: int, size: int = _LOGIT_TOKENS) -> Iterator[slice]:
+def _slices(n: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, n, size))
 
 
-def _hidden(model: PreTrainedModel, inputs_BT: Tensor, scored_BT: Tensor) -> Tensor:
-    body, head = body_and_head(model)
-    device = head.weight.device
-    hidden_BTD: Tensor = body(input_ids=inputs_BT.to(device), use_cache=False).last_hidden_state
-    return hidden_BTD[scored_BT.to(device)]
-
-
-def _probabilities(model: PreTrainedModel, hidden_ND: Tensor, vocab_size: int) -> Tensor:
-    _, head = body_and_head(model)
-    return head_logits(head, hidden_ND, logit_transform(model), vocab_size).softmax(1)
-
-
 def _accepted_lengths(rates_T: NDArray[np.float64], draft: int) -> NDArray[np.float64]:
-    """Expected accepted tokens of a draft at every place where one fits: sum of products of first rates."""
+    """Expected accepted tokens of a draft at every place: the sum of the products of its first rates."""
     lengths_T: NDArray[np.float64] = sliding_window_view(rates_T, draft).cumprod(1).sum(1)
     return lengths_T[~np.isnan(lengths_T)]
 
@@ -369,23 +269,83 @@ def _mean_over_tokens(values: Sequence[NDArray[np.float64]]) -> ScoreEstimate:
     return ratio(np.array([x.sum() for x in values]), np.array([len(x) for x in values]))
 
 
-def _score(
-    evaluated: EvaluatedModel, domain: str, metric: str, measured: ScoreEstimate, n: int, version: str
-) -> Score:
-    return Score(
-        run=evaluated.id,
-        step=evaluated.step,
-        tokens=evaluated.tokens,
-        domain=domain,
-        role="probe",
-        split="test",
-        metric=metric,
-        value=measured.value,
-        stderr=measured.stderr,
-        n=n,
-        higher_is_better=True,
-        version=version,
-        low=measured.low,
-        high=measured.high,
-        code=provenance.code(),
-    )
+def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedModel) -> None:
+    """Write `samples.json` and `samples.md`: prompts, the text's own, greedy and drawn continuations.
+
+    Drawn continuations are seeded, at temperature 1 from the whole distribution over the tokenizer's ids. A
+    prompt follows the ids that begin a document. Files of the same model, text and settings are kept.
+
+    Args:
+        model: the loaded model of `evaluated`.
+        store: its test split gives the prompts; made with the model's tokenizer.
+        evaluated: the model and its output directory.
+    """
+    room = evaluated.context - len(store.begin_ids)
+    prompt = min(_PROMPT_TOKENS, room // 2)
+    new = min(_NEW_TOKENS, room - prompt)
+    version = version_of([store.fingerprint, evaluated.id, evaluated.step, prompt, new, _PROMPTS, _DRAWS])
+    path = evaluated.output / "samples.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["version"] == version:
+        return
+    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
+    samples = []
+    for tokens_N in _excerpts(store, prompt + new):
+        ids = [
+            tokens_N[:prompt],
+            tokens_N[prompt:],
+            *_continuations(model, [*store.begin_ids, *tokens_N[:prompt]], new, store),
+        ]
+        texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
+        samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
+    title = f"{evaluated.id}, step {evaluated.step}"
+    write_text(evaluated.samples, _page(title, samples))
+    write_json(path, {"version": version, "model": evaluated.id, "step": evaluated.step, "samples": samples})
+
+
+def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
+    """Ids that the head has and the tokenizer lacks, for `suppress_tokens`; None if there are none."""
+    return [*range(vocab_size, model.get_output_embeddings().weight.shape[0])] or None
+
+
+def _excerpts(store: Store, length: int) -> list[list[int]]:
+    """The middles of the first test documents that are long enough; beginnings are often alike."""
+    view = store.split("test")
+    bounds = itertools.pairwise(view.offsets[:, 0].astype(np.int64).tolist())
+    starts = [(start + end - length) // 2 for start, end in bounds if end - start > length]
+    return [view.tokens[start : start + length].tolist() for start in starts[:_PROMPTS]]
+
+
+def _continuations(model: PreTrainedModel, prompt: list[int], new: int, store: Store) -> list[list[int]]:
+    """The greedy continuation, then drawn ones; the global random state does not change."""
+    tokens_BT = torch.tensor([prompt], device=model.device)
+    fixed: dict[str, Any] = {
+        "attention_mask": torch.ones_like(tokens_BT),
+        "max_new_tokens": new,
+        "eos_token_id": store.eos_id,
+        "pad_token_id": store.eos_id,
+        "suppress_tokens": padded_ids(model, store.vocab_size),
+    }
+    devices = [model.device] if model.device.type == "cuda" else []
+    found = [model.generate(tokens_BT, do_sample=False, **fixed)]
+    with torch.random.fork_rng(devices):
+        for draw in range(_DRAWS):
+            torch.manual_seed(draw)
+            found.append(
+                model.generate(tokens_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **fixed)
+            )
+    return [tokens_BT[0, len(prompt) :].tolist() for tokens_BT in found]
+
+
+def _page(title: str, samples: list[dict[str, Any]]) -> str:
+    """The page in Markdown; texts are indented, so that nothing in them is read as markup."""
+    parts = [f"# Samples of {title}"]
+    for number, sample in enumerate(samples, 1):
+        named = [
+            ("Prompt", sample["prompt"]),
+            ("The text goes on", sample["text"]),
+            ("Greedy", sample["greedy"]),
+        ]
+        named += [(f"Drawn, seed {seed}", text) for seed, text in enumerate(sample["drawn"])]
+        parts.append(f"## {number}")
+        parts += [f"{name}:\n\n{textwrap.indent(text, '    ', lambda _: True)}" for name, text in named]
+    return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `scores.jsonl`, with no row twice, and what lies behind the scores."""
+"""Read and write the files of an evaluation: scores.jsonl, documents.parquet and calibration.json."""
 
 from __future__ import annotations
 
@@ -12,64 +12,65 @@ from tutelage.config.load import digest
 from tutelage.errors import UserError
 from tutelage.files import atomic_write, write_json, write_text
 from tutelage.models import export
-from tutelage.types import SCORING_VERSION
+from tutelage.records import UnreadableError, read_lines
+from tutelage.types import SCORING_VERSION, Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from tutelage.types import Score
-
-ScoreKey = tuple[str, str, str, str, int]
-
-
-def key(row: dict[str, Any]) -> ScoreKey:
-    """What makes a row the same measurement as another: domain, split, metric, version and step."""
-    return row["domain"], row["split"], row["metric"], row["version"], row["step"]
-
 
 def version_of(identity: object) -> str:
-    """The `version` of scores: how scores are made, and a digest of the text and settings behind them."""
+    """The `version` of scores: `SCORING_VERSION` and a digest of the text and settings behind them."""
     return f"{SCORING_VERSION}-{digest(identity)}"
 
 
-def read_scores(path: Path) -> list[dict[str, Any]]:
-    """All rows; none if the file does not exist.
+def read_scores(path: Path) -> list[Score]:
+    """All scores in a file; none if it does not exist.
 
     Raises:
-        UserError: a line is no score.
+        UserError: a line is not a `Score`.
     """
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-            key(rows[-1])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: line {number} is no score; delete it and evaluate again") from None
-    return rows
+    try:
+        return read_lines(path, Score)
+    except UnreadableError as error:
+        raise UserError(f"{path.parent}: {error}; delete the line or the file, and evaluate again") from None
+
+
+def known_scores(path: Path, version: str, step: int) -> list[Score]:
+    """The scores of one version that a file has of a model after `step` steps."""
+    return [score for score in read_scores(path) if (score.version, score.step) == (version, step)]
 
 
 def add_scores(path: Path, scores: Iterable[Score]) -> None:
-    """Add scores in one step; the same measurement made again replaces the one that was there.
+    """Add scores in one step; a measurement that is made again replaces the one that was there.
 
-    A model's card beside them lists them too: of each text those of the version that was scored last.
+    The card of a model in the same directory lists them too: of each text, those of the version scored last.
     """
-    new = {key(row): row for row in map(asdict, scores)}
-    rows = [*(row for row in read_scores(path) if key(row) not in new), *new.values()]
+    new = {_key(score): score for score in scores}
+    rows = [asdict(score) for score in read_scores(path) if _key(score) not in new]
+    rows += map(asdict, new.values())
+    if not rows:
+        return
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    file = path.parent / "model" / export.FILE
-    if rows and file.is_file():
+    card = path.parent / "model" / export.FILE
+    if card.is_file():
         last = max(row["step"] for row in rows)
         finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
         latest = {row["domain"]: row["version"] for row in finished}
         finished = [row for row in finished if row["version"] == latest[row["domain"]]]
-        write_text(file, export.with_scores(file.read_text(encoding="utf-8"), finished))
+        write_text(card, export.with_scores(card.read_text(encoding="utf-8"), finished))
+
+
+def _key(score: Score) -> tuple[str, str, str, str, int]:
+    """Two scores with the same key are the same measurement."""
+    return score.domain, score.split, score.metric, score.version, score.step
 
 
 def add_documents(path: Path, frame: pl.DataFrame) -> None:
-    """Keep per-document losses; those of the same domain, split and version that were there are replaced."""
+    """Add losses of documents; they replace those of the same domain, split and version."""
     if frame.is_empty():
         return
     frames = [frame]
@@ -80,6 +81,6 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
 
 
 def add_calibration(path: Path, domain: str, version: str, record: dict[str, Any]) -> None:
-    """Keep the fit and reliability curves of one version of a domain's scores, beside those of others."""
+    """Add the fit and the reliability curves behind one version of a domain's scores."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(path, known | {domain: known.get(domain, {}) | {version: record}})

@@ -1,15 +1,14 @@
-"""All scores of one model on one domain: raw, calibrated, and what is left after smoothing is taken away."""
+"""Score one model on one domain: raw, calibration, and again after fitting it to other text of the domain."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
-from tutelage import provenance
 from tutelage.data.store_manifest import SCORED
 from tutelage.evals.calibration import (
     FIT_TOKENS,
@@ -26,15 +25,8 @@ from tutelage.evals.calibration import (
     reliability,
 )
 from tutelage.evals.score_files import add_calibration, add_documents, add_scores
-from tutelage.evals.token_scores import (
-    DocumentLosses,
-    ScoreEstimate,
-    TokenScores,
-    WindowLosses,
-    ratio,
-    score_tokens,
-)
-from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS, Score
+from tutelage.evals.token_scores import DocumentLosses, ScoreEstimate, TokenScores, ratio, score_tokens
+from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,8 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tutelage.evals.evaluated_model import EvaluatedModel
+    from tutelage.evals.token_scores import WindowLosses
     from tutelage.evals.windows import ScoredDocument, Target
-    from tutelage.types import Split
+    from tutelage.types import Score, Split
 
 
 FITTED = ("temperature", "unigram", "temperature_in_domain")
@@ -52,12 +45,12 @@ FITTED = ("temperature", "unigram", "temperature_in_domain")
 
 @dataclass(frozen=True, slots=True)
 class DomainScores:
-    """Everything measured on one domain.
+    """All measurements of one domain.
 
     Attributes:
         scores: rows for `scores.jsonl`.
         documents: rows for `documents.parquet`: bytes, tokens and losses (nats) of every document, and lists
-            with the same for each of its windows that scores something, of which window 0 is the first.
+            of the same for each of its windows that has scored tokens, of which window 0 is the first.
         calibration: the version's entry of `calibration.json`: the fit and the reliability curves.
     """
 
@@ -66,15 +59,22 @@ class DomainScores:
     calibration: dict[str, Any]
 
 
+def save_scores(evaluated: EvaluatedModel, target: Target, found: DomainScores) -> None:
+    """Write the measurements of one domain; the scores last, because they mark the domain as done."""
+    add_documents(evaluated.documents, found.documents)
+    add_calibration(evaluated.calibration, target.name, target.version, found.calibration)
+    add_scores(evaluated.scores, found.scores)
+
+
 class InDomain:
     """The temperature fitted on the validation split of a model's own training text.
 
-    It is what somebody gets who has no text of the target domain. A model whose training text is not known,
-    or has no validation split, has none.
+    It serves where there is no text of the target domain. A model whose training text is unknown, or has no
+    validation split, has none.
 
     Args:
-        model: the model, where it is to run.
-        target: the training text, with the windows and limits of the scored domains; None if not known.
+        model: the model, on its device.
+        target: the training text, with the windows and limits of the scored domains; None if unknown.
     """
 
     def __init__(self, model: PreTrainedModel, target: Target | None) -> None:
@@ -87,7 +87,7 @@ class InDomain:
 
         Args:
             target: the domain that is scored.
-            own: its own fit, which is the answer where it is the training text itself.
+            own: the domain's own fit, which is returned if the domain is the training text.
         """
         if self._target is None:
             return None
@@ -99,6 +99,16 @@ class InDomain:
         return self._fit
 
 
+class _Measurement(NamedTuple):
+    """A score without its model and domain; `fit_error` is what the noise of a fit adds to its error."""
+
+    split: Split
+    metric: str
+    estimate: ScoreEstimate
+    n: int
+    fit_error: float | None = None
+
+
 def score_domain(
     model: PreTrainedModel,
     evaluated: EvaluatedModel,
@@ -108,91 +118,67 @@ def score_domain(
 ) -> DomainScores:
     """Score both splits of a domain; fit on validation, apply to test.
 
-    A split whose documents were all trained on is passed over. Without validation there are no fitted
-    scores, without test no scores on test.
+    A split whose documents were all trained on has no scores. Without validation there are no fitted scores,
+    without test no scores on test.
 
     Args:
-        model: the evaluated model, where it is to run.
-        evaluated: whose scores these are.
+        model: the loaded model, on its device.
+        evaluated: names the model in the scores.
         target: the domain.
-        in_domain: gives the temperature fitted on its training text.
+        in_domain: gives the temperature fitted on the model's training text.
         progress: called with the number of tokens scored since the last call.
     """
     validation, test = (target.documents(split) for split in SCORED)
-    rows: list[Measurement] = []
+    rows: list[_Measurement] = []
     frames: list[pl.DataFrame] = []
     record: dict[str, Any] = {"fit": None}
     repairs: list[Repair] = []
+
+    def add(split: Split, documents: list[ScoredDocument], repaired: Mapping[str, DocumentLosses]) -> None:
+        losses, windows = tokens.losses(documents), tokens.windows(documents)
+        rows.extend(_raw(split, losses, windows))
+        frames.append(_frame(target, split, documents, losses, windows, repaired))
+
     if validation:
         tokens = _validation_tokens(model, target, validation, progress)
-        losses = tokens.losses(validation)
-        windows = tokens.windows(validation)
-        rows += _raw("validation", losses, windows)
-        frames.append(_frame(target, "validation", validation, losses, windows, {}))
+        add("validation", validation, {})
         fitted, unigram_V = _fitted(tokens, target.store.vocab_size)
         repairs = _repairs(fitted, unigram_V, tokens, in_domain.fit(target, fitted))
         record["fit"] = asdict(fitted)
     if test:
         powers = [repair.power for repair in repairs]
         tokens = score_tokens(model, test, **target.windows, powers=powers, progress=progress)
-        losses = tokens.losses(test)
-        windows = tokens.windows(test)
-        rows += _raw("test", losses, windows)
         repaired = {
             repair.name: tokens.losses(test, repair.apply(powered_N, tokens.label_N))
             for repair, powered_N in zip(repairs, tokens.powered_MK.T, strict=True)
         }
+        add("test", test, repaired)
         for repair in repairs:
             found = repaired[repair.name]
             error = repair.error_nats(len(test)) * found.tokens_N.sum() / found.bytes_N.sum() / math.log(2)
-            rows.append(
-                Measurement("test", f"bits_per_byte_{repair.name}", found.bits_per_byte(), len(test), error)
-            )
+            metric = f"bits_per_byte_{repair.name}"
+            rows.append(_Measurement("test", metric, found.bits_per_byte(), len(test), error))
         calibrated, record["reliability"] = _calibrated(tokens, len(test))
-        rows += [Measurement("test", metric, measured, len(test)) for metric, measured in calibrated.items()]
-        frames.append(_frame(target, "test", test, losses, windows, repaired))
+        rows += [_Measurement("test", metric, estimate, len(test)) for metric, estimate in calibrated.items()]
     rows += [*_overlaps(target), *_changed(target)]
-    scores = [_score(evaluated, target, row) for row in rows]
+    scores = [
+        evaluated.score(target.name, target.role, *row[:4], target.version, fit_error=row.fit_error)
+        for row in rows
+    ]
     return DomainScores(scores, pl.concat(frames) if frames else pl.DataFrame(), record)
-
-
-def save_scores(evaluated: EvaluatedModel, target: Target, found: DomainScores) -> None:
-    """Write what was measured on one domain; the scores last, because they say that it is done."""
-    add_documents(evaluated.documents, found.documents)
-    add_calibration(evaluated.calibration, target.name, target.version, found.calibration)
-    add_scores(evaluated.scores, found.scores)
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """A measurement on its way to `scores.jsonl`.
-
-    Attributes:
-        split: where it was made.
-        metric: what was measured.
-        measured: the value.
-        n: documents.
-        fit_error: what the noise of a fit adds to its standard error; NaN where that is not known, None where
-            nothing was fitted.
-    """
-
-    split: Split
-    metric: str
-    measured: ScoreEstimate
-    n: int
-    fit_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One way of giving a model the calibration that suits it, ready for the test split.
+    """A recalibration of a model's predictions, ready for the test split.
 
     Attributes:
-        name: ending of its metric and of its column in `documents.parquet`.
+        name: end of its metric and of its column in `documents.parquet`.
         power: inverse temperature.
         weight: of the unigram.
         unigram_V: the unigram.
-        error_nats: error by the noise of the fit, in nats per token, of a score over so many documents.
+        error_nats: error by the noise of the fit, in nats per token, of a score over so many documents; NaN
+            for a fit on one document.
     """
 
     name: str
@@ -234,9 +220,9 @@ def _validation_tokens(
 
 
 def _fitted(tokens: TokenScores, vocab_size: int) -> tuple[CalibrationFit, np.ndarray]:
-    """The fit on a validation split, and the split's unigram, to be used on test.
+    """The fit on a validation split, and the split's unigram for the test split.
 
-    In the fit, a document's tokens have the unigram of the other documents, as the test split's have.
+    In the fit, a document's tokens get the unigram of the other documents, as those of the test split do.
     """
     own_N = own_unigram(tokens.document_N, tokens.label_N, vocab_size)
     some_N = tokens.sampled_N
@@ -253,73 +239,50 @@ def _calibrated(tokens: TokenScores, documents: int) -> tuple[dict[str, ScoreEst
     return scores, {name: reliability(tokens, ends) for name, ends in edges.items()}
 
 
-def _raw(split: Split, losses: DocumentLosses, windows: WindowLosses) -> Iterator[Measurement]:
+def _raw(split: Split, losses: DocumentLosses, windows: WindowLosses) -> Iterator[_Measurement]:
     n = len(losses.nll_N)
-    yield Measurement(split, "bits_per_byte", losses.bits_per_byte(), n)
-    yield Measurement(split, "perplexity", losses.perplexity(), n)
+    yield _Measurement(split, "bits_per_byte", losses.bits_per_byte(), n)
+    yield _Measurement(split, "perplexity", losses.perplexity(), n)
     excess, several = windows.first_excess(n)
     if excess is not None:
-        yield Measurement(split, FIRST_WINDOWS, excess, several)
+        yield _Measurement(split, FIRST_WINDOWS, excess, several)
 
 
-def _overlaps(target: Target) -> Iterator[Measurement]:
+def _overlaps(target: Target) -> Iterator[_Measurement]:
     """Shares of the test split that were trained on, by the model and by its teachers alone.
 
-    Of all documents; of the scored ones those that are copies with changes, and of their 8-grams. What is
-    left out of the validation split is counted too.
+    The share of all documents; of the scored ones, the shares of copies with changes and of 8-grams. The
+    share of the validation split that is left out is a score too.
     """
-    if "validation" in target.contamination and (left_out := target.contamination["validation"]).trained_on:
+    left_out = target.contamination.get("validation")
+    if left_out is not None and left_out.trained_on:
         share = len(left_out.trained_on), left_out.documents
         yield _share("overlap_documents", *share, split="validation")
-    for who, overlaps in (
-        ("overlap", target.contamination),
-        ("teacher_overlap", target.teacher_contamination),
-    ):
-        if "test" not in overlaps:
+    both = {"overlap": target.contamination, "teacher_overlap": target.teacher_contamination}
+    for who, by_split in both.items():
+        if (found := by_split.get("test")) is None:
             continue
-        overlap, scored = overlaps["test"], len(overlaps["test"].grams_N)
-        yield _share(f"{who}_documents", len(overlap.trained_on), overlap.documents)
-        if overlap.grams_N.sum():
-            measured = ratio(overlap.copied_N, overlap.grams_N)
-            yield Measurement("test", f"{who}_8grams", measured, scored)
-            yield _share(f"{who}_near_documents", overlap.near, scored)
+        scored = len(found.grams_N)
+        yield _share(f"{who}_documents", len(found.trained_on), found.documents)
+        if found.grams_N.sum():
+            yield _Measurement("test", f"{who}_8grams", ratio(found.copied_N, found.grams_N), scored)
+            yield _share(f"{who}_near_documents", found.near, scored)
 
 
-def _share(metric: str, some: int, of: int, split: Split = "test") -> Measurement:
+def _share(metric: str, some: int, of: int, split: Split = "test") -> _Measurement:
     share = some / max(1, of)
     deviation = math.sqrt(share * (1 - share) / max(1, of))
-    return Measurement(split, metric, ScoreEstimate(share, deviation, None, None), of)
+    return _Measurement(split, metric, ScoreEstimate(share, deviation), of)
 
 
-def _changed(target: Target) -> Iterator[Measurement]:
+def _changed(target: Target) -> Iterator[_Measurement]:
     """Shares of documents whose text the tokenizer changes: part of it is never predicted."""
     for split in SCORED:
         record = target.store.manifest.splits[split]
         if record.changed:
             # A share of all documents there are has no noise.
-            share = ScoreEstimate(record.changed / record.documents, 0.0, None, None)
-            yield Measurement(split, CHANGED_TEXT, share, record.documents)
-
-
-def _score(evaluated: EvaluatedModel, target: Target, row: Measurement) -> Score:
-    return Score(
-        run=evaluated.id,
-        step=evaluated.step,
-        tokens=evaluated.tokens,
-        domain=target.name,
-        role=target.role,
-        split=row.split,
-        metric=row.metric,
-        value=row.measured.value,
-        stderr=row.measured.stderr,
-        n=row.n,
-        higher_is_better=False,
-        version=target.version,
-        low=row.measured.low,
-        high=row.measured.high,
-        fit_error=row.fit_error,
-        code=provenance.code(),
-    )
+            share = ScoreEstimate(record.changed / record.documents, 0.0)
+            yield _Measurement(split, CHANGED_TEXT, share, record.documents)
 
 
 def _frame(
@@ -332,6 +295,12 @@ def _frame(
 ) -> pl.DataFrame:
     n = len(documents)
     cuts = np.searchsorted(windows.document_W, np.arange(1, n))
+    by_window = {
+        "window": windows.window_W,
+        "window_bytes": windows.bytes_W,
+        "window_tokens": windows.tokens_W,
+        "window_nll": windows.nll_W,
+    }
     columns: dict[str, Any] = {
         "domain": [target.name] * n,
         "split": [split] * n,
@@ -340,12 +309,9 @@ def _frame(
         "bytes": losses.bytes_N,
         "tokens": losses.tokens_N,
         "nll": losses.nll_N,
-        "window": [part.tolist() for part in np.split(windows.window_W, cuts)],
-        "window_bytes": [part.tolist() for part in np.split(windows.bytes_W, cuts)],
-        "window_tokens": [part.tolist() for part in np.split(windows.tokens_W, cuts)],
-        "window_nll": [part.tolist() for part in np.split(windows.nll_W, cuts)],
+        **{
+            name: [part.tolist() for part in np.split(values_W, cuts)] for name, values_W in by_window.items()
+        },
+        **{f"nll_{name}": repaired[name].nll_N if name in repaired else [None] * n for name in FITTED},
     }
-    fitted = {f"nll_{name}": pl.Float64() for name in FITTED}
-    for name in FITTED:
-        columns[f"nll_{name}"] = repaired[name].nll_N if name in repaired else [None] * n
-    return pl.DataFrame(columns, schema_overrides=fitted)
+    return pl.DataFrame(columns, schema_overrides={f"nll_{name}": pl.Float64() for name in FITTED})

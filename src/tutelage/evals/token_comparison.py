@@ -1,14 +1,12 @@
-"""Where a student gains: student, teacher and baseline side by side on every token of a text.
+"""Compare a student, its teacher and a baseline on every token of a text, to show where the student gains.
 
-A fourth model, the sorter, may say how hard a token is: an untaught student of another seed.
-
-Documents are read as for perplexity, in windows that do not overlap. Matrices of probabilities exist for
-a chunk of tokens only, which gets smaller as the vocabulary gets larger.
+A fourth model, the sorter, may say how hard a token is: an untaught student of another seed. Documents are
+read as for perplexity, in windows that do not overlap. Matrices of probabilities exist for a chunk of tokens
+only, which gets smaller as the vocabulary gets larger.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -24,55 +22,33 @@ from tutelage.evals.domains import SUITES, domain_store
 from tutelage.evals.evaluated_model import check_tokenizer, find_model
 from tutelage.evals.token_groups import summarise
 from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, together
-from tutelage.evals.windows import ScoredDocument, read_documents, window_batches
+from tutelage.evals.token_scores import NextTokenModel
+from tutelage.evals.windows import read_documents, window_batches
 from tutelage.files import atomic_directory, lock, make_directory, write_json
-from tutelage.models.hub import (
-    body_and_head,
-    head_logits,
-    load,
-    logit_transform,
-    pick_device,
-    weights_fingerprint,
-)
-from tutelage.types import IGNORE_INDEX, LogitTransform, Split
+from tutelage.models.hub import load, pick_device, weights_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from tutelage.data.store import Store
     from tutelage.evals.evaluate import EvalRequest, EvalWatcher
     from tutelage.evals.evaluated_model import EvaluatedModel
+    from tutelage.evals.windows import ScoredDocument
+    from tutelage.types import Split
+
+    Roles = Mapping[str, EvaluatedModel]
 
 _ROLES = ("student", "teacher", "baseline")
 _VERSION = 3
-"""Raised when a quantity or the layout of the files changes; older results are then computed again."""
+"""Raised when a quantity or the files change; older comparisons are then made again."""
 _CHUNK_TOKENS = 1024
 _CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**25, "mps": 2**25}
-"""At most this many probabilities of a model at a time, by device: matrices of 8 MB, which a CPU's allocator
-keeps (beyond 32 MB it asks the system each time and everything takes thrice as long), or of 134 MB."""
+"""Probabilities of a model at a time, by device: 8 MB, which a CPU's allocator keeps (beyond 32 MB it asks
+the system each time, which makes everything three times slower), or 134 MB."""
 _KINDS = {"i": np.int32, "f": np.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model split at its hidden states, the head cut to the store's vocabulary."""
-
-    body: nn.Module
-    head: nn.Linear
-    vocab_size: int
-    transform: LogitTransform
-
-    def hidden(self, inputs_BT: Tensor, keep_BT: Tensor) -> Tensor:
-        """Hidden states [N, D] of the positions to keep."""
-        hidden_BTD: Tensor = self.body(input_ids=inputs_BT, use_cache=False).last_hidden_state
-        return hidden_BTD[keep_BT]
-
-    def predictions(self, hidden_ND: Tensor) -> Predictions:
-        """Of N positions."""
-        return Predictions.of(head_logits(self.head, hidden_ND, self.transform, self.vocab_size))
 
 
 def compare_tokens(
@@ -89,22 +65,21 @@ def compare_tokens(
     output: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """Measure the models on the same tokens; a finished evaluation is not computed again.
+    """Measure the models on the same tokens; a finished comparison is not computed again.
 
-    Writes `tokens.parquet` (see `_read`), `summary.parquet` (see `tutelage.evals.token_groups.summarise`) and
-    `comparison.json` (the models and the text). Memory is the models, some 100 MB and 400 bytes a token.
+    Writes `tokens.parquet` (see `_read`), `summary.parquet` (see `summarise`) and `comparison.json`, which
+    names models and text. Memory is the models, some 100 MB and 400 bytes a token.
 
     Args:
         student: the model trained with the teacher.
         teacher: its teacher.
-        baseline: the model trained without; same seed, data and budget, or the gain is not the teacher's.
+        baseline: the student without a teacher; same seed, data and budget, or the gain has other causes.
         store: token store made with their tokenizer.
         split: "validation" or "test".
         max_documents: documents to read, from the split's first.
         max_tokens: tokens to read in each.
         device: "auto", "cpu", "cuda" or "mps".
-        output: the directory is `<output>/token-comparisons/<student>--<teacher>--<baseline>/<text>-<hash8>`;
-            a sorter is named after the baseline.
+        output: the directory is `<output>/token-comparisons/<id>--<id>--<id>[--<id>]/<text>-<hash8>`.
         sorter: untaught model of another seed that tokens are sorted by; default: the baseline.
         progress: called with the number of tokens read since the last call.
 
@@ -112,65 +87,53 @@ def compare_tokens(
         The directory.
 
     Raises:
-        UserError: the models do not share the store's tokenizer, the sorter is one of them, there is nothing
-            to read, or a model gives no numbers.
+        UserError: the models do not share the store's tokenizer, the sorter is one of them, the split is
+            empty, or a model's probabilities are not numbers.
     """
-    evaluated_models = _with_third(dict(zip(_ROLES, (student, teacher, baseline), strict=True)), sorter)
-    notes = _notes(evaluated_models, store)
+    roles = _with_sorter(dict(zip(_ROLES, (student, teacher, baseline), strict=True)), sorter)
+    notes = _notes(roles, store)
     documents = read_documents(store, split, max_documents, max_tokens)
     if not documents:
         raise UserError(f"{store.path}: split '{split}' has no document to read")
-    settings = _settings(evaluated_models, store, split, max_documents, max_tokens)
-    models = "--".join(evaluated.id for evaluated in evaluated_models.values())
-    directory = output / "token-comparisons" / models / f"{store.manifest.name}-{split}-{digest(settings)}"
+    settings = _settings(roles, store, split, max_documents, max_tokens)
+    ids = {role: evaluated.id for role, evaluated in roles.items()}
+    directory = output / "token-comparisons" / "--".join(ids.values())
+    directory /= f"{store.manifest.name}-{split}-{digest(settings)}"
     if directory.is_dir():
         return directory
     make_directory(directory.parent)
     place = directory.parent / f".{directory.name}.lock"
     with lock(place, str(directory)), atomic_directory(directory) as partial:
-        tokens = _read(evaluated_models, store, documents, settings["context"], device, progress)
-        _check_finite(tokens, evaluated_models)
-        names = {role: evaluated.id for role, evaluated in evaluated_models.items()}
+        tokens = _read(roles, store, documents, settings["context"], device, progress)
         counts = {"documents": len(documents), "tokens": len(tokens), "vocab_size": store.vocab_size}
+        tokens.write_parquet(partial / "tokens.parquet")
+        summarise(tokens, settings["context"]).write_parquet(partial / "summary.parquet")
         about = {"text": store.manifest.name, "notes": notes}
-        _keep(tokens, names | counts | settings | about, partial)
+        write_json(partial / "comparison.json", ids | counts | settings | about)
     return directory
 
 
-def _keep(tokens: pl.DataFrame, facts: Mapping[str, Any], directory: Path) -> None:
-    """Write what was measured and what it was measured on."""
-    tokens.write_parquet(directory / "tokens.parquet")
-    summarise(tokens, facts["context"]).write_parquet(directory / "summary.parquet")
-    write_json(directory / "comparison.json", facts)
-
-
-def _notes(evaluated_models: Mapping[str, EvaluatedModel], store: Store) -> list[str]:
-    """What to know about the models' tokenizers, which must give every id of the store its meaning."""
+def _notes(roles: Roles, store: Store) -> list[str]:
+    """Remarks on the models' tokenizers, which must give every id of the store its meaning."""
     found = [
         compare_tokenizers(f"{role} {evaluated.id}", check_tokenizer(evaluated).json, store)
-        for role, evaluated in evaluated_models.items()
+        for role, evaluated in roles.items()
     ]
     return [note for note in found if note is not None]
 
 
 def _settings(
-    evaluated_models: Mapping[str, EvaluatedModel],
-    store: Store,
-    split: Split,
-    max_documents: int,
-    max_tokens: int,
+    roles: Roles, store: Store, split: Split, max_documents: int, max_tokens: int
 ) -> dict[str, Any]:
-    """Everything that determines the numbers."""
+    """All settings that determine the numbers."""
     return {
         "version": _VERSION,
-        "weights": {
-            role: weights_fingerprint(evaluated.model) for role, evaluated in evaluated_models.items()
-        },
+        "weights": {role: weights_fingerprint(evaluated.model) for role, evaluated in roles.items()},
         "store": store.fingerprint,
         "split": split,
         "max_documents": max_documents,
         "max_tokens": max_tokens,
-        "context": min(max_tokens, *(evaluated.context for evaluated in evaluated_models.values())),
+        "context": min(max_tokens, *(evaluated.context for evaluated in roles.values())),
     }
 
 
@@ -180,12 +143,12 @@ def compare_on_texts(
     """`compare_tokens` on the test split of every text of a request.
 
     Args:
-        student: run directory, model directory or name on the Hub; `teacher` and `baseline` alike.
+        student: run directory, model directory or name on the Hub, as are all models.
         teacher: its teacher.
-        baseline: the model trained without.
+        baseline: the student without a teacher.
         sorter: untaught model of another seed that tokens are sorted by; None: the baseline.
-        request: domains and stores; without any, the text that the student was trained on.
-        watcher: is told how it goes.
+        request: domains and stores; without any, the student's training store.
+        watcher: receives progress.
 
     Returns:
         The directories, one per text.
@@ -193,11 +156,9 @@ def compare_on_texts(
     Raises:
         UserError: as `compare_tokens`, or there is no text.
     """
-    evaluated_models = {
-        role: find_model(model, request.output)
-        for role, model in zip(_ROLES, (student, teacher, baseline), strict=True)
-    }
-    learner = evaluated_models["student"]
+    named = zip(_ROLES, (student, teacher, baseline), strict=True)
+    roles = {role: find_model(model, request.output) for role, model in named}
+    learner = roles["student"]
     paths = [*request.stores.values()]
     if not paths and not request.domains:
         if learner.training_store is None:
@@ -213,7 +174,7 @@ def compare_on_texts(
     for number, store in enumerate(stores, 1):
         watcher.domain(learner.id, store.manifest.name, number, len(stores))
         found = compare_tokens(
-            **evaluated_models,
+            **roles,
             store=store,
             split="test",
             max_documents=request.max_documents or SUITES.max_documents,
@@ -227,31 +188,23 @@ def compare_on_texts(
     return directories
 
 
-def _with_third(
-    evaluated_models: dict[str, EvaluatedModel], sorter: EvaluatedModel | None
-) -> dict[str, EvaluatedModel]:
-    """The models, and the sorter if there is one: one that is half of a gain cannot say where it is."""
+def _with_sorter(roles: Roles, sorter: EvaluatedModel | None) -> Roles:
+    """The models and the sorter; neither half of a gain can sort the tokens by which it is shown."""
     if sorter is None:
-        return evaluated_models
+        return roles
     own = weights_fingerprint(sorter.model)
     for role in ("student", "baseline"):
-        if weights_fingerprint(evaluated_models[role].model) == own:
+        if weights_fingerprint(roles[role].model) == own:
             raise UserError(
                 f"sorter {sorter.id}: is the {role}; tokens must be sorted by a third model, such as the "
                 "untaught student of another seed"
             )
-    return evaluated_models | {"sorter": sorter}
-
-
-def _open(evaluated: EvaluatedModel, store: Store, device: str) -> _Model:
-    model = load(evaluated.model).to(pick_device(device)).eval()
-    body, head = body_and_head(model)
-    return _Model(body, head, store.vocab_size, logit_transform(model))
+    return {**roles, "sorter": sorter}
 
 
 @torch.inference_mode()
 def _read(
-    evaluated_models: Mapping[str, EvaluatedModel],
+    roles: Roles,
     store: Store,
     documents: Sequence[ScoredDocument],
     context: int,
@@ -264,39 +217,46 @@ def _read(
     token (its id), and `<quantity>.<of>` as in `tutelage.evals.token_quantities`, null where undefined;
     KL(p || q) is `kl.p.q`.
     """
-    models = {role: _open(evaluated, store, device) for role, evaluated in evaluated_models.items()}
-    place = models["student"].head.weight.device
+    chosen = pick_device(device)
+    models = {
+        role: NextTokenModel.of(load(evaluated.model).to(chosen), store.vocab_size)
+        for role, evaluated in roles.items()
+    }
     parts: list[dict[str, np.ndarray]] = []
     index_of = np.array([document.index for document in documents])
     for batch in window_batches(documents, context, stride=context):
-        scored_BT = batch.labels_BT != IGNORE_INDEX
+        scored_BT = batch.scored_BT
         gold_N = batch.labels_BT[scored_BT]
-        inputs_BT, keep_BT = batch.inputs_BT.to(place), scored_BT.to(place)
-        hidden = {role: model.hidden(inputs_BT, keep_BT) for role, model in models.items()}
         where = {
             "document": index_of[batch.documents_BT[scored_BT].numpy()],
             "place": batch.places_BT[scored_BT].numpy(),
             "position": scored_BT.nonzero()[:, 1].numpy(),
             "token": gold_N.numpy(),
         }
-        parts.append(where | _chunked(models, hidden, gold_N.to(place)))
+        hidden = {role: model.hidden(batch.inputs_BT, scored_BT) for role, model in models.items()}
+        parts.append(where | _chunked(models, hidden, gold_N.to(chosen)))
         progress(len(gold_N))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     columns = {name: pl.Series(values.astype(_KINDS[values.dtype.kind])) for name, values in joined.items()}
-    return pl.DataFrame(columns).with_columns(pl.col(pl.Float32).fill_nan(None)).sort("document", "place")
+    table = pl.DataFrame(columns).with_columns(pl.col(pl.Float32).fill_nan(None))
+    for role, evaluated in roles.items():
+        if table[f"entropy.{role}"].null_count():
+            raise UserError(
+                f"{role} {evaluated.id}: its probabilities are no numbers; the weights are damaged"
+            )
+    return table.sort("document", "place")
 
 
 def _chunked(
-    models: Mapping[str, _Model], hidden: Mapping[str, Tensor], gold_N: Tensor
+    models: Mapping[str, NextTokenModel], hidden: Mapping[str, Tensor], gold_N: Tensor
 ) -> dict[str, np.ndarray]:
     """Every quantity of every token of a batch, some tokens at a time."""
     student = models["student"]
-    values = _CHUNK_VALUES[student.head.weight.device.type]
-    size = min(_CHUNK_TOKENS, max(1, values // student.vocab_size))
+    size = min(_CHUNK_TOKENS, max(1, _CHUNK_VALUES[student.device.type] // student.vocab_size))
     parts = []
     for start in range(0, len(gold_N), size):
         rows = slice(start, start + size)
-        of = {role: model.predictions(hidden[role][rows]) for role, model in models.items()}
+        of = {role: Predictions.of(model.logits(hidden[role][rows])) for role, model in models.items()}
         parts.append({name: value.cpu().numpy() for name, value in _measure(of, gold_N[rows]).items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -311,11 +271,3 @@ def _measure(of: Mapping[str, Predictions], gold_N: Tensor) -> dict[str, Tensor]
         found[f"kl.{p}.{q}"], found[f"kl.{q}.{p}"] = kl_both_ways(of[p], of[q])
         found |= {f"{quantity}.{p}.{q}": value for quantity, value in together(of[p], of[q]).items()}
     return found
-
-
-def _check_finite(tokens: pl.DataFrame, evaluated_models: Mapping[str, EvaluatedModel]) -> None:
-    for role, evaluated in evaluated_models.items():
-        if tokens[f"entropy.{role}"].null_count():
-            raise UserError(
-                f"{role} {evaluated.id}: its probabilities are no numbers; the weights are damaged"
-            )

@@ -1,30 +1,31 @@
-"""How well a model predicts a text: one forward pass, and of every scored token a few numbers.
+"""Predict every scored token of a text once, and keep a few numbers of each.
 
-Every scored token (`tutelage.evals.windows` says which are) is predicted exactly once, over the ids that the
-text's tokenizer has: rows of a head that was padded beyond them get no probability, as in training. No more
-than 2048 rows of logits exist at any time; what is kept per token does not depend on the vocabulary.
+The distribution is over the ids of the text's tokenizer: rows of a head that was padded beyond them get no
+probability, as in training. No more than 2048 rows of logits exist at any time; the memory kept per token
+does not depend on the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from tutelage.bootstrap import ratio_interval
-from tutelage.evals.windows import ScoredDocument, window_batches
+from tutelage.evals.windows import window_batches
 from tutelage.models.hub import body_and_head, head_logits, logit_transform
-from tutelage.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from tutelage.evals.windows import ScoredDocument
+    from tutelage.types import LogitTransform
 
 _LOGITS = 2**20
 _FEWEST_ROWS, _MOST_ROWS = 256, 2048
@@ -32,7 +33,7 @@ _FEWEST_ROWS, _MOST_ROWS = 256, 2048
 
 @dataclass(frozen=True, slots=True)
 class ScoreEstimate:
-    """A number with its noise over documents.
+    """A number and its noise over documents.
 
     Attributes:
         value: point estimate.
@@ -43,16 +44,16 @@ class ScoreEstimate:
 
     value: float
     stderr: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 def ratio(numerator_N: np.ndarray, denominator_N: np.ndarray) -> ScoreEstimate:
-    """Total over total, with the ratio estimator's standard error and a bootstrap interval over documents."""
+    """Ratio of totals, with its standard error and a bootstrap interval over documents."""
     n, total = len(numerator_N), float(denominator_N.sum())
     value = float(numerator_N.sum()) / total
     if n == 1:
-        return ScoreEstimate(value, math.nan, None, None)
+        return ScoreEstimate(value, math.nan)
     residual_N = numerator_N - value * denominator_N
     stderr = math.sqrt(n / (n - 1) * float((residual_N**2).sum())) / total
     return ScoreEstimate(value, stderr, *ratio_interval(numerator_N, denominator_N))
@@ -89,8 +90,8 @@ class WindowLosses:
     """Losses of W windows, in the order of documents and of the windows of a document.
 
     Attributes:
-        document_W: place of the window's document in the list that was scored.
-        window_W: which of the document's windows it is; 0 for the first.
+        document_W: index of the window's document in the scored list.
+        window_W: index of the window in its document; 0 for the first.
         nll_W: sum of -log p over its scored tokens, in nats, float64.
         tokens_W: scored tokens.
         bytes_W: UTF-8 bytes of the scored text.
@@ -103,10 +104,10 @@ class WindowLosses:
     bytes_W: np.ndarray
 
     def first_excess(self, documents: int) -> tuple[ScoreEstimate | None, int]:
-        """Nats per token of first windows minus that of further ones, and of how many documents.
+        """Nats per token of first windows minus those of further windows, and the number of documents.
 
-        Only documents with both count, so that texts do not differ; None if there is none. Windows of one
-        length see equally much, so a model that knows how documents begin loses about the same in both.
+        Only documents with both count, so that the texts are the same; None if there is none. Windows of one
+        length have equal context, so a model that knows how documents begin loses about the same in both.
         """
         further = self.window_W > 0
         nll, tokens = (
@@ -121,25 +122,24 @@ class WindowLosses:
         means = nll.sum(1) / tokens.sum(1)
         residual_N = np.subtract(*((nll - means[:, None] * tokens) / tokens.sum(1, keepdims=True)))
         stderr = math.sqrt(n / (n - 1) * float((residual_N**2).sum())) if n > 1 else math.nan
-        return ScoreEstimate(float(means[0] - means[1]), stderr, None, None), n
+        return ScoreEstimate(float(means[0] - means[1]), stderr), n
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What is kept of N scored tokens, in no particular order.
+    """Numbers of N scored tokens, in no particular order.
 
     Attributes:
-        document_N: place of the token's document in the list that was scored.
-        place_N: which token of its document it is.
-        window_N: which window of its document it was scored in.
-        label_N: the token, an id.
+        document_N: index of the token's document in the scored list.
+        place_N: index of the token in its document.
+        window_N: index, in its document, of the window that it was scored in.
+        label_N: id of the token.
         logp_N: its log-probability in nats, float64.
         confidence_N: probability of the model's first choice.
         correct_N: whether the first choice is the token.
         brier_N: squared distance between the predicted distribution and the outcome, 0 to 2.
-        sampled_N: whether the token is a row of `powered_MK`.
-        powered_MK: for M of the tokens, log-probability after raising the distribution to the power of each
-            of K inverse temperatures and normalising it.
+        sampled_N: whether the token has a row in `powered_MK`.
+        powered_MK: log-probability of M of the tokens at each of K inverse temperatures.
     """
 
     document_N: np.ndarray
@@ -164,10 +164,10 @@ class TokenScores:
 
     def windows(self, documents: Sequence[ScoredDocument]) -> WindowLosses:
         """Losses per window."""
-        bytes_N = np.zeros(len(self.document_N))
-        for number, document in enumerate(documents):
-            own_N = self.document_N == number
-            bytes_N[own_N] = document.bytes_N[self.place_N[own_N]]
+        starts_D = np.cumsum([0, *(len(document.bytes_N) for document in documents[:-1])])
+        bytes_N = np.concatenate([document.bytes_N for document in documents])[
+            starts_D[self.document_N] + self.place_N
+        ]
         keys_W, window_N = np.unique(
             np.stack([self.document_N, self.window_N], 1), axis=0, return_inverse=True
         )
@@ -180,6 +180,44 @@ class TokenScores:
         return np.bincount(self.document_N, weights=values_N, minlength=documents)
 
 
+@dataclass(frozen=True, slots=True)
+class NextTokenModel:
+    """A causal language model, split at its hidden states; its head predicts the tokenizer's ids alone.
+
+    Attributes:
+        body: gives hidden states.
+        head: the output embedding.
+        transform: applied to the logits.
+        vocab_size: number of ids of the tokenizer; rows of the head beyond them are padding.
+    """
+
+    body: nn.Module
+    head: nn.Linear
+    transform: LogitTransform
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, vocab_size: int) -> NextTokenModel:
+        """Split a model, and put it into eval mode."""
+        return cls(*body_and_head(model.eval()), logit_transform(model), vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.head.weight.device
+
+    def hidden(self, inputs_BT: Tensor, keep_BT: Tensor) -> Tensor:
+        """Hidden states [N, D] of the N positions to keep."""
+        inputs_BT, keep_BT = inputs_BT.to(self.device), keep_BT.to(self.device)
+        hidden_BTD: Tensor = self.body(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        return hidden_BTD[keep_BT]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V], float32, over the tokenizer's ids."""
+        return head_logits(self.head, hidden_ND, self.transform, self.vocab_size)
+
+
+@torch.inference_mode()
 def score_tokens(
     model: PreTrainedModel,
     documents: Sequence[ScoredDocument],
@@ -196,58 +234,41 @@ def score_tokens(
         model: a causal language model; put into eval mode.
         documents: token ids made with the model's tokenizer.
         vocab_size: number of ids of that tokenizer; rows of the head beyond them get no probability.
-        context: window length in tokens; at most the trained length, so that nothing extrapolates.
+        context: window length in tokens; at most the trained length, so that the model does not extrapolate.
         stride: tokens scored per further window; default: `context`, windows that do not overlap.
         powers: inverse temperatures at which to take log-probabilities as well.
         every: take them of every `every`-th token of a document only.
         progress: called with the number of tokens scored since the last call.
     """
-    model.eval()
-    body, head = body_and_head(model)
-    device = head.weight.device
+    predictor = NextTokenModel.of(model, vocab_size)
+    rows = min(max(_LOGITS // vocab_size, _FEWEST_ROWS), _MOST_ROWS)  # few enough for a CPU's cache to help
     parts = []
-    with torch.inference_mode():
-        for batch in window_batches(documents, context, stride or context):
-            hidden_BTD = body(input_ids=batch.inputs_BT.to(device), use_cache=False).last_hidden_state
-            scored_BT = batch.labels_BT != IGNORE_INDEX
-            labels_N, places_N = batch.labels_BT[scored_BT], batch.places_BT[scored_BT]
-            sampled_N = (places_N % every == 0) & bool(powers)
-            measured = _measured_in_pieces(
-                hidden_BTD[scored_BT.to(device)],
-                partial(head_logits, head, transform=logit_transform(model), vocab_size=vocab_size),
-                min(max(_LOGITS // vocab_size, _FEWEST_ROWS), _MOST_ROWS),
-                (labels_N.to(device), sampled_N.to(device)),
-                powers,
-            )
-            where = batch.documents_BT[scored_BT], places_N, batch.windows_BT[scored_BT]
-            parts.append([*where, labels_N, *measured[:-1], sampled_N, measured[-1]])
-            progress(len(labels_N))
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    document_N, place_N, window_N, label_N, logp_N, *rest = columns
-    return TokenScores(document_N, place_N, window_N, label_N, logp_N.astype(np.float64), *rest)
-
-
-def _measured_in_pieces(
-    hidden_ND: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    rows: int,
-    labels_and_sampled: tuple[Tensor, Tensor],
-    powers: Sequence[float],
-) -> list[Tensor]:
-    """`_measured`, with only `rows` rows of logits at a time: few enough for a CPU's cache to help."""
-    pieces = [
-        _measured(logits_of(hidden), labels, sampled, powers)
-        for hidden, labels, sampled in zip(
-            *(torch.split(x, rows) for x in (hidden_ND, *labels_and_sampled)), strict=True
+    for batch in window_batches(documents, context, stride or context):
+        scored_BT = batch.scored_BT
+        labels_N, places_N = batch.labels_BT[scored_BT], batch.places_BT[scored_BT]
+        sampled_N = (places_N % every == 0) & bool(powers)
+        columns = (
+            predictor.hidden(batch.inputs_BT, scored_BT),
+            labels_N.to(predictor.device),
+            sampled_N.to(predictor.device),
         )
-    ]
-    return [torch.cat(column) for column in zip(*pieces, strict=True)]
+        pieces = [
+            _measured(predictor.logits(hidden_ND), labels, sampled, powers)
+            for hidden_ND, labels, sampled in zip(*(torch.split(x, rows) for x in columns), strict=True)
+        ]
+        *measured, powered_MK = (torch.cat(column) for column in zip(*pieces, strict=True))
+        where = batch.documents_BT[scored_BT], places_N, batch.windows_BT[scored_BT]
+        parts.append([*where, labels_N, *measured, sampled_N, powered_MK])
+        progress(len(labels_N))
+    arrays = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    document_N, place_N, window_N, label_N, logp_N, *rest = arrays
+    return TokenScores(document_N, place_N, window_N, label_N, logp_N.astype(np.float64), *rest)
 
 
 def _measured(
     logits_NV: Tensor, labels_N: Tensor, sampled_N: Tensor, powers: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per row: log-probability, confidence, correctness, Brier score; of sampled rows also those at `powers`.
+    """Log-probability, confidence, correctness and Brier score per row; `powers` for the sampled rows.
 
     With e = exp(logit - largest): p = e / sum e, so the confidence is 1 / sum e and the sum of p^2 is
     sum e^2 / (sum e)^2; the Brier score is sum p^2 - 2 p(label) + 1. The logits are overwritten.
@@ -256,7 +277,9 @@ def _measured(
     gold_N = shifted_NV.gather(1, labels_N[:, None])[:, 0]
     powered_MK = _powered(shifted_NV, gold_N, sampled_N, powers)
     correct_N = gold_N == 0
-    correct_N[correct_N.clone()] = shifted_NV[correct_N].argmax(1) == labels_N[correct_N]  # one of equal ones
+    correct_N[correct_N.clone()] = (
+        shifted_NV[correct_N].argmax(1) == labels_N[correct_N]
+    )  # the first of equal ones
     e_NV = shifted_NV.exp_()
     total_N = e_NV.sum(1)
     logp_N = gold_N - total_N.log()

@@ -1,4 +1,4 @@
-"""What is scored of a text for one model: its windows, its limits, and what the model has seen of it."""
+"""Cut the documents of a text into windows, and say which of a domain's documents and tokens are scored."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.data.store import Store
-    from tutelage.evals.contamination import DomainSplit, TrainingText
+    from tutelage.evals.contamination import TrainingText
     from tutelage.types import Role, Split
 
 FORWARD_TOKENS = 4096
-"""Tokens, padding included, that go through the model at once (or one window, if that is longer)."""
+"""Tokens, padding included, in one forward pass (or one window, if that is longer)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredDocument:
-    """One document, from its beginning, and which of its tokens are scored.
+    """The beginning of one document, and which of its tokens are scored.
 
     Attributes:
         index: its place in the split.
-        tokens_N: int64 ids, with what begins a document; with the closing mark only where that is scored.
+        tokens_N: int64 ids, with the ids that begin a document; with the end mark only if that is scored.
         scored_N: whether each token is scored; never the first one.
         bytes_N: bytes of the source text that each token stands for.
     """
@@ -47,25 +47,26 @@ class ScoredDocument:
 
     @property
     def scored(self) -> int:
-        """How many tokens are scored."""
+        """Number of scored tokens."""
         return int(self.scored_N.sum())
 
     @property
     def size(self) -> int:
-        """UTF-8 bytes of the source text that the scored tokens stand for."""
+        """UTF-8 bytes of source text behind the scored tokens."""
         return int(self.bytes_N[self.scored_N].sum())
 
 
 @dataclass(frozen=True, slots=True)
 class WindowBatch:
-    """Some windows, padded on the right to the longest of them.
+    """Windows, padded on the right to the longest of them.
 
     Attributes:
-        inputs_BT: int64 ids; padding is 0, which nothing before it sees.
+        inputs_BT: int64 ids; padding is 0, which a causal model never sees from before it.
         labels_BT: int64 ids; `IGNORE_INDEX` where nothing is scored.
-        documents_BT: the place, in the list of documents, of the document of each label.
-        places_BT: which token of its document a label is.
-        windows_BT: which window of its document a label is in; 0 for the first.
+        documents_BT: index, in the list of documents, of each label's document.
+        places_BT: index of each label in its document.
+        windows_BT: index of the window in its document; 0 for the first.
+        scored_BT: whether there is a label.
     """
 
     inputs_BT: Tensor
@@ -73,22 +74,23 @@ class WindowBatch:
     documents_BT: Tensor
     places_BT: Tensor
     windows_BT: Tensor
+    scored_BT: Tensor
 
 
 def read_documents(
     store: Store, split: Split, max_documents: int, max_tokens: int, skip: Collection[int] = ()
 ) -> list[ScoredDocument]:
-    """The first documents of a split of which something is scored, each cut after `max_tokens` of its text.
+    """The first documents of a split that have scored tokens, each cut after `max_tokens` of its text.
 
-    Of plain text every token is scored but what begins it (the first token, if nothing does) and the
-    end-of-text mark. Of prompts and completions it is what training learns: completions alone, and the
-    end-of-text mark that closes the last one.
+    In plain text all tokens are scored except the ids that begin it (the first token, if there are none) and
+    the end-of-text mark. In prompts and completions the tokens that training learns are scored: completions,
+    and the end-of-text mark that closes the last one.
 
     Args:
-        store: where they are.
+        store: the token store.
         split: "validation" or "test".
-        max_documents: how many.
-        max_tokens: of each, without what begins it.
+        max_documents: number of documents.
+        max_tokens: tokens of each, without the ids that begin it.
         skip: places in the split to pass over.
     """
     view = store.split(split)
@@ -110,14 +112,14 @@ def read_documents(
 
 
 def window_batches(documents: Sequence[ScoredDocument], context: int, stride: int) -> Iterator[WindowBatch]:
-    """Every scored token of every document as a label exactly once, in batches of windows of like length.
+    """Yield every scored token of every document as a label once, in batches of windows of similar length.
 
     A window holds at most `context` tokens. The first starts with the document; each further one scores the
-    next `stride` tokens with the `context - stride` tokens before them as context only. Windows without a
+    next `stride` tokens, with the `context - stride` tokens before them as context only. Windows without a
     scored token are left out.
 
     Args:
-        documents: what to score.
+        documents: the text.
         context: window length in tokens.
         stride: 1 to `context`; `context` means windows that do not overlap.
     """
@@ -141,7 +143,7 @@ class _Window(NamedTuple):
 
     Attributes:
         owner: the document.
-        number: which of its windows.
+        number: index among its windows.
         start: first input.
         end: end of inputs.
         first: first input whose next token is a label.
@@ -177,19 +179,20 @@ def _window_batch(
         )
         places_BT[row, : end - start] = np.arange(start + 1, end + 1)
         documents_BT[row], windows_BT[row] = owner, number
-    return WindowBatch(*map(torch.from_numpy, (inputs_BT, labels_BT, documents_BT, places_BT, windows_BT)))
+    arrays = inputs_BT, labels_BT, documents_BT, places_BT, windows_BT, labels_BT != IGNORE_INDEX
+    return WindowBatch(*map(torch.from_numpy, arrays))
 
 
 TRAINING_TEXT = "training-text"
-"""What a model's own training store is called where it is a text to fit on and not one of the domains."""
+"""Name of a model's own training store as a text to fit on."""
 
 _SAME_TEXT = 0.1
-"""A domain of which this share of documents was trained on is of the training distribution."""
+"""From this share of documents that were trained on, a domain is in domain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One domain, ready to be scored.
+    """One domain for one model, with the windows and limits of its scores.
 
     Attributes:
         name: of the domain.
@@ -199,9 +202,9 @@ class Target:
         stride: tokens scored per further window.
         max_documents: documents per split.
         max_tokens: tokens per document, from its beginning.
-        trained_on: places of documents that are not scored because the model was trained on them, by split.
-        contamination: what the model was trained on, by split; without entries where that was not measured.
-        teacher_contamination: the same of texts that its teachers were trained on, and it was not.
+        trained_on: places of documents that are left out because the model was trained on them, by split.
+        contamination: overlap with the model's training text, by split; empty where it was not measured.
+        teacher_contamination: overlap with texts that only its teachers were trained on.
     """
 
     name: str
@@ -228,25 +231,25 @@ class Target:
 
     @property
     def windows(self) -> dict[str, int]:
-        """Which ids there are, and how a document is cut into windows, as arguments of `score_tokens`."""
+        """Arguments of `score_tokens`: vocabulary and windows."""
         return {"vocab_size": self.store.vocab_size, "context": self.context, "stride": self.stride}
 
     def documents(self, split: Split) -> list[ScoredDocument]:
-        """What is scored."""
+        """The documents of a split that are scored."""
         left_out = self.trained_on.get(split, frozenset())
         return read_documents(self.store, split, self.max_documents, self.max_tokens, left_out)
 
 
 def without_training_text(targets: Sequence[Target], text: TrainingText, cache: Path) -> list[Target]:
-    """The targets without the documents that the model was trained on, and with the role that follows.
+    """Leave out the documents that the model was trained on, and correct the roles.
 
-    A text is in domain if it is said to be, if it comes from a source of a training store, or if a tenth of
-    its documents were trained on, whatever it is called.
+    A text is in domain if its target says so, if it comes from a source of a training store, or if a tenth
+    of its documents were trained on.
 
     Args:
         targets: domains in the model's tokens.
-        text: what it was trained on.
-        cache: directory where answers are kept for other models with the same training text.
+        text: the model's training text.
+        cache: directory of results, shared by models with the same training text.
     """
     if not text.stores or not targets:
         return list(targets)
@@ -263,44 +266,36 @@ def without_training_text(targets: Sequence[Target], text: TrainingText, cache: 
 
 
 def with_contamination(targets: Sequence[Target], text: TrainingText, cache: Path) -> list[Target]:
-    """The targets with what the model and its teachers have seen of them, whole documents and 8-grams.
+    """Measure the overlap of each target with the training text of the model and of its teachers.
 
     Args:
-        targets: as `without_training_text` gives them.
-        text: what model and teachers were trained on.
-        cache: as there.
+        targets: as `without_training_text` returns them.
+        text: training text of the model and of its teachers.
+        cache: directory of results.
     """
-    documents: dict[DomainSplit, list[ScoredDocument]] = {
-        (target.name, split): target.documents(split) for target in targets for split in SCORED
+    domains = {target.name: target.store for target in targets}
+    texts = {
+        (target.name, split): [document.tokens_N for document in target.documents(split)]
+        for target in targets
+        for split in SCORED
     }
-    own = _contamination(targets, text.stores, documents, cache)
-    taught = _contamination(targets, text.teachers, documents, cache)
+
+    def measured(training: Sequence[Store]) -> dict[str, dict[Split, Contamination]]:
+        if not training or not targets:
+            return {name: {} for name in domains}
+        exact, grams = trained_on(training, domains, cache), copied_grams(training, texts, cache)
+        return {
+            name: {
+                split: Contamination(
+                    store.manifest.splits[split].documents, exact[name, split], *grams[name, split]
+                )
+                for split in SCORED
+            }
+            for name, store in domains.items()
+        }
+
+    own, taught = measured(text.stores), measured(text.teachers)
     return [
-        replace(
-            target, contamination=own.get(target.name, {}), teacher_contamination=taught.get(target.name, {})
-        )
+        replace(target, contamination=own[target.name], teacher_contamination=taught[target.name])
         for target in targets
     ]
-
-
-def _contamination(
-    targets: Sequence[Target],
-    stores: Sequence[Store],
-    documents: Mapping[DomainSplit, list[ScoredDocument]],
-    cache: Path,
-) -> dict[str, dict[Split, Contamination]]:
-    if not stores or not targets:
-        return {}
-    exact = trained_on(stores, {target.name: target.store for target in targets}, cache)
-    grams = copied_grams(stores, documents, cache)
-    return {
-        target.name: {
-            split: Contamination(
-                target.store.manifest.splits[split].documents,
-                exact[target.name, split],
-                *grams[target.name, split],
-            )
-            for split in SCORED
-        }
-        for target in targets
-    }

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tutelage.errors import UserError
 from tutelage.files import make_directory, write_json
-from tutelage.study.records import Record, UnreadableError, read_model
+from tutelage.records import Record, UnreadableError, read_model
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -11,8 +11,8 @@ import polars as pl
 from pydantic import Field
 
 from tutelage.errors import UserError
+from tutelage.records import Record, UnreadableError, read_lines, read_model
 from tutelage.study.plan import Plan, PlanRun, load_plan
-from tutelage.study.records import Record, UnreadableError, read_lines, read_model
 from tutelage.study.score_tables import OTHERWISE, Evaluations, read_evaluations
 from tutelage.study.token_tables import TokenComparison, read_token_comparisons
 

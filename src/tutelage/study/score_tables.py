@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
-from tutelage.study.records import UnreadableError, read_lines
+from tutelage.records import UnreadableError, read_lines
 from tutelage.types import COPYING, SCORING_VERSION, Score, scoring_version
 
 if TYPE_CHECKING:

@@ -80,7 +80,8 @@ def test_held_out_text_of_the_same_store_was_not_trained_on(training, tmp_path):
 
 def test_copied_grams_are_a_plain_count(training, mixed, tmp_path):
     documents = {
-        ("mixed", split): read_documents(mixed, split, 100, 10**6) for split in ("validation", "test")
+        ("mixed", split): [document.tokens_N for document in read_documents(mixed, split, 100, 10**6)]
+        for split in ("validation", "test")
     }
     found = copied_grams([training], documents, tmp_path)
     there = {gram for text in texts_of(training, "train") for gram in grams(text)}

@@ -216,7 +216,7 @@ def test_scores_are_rows_and_come_once(evaluated, other_store):
         assert (score.run, score.step, score.tokens) == ("tiny-1", 7, 900)
         assert (score.role, score.split, score.n, score.higher_is_better) == ("downstream", "test", 30, True)
         assert score.stderr == pytest.approx((score.value * (1 - score.value) / 29) ** 0.5)
-    assert read_scores(evaluated.scores) == [dataclasses.asdict(score) for score in scores]
+    assert read_scores(evaluated.scores) == scores
     before = evaluated.scores.read_bytes()
     assert run_downstream(evaluated, tasks, limit=30) == scores
     assert evaluated.scores.read_bytes() == before

@@ -196,7 +196,7 @@ def test_probes_are_rows_and_come_once(evaluated_models):
     ]
     assert {score.role for score in scores} == {"probe"}
     assert all(score.low <= score.value <= score.high for score in scores)
-    assert read_scores(student.scores) == [dataclasses.asdict(score) for score in scores]
+    assert read_scores(student.scores) == scores
     kept = student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns
     assert run_probes(student, teacher=teacher) == scores
     assert kept == (student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns)

@@ -137,7 +137,7 @@ def test_heads_padded_or_cut_to_the_ids_have_equal_scores(start, store, tmp_path
     with pytest.raises(SystemExit):
         main()
     first, second = (
-        {(row["split"], row["metric"]): row["value"] for row in read_scores(path)}
+        {(score.split, score.metric): score.value for score in read_scores(path)}
         for path in sorted(tmp_path.glob("evals/*/scores.jsonl"))
     )
     assert first.keys() == second.keys()

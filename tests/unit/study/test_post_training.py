@@ -93,7 +93,7 @@ def test_a_study_fine_tunes_and_scores_students_and_baselines_alike(tmp_path):
     for one in plan.values():
         directory = RunDirectory(tmp_path / "runs" / one.run)
         assert directory.is_done()
-        assert {row["domain"] for row in read_scores(directory.scores)} == {"in-domain", "scripture"}
+        assert {score.domain for score in read_scores(directory.scores)} == {"in-domain", "scripture"}
         if one.kind == "after":
             config = load(RunConfig, directory.path / "config.yaml")
             assert (config.stage, config.model.run, config.optim.warmup) == ("sft", one.after, 0.01)

@@ -13,8 +13,8 @@ from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import open_store
 from tutelage.evals.evaluated_model import find_model
-from tutelage.evals.token_comparison import _open
-from tutelage.evals.token_scores import score_tokens
+from tutelage.evals.token_quantities import Predictions
+from tutelage.evals.token_scores import NextTokenModel, score_tokens
 from tutelage.evals.windows import read_documents, window_batches
 from tutelage.models import hub
 from tutelage.objective.objective import dense_logits
@@ -120,8 +120,8 @@ def test_a_run_trains_exports_and_scores_the_bias(biased, make_config, tmp_path,
 
 def test_probes_and_token_comparison_use_it(biased, tmp_path, store):
     evaluated = find_model(str(tmp_path / "start"), tmp_path)
-    model = _open(evaluated, open_store(store), "cpu")
+    model = NextTokenModel.of(hub.load(evaluated.model), open_store(store).vocab_size)
     tokens = torch.arange(40).view(1, 40)
     hidden = model.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    found = model.predictions(hidden).logp_NV
+    found = Predictions.of(model.logits(hidden)).logp_NV
     torch.testing.assert_close(found, logits(biased, tokens).log_softmax(-1))

@@ -9,8 +9,8 @@ import pytest
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.data.store import build_store
+from tutelage.records import read_model
 from tutelage.run import run, run_cohort
-from tutelage.study.records import read_model
 from tutelage.study.results import _Done
 from tutelage.train.loop import Nobody
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tutelage.errors import Stopped, UserError
-from tutelage.evals import suite
+from tutelage.evals import evaluate
 from tutelage.models import hub
 from tutelage.run import run, run_cohort
 from tutelage.train.loop import Nobody
@@ -90,8 +90,8 @@ def test_scores_that_are_there_are_not_computed_again(make_config, evaluation, m
     config = make_config(eval=evaluation | {"every": EVERY})
     directory = run(config)
     before = directory.scores.read_bytes()
-    monkeypatch.setattr(suite, "score_domain", None)
-    assert suite.score(config, directory, hub.load(str(directory.model)), 5, finished=False) == []
+    monkeypatch.setattr(evaluate, "score_domain", None)
+    assert evaluate.score_run(config, directory, hub.load(str(directory.model)), 5, finished=False) == []
     run(config)
     assert directory.scores.read_bytes() == before
 
@@ -128,7 +128,7 @@ def test_time_for_scoring_is_not_training_time(make_config, evaluation, monkeypa
 
     real = time.perf_counter
     monkeypatch.setattr("tutelage.train.student.time.perf_counter", lambda: real() + clock[0])
-    monkeypatch.setattr(suite, "score", slow)
+    monkeypatch.setattr(evaluate, "score_run", slow)
     directory = run(make_config(eval=evaluation | {"every": EVERY}))
     assert clock[0] == 3000.0
     assert directory.state()["seconds"] < 500

@@ -1,4 +1,4 @@
-"""Strict records out of JSON files; whatever is wrong with a file is one exception with a short reason."""
+"""Read JSON and JSON Lines files as strict records, with one exception for everything that is wrong."""
 
 from __future__ import annotations
 
