@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from filelock import SoftFileLock, Timeout, lock_descriptor
 
-from tutelage.errors import UserError
+from tutelage.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from typing import BinaryIO
 
@@ -84,7 +84,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             yield partial
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:
@@ -149,6 +149,24 @@ def lock(path: Path, what: str) -> Iterator[None]:
     with os_errors_to_user_errors(path):
         has_locks = _has_locks(path.parent)
     with _kernel_lock(path, what) if has_locks else _marker_lock(path, what):
+        yield
+
+
+@contextlib.contextmanager
+def lock_when_free(path: Path, what: str, wait: Callable[[], bool]) -> Iterator[None]:
+    """As `lock`, but call `wait` as long as another process holds it; `wait` returns True to give up.
+
+    Raises:
+        Stopped: `wait` returned True.
+    """
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock(path, what))
+                break
+            except LockedError:
+                if wait():
+                    raise Stopped from None
         yield
 
 
@@ -217,7 +235,7 @@ def _busy(what: str, record: bytes) -> str:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, in the main thread; elsewhere nothing sets it."""
+    """Yield an event that SIGINT and SIGTERM set. Outside the main thread nothing sets it."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -10,8 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tutelage.errors import UserError
-from tutelage.files import LockedError, atomic_directory, lock, make_directory, write_json, write_text
+from tutelage.errors import Stopped, UserError
+from tutelage.files import (
+    LockedError,
+    atomic_directory,
+    lock,
+    lock_when_free,
+    make_directory,
+    write_json,
+    write_text,
+)
 
 HOST = socket.gethostname()
 
@@ -168,6 +177,17 @@ def test_an_error_of_locking_that_says_nothing_about_locks_is_not_swallowed(tmp_
     monkeypatch.setattr("tutelage.files.lock_descriptor", refuse)
     with pytest.raises(OSError, match="Input/output"), lock(tmp_path / "lock", "it"):
         pass
+
+
+def test_a_held_lock_is_waited_for_until_it_is_free_or_the_waiter_gives_up(tmp_path):
+    path = tmp_path / "lock"
+    with contextlib.ExitStack() as other:
+        other.enter_context(lock(path, "it"))
+        with pytest.raises(Stopped), lock_when_free(path, "it", lambda: True):
+            pass
+        with lock_when_free(path, "it", lambda: other.close() is not None):
+            assert path.exists()
+    assert not path.exists()
 
 
 def test_a_lock_in_a_directory_that_cannot_be_written_is_named(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
-from tutelage.files import LockedError, lock, make_directory, stop_signal
+from tutelage.files import lock_when_free, make_directory, stop_signal
 from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases, is_silent, living_runners
 from tutelage.study.nodes import Node, Stores, bind, check_cells
@@ -20,7 +19,8 @@ from tutelage.study.plan import Plan, load_plan, plan_of, save_plan
 from tutelage.study.runner import run_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    import contextlib
+    from collections.abc import Callable, Mapping
 
     from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
@@ -151,7 +151,7 @@ def run_study(
     check_cells(expanded)
     make_directory(directory)
     with engine, Leases(directory) as leases:
-        with _prepared_alone(directory, leases, say):
+        with _preparation_lock(directory, leases, say):
             stores = build_stores(expanded, directory / "data", engine, leases, say)
             nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
             _check_budgets(nodes)
@@ -159,23 +159,21 @@ def run_study(
         run_all(nodes, engine, leases, Failures(directory, options.retries), watcher, options.cohort)
 
 
-@contextlib.contextmanager
-def _prepared_alone(directory: Path, leases: Leases, say: Callable[[str], None]) -> Iterator[None]:
-    """Be the only one on this machine that prepares the study; others wait, and then find it prepared."""
-    with contextlib.ExitStack() as held:
-        said = False
-        while True:
-            try:
-                held.enter_context(lock(directory / "lock", f"study {directory}"))
-                break
-            except LockedError:
-                if not said:
-                    say("another runner prepares the study")
-                said = True
-                if leases.is_asked_to_stop():
-                    raise Stopped from None
-                time.sleep(_POLL_SECONDS)
-        yield
+def _preparation_lock(
+    directory: Path, leases: Leases, say: Callable[[str], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Let one runner at a time prepare the study; the others wait, and then find it prepared."""
+    waited = False
+
+    def wait() -> bool:
+        nonlocal waited
+        if not waited:
+            say("another runner prepares the study")
+        waited = True
+        time.sleep(_POLL_SECONDS)
+        return leases.is_asked_to_stop()
+
+    return lock_when_free(directory / "lock", f"study {directory}", wait)
 
 
 def _publish(directory: Path, plan: Plan, leases: Leases) -> None:

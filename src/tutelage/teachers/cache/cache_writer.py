@@ -14,6 +14,7 @@ from tutelage.files import (
     atomic_write,
     free_bytes,
     lock,
+    lock_when_free,
     make_directory,
     stop_signal,
     write_text,
@@ -130,7 +131,10 @@ def _write_manifest(job: CacheJob, stop: threading.Event) -> None:
         UserError: the directory holds another cache, or its manifest is damaged.
     """
     path, manifest = job.plan.path, job.manifest
-    with _manifest_lock(path, stop):
+    held = lock_when_free(
+        path / "shards" / "manifest.lock", str(path), lambda: stop.wait(_MANIFEST_POLL_SECONDS)
+    )
+    with held:
         for name in (MANIFEST_FILE, HEAD_FILE):
             _remove_leftovers(path / name)
         known = read_cache_manifest(path) if (path / MANIFEST_FILE).exists() else manifest
@@ -145,20 +149,6 @@ def _write_manifest(job: CacheJob, stop: threading.Event) -> None:
         if known is manifest or sha256 != known.head_sha256:
             manifest = known.model_copy(update={"head_sha256": sha256})
             write_text(path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _manifest_lock(cache: Path, stop: threading.Event) -> Iterator[None]:
-    """Wait until no other process writes manifest and head, which is quick."""
-    with contextlib.ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(lock(cache / "shards" / "manifest.lock", str(cache)))
-                break
-            except LockedError:
-                if stop.wait(_MANIFEST_POLL_SECONDS):
-                    raise Stopped from None
-        yield
 
 
 class ShardIndex:
