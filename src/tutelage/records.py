@@ -1,4 +1,4 @@
-"""Read JSON and JSON Lines files as strict records, with one exception for everything that is wrong."""
+"""Read JSON files as strict records, with one exception for everything that is wrong with a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from tutelage.errors import UserError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -14,25 +16,42 @@ T = TypeVar("T")
 
 
 class UnreadableError(Exception):
-    """A result file is missing or wrong; the message starts with the file's name."""
+    """A file of records is missing or wrong.
+
+    Attributes:
+        reason: what is wrong, without the name of the file, with which the message begins.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
 
 
 class Record(BaseModel):
-    """Base of what is read: types are strict, NaN is an error, fields of later versions are ignored."""
+    """Base of what is read: strict types, no NaN, immutable; fields that it does not name are ignored.
+
+    A subclass that must know every field, such as a manifest, sets `extra="forbid"`.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class _Head(Record, extra="allow"):
+    """The field that a manifest of any version has."""
+
+    schema_version: int
+
+
 def read_model(path: Path, kind: type[T]) -> T:
-    """A JSON file as one record. Raises `UnreadableError`."""
+    """Read a JSON file as one record. Raises `UnreadableError`."""
     return _parse(path.name, _text(path), kind)
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """A JSON Lines file, one record per line, at least one. Raises `UnreadableError`."""
+    """Read a JSON Lines file, one record per line and at least one. Raises `UnreadableError`."""
     lines = _text(path).splitlines()
     if not lines:
-        raise UnreadableError(f"{path.name}: empty")
+        raise UnreadableError(path.name, "empty")
     try:
         records: list[T] = _adapter(list[kind]).validate_json(f"[{','.join(lines)}]", strict=True)  # type: ignore[valid-type]
     except ValidationError:
@@ -40,6 +59,39 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     if len(records) == len(lines):
         return records
     return [_parse(f"{path.name}, line {i}", line, kind) for i, line in enumerate(lines, start=1)]
+
+
+def read_manifest_file(
+    directory: Path, kind: type[T], *, version: int, field: str, what: str, remedy: str
+) -> T:
+    """Read `directory/manifest.json`, which says what the directory is.
+
+    Args:
+        directory: the directory.
+        kind: the record of this version.
+        version: the schema version that this package reads.
+        field: a field that tells this kind of manifest from others, in every version.
+        what: the kind of directory, in words: "token store".
+        remedy: the command that makes one.
+
+    Raises:
+        UserError: it is missing, is no such manifest, or has another schema version.
+    """
+    path = directory / "manifest.json"
+    if not path.exists():
+        missing = "has no manifest.json" if directory.is_dir() else "no such directory"
+        raise UserError(f"{directory}: not a {what} ({missing}); `{remedy}` makes one")
+    try:
+        text = _text(path)
+        head = _parse(path.name, text, _Head)
+        if head.schema_version != version and field in (head.model_extra or {}):
+            raise UserError(
+                f"{directory}: {what} of schema version {head.schema_version}, this version reads {version}; "
+                f"build it again with `{remedy}`"
+            )
+        return _parse(path.name, text, kind)
+    except UnreadableError as error:
+        raise UserError(f"{path}: not the manifest of a {what} ({error.reason})") from None
 
 
 @cache
@@ -52,9 +104,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UnreadableError(f"{path.name}: no such file") from None
+        raise UnreadableError(path.name, "no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableError(f"{path.name}: {error}") from None
+        raise UnreadableError(path.name, f"cannot be read ({error})") from None
 
 
 def _parse(where: str, text: str, kind: type[T]) -> T:
@@ -63,5 +115,5 @@ def _parse(where: str, text: str, kind: type[T]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise UnreadableError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
+        raise UnreadableError(where, f"{field + ': ' if field else ''}{first['msg']}") from None
     return record

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import JsonValue
 
 from tutelage.errors import UserError
-from tutelage.manifests import ManifestHead, ManifestRecord, read_manifest_file
+from tutelage.records import Record, read_manifest_file
 from tutelage.types import Split
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SCORED: tuple[Split, Split] = ("validation", "test")
 """Splits that are scored: choices and fits are made on the first, results are reported on the second."""
 
 
-class SplitRecord(ManifestRecord):
+class SplitRecord(Record, extra="forbid"):
     """One split.
 
     Attributes:
@@ -49,7 +49,7 @@ class SplitRecord(ManifestRecord):
     files: dict[str, str]
 
 
-class LeftRecord(ManifestRecord):
+class LeftRecord(Record, extra="forbid"):
     """What the mixture did not take of a source because another one ran out.
 
     Attributes:
@@ -63,7 +63,7 @@ class LeftRecord(ManifestRecord):
     is_all: bool
 
 
-class SourceRecord(ManifestRecord):
+class SourceRecord(Record, extra="forbid"):
     """One source: what fixed its text, what was taken of it, and what was not.
 
     Attributes:
@@ -87,7 +87,7 @@ class SourceRecord(ManifestRecord):
     left: LeftRecord | None
 
 
-class Manifest(ManifestRecord):
+class Manifest(Record, extra="forbid"):
     """Everything about a store but the tokens.
 
     Attributes:
@@ -143,7 +143,12 @@ def read_manifest(store: Path) -> Manifest:
         UserError: it is missing, is no manifest, or has another schema version.
     """
     manifest = read_manifest_file(
-        store, Manifest, ManifestHead, SCHEMA_VERSION, "token store", "tutelage data build"
+        store,
+        Manifest,
+        version=SCHEMA_VERSION,
+        field="sources",
+        what="token store",
+        remedy="tutelage data build",
     )
     _check_complete(store / "manifest.json", manifest)
     return manifest

@@ -165,8 +165,9 @@ def _made_alike(scores: Sequence[Score]) -> list[Score]:
     made = [score for score in scores if scoring_version(score.version) == SCORING_VERSION]
     if scores and not made:
         raise UnreadableError(
-            f"scores.jsonl: all scores are by scoring version {scoring_version(scores[-1].version)}, this is "
-            f"version {SCORING_VERSION}; `tutelage study run` scores the run again"
+            "scores.jsonl",
+            f"all scores are by scoring version {scoring_version(scores[-1].version)}, this is "
+            f"version {SCORING_VERSION}; `tutelage study run` scores the run again",
         )
     return made
 
@@ -174,9 +175,9 @@ def _made_alike(scores: Sequence[Score]) -> list[Score]:
 def _check_lines(run: str, scores: Sequence[Score]) -> None:
     for number, score in enumerate(scores, start=1):
         if score.run != run:
-            raise UnreadableError(f"scores.jsonl, line {number}: belongs to run {score.run}")
+            raise UnreadableError(f"scores.jsonl, line {number}", f"belongs to run {score.run}")
         if not (math.isfinite(score.value) and (score.value > 0 or score.metric not in _BEHIND)):
-            raise UnreadableError(f"scores.jsonl, line {number}: the value is {score.value}")
+            raise UnreadableError(f"scores.jsonl, line {number}", f"the value is {score.value}")
 
 
 def _documents(

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from tutelage.config.teacher_config import Format
-from tutelage.manifests import ManifestHead, ManifestRecord, read_manifest_file
+from tutelage.records import Record, read_manifest_file
 from tutelage.types import LogitTransform
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"
 
 
-class TeacherRecord(ManifestRecord):
+class TeacherRecord(Record, extra="forbid"):
     """The teacher of a cache.
 
     Attributes:
@@ -45,7 +45,7 @@ class TeacherRecord(ManifestRecord):
     notes: tuple[str, ...] = ()
 
 
-class Layout(ManifestRecord):
+class Layout(Record, extra="forbid"):
     """Where positions lie.
 
     A block holds the context [w T, (w + 1) T) that the teacher saw at once; the last one may be shorter. A
@@ -91,7 +91,7 @@ class Layout(ManifestRecord):
         return f"shards/{shard:06d}.bin"
 
 
-class CacheManifest(ManifestRecord):
+class CacheManifest(Record, extra="forbid"):
     """Everything about a cache but the targets. No date, place or machine: equal caches are equal bytes.
 
     Attributes:
@@ -138,17 +138,20 @@ class CacheManifest(ManifestRecord):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class _Head(ManifestHead):
-    teacher: object  # a token store has a schema version too
-
-
 def read_cache_manifest(cache: Path) -> CacheManifest:
     """Read and check the manifest of the teacher cache in the directory `cache`.
 
     Raises:
         UserError: it is missing, is no manifest of a cache, or has another schema version.
     """
-    return read_manifest_file(cache, CacheManifest, _Head, SCHEMA_VERSION, "teacher cache", "tutelage teach")
+    return read_manifest_file(
+        cache,
+        CacheManifest,
+        version=SCHEMA_VERSION,
+        field="teacher",
+        what="teacher cache",
+        remedy="tutelage teach",
+    )
 
 
 def cache_fingerprint(cache: Path) -> str:
