@@ -7,7 +7,7 @@ import pytest
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
-from tutelage.teachers.cache.cache_estimate import estimate
+from tutelage.teachers.cache.cache_estimate import estimate_cache
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.formats import FORMATS
 
@@ -25,7 +25,7 @@ def model(text, tmp_path):
 
 def test_every_format_is_estimated_and_nothing_is_written(teaching, model, tmp_path):
     config = teaching(teacher=model, format={"kind": "topk", "k": 7})
-    found = estimate(config)
+    found = estimate_cache(config)
     assert not (tmp_path / "caches").exists()
     assert {row.format.kind for row in found.formats} == set(FORMATS)
     assert [row.configured for row in found.formats] == [True] + [False] * (len(found.formats) - 1)
@@ -39,14 +39,14 @@ def test_every_format_is_estimated_and_nothing_is_written(teaching, model, tmp_p
 
 
 def test_fixed_formats_take_what_was_estimated(teaching, model):
-    for row in estimate(teaching(teacher=model)).formats:
+    for row in estimate_cache(teaching(teacher=model)).formats:
         if row.format.kind == "sample_multinomial":
             continue
         config = teaching(teacher=model).model_copy(update={"format": row.format})
         path = write_cache(TeachConfig.model_validate(config.model_dump()))
         assert row.total_bytes == pytest.approx(size_of(path), rel=0.05), row.label
         if row.format.kind != "hidden":
-            tokens = estimate(config).tokens
+            tokens = estimate_cache(config).tokens
             assert row.bytes_per_token == pytest.approx(size_of(path) / tokens, rel=0.05)
 
 
@@ -57,13 +57,14 @@ def test_sizes_that_depend_on_the_text_are_near(teaching, model):
         {"compress": True},
     ):
         config = teaching(teacher=model, **changes)
-        assert estimate(config).formats[0].total_bytes == pytest.approx(size_of(write_cache(config)), rel=0.2)
+        estimated = estimate_cache(config).formats[0].total_bytes
+        assert estimated == pytest.approx(size_of(write_cache(config)), rel=0.2)
 
 
 def test_one_shard_is_enough_to_measure(teaching):
-    assert estimate(teaching(shard_tokens=10**6)).trial_tokens == 2 * 128
+    assert estimate_cache(teaching(shard_tokens=10**6)).trial_tokens == 2 * 128
 
 
 def test_mistakes_are_those_of_the_writer(teaching):
     with pytest.raises(UserError, match=r"format.k"):
-        estimate(teaching(format={"kind": "topk", "k": 301}))
+        estimate_cache(teaching(format={"kind": "topk", "k": 301}))

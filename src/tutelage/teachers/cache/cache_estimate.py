@@ -1,4 +1,4 @@
-"""What a cache would take, in every format, before it is written: bytes by trial, time by measurement."""
+"""Estimates of a cache's size and time in every format, from a trial on two of its batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tutelage.config.teacher_config import (
 )
 from tutelage.files import free_bytes
 from tutelage.teachers.cache.codec import CodecSettings
-from tutelage.teachers.cache.formats import FORMATS, make_codec
+from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.shard import INDEX_BYTES
 
@@ -30,25 +30,22 @@ if TYPE_CHECKING:
     from tutelage.types import Batch, DenseTargets
 
 _TRIALS = 2
-_TOPK = (12, 50)
 
 
 @dataclass(frozen=True, slots=True)
 class FormatEstimate:
-    """What one format would take.
+    """Size and time of a cache in one format.
 
     Attributes:
         format: with its parameters.
-        exactness: what it promises.
-        bytes_per_token: as written, index included, as measured on the trial batches.
+        bytes_per_token: as stored, index included.
         total_bytes: of the whole cache, head included.
-        seconds: teacher and codec one after the other, on this machine, alone; they overlap, so it can
+        seconds: of teacher and codec one after the other, alone on this machine; they overlap, so it can
             be less.
         configured: whether this is the format of the config.
     """
 
     format: Format
-    exactness: str
     bytes_per_token: float
     total_bytes: float
     seconds: float
@@ -63,7 +60,7 @@ class FormatEstimate:
 
 @dataclass(frozen=True, slots=True)
 class CacheEstimate:
-    """What a cache would take.
+    """Size and time of a cache, and what there is for it.
 
     Attributes:
         path: where it would be written.
@@ -82,7 +79,7 @@ class CacheEstimate:
     formats: tuple[FormatEstimate, ...]
 
 
-def estimate(config: TeachConfig) -> CacheEstimate:
+def estimate_cache(config: TeachConfig) -> CacheEstimate:
     """Load the teacher, run two of its batches, and encode them in every format. Writes nothing.
 
     Raises:
@@ -90,31 +87,25 @@ def estimate(config: TeachConfig) -> CacheEstimate:
     """
     job = load_job(plan_cache(config))
     layout = job.manifest.layout
-    batches = _trial_batches(job)
+    # Batches from different parts of the text, or the first ones where there is only one shard.
+    shards = sorted({trial * layout.shards // _TRIALS for trial in range(_TRIALS)})
+    batches = [batch for shard in shards for batch in islice(job.batches(shard), _TRIALS // len(shards))]
     job.targets(batches[0])  # the first call pays for set-up
     trials, forward = [], 0.0
     for batch in batches:
         start = time.perf_counter()
         targets = job.targets(batch)
-        _wait(job.device)
+        _synchronize(job.device)
         forward += time.perf_counter() - start
         trials.append((targets, batch))
-    tokens = sum(batch.tokens_BT.numel() for batch in batches)
     return CacheEstimate(
         path=job.plan.path,
         tokens=layout.positions,
         teacher_flops=layout.positions * job.teacher.forward_flops,
         free_bytes=free_bytes(config.output),
-        trial_tokens=tokens,
-        formats=tuple(_tried(job, choice, trials, forward) for choice in _choices(job)),
+        trial_tokens=sum(batch.tokens_BT.numel() for batch in batches),
+        formats=tuple(_try_format(job, choice, trials, forward) for choice in _choices(job)),
     )
-
-
-def _trial_batches(job: CacheJob) -> list[Batch]:
-    """Batches from different parts of the text, or the first ones where there is only one shard."""
-    shards = job.manifest.layout.shards
-    chosen = sorted({trial * shards // _TRIALS for trial in range(_TRIALS)})
-    return [batch for shard in chosen for batch in islice(job.batches(shard), _TRIALS // len(chosen))]
 
 
 def _choices(job: CacheJob) -> list[Format]:
@@ -123,7 +114,8 @@ def _choices(job: CacheJob) -> list[Format]:
     usual: list[Format] = [
         MinVarianceFormat(ids=min(16, vocab_size)),
         MultinomialFormat(kind="sample_multinomial"),
-        *(TopKFormat(kind="topk", k=min(k, vocab_size)) for k in _TOPK),
+        TopKFormat(kind="topk", k=min(12, vocab_size)),
+        TopKFormat(kind="topk", k=min(50, vocab_size)),
         HiddenFormat(kind="hidden", dtype="int8"),
         HiddenFormat(kind="hidden", dtype="float16"),
         HiddenFormat(kind="hidden", dtype="float32"),
@@ -132,7 +124,7 @@ def _choices(job: CacheJob) -> list[Format]:
     return [configured, *(choice for choice in usual if choice != configured)]
 
 
-def _tried(
+def _try_format(
     job: CacheJob, choice: Format, trials: list[tuple[DenseTargets, Batch]], forward: float
 ) -> FormatEstimate:
     manifest = job.manifest.model_copy(update={"format": choice})
@@ -147,7 +139,6 @@ def _tried(
     positions = manifest.layout.positions
     return FormatEstimate(
         format=choice,
-        exactness=FORMATS[choice.kind].exactness,
         bytes_per_token=size / tokens,
         total_bytes=size / tokens * positions + tried.head_bytes,
         seconds=seconds / tokens * positions,
@@ -155,8 +146,8 @@ def _tried(
     )
 
 
-def _wait(device: torch.device) -> None:
-    """Let the device finish, so that the clock sees its work."""
+def _synchronize(device: torch.device) -> None:
+    """Wait until the device has finished, so that the clock includes its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":

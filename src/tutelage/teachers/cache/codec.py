@@ -48,7 +48,7 @@ class CodecSettings:
 
     @staticmethod
     def of(manifest: CacheManifest) -> CodecSettings:
-        """Those of a cache."""
+        """The properties of the cache that a manifest describes."""
         return CodecSettings(manifest.vocab_size, manifest.width, manifest.temperature, manifest.seed)
 
 
@@ -66,12 +66,12 @@ class HiddenRows:
     gold_logp_N: Tensor
 
     def rows(self, rows: TokenRows) -> HiddenRows:
-        """Those of some tokens."""
+        """The states of some tokens."""
         return HiddenRows(self.hidden_NE[rows], self.gold_logp_N[rows])
 
     @staticmethod
     def cat(parts: Sequence[HiddenRows]) -> HiddenRows:
-        """The tokens of several, one after the other."""
+        """The states of several, one after the other."""
         return HiddenRows(
             torch.cat([part.hidden_NE for part in parts]), torch.cat([part.gold_logp_N for part in parts])
         )
@@ -122,16 +122,10 @@ def logit_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, logits_CV, gold_logp_C) chunk by chunk: float32, at T=1, of the real vocabulary, never [N, V].
 
-    The logits are new memory, free to be overwritten.
-
-    Args:
-        targets: of N positions.
-        labels_N: next-token ids; one that marks no label is read as id 0.
-        first: place of the first position, for the message.
-        vocab_size: at most the rows of the head.
+    The logits are new memory, free to be overwritten. A label that marks no label is read as id 0.
 
     Raises:
-        UserError: a distribution is not finite.
+        UserError: a distribution is not finite; the message names the place, counted from `first`.
         ValueError: the head is smaller than the vocabulary.
     """
     if len(targets.head_VE) < vocab_size:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from tutelage.config.teacher_config import Format
@@ -128,7 +127,7 @@ class CacheManifest(Record, extra="forbid"):
     compress: bool
     head_sha256: str | None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over what determines the targets; name, place, shards and compression do not count."""
         content = self.model_dump(

@@ -1,4 +1,4 @@
-"""Grids that stored numbers are rounded to, each with its error."""
+"""Bit packing of whole numbers, and the grids that real numbers are rounded to, with the error of each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LARGEST_WIDTH = 24
-"""A number of 24 bits that begins anywhere in a byte still lies within four bytes."""
+"""Bits. A number this wide that begins anywhere in a byte still lies within four bytes."""
 
 
 def width_of(count: int) -> int:
-    """Bits that tell `count` different values apart, at least 1: ceil(log2(count))."""
+    """Bits that distinguish `count` values, at least 1: ceil(log2(count))."""
     return max(1, (count - 1).bit_length())
 
 
@@ -25,21 +25,13 @@ def packed_bytes(count: int, width: int) -> int:
 
 
 def _period(width: int) -> tuple[int, int]:
-    """(numbers, bytes) after which numbers begin at a byte again."""
+    """(numbers, bytes) after which a number begins at a byte boundary again."""
     lanes = 8 // gcd(width, 8)
     return lanes, lanes * width // 8
 
 
 def pack(values: NDArray[np.integer], width: int) -> bytes:
-    """The column of `values`.
-
-    Args:
-        values: any shape, read row by row; each in [0, 2^width).
-        width: bits per number, 1 to 24.
-
-    Raises:
-        ValueError: a value does not fit into `width` bits.
-    """
+    """Pack values in [0, 2^width) of any shape, row by row; raise ValueError if one does not fit."""
     flat = np.ascontiguousarray(values).reshape(-1)
     if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < 2**width:
         raise ValueError(f"{int(flat.min())} to {int(flat.max())} do not fit into {width} bits")
@@ -57,11 +49,7 @@ def pack(values: NDArray[np.integer], width: int) -> bytes:
 
 
 def unpack(column: memoryview, count: int, width: int) -> NDArray[np.uint32]:
-    """The `count` numbers of a column, as uint32.
-
-    Raises:
-        ValueError: the column has another length.
-    """
+    """The `count` numbers of a column; raise ValueError if it has another length."""
     if len(column) != packed_bytes(count, width):
         raise ValueError(f"{len(column)} bytes: {count} numbers of {width} bits take another length")
     if not count:
@@ -82,7 +70,7 @@ def unpack(column: memoryview, count: int, width: int) -> NDArray[np.uint32]:
 def pack_rising(
     values: NDArray[np.integer], counts: NDArray[np.integer], low_bits: int, groups: int
 ) -> bytes:
-    """Two columns for rows of rising numbers, smaller than `pack` (Elias, 1974; Fano, 1971).
+    """Pack rows of rising numbers into two columns, smaller than `pack` does (Elias, 1974; Fano, 1971).
 
     The low bits are packed. The rest of a number is its group: a row of n numbers takes n + groups - 1
     bits, in which number i of group g sets bit g + i.
@@ -90,7 +78,7 @@ def pack_rising(
     Args:
         values: the rows one after the other, each rising; below groups * 2^low_bits.
         counts: numbers per row.
-        low_bits: 1 to 24. Best near the bits of the range less the logarithm of the count.
+        low_bits: 1 to 24. Best near the bits of the range minus the logarithm of the count.
         groups: at least 1.
 
     Raises:
@@ -105,7 +93,7 @@ def pack_rising(
 
 
 def _first_bits(counts: NDArray[np.integer], groups: int) -> NDArray[np.int64]:
-    """The bit each number of rising rows would set if it were in group 0."""
+    """The bit that each number of rising rows would set if it were in group 0."""
     rows = np.repeat(np.arange(counts.size) * (groups - 1), counts)
     first: NDArray[np.int64] = rows + np.arange(rows.size)
     return first
@@ -118,19 +106,11 @@ class Columns:
         self._rest = memoryview(blob).cast("B")
 
     def take(self, count: int, width: int) -> NDArray[np.uint32]:
-        """The next column, of `count` numbers of `width` bits.
-
-        Raises:
-            ValueError: the blob is too short.
-        """
+        """The next column, of `count` numbers of `width` bits; raise ValueError if the blob is too short."""
         return unpack(self._next(count, width), count, width)
 
     def take_rising(self, counts: NDArray[np.integer], low_bits: int, groups: int) -> NDArray[np.int64]:
-        """The next two columns, of rows of rising numbers; see `pack_rising`.
-
-        Raises:
-            ValueError: the blob is too short, or the columns do not belong to these counts.
-        """
+        """The numbers of `pack_rising`; raise ValueError if the columns are too short or of other counts."""
         total = int(counts.sum())
         low = self.take(total, low_bits)
         n_bits = total + counts.size * (groups - 1)
@@ -147,27 +127,24 @@ class Columns:
         return column
 
     def finish(self) -> None:
-        """Raises ValueError if something is left."""
+        """Raise ValueError if bytes are left over."""
         if len(self._rest):
             raise ValueError(f"{len(self._rest)} bytes are left over at the end")
 
 
-LOG_BITS = 16
-"""Width of a code of the logarithmic grid."""
-_SMALLEST = 2**LOG_BITS - 1
+LOG_BITS, GOLD_BITS = 16, 10
+"""Bits of a log-probability of `topk`, and of log p(label) of samples."""
 LARGEST_LOSS = 32.0
 """Nats. Both grids end here: p = 1.3e-14, which float32 cannot tell from 0 beside 1."""
-GOLD_BITS = 10
-"""Width of log p(label) in samples."""
-
+_SMALLEST = 2**LOG_BITS - 1
 _STEP = LARGEST_LOSS / 2**LOG_BITS
 _GOLD_LEVELS = 2**GOLD_BITS - 1
 
 
 def log_codes(logp: NDArray[np.floating]) -> NDArray[np.uint32]:
-    """Log-probabilities in steps of 2^-11 nats, to nearest: wrong by at most 2^-12 nats (0.025% of p).
+    """Log-probabilities rounded to steps of 2^-11 nats: wrong by at most 2^-12 nats (0.025% of p).
 
-    What lies lower than the grid, -inf included, gets its last code, -31.9995 nats.
+    Values below the grid, -inf included, get its last code, -31.9995 nats.
     """
     steps = np.rint(np.clip(-logp.astype(np.float64), 0.0, LARGEST_LOSS) / _STEP)
     codes: NDArray[np.uint32] = np.minimum(steps, _SMALLEST).astype(np.uint32)
@@ -188,10 +165,9 @@ def mass_values(codes: NDArray[np.uint32]) -> NDArray[np.float32]:
 def square_codes(
     values: NDArray[np.float64], levels: int, uniform: NDArray[np.float64]
 ) -> NDArray[np.uint32]:
-    """Round values in [0, 1] to the grid (code / levels)^2, up or down by chance, right on average.
+    """Round values in [0, 1] to the grid (code / levels)^2, up or down at random, without bias.
 
-    A code stands for its square, and the chance makes the mean of the *square* equal to the value. The
-    error is below 2 sqrt(x) / levels + 1 / levels^2, fine where x is small.
+    The mean of the *square* is the value. The error is below 2 sqrt(x) / levels + 1 / levels^2.
 
     Args:
         values: in [0, 1].
@@ -206,13 +182,13 @@ def square_codes(
 
 
 def square_values(codes: NDArray[np.uint32], levels: int) -> NDArray[np.float32]:
-    """What codes of the grid (code / levels)^2 stand for."""
+    """Values of the codes of `square_codes`."""
     roots = codes.astype(np.float32) / np.float32(levels)
     return roots * roots
 
 
 def gold_codes(logp: NDArray[np.floating], uniform: NDArray[np.float64]) -> NDArray[np.uint32]:
-    """Log p(label) on a square grid over [0, 32) nats, right on average.
+    """Log p(label) on a square grid over [0, 32) nats, rounded without bias.
 
     The error at x nats is below 0.0111 sqrt(x) + 0.00004: 0.02 at 3 nats. Losses above 32 count as 32.
     """

@@ -127,16 +127,6 @@ class Cache:
                 f"{self.path / HEAD_FILE}: missing or damaged; run the same `tutelage teach` again to mend it"
             )
 
-    def check_shard(self, shard: int) -> None:
-        """Compare every block of a shard with its checksum.
-
-        Raises:
-            UserError: naming the first damaged block.
-        """
-        file = self._shard(shard)
-        for block in self.manifest.layout.blocks_of(shard):
-            file.block(block, check=True)
-
     def _rows(self, start: int, length: int) -> CachedRows:
         layout = self.manifest.layout
         block, offset = divmod(start, layout.context_length)
@@ -191,7 +181,10 @@ def verify_cache(path: Path) -> Cache:
     cache = open_cache(path)
     cache.check_head()
     for shard in range(cache.manifest.layout.shards):
-        cache.check_shard(shard)
+        file = ShardFile(path, cache.manifest, shard)
+        file.check_index()
+        for block in cache.manifest.layout.blocks_of(shard):
+            file.block(block, check=True)
     return cache
 
 

@@ -33,20 +33,19 @@ if TYPE_CHECKING:
 
 _GROUP = 128
 SLACK = 1e-5
-"""Relative. What reaches tau but for this counts as heavy; far above what float32 sums are wrong by, so that
-no id spans two points of a systematic sample."""
+"""Relative. Probabilities that reach tau up to this count as heavy. It is far above the error of float32
+sums, so that no id spans two points of a systematic sample."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sparsified:
-    """K different ids per position, as (heavy probabilities) and (one mass shared equally by the rest).
+class MinVarianceSample:
+    """K different ids per position: heavy ones with their probabilities, light ones that share one mass.
 
     Attributes:
         ids_NK: int64; the heavy ones first, by falling probability, then the sampled ones by rising id.
         heavy_N: int64, how many are heavy, 0 to K.
-        probs_NK: float64 probabilities of the heavy ids; other slots hold nothing of use.
-        light_N: float64, mass of all ids that are not heavy; each sampled id weighs
-            light / (K - heavy).
+        probs_NK: float64 probabilities of the heavy ids; other slots are undefined.
+        light_N: float64, mass of all ids that are not heavy; each sampled id weighs light / (K - heavy).
     """
 
     ids_NK: Tensor
@@ -55,16 +54,16 @@ class Sparsified:
     light_N: Tensor
 
 
-def min_variance(logits_NV: Tensor, k: int, uniform_N: Tensor) -> Sparsified:
-    """Exactly k ids per position, unbiased, with the least summed variance that k weights can have.
+def min_variance(logits_NV: Tensor, k: int, uniform_N: Tensor) -> MinVarianceSample:
+    """Sample exactly k ids per position, unbiased, with the least summed variance that k weights can have.
 
     Ids of probability tau and above are kept with their probability. The others are sampled with
-    inclusion probability p / tau and weigh tau, which is chosen such that their number is k less the
+    inclusion probability p / tau and weigh tau, which is chosen such that their number is k minus the
     heavy ones. One uniform number places the points of a systematic sample: light ids lie side by side
     on a line of length k - heavy, each as long as its inclusion probability, and a point falls into
     every unit of it. (Threshold sampling: Duffield, Lund and Thorup, 2007; the systematic form: Madow, 1949.)
 
-    Fewer than k ids with a probability above 0: all are heavy, with others of probability 0.
+    If fewer than k ids have a probability above 0, all are heavy, with others of probability 0.
 
     Args:
         logits_NV: float32, divided by the temperature; may be overwritten.
@@ -78,7 +77,7 @@ def min_variance(logits_NV: Tensor, k: int, uniform_N: Tensor) -> Sparsified:
     kept_NK = mass_NV.gather(1, top_NK)
     mass_NV.scatter_(1, top_NK, 0.0)
     outside_N1 = mass_NGS.sum(-1).double().sum(-1, keepdim=True)
-    # Mass from slot j on, summed from its end: 1 less the rest would lose what a sharp teacher leaves.
+    # Mass from slot j on, summed from its end: 1 minus the rest would lose what a sharp teacher leaves.
     left_NK = kept_NK.double().flip(-1).cumsum(-1).flip(-1) + outside_N1
     slots_K = torch.arange(k, device=logits_NV.device)
     slack_K = torch.where(slots_K < k - 1, SLACK, 0.0)  # a last slot without slack: what is outside stays in
@@ -90,7 +89,7 @@ def min_variance(logits_NV: Tensor, k: int, uniform_N: Tensor) -> Sparsified:
     fraction_NK = (point_NK / (k - heavy_N1).clamp(min=1)).masked_fill(heavy_NK, 0.0)
     light_NK = _locate(mass_NGS, fraction_NK)
     left_NJ = torch.cat([left_NK, outside_N1], 1)
-    return Sparsified(
+    return MinVarianceSample(
         torch.where(heavy_NK, top_NK, light_NK),
         heavy_N1.squeeze(1),
         kept_NK.double() / left_NK[:, :1],
@@ -99,7 +98,7 @@ def min_variance(logits_NV: Tensor, k: int, uniform_N: Tensor) -> Sparsified:
 
 
 def multinomial(logits_NV: Tensor, uniform_NJ: Tensor) -> Tensor:
-    """One id per uniform number, int64 [N, J], by rising id: draws with replacement from softmax(logits).
+    """Draw one id per uniform number from softmax(logits), with replacement: int64 [N, J], by rising id.
 
     Args:
         logits_NV: float32, divided by the temperature; may be overwritten.
@@ -136,7 +135,7 @@ def _largest(logits_NGS: Tensor, k: int) -> Tensor:
 def _locate(mass_NGS: Tensor, fraction_NJ: Tensor) -> Tensor:
     """The ids at which the running sum of the mass passes the given fractions of the whole.
 
-    An id of no mass is never found, unless there is no mass at all.
+    An id without mass is found only if no id has any.
     """
     groups, size = mass_NGS.shape[1:]
     if fraction_NJ.shape[1] >= groups:
@@ -148,7 +147,7 @@ def _locate(mass_NGS: Tensor, fraction_NJ: Tensor) -> Tensor:
 
 
 def _passed(mass_NM: Tensor, fraction_NJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum passes a fraction of the whole, and at which fraction of that entry."""
+    """(entries at which the running sum passes fractions of the whole, the fraction inside each entry)."""
     running_NM = mass_NM.double().cumsum(-1)
     whole_N1 = running_NM[:, -1:].contiguous()
     point_NJ = fraction_NJ * whole_N1
@@ -162,11 +161,11 @@ def _passed(mass_NM: Tensor, fraction_NJ: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _SAMPLE, _GOLD, _VALUES, _LIGHT = range(4)
-"""Streams of random numbers; what is drawn must not depend on how it is rounded."""
-
+"""Streams of random numbers; draws must not depend on rounding."""
 
 _DIFFERENT, _HEAVY = 0.76, 0.3
-"""What real distributions are like, for estimates of size."""
+"""N draws give N^0.76 different ids, and three in ten ids are heavy: measured on English with a teacher of
+135M parameters, for estimates of size."""
 
 
 class _SampleCodec(SparseCodec):
@@ -178,10 +177,10 @@ class _SampleCodec(SparseCodec):
 
 
 class MultinomialCodec(_SampleCodec):
-    """Columns: number of different ids less 1; ids; how often each was drawn less 1; gold.
+    """Columns: number of different ids minus 1; ids; how often each was drawn minus 1; log p(label).
 
-    The weight of an id is the share of draws that gave it: exact, and its mean is the probability. Log
-    p(label) is right on average; one is wrong by at most 0.012 sqrt(its size) nats.
+    The weight of an id is its share of the draws: stored exactly, and its mean is the probability. Log
+    p(label) is unbiased and wrong by at most 0.012 sqrt(its size) nats.
     """
 
     def __init__(self, config: MultinomialFormat, settings: CodecSettings) -> None:
@@ -221,20 +220,17 @@ class MultinomialCodec(_SampleCodec):
         return self._targets(ids, probs, np.zeros(tokens, np.float32), gold)
 
     def bits_per_token(self) -> float:
-        """An estimate: N^0.76 different ids among N draws, as a teacher of 135M parameters gives on English.
-
-        That is 19.6 of 50; larger teachers are surer (arXiv 2503.16870: 12.1) and take less.
-        """
+        """An estimate: 19.6 different ids of 50 draws; larger teachers (12.1, arXiv 2503.16870) take less."""
         entries: float = min(self._draws**_DIFFERENT, self._slots)
         return width_of(self._slots) + entries * (self._id_bits + width_of(self._draws)) + GOLD_BITS
 
 
 class MinVarianceCodec(_SampleCodec):
-    """Columns: number of heavy ids; these by rank; the light ids; heavy probabilities; light mass; gold.
+    """Columns: number of heavy ids; these by rank; light ids; heavy probabilities; light mass; log p(label).
 
-    Weights are right on average and their sum is 1. The largest is not stored: it is 1 less the others. The
-    others, and the mass of all light ids together, are rounded by chance to the grid (code / M)^2. Where no
-    id is heavy all weights are 1 / K, and where all are, there is no light mass: nothing is stored then.
+    Weights are unbiased and their sum is 1. The largest is not stored: it is 1 minus the others. The others,
+    and the mass of all light ids together, are rounded at random to the grid (code / M)^2. Where no id is
+    heavy all weights are 1 / K, and where all are, there is no light mass: nothing is stored then.
 
     The largest weight cannot fall below 0. If an id is heavy, the largest probability p is at least
     1 / K. Rounding lifts x by less than 2 sqrt(x) / M + 1 / M^2, and at most K - 1 numbers of sum
@@ -296,7 +292,7 @@ class MinVarianceCodec(_SampleCodec):
         return self._targets(ids, probs, np.zeros(tokens, np.float32), gold)
 
     def bits_per_token(self) -> float:
-        """An estimate: three in ten ids heavy, as a teacher of 135M parameters gives on English."""
+        """An estimate: three in ten ids heavy."""
         heavy = round(_HEAVY * self._k)
         low_bits, groups = self._rising
         ids = heavy * self._id_bits + (self._k - heavy) * (low_bits + 1) + groups - 1
