@@ -151,6 +151,20 @@ def test_mistakes_get_one_line_and_exit_code_2(teach_file, monkeypatch, capsys, 
     assert error.count("\n") == 1
 
 
+def test_verify_recomputes_the_checksums_of_a_cache(teach_file, tutelage, monkeypatch, capsys):
+    cache = write_cache(load(TeachConfig, teach_file, []))
+    assert f"{cache}: every file is as it was written" in tutelage("data", "verify", cache).stdout
+    shard = cache / "shards" / "000001.bin"
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 1
+    shard.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["tutelage", "data", "verify", str(cache)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "000001.bin: damaged (a block, tokens 1,024 to 1,055); delete" in capsys.readouterr().err
+
+
 def test_schema_describes_what_is_accepted(teach_file, tmp_path, tutelage):
     tutelage("schema", "teach", "--output", tmp_path / "teach.json")
     schema = json.loads((tmp_path / "teach.json").read_text())

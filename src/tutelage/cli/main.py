@@ -311,10 +311,18 @@ def _sources_table(manifest: Manifest) -> Table:
 
 
 @data_app.command("verify")
-def data_verify(store: Annotated[Path, typer.Argument(help="token store directory")]) -> None:
-    """Recompute every checksum of a token store."""
+def data_verify(
+    directory: Annotated[Path, typer.Argument(help="token store or teacher cache")],
+) -> None:
+    """Recompute every checksum of a token store or a teacher cache."""
     from tutelage.cli.progress import out
-    from tutelage.data.store import verify_store
 
-    verify_store(store)
-    out.print(f"{store}: every file is as it was written", highlight=False, soft_wrap=True)
+    if (directory / "shards").is_dir():
+        from tutelage.teachers.cache.reader import verify_cache
+
+        verify_cache(directory)
+    else:
+        from tutelage.data.store import verify_store
+
+        verify_store(directory)
+    out.print(f"{directory}: every file is as it was written", highlight=False, soft_wrap=True)

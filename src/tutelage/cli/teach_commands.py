@@ -60,9 +60,10 @@ def _print_estimate(config: TeachConfig) -> None:
     from rich.table import Table
 
     from tutelage.cli.progress import out, period
-    from tutelage.teachers.cache.cache_estimate import estimate
+    from tutelage.teachers.cache.cache_estimate import estimate_cache
+    from tutelage.teachers.cache.formats import FORMATS
 
-    found = estimate(config)
+    found = estimate_cache(config)
     table = Table("", "format", box=None)
     for column in ("bytes/token", "total MB", "time"):
         table.add_column(column, justify="right")
@@ -75,8 +76,8 @@ def _print_estimate(config: TeachConfig) -> None:
             period(row.seconds),
         )
     out.print(table)
-    for kind, exactness in {row.format.kind: row.exactness for row in found.formats}.items():
-        out.print(f"{kind}: {exactness}", highlight=False, style="dim")
+    for kind in dict.fromkeys(row.format.kind for row in found.formats):
+        out.print(f"{kind}: {FORMATS[kind].exactness}", highlight=False, style="dim")
     out.print(
         f"\ntokens   {found.tokens:,}\n"
         f"teacher  {found.teacher_flops:.3g} FLOPs in forward passes\n"
