@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import polars as pl
 import pytest
-from make_study import TEACHERS, TOKENS, write_study
+from synthetic_study import TEACHERS, TOKENS, write_study
 from token_files import FACTS
 from token_files import write as write_comparison
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
-from make_study import write_study
 from scipy import stats
+from synthetic_study import write_study
 
 from tutelage.analysis.claims.evidence import Part, View, has_setting, mean_of, minus, without
 from tutelage.analysis.claims.judge import judge_claims

@@ -7,8 +7,8 @@ import sys
 
 import polars as pl
 import pytest
-from make_study import GAINS, write_study
 from rich.console import Console
+from synthetic_study import GAINS, write_study
 from token_files import write as write_comparison
 
 from tutelage.analysis.report.html import build_report

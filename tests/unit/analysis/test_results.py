@@ -4,7 +4,7 @@ import shutil
 import polars as pl
 import polars.selectors as cs
 import pytest
-from make_study import write_study
+from synthetic_study import write_study
 
 from tutelage.errors import UserError
 from tutelage.study.plan import save_plan

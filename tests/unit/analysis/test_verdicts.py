@@ -5,8 +5,8 @@ import shutil
 
 import polars as pl
 import pytest
-from make_study import write_study
 from rich.console import Console
+from synthetic_study import write_study
 
 from tutelage.analysis.claims.judge import judge_claims
 from tutelage.analysis.report import headline, words

@@ -1,8 +1,9 @@
-"""Writes a synthetic study directory: the real files, with effects that are known in advance."""
+"""Write a study directory without training: files as of a real study, with effects known in advance."""
 
 import json
 import math
 from dataclasses import asdict
+from functools import cache, partial
 
 import numpy as np
 import polars as pl
@@ -11,8 +12,8 @@ from tutelage.study.axis_settings import words
 from tutelage.study.plan import Plan, save_plan
 from tutelage.types import SCORING_VERSION, Score
 
-DOMAINS = {"speeches": "in_domain", "fables": "out_of_domain", "recipes": "out_of_domain"}
-BASE_BITS = {"speeches": 1.65, "fables": 3.2, "recipes": 3.6}
+DOMAINS = {"speeches": 1.65, "fables": 3.2, "recipes": 3.6}
+"""Bits per byte of untaught students by text; the first text is the training distribution."""
 OFFSETS = {43: 0.0, 44: 0.1, 45: -0.1}
 """Added to every student's gain, in percentage points: the noise of the training seed, mean 0."""
 GAINS = {
@@ -29,6 +30,8 @@ TEACHERS = {"weak": (1.75, 130_000, TOKENS := 2_000_000), "strong": (1.60, 1_300
 """Trained teachers: bits per byte in domain, parameters, tokens."""
 ARMS = {
     "linear start 0.8 end 0.0": {"alpha": {"policy": "linear", "start": 0.8, "end": 0.0}},
+    "salt value 0.8 until 0.3": {"alpha": {"policy": "salt", "value": 0.8, "until": 0.3}},
+    "gap_driven floor 0.1": {"alpha": {"policy": "gap_driven", "floor": 0.1}},
     "alpha 0.4, teacher_better": {"alpha": 0.4, "gate": {"kind": "teacher_better"}},
     "alpha 1, temperature 4": {"alpha": 1.0, "temperature": 4},
     "alpha 1, tail renormalise, top_k k 5": {
@@ -56,8 +59,11 @@ def write_study(
         gains: instead of GAINS; keys may begin with the name of a student.
         description: of every teacher.
         more: `claims`; `stages`: gains after a stage; `teachers` instead of TEACHERS; `sizes`: (parameters,
-            tokens) by student; `offsets`: instead of OFFSETS, by seed.
+            tokens) by student; `offsets`: instead of OFFSETS, by seed; `noise`: standard deviation of a
+            further offset of each run; `domains` instead of DOMAINS; `documents` of each text and split;
+            `points` of each learning curve.
     """
+    domains = more.get("domains", DOMAINS)
     wanted = {(STUDENT, *k) if len(k) == 2 else k: v for k, v in (GAINS if gains is None else gains).items()}
     trained = more.get("teachers", TEACHERS)
     sizes = {STUDENT: (PARAMETERS, TOKENS)} | more.get("sizes", {})
@@ -76,8 +82,8 @@ def write_study(
             for s in students
         ],
         "teachers": [plan_teacher(t, trained, description) for t in names],
-        "domains": [{"name": name, "role": role} for name, role in DOMAINS.items()],
-        "in_domain": "speeches",
+        "domains": [{"name": name, "role": role_of(name, domains)} for name in domains],
+        "in_domain": next(iter(domains)),
         "runs": rows,
         "claims": list(more.get("claims", ())),
         "notes": ["The text is old & short."],
@@ -87,8 +93,12 @@ def write_study(
     for row in rows:
         own = trained[row["teacher"]][0] if row["kind"] == "teacher" else None
         gain = wanted.get((row["student"], row["teacher"], short(row["arm_settings"])))
-        noise = more.get("offsets", OFFSETS).get(row["seed"], 0.0)
-        write_run(path / "runs" / row["run"], row, own, gain, noise)
+        own_noise = np.random.default_rng([*row["run"].encode()]).normal(0, more.get("noise", 0.0))
+        noise = more.get("offsets", OFFSETS).get(row["seed"], 0.0) + own_noise
+        bits = partial(bits_per_byte, row, own, gain, noise, domains)
+        run = path / "runs" / row["run"]
+        write_run(run, row, domains, more.get("points", 199))
+        write_evaluation(run, row["teacher"], domains, bits, more.get("documents", DOCUMENTS))
     return path
 
 
@@ -141,23 +151,28 @@ def run_row(kind, student, teacher, arm, seed, size):
     }
 
 
-def bits_per_byte(row, own, gain, noise, domain, split, fit):
+def role_of(domain, domains):
+    return "in_domain" if domain == next(iter(domains)) else "out_of_domain"
+
+
+def bits_per_byte(row, own, gain, noise, domains, domain, split, fit):
     """The score that the run is to have: validation is a hundredth above test for everyone."""
-    bits = BASE_BITS[domain] * (1.01 if split == "validation" else 1.0) * (1.0 if fit == "raw" else 0.98)
+    inside, *outside = domains
+    bits = domains[domain] * (1.01 if split == "validation" else 1.0) * (1.0 if fit == "raw" else 0.98)
     if own is not None:
-        return bits * own / BASE_BITS["speeches"]
+        return bits * own / domains[inside]
     bits *= 1 + (row["seed"] - 43) / 1000
     if gain is None:
         return bits
-    inside, outside = gain
     part = 1.0 if fit == "raw" else KNOWLEDGE.get(row["teacher"], 0.5)
-    percent = {"speeches": inside, "fables": outside * part, "recipes": (outside + 1) * part}[domain]
+    percent = gain[0] if domain == inside else (gain[1] + outside.index(domain)) * part
     return bits * (1 - (percent + noise) / 100)
 
 
-def write_run(path, row, own, gain, noise):
-    """All files of one finished run."""
+def write_run(path, row, domains, points):
+    """State, provenance and learning curve of a finished run."""
     path.mkdir(parents=True)
+    flops = row["flops"]
     state = {
         "status": "done",
         "step": 1953,
@@ -166,9 +181,9 @@ def write_run(path, row, own, gain, noise):
         "seconds": 100.0,
         "tokens_per_second": row["tokens"] / 100,
         "parameters": row["parameters"],
-        "evaluations": {"e1": dict.fromkeys(DOMAINS, VERSION)},
-        "train_flops": row["flops"],
-        "teacher_flops": 0.25 * row["flops"] if row["kind"] == "student" and row["teacher"] else 0.0,
+        "evaluations": {"e1": dict.fromkeys(domains, VERSION)},
+        "train_flops": flops,
+        "teacher_flops": 0.25 * flops if row["kind"] == "student" and row["teacher"] else 0.0,
         "error": None,
     }
     (path / "state.json").write_text(json.dumps(state))
@@ -183,48 +198,51 @@ def write_run(path, row, own, gain, noise):
     }
     (path / "provenance.json").write_text(json.dumps(provenance))
     (path / "config.yaml").write_text("name: run\n")
-    write_metrics(path)
-    write_evaluation(path, row, own, gain, noise)
-
-
-def write_metrics(path):
     rng = np.random.default_rng(len(path.name))
     with (path / "metrics.jsonl").open("w") as file:
-        for step in range(1, 200):
-            tokens = step * TOKENS // 200
-            ce = 2.0 + 3.0 * math.exp(-6 * step / 200) + 0.05 * rng.standard_normal()
+        for step in range(1, points + 1):
+            tokens = step * TOKENS // (points + 1)
+            ce = 2.0 + 3.0 * math.exp(-6 * step / (points + 1)) + 0.05 * rng.standard_normal()
             row = {"step": step, "tokens": tokens, "loss": ce, "ce": ce, "kd": 0.0, "teacher_ce": 0.0}
             row |= {"alpha": 0.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 2e4, "seconds": 1.0}
             file.write(json.dumps(row) + "\n")
 
 
-def write_evaluation(path, row, own, gain, noise):
+@cache
+def documents_of(domain, split, documents):
+    """Sizes of the documents, the same in every run, and how hard each is."""
+    rng = np.random.default_rng(len(domain) * 10 + len(split))
+    size = rng.integers(500, 3000, documents)
+    return size, size * rng.uniform(0.8, 1.2, documents)
+
+
+def write_evaluation(path, teacher, domains, bits_of, documents):
     """Documents of random sizes whose losses sum to exactly the wanted score, and the scores."""
     frames, scores = [], []
-    for domain, role in DOMAINS.items():
+    bumps = np.random.default_rng(sum(path.name.encode())).normal(1, 0.01, documents)
+    for domain in domains:
         for split in ("validation", "test"):
-            rng = np.random.default_rng(len(domain) * 10 + len(split))  # the same documents in every run
-            size = rng.integers(500, 3000, DOCUMENTS)
-            bumps = np.random.default_rng(sum(path.name.encode())).normal(1, 0.01, DOCUMENTS)
-            shape = size * rng.uniform(0.8, 1.2, DOCUMENTS) * bumps
-            frame = {"domain": domain, "split": split, "document": np.arange(DOCUMENTS), "bytes": size}
+            size, hard = documents_of(domain, split, documents)
+            shape = hard * bumps
+            frame = {"domain": [domain] * documents, "split": [split] * documents}
+            frame |= {"document": np.arange(documents), "bytes": size}
             metrics = {}
             for fit in ("raw", "temperature", "unigram", "temperature_in_domain"):
                 suffix = "" if fit == "raw" else f"_{fit}"
-                bits = bits_per_byte(row, own, gain, noise, domain, split, fit)
+                bits = bits_of(domain, split, fit)
                 fitted = fit != "raw" and split == "validation"
                 losses = shape / shape.sum() * bits * math.log(2) * size.sum()
-                frame[f"nll{suffix}"] = np.full(DOCUMENTS, np.nan) if fitted else losses
+                frame[f"nll{suffix}"] = np.full(documents, np.nan) if fitted else losses
                 metrics |= {} if fitted else {f"bits_per_byte{suffix}": bits}
             metrics["perplexity"] = 2 ** (2 * metrics["bits_per_byte"])
             if split == "test":
-                metrics["ece"] = 0.02 if row["teacher"] is None else 0.03
+                metrics["ece"] = 0.02 if teacher is None else 0.03
             frames.append(pl.DataFrame(frame | {"tokens": size // 2, "version": VERSION}).fill_nan(None))
             for metric, value in metrics.items():
                 score = Score(
-                    run=path.name, step=1953, tokens=TOKENS, domain=domain, role=role, split=split,
-                    metric=metric, value=float(value), stderr=0.01, n=DOCUMENTS, higher_is_better=False,
-                    version=VERSION,
+                    run=path.name, step=1953, tokens=TOKENS, domain=domain, role=role_of(domain, domains),
+                    split=split, metric=metric, value=float(value), stderr=0.01, n=documents,
+                    higher_is_better=False, version=VERSION,
                 )  # fmt: skip
                 scores.append(json.dumps(asdict(score)) + "\n")
     pl.concat(frames).write_parquet(path / "documents.parquet")
