@@ -12,7 +12,7 @@ from tutelage.study.leases import Failures, Leases, ask_to_stop, is_gone, read_r
 
 BEAT = 0.05
 LESSEE = """
-import sys, time
+import sys
 from pathlib import Path
 from tutelage.study.leases import Leases
 with Leases(Path(sys.argv[1]), 0.05) as leases:
@@ -20,14 +20,8 @@ with Leases(Path(sys.argv[1]), 0.05) as leases:
     free = [run for run in map(str, range(200)) if leases.state(run, "recipe") == "free"]
     won = [run for run in free if leases.acquire(run, "recipe")]
     print(",".join(won), flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
-
-
-def start(directory, seconds=0.0):
-    return subprocess.Popen(
-        [sys.executable, "-c", LESSEE, str(directory), str(seconds)], stdout=subprocess.PIPE, text=True
-    )
 
 
 def elsewhere(directory, token, **changes):
@@ -45,13 +39,27 @@ def looks(leases, times):
     return leases.state("run", "recipe")
 
 
-def test_of_many_claimants_each_run_has_one(tmp_path):
-    started = [start(tmp_path, 5) for _ in range(4)]
-    won = [process.communicate(timeout=60)[0].strip().split(",") for process in started]
-    assert sorted(run for part in won for run in part if run) == sorted(map(str, range(200)))
+def test_each_run_has_one_runner_and_a_killed_ones_are_free_at_once(tmp_path):
+    command = [sys.executable, "-c", LESSEE, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    won = {process: process.stdout.readline().strip().split(",") for process in started}
+    assert sorted(run for part in won.values() for run in part if run) == sorted(map(str, range(200)))
+    killed = max(started, key=lambda process: len(won[process]))
+    with Leases(tmp_path, 5.0) as leases:
+        leases.refresh()
+        assert {leases.state(run, "recipe") for run in map(str, range(200))} == {"theirs"}
+        killed.kill()
+        killed.communicate()
+        leases.refresh()
+        states = {run: leases.state(run, "recipe") for run in map(str, range(200))}
+        assert {run for run, state in states.items() if state == "free"} == set(won[killed])
+        assert leases.acquire(won[killed][0], "recipe")
+    for process in started:
+        process.communicate()
 
 
-def test_a_claim_holds_until_it_is_given_back(tmp_path):
+def test_a_lease_holds_until_it_is_released(tmp_path):
     with Leases(tmp_path, BEAT) as ours, Leases(tmp_path, BEAT) as theirs:
         assert ours.acquire("run", "recipe")
         theirs.refresh()
@@ -67,19 +75,6 @@ def test_a_claim_holds_until_it_is_given_back(tmp_path):
         ours.refresh()
         assert ours.state("run", "recipe") == "done"
         assert ours.state("run", "more domains") == "free"
-
-
-def test_a_killed_runner_on_this_machine_is_seen_at_once(tmp_path):
-    process = start(tmp_path, 60)
-    process.stdout.readline()
-    with Leases(tmp_path, 5.0) as leases:
-        leases.refresh()
-        assert leases.state("7", "recipe") == "theirs"
-        process.kill()
-        process.communicate()
-        leases.refresh()
-        assert leases.state("7", "recipe") == "free"
-        assert leases.acquire("7", "recipe")
 
 
 def test_a_silent_runner_elsewhere_is_taken_over_and_notices(tmp_path):
@@ -117,7 +112,7 @@ def test_a_pause_of_the_reader_is_no_silence_of_others(tmp_path):
         assert looks(ours, 1) == "theirs"
 
 
-def test_a_claim_caught_while_it_is_written_is_respected_and_one_left_so_is_not(tmp_path):
+def test_a_lease_caught_while_it_is_written_is_respected_and_one_left_so_is_not(tmp_path):
     with Leases(tmp_path, BEAT, 3) as leases:
         (tmp_path / "queue" / "leases" / "run.1.json").touch()
         leases.refresh()
