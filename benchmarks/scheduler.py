@@ -86,8 +86,6 @@ def nodes(output: Path, count: int) -> list[Node]:
             group="group",
             student="tiny",
             teacher=None,
-            arm=None,
-            alpha=None,
             seed=number,
             shape="nano-50k",
             tokens=1,

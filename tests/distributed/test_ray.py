@@ -32,7 +32,7 @@ folder, text = Path(sys.argv[1]), sys.argv[2]
 nodes = []
 for config in map(RunConfig.model_validate_json, json.loads(text)):
     needs = (config.teacher.run,) if config.teacher else ()
-    labels = {"group": "test", "student": "tiny", "teacher": None, "arm": None, "alpha": None}
+    labels = {"group": "test", "student": "tiny", "teacher": None}
     size = {"seed": config.seed, "shape": "nano-50k", "tokens": 1, "settings": {}}
     cell = Cell(name=config.name, kind="baseline", **labels, **size)
     nodes.append(Node(run_id(config), cell, config, needs, Cost(1, 1, 1.0, 0.0)))

@@ -40,8 +40,6 @@ def node(config, needs=(), kind="baseline"):
         group="test",
         student="tiny",
         teacher=None,
-        arm=None,
-        alpha=None,
         seed=config.seed,
         shape="nano-50k",
         tokens=1,
@@ -141,7 +139,7 @@ def test_stop_checkpoints_and_the_same_call_goes_on(make_config, tmp_path):
 
 
 def test_two_runners_share_the_work(make_config, tmp_path):
-    nodes = [node(make_config(seed=seed, tokens=256 * 40)) for seed in range(6)]
+    nodes = [node(make_config(seed=seed, tokens=256 * 40)) for seed in range(4)]
     watchers = [Quiet(), Quiet()]
     threads = [
         threading.Thread(target=run, args=(nodes, tmp_path, watcher), kwargs={"workers": 1})
