@@ -1,23 +1,49 @@
-"""Two gloo processes train the same model as one."""
+"""Two gloo processes train the same model as one, with the same alphas, and score it once."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from training import losses, rows, weights
 from transformers import OPTConfig, OPTForCausalLM
 
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.models import hub
 from tutelage.run import run
+from tutelage.run_directory import RunDirectory
 from tutelage.teachers.cache.cache_writer import write_cache
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """A function that trains a run by torchrun with two processes."""
+
+    def train(config):
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+                *("-m", "tutelage", "train", str(file)),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (directory,) = config.output.iterdir()
+        return RunDirectory(directory)
+
+    return train
 
 
 @pytest.fixture(params=["unigram", "cache"])
@@ -30,53 +56,75 @@ def teacher(request, store, tmp_path):
     return {"kind": "cache", "path": str(write_cache(validate(TeachConfig, teach, "test")))}
 
 
-def on_two_ranks(file):
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "tutelage", "train", str(file)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(make_config, tmp_path, teacher):
+def test_two_ranks_equal_one(make_config, on_two_ranks, tmp_path, teacher):
     alone = run(make_config(teacher=teacher, objective={"alpha": 0.4}))
-    config = make_config(teacher=teacher, objective={"alpha": 0.4}, output=str(tmp_path / "two"))
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    done = on_two_ranks(file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (two,) = Path(tmp_path / "two").iterdir()
-    assert two.name == alone.id
-    log = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
-    reference = [json.loads(line) for line in (alone.path / "metrics.jsonl").read_text().splitlines()]
-    assert len(log) == len(reference)
-    for a, b in zip(log, reference, strict=True):
+    two = on_two_ranks(make_config(teacher=teacher, objective={"alpha": 0.4}, output=str(tmp_path / "two")))
+    assert two.id == alone.id
+    for a, b in zip(rows(two), rows(alone), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (two, alone.path))
-    for name, tensor in ours.items():
+    theirs = weights(alone)
+    for name, tensor in weights(two).items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.slow
-def test_dropout_draws_other_masks_on_every_rank_and_the_same_ones_again(make_config, store, tmp_path):
+def test_dropout_draws_other_masks_on_every_rank_and_the_same_ones_again(
+    make_config, on_two_ranks, store, tmp_path
+):
     torch.manual_seed(0)
     config = OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=2,
                        max_position_embeddings=32, word_embed_proj_dim=32, layerdrop=0.5)  # fmt: skip
     hub.save(OPTForCausalLM(config), tmp_path / "start", store)
-    weights = []
-    for folder in ("first", "again"):
-        run_config = make_config(model={"path": str(tmp_path / "start")}, output=str(tmp_path / folder))
-        file = tmp_path / "run.yaml"
-        file.write_text(yaml.safe_dump(run_config.model_dump(mode="json")))
-        done = on_two_ranks(file)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (two,) = Path(tmp_path / folder).iterdir()
-        weights.append((two / "model" / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+    first, again = (
+        on_two_ranks(make_config(model={"path": str(tmp_path / "start")}, output=str(tmp_path / folder)))
+        for folder in ("first", "again")
+    )
+    files = [directory.model / "model.safetensors" for directory in (first, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+STEPS = 40
+"""Enough for the entropies to spread, so that counts of one rank alone would move the gate differently."""
+
+
+@pytest.mark.parametrize(
+    ("objective", "tolerance"),
+    [
+        ({"alpha": {"policy": "gap_driven", "window": 3, "scale": 2.0}}, 1e-4),
+        ({"alpha": {"policy": "prequential", "period": 4, "probe": 2}}, 1e-4),
+        # A hard threshold: rounding decides about a token now and then, one of 256.
+        ({"alpha": 0.5, "gate": {"kind": "student_entropy", "keep": 0.5}}, 4e-3),
+    ],
+    ids=["gap_driven", "prequential", "student_entropy"],
+)
+def test_two_ranks_choose_the_alphas_of_one(objective, tolerance, make_config, on_two_ranks, tmp_path):
+    changes = {"tokens": STEPS * 256, "teacher": {"kind": "unigram"}, "objective": objective}
+    one = rows(run(make_config(**changes)))
+    two = rows(on_two_ranks(make_config(**changes, output=str(tmp_path / "two"))))
+    assert len(two) == len(one) == STEPS
+    memory = {key for row in one for key in row if key.startswith(("policy_", "gate_"))}
+    assert memory
+    for a, b in zip(two, one, strict=True):
+        for key in {"loss", "alpha", *memory} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance)
+
+
+def test_two_ranks_score_once_and_stay_in_step(make_config, on_two_ranks, store, tmp_path):
+    evaluation = {
+        "every": 5 * 256,
+        "domains": [{"name": "speeches", "store": str(store), "role": "in_domain"}],
+        "max_documents": 4,
+        "max_tokens": 80,
+    }
+    two = on_two_ranks(make_config(eval=evaluation, output=str(tmp_path / "two")))
+    alone = run(make_config(eval=evaluation))
+    ours, theirs = (pl.read_ndjson(directory.scores) for directory in (two, alone))
+    key = ["step", "domain", "split", "metric", "version", "n"]
+    assert ours.select(key).equals(theirs.select(key))
+    assert ours["step"].unique().sort().to_list() == [5, 10, 12]
+    for metric in ("bits_per_byte", "brier", "ece"):
+        a, b = (frame.filter(metric=metric)["value"].to_list() for frame in (ours, theirs))
+        assert a == pytest.approx(b, rel=1e-2)
+    found, expected = ([row["loss"] for row in losses(directory)] for directory in (two, alone))
+    assert len(found) == 12
+    assert found == pytest.approx(expected, rel=1e-5)

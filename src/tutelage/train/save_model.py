@@ -1,4 +1,4 @@
-"""The finished model as a Hugging Face directory, checked against the model in memory, with a card."""
+"""Write a trained model as a Hugging Face directory with a model card, checked against the one in memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _card(student: Student, store: Store) -> str:
         front["base_model"] = config.model.path
     tokens = student.steps * config.global_batch_tokens
     facts = {
-        "student": f"{_start(config)}, {student.parameter_count:,} parameters",
+        "student": f"{_origin(config)}, {student.parameter_count:,} parameters",
         "teacher": _teacher(config),
         "alpha": _alpha(config),
         "objective": f"{config.objective.divergence}, temperature {config.objective.temperature:g}",
@@ -75,7 +75,7 @@ def _card(student: Student, store: Store) -> str:
     return card(student.directory.id, front, summary, facts, sources, to_yaml(config))
 
 
-def _start(config: RunConfig) -> str:
+def _origin(config: RunConfig) -> str:
     model = config.model
     if model.shape is not None:
         return f"{model.shape}, from random weights"

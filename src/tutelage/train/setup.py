@@ -60,7 +60,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
         world=world,
         model=model,
         optimizer=adamw(model, config.optim, start.lr),
-        autocast=_autocast(config, world.device),
+        autocast=_half_dtype(config, world.device),
         objective=_objective(config.objective, store.vocab_size, hub.logit_transform(model)),
         policy=make_policy(
             config.objective.alpha,
@@ -88,13 +88,14 @@ def open_teacher(config: RunConfig, device: torch.device) -> Teacher:
         config.output,
         config.data.sequence_length,
         device,
-        dtype="float32" if _autocast(config, device) is None else "bfloat16",
+        dtype="float32" if _half_dtype(config, device) is None else "bfloat16",
         objective=config.objective,
     )
     return make_teacher(config.teacher, context)
 
 
 def _check_stage(config: RunConfig, store: Store) -> None:
+    """Refuse to pretrain on prompts, and to fine-tune without any."""
     if config.stage == "sft" and not store.manifest.masked:
         raise UserError(
             f"stage = sft: in {store.path} every token counts, there are no prompts; build the store from "
@@ -108,6 +109,7 @@ def _check_stage(config: RunConfig, store: Store) -> None:
 
 
 def _loader(config: RunConfig, store: Store, world: World, steps: int) -> Loader:
+    """Batches of this rank, none of them without a label."""
     loader = Loader(
         store.split("train"),
         sequence_length=config.data.sequence_length,
@@ -196,8 +198,7 @@ def _steps(config: RunConfig, parameters: int) -> int:
         raise UserError(f"run {config.name}: {error}") from None
 
 
-def _autocast(config: RunConfig, device: torch.device) -> torch.dtype | None:
-    wanted = config.dtype
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if wanted == "bfloat16" else None
+def _half_dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:
+    """Return the compute dtype when it is not float32."""
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else None

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 from itertools import pairwise
 
 import pytest
-from safetensors.torch import load_file
+from training import StopAt, assert_same_weights, losses
 
 from tutelage.errors import Stopped
 from tutelage.run import run
-from tutelage.train.loop import Nobody
 
 TEACHER = {"kind": "unigram"}
 OBJECTIVES = {
@@ -22,23 +20,6 @@ OBJECTIVES = {
 }
 
 
-class StopAt(Nobody):
-    """Sends the signal of a Ctrl-C after some step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def advance(self, step):
-        if step == self.step:
-            signal.raise_signal(signal.SIGINT)
-
-
-def rows(directory):
-    timing = {"seconds", "tokens_per_second"}
-    lines = (directory.path / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in timing} for line in lines]
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_stopped_and_resumed_is_bitwise_uninterrupted(name, make_config, tmp_path):
     whole = run(make_config(teacher=TEACHER, objective=OBJECTIVES[name]))
@@ -47,14 +28,13 @@ def test_stopped_and_resumed_is_bitwise_uninterrupted(name, make_config, tmp_pat
         with pytest.raises(Stopped):
             run(config, StopAt(stop))
     resumed = run(config)
-    assert rows(resumed) == rows(whole)
-    ours, theirs = (load_file(one.model / "model.safetensors") for one in (resumed, whole))
-    assert all(ours[key].equal(theirs[key]) for key in theirs)
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(resumed, whole)
     assert resumed.state()["teacher_flops"] == whole.state()["teacher_flops"]
 
 
 def test_gap_driven_logs_what_it_hears_and_follows_it(make_config):
-    log = rows(run(make_config(teacher=TEACHER, objective=OBJECTIVES["gap_driven"])))
+    log = losses(run(make_config(teacher=TEACHER, objective=OBJECTIVES["gap_driven"])))
     for before, after in pairwise(log):
         gap = (before["policy_ce"] - before["policy_teacher_ce"]) / 2.0
         expected = min(0.9, max(0.1, gap)) if before["policy_seen"] else 0.9
@@ -64,7 +44,7 @@ def test_gap_driven_logs_what_it_hears_and_follows_it(make_config):
 
 def test_prequential_probes_learn_from_labels_alone_and_only_scores_run_the_teacher(make_config):
     directory = run(make_config(teacher=TEACHER, objective=OBJECTIVES["prequential"]))
-    log = rows(directory)
+    log = losses(directory)
     for row in log:
         step = (row["step"] - 1) % 4
         assert (row["alpha"] == 0) == (step < 2)
@@ -80,14 +60,14 @@ def test_salt_drops_the_teacher_and_its_cost(make_config):
     directory = run(
         make_config(teacher=TEACHER, objective={"alpha": {"policy": "salt", "value": 0.6, "until": 0.5}})
     )
-    assert [row["alpha"] > 0 for row in rows(directory)] == [True] * 6 + [False] * 6
-    assert all(row["teacher_ce"] == 0 for row in rows(directory)[6:])
+    assert [row["alpha"] > 0 for row in losses(directory)] == [True] * 6 + [False] * 6
+    assert all(row["teacher_ce"] == 0 for row in losses(directory)[6:])
     checkpoint = max((directory.path / "checkpoints").glob("step-*"))
     assert json.loads((checkpoint / "counters.json").read_text())["teacher_tokens"] == 6 * 256
 
 
 def test_a_gate_scales_the_logged_alpha(make_config):
-    log = rows(run(make_config(teacher=TEACHER, objective=OBJECTIVES["student_entropy"])))
+    log = losses(run(make_config(teacher=TEACHER, objective=OBJECTIVES["student_entropy"])))
     assert all(0 <= row["alpha"] <= 0.5 for row in log)
     assert sum(row["alpha"] for row in log) / len(log) < 0.4
     assert log[-1]["gate_threshold"] != log[0]["gate_threshold"]
@@ -103,6 +83,6 @@ def test_micro_batches_do_not_change_a_gated_run(make_config, tmp_path):
             output=str(tmp_path / "micro"),
         )
     )
-    for a, b in zip(rows(whole), rows(parts), strict=True):
+    for a, b in zip(losses(whole), losses(parts), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["gate_threshold"] == pytest.approx(b["gate_threshold"], abs=0.01)
