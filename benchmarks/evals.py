@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.cli.progress import EvalBar
+from tutelage.cli.progress import RichProgress
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.data.store_manifest import SCORED
@@ -95,8 +95,8 @@ def main() -> None:
         if arguments.suite:
             start, cpu = time.perf_counter(), time.process_time()
             domains, _ = select([], None, [])
-            with EvalBar() as bar:
-                evaluate([str(folder / "model")], EvalRequest(domains, {}, folder / "evals"), bar)
+            with RichProgress() as progress:
+                evaluate([str(folder / "model")], EvalRequest(domains, {}, folder / "evals"), progress)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
             print(f"offline suite, {len(domains)} domains: {wall:.1f} s wall, {cpu:.1f} s CPU")
 

@@ -17,12 +17,13 @@ from typing import Self
 
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
+from tutelage.progress import NullProgress
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cells import Cell
 from tutelage.study.engines import RunTask, TaskOutcome
 from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import Cost, Node
-from tutelage.study.runner import StudyProgress, run_all
+from tutelage.study.runner import run_all
 
 
 class Instant:
@@ -56,13 +57,6 @@ class Instant:
 
     def cancel(self, key: str) -> None:
         """Nothing is left to cancel."""
-
-
-class Nobody:
-    """A watcher that does not look."""
-
-    def show(self, board: StudyProgress) -> None:
-        """Do nothing."""
 
 
 def nodes(output: Path, count: int) -> list[Node]:
@@ -99,7 +93,11 @@ def run(folder: Path, count: int) -> None:
     """Run all of them."""
     with Leases(folder) as leases:
         run_all(
-            nodes(folder / "runs", count), Instant(folder / "runs"), leases, Failures(folder, 1), Nobody()
+            nodes(folder / "runs", count),
+            Instant(folder / "runs"),
+            leases,
+            Failures(folder, 1),
+            NullProgress(),
         )
 
 

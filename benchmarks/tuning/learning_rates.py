@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from tutelage.cli.study_progress import StudyTable
+from tutelage.cli.progress import RichProgress
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.data.store import build_store, open_store
@@ -61,8 +61,8 @@ def main() -> None:
     arguments = parser.parse_args()
     nodes = sweep(arguments)
     engine = LocalEngine(default_workers(), [])
-    with engine, Leases(arguments.output) as leases, StudyTable() as table:
-        run_all(nodes, engine, leases, Failures(arguments.output, 1), table)
+    with engine, Leases(arguments.output) as leases, RichProgress() as progress:
+        run_all(nodes, engine, leases, Failures(arguments.output, 1), progress)
     print(f"{arguments.tokens} tokens, {arguments.seeds} seeds, validation bits per byte")
     for name in arguments.shapes:
         results = {}

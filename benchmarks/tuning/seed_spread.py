@@ -18,7 +18,7 @@ from pathlib import Path
 
 import polars as pl
 
-from tutelage.cli.progress import RunBar, StoreBar
+from tutelage.cli.progress import RichProgress
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
@@ -79,15 +79,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--tokens", default="1.25M")
     arguments = parser.parse_args()
-    with StoreBar() as bar:
-        store = build_store(validate(StoreConfig, STORE, "seed_spread.py"), arguments.output / "data", bar)
+    with RichProgress() as progress:
+        settings = validate(StoreConfig, STORE, "seed_spread.py")
+        store = build_store(settings, arguments.output / "data", progress)
     print(f"{arguments.tokens} tokens, {arguments.seeds} seeds from {FIRST_SEED}, test split of the speeches")
     for shape in arguments.shapes:
         found = []
         for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
             asked = config(shape, seed, arguments.tokens, store, arguments.output / "runs")
-            with RunBar() as bar:
-                found.append(measured(run(asked, bar).path / "documents.parquet"))
+            with RichProgress() as progress:
+                found.append(measured(run(asked, progress).path / "documents.parquet"))
         for name in found[0]:
             values = [losses[name] for losses in found]
             mean = statistics.mean(values)

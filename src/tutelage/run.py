@@ -20,10 +20,11 @@ from tutelage.evals import evaluate
 from tutelage.evals.contamination import anchored
 from tutelage.files import atomic_directory, check_place, stop_signal, write_text
 from tutelage.models import hub
+from tutelage.progress import NullProgress, Progress
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, run_id
 from tutelage.train import distributed
 from tutelage.train.checkpoint import BRANCH_POINT
-from tutelage.train.loop import Nobody, Watcher, check_cohort, train
+from tutelage.train.loop import check_cohort, train
 from tutelage.train.save_model import export
 from tutelage.train.setup import open_student, open_teacher
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     Run = tuple[RunConfig, RunDirectory]
 
 
-def run(config: RunConfig, watcher: Watcher | None = None) -> RunDirectory:
+def run(config: RunConfig, progress: Progress | None = None) -> RunDirectory:
     """Train, export and score what `config` says, or what is left of it; finished work is kept.
 
     The same config always lands in the same directory. A stopped or killed run resumes from its last
@@ -48,10 +49,10 @@ def run(config: RunConfig, watcher: Watcher | None = None) -> RunDirectory:
         UserError: something in the input is wrong, before compute is spent where that can be known.
         Stopped: the run was interrupted and can be resumed.
     """
-    return run_cohort([config], watcher)[0]
+    return run_cohort([config], progress)[0]
 
 
-def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> list[RunDirectory]:
+def run_cohort(configs: Sequence[RunConfig], progress: Progress | None = None) -> list[RunDirectory]:
     """Run several students of one teacher that read the same batches together.
 
     The teacher's targets are computed once per batch for all of them. Each student's result is the one it
@@ -61,18 +62,18 @@ def run_cohort(configs: Sequence[RunConfig], watcher: Watcher | None = None) -> 
         UserError: as `run`, or the runs cannot share batches and teacher; the message names the field.
         Stopped: as `run`.
     """
-    watcher = watcher or Nobody()
+    progress = progress or NullProgress()
     runs = _planned(configs)
     is_main = os.environ.get("RANK", "0") == "0"
     with contextlib.ExitStack() as locks:
-        left = _unfinished(runs, watcher)
+        left = _unfinished(runs, progress)
         if is_main:
             for _, directory in left:
                 locks.enter_context(directory.lock())
         try:
-            errors = _train([run for run in left if not run[1].model.is_dir()], watcher)
+            errors = _train([run for run in left if not run[1].model.is_dir()], progress)
             if is_main:
-                _score([run for run in left if run[1].model.is_dir()], watcher)
+                _score([run for run in left if run[1].model.is_dir()], progress)
         except Stopped:
             raise
         except BaseException as error:
@@ -99,7 +100,7 @@ def _planned(configs: Sequence[RunConfig]) -> list[Run]:
     return runs
 
 
-def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
+def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
     """The runs with something left to do, each once."""
     left: dict[str, Run] = {}
     for config, directory in runs:
@@ -107,7 +108,7 @@ def _unfinished(runs: Sequence[Run], watcher: Watcher) -> list[Run]:
             config, directory, int(directory.state()["step"])
         ):
             _mark_scored(config, directory)
-            watcher.note(f"{directory.path} is finished; nothing to do")
+            progress.note(f"{directory.path} is finished; nothing to do")
         else:
             left[directory.id] = config, directory
     return list(left.values())
@@ -125,7 +126,7 @@ def _check_distinct(runs: Sequence[Run]) -> None:
             )
 
 
-def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
+def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
     """Open, train and export the runs; return what kept some of them from their end."""
     if not runs:
         return []
@@ -139,48 +140,48 @@ def _train(runs: Sequence[Run], watcher: Watcher) -> list[UserError]:
     if world.is_main:
         for student in students:
             _copy_branch_point(student)
-            _announce(student, watcher)
+            _announce(student, progress)
     distributed.barrier()
     with contextlib.ExitStack() as closing:
         for student in students:
             closing.callback(student.close)
             student.resume(cohort=len(students))
-        errors = train(students, watcher, partial(_evaluate, watcher))
+        errors = train(students, progress, partial(_evaluate, progress))
     if world.is_main:
         errors += _export(students)
     distributed.barrier()
     return errors
 
 
-def _announce(student: Student, watcher: Watcher) -> None:
+def _announce(student: Student, progress: Progress) -> None:
     """Record what runs and where, and tell the user what to know before it does."""
     config, directory = student.config, student.directory
     notes = [*student.notes, *evaluate.domain_notes(config, directory)]
     record = provenance.collect(str(student.world.device)) | {"notes": notes}
     directory.write_config(to_yaml(anchored(config)), record)
     for note in notes:
-        watcher.note(note)
+        progress.note(note)
     if student.epochs > 1:
-        watcher.note(
+        progress.note(
             f"{student.epochs:.1f} passes over the training split of {open_store(config.data.store).path}: "
             "repeated data can make any teacher look good (it regularises); use more text or a smaller "
             "budget for comparisons"
         )
     for text in config.rounding(student.steps, student.parameter_count):
-        watcher.note(text)
+        progress.note(text)
     directory.write_state("running", parameters=student.parameter_count, steps=student.steps)
 
 
-def _evaluate(watcher: Watcher, student: Student) -> None:
+def _evaluate(progress: Progress, student: Student) -> None:
     """Score a student between two steps; the last scores come from the exported model."""
     scores = evaluate.score_run(
         student.config, student.directory, student.model, student.step, finished=False
     )
-    _warn_if_parted(scores, student.directory, watcher)
+    _warn_if_parted(scores, student.directory, progress)
     bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
     if bits:
         values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
-        watcher.note(f"step {student.step:,}, bits per byte of validation text: {values}")
+        progress.note(f"step {student.step:,}, bits per byte of validation text: {values}")
 
 
 def _export(students: Sequence[Student]) -> list[UserError]:
@@ -197,23 +198,26 @@ def _export(students: Sequence[Student]) -> list[UserError]:
     return errors
 
 
-def _score(runs: Sequence[Run], watcher: Watcher) -> None:
+def _score(runs: Sequence[Run], progress: Progress) -> None:
     """Score what is trained; with that a run is done."""
     for config, directory in runs:
+        stage = f"{directory.id}: scores"
+        progress.start(stage)
         step = int(directory.state()["step"])
         model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
         model.to(hub.pick_device(config.runtime.device))
         scores = evaluate.score_run(config, directory, model, step, finished=True)
-        _warn_if_parted(scores, directory, watcher)
+        _warn_if_parted(scores, directory, progress)
         _mark_scored(config, directory)
+        progress.finish(stage)
 
 
-def _warn_if_parted(scores: Sequence[Score], directory: RunDirectory, watcher: Watcher) -> None:
+def _warn_if_parted(scores: Sequence[Score], directory: RunDirectory, progress: Progress) -> None:
     """Say once in a run's life, and leave in state.json, that held-out and training loss are far apart."""
     state = directory.state()
     warning = evaluate.loss_gap_warning(scores, directory)
     if warning is not None and state.get("warning") is None:
-        watcher.note(f"warning: {directory.id}: {warning}")
+        progress.note(f"warning: {directory.id}: {warning}")
         directory.write_state(state["status"], warning=warning)
 
 

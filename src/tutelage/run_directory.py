@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tutelage.config.run_config import RunConfig
+
+_TAIL_BYTES = 2048
+"""More than a row of metrics.jsonl has."""
 
 
 def run_id(config: RunConfig) -> str:
@@ -170,6 +174,19 @@ class RunDirectory:
         """Add one row to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def last_metrics(self) -> dict[str, float]:
+        """The newest whole row of metrics.jsonl; empty before there is one."""
+        try:
+            with (self.path / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return {}
+        if len(lines) < 2:  # noqa: PLR2004 - a whole row and what follows its end
+            return {}
+        row: dict[str, float] = json.loads(lines[-2])
+        return row
 
     def recent_ce(self) -> float | None:
         """Mean training loss of the last rows of metrics.jsonl, in nats per token; None without rows.

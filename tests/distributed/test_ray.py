@@ -22,6 +22,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
 from tutelage.study.leases import Leases, ask_to_stop
+from tutelage.progress import NullProgress
 from tutelage.study.engines import StoreTask
 from tutelage.study.engines.ray import RayEngine
 from tutelage.study.leases import Failures
@@ -37,11 +38,17 @@ for config in map(RunConfig.model_validate_json, json.loads(text)):
     cell = Cell(name=config.name, kind="baseline", **labels, **size)
     nodes.append(Node(run_id(config), cell, config, needs, Cost(1, 1, 1.0, 0.0)))
 
-class Watcher:
+class Stopper(NullProgress):
     most = 0
     stopping = True
-    def show(self, board):
-        self.most = max(self.most, len(board.running))
+    running = set()
+    def describe(self, stage, figures):
+        if "running" in figures:
+            self.running.add(stage)
+        self.most = max(self.most, len(self.running))
+    def finish(self, stage, outcome="done"):
+        self.running.discard(stage)
+    def advance(self, stage, done):
         begun = [node for node in nodes if (node.config.output / node.id / "checkpoints").exists()]
         if self.stopping and begun:
             ask_to_stop(folder, self.token)
@@ -49,7 +56,7 @@ class Watcher:
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
-watcher = Watcher()
+progress = Stopper()
 for attempt in range(2):
     with RayEngine(cluster.address, None, "cpu") as engine, Leases(folder, 0.5) as leases:
         assert engine.slots == 2
@@ -59,15 +66,15 @@ for attempt in range(2):
             while not (ended := engine.wait(0.5)):
                 pass
             assert ended["store"].status == "failed" and "nothing" in ended["store"].text
-        watcher.token, watcher.stopping = leases.token, attempt == 0
+        progress.token, progress.stopping = leases.token, attempt == 0
         try:
-            run_all(nodes, engine, leases, Failures(folder, 0), watcher)
+            run_all(nodes, engine, leases, Failures(folder, 0), progress)
         except Stopped:
             assert attempt == 0
             states = [json.loads(path.read_text())["status"] for path in folder.glob("runs/*/state.json")]
             print("stopped", sorted(states), flush=True)
 cluster.shutdown()
-print("most", watcher.most)
+print("most", progress.most)
 """
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
+from tutelage.progress import NullProgress
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.expand import expand
 from tutelage.study.run_study import run_study
@@ -44,16 +45,9 @@ TINY: dict[str, Any] = {
 }
 
 
-class Quiet:
-    """Looks on and says nothing."""
-
-    def show(self, board):
-        """Do nothing."""
-
-
 def tiny_study(**changes: Any) -> StudyConfig:
     return validate(StudyConfig, TINY | changes, "tiny")
 
 
 def run_tiny(study: StudyConfig, directory: Path, workers: int = 1) -> None:
-    run_study(expand(study), directory, LocalEngine(workers, []), Quiet(), [].append)
+    run_study(expand(study), directory, LocalEngine(workers, []), NullProgress())

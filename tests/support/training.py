@@ -8,9 +8,9 @@ import signal
 import torch
 from safetensors.torch import load_file
 
+from tutelage.progress import NullProgress
 from tutelage.run_directory import RunDirectory
 from tutelage.train import distributed
-from tutelage.train.loop import Nobody
 from tutelage.train.setup import open_student, open_teacher
 
 
@@ -43,12 +43,12 @@ def opened(config):
     return student
 
 
-class StopAt(Nobody):
+class StopAt(NullProgress):
     """Sends the signal of a Ctrl-C after some step."""
 
     def __init__(self, step):
         self.step = step
 
-    def advance(self, step):
+    def advance(self, stage, step):
         if step == self.step:
             signal.raise_signal(signal.SIGINT)

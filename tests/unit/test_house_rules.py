@@ -29,20 +29,21 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "provenance": set(),
     "bootstrap": set(),
+    "progress": set(),
     "records": {"errors"},
     "files": {"errors"},
     "config": {"types", "errors"},
-    "data": _BASE | {"records"},
+    "data": _BASE | {"progress", "records"},
     "models": _BASE | {"objective.chunked"},
     "objective": _BASE,
-    "teachers": _BASE | {"records", "data", "models", "objective"},
+    "teachers": _BASE | {"progress", "records", "data", "models", "objective"},
     "run_directory": _BASE | {"data", "models", "teachers.cache.layout"},
-    "train": _BASE | _ROOMS | {"provenance", "run_directory"},
+    "train": _BASE | _ROOMS | {"progress", "provenance", "run_directory"},
     "evals": _BASE
-    | {"data", "models", "presets", "provenance", "bootstrap", "records", "run_directory"}
+    | {"data", "models", "presets", "progress", "provenance", "bootstrap", "records", "run_directory"}
     | {"teachers.cache.layout"},
-    "run": _BASE | _ROOMS | {"evals", "provenance", "run_directory", "train"},
-    "study": _BASE | {"data", "models", "presets", "records", "run", "run_directory"},
+    "run": _BASE | _ROOMS | {"evals", "progress", "provenance", "run_directory", "train"},
+    "study": _BASE | {"data", "models", "presets", "progress", "records", "run", "run_directory"},
     "analysis": {
         "types",
         "errors",
@@ -53,7 +54,9 @@ ALLOWED: dict[str, set[str]] = {
         "study.token_tables",
     },
     "__main__": {"cli"},
-    "cli": _BASE | _ROOMS | {"analysis", "evals", "presets", "provenance", "run", "study", "train"},
+    "cli": _BASE
+    | _ROOMS
+    | {"analysis", "evals", "presets", "provenance", "run", "run_directory", "study", "train"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

@@ -79,13 +79,13 @@ def score(
     """
     from tutelage.analysis.report.text import print_scores
     from tutelage.analysis.score_warnings import score_warnings
-    from tutelage.cli.progress import EvalBar, out
+    from tutelage.cli.progress import RichProgress, out
     from tutelage.evals.evaluate import EvalRequest, evaluate, select
 
     domains, stores = select(domain or [], suite, store or [])
     request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
-    with EvalBar() as bar:
-        scores, places = evaluate(model, request, bar)
+    with RichProgress() as progress:
+        scores, places = evaluate(model, request, progress)
     rows = [asdict(one) for one in scores]
     print_scores(rows, {name: entry.metric for name, entry in domains.items()}, out)
     for warning in score_warnings(rows):
@@ -146,15 +146,15 @@ def tokens(
     from tutelage.analysis.figures.style import save_all
     from tutelage.analysis.figures.token_figures import comparison_figures
     from tutelage.analysis.report.text import print_token_comparison
-    from tutelage.cli.progress import EvalBar, out
+    from tutelage.cli.progress import RichProgress, out
     from tutelage.evals.evaluate import EvalRequest, select
     from tutelage.evals.token_comparison import compare_on_texts
     from tutelage.study.token_tables import read_token_comparison
 
     domains, stores = select(domain or [], suite, store or []) if domain or suite or store else ({}, {})
     request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
-    with EvalBar() as bar:
-        directories = compare_on_texts(student, teacher, baseline, sorter, request, bar)
+    with RichProgress() as progress:
+        directories = compare_on_texts(student, teacher, baseline, sorter, request, progress)
     for directory in directories:
         found = read_token_comparison(directory)
         print_token_comparison(found, out)

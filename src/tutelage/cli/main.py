@@ -124,7 +124,7 @@ def train(
 
     Several processes: torchrun --nproc-per-node 2 -m tutelage train RUN.yaml
     """
-    from tutelage.cli.progress import RunBar, out
+    from tutelage.cli.progress import RichProgress, out
     from tutelage.config.load import load
     from tutelage.config.run_config import RunConfig
     from tutelage.run import run_cohort
@@ -132,8 +132,8 @@ def train(
     overrides = [text for text in more or [] if "=" in text]
     files = [config, *(Path(text) for text in more or [] if "=" not in text)]
     loaded = [load(RunConfig, file, overrides) for file in files]
-    with RunBar() as bar:
-        directories = run_cohort(loaded, bar)
+    with RichProgress() as progress:
+        directories = run_cohort(loaded, progress)
     for directory in directories:
         out.print(f"run      {directory.path}\nmodel    {directory.model}", highlight=False, soft_wrap=True)
         if directory.scores.exists():
@@ -240,12 +240,12 @@ def data_build(
     output: Annotated[Path, typer.Option(help="directory of stores")] = Path("stores"),
 ) -> None:
     """Text to token store: read, deduplicate, split by document, tokenise, checksum."""
-    from tutelage.cli.progress import StoreBar, out
+    from tutelage.cli.progress import RichProgress, out
     from tutelage.data.store import build_store
 
     settings = _store_config(config, corpus, overrides or [])
-    with StoreBar() as bar:
-        path = build_store(settings, output, bar)
+    with RichProgress() as progress:
+        path = build_store(settings, output, progress)
     data_show(path)
     out.print(
         f"\nstore    {path}\nnext     put 'data: {{store: {path}}}' into a run file",

@@ -1,22 +1,13 @@
-"""What a person sees while work goes on: progress bars and tables. No computation happens here."""
+"""Show people how far work is: bars in a terminal, a line per finished stage, lengths of time."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +16,18 @@ if TYPE_CHECKING:
 
 out = Console()
 err = Console(stderr=True)
+
+_FORMATS = {
+    "done": "{} done",
+    "failed": "{} failed",
+    "running": "running {}",
+    "loss": "loss {:.3f}",
+    "ce": "ce {:.3f}",
+    "alpha": "alpha {:.2f}",
+    "bytes_per_token": "{:.2f} bytes/token",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
+"""How a figure is shown; those not listed are not."""
 
 
 def period(seconds: float) -> str:
@@ -45,171 +48,114 @@ def short(number: float) -> str:
     return f"{number:.3g}T"
 
 
-class RunBar:
-    """Progress of one training run: step, speed, losses, time left. A `Watcher` and a context manager."""
+class RichProgress:
+    """A `tutelage.progress.Progress` in a terminal: a bar per stage, gone when it ends. A context manager.
+
+    With or without a terminal, a note or the end of a stage is a line on standard error.
+    """
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[measured]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=out,
-        )
-        self._task = self._progress.add_task("preparing", total=None, measured="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def begin(self, run: str, step: int, steps: int) -> None:
-        """Name the run and set the bar's ends."""
-        if step:
-            self.note(f"going on after step {step:,} of {steps:,}")
-        self._progress.reset(self._task, description=run, total=steps, completed=step)
-
-    def advance(self, step: int) -> None:
-        """Move the bar."""
-        self._progress.update(self._task, completed=step)
-
-    def log(self, row: Mapping[str, float]) -> None:
-        """Show the newest losses and speed."""
-        text = f"loss {row['loss']:.3f} ce {row['ce']:.3f}"
-        if row["alpha"] > 0:
-            kd = next(name for name in row if name.split("_")[0] == "kd")
-            text += f" {kd} {row[kd]:.3f} alpha {row['alpha']:.2f}"
-        self._progress.update(self._task, measured=f"{text} · {row['tokens_per_second']:,.0f} tokens/s")
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._progress.console.print(text, highlight=False)
-
-
-class StoreBar:
-    """Progress of a token store: stage, text read, speed. Call it with (stage, bytes); a context manager."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeElapsedColumn(),
+            TaskProgressColumn(),
+            _Measured(),
+            _TimeLeft(),
             console=err,
             transient=True,
             disable=not err.is_terminal,
         )
-        self._stages: dict[str, TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self.start("preparing")
+        self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
-    def __call__(self, stage: str, done: int) -> None:
-        """`done` bytes of text have gone through `stage`."""
-        if stage not in self._stages:
-            self._stages[stage] = self._progress.add_task(stage, total=None)
-        self._progress.update(self._stages[stage], completed=done)
+    def start(self, stage: str, total: float | None = None, unit: str = "", done: float = 0) -> None:
+        """Add a bar."""
+        self._remove("preparing")
+        self._remove(stage)
+        self._tasks[stage] = self._bars.add_task(stage, total=total, unit=unit, before=done, figures={})
+        self.advance(stage, done)
 
+    def advance(self, stage: str, done: float) -> None:
+        """Move a bar."""
+        self._bars.update(self._tasks[stage], completed=done)
 
-class TeachBar:
-    """Progress of a teacher cache: tokens, speed, size, time left. A `TeachWatcher` and a context manager."""
+    def describe(self, stage: str, figures: Mapping[str, float | str]) -> None:
+        """Show figures beside a bar."""
+        self._bars.update(self._tasks[stage], figures=figures)
 
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[measured]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=out,
-        )
-        self._task = self._progress.add_task("preparing", total=None, measured="")
-        self._tokens = self._before = 0
-        self._start = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.update(self._task, visible=self._tokens > 0)
-        self._progress.stop()
-
-    def begin(self, cache: str, done: int, tokens: int) -> None:
-        """Name the cache and set the bar's ends."""
-        if done:
-            self.note(f"going on after {done:,} of {tokens:,} tokens")
-        self._before, self._tokens, self._start = done, tokens, time.monotonic()
-        self._progress.reset(self._task, description=cache, total=tokens, completed=done)
-
-    def advance(self, done: int, size: int) -> None:
-        """Move the bar; the speed is that of all processes since this one began."""
-        speed = (done - self._before) / max(time.monotonic() - self._start, 1e-9)
-        measured = (
-            f"{short(done)}/{short(self._tokens)} tokens · {short(speed)}/s · {size / done:.2f} bytes/token"
-        )
-        self._progress.update(self._task, completed=done, measured=measured)
+    def finish(self, stage: str, outcome: str = "done") -> None:
+        """Remove a bar and print a line instead."""
+        task = self._remove(stage)
+        measured = "" if task is None else _measured(task)
+        seconds = "" if task is None else f" · {period(task.elapsed or 0.0)}"
+        self.note(f"{stage}: {outcome}" + (f" · {measured}" if measured else "") + seconds)
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._progress.console.print(text, highlight=False)
+        """Print a line above the bars."""
+        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _remove(self, stage: str) -> Task | None:
+        if stage not in self._tasks:
+            return None
+        place = self._tasks.pop(stage)
+        task = next(task for task in self._bars.tasks if task.id == place)
+        self._bars.remove_task(place)
+        return task
 
 
-class EvalBar:
-    """Progress of an evaluation: model, domain, tokens scored. An `EvalWatcher` and a context manager."""
+class _Measured(ProgressColumn):
+    """Amount, speed and figures of a stage."""
 
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            TextColumn("{task.fields[measured]}"),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
-        self._task = self._progress.add_task("preparing", total=None, measured="")
-        self._tokens = 0
-        self._start = time.monotonic()
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        return Text(_measured(task), no_wrap=True, overflow="ellipsis")
 
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+class _TimeLeft(ProgressColumn):
+    """Time since a stage began, and about how long it still takes."""
 
-    def store(self, stage: str, done: int) -> None:
-        """`done` bytes of text have gone through `stage` of a token store."""
-        self._progress.update(
-            self._task, description=f"token store: {stage}", measured=f"{done / 1e6:.1f} MB"
-        )
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        elapsed = task.elapsed or 0.0
+        left = task.fields["figures"].get("seconds_left")
+        speed = _speed(task)
+        if left is None and task.total is not None and speed > 0:
+            left = (task.total - task.completed) / speed
+        return Text(period(elapsed) if left is None else f"about {period(left)} left", no_wrap=True)
 
-    def domain(self, subject: str, domain: str, number: int, of: int) -> None:
-        """A domain begins."""
-        self._progress.update(self._task, description=f"{subject}: {domain} ({number} of {of})", measured="")
-        self._tokens, self._start = 0, time.monotonic()
 
-    def advance(self, tokens: int) -> None:
-        """So many more tokens are scored."""
-        self._tokens += tokens
-        speed = self._tokens / max(time.monotonic() - self._start, 1e-9)
-        self._progress.update(self._task, measured=f"{self._tokens:,} tokens, {speed:,.0f} per second")
+def _measured(task: Task) -> str:
+    figures, unit = task.fields["figures"], task.fields["unit"]
+    parts = [_amount(task.completed, task.total, unit)]
+    if unit in ("tokens", "bytes") and "tokens_per_second" not in figures and _speed(task) > 0:
+        parts.append(f"{_amount(_speed(task), None, unit)}/s")
+    untaught = figures.get("alpha") == 0
+    for name, value in figures.items():
+        if name == "kd" or name.startswith("kd_"):
+            parts += [] if untaught else [f"{name} {value:.3f}"]
+        elif name in _FORMATS and not (untaught and name == "alpha"):
+            parts.append(_FORMATS[name].format(value))
+    return " · ".join(part for part in parts if part)
 
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        err.print(text, highlight=False, soft_wrap=True)
+
+def _amount(done: float, total: float | None, unit: str) -> str:
+    if unit == "bytes":
+        return f"{done / 1e6:,.1f} MB"
+    if unit == "tokens":
+        return short(done) + ("" if total is None else f"/{short(total)}") + " tokens"
+    return f"{done:,}" + ("" if total is None else f"/{total:,}") + f" {unit}" if unit else ""
+
+
+def _speed(task: Task) -> float:
+    """Amount per second since the stage began here."""
+    before: float = task.fields["before"]
+    return (task.completed - before) / max(task.elapsed or 0.0, 1e-9)

@@ -166,16 +166,15 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
     """Run a study in view of a person, then say what came out."""
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import print_verdicts
-    from tutelage.cli.progress import out
-    from tutelage.cli.study_progress import StudyTable
+    from tutelage.cli.progress import RichProgress, out
     from tutelage.study.expand import expand
     from tutelage.study.results import load_results
     from tutelage.study.run_study import run_study
 
     expanded = expand(study)
     _say_untestable(expanded)
-    with StudyTable() as table:
-        run_study(expanded, directory, engine, table, lambda text: out.print(text, highlight=False), options)
+    with RichProgress() as progress:
+        run_study(expanded, directory, engine, progress, options)
     print_verdicts(load_results(directory), out)
     try:
         with lock(directory / "report.lock", f"report of {directory}"):

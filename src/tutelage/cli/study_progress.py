@@ -1,100 +1,19 @@
-"""What a person sees of a study: the live table of its runs, its status. No computation happens here."""
+"""Print what a study will take, and how it stands."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from typing import TYPE_CHECKING, Any
 
-from rich.live import Live
 from rich.table import Table
 
 from tutelage.cli.progress import out, period, short
+from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-    from types import TracebackType
-    from typing import Self
 
-    from tutelage.study.runner import StudyProgress
     from tutelage.study.status import Status
-
-_TAIL_BYTES = 2048
-
-
-class StudyTable:
-    """State of a study's runs, redrawn twice a second. A `StudyWatcher` and a context manager."""
-
-    def __init__(self) -> None:
-        self._live = Live(console=out, auto_refresh=False)
-        self._start = time.monotonic()
-        self._flops_at_start: float | None = None
-        self._printed: set[str] = set()
-        self._done_before: set[str] | None = None
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def show(self, progress: StudyProgress) -> None:
-        """Draw what runs, what is done and how long the rest will take."""
-        if not out.is_terminal:
-            self._print_news(progress)
-            return
-        table = Table(box=None, pad_edge=False)
-        table.add_column("run")
-        table.add_column("state")
-        for name in ("done", "loss", "tokens/s", "left"):
-            table.add_column(name, justify="right")
-        done_flops = 0.0
-        for node in progress.nodes:
-            directory = node.config.output / node.id
-            flops = node.cost.total
-            if node.id in progress.finished:
-                done_flops += flops
-                continue
-            state = _state(directory)
-            part = state.get("step", 0) / max(1, state.get("steps", 1))
-            done_flops += part * flops
-            if node.id in progress.running | progress.elsewhere:
-                table.add_row(
-                    *(node.id, "running" if node.id in progress.running else "elsewhere", f"{part:.0%}"),
-                    *_measured(directory, node.cost.tokens),
-                )
-        total = sum(node.cost.total for node in progress.nodes)
-        table.caption = (
-            f"{len(progress.finished)} of {len(progress.nodes)} runs done"
-            + (f", {len(progress.failed)} failed" if progress.failed else "")
-            + f" · {done_flops / total:.0%} of the work · {self._left(done_flops, total)}"
-        )
-        table.caption_justify = "left"
-        self._live.update(table, refresh=True)
-
-    def _left(self, done: float, total: float) -> str:
-        """Time left, from the work done in this session."""
-        if self._flops_at_start is None:
-            self._flops_at_start = done
-        gained, seconds = done - self._flops_at_start, time.monotonic() - self._start
-        return f"about {period((total - done) / gained * seconds)} left" if gained > 0 else "measuring speed"
-
-    def _print_news(self, progress: StudyProgress) -> None:
-        """Without a terminal: one line per run that ended."""
-        for node in progress.nodes:
-            if node.id in (progress.finished | progress.failed.keys()) - self._printed:
-                self._printed.add(node.id)
-                word = "failed" if node.id in progress.failed else "done"
-                out.print(
-                    f"[{len(self._printed)}/{len(progress.nodes)}] {node.id} {word}",
-                    highlight=False,
-                    markup=False,
-                )
 
 
 def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
@@ -166,7 +85,10 @@ def _print_runs(status: Status, directory: Path) -> None:
         for one in status.active:
             part = one.state.get("step", 0) / max(1, one.state.get("steps", 1))
             table.add_row(
-                one.run, one.where, f"{part:.0%}", *_measured(directory / "runs" / one.run, one.tokens)
+                one.run,
+                one.where,
+                f"{part:.0%}",
+                *_measured(RunDirectory(directory / "runs" / one.run), one.tokens),
             )
         out.print(table)
     for runner in status.runners:
@@ -177,35 +99,11 @@ def _print_runs(status: Status, directory: Path) -> None:
         out.print(f"again    {run}: an attempt failed", highlight=False, markup=False, soft_wrap=True)
 
 
-def _measured(directory: Path, tokens: int) -> tuple[str, str, str]:
+def _measured(directory: RunDirectory, tokens: int) -> tuple[str, str, str]:
     """Loss, speed and time left of a run, by its newest row of metrics."""
-    row = _last_row(directory / "metrics.jsonl")
+    row = directory.last_metrics()
     if not row:
         return "", "", ""
     speed = row["tokens_per_second"]
     left = (tokens - row["tokens"]) / max(speed, 1e-9)
     return f"{row['loss']:.3f}", f"{speed:,.0f}", period(left)
-
-
-def _last_row(path: Path) -> dict[str, float]:
-    """The newest whole row of metrics.jsonl; empty before there is one."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return {}
-    if len(lines) < 2:  # noqa: PLR2004 - a whole row and what follows its end
-        return {}
-    row: dict[str, float] = json.loads(lines[-2])
-    return row
-
-
-def _state(directory: Path) -> dict[str, float]:
-    """What the run last wrote of itself; a file being replaced just now reads as before or after."""
-    try:
-        text = (directory / "state.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    state: dict[str, float] = json.loads(text)
-    return state

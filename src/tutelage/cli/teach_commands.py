@@ -37,12 +37,12 @@ def teach(
 
 
 def _write(config: TeachConfig) -> None:
-    from tutelage.cli.progress import TeachBar, out
+    from tutelage.cli.progress import RichProgress, out
     from tutelage.teachers.cache.cache_writer import write_cache
     from tutelage.teachers.cache.reader import open_cache
 
-    with TeachBar() as bar:
-        path = write_cache(config, bar)
+    with RichProgress() as progress:
+        path = write_cache(config, progress)
     cache = open_cache(path)
     positions = cache.manifest.layout.positions
     out.print(

@@ -37,6 +37,7 @@ from tutelage.data.text_files import cut_size, known_bytes
 from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
 from tutelage.files import atomic_directory, free_bytes, lock, make_directory, write_text
+from tutelage.progress import NullProgress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
 
     from tutelage.config.data_config import StoreConfig
     from tutelage.data.chat import Chat
-    from tutelage.data.store_writer import Progress
     from tutelage.data.tokenizer import TextTokenizer
+    from tutelage.progress import Progress
     from tutelage.types import Split
 
 _IDX_ROW, _BYTES_OF_COUNT = 16, 4
@@ -138,7 +139,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     Args:
         config: sources, tokenizer, split.
         output: directory of stores; made if need be.
-        progress: called with the stage ("tokenizer", then "tokens") and the bytes of text read in it.
+        progress: is told the bytes of text read, for the tokenizer and then for the tokens.
 
     Returns:
         The store's directory.
@@ -147,7 +148,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
         UserError: a source or the tokenizer cannot be read, a split that is to have text has none, or the
             disk is too small.
     """
-    progress = progress or _silent
+    progress = progress or NullProgress()
     place = None if config.tokenizer.path is None else find_tokenizer(config.tokenizer.path)
     ready = None if place is None else load_tokenizer(place)
     chat = None if ready is None or place is None else _chat(config, ready, place)
@@ -281,10 +282,6 @@ def _chat(config: StoreConfig, tokenizer: TextTokenizer, place: Path) -> Chat | 
     from tutelage.data.chat import load_chat  # noqa: PLC0415 - imports jinja2 and more, rarely needed
 
     return load_chat(tokenizer, place)
-
-
-def _silent(_stage: str, _bytes: int) -> None:
-    """Report nothing."""
 
 
 def _is_built(path: Path) -> bool:

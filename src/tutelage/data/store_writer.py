@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from tutelage.config.data_config import StoreConfig
     from tutelage.data.chat import Piece
     from tutelage.data.tokenizer import TextTokenizer
+    from tutelage.progress import Progress
     from tutelage.types import Split
 
     Encode = Callable[[Sequence[str]], list[bytes]]
-    Progress = Callable[[str, int], None]
 
 _BATCH_BYTES = 4_000_000
 _SAMPLE_BYTES_PER_ENTRY = 4000
@@ -55,6 +55,8 @@ def training_texts(config: StoreConfig, progress: Progress) -> list[str]:
     seen = size = 0
     kept: list[tuple[float, int, str]] = []  # a heap with the largest hash on top
     mixture = Mixture(config.sources, config.max_bytes)
+    stage = f"{config.name}: sample for the tokenizer"
+    progress.start(stage, unit="bytes")
     for document in mixture:
         if _split_of(document, config) != "train":
             continue
@@ -62,9 +64,10 @@ def training_texts(config: StoreConfig, progress: Progress) -> list[str]:
         seen, size = seen + document.size, size + document.size
         while size - kept[0][1] >= wanted:
             size -= heapq.heappop(kept)[1]
-        progress("tokenizer", seen)
+        progress.advance(stage, seen)
         if seen >= _SAMPLE_WINDOW * wanted:
             break
+    progress.finish(stage)
     if not kept:
         documents = sum(tally.documents for tally in mixture.tallies)
         rows = "".join(f"; {words}" for tally in mixture.tallies if (words := rows_left_out(tally)))
@@ -91,7 +94,7 @@ def write_splits(
         tokenizer: turns the text into ids.
         mixture: the documents; it is read to its end.
         directory: where the files go; it must exist.
-        progress: called with "tokens" and the bytes of text done.
+        progress: is told the bytes of text done.
 
     Returns:
         What was written, and how the first document comes back whose text is not what its tokens say.
@@ -107,13 +110,16 @@ def write_splits(
             )
             for name in SPLITS
         }
+        stage = f"{config.name}: text to tokens"
+        progress.start(stage, unit="bytes")
         for batch in _batches(mixture):
             ids = list(_encoded(batch, encoders))
             for document, pieces, changed in zip(batch, ids, round_trip.changed(batch, ids), strict=True):
                 _refuse_marks(document, pieces, tokenizer, config.name)
                 spells = _spells(document, special, config)
                 writers[_split_of(document, config)].add(document, pieces, changed=changed, spells=spells)
-            progress("tokens", sum(tally.bytes for tally in mixture.tallies))
+            progress.advance(stage, sum(tally.bytes for tally in mixture.tallies))
+        progress.finish(stage)
         return {name: writer.finish() for name, writer in writers.items()}, round_trip.example
 
 

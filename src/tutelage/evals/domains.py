@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from tutelage.data.store import Store
-    from tutelage.data.store_writer import Progress
+    from tutelage.progress import Progress
 
 SuiteName = Literal["offline", "paper", "extra"]
 

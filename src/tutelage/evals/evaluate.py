@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tutelage.config.base import refuse_alike
 from tutelage.config.load import load as load_config
@@ -33,6 +33,7 @@ from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, wi
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.positions import check_length
+from tutelage.progress import counter
 from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
@@ -41,27 +42,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from tutelage.data.store_writer import Progress
+    from tutelage.progress import Progress
     from tutelage.run_directory import RunDirectory
     from tutelage.types import Role, Score
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class EvalWatcher(Protocol):
-    """Receives the progress of an evaluation."""
-
-    def store(self, stage: str, done: int) -> None:
-        """`done` bytes of text have gone through `stage` of a token store."""
-
-    def domain(self, subject: str, domain: str, number: int, of: int) -> None:
-        """A domain begins."""
-
-    def advance(self, tokens: int) -> None:
-        """So many more tokens are scored."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +111,14 @@ def select(
 
 
 def evaluate(
-    models: Sequence[str], request: EvalRequest, watcher: EvalWatcher
+    models: Sequence[str], request: EvalRequest, progress: Progress
 ) -> tuple[list[Score], list[Path]]:
     """Score every model on every domain, and write the scores to each model's directory.
 
     Args:
         models: run directories, model directories or names on the Hub.
         request: domains and settings.
-        watcher: receives progress.
+        progress: receives progress.
 
     Returns:
         All scores of the request, by model and domain, existing ones included; and the files they are in.
@@ -150,12 +135,12 @@ def evaluate(
             store = open_store(path)
             check_text_tokenizer(f"store {name}: {evaluated.model}", tokenizer.json, store)
             check_splits(name, store)
-    scores = [score for evaluated in found for score in _evaluated(evaluated, request, device, watcher)]
+    scores = [score for evaluated in found for score in _evaluated(evaluated, request, device, progress)]
     return scores, [evaluated.scores for evaluated in found]
 
 
 def _evaluated(
-    evaluated: EvaluatedModel, request: EvalRequest, device: torch.device, watcher: EvalWatcher
+    evaluated: EvaluatedModel, request: EvalRequest, device: torch.device, progress: Progress
 ) -> list[Score]:
     """The scores of one model, whose directory is locked meanwhile."""
     make_directory(evaluated.output)
@@ -165,10 +150,10 @@ def _evaluated(
             config = load_config(RunConfig, evaluated.output / "config.yaml")
             text = training_text(config, evaluated.output)
         for sentence in text.unknown:
-            watcher.note(f"{evaluated.id}: {sentence}")
-        targets, training = _targets(evaluated, request, text, watcher.store)
+            progress.note(f"{evaluated.id}: {sentence}")
+        targets, training = _targets(evaluated, request, text, progress)
         found = read_scores(evaluated.scores)
-        _name_old_scores(evaluated, found, {target.name for target in targets}, watcher)
+        _name_old_scores(evaluated, found, {target.name for target in targets}, progress)
         there = {
             (row.domain, row.version, row.step)
             for row in found
@@ -180,14 +165,17 @@ def _evaluated(
             model = load(evaluated.model)
             note = check_length(model, evaluated.id, max(target.context for target in todo))
             if note is not None:
-                watcher.note(note)
+                progress.note(note)
             model.to(device)
             in_domain = InDomain(model, training)
         for number, target in enumerate(todo, 1):
-            watcher.domain(evaluated.id, target.name, number, len(todo))
+            stage = f"{evaluated.id}: {target.name} ({number} of {len(todo)})"
+            progress.start(stage, unit="tokens")
             for line in remarks(target.store.manifest):
-                watcher.note(f"{target.name}: {line}")
-            save_scores(evaluated, target, score_domain(model, evaluated, target, in_domain, watcher.advance))
+                progress.note(f"{target.name}: {line}")
+            scored = score_domain(model, evaluated, target, in_domain, counter(progress, stage))
+            save_scores(evaluated, target, scored)
+            progress.finish(stage)
     rows: dict[tuple[str, str, int], list[Score]] = {
         (target.name, target.version, evaluated.step): [] for target in targets
     }
@@ -200,13 +188,13 @@ def _name_old_scores(
     evaluated: EvaluatedModel,
     rows: Sequence[Score],
     domains: Collection[str],
-    watcher: EvalWatcher,
+    progress: Progress,
 ) -> None:
     """Note which scores of the request are left out because another scoring version made them."""
     old = {row.domain: scoring_version(row.version) for row in rows if row.domain in domains}
     old = {domain: made_by for domain, made_by in old.items() if made_by != SCORING_VERSION}
     if old:
-        watcher.note(
+        progress.note(
             f"{evaluated.id}: scores of {', '.join(old)} by scoring version {max(old.values())} are left "
             f"out; this is version {SCORING_VERSION}, and the numbers do not compare"
         )

@@ -26,6 +26,7 @@ from tutelage.evals.token_scores import NextTokenModel
 from tutelage.evals.windows import read_documents, window_batches
 from tutelage.files import atomic_directory, lock, make_directory, write_json
 from tutelage.models.hub import load, pick_device, weights_fingerprint
+from tutelage.progress import counter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.data.store import Store
-    from tutelage.evals.evaluate import EvalRequest, EvalWatcher
+    from tutelage.evals.evaluate import EvalRequest
     from tutelage.evals.evaluated_model import EvaluatedModel
     from tutelage.evals.windows import ScoredDocument
+    from tutelage.progress import Progress
     from tutelage.types import Split
 
     Roles = Mapping[str, EvaluatedModel]
@@ -138,7 +140,7 @@ def _settings(
 
 
 def compare_on_texts(
-    student: str, teacher: str, baseline: str, sorter: str | None, request: EvalRequest, watcher: EvalWatcher
+    student: str, teacher: str, baseline: str, sorter: str | None, request: EvalRequest, progress: Progress
 ) -> list[Path]:
     """`compare_tokens` on the test split of every text of a request.
 
@@ -148,7 +150,7 @@ def compare_on_texts(
         baseline: the student without a teacher.
         sorter: untaught model of another seed that tokens are sorted by; None: the baseline.
         request: domains and stores; without any, the student's training store.
-        watcher: receives progress.
+        progress: receives progress.
 
     Returns:
         The directories, one per text.
@@ -169,10 +171,11 @@ def compare_on_texts(
     stores = [open_store(path) for path in paths]
     for name, domain in request.domains.items():
         kept = request.output / "stores"
-        stores.append(domain_store(name, domain, learner.model, kept, watcher.store))
+        stores.append(domain_store(name, domain, learner.model, kept, progress))
     directories = []
     for number, store in enumerate(stores, 1):
-        watcher.domain(learner.id, store.manifest.name, number, len(stores))
+        stage = f"{learner.id}: {store.manifest.name} ({number} of {len(stores)})"
+        progress.start(stage, unit="tokens")
         found = compare_tokens(
             **roles,
             store=store,
@@ -182,9 +185,10 @@ def compare_on_texts(
             device=request.device,
             output=request.output,
             sorter=None if sorter is None else find_model(sorter, request.output),
-            progress=watcher.advance,
+            progress=counter(progress, stage),
         )
         directories.append(found)
+        progress.finish(stage)
     return directories
 
 

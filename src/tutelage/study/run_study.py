@@ -20,17 +20,17 @@ from tutelage.study.runner import run_all
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
+    from tutelage.progress import Progress
     from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
-    from tutelage.study.runner import StudyWatcher
 
 _POLL_SECONDS = 0.5
 
 
 def build_stores(
-    expanded: ExpandedStudy, directory: Path, engine: Engine, leases: Leases, say: Callable[[str], None]
+    expanded: ExpandedStudy, directory: Path, engine: Engine, leases: Leases, progress: Progress
 ) -> Stores:
     """Build a study's token stores: the corpus, then the rest in its tokens.
 
@@ -39,7 +39,7 @@ def build_stores(
         directory: of the stores.
         engine: where they are built.
         leases: of this runner, which may be asked to stop.
-        say: told which text is read, and what is unusual about it.
+        progress: is told which text is read, and what is unusual about it.
 
     Raises:
         UserError: a store cannot be built.
@@ -48,7 +48,7 @@ def build_stores(
 
     def build(configs: Mapping[str, StoreConfig]) -> dict[str, Path]:
         tasks = {key: StoreTask(config=config, directory=directory) for key, config in configs.items()}
-        return _build_all(tasks, engine, leases, say)
+        return _build_all(tasks, engine, leases, progress)
 
     study = expanded.study
     corpus = build({"corpus": study.corpus})["corpus"]
@@ -82,7 +82,7 @@ def build_stores(
 
 
 def _build_all(
-    tasks: Mapping[str, StoreTask], engine: Engine, leases: Leases, say: Callable[[str], None]
+    tasks: Mapping[str, StoreTask], engine: Engine, leases: Leases, progress: Progress
 ) -> dict[str, Path]:
     """Build every store; the first that fails ends it."""
     waiting, running, built = list(tasks), set[str](), dict[str, Path]()
@@ -91,7 +91,7 @@ def _build_all(
             for key in waiting[: engine.slots - len(running)]:
                 waiting.remove(key)
                 running.add(key)
-                say(f"text: {tasks[key].config.name}")
+                progress.note(f"text: {tasks[key].config.name}")
                 engine.start(key, tasks[key])
             for key, outcome in engine.wait(_POLL_SECONDS).items():
                 running.remove(key)
@@ -100,7 +100,7 @@ def _build_all(
                 if outcome.status == "done":
                     built[key] = Path(outcome.text)
                     for line in remarks(open_store(built[key]).manifest):
-                        say(f"text: {tasks[key].config.name}: {line}")
+                        progress.note(f"text: {tasks[key].config.name}: {line}")
                 else:  # another process is building it
                     waiting.append(key)
                     stop.wait(_POLL_SECONDS)
@@ -129,8 +129,7 @@ def run_study(
     expanded: ExpandedStudy,
     directory: Path,
     engine: Engine,
-    watcher: StudyWatcher,
-    say: Callable[[str], None],
+    progress: Progress,
     options: RunnerOptions | None = None,
 ) -> None:
     """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
@@ -139,8 +138,7 @@ def run_study(
         expanded: what to run.
         directory: everything lands here: data/, runs/, plan.json, queue/.
         engine: where the work is done.
-        watcher: shown the state of all runs twice a second.
-        say: told what is being done between the runs.
+        progress: is told how all runs stand, and what is done between them.
         options: how it is run.
 
     Raises:
@@ -151,16 +149,16 @@ def run_study(
     check_cells(expanded)
     make_directory(directory)
     with engine, Leases(directory) as leases:
-        with _preparation_lock(directory, leases, say):
-            stores = build_stores(expanded, directory / "data", engine, leases, say)
+        with _preparation_lock(directory, leases, progress):
+            stores = build_stores(expanded, directory / "data", engine, leases, progress)
             nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
             _check_budgets(nodes)
             _publish(directory, plan_of(expanded, nodes), leases)
-        run_all(nodes, engine, leases, Failures(directory, options.retries), watcher, options.cohort)
+        run_all(nodes, engine, leases, Failures(directory, options.retries), progress, options.cohort)
 
 
 def _preparation_lock(
-    directory: Path, leases: Leases, say: Callable[[str], None]
+    directory: Path, leases: Leases, progress: Progress
 ) -> contextlib.AbstractContextManager[None]:
     """Let one runner at a time prepare the study; the others wait, and then find it prepared."""
     waited = False
@@ -168,7 +166,7 @@ def _preparation_lock(
     def wait() -> bool:
         nonlocal waited
         if not waited:
-            say("another runner prepares the study")
+            progress.note("another runner prepares the study")
         waited = True
         time.sleep(_POLL_SECONDS)
         return leases.is_asked_to_stop()

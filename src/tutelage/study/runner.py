@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tutelage.config.load import digest
 from tutelage.errors import Stopped, UserError
@@ -17,6 +17,7 @@ from tutelage.study.engines import RunTask
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tutelage.progress import Progress
     from tutelage.study.engines import Engine, TaskOutcome
     from tutelage.study.leases import Failures, Leases
     from tutelage.study.nodes import Node
@@ -45,11 +46,51 @@ class StudyProgress:
     failed: Mapping[str, str]
 
 
-class StudyWatcher(Protocol):
-    """Whoever looks on while a study runs."""
+class StudyReporter:
+    """Tells a `Progress` how runs stand: a stage for all of them, and one for each that somebody works on."""
 
-    def show(self, progress: StudyProgress) -> None:
-        """Called about twice a second."""
+    def __init__(self, progress: Progress, nodes: Sequence[Node]) -> None:
+        self._progress = progress
+        self._all = f"{len(nodes)} runs"
+        self._total = sum(node.cost.total for node in nodes)
+        self._active: set[str] = set()
+        self._ended: set[str] | None = None
+
+    def show(self, standing: StudyProgress) -> None:
+        """Report what has changed. Runs that were finished before the first call are only counted."""
+        active = [node for node in standing.nodes if node.id in standing.running | standing.elsewhere]
+        parts = {node.id: _part_done(node) for node in active} | dict.fromkeys(standing.finished, 1.0)
+        done = sum(parts.get(node.id, 0.0) * node.cost.total for node in standing.nodes)
+        if self._ended is None:
+            self._ended = set(standing.finished)
+            if self._ended:
+                self._progress.note(f"{len(self._ended)} of {self._all} are finished already")
+            self._progress.start(self._all, self._total, done=done)
+        self._progress.advance(self._all, done)
+        counts = {"done": len(standing.finished), "failed": len(standing.failed)}
+        self._progress.describe(self._all, {name: count for name, count in counts.items() if count})
+        self._ended -= {node.id for node in active}
+        ended = (standing.finished | standing.failed.keys()) - self._ended
+        for run in (node.id for node in standing.nodes if node.id in ended):
+            self._ended.add(run)
+            self._active.discard(run)
+            word = "failed" if run in standing.failed else "done"
+            self._progress.finish(run, f"{word} ({len(self._ended)} of {self._all})")
+        for run in self._active - {node.id for node in active}:
+            self._active.remove(run)
+            self._progress.finish(run, "interrupted, to be taken up again")
+        for node in active:
+            self._show_run(node, parts[node.id], "here" if node.id in standing.running else "elsewhere")
+
+    def _show_run(self, node: Node, part: float, where: str) -> None:
+        if node.id not in self._active:
+            self._active.add(node.id)
+            self._progress.start(node.id, 1.0, done=part)
+        self._progress.advance(node.id, part)
+        row = _directory(node).last_metrics()
+        if row:
+            row["seconds_left"] = (node.cost.tokens - row["tokens"]) / max(row["tokens_per_second"], 1e-9)
+        self._progress.describe(node.id, {"running": where, **row})
 
 
 def run_all(
@@ -57,7 +98,7 @@ def run_all(
     engine: Engine,
     leases: Leases,
     failures: Failures,
-    watcher: StudyWatcher,
+    progress: Progress,
     cohort: int = 1,
 ) -> None:
     """Run `nodes` until each is finished or given up, here or by another runner.
@@ -70,7 +111,7 @@ def run_all(
         engine: where they run, entered.
         leases: of this runner, entered.
         failures: of the study.
-        watcher: shown the state of all runs twice a second.
+        progress: is told how all runs stand, twice a second.
         cohort: largest number of students of one teacher and seed that train together.
 
     Raises:
@@ -78,17 +119,18 @@ def run_all(
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
     state = RunnerState(nodes, engine, leases, failures, cohort)
+    reporter = StudyReporter(progress, nodes)
     with stop_signal() as stop:
         state.refresh()
         while not state.is_over():
             state.start_ready()
-            watcher.show(state.progress())
+            reporter.show(state.progress())
             state.settle(engine.wait(_POLL_SECONDS))
             if stop.is_set() or leases.is_asked_to_stop():
                 state.stop()
                 raise Stopped
             state.refresh()
-    watcher.show(state.progress())
+    reporter.show(state.progress())
     if state.failed:
         lines = "\n".join(f"  {run}: {reason}" for run, reason in state.failed.items())
         raise UserError(
@@ -189,7 +231,7 @@ class RunnerState:
             self.settle(self.engine.wait(_POLL_SECONDS))
 
     def progress(self) -> StudyProgress:
-        """The state for a watcher."""
+        """How the runs stand."""
         left = [node for node in self.nodes if node.id not in self.finished]
         theirs = {node.id for node in left if self._lease(node) == "theirs"}
         return StudyProgress(self.nodes, self._ours(), theirs, set(self.finished), dict(self.failed))
@@ -229,6 +271,12 @@ def _recipe(node: Node) -> str:
 
 def _directory(node: Node) -> RunDirectory:
     return RunDirectory(node.config.output / node.id)
+
+
+def _part_done(node: Node) -> float:
+    """The fraction of its steps that a run has taken, as it last wrote."""
+    state = _directory(node).state()
+    return float(state.get("step", 0) / max(1, state.get("steps", 1)))
 
 
 def _checkpoint(node: Node) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tutelage.config.teacher_config import CacheTeacher
 from tutelage.errors import Stopped, UserError
 from tutelage.files import stop_signal
+from tutelage.progress import NullProgress, Progress
 from tutelage.teachers.cache.reader import check_serves
 from tutelage.train import distributed
 from tutelage.train.step import train_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from tutelage.config.run_config import RunConfig
     from tutelage.train.student import StepInputs, Student
@@ -53,40 +54,8 @@ def check_cohort(configs: Sequence[RunConfig]) -> None:
             check_serves(config.teacher.path, config.objective)
 
 
-class Watcher(Protocol):
-    """Whoever looks on while a run trains: a progress bar, a tracker, nobody."""
-
-    def begin(self, run: str, step: int, steps: int) -> None:
-        """The run starts (or goes on) after `step` of `steps` optimizer steps."""
-
-    def advance(self, step: int) -> None:
-        """`step` steps are done. Called at every step, so it must be cheap."""
-
-    def log(self, row: Mapping[str, float]) -> None:
-        """A row of metrics.jsonl was written."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-
-
-class Nobody:
-    """The watcher of a run that nobody looks at."""
-
-    def begin(self, run: str, step: int, steps: int) -> None:
-        """Do nothing."""
-
-    def advance(self, step: int) -> None:
-        """Do nothing."""
-
-    def log(self, row: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-
 def train(
-    students: Sequence[Student], watcher: Watcher, evaluate: Callable[[Student], None]
+    students: Sequence[Student], progress: Progress, evaluate: Callable[[Student], None]
 ) -> list[UserError]:
     """Train every student to the end of its budget.
 
@@ -95,7 +64,7 @@ def train(
 
     Args:
         students: resumed from their checkpoints.
-        watcher: sees every step.
+        progress: is told every step.
         evaluate: called with a student every `eval.every` tokens, on the main process.
 
     Returns:
@@ -106,10 +75,12 @@ def train(
         Stopped: on SIGINT or SIGTERM, after writing a checkpoint of every student.
     """
     lead = students[0]
-    is_main = lead.world.is_main
+    progress = progress if lead.world.is_main else NullProgress()
     first, last = min(s.step for s in students), max(s.steps for s in students)
-    if is_main:
-        watcher.begin(lead.directory.id if len(students) == 1 else f"{len(students)} runs", first, last)
+    stage = lead.directory.id if len(students) == 1 else f"{len(students)} runs"
+    if first:
+        progress.note(f"going on after step {first:,} of {last:,}")
+    progress.start(stage, last, "steps", first)
     teacher = next((s.teacher for s in students if s.teacher is not None), None)
     errors: list[UserError] = []
     upcoming = _micro_batches(lead, first)
@@ -124,20 +95,20 @@ def train(
                 student.maybe_evaluate(evaluate)
             inputs = [student.step_inputs() for student in due]
             reports = train_step(inputs, batches)
-            if is_main:
-                watcher.advance(step + 1)
+            progress.advance(stage, step + 1)
             stopping = distributed.anywhere(stop.is_set(), lead.world.device)
             rows = [
                 _finish_step(one, report, errors, stopping=stopping)
                 for one, report in zip(inputs, reports, strict=True)
             ]
-            if is_main and rows and rows[0] is not None:
-                watcher.log(rows[0])
+            if rows and rows[0] is not None:
+                progress.describe(stage, rows[0])
             left = any(student.has_steps_left for student in students)
             if stopping and left:
                 raise Stopped
             if not left:
                 break
+    progress.finish(stage)
     return errors
 
 

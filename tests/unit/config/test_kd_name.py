@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import TypeAdapter
 
-from tutelage.cli.progress import RunBar
+from tutelage.cli.progress import RichProgress, err
 from tutelage.config.load import validate
 from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.teacher_config import Format, incompatibility, kd_name
@@ -47,7 +47,7 @@ def test_each_way_to_measure_has_its_name(objective, kept, name):
     assert kd_name(config(**objective), kept) == name
 
 
-def test_rows_and_console_use_it(make_config, capsys):
+def test_rows_and_console_use_it(make_config):
     taught = {"teacher": {"kind": "unigram"}}
     names = {}
     for objective in ({}, {"temperature": 2.0}, TOP, {"divergence": "jsd"}, {"divergence": "hard_labels"}):
@@ -55,8 +55,11 @@ def test_rows_and_console_use_it(make_config, capsys):
         rows = [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
         [name] = {key for row in rows for key in row if key.startswith("kd")}
         names[name] = rows[-1]
-        with RunBar() as bar:
-            bar.log(rows[-1])
+        with err.capture() as shown, RichProgress() as progress:
+            progress.start("run", 12, "steps")
+            progress.describe("run", rows[-1])
+            progress.finish("run")
+        assert f" {name} {rows[-1][name]:.3f} · alpha 0.30" in shown.get()
     assert set(names) == {"kd", "kd_t2", "kd_top50", "kd_jsd_0.5", "kd_hard_labels"}
 
 

@@ -14,8 +14,8 @@ from tutelage.config.load import validate
 from tutelage.data.corpora import find_corpus
 from tutelage.data.store import build_store, open_store
 from tutelage.data.tokenizer import END_OF_TEXT
+from tutelage.progress import NullProgress
 from tutelage.run import run
-from tutelage.train.loop import Nobody
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def marks(rows: pl.DataFrame) -> list[tuple[str, float, int]]:
 def test_runs_and_evaluations_mark_such_scores(make_config, lossy, tutelage, tmp_path):
     notes: list[str] = []
 
-    class Listener(Nobody):
+    class Listener(NullProgress):
         def note(self, text):
             notes.append(text)
 

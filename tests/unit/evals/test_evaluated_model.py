@@ -14,8 +14,8 @@ from tutelage.evals.domains import SUITES
 from tutelage.evals.evaluated_model import check_tokenizer, find_model
 from tutelage.models import hub
 from tutelage.models.shapes import LADDER
+from tutelage.progress import NullProgress
 from tutelage.run import run
-from tutelage.train.loop import Nobody
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_a_model_directory_is_named_by_its_weights(directory, tmp_path):
 
 
 def test_an_unfinished_run_says_how_far_it_is(make_config):
-    class Stop(Nobody):
-        def advance(self, step):
+    class Stop(NullProgress):
+        def advance(self, stage, step):
             if step == 5:
                 raise Stopped
 

@@ -12,6 +12,7 @@ import pytest
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.errors import Stopped, UserError
+from tutelage.progress import NullProgress
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
 from tutelage.study.engines import StoreTask
@@ -21,16 +22,21 @@ from tutelage.study.nodes import Cost, Node
 from tutelage.study.runner import run_all
 
 
-class Quiet:
-    """Remembers what it was shown."""
+class Recorded(NullProgress):
+    """Remembers how many runs went on at most here, and how many were finished at last."""
 
     def __init__(self):
-        self.most = 0
-        self.board = None
+        self.running = set()
+        self.most = self.done = 0
 
-    def show(self, board):
-        self.most = max(self.most, len(board.running))
-        self.board = board
+    def describe(self, stage, figures):
+        if figures.get("running") == "here":
+            self.running.add(stage)
+        self.most = max(self.most, len(self.running))
+        self.done = figures.get("done", self.done)
+
+    def finish(self, stage, outcome="done"):
+        self.running.discard(stage)
 
 
 def node(config, needs=(), kind="baseline"):
@@ -53,9 +59,9 @@ def taught(make_config, teacher, alpha, **changes):
     return node(make_config(name=f"alpha-{alpha}", **settings), (teacher.id,), "student")
 
 
-def run(nodes, folder, watcher=None, workers=2, retries=1, cohort=1):
+def run(nodes, folder, progress=None, workers=2, retries=1, cohort=1):
     with LocalEngine(workers, []) as engine, Leases(folder, 0.2) as leases:
-        run_all(nodes, engine, leases, Failures(folder, retries), watcher or Quiet(), cohort)
+        run_all(nodes, engine, leases, Failures(folder, retries), progress or Recorded(), cohort)
 
 
 def status(one):
@@ -76,15 +82,15 @@ def test_runs_wait_for_what_they_need_and_failures_stop_only_dependants(make_con
     teacher = node(make_config(name="teacher", seed=7))
     broken = node(make_config(name="broken", optim={"lr": 1e30, "clip": 1e30, "warmup": 0.0}))
     student, orphan = taught(make_config, teacher, 0.5), taught(make_config, broken, 0.5)
-    watcher = Quiet()
+    progress = Recorded()
     nodes = [broken, teacher, orphan, student]
     with pytest.raises(UserError, match="2 of 4 runs failed") as caught:
-        run(nodes, tmp_path, watcher)
+        run(nodes, tmp_path, progress)
     assert "lower optim.lr" in str(caught.value)
     assert f"needs {broken.id}" in str(caught.value)
     assert status(teacher) == status(student) == "done"
     assert status(broken) == "failed"
-    assert watcher.most == 2
+    assert progress.most == 2
     failures = Failures(tmp_path, 1)
     attempts = json.loads((tmp_path / "queue" / "failures" / f"{broken.id}.json").read_text())["attempts"]
     assert len(attempts) == 2
@@ -124,8 +130,8 @@ def test_stop_checkpoints_and_the_same_call_goes_on(make_config, tmp_path):
     nodes = [node(make_config(seed=seed, tokens=256 * 4000)) for seed in (1, 2)]
     with LocalEngine(2, []) as engine, Leases(tmp_path, 0.2) as leases:
 
-        class Impatient(Quiet):
-            def show(self, board):
+        class Impatient(Recorded):
+            def advance(self, stage, done):
                 if all((one.config.output / one.id / "checkpoints").exists() for one in nodes):
                     ask_to_stop(tmp_path, leases.token)
 
@@ -140,17 +146,17 @@ def test_stop_checkpoints_and_the_same_call_goes_on(make_config, tmp_path):
 
 def test_two_runners_share_the_work(make_config, tmp_path):
     nodes = [node(make_config(seed=seed, tokens=256 * 40)) for seed in range(4)]
-    watchers = [Quiet(), Quiet()]
+    shown = [Recorded(), Recorded()]
     threads = [
-        threading.Thread(target=run, args=(nodes, tmp_path, watcher), kwargs={"workers": 1})
-        for watcher in watchers
+        threading.Thread(target=run, args=(nodes, tmp_path, progress), kwargs={"workers": 1})
+        for progress in shown
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
     assert {status(one) for one in nodes} == {"done"}
-    assert all(len(watcher.board.finished) == len(nodes) for watcher in watchers)
+    assert all(progress.done == len(nodes) for progress in shown)
     leases = [json.loads(path.read_text()) for path in (tmp_path / "queue" / "leases").iterdir()]
     assert len(leases) == len(nodes)  # each was begun once
     assert len({lease["owner"] for lease in leases}) == 2

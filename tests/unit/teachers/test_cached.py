@@ -16,11 +16,11 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
+from tutelage.progress import NullProgress
 from tutelage.run import run
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.reader import CachedTeacher, open_cache
-from tutelage.train.loop import Nobody
 
 KEYS = ("loss", "ce", "kd", "teacher_ce", "grad_norm")
 
@@ -156,11 +156,11 @@ def test_seed_order_micro_batches_and_shorter_sequences_cannot_misalign_it(make_
             torch.testing.assert_close(alone.gold_logp_N[hit.any(1)], expected, rtol=0, atol=2**-10)
 
 
-class StopAt(Nobody):
+class StopAt(NullProgress):
     def __init__(self, step):
         self.step = step
 
-    def advance(self, step):
+    def advance(self, stage, step):
         if step == self.step:
             import signal  # noqa: PLC0415 - only here
 

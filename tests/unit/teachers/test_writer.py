@@ -18,7 +18,8 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store
 from tutelage.errors import Stopped, UserError
 from tutelage.models import hub, shapes
-from tutelage.teachers.cache.cache_writer import Unwatched, write_cache
+from tutelage.progress import NullProgress
+from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import cache_fingerprint, read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache, verify_cache
@@ -92,19 +93,22 @@ def elsewhere(config, place):
     return config.model_copy(update={"output": place})
 
 
-class Recorded(Unwatched):
+class Recorded(NullProgress):
     """What a writer said, and something done after some advance."""
 
     def __init__(self, after=0, action=lambda: None):
         self.calls, self.notes = [], []
         self.after, self.action = after, action
 
-    def begin(self, cache, done, tokens):
+    def start(self, stage, total=None, unit="", done=0):
         self.calls.append((done, 0))
-        self.tokens = tokens
+        self.tokens = total
 
-    def advance(self, done, size):
-        self.calls.append((done, size))
+    def advance(self, stage, done):
+        self.done = done
+
+    def describe(self, stage, figures):
+        self.calls.append((self.done, figures["bytes"]))
         if len(self.calls) == self.after:
             self.action()
 

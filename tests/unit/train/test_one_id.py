@@ -17,13 +17,13 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import LADDER
+from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.job import plan_cache
-from tutelage.train.loop import Nobody
 
 
-class Listener(Nobody):
+class Listener(NullProgress):
     def __init__(self):
         self.notes = []
 

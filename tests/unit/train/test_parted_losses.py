@@ -9,15 +9,15 @@ import pytest
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.data.store import build_store
+from tutelage.progress import NullProgress
 from tutelage.records import read_model
 from tutelage.run import run, run_cohort
 from tutelage.study.results import _Done
-from tutelage.train.loop import Nobody
 
 WORDS = "the house stood by a river and every man in it knew how long they had waited for rain"
 
 
-class Listener(Nobody):
+class Listener(NullProgress):
     def __init__(self):
         self.warnings = []
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import evaluate
 from tutelage.models import hub
+from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
-from tutelage.train.loop import Nobody
 
 EVERY = 5 * 256
 KEY = ["domain", "split", "metric", "version", "step"]
@@ -31,11 +31,11 @@ def evaluation(store, other_store):
     }
 
 
-class StopAt(Nobody):
+class StopAt(NullProgress):
     def __init__(self, step):
         self.step = step
 
-    def advance(self, step):
+    def advance(self, stage, step):
         if step == self.step:
             signal.raise_signal(signal.SIGINT)
 
@@ -105,10 +105,10 @@ def test_every_run_of_a_cohort_is_scored(make_config, evaluation):
         assert pl.read_ndjson(directory.scores)["step"].unique().sort().to_list() == [5, 10, 12]
 
 
-def test_the_watcher_hears_the_scores(make_config, evaluation):
+def test_progress_is_told_the_scores(make_config, evaluation):
     notes = []
 
-    class Listener(Nobody):
+    class Listener(NullProgress):
         def note(self, text):
             notes.append(text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
@@ -19,6 +19,7 @@ from tutelage.files import (
     stop_signal,
     write_text,
 )
+from tutelage.progress import NullProgress
 from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
 from tutelage.teachers.cache.reader import file_sha256, open_cache
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tutelage.config.teacher_config import TeachConfig
+    from tutelage.progress import Progress
     from tutelage.teachers.cache.job import CacheJob
     from tutelage.teachers.cache.layout import CacheManifest
     from tutelage.teachers.cache.shard import Packed
@@ -38,33 +40,7 @@ _POLL_SECONDS = 0.5
 _MANIFEST_POLL_SECONDS = 0.02
 
 
-class TeachWatcher(Protocol):
-    """Whoever looks on while a cache is written: a progress bar, nobody."""
-
-    def begin(self, cache: str, done: int, tokens: int) -> None:
-        """The cache is begun (or gone on with) after `done` of `tokens` positions."""
-
-    def advance(self, done: int, size: int) -> None:
-        """`done` positions are there, by whichever process, in `size` bytes."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-
-
-class Unwatched:
-    """The watcher of a cache that nobody looks at."""
-
-    def begin(self, cache: str, done: int, tokens: int) -> None:
-        """Do nothing."""
-
-    def advance(self, done: int, size: int) -> None:
-        """Do nothing."""
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-
-def write_cache(config: TeachConfig, watcher: TeachWatcher | None = None) -> Path:
+def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
     """Write the teacher cache of `config`, or what is missing of it.
 
     The same config always lands in the same directory. Several processes, on one machine or on several
@@ -79,28 +55,31 @@ def write_cache(config: TeachConfig, watcher: TeachWatcher | None = None) -> Pat
         UserError: something in the input is wrong, or the disk is full; finished shards stay.
         Stopped: on SIGINT or SIGTERM, after the current batch; finished shards stay.
     """
-    watcher = watcher or Unwatched()
+    progress = progress or NullProgress()
     plan = plan_cache(config)
     if _is_finished(plan.path):
         remove_stale_files(plan.path)
-        watcher.note(f"{plan.path} is finished; nothing to do")
+        progress.note(f"{plan.path} is finished; nothing to do")
         return plan.path
     job = load_job(plan)
     for note in job.teacher.notes:
-        watcher.note(note)
+        progress.note(note)
     make_directory(plan.path / "shards")
     with stop_signal() as stop, ThreadPoolExecutor(1, thread_name_prefix="encoder") as encoder:
         index = ShardIndex(plan.path, job.manifest)
         positions = job.manifest.layout.positions
         _check_space(job, positions - index.tokens)
         _write_manifest(job, stop)
-        watcher.begin(plan.path.name, index.tokens, positions)
-        writer = _Writer(job, index, watcher, stop, encoder)
+        if index.tokens:
+            progress.note(f"going on after {index.tokens:,} of {positions:,} tokens")
+        progress.start(plan.path.name, positions, "tokens", index.tokens)
+        writer = _Writer(job, index, progress, stop, encoder)
         while missing := index.missing():
             written = [writer.try_write(shard) for shard in missing]
             if not any(written) and stop.wait(_POLL_SECONDS):  # other processes hold all that is left
                 raise Stopped
             index.refresh()
+    progress.finish(plan.path.name)
     remove_stale_files(plan.path)
     return plan.path
 
@@ -206,13 +185,13 @@ class _Writer:
         self,
         job: CacheJob,
         index: ShardIndex,
-        watcher: TeachWatcher,
+        progress: Progress,
         stop: threading.Event,
         encoder: ThreadPoolExecutor,
     ) -> None:
         self._job = job
         self._index = index
-        self._watcher = watcher
+        self._progress = progress
         self._stop = stop
         self._encoder = encoder
 
@@ -237,8 +216,14 @@ class _Writer:
                 for block in blocks:
                     out.add(block)
                 done += tokens
-                self._watcher.advance(done, size + out.bytes)
+                self._report(done, size + out.bytes)
             out.finish(self._job.manifest, shard)
+
+    def _report(self, done: int, size: int) -> None:
+        """Tell how many positions of the cache are written, in how many bytes."""
+        stage = self._job.plan.path.name
+        self._progress.advance(stage, done)
+        self._progress.describe(stage, {"bytes": size, "bytes_per_token": size / done})
 
     def _encoded(self, shard: int) -> Iterator[tuple[list[Packed], int]]:
         """The blocks of each batch of a shard, and their positions."""
