@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> RunDirectory:
-    """Train, export and score what `config` says, or what is left of it; finished work is kept.
+    """Train, export and score a run, or what is left of it; finished work is not repeated.
 
     The same config always lands in the same directory. A stopped or killed run resumes from its last
     checkpoint; a finished one returns at once; new evaluation domains of a finished run are scored
@@ -101,7 +101,7 @@ def _planned(configs: Sequence[RunConfig]) -> list[Run]:
 
 
 def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
-    """The runs with something left to do, each once."""
+    """Return the runs that are not trained and scored yet, each once."""
     left: dict[str, Run] = {}
     for config, directory in runs:
         if directory.is_done() and not evaluate.missing_domains(
@@ -115,7 +115,7 @@ def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
 
 
 def _check_distinct(runs: Sequence[Run]) -> None:
-    """Refuse runs of a cohort that share a directory and are not asked for alike; equal ones are one run."""
+    """Refuse configs of a cohort that differ but share a directory; equal ones are one run."""
     seen: dict[str, Run] = {}
     for config, directory in runs:
         other, place = seen.setdefault(directory.id.casefold(), (config, directory))
@@ -127,7 +127,7 @@ def _check_distinct(runs: Sequence[Run]) -> None:
 
 
 def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
-    """Open, train and export the runs; return what kept some of them from their end."""
+    """Open, train and export the runs; return the errors of those that could not be finished."""
     if not runs:
         return []
     world = distributed.start(runs[0][0].runtime)
@@ -154,7 +154,7 @@ def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
 
 
 def _announce(student: Student, progress: Progress) -> None:
-    """Record what runs and where, and tell the user what to know before it does."""
+    """Write config.yaml, provenance.json and state.json, and tell the user what to know before training."""
     config, directory = student.config, student.directory
     notes = [*student.notes, *evaluate.domain_notes(config, directory)]
     record = provenance.collect(str(student.world.device)) | {"notes": notes}
@@ -177,7 +177,7 @@ def _evaluate(progress: Progress, student: Student) -> None:
     scores = evaluate.score_run(
         student.config, student.directory, student.model, student.step, finished=False
     )
-    _warn_if_parted(scores, student.directory, progress)
+    _warn_of_loss_gap(scores, student.directory, progress)
     bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
     if bits:
         values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
@@ -185,7 +185,7 @@ def _evaluate(progress: Progress, student: Student) -> None:
 
 
 def _export(students: Sequence[Student]) -> list[UserError]:
-    """Write the model directories of the students that are trained; return what kept some from it."""
+    """Write the model directories of the trained students; return the errors of those that failed."""
     errors = []
     with stop_signal():  # a directory that is begun is finished
         for student in students:
@@ -199,7 +199,7 @@ def _export(students: Sequence[Student]) -> list[UserError]:
 
 
 def _score(runs: Sequence[Run], progress: Progress) -> None:
-    """Score what is trained; with that a run is done."""
+    """Score the exported models and mark the runs as done."""
     for config, directory in runs:
         stage = f"{directory.id}: scores"
         progress.start(stage)
@@ -207,13 +207,13 @@ def _score(runs: Sequence[Run], progress: Progress) -> None:
         model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
         model.to(hub.pick_device(config.runtime.device))
         scores = evaluate.score_run(config, directory, model, step, finished=True)
-        _warn_if_parted(scores, directory, progress)
+        _warn_of_loss_gap(scores, directory, progress)
         _mark_scored(config, directory)
         progress.finish(stage)
 
 
-def _warn_if_parted(scores: Sequence[Score], directory: RunDirectory, progress: Progress) -> None:
-    """Say once in a run's life, and leave in state.json, that held-out and training loss are far apart."""
+def _warn_of_loss_gap(scores: Sequence[Score], directory: RunDirectory, progress: Progress) -> None:
+    """Warn once per run, and in state.json, that held-out and training loss are far apart."""
     state = directory.state()
     warning = evaluate.loss_gap_warning(scores, directory)
     if warning is not None and state.get("warning") is None:
@@ -230,7 +230,7 @@ def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
 
 
 def _mark_failed(runs: Sequence[Run], error: BaseException) -> None:
-    """Record the error in every run that it kept from finishing and that has none of its own."""
+    """Record the error in every run that is neither done nor failed for a reason of its own."""
     for _, directory in runs:
         if directory.state().get("status") not in {"done", "failed"}:
             directory.write_state("failed", error=f"{type(error).__name__}: {error}")

@@ -158,9 +158,9 @@ class RunDirectory:
         return self.state().get("status") == "done"
 
     def write_state(self, status: str, **fields: object) -> None:
-        """Update state.json: `status` is running, stopped, done or failed; other fields are kept."""
-        kept = self.state() | {"error": None} | fields
-        write_json(self.path / "state.json", kept | {"status": status})
+        """Update state.json: `status` is running, stopped, done or failed; other fields stay."""
+        state = self.state() | {"error": None} | fields | {"status": status}
+        write_json(self.path / "state.json", state)
 
     def write_config(self, text: str, provenance: Mapping[str, object]) -> None:
         """Record what runs and where. `sessions` lists every earlier start of the same run."""

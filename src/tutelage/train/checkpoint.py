@@ -104,7 +104,7 @@ def load_latest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path}: cannot be resumed from ({reason}); remove {found[-1]} to go on from an earlier one"
+            f"{path}: cannot be resumed from ({reason}); remove {found[-1]} to resume from an earlier one"
         ) from None
     return counters
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tutelage.types import StepReport
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Student:
     """A student in training. Several that train together are a cohort; one alone is a cohort of one.
 
