@@ -77,14 +77,16 @@ class Cell(RunLabels):
     )
     needs: tuple[str, ...] = Field((), description="names of cells to be finished first")
     baseline: str | None = Field(None, description="name of the cell a student is compared with")
-    compute_of: str | None = Field(
-        None,
-        description="teacher whose forward's cost this untaught student gets as more tokens",
-    )
     branch_from: str | None = Field(None, description="cell of the shorter run that this one is a branch of")
     learned: str | None = Field(
         None, description="cell of its teacher, where each seed has a teacher of its own"
     )
+
+    @property
+    def compute_of(self) -> str | None:
+        """Teacher whose forward passes this untaught student gets the cost of, as more tokens."""
+        matched = (self.arm_settings or {}).get("compute_of")
+        return str(matched) if matched is not None and self.kind == "student" else None
 
 
 def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:

@@ -36,7 +36,7 @@ class Device:
         watts: power by its data sheet.
         memory: bytes.
         mfu: part of the peak that training usually reaches.
-        summary: what it is.
+        summary: name and source of the figures.
     """
 
     peak_flops: float
@@ -159,7 +159,7 @@ def read_timings(directory: Path, plan: Plan) -> list[Timing]:
     """The finished runs of the study in `directory` that took measurable time."""
     found = []
     for run in plan.runs:
-        state = RunDirectory(directory / plan.runs_directory / run.run).state()
+        state = RunDirectory(directory / "runs" / run.run).state()
         if state.get("status") != "done" or not state.get("seconds"):
             continue
         seconds = state["seconds"] / state.get("cohort", 1)
@@ -168,7 +168,7 @@ def read_timings(directory: Path, plan: Plan) -> list[Timing]:
 
 
 def likeness(plan: Plan, run: PlanRun) -> tuple[str, str | None]:
-    """What makes runs alike in speed: the shape, and the teacher that runs beside it."""
+    """The shape of a run and the teacher that runs beside it; runs with the same are alike in speed."""
     if run.student is None:
         return next(str(teacher.shape) for teacher in plan.teachers if teacher.name == run.teacher), None
     shape = next(student.shape for student in plan.students if student.name == run.student)

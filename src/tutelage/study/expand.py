@@ -228,7 +228,6 @@ def _compute_matched(baseline: Cell, teacher: str, teachers: Mapping[str, Teache
             "kind": "student",
             "arm_settings": arm,
             "baseline": baseline.name,
-            "compute_of": teacher,
         }
     )
 
@@ -247,7 +246,6 @@ def _after(study: StudyConfig, cell: Cell, stage: str) -> Cell:
             "needs": (cell.name,),
             "baseline": None if cell.baseline is None else f"{cell.baseline}-{slug(stage)}",
             "stage": stage,
-            "compute_of": None,
         }
     )
 

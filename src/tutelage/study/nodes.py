@@ -9,7 +9,7 @@ from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, merged, validate
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.errors import UserError
-from tutelage.models.flops import forward_flops, kd_cost_factor, parameters
+from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
 from tutelage.models.shapes import find_shape
 from tutelage.run_directory import pinned, run_id
 
@@ -66,7 +66,8 @@ class Cost:
         if tokens < batch:
             raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
         tokens -= tokens % batch
-        return cls(tokens, total, 3 * forward(cell.shape) * tokens, teacher * tokens)
+        per_token = training_flops(find_shape(cell.shape), vocab_size, config.data.sequence_length)
+        return cls(tokens, total, per_token * tokens, teacher * tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +133,18 @@ class _Binder:
 
     def node(self, cell: Cell) -> Node:
         """The node of a cell whose needs are nodes already."""
-        cost = Cost.of(cell, draft_config(self.study, cell, self.teachers), self.teachers, self.vocab_size)
-        settings = merged(cell.settings, self._places(cell))
-        settings["tokens"] = cost.tokens if cell.compute_of else cell.tokens
-        config = pinned(validate(RunConfig, settings, f"study {self.study.name}: {cell.name}"))
+        settings = merged(cell.settings, self._places(cell)) | {"tokens": cell.tokens}
+        config = validate(RunConfig, settings, f"study {self.study.name}: {cell.name}")
+        cost = Cost.of(cell, config, self.teachers, self.vocab_size)
+        if cell.compute_of is not None:
+            config = config.model_copy(update={"tokens": cost.tokens})
+        config = pinned(config)
         needs = tuple(self.nodes[name].id for name in cell.needs)
         node = self.nodes[cell.name] = Node(run_id(config), cell, config, needs, cost)
         return node
 
     def _places(self, cell: Cell) -> dict[str, Any]:
-        """What names directories: stores, output, models and teachers."""
+        """The settings that name directories: stores, output, models and teachers."""
         store = self.stores.corpus
         if cell.kind == "teacher":
             store = self.stores.teachers.get(str(cell.teacher), store)

@@ -1,4 +1,4 @@
-"""What `plan.json` says of a study: of its runs, or of its cells before anything has a run id."""
+"""`plan.json`: the runs of a study, or its cells before anything has a run id."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 SCHEMA: Final = 3
-"""Version of the format of `plan.json`. 2: a model's shape was called shape."""
+"""Version of the format of `plan.json`. 2: an arm was a sentence, a shape a rung."""
 
 
 class PlanStudent(Section):
@@ -114,7 +114,6 @@ class Plan(Section):
     name: Name
     title: str = Field(description="heading of the report")
     seeds: tuple[int, ...] = Field(min_length=1, description="seeds of the student runs")
-    runs_directory: str = Field("runs", description="directory of the runs, from the study's directory")
     students: tuple[PlanStudent, ...]
     teachers: tuple[PlanTeacher, ...]
     domains: tuple[PlanDomain, ...]
@@ -131,9 +130,9 @@ class Plan(Section):
         if len(self.domains) == 1:
             raise ValueError("domains: at least one must have the role out_of_domain")
         for what, known in (("teacher", self.teachers), ("student", self.students)):
-            names = {entry.name for entry in known}
-            used = {run.model_dump()[what] for run in self.runs} - {None}
-            if unknown := sorted(used - names):
+            names = {None, *(entry.name for entry in known)}
+            used = {run.teacher if what == "teacher" else run.student for run in self.runs}
+            if unknown := sorted(str(name) for name in used - names):
                 raise ValueError(f"runs name {what}s that are not in '{what}s': {unknown}")
             _refuse_twice(what, [entry.name for entry in known])
         _refuse_twice("domain", [domain.name for domain in self.domains])

@@ -1,4 +1,4 @@
-"""A study's result files as tables. What cannot be read is reported and left out, never averaged in."""
+"""Read a study's result files into tables; files that cannot be read are reported and left out."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _SEEN = {
     "teacher_overlap_near_documents": "{:.1%} of its scored test documents are copies, with changes, of text "
     "that a teacher alone was trained on",
 }
-"""What shares of documents that were seen in training mean."""
+"""Sentences about the shares of documents that were seen in training."""
 _CURVE_COLUMNS = pl.Schema({"run": pl.String, "tokens": pl.Int64, "ce": pl.Float64})
 
 
@@ -82,7 +82,7 @@ class _CurvePoint(Record):
 
 
 class Provenance(Record):
-    """Where a run came from, as `provenance.json` says."""
+    """`provenance.json`: commit, versions and machine of a run."""
 
     time: str
     command: str | list[str]
@@ -112,8 +112,8 @@ class Results:
         provenance: of done runs, by run id.
         token_comparisons: of its runs, as `tutelage eval tokens --output STUDY` leaves them there.
         problems: one sentence for each file that was left out, and why.
-        warnings: one sentence for each thing that makes numbers mean less than they seem to: texts that were
-            trained on, runs whose held-out loss is far from their training loss.
+        warnings: one sentence for each reason to trust numbers less: texts that were trained on, runs whose
+            held-out loss is far from their training loss.
     """
 
     plan: Plan
@@ -145,7 +145,7 @@ def load_results(directory: Path) -> Results:
             f"{directory / 'plan.json'}: by an older version, whose scores do not compare with today's; "
             f"`tutelage study run FILE --output {directory}` scores the runs again"
         )
-    place = directory / plan.runs_directory
+    place = directory / "runs"
     problems: list[str] = []
     rows: list[tuple[object, ...]] = []
     curves: list[tuple[str, int, float]] = []
@@ -195,7 +195,7 @@ def load_results(directory: Path) -> Results:
 
 
 def _versions(progress: Mapping[str, object], planned: PlanRun) -> dict[str, str] | None:
-    """Version of the scores that the plan means, by domain; None if the run was not scored so."""
+    """Version by domain of the scores with the plan's settings; None if the run has none."""
     evaluations: dict[str, dict[str, str]] = progress.get("evaluations", {})  # type: ignore[assignment]
     return evaluations.get(str(planned.evaluation))
 
@@ -231,7 +231,10 @@ def _inside(plan: Plan, found: Evaluations) -> list[str]:
 
 
 def _seen_texts(plan: Plan, found: Evaluations) -> list[str]:
-    """Where students, or their teachers alone, were trained on documents of a domain; the most of any run."""
+    """Sentences about domains of which students, or their teachers alone, were trained on documents.
+
+    Shares are those of the run with the most.
+    """
     students = [run.run for run in plan.runs if run.kind != "teacher"]
     shares = found.scores.filter(pl.col("run").is_in(students), pl.col("metric").is_in([*_SEEN]))
     most = shares.group_by("domain", "metric", maintain_order=True).agg(pl.col("value").max())
@@ -266,7 +269,7 @@ def _left_out(reasons: Mapping[str, str], directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _reported(problems: list[str], run: str, consequence: str) -> Iterator[None]:
-    """Note what cannot be read, and go on."""
+    """Add an unreadable file to `problems` and continue."""
     try:
         yield
     except UnreadableError as error:

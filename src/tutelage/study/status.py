@@ -1,4 +1,4 @@
-"""How a study stands, read from its directory while others may be working on it."""
+"""Read the state of a study from its directory while runners may be working on it; stop and retry runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Active:
-    """A run that a runner works on: its budget, who, and what it last wrote of itself (state.json)."""
+    """A run that a runner works on: budget, runner, and contents of its state.json."""
 
     run: str
     tokens: int
@@ -41,7 +41,7 @@ class Status:
     Attributes:
         name: of the study.
         counts: runs by state: done, running, stopped, failed, waiting.
-        active: the runs that go on.
+        active: the runs that runners work on.
         failed: runs that are given up, with the reason.
         retried: runs of which an attempt failed and that will be tried again.
         runners: host and process of each runner, and the time since its heartbeat; dead ones are named so.
@@ -63,7 +63,7 @@ class Status:
 
 
 def read_status(directory: Path, retries: int = 1) -> Status:
-    """The status of the study in `directory`.
+    """Read the status of the study in `directory`.
 
     Raises:
         UserError: there is no valid plan.json.
@@ -76,7 +76,7 @@ def read_status(directory: Path, retries: int = 1) -> Status:
     active: list[Active] = []
     left: list[str] = []
     for run in plan.runs:
-        state = RunDirectory(directory / plan.runs_directory / run.run).state()
+        state = RunDirectory(directory / "runs" / run.run).state()
         owner = leases.owner(run.run)
         if state.get("status") == "done":
             word = "done"
@@ -108,7 +108,7 @@ def stop_study(directory: Path, patience_seconds: float = 90.0) -> tuple[int, in
     """Ask every living runner of a study to checkpoint and end, and wait for them.
 
     Returns:
-        How many were asked, and how many of them are still there.
+        How many were asked, and how many of them have not ended.
 
     Raises:
         UserError: there is no valid plan.json.
