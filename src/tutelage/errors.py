@@ -1,4 +1,14 @@
-"""The two exceptions a user is meant to see, and other libraries' messages on one line."""
+"""The exceptions a user is meant to see, and the messages that several rooms share."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+_Entry = TypeVar("_Entry")
 
 
 class UserError(Exception):
@@ -20,3 +30,32 @@ def one_line(error: Exception, limit: int = 300) -> str:
         return text
     sentences = text[:limit].rpartition(". ")[0]
     return f"{sentences or text[:limit].rpartition(' ')[0]} ..."
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The words "did you mean '...'? " with the known name nearest to a mistyped one; "" if none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(name.lower(), names, n=1)
+    return f"did you mean '{near[0]}'? " if near else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not one of those known; `what` says what it should name."""
+    names = list(known)
+    return UserError(f"{what} '{name:.80}' is unknown; {suggestion(name, names)}known: {', '.join(names)}")
+
+
+def lookup(table: Mapping[str, _Entry], name: str, what: str) -> _Entry:
+    """The entry called `name`.
+
+    Args:
+        table: entries by name.
+        name: as a user wrote it.
+        what: kind of the entry or the field that names it, for the message.
+
+    Raises:
+        UserError: there is no such entry; the message lists the names and suggests the nearest.
+    """
+    if name not in table:
+        raise unknown(what, name, table)
+    return table[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from tutelage.types import Score
@@ -30,7 +29,7 @@ class EvalGroup(TyperGroup):
         """
         first = args[0] if args else "--help"
         known = {*self.commands, *ctx.help_option_names}
-        mistyped = difflib.get_close_matches(first, self.commands) and not Path(first).exists()
+        mistyped = suggestion(first, self.commands) and not Path(first).exists()
         if first not in known and not mistyped:
             command = next((new for old, new in _COMMAND_OF.items() if old in args), "score")
             rest = " ".join(text for text in args if text not in ("--mechanism", "--probes"))

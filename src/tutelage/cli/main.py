@@ -12,7 +12,7 @@ import typer
 from tutelage.cli.eval_commands import eval_app
 from tutelage.cli.study_commands import default_cohort, local_engine, run_and_report, study_app
 from tutelage.cli.teach_commands import teach
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import Stopped, UserError, lookup
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -204,9 +204,7 @@ def schema(
         "study": StudyConfig,
         "teach": TeachConfig,
     }
-    if kind not in kinds:
-        raise UserError(f"schema {kind!r}: choose one of {', '.join(kinds)}")
-    text = json.dumps(kinds[kind].model_json_schema(), indent=2) + "\n"
+    text = json.dumps(lookup(kinds, kind, "schema").model_json_schema(), indent=2) + "\n"
     if output is None:
         sys.stdout.write(text)
         return

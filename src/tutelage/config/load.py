@@ -6,7 +6,6 @@ that change the result.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from importlib import resources
@@ -17,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tutelage.config.yaml_text import LARGEST_TEXT, fitted, parse
-from tutelage.errors import UserError
+from tutelage.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -152,8 +151,7 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         _, section = _locate(schema, detail["loc"][:-1])
         allowed = sorted(section.get("properties", {}))
-        near = difflib.get_close_matches(str(detail["loc"][-1]), allowed, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        hint = suggestion(str(detail["loc"][-1]), allowed)
         return f"{field}: unknown setting; {hint}allowed: {', '.join(allowed)}"
     if detail["type"] == "missing":
         return f"{field}: required but not given"

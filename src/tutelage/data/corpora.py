@@ -9,7 +9,6 @@ To add a corpus, write one reader in `tutelage.data.corpus_readers` and add one 
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import importlib.util
 import platform
@@ -20,10 +19,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from tutelage.data import corpus_readers
 from tutelage.data.corpus_readers import PackageFiles
-from tutelage.errors import UserError
+from tutelage.errors import UserError, lookup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
 DocumentT = TypeVar("DocumentT", str, tuple[str, str])
 """A text, or a prompt and its completion."""
@@ -132,7 +131,7 @@ def find_corpus(name: str) -> Corpus[str]:
     Raises:
         UserError: there is none; the message lists the names and the nearest one.
     """
-    return _found(name, CORPORA, "corpus")
+    return lookup(CORPORA, name, "corpus")
 
 
 def find_pairs(name: str) -> Corpus[tuple[str, str]]:
@@ -141,15 +140,7 @@ def find_pairs(name: str) -> Corpus[tuple[str, str]]:
     Raises:
         UserError: as `find_corpus`.
     """
-    return _found(name, PAIR_CORPORA, "corpus of pairs")
-
-
-def _found(name: str, known: Mapping[str, Corpus[DocumentT]], what: str) -> Corpus[DocumentT]:
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UserError(f"{what} '{name}': no such corpus{hint} known: {', '.join(known)}")
+    return lookup(PAIR_CORPORA, name, "corpus of pairs")
 
 
 _ENTRIES = (

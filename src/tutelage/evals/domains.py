@@ -5,7 +5,6 @@ To add a domain, add an entry to that file.
 
 from __future__ import annotations
 
-import difflib
 import json
 from importlib import resources
 from pathlib import Path
@@ -20,7 +19,7 @@ from tutelage.data.corpora import find_corpus
 from tutelage.data.store import build_store, open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.data.tokenizer import load_tokenizer
-from tutelage.errors import UserError
+from tutelage.errors import UserError, lookup
 from tutelage.files import atomic_directory
 from tutelage.types import Role
 
@@ -78,11 +77,7 @@ def find_domain(name: str) -> Domain:
     Raises:
         UserError: there is none; the message lists the names and the nearest one.
     """
-    if name in DOMAINS:
-        return DOMAINS[name]
-    near = difflib.get_close_matches(name, DOMAINS, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UserError(f"domain '{name}': no such domain{hint} known: {', '.join(DOMAINS)}")
+    return lookup(DOMAINS, name, "domain")
 
 
 def check_sources(domains: Mapping[str, Domain]) -> None:

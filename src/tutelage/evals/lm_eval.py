@@ -8,7 +8,6 @@ from held-out text (`tutelage.evals.lm_eval_tasks`).
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer
 from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer
-from tutelage.errors import UserError
+from tutelage.errors import UserError, suggestion
 from tutelage.evals.domains import check_sources, domain_store, find_domain
 from tutelage.evals.evaluated_model import check_tokenizer
 from tutelage.evals.lm_eval_tasks import (
@@ -197,8 +196,7 @@ def _manager(directories: list[Path], *, defaults: bool) -> TaskManager:
 def _check_known(names: Sequence[str], manager: TaskManager) -> None:
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, ["paper", *_OFFLINE, *manager.all_tasks], n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
+            hint = suggestion(name, ["paper", *_OFFLINE, *manager.all_tasks])
             raise UserError(f"task {name!r} is unknown; {hint}`lm-eval ls tasks` lists them")
 
 

@@ -7,11 +7,10 @@ these also exist with the normalised queries and keys of Qwen 3.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tutelage.errors import UserError
+from tutelage.errors import lookup
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, Qwen3Config
@@ -154,8 +153,4 @@ def find_shape(name: str) -> ModelShape:
     Raises:
         UserError: there is none; the message suggests the nearest name.
     """
-    if name in LADDER:
-        return LADDER[name]
-    near = difflib.get_close_matches(name.lower(), LADDER, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UserError(f"model.shape = {name!r}: no such shape; {hint}known: {', '.join(LADDER)}")
+    return lookup(LADDER, name, "model.shape =")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -10,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from tutelage.config.base import Budget, Fraction, Name, Seed, slug
 from tutelage.config.load import digest, merged
 from tutelage.config.run_config import RunConfig
-from tutelage.errors import UserError
+from tutelage.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,9 +102,7 @@ def overlay(factors: Point, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: axes '{twin}' and '{axis}' are the same setting; keep one")
         if path[0] not in RunConfig.model_fields:
             known = [*sorted(OWN), *_SHORT, *RunConfig.model_fields]
-            near = difflib.get_close_matches(axis, known, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise UserError(f"{where}: axis '{axis}' is unknown; {hint}known: {', '.join(known)}")
+            raise unknown(f"{where}: axis", axis, known)
         nested: Any = value
         for key in reversed(path):
             nested = {key: nested}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import heapq
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutelage.errors import UserError
+from tutelage.errors import lookup
 from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -64,11 +63,7 @@ def find_device(name: str) -> Device:
     Raises:
         UserError: there is none; the message suggests the nearest name.
     """
-    if name in DEVICES:
-        return DEVICES[name]
-    near = difflib.get_close_matches(name.lower(), DEVICES, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UserError(f"--device {name}: no such device; {hint}known: {', '.join(DEVICES)}")
+    return lookup(DEVICES, name, "--device")
 
 
 def activation_values(shape: ModelShape) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from tutelage.config.base import slug, tokens_text
 from tutelage.config.load import digest, merged
-from tutelage.errors import UserError
+from tutelage.errors import UserError, unknown
 from tutelage.study.axis_settings import (
     OWN,
     cell_name,
@@ -124,9 +123,7 @@ def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], whe
             continue
         names = [name for name in teachers if name == wanted or fnmatchcase(name, str(wanted))]
         if not names:
-            near = difflib.get_close_matches(str(wanted), teachers, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise UserError(f"{where}: teacher {wanted!r:.80} is unknown; {hint}known: {', '.join(teachers)}")
+            raise unknown(f"{where}: teacher", str(wanted), teachers)
         yield from (point | {"teacher": name} for name in names)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import load, validate
 from tutelage.config.study_config import StudyConfig
-from tutelage.errors import UserError
+from tutelage.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,9 +40,7 @@ def load_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
     if study.endswith((".yaml", ".yml")):
         return load(StudyConfig, Path(study), overrides)
     if study not in (names := preset_names()):
-        near = difflib.get_close_matches(study, names, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UserError(f"study {study!r}: no such preset and no .yaml file; {hint}known: {', '.join(names)}")
+        raise unknown("a study is a preset or a .yaml file, and the preset", study, names)
     return load(StudyConfig, _PRESETS / f"{study}.yaml", overrides)
 
 

@@ -118,5 +118,5 @@ def test_wrong_package_gives_the_command(changes, message):
 
 
 def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(UserError, match=r"'stou': no such corpus; did you mean 'sotu'\? known: sotu, kjv,"):
+    with pytest.raises(UserError, match=r"'stou' is unknown; did you mean 'sotu'\? known: sotu, kjv,"):
         find_corpus("stou")

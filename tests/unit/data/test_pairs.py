@@ -349,7 +349,7 @@ def test_bad_settings_are_refused(plain, tmp_path):
     parquet.write_table(Table.from_pylist([{"prompt": "one"}]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: no column 'completion'; it has: prompt"):
         build_store(config(plain, pairs(tmp_path / "a.parquet")), tmp_path / "stores")
-    with pytest.raises(UserError, match="corpus of pairs 'sotu': no such corpus; known: rare_diseases"):
+    with pytest.raises(UserError, match="corpus of pairs 'sotu' is unknown; known: rare_diseases"):
         build_store(config(plain, {"kind": "corpus_pairs", "name": "sotu"}), tmp_path / "stores")
 
 

@@ -188,7 +188,7 @@ def untouched(model):
 @pytest.mark.parametrize(
     ("damage", "arguments", "message"),
     [
-        (untouched, ["--domain", "kvj"], "domain 'kvj': no such domain; did you mean 'kjv'"),
+        (untouched, ["--domain", "kvj"], "domain 'kvj' is unknown; did you mean 'kjv'"),
         (untouched, ["--suite", "online"], "choose offline or paper"),
         (untouched, ["--store", "x"], "write NAME=DIRECTORY"),
         (untouched, ["--store", "x=nowhere"], "nowhere"),

@@ -179,7 +179,7 @@ def test_a_model_without_a_store_needs_one_named(evaluated):
 def test_a_task_can_be_built_from_a_domain(evaluated, tmp_path):
     (score,) = run_downstream(evaluated, ["last_word:kjv"], limit=5, stores=tmp_path / "stores")
     assert (score.domain, score.n) == ("last_word_kjv", 5)
-    with pytest.raises(UserError, match="domain 'kvj': no such domain; did you mean 'kjv'"):
+    with pytest.raises(UserError, match="domain 'kvj' is unknown; did you mean 'kjv'"):
         run_downstream(evaluated, ["last_word:kvj"], stores=tmp_path / "stores")
 
 
