@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from tutelage.cli.main import main
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
@@ -48,11 +50,11 @@ def other_store(tmp_path_factory, store) -> Path:
     return build_store(config, tmp_path_factory.mktemp("stores"))
 
 
-@pytest.fixture
-def make_config(store, tmp_path):
-    """A function that makes a small run config; keyword arguments replace whole sections."""
+@pytest.fixture(scope="session")
+def tiny_config(store):
+    """A function that makes a small run config for an output directory; keywords replace whole sections."""
 
-    def make(**changes: Any) -> RunConfig:
+    def make(directory: Path, /, **changes: Any) -> RunConfig:
         base: dict[str, Any] = {
             "name": "tiny",
             "model": {"shape": "nano-50k"},
@@ -61,11 +63,33 @@ def make_config(store, tmp_path):
             "global_batch_tokens": 256,
             "checkpoint": {"every": 4 * 256},
             "runtime": {"device": "cpu", "threads": 1, "log_every": 1},
-            "output": str(tmp_path / "runs"),
+            "output": str(directory),
         }
         return validate(RunConfig, base | changes, "test")
 
     return make
+
+
+@pytest.fixture
+def make_config(tiny_config, tmp_path):
+    """As `tiny_config`, for runs in a directory of the test."""
+    return partial(tiny_config, tmp_path / "runs")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Type a command in this process: its exit code, output and complaints."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tutelage", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

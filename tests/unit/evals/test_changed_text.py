@@ -46,7 +46,7 @@ def marks(rows: pl.DataFrame) -> list[tuple[str, float, int]]:
     return rows.filter(metric="changed_documents").select("split", "value", "n").rows()
 
 
-def test_runs_and_evaluations_mark_such_scores(make_config, lossy, tutelage, tmp_path):
+def test_runs_and_evaluations_mark_such_scores(make_config, lossy, command):
     notes: list[str] = []
 
     class Listener(NullProgress):
@@ -65,9 +65,8 @@ def test_runs_and_evaluations_mark_such_scores(make_config, lossy, tutelage, tmp
     splits = open_store(lossy).manifest.splits
     expected = [(name, 1.0, splits[name].documents) for name in ("validation", "test")]
     assert marks(pl.read_ndjson(done.scores)) == expected
-    printed = tutelage(
-        "eval", "score", done.path, "--store", f"again={lossy}", "--max-documents", "2", cwd=tmp_path
-    ).stdout
+    limits = ["--max-documents", "2", "--max-tokens", "64", "--device", "cpu"]
+    _, printed, _ = command("eval", "score", done.path, "--store", f"again={lossy}", *limits)
     assert "warning  again: part of the text is never predicted, because the tokenizer changes it" in printed
     assert "(100.0%)): these bits per byte compare only with those of the same tokenizer" in printed
 

@@ -9,7 +9,6 @@ import pytest
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import select
 from tutelage.evals.evaluated_model import find_models
-from tutelage.run import run
 
 
 @pytest.mark.parametrize(
@@ -35,8 +34,8 @@ def test_a_domain_named_twice_is_scored_once():
     assert list(select(["kjv", "kjv"], None, [])[0]) == ["kjv"]
 
 
-def test_runs_of_one_name_in_two_places_are_refused_and_the_same_run_is_one(make_config, tmp_path):
-    first = run(make_config()).path
+def test_runs_of_one_name_in_two_places_are_refused_and_the_same_run_is_one(tiny_run, tmp_path):
+    first = tiny_run.path
     assert len(find_models([str(first), f"{first}/"], tmp_path)) == 1
     second = shutil.copytree(first, tmp_path / "elsewhere" / first.name)
     with pytest.raises(UserError, match=f"both are called {first.name}"):

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import polars as pl
 import pytest
 
-from tutelage.cli.main import main
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import build_store, open_store
 from tutelage.errors import UserError
 from tutelage.evals import evaluate
 from tutelage.models import hub
 from tutelage.models.shapes import LADDER
-from tutelage.run import run
 
 LIMITS = ["--max-documents", "4", "--max-tokens", "90", "--device", "cpu"]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Type a command; the exit code, what is printed and what is complained about."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tutelage", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return left.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -44,8 +25,8 @@ def model(store, tmp_path):
     return tmp_path / "tiny"
 
 
-def test_a_run_and_a_model_on_stores_and_a_domain(make_config, store, other_store, model, command):
-    trained = run(make_config())
+def test_a_run_and_a_model_on_stores_and_a_domain(tiny_run, other_store, model, command):
+    trained = tiny_run
     what = [trained.path, model, "--store", f"scripture={other_store}", "--domain", "phenotypes", *LIMITS]
     code, printed, complaint = command("eval", "score", *what)
     assert code == 0
@@ -139,7 +120,7 @@ def test_first_windows_that_are_much_worse_are_a_warning_with_model_and_text(sto
     assert f"nats per token for {scores.parent.name} (0.21)" in printed
 
 
-def test_a_document_that_was_trained_on_is_left_out(make_config, store, tmp_path, command):
+def test_a_document_that_was_trained_on_is_left_out(tiny_run, store, tmp_path, command):
     """The training store's own source, split otherwise: some of its test documents are training documents."""
     config = StoreConfig(
         name="again",
@@ -150,7 +131,7 @@ def test_a_document_that_was_trained_on_is_left_out(make_config, store, tmp_path
         max_bytes=400_000,
     )
     again = build_store(config, tmp_path)
-    trained = run(make_config())
+    trained = tiny_run
     code, printed, _ = command("eval", "score", trained.path, "--store", f"again={again}", *LIMITS)
     assert code == 0
     rows = pl.read_ndjson(trained.scores).filter(split="test")
@@ -235,8 +216,8 @@ def test_a_missing_field_and_an_empty_text_are_said(tmp_path, store):
             build_store(config, tmp_path / "stores")
 
 
-def test_scores_made_without_the_training_text_are_made_again_with_it(make_config, store, tmp_path, command):
-    directory = run(make_config()).path
+def test_scores_made_without_the_training_text_are_made_again_with_it(tiny_run, store, tmp_path, command):
+    directory = tiny_run.path
     hidden = tmp_path / "hidden"
     what = ["eval", "score", directory, "--store", f"text={hidden / 'text'}", *LIMITS]
     shutil.copytree(store, hidden / "text")
@@ -254,16 +235,16 @@ def test_scores_made_without_the_training_text_are_made_again_with_it(make_confi
     assert len({(r["domain"], r["split"], r["metric"], r["version"]) for r in rows}) == len(rows)
 
 
-def test_two_runs_of_one_name_are_refused_naming_both(make_config, store, tmp_path, command):
-    directory = run(make_config()).path
+def test_two_runs_of_one_name_are_refused_naming_both(tiny_run, store, tmp_path, command):
+    directory = tiny_run.path
     copy = shutil.copytree(directory, tmp_path / "elsewhere" / directory.name)
     code, _, complaint = command("eval", "score", directory, copy, "--store", f"speeches={store}", *LIMITS)
     assert code != 0
     assert f"both are called {directory.name}" in complaint
 
 
-def test_a_card_lists_of_each_text_the_scores_made_last(make_config, store, tmp_path, command):
-    directory = run(make_config()).path
+def test_a_card_lists_of_each_text_the_scores_made_last(tiny_run, store, command):
+    directory = tiny_run.path
     for documents in ("3", "2"):
         command("eval", "score", directory, "--store", f"held-out={store}", "--max-documents", documents)
     lines = (directory / "model" / "README.md").read_text().splitlines()

@@ -25,8 +25,8 @@ def directory(store, tmp_path):
     return tmp_path / "models" / "tiny"
 
 
-def test_a_run_is_scored_where_it_lies(make_config, store):
-    finished = run(make_config())
+def test_a_run_is_scored_where_it_lies(tiny_run, store):
+    finished = tiny_run
     evaluated = find_model(str(finished.path), finished.path / "elsewhere")
     assert (evaluated.id, evaluated.step, evaluated.tokens, evaluated.context) == (
         finished.id,

@@ -26,24 +26,28 @@ FITTED = ["bits_per_byte_temperature", "bits_per_byte_unigram"]
 KEYS = ["split", "metric", "version", "value", "stderr", "n", "low", "high", "fit_error"]
 
 
-@pytest.fixture
-def trained(make_config):
+@pytest.fixture(scope="module")
+def trained(tiny_config, tmp_path_factory):
     """A run that has learned a little, so that its fits differ from 1."""
-    return run(make_config(tokens=200 * 256, optim={"lr": 1e-2}))
+    output = tmp_path_factory.mktemp("home") / "runs"
+    return run(tiny_config(output, tokens=100 * 256, optim={"lr": 1e-2}))
 
 
 def rows_of(scores, domain="scripture"):
     return pl.read_ndjson(scores).filter(domain=domain).select(KEYS).sort("split", "metric")
 
 
-def test_a_run_and_its_model_have_equal_scores_from_any_directory(trained, other_store, tutelage, tmp_path):
-    """A fresh process each, in other directories; the run's configuration names its store relatively."""
+def test_a_run_and_its_model_have_equal_scores_from_any_directory(
+    trained, other_store, tutelage, command, monkeypatch, tmp_path
+):
+    """In two processes and two directories; the run's configuration names its store relatively."""
     home, abroad = trained.path.parent.parent, tmp_path / "abroad"
     abroad.mkdir()
-    copy = shutil.copytree(trained.model, tmp_path / "copy")
+    copy = shutil.copytree(trained.model, home / "copy")
     what = ["--store", f"scripture={other_store}", *LIMITS]
     printed = tutelage("eval", "score", trained.path, trained.model, *what, cwd=abroad).stdout
-    tutelage("eval", "score", "copy", *what, cwd=home)
+    monkeypatch.chdir(home)
+    command("eval", "score", "copy", *what)
     ours = rows_of(trained.scores)
     assert set(FITTED) < set(ours["metric"])
     unknown = pl.col("metric").str.contains(
@@ -101,9 +105,9 @@ def best_temperature(logits_NV, labels_N):
     return math.exp(found.x)
 
 
-def test_every_fitted_score_is_that_of_an_independent_fit(trained, store, other_store, tutelage, tmp_path):
+def test_every_fitted_score_is_that_of_an_independent_fit(trained, store, other_store, command):
     """Raw logits of transformers in float64, fits by scipy's general minimiser: only the text is ours."""
-    tutelage("eval", "score", trained.path, "--store", f"scripture={other_store}", *LIMITS, cwd=tmp_path)
+    command("eval", "score", trained.path, "--store", f"scripture={other_store}", *LIMITS)
     model = AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.float64).eval()
     foreign, training = open_store(other_store), open_store(store)
     logits_NV, labels_N, owner_N, _ = scored(model, foreign, "validation")
@@ -159,14 +163,14 @@ def test_the_temperature_of_the_training_text_is_used_on_every_domain(make_confi
 
 
 def test_a_model_without_a_known_training_text_has_no_score_of_its_temperature(
-    other_store, tutelage, tmp_path
+    other_store, command, tmp_path
 ):
     hub.save(
         hub.build(find_shape("nano-20k"), open_store(other_store).vocab_size, 32, 0),
         tmp_path / "m",
         other_store,
     )
-    tutelage("eval", "score", "m", "--store", f"scripture={other_store}", *LIMITS, cwd=tmp_path)
+    command("eval", "score", "m", "--store", f"scripture={other_store}", *LIMITS)
     (scores,) = tmp_path.glob("evals/m-*/scores.jsonl")
     metrics = set(rows_of(scores)["metric"])
     assert set(FITTED) < metrics

@@ -199,6 +199,8 @@ def test_names_are_checked_against_what_lm_eval_has():
     _check_known([task.name for task in PAPER_TASKS], manager)
     with pytest.raises(UserError, match=r"task 'helaswag' is unknown; did you mean 'hellaswag'\?"):
         _check_known(["helaswag"], manager)
+    with pytest.raises(UserError, match=r"task 'word_analogies' is unknown; did you mean 'word_analogy'\?"):
+        _check_known(["word_analogies"], manager)
 
 
 @needs_lm_eval

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from functools import partial
 
 import polars as pl
 import pytest
@@ -18,7 +19,13 @@ from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def make_config(tiny_config, tmp_path_factory):
+    """Configs of runs that lie beside each other, so that one can name another."""
+    return partial(tiny_config, tmp_path_factory.mktemp("outputs") / "runs")
+
+
+@pytest.fixture(scope="module")
 def known(store, other_training):
     return {open_store(store).fingerprint: "speeches", open_store(other_training).fingerprint: "scripture"}
 
@@ -46,7 +53,7 @@ def scored(path):
     return {"domains": domains, "max_documents": 4, "max_tokens": 60}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def first(make_config, other_training):
     """A run on scripture."""
     return run(make_config(name="first", data={"store": str(other_training), "sequence_length": 32}))
@@ -64,7 +71,8 @@ def seen(directory, known):
 @pytest.mark.parametrize("how", ["run", "path"])
 def test_a_run_that_goes_on_from_another_has_seen_its_text(make_config, first, other_training, known, how):
     start = first.id if how == "run" else str(first.model)
-    directory = run(make_config(model={how: start}, eval=scored(other_training)))
+    seed = {"run": 1, "path": 2}[how]  # or both would be one run
+    directory = run(make_config(model={how: start}, seed=seed, eval=scored(other_training)))
     assert seen(directory, known) == (["speeches", "scripture"], [], ())
     rows = pl.read_ndjson(directory.scores)
     assert set(rows["role"]) == {"in_domain"}
@@ -84,7 +92,9 @@ def test_what_a_teacher_has_seen_is_told_apart(
         )  # fmt: skip
         teacher["cache"] = {"kind": "cache", "path": str(write_cache(config))}
     again = scripture(store, tmp_path, 0.4)  # another split: much of it is what the teacher was trained on
-    directory = run(make_config(teacher=teacher[how], objective={"alpha": 0.5}, eval=scored(again)))
+    seed = {"run": 1, "model": 2, "cache": 3}[how]
+    config = make_config(teacher=teacher[how], seed=seed, objective={"alpha": 0.5}, eval=scored(again))
+    directory = run(config)
     assert seen(directory, known) == (["speeches"], ["scripture"], ())
     rows = pl.read_ndjson(directory.scores).filter(split="test")
     assert set(rows["role"]) == {"out_of_domain"}
@@ -103,7 +113,7 @@ def texts(store, split):
 
 def test_a_model_from_elsewhere_is_named(make_config, first, tmp_path, known):
     model = shutil.copytree(first.model, tmp_path / "somewhere" / "model")
-    directory = run(make_config(model={"path": str(model)}))
+    directory = run(make_config(model={"path": str(model)}, seed=3))
     stores, _, unknown = seen(directory, known)
     assert stores == ["speeches"]
     assert len(unknown) == 1

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tutelage.cli.main import main
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
@@ -22,6 +21,7 @@ from tutelage.run import run
 
 LENGTH, PADDED = 64, 84
 LIMITS = {"max_documents": 5, "max_tokens": 200}
+OPTIONS = ["--max-documents", "5", "--max-tokens", "200", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def truth(directory, path, split="test"):
     return nats, tokens, size
 
 
-def test_a_fine_tuned_run_is_scored_on_completions_alone_everywhere(tuned, pairs, tmp_path, monkeypatch):
+def test_a_fine_tuned_run_is_scored_on_completions_alone_everywhere(tuned, pairs, tmp_path, command):
     nats, tokens, size = truth(tuned.model, pairs)
     rows = pl.read_ndjson(tuned.scores).filter(domain="pairs", split="test")
     assert set(rows["step"]) == {4, 8, 12}
@@ -99,25 +99,15 @@ def test_a_fine_tuned_run_is_scored_on_completions_alone_everywhere(tuned, pairs
     assert documents["window_tokens"].list.sum().to_list() == documents["tokens"].to_list()
     assert documents["window_bytes"].list.sum().to_list() == documents["bytes"].to_list()
 
-    monkeypatch.chdir(tmp_path)
-    command = ["tutelage", "eval", "score", str(tuned.model), "--store", f"pairs={pairs}", "--device", "cpu"]
-    command += ["--max-documents", "5", "--max-tokens", "200"]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit):
-        main()
+    command("eval", "score", tuned.model, "--store", f"pairs={pairs}", *OPTIONS)
     (scores,) = tmp_path.glob("evals/*/scores.jsonl")
     again = dict(pl.read_ndjson(scores).filter(split="test").select("metric", "value").iter_rows())
     for metric in ("perplexity", "bits_per_byte", "ece", "brier"):
         assert again[metric] == pytest.approx(last[metric], rel=1e-6)
 
 
-def test_the_token_comparison_reads_completions_alone(tuned, pairs, start, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = ["tutelage", "eval", "tokens", str(tuned.path), "--teacher", str(start)]
-    command += ["--baseline", str(start), "--max-documents", "5", "--max-tokens", "200", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit):
-        main()
+def test_the_token_comparison_reads_completions_alone(tuned, pairs, start, tmp_path, command):
+    command("eval", "tokens", tuned.path, "--teacher", start, "--baseline", start, *OPTIONS)
     (found,) = tmp_path.glob("evals/token-comparisons/*/*/tokens.parquet")
     table = pl.read_parquet(found)
     nats, tokens, _ = truth(tuned.model, pairs)
@@ -125,17 +115,12 @@ def test_the_token_comparison_reads_completions_alone(tuned, pairs, start, tmp_p
     assert -table["gold_logp.student"].sum() == pytest.approx(nats, rel=1e-4)
 
 
-def test_heads_padded_or_cut_to_the_ids_have_equal_scores(start, store, tmp_path, monkeypatch):
+def test_heads_padded_or_cut_to_the_ids_have_equal_scores(start, store, tmp_path, command):
     """Raw, fitted and calibration scores, and bits per byte under transformers with the rows cut off."""
     cut = hub.load(start)
     cut.resize_token_embeddings(300)
     hub.save(cut, tmp_path / "cut", store)
-    monkeypatch.chdir(tmp_path)
-    command = ["tutelage", "eval", "score", str(start), str(tmp_path / "cut"), "--store", f"speeches={store}"]
-    command += ["--device", "cpu", "--max-documents", "5", "--max-tokens", "200"]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit):
-        main()
+    command("eval", "score", start, tmp_path / "cut", "--store", f"speeches={store}", *OPTIONS)
     first, second = (
         {(score.split, score.metric): score.value for score in read_scores(path)}
         for path in sorted(tmp_path.glob("evals/*/scores.jsonl"))
