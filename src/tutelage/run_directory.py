@@ -63,9 +63,9 @@ def run_id(config: RunConfig) -> str:
 def _content(path: str, kind: str | None) -> str:
     """Fingerprint of a local model directory or teacher cache; a Hub name stands beside its commit."""
     if kind == "cache":
-        from tutelage.teachers.cache.layout import cache_fingerprint  # noqa: PLC0415 - its room imports torch
+        from tutelage.teachers.cache.layout import read_cache_manifest  # noqa: PLC0415 - its room imports torch
 
-        return cache_fingerprint(Path(path))
+        return read_cache_manifest(Path(path)).fingerprint
     if not Path(path).exists():
         return path
     from tutelage.models.hub import weights_fingerprint  # noqa: PLC0415 - imports torch, rarely needed

@@ -75,10 +75,8 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
     model = hub.load(path, revision=revision, attn_implementation=config.attn_implementation)
     beyond = check_length(model, what, context.context_length)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
-    flops = hub.forward_flops(model, context.context_length)
-    teacher = OnlineTeacher(model.to(context.device), flops, notes)
-    tokenizer.check_rows(what, teacher.vocab_size, context.store)
-    return teacher
+    tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], context.store)
+    return OnlineTeacher(model.to(context.device), hub.forward_flops(model, context.context_length), notes)
 
 
 def _unigram(_config: ControlTeacher, context: TeacherContext) -> FixedTeacher:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,30 +21,29 @@ if TYPE_CHECKING:
     from tutelage.types import Batch, Targets
 
 
-class Teacher(Protocol):
+class Teacher(ABC):
     """A frozen teacher; losses do not depend on which kind it is.
 
     Attributes:
-        vocab_size: number of token ids it gives probability to; at least the student's.
         retained: what a cache has retained of its distributions; None if they are whole.
         forward_flops: FLOPs of its forward pass per token; 0 if there is none or a cache has paid it.
         notes: what the user should know about it, for example what was assumed.
     """
 
-    vocab_size: int
-    retained: Format | None
-    forward_flops: float
-    notes: tuple[str, ...]
+    retained: Format | None = None
+    forward_flops: float = 0.0
+    notes: tuple[str, ...] = ()
 
-    def prefetch(self, batches: Sequence[Batch]) -> None:
+    def prefetch(self, batches: Sequence[Batch]) -> None:  # noqa: B027 - most have nothing to fetch
         """Announce the batches of the next step, so that their targets can be read meanwhile."""
 
+    @abstractmethod
     def targets(self, batch: Batch) -> Targets:
         """Distributions for all B*T positions of `batch`, flattened row by row, without gradient."""
         ...
 
 
-class OnlineTeacher:
+class OnlineTeacher(Teacher):
     """A causal language model, frozen, in eval mode."""
 
     def __init__(self, model: PreTrainedModel, forward_flops: float, notes: tuple[str, ...] = ()) -> None:
@@ -51,13 +51,8 @@ class OnlineTeacher:
         self._body, head = body_and_head(model)
         self._weight_VE, self._bias_V = weight_and_bias(head)
         self._transform = logit_transform(model)
-        self.vocab_size: int = self._weight_VE.shape[0]
-        self.retained: Format | None = None
         self.forward_flops = forward_flops
         self.notes = notes
-
-    def prefetch(self, batches: Sequence[Batch]) -> None:
-        """No-op: targets are computed when they are asked for."""
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> DenseTargets:
@@ -66,7 +61,7 @@ class OnlineTeacher:
         return DenseTargets(hidden_BTE.flatten(0, 1), self._weight_VE, self._transform, self._bias_V)
 
 
-class FixedTeacher:
+class FixedTeacher(Teacher):
     """The same distribution at every position, as a width-1 head: hidden state 1, logits log p.
 
     Args:
@@ -74,14 +69,7 @@ class FixedTeacher:
     """
 
     def __init__(self, probabilities_V: Tensor) -> None:
-        self.vocab_size = probabilities_V.shape[0]
-        self.retained: Format | None = None
-        self.forward_flops = 0.0
-        self.notes: tuple[str, ...] = ()
         self._head_V1 = probabilities_V.double().log().float().unsqueeze(1)
-
-    def prefetch(self, batches: Sequence[Batch]) -> None:
-        """No-op: every batch gets the same."""
 
     def targets(self, batch: Batch) -> DenseTargets:
         """The distribution, once per position."""

@@ -18,7 +18,7 @@ from tutelage.models import hub, shapes
 from tutelage.teachers.cache import reader as cache_module
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.codec import HiddenRows
-from tutelage.teachers.cache.layout import cache_fingerprint
+from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache, verify_cache
 from tutelage.types import SparseTargets
 
@@ -117,7 +117,7 @@ def test_compression_changes_the_size_and_nothing_else(teaching):
     caches = []
     for compress in (False, True):
         path = write_cache(teaching(compress=compress, name=f"zstd-{compress}"))
-        fingerprints.add(cache_fingerprint(path))
+        fingerprints.add(read_cache_manifest(path).fingerprint)
         caches.append(verify_cache(path))
     assert caches[1].bytes < caches[0].bytes
     assert len(fingerprints) == 1
@@ -356,4 +356,4 @@ def test_a_moved_store_and_a_moved_cache_fit(written, text, tmp_path):
     cache = shutil.copytree(written, tmp_path / "cache")
     store = shutil.copytree(text, tmp_path / "store")
     open_cache(cache).check_fits(open_store(store), 32)
-    assert cache_fingerprint(cache) == cache_fingerprint(written)
+    assert read_cache_manifest(cache).fingerprint == read_cache_manifest(written).fingerprint

@@ -21,7 +21,7 @@ from tutelage.models import hub, shapes
 from tutelage.progress import NullProgress
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.job import load_job, plan_cache
-from tutelage.teachers.cache.layout import cache_fingerprint, read_cache_manifest
+from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache, verify_cache
 
 # Starts writers as real processes, quickly: it has imported everything and forks.
@@ -443,4 +443,4 @@ def test_a_disk_that_fills_up_keeps_finished_shards_and_the_same_call_goes_on(
     ballast.unlink()
     write_cache(here)
     assert tree(path) == expected
-    assert cache_fingerprint(path) == cache_fingerprint(plan_cache(config).path)
+    assert read_cache_manifest(path).fingerprint == read_cache_manifest(plan_cache(config).path).fingerprint

@@ -93,21 +93,13 @@ class Layout(Record, extra="forbid"):
 class CacheManifest(Record, extra="forbid"):
     """Everything about a cache but the targets. No date, place or machine: equal caches are equal bytes.
 
+    Fields that are not listed here are those of `TeachConfig`.
+
     Attributes:
-        schema_version: version of the files.
-        teacher: whose targets these are.
         vocab_size: token ids of the store; padded rows of the teacher's head are left out.
         width: of the teacher's hidden states.
         transform: what the teacher does to its logits.
-        dtype: the teacher's compute type.
         store: fingerprint of the token store.
-        split: which of its splits.
-        layout: where positions lie.
-        batch_tokens: tokens per teacher forward.
-        format: what is stored of the distributions.
-        temperature: T of the stored probabilities.
-        seed: of the sampler.
-        compress: whether blocks may be zstd frames.
         head_sha256: checksum of head.safetensors; None where the format needs no head.
     """
 
@@ -151,12 +143,3 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
         what="teacher cache",
         remedy="tutelage teach",
     )
-
-
-def cache_fingerprint(cache: Path) -> str:
-    """Identity of the targets in a cache, from its manifest alone; the same wherever the cache lies.
-
-    Raises:
-        UserError: as `read_cache_manifest`.
-    """
-    return read_cache_manifest(cache).fingerprint

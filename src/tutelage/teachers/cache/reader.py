@@ -15,6 +15,7 @@ from tutelage.teachers.cache.codec import CodecSettings, HiddenRows
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import HEAD_FILE, read_cache_manifest
 from tutelage.teachers.cache.shard import ShardFile
+from tutelage.teachers.live import Teacher
 from tutelage.types import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.config.objective_config import ObjectiveConfig
-    from tutelage.config.teacher_config import Format
     from tutelage.data.store import Store
     from tutelage.teachers.cache.codec import CachedRows
     from tutelage.teachers.cache.layout import CacheManifest
@@ -205,7 +205,7 @@ def check_serves(path: Path, objective: ObjectiveConfig) -> None:
         raise UserError(reason)
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """A teacher whose targets are read from a cache. A thread reads those of the next step during this one.
 
     Args:
@@ -213,11 +213,8 @@ class CachedTeacher:
         device: where the targets are wanted.
     """
 
-    forward_flops = 0.0
-
     def __init__(self, cache: Cache, device: torch.device) -> None:
-        self.vocab_size = cache.manifest.vocab_size
-        self.retained: Format | None = cache.manifest.format
+        self.retained = cache.manifest.format
         self.notes = cache.manifest.teacher.notes
         self._cache = cache
         self._device = device
