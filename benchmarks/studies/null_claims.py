@@ -29,7 +29,7 @@ import yaml
 from scipy import stats
 
 from tutelage.analysis.claims.evidence import has_setting
-from tutelage.analysis.claims.judge import LEVEL, judge_claims
+from tutelage.analysis.claims.judge import LEVEL, gains_by_fit, judge_claims
 from tutelage.analysis.claims.objective_tests import UNSCALED
 from tutelage.analysis.gains import measure
 from tutelage.analysis.verdicts import judge, relation
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.claims.judge import ClaimResult
     from tutelage.analysis.verdicts import Findings
     from tutelage.study.plan import Plan
 
@@ -236,7 +236,7 @@ def read_tokens(w: World, rng: np.random.Generator) -> tuple[TokenComparison, ..
     )
 
 
-def judged(w: World, results: Results, first: Findings) -> tuple[Outcome, ...]:
+def judged(w: World, results: Results, first: Findings) -> tuple[ClaimResult, ...]:
     """`judge_claims` on fresh gains and relations; what claims do not read is left as in `first`."""
     bits = results.scores.filter(split="validation", metric="bits_per_byte", domain=IN_DOMAIN)
     means = w.runs.join(bits, on="run").group_by("kind", "student", "teacher").agg(pl.col("value").mean())
@@ -248,7 +248,8 @@ def judged(w: World, results: Results, first: Findings) -> tuple[Outcome, ...]:
         own, alone = known.get(("teacher", pair.teacher.name)), known["baseline", pair.student.name]
         measured = None if own is None else relation(own, alone)
         pairs.append(replace(pair, bits_per_byte=own, student_bits=alone, relation=measured))
-    return judge_claims(results, replace(first, gains=measure(results), pairs=tuple(pairs)))
+    findings = replace(first, gains=measure(results), pairs=tuple(pairs))
+    return judge_claims(gains_by_fit(results, findings))
 
 
 def by_other_seeds(n: int, studies: int) -> float:
@@ -297,15 +298,15 @@ def simulate(seeds: Sequence[int], studies: int, *, at_margins: bool) -> Tally:
     return tally
 
 
-def _decisions(outcomes: Sequence[Outcome], *, at_margins: bool) -> Iterator[tuple[str, bool]]:
+def _decisions(outcomes: Sequence[ClaimResult], *, at_margins: bool) -> Iterator[tuple[str, bool]]:
     """(test, whether it decided something that is not so)."""
     for outcome in outcomes:
-        parts = [one for one in outcome.tested if not one.part.beside]
-        for one in outcome.tested:
-            margin = one.part.statement in {"within", "not below"} or "top-k, less one" in one.part.label
+        parts = [one for one in outcome.tests if not one.test.beside]
+        for one in outcome.tests:
+            margin = one.test.statement in {"within", "not below"} or "top-k, less one" in one.test.label
             if margin == at_margins and one.effect is not None:
-                label = one.part.label.split(", without ")[0]
-                lowest = one.part.beside and ", without " in one.part.label
+                label = one.test.label.split(", without ")[0]
+                lowest = one.test.beside and ", without " in one.test.label
                 name = f"{outcome.number:>2} | {label}{', without the text that adds most' if lowest else ''}"
                 wrong = "supported" if margin or lowest else ("supported", "contradicted")
                 yield f"{name} | {outcome.primary}", one.holds in wrong

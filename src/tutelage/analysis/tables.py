@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from tutelage.analysis.claims.evidence import Series, View, has_setting, minus
+from tutelage.analysis.claims.evidence import Series, has_setting, minus
 from tutelage.analysis.stats import Estimate, t_interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.analysis.gains import Side
-    from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
+    from tutelage.analysis.verdicts import PairFinding, Verdict
     from tutelage.study.results import Results
 
 _MEANS = ["tokens", "train_flops", "teacher_flops", "seconds", "tokens_per_second"]
@@ -73,7 +74,7 @@ def overhead(results: Results) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Entrant:
+class PolicyResult:
     """One arm in the tournament of a student and a teacher.
 
     Attributes:
@@ -112,36 +113,36 @@ class EqualCompute:
     lead: dict[Side, Estimate | None]
 
 
-def tournaments(results: Results, findings: Findings) -> list[tuple[PairFinding, list[Entrant]]]:
+def tournaments(study: JudgedStudy) -> list[tuple[PairFinding, list[PolicyResult]]]:
     """Every pair that has other arms than constant alphas: its arms by falling out-of-domain gain."""
-    view = View(results, findings)
-    costs = _costs(results, findings)
+    raw_gains = study.by_fit["raw"]
+    costs = _costs(study)
     found = []
-    for pair in findings.pairs:
-        arms = view.arms(pair.student.name, pair.teacher.name)
+    for pair in study.findings.pairs:
+        arms = raw_gains.arms(pair.student.name, pair.teacher.name)
         if pair.best is None or all(arm.constant for arm in arms):
             continue
-        champion = view.gain(pair.best, "out_of_domain")
+        champion = raw_gains.gain(pair.best, "out_of_domain")
         raw = _front(arms, [(arm.in_domain.mean, arm.out_of_domain.mean) for arm in arms])
         fitted = _front(arms, [(arm.in_domain.mean, (arm.fitted or arm.out_of_domain).mean) for arm in arms])
-        entrants = [
-            Entrant(
+        policies = [
+            PolicyResult(
                 verdict=arm,
-                ahead=None if arm is pair.best else _paired(view.gain(arm, "out_of_domain"), champion),
+                ahead=None if arm is pair.best else _paired(raw_gains.gain(arm, "out_of_domain"), champion),
                 raw_front=raw[i],
                 fitted_front=fitted[i],
                 cost=costs.get(arm.cell),
             )
             for i, arm in enumerate(arms)
         ]
-        found.append((pair, sorted(entrants, key=lambda one: -one.verdict.out_of_domain.mean)))
+        found.append((pair, sorted(policies, key=lambda one: -one.verdict.out_of_domain.mean)))
     return found
 
 
-def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
+def equal_compute(study: JudgedStudy) -> list[EqualCompute]:
     """Every pair with a real teacher and a best alpha."""
-    view = View(results, findings)
-    costs = _costs(results, findings)
+    results, raw_gains = study.results, study.by_fit["raw"]
+    costs = _costs(study)
     trained = results.runs.filter(kind="teacher").select(teacher_run="run", flops="train_flops").drop_nulls()
     learned = results.runs.select("teacher", "teacher_run").unique().join(trained, on="teacher_run")
     training = dict(learned.group_by("teacher").agg(pl.col("flops").mean()).iter_rows())
@@ -150,14 +151,16 @@ def equal_compute(results: Results, findings: Findings) -> list[EqualCompute]:
     )
     sides: tuple[Side, Side] = ("in_domain", "out_of_domain")
     found = []
-    for pair in findings.pairs:
+    for pair in study.findings.pairs:
         if pair.best is None or pair.teacher.control:
             continue
         name, base = pair.teacher.name, alone.get(pair.student.name)
-        spent = view.arms(pair.student.name, None)
+        spent = raw_gains.arms(pair.student.name, None)
         matched = next((v for v in spent if has_setting(v.arm_settings, "compute_of", name)), None)
         lead = {
-            side: None if matched is None else _paired(view.gain(pair.best, side), view.gain(matched, side))
+            side: None
+            if matched is None
+            else _paired(raw_gains.gain(pair.best, side), raw_gains.gain(matched, side))
             for side in sides
         }
         own = training[name] / base if name in training and base else None
@@ -191,12 +194,12 @@ def seed_spread(results: Results) -> pl.DataFrame:
     )
 
 
-def _costs(results: Results, findings: Findings) -> dict[int, float]:
+def _costs(study: JudgedStudy) -> dict[int, float]:
     """FLOPs of each cell's runs, teacher forward included, as a multiple of their baselines'."""
-    spent = results.runs.select(
+    spent = study.results.runs.select(
         "run", total=pl.col("train_flops") + pl.col("teacher_flops"), own=pl.col("train_flops")
     )
-    pairs = findings.gains.domains.select("cell", "run", "base_run").unique()
+    pairs = study.findings.gains.domains.select("cell", "run", "base_run").unique()
     return dict(
         pairs.join(spent.select("run", "total"), on="run")
         .join(spent.select(base_run="run", base="own"), on="base_run")

@@ -95,17 +95,18 @@ def report(
     ] = False,
 ) -> None:
     """Rebuild a study's verdicts, report.html, figures and tables from its result files. Trains nothing."""
+    from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import markdown, print_verdicts
-    from tutelage.analysis.verdicts import judge
     from tutelage.cli.progress import out
     from tutelage.study.results import load_results
 
+    study = judge_study(load_results(directory))
     if as_markdown:
-        sys.stdout.write(markdown(judge(load_results(directory))))
+        sys.stdout.write(markdown(study.findings))
         return
-    print_verdicts(load_results(directory), out)
-    out.print(f"\nreport   {build_report(directory)}", highlight=False, soft_wrap=True)
+    print_verdicts(study, out)
+    out.print(f"\nreport   {build_report(study, directory)}", highlight=False, soft_wrap=True)
     out.print(f"tables   {directory / 'tables'}", highlight=False, soft_wrap=True)
 
 

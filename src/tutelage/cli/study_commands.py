@@ -83,16 +83,17 @@ def study_plan(
 
 def _say_untestable(expanded: ExpandedStudy) -> None:
     """Name the announced claims that no run of the study can decide."""
-    from tutelage.analysis.claims.registry import missing_for
+    from tutelage.analysis.claims.registry import missing_of
     from tutelage.cli.progress import out
     from tutelage.study.plan import draft_of
 
     if not expanded.study.claims:
         return
     plan = draft_of(expanded)
+    lacking = missing_of(plan)
     for claim in plan.claims:
-        if lacking := missing_for(plan, claim):
-            text = f"note     {plan.name}: claim {claim} is announced and cannot be decided: {lacking}"
+        if claim in lacking:
+            text = f"note     {plan.name}: claim {claim} is announced and cannot be decided: {lacking[claim]}"
             out.print(text, highlight=False, soft_wrap=True)
 
 
@@ -164,6 +165,7 @@ def study_device(study: StudyConfig) -> str:
 
 def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options: RunnerOptions) -> None:
     """Run a study in view of a person, then say what came out."""
+    from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import print_verdicts
     from tutelage.cli.progress import RichProgress, out
@@ -175,10 +177,11 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
     _say_untestable(expanded)
     with RichProgress() as progress:
         run_study(expanded, directory, engine, progress, options)
-    print_verdicts(load_results(directory), out)
+    judged = judge_study(load_results(directory))
+    print_verdicts(judged, out)
     try:
         with lock(directory / "report.lock", f"report of {directory}"):
-            build_report(directory)
+            build_report(judged, directory)
     except LockedError:
         out.print("\nanother runner has just finished too and writes the report", highlight=False)
     report = directory / "report.html"

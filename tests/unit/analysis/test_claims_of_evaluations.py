@@ -9,9 +9,8 @@ from synthetic_study import TEACHERS, TOKENS, write_study
 from token_files import FACTS
 from token_files import write as write_comparison
 
-from tutelage.analysis.claims.judge import judge_claims
-from tutelage.analysis.claims.registry import missing_for
-from tutelage.analysis.verdicts import judge
+from tutelage.analysis.claims.judge import judge_study
+from tutelage.analysis.claims.registry import missing_of
 from tutelage.study.plan import load_plan, save_plan
 from tutelage.study.results import load_results
 from tutelage.types import Score
@@ -22,7 +21,7 @@ CONTRASTS = {43: 0.30, 44: 0.32, 45: 0.31}
 def outcome(study, number):
     results = load_results(study)
     assert results.problems == ()
-    return judge_claims(results, judge(results))[number - 1]
+    return judge_study(results).claims[number - 1]
 
 
 def write_contrasts(study, sorters):
@@ -48,7 +47,7 @@ def test_the_gain_by_difficulty_comes_from_token_comparisons(tmp_path):
     found = outcome(study, 8)
 
     assert found.answer == "supported"
-    assert found.tested[0].part.values == pytest.approx(CONTRASTS)
+    assert found.tests[0].test.values == pytest.approx(CONTRASTS)
 
 
 @pytest.mark.parametrize("sorter", [None, "baseline-{}", "student-weak-0.2-{}", "teacher-weak-42"])
@@ -56,7 +55,7 @@ def test_tokens_that_no_third_untaught_student_sorted_are_no_evidence(tmp_path, 
     study = write_study(tmp_path / "study")
     write_contrasts(study, {seed: sorter and sorter.format(seed) for seed in CONTRASTS})
 
-    assert outcome(study, 8).tested[0].part.members == {}
+    assert outcome(study, 8).tests[0].test.members == {}
 
 
 def test_a_token_comparison_of_another_baseline_is_no_evidence(tmp_path):
@@ -67,7 +66,7 @@ def test_a_token_comparison_of_another_baseline_is_no_evidence(tmp_path):
     ids = {"student": "student-weak-0.4-43", "baseline": "baseline-44", "sorter": "baseline-45"}
     (folder / "comparison.json").write_text(json.dumps(FACTS | ids))
 
-    assert outcome(study, 8).tested[0].part.values == {}
+    assert outcome(study, 8).tests[0].test.values == {}
 
 
 def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
@@ -86,8 +85,8 @@ def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
     found = outcome(study, 17)
 
     assert found.answer == "supported"
-    assert found.tested[0].effect.mean == pytest.approx(-5.6)  # points: 100 (.444 - .5)
-    assert list(found.tested[0].part.members) == ["tiny 2M from weak, alpha 1"]
+    assert found.tests[0].effect.mean == pytest.approx(-5.6)  # points: 100 (.444 - .5)
+    assert list(found.tests[0].test.members) == ["tiny 2M from weak, alpha 1"]
 
 
 def test_teachers_of_a_students_own_batches_count_for_that_student_alone(tmp_path):
@@ -95,16 +94,16 @@ def test_teachers_of_a_students_own_batches_count_for_that_student_alone(tmp_pat
     gains = {(name, alpha): (0.0, 2.0 + alpha) for name in own for alpha in (0.2, 0.4)}
     study = write_study(tmp_path / "study", gains=gains, teachers=own)
     plan = load_plan(study)
-    assert missing_for(plan, 20) == "no runs with a teacher of a student's own batches"
+    assert missing_of(plan)[20] == "no runs with a teacher of a student's own batches"
 
     teachers = [t.model_copy(update={"data_seed": int(t.name.removeprefix("own-"))}) for t in plan.teachers]
     save_plan(study, plan.model_copy(update={"teachers": tuple(teachers)}))
     found = outcome(study, 20)
 
-    assert missing_for(load_plan(study), 20) is None
+    assert 20 not in missing_of(load_plan(study))
     assert found.answer == "supported"
     # alpha 0.4 on fables, a point more on recipes, and the noise of each seed but 43, which chose the alpha
-    assert found.tested[0].part.values == pytest.approx({44: 3.0, 45: 2.8})
+    assert found.tests[0].test.values == pytest.approx({44: 3.0, 45: 2.8})
 
 
 def test_a_teacher_of_another_corpus_counts_for_its_own_claim_alone(tmp_path):
@@ -120,11 +119,11 @@ def test_a_teacher_of_another_corpus_counts_for_its_own_claim_alone(tmp_path):
 
     with_foreign(corpus="plays")
     # recipes gain a point more; seeds 44 and 45 are tested, 43 chose the alpha
-    assert outcome(study, 1).tested[0].effect.mean == pytest.approx(1.5)
-    assert outcome(study, 21).tested[0].effect.mean == pytest.approx(6.5)
+    assert outcome(study, 1).tests[0].effect.mean == pytest.approx(1.5)
+    assert outcome(study, 21).tests[0].effect.mean == pytest.approx(6.5)
 
     with_foreign(corpus="plays", texts=("recipes",))
-    assert outcome(study, 21).tested[0].effect.mean == pytest.approx(6.0)  # on fables alone
+    assert outcome(study, 21).tests[0].effect.mean == pytest.approx(6.0)  # on fables alone
 
 
 def test_students_with_other_settings_do_not_hide_the_gain_by_tokens(tmp_path):
@@ -136,4 +135,4 @@ def test_students_with_other_settings_do_not_hide_the_gain_by_tokens(tmp_path):
 
     assert outcome(study, 12).primary == "unigram"
     assert outcome(study, 12).other[0].effect.mean == pytest.approx(-2.0)  # raw, per doubling
-    assert outcome(study, 12).tested[0].effect.mean == pytest.approx(-1.0)  # half is left when fitted
+    assert outcome(study, 12).tests[0].effect.mean == pytest.approx(-1.0)  # half is left when fitted

@@ -7,9 +7,10 @@ import pytest
 from scipy import stats
 from synthetic_study import write_study
 
-from tutelage.analysis.claims.evidence import Part, View, has_setting, mean_of, minus, without
-from tutelage.analysis.claims.judge import judge_claims
-from tutelage.analysis.claims.registry import CLAIMS, missing_for
+from tutelage.analysis.claims import evidence
+from tutelage.analysis.claims.evidence import GainsBySeed, has_setting, mean_of, minus, without
+from tutelage.analysis.claims.judge import gains_by_fit, judge_claims, judge_study
+from tutelage.analysis.claims.registry import CLAIMS, missing_of
 from tutelage.analysis.verdicts import judge
 from tutelage.errors import UserError
 from tutelage.study.results import load_results
@@ -73,7 +74,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(study):
-    return {outcome.number: outcome for outcome in judge_claims(*study)}
+    return {outcome.number: outcome for outcome in judge_claims(gains_by_fit(*study))}
 
 
 def test_the_registry_has_every_claim_once():
@@ -87,7 +88,7 @@ def test_the_registry_has_every_claim_once():
 def test_claims_that_hold_are_supported(outcomes, number):
     outcome = outcomes[number]
 
-    assert outcome.answer == "supported", [(t.part.label, t.part.values) for t in outcome.tested]
+    assert outcome.answer == "supported", [(t.test.label, t.test.values) for t in outcome.tests]
     assert outcome.announced
     assert outcome.p <= outcome.adjusted <= 0.05
     assert outcome.open == ""
@@ -97,31 +98,31 @@ def test_a_claim_that_does_not_hold_is_contradicted(outcomes):
     gated = outcomes[15]
 
     assert gated.answer == "contradicted"  # two points worse than the best constant
-    assert gated.tested[0].effect.mean == pytest.approx(-2.0)
+    assert gated.tests[0].effect.mean == pytest.approx(-2.0)
 
 
 def test_the_effect_is_the_one_worked_out_by_hand(outcomes):
-    weak, suits = outcomes[1].tested[0], outcomes[4].tested[1]
+    weak, suits = outcomes[1].tests[0], outcomes[4].tests[1]
 
     # the weak pairs are the students' best alphas with tiny-teacher and with young: the mean of
     # 1 and 1.5 for tiny 2M (two teachers), 1 + 1 for tiny 1M and 1 - 0.7 for wide 2M; and noise
-    assert len(weak.part.members) == 4
+    assert len(weak.test.members) == 4
     tested = SEEDS[1:]  # the first seed chose the alphas
     noise = np.mean([NOISE[seed] for seed in tested])
     assert weak.effect.mean == pytest.approx((1.0 + 1.5 + 2.0 + 0.3) / 4 + noise)
     assert weak.effect.n == 4
     assert suits.effect.mean == pytest.approx(noise)
-    assert suits.part.reads() == "at most 0.5% below 0"
+    assert suits.test.reads() == "at most 0.5% below 0"
 
 
 def test_one_kind_of_gain_decides_and_the_other_stands_beside_it(outcomes):
     # half of every real gain is left when fitted, nothing of the unigram's
     assert outcomes[1].primary == "raw"
-    assert outcomes[1].other[0].effect.mean == pytest.approx(outcomes[1].tested[0].effect.mean / 2, abs=0.05)
+    assert outcomes[1].other[0].effect.mean == pytest.approx(outcomes[1].tests[0].effect.mean / 2, abs=0.05)
     assert outcomes[16].primary == "unigram"
     # fitted: half of the best gains out of domain of the five teachers of tiny 2M, of which two are another's
     real = np.mean([1.0, 2.0, 4.0, 2.0, 1.5]) / 2
-    assert outcomes[16].tested[0].effect.mean == pytest.approx(real)  # same noise in both
+    assert outcomes[16].tests[0].effect.mean == pytest.approx(real)  # same noise in both
 
 
 def test_a_claim_without_its_runs_is_undecided_and_says_what_is_missing(outcomes):
@@ -148,7 +149,7 @@ def test_the_compute_matched_baseline_counts_the_pairs_that_still_win(outcomes):
 
 
 def test_equal_compute_is_tested_as_taught_less_matched(outcomes):
-    inside, outside = outcomes[19].tested
+    inside, outside = outcomes[19].tests
 
     # at alpha 0.2: -0.3 and 1.0 percent; matched: 1.5 and 2.0; noise of a seed is in both
     assert inside.effect.mean == pytest.approx(-1.8)
@@ -158,9 +159,9 @@ def test_equal_compute_is_tested_as_taught_less_matched(outcomes):
 def test_one_seed_decides_nothing(tmp_path):
     path = write_study(tmp_path / "study", seeds=(43,), claims=[1])
     results = load_results(path)
-    outcome = judge_claims(results, judge(results))[0]
+    outcome = judge_study(results).claims[0]
 
-    assert (outcome.answer, outcome.p, outcome.tested[0].effect) == ("undecided", None, None)
+    assert (outcome.answer, outcome.p, outcome.tests[0].effect) == ("undecided", None, None)
     assert "no two tested seeds" in outcome.open
 
 
@@ -168,7 +169,10 @@ def test_more_announced_claims_need_more_evidence(study):
     results, findings = study
     one = replace(results, plan=results.plan.model_copy(update={"claims": (1,)}))
 
-    alone, among = judge_claims(one, findings)[0], judge_claims(results, findings)[0]
+    alone, among = (
+        judge_claims(gains_by_fit(one, findings))[0],
+        judge_claims(gains_by_fit(results, findings))[0],
+    )
 
     assert alone.adjusted == alone.p == among.p
     assert among.adjusted > among.p
@@ -185,12 +189,12 @@ def test_more_announced_claims_need_more_evidence(study):
     ],
 )
 def test_what_a_plan_lacks_is_named_before_anything_runs(study, claim, expected):
-    assert missing_for(study[0].plan, claim) == expected
+    assert missing_of(study[0].plan).get(claim) == expected
 
 
 def test_an_unknown_claim_is_a_user_error(study):
     with pytest.raises(UserError, match="claim 25 is unknown"):
-        missing_for(study[0].plan, 25)
+        missing_of(study[0].plan.model_copy(update={"claims": (1, 25)}))
 
 
 def pair_of(view, student, teacher):
@@ -201,11 +205,11 @@ def with_validation(study, cell, seed, gain):
     """The study with another validation gain of one cell and seed."""
     place = (pl.col("cell") == cell.cell) & (pl.col("seed") == seed) & (pl.col("split") == "validation")
     sides = study[1].gains.sides.with_columns(gain=pl.when(place).then(gain).otherwise(pl.col("gain")))
-    return View(study[0], replace(study[1], gains=replace(study[1].gains, sides=sides)))
+    return GainsBySeed(study[0], replace(study[1], gains=replace(study[1].gains, sides=sides)))
 
 
 def test_alpha_is_chosen_by_seeds_that_are_not_tested(study):
-    view = View(*study)
+    view = GainsBySeed(*study)
     cells = view.constants(pair_of(view, "tiny 2M", "tiny-teacher"), lambda alpha: alpha in (0.2, 0.4))
     assert view.choosing == {43}
 
@@ -225,7 +229,7 @@ def test_an_alpha_that_the_study_file_fixes_is_tested_with_every_seed(study):
         for t in results.plan.teachers
     ]
     fixed = replace(results, plan=results.plan.model_copy(update={"teachers": tuple(teachers)}))
-    view = View(fixed, findings)
+    view = GainsBySeed(fixed, findings)
     cells = view.constants(pair_of(view, "tiny 2M", "tiny-teacher"))
     wanted = next(cell for cell in cells if cell.alpha == 0.4)
 
@@ -237,7 +241,7 @@ def test_an_alpha_that_the_study_file_fixes_is_tested_with_every_seed(study):
 
 
 def test_one_arm_is_no_choice(study):
-    view = View(*study)
+    view = GainsBySeed(*study)
     cell = view.constants(pair_of(view, "tiny 2M", "strong"))[0]
 
     assert view.best([cell], "out_of_domain") == view.gain(cell, "out_of_domain")
@@ -253,7 +257,7 @@ def test_means_are_over_all_pairs_on_the_seeds_that_all_have(tmp_path):
     kept = ~pl.col("run").is_in(few)
     results = replace(results, scores=results.scores.filter(kept), documents=results.documents.filter(kept))
 
-    found = judge_claims(results, judge(results))[1].tested[0]
+    found = judge_study(results).claims[1].tests[0]
     gains = pl.DataFrame(judge(results).gains.domains).filter(split="test", fit="raw", domain="speeches")
     tables = {
         run: dict(gains.filter(pl.col("run").str.contains(run)).select("seed", "gain").iter_rows())
@@ -261,13 +265,13 @@ def test_means_are_over_all_pairs_on_the_seeds_that_all_have(tmp_path):
     }
     truth = [np.mean([tables["weak"][s], tables["strong"][s]]) for s in (43, 44, 45)]
 
-    assert {name: len(values) for name, values in found.part.members.items()} == {
+    assert {name: len(values) for name, values in found.test.members.items()} == {
         "tiny 2M from weak": 5,
         "tiny 2M from strong": 3,
     }
-    assert found.part.values == pytest.approx(dict(zip((43, 44, 45), truth, strict=True)))
+    assert found.test.values == pytest.approx(dict(zip((43, 44, 45), truth, strict=True)))
     assert found.effect.mean == pytest.approx(-0.5)
-    assert found.part.evidence().support == pytest.approx(
+    assert found.test.evidence().support == pytest.approx(
         stats.ttest_1samp(truth, 0, alternative="less").pvalue
     )
 
@@ -279,7 +283,7 @@ def test_a_pair_that_shares_no_two_seeds_with_the_others_is_named(tmp_path):
     kept = ~pl.col("run").is_in(["student-strong-1.0-44", "student-strong-1.0-45"])
     results = replace(results, scores=results.scores.filter(kept), documents=results.documents.filter(kept))
 
-    outcome = judge_claims(results, judge(results))[1]
+    outcome = judge_study(results).claims[1]
 
     assert outcome.p is None
     assert "tiny 2M from strong has seeds 43" in outcome.open
@@ -305,7 +309,7 @@ def test_the_step_from_a_small_to_a_large_alpha_rises_with_strength(study, outco
         for seed in SEEDS
     }
 
-    assert outcomes[3].tested[0].part.values == pytest.approx(slopes)
+    assert outcomes[3].tests[0].test.values == pytest.approx(slopes)
 
 
 def test_the_gain_bends_at_the_middle_teacher(study, outcomes):
@@ -320,12 +324,12 @@ def test_the_gain_bends_at_the_middle_teacher(study, outcomes):
     _, before, after = np.linalg.lstsq(design.T, [heights[p.teacher.name] for p in pairs], rcond=None)[0]
 
     # the noise of a seed is the same in all gains, and bends nothing
-    assert [*outcomes[6].tested[0].part.values.values()] == pytest.approx([after - before] * 4)
-    assert outcomes[6].tested[1].effect.mean == pytest.approx(4.0 - 2.0)
+    assert [*outcomes[6].tests[0].test.values.values()] == pytest.approx([after - before] * 4)
+    assert outcomes[6].tests[1].effect.mean == pytest.approx(4.0 - 2.0)
 
 
 def test_each_relation_is_a_test_of_its_own(outcomes):
-    labels = [tested.part.label for tested in outcomes[7].tested]
+    labels = [tested.test.label for tested in outcomes[7].tests]
 
     assert [label.split(", ")[1] for label in labels] == [
         "weaker teachers", "same-level teachers", "stronger teachers"
@@ -337,7 +341,7 @@ def test_copying_cannot_be_announced(study):
     every = replace(results, plan=results.plan.model_copy(update={"claims": (1, 17)}))
     one = replace(results, plan=results.plan.model_copy(update={"claims": (1,)}))
 
-    found, alone = judge_claims(every, findings), judge_claims(one, findings)
+    found, alone = judge_claims(gains_by_fit(every, findings)), judge_claims(gains_by_fit(one, findings))
 
     assert not found[16].announced
     assert found[0].adjusted == alone[0].adjusted == found[0].p
@@ -353,11 +357,11 @@ def test_the_median_text_and_the_mean_without_the_largest_stand_beside_the_contr
         ).then(0.91 * pl.col("value")).otherwise(pl.col("value"))
     )  # fmt: skip
     results = replace(results, scores=scores)
-    outcome = judge_claims(results, judge(results))[15]
-    whole, median, without = outcome.tested
+    outcome = judge_study(results).claims[15]
+    whole, median, without = outcome.tests
 
-    assert [one.part.beside for one in outcome.tested] == [False, True, True]
-    assert "without recipes" in without.part.label
+    assert [one.test.beside for one in outcome.tests] == [False, True, True]
+    assert "without recipes" in without.test.label
     fables = 0.5  # half of 1 percent is left when fitted, nothing of the control
     recipes = 100 * (1 - 0.91 * (1 - 0.01)) + 0.0
     assert without.effect.mean == pytest.approx(fables)
@@ -375,18 +379,18 @@ def test_calibration_errors_are_compared_as_log_ratios(tmp_path):
         .otherwise("value")
     )
     results = replace(results, scores=scores)
-    whole, top = judge_claims(results, judge(results))[22].tested
+    whole, top = judge_study(results).claims[22].tests
 
-    assert [*whole.part.values.values()] == pytest.approx([math.log2(0.03 / 0.02)] * 3)
-    assert top.part.values == pytest.approx({43: 3.0 - 1, 44: 4.0 - 1, 45: 5.0 - 1})
+    assert [*whole.test.values.values()] == pytest.approx([math.log2(0.03 / 0.02)] * 3)
+    assert top.test.values == pytest.approx({43: 3.0 - 1, 44: 4.0 - 1, 45: 5.0 - 1})
 
 
 def test_open_claims_say_how_many_seeds_would_decide_them_which_way(tmp_path):
     offsets = {43: 0.4, 44: -0.1, 45: 0.0}
     path = write_study(tmp_path / "study", gains={("weak", 1.0): (-0.3, 0.3)}, offsets=offsets)
     results = load_results(path)
-    outcome = judge_claims(results, judge(results))[1]  # alpha 1 hurts in domain: -0.2 on average
-    values = [*outcome.tested[0].part.values.values()]
+    outcome = judge_study(results).claims[1]  # alpha 1 hurts in domain: -0.2 on average
+    values = [*outcome.tests[0].test.values.values()]
     d = -np.mean(values) / np.std(values, ddof=1)
     n = next(
         k for k in range(2, 101)
@@ -428,14 +432,14 @@ def test_series_pair_by_seed_and_average_on_the_seeds_that_all_have():
         ("not 0", [0.0, 0.1, -0.4], "support"),
     ],
 )
-def test_parts_say_how_many_seeds_would_settle_them_in_their_direction(statement, numbers, direction):
+def test_tests_say_how_many_seeds_would_settle_them_in_their_direction(statement, numbers, direction):
     """Simulated with scipy's tests: so many seeds do in four of five studies."""
-    part = Part("a gain", {"a pair": dict(enumerate(numbers))}, statement, margin=0.5)
-    n = part.seeds_needed(0.05)
+    test = evidence.Test("a gain", {"a pair": dict(enumerate(numbers))}, statement, margin=0.5)
+    n = test.seeds_needed(0.05)
     drawn = np.random.default_rng(n).normal(np.mean(numbers), np.std(numbers, ddof=1), (4000, n))
-    found = [Part("", {"": dict(enumerate(row))}, statement, margin=0.5).evidence() for row in drawn]
+    found = [evidence.Test("", {"": dict(enumerate(row))}, statement, margin=0.5).evidence() for row in drawn]
     settled = [one.support if direction == "support" else one.contradict for one in found]
 
-    assert part.direction() == direction
+    assert test.direction() == direction
     assert np.mean(np.array(settled) < 0.025) == pytest.approx(0.8, abs=0.2 if n < 4 else 0.1)
     assert np.mean(np.array(settled) < 0.025) > 0.8 - 3 * math.sqrt(0.16 / 4000)

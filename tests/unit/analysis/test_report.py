@@ -11,6 +11,7 @@ from rich.console import Console
 from synthetic_study import GAINS, write_study
 from token_files import write as write_comparison
 
+from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.report.text import print_verdicts
 from tutelage.errors import UserError
@@ -21,7 +22,11 @@ FIGURES = ("heat", "alpha", "trade-off", "domains", "calibration", "learning", "
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return build_report(write_study(tmp_path_factory.mktemp("whole") / "study"))
+    return report_of(write_study(tmp_path_factory.mktemp("whole") / "study"))
+
+
+def report_of(path):
+    return build_report(judge_study(load_results(path)), path)
 
 
 def text_of(path):
@@ -129,7 +134,7 @@ def test_the_same_files_give_the_same_page(report, tmp_path):
     places = [copy / "figures", copy / "tables"]
     before = {file: file.read_bytes() for place in places for file in place.iterdir()}
 
-    again = build_report(copy)
+    again = report_of(copy)
 
     assert again.read_bytes() == report.read_bytes()
     assert {file: file.read_bytes() for place in places for file in place.iterdir()} == before
@@ -137,7 +142,7 @@ def test_the_same_files_give_the_same_page(report, tmp_path):
 
 def test_one_seed_is_shown_grey_and_not_judged_on_page_figures_and_tables(tmp_path):
     gains = GAINS | {("weak", "linear start 0.8 end 0.0"): (0.5, 2.5)}
-    report = build_report(write_study(tmp_path / "study", seeds=(43,), gains=gains))
+    report = report_of(write_study(tmp_path / "study", seeds=(43,), gains=gains))
     page = text_of(report)
     words = visible(page)
 
@@ -179,14 +184,14 @@ def test_first_windows_that_are_much_worse_are_a_warning_on_page_and_terminal(tm
         f"{first['domain']}: first windows of documents are worse than the others by more than 0.2 nats per "
         "token for baseline-43 (0.50), student-weak-0.4-43 (0.21):"
     )
-    assert f"Warning: {sentence}" in visible(text_of(build_report(study)))
-    print_verdicts(load_results(study), Console(width=1000))
+    assert f"Warning: {sentence}" in visible(text_of(report_of(study)))
+    print_verdicts(judge_study(load_results(study)), Console(width=1000))
     assert f"warning: {sentence}" in capsys.readouterr().out
 
 
 def test_what_a_user_wrote_is_escaped(tmp_path):
     evil = "<script>alert('x')</script>"
-    page = text_of(build_report(write_study(tmp_path / "study", seeds=(43,), title=evil, description=evil)))
+    page = text_of(report_of(write_study(tmp_path / "study", seeds=(43,), title=evil, description=evil)))
 
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(&#39;x&#39;)") == 2 + 3  # title and heading, three descriptions
@@ -202,7 +207,7 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
         shutil.rmtree(run)
     shutil.rmtree(path / "runs" / "teacher-weak-42")
 
-    words = visible(text_of(build_report(path)))
+    words = visible(text_of(report_of(path)))
 
     assert "Incomplete: 5 of 20 planned runs are not done. 1 result file left out." in words
     assert "student-strong-0.4-45 failed loss is not <finite>" in words
@@ -222,7 +227,7 @@ def test_a_study_without_curves_has_no_learning_curves(tmp_path):
     for run in (path / "runs").iterdir():
         (run / "metrics.jsonl").unlink()
 
-    report = build_report(path)
+    report = report_of(path)
 
     assert not (path / "figures" / "learning.svg").exists()
     assert "Learning curves" not in visible(text_of(report))
@@ -234,7 +239,7 @@ def test_no_finished_student_writes_nothing(tmp_path):
         shutil.rmtree(run)
 
     with pytest.raises(UserError, match="no student run is finished and scored"):
-        build_report(path)
+        report_of(path)
     assert not (path / "report.html").exists()
 
 
@@ -283,7 +288,7 @@ def several(tmp_path_factory):
     gains |= {("tiny 2M", None, "compute of weak"): (1.0, 1.0)}
     path = tmp_path_factory.mktemp("several") / "study"
     sizes = {"wide 2M": (800_000, 2_000_000)}
-    return build_report(write_study(path, gains=gains, sizes=sizes, claims=[1, 2, 11]))
+    return report_of(write_study(path, gains=gains, sizes=sizes, claims=[1, 2, 11]))
 
 
 def test_several_students_have_their_own_tables_and_figures(several):
@@ -337,7 +342,7 @@ def test_token_comparisons_left_in_the_study_are_shown_and_damaged_ones_named(tm
         write_comparison(folder)
     (folder / "summary.parquet").write_text("no parquet")
     (study / "mechanism").mkdir()
-    page = text_of(build_report(study))
+    page = text_of(report_of(study))
     words = visible(page)
 
     assert "Token comparison: on which tokens" in words

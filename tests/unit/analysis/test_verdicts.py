@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from synthetic_study import write_study
 
-from tutelage.analysis.claims.judge import judge_claims
+from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report import headline, words
 from tutelage.analysis.report.headline import supported
 from tutelage.analysis.report.text import print_verdicts
@@ -113,8 +113,8 @@ def test_the_headline_counts_what_survives_the_correction(tmp_path):
 
 def test_announced_claims_are_the_family_of_the_headline(tmp_path):
     results = load_results(write_study(tmp_path / "study", claims=[1, 2]))
-    findings = judge(results)
-    outcomes = judge_claims(results, findings)
+    study = judge_study(results)
+    findings, outcomes = study.findings, study.claims
     said = headline.headline(findings, outcomes)
 
     supported_texts = [one.text for one in outcomes if one.announced and one.answer == "supported"]
@@ -335,7 +335,7 @@ def test_the_terminal_gets_table_answer_and_gaps(tmp_path):
     (path / "runs" / "student-weak-0.2-45" / "state.json").unlink()
     console = Console(width=200, record=True, file=(tmp_path / "out.txt").open("w"))
 
-    print_verdicts(load_results(path), console)
+    print_verdicts(judge_study(load_results(path)), console)
     text = console.export_text()
     console.file.close()
 

@@ -13,6 +13,8 @@ from math import inf
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+import polars as pl
+
 from tutelage.analysis.gains import twins_of
 from tutelage.analysis.stats import POWER, Evidence, differs, exceeds, seeds_needed, stays_within
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from tutelage.analysis.gains import Fit, Side
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
-    from tutelage.study.plan import Plan
+    from tutelage.study.plan import Plan, PlanRun, PlanStudent, PlanTeacher
     from tutelage.study.results import Results
 
 Statement = Literal["above 0", "below 0", "within", "not below", "not 0"]
@@ -32,7 +34,7 @@ MARGIN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Test:
     """One test of a claim.
 
     Attributes:
@@ -100,16 +102,16 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class Requirement:
     """Something a claim cannot do without.
 
     Attributes:
         what: completes "no runs with".
-        met: whether a plan has it.
+        met: whether a plan has it, given its runs with a real teacher.
     """
 
     what: str
-    met: Callable[[Plan], bool]
+    met: Callable[[Plan, Sequence[tuple[PlanRun, PlanStudent, PlanTeacher]]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +120,17 @@ class Claim:
 
     Attributes:
         text: the statement.
-        needs: what a plan must have.
-        parts: its tests; all must hold.
+        requirements: what a plan must have.
+        tests: its tests; all must hold.
         remark: more to know about the result, as sentences.
         primary: the gains that decide it; the others are shown beside it.
         in_family: whether it can be announced. One that cannot is shown and never counted.
     """
 
     text: str
-    needs: tuple[Need, ...]
-    parts: Callable[[View], list[Part]]
-    remark: Callable[[View], str] = lambda _: ""
+    requirements: tuple[Requirement, ...]
+    tests: Callable[[GainsBySeed], list[Test]]
+    remark: Callable[[GainsBySeed], str] = lambda _: ""
     primary: Fit = "raw"
     in_family: bool = True
 
@@ -196,7 +198,7 @@ class Choice:
         return {seed: gain for seed, gain in gains.items() if seed not in self.untested}
 
 
-class View:
+class GainsBySeed:
     """A study seen through one fit: gains are on the test split, choices are made on raw validation gains.
 
     Attributes:
@@ -213,11 +215,15 @@ class View:
         self._alphas = {teacher.name: teacher.tested_alpha for teacher in results.plan.teachers}
         self._gains: dict[tuple[int, str], Series] = {}
         self._valid: dict[int, Series] = {}
-        for cell, seed, split, of, role, gain in findings.gains.sides.iter_rows():
-            if split == "test" and of == fit:
-                self._gains.setdefault((cell, role), {})[seed] = gain
-            elif split == "validation" and role == "out_of_domain" and seed in self.choosing:
-                self._valid.setdefault(cell, {})[seed] = gain
+        sides = findings.gains.sides
+        tested = sides.filter(split="test", fit=fit)
+        for cell, role, seed, gain in tested.select("cell", "role", "seed", "gain").iter_rows():
+            self._gains.setdefault((cell, role), {})[seed] = gain
+        chosen = sides.filter(
+            pl.col("seed").is_in([*self.choosing]), split="validation", fit="raw", role="out_of_domain"
+        )
+        for cell, seed, gain in chosen.select("cell", "seed", "gain").iter_rows():
+            self._valid.setdefault(cell, {})[seed] = gain
         self._cells: dict[tuple[str, str | None, str | None], list[Verdict]] = {}
         for verdict in self.verdicts:
             self._cells.setdefault((verdict.student, verdict.teacher, verdict.stage), []).append(verdict)

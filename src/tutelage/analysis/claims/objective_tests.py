@@ -6,14 +6,14 @@ from math import log2
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tutelage.analysis.claims.evidence import Members, Part, Series, has_setting, minus, named
+from tutelage.analysis.claims.evidence import Members, Series, Test, has_setting, minus, named
 from tutelage.analysis.claims.teacher_tests import at_alphas
 from tutelage.types import COPYING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from tutelage.analysis.claims.evidence import Statement, View
+    from tutelage.analysis.claims.evidence import GainsBySeed, Statement
     from tutelage.analysis.gains import Side
     from tutelage.analysis.verdicts import PairFinding, Verdict
 
@@ -43,18 +43,18 @@ def by_skill(arm: Mapping[str, Any]) -> bool:
     return has_setting(arm, "gate", "teacher_better")
 
 
-def difficulty(view: View) -> list[Part]:
+def difficulty(study: GainsBySeed) -> list[Test]:
     """Gain by difficulty of tokens, from the token comparisons made of runs; a test per text.
 
     Difficulty is the entropy of a third model, an untaught student of another run: tokens sorted by the
     baseline's own entropy are sorted by its luck too, and any other model seems to gain on the hard ones.
     """
     found: dict[str, dict[int, Series]] = {}
-    known = view.runs
-    untaught = {run.run: run.student for run in view.plan.runs if run.kind == "baseline"}
-    names = {cell.cell: f"{cell.student} from {cell.teacher}, {cell.arm}" for cell in view.verdicts}
-    students = {cell.cell: cell.student for cell in view.verdicts}
-    for one in view.results.token_comparisons:
+    known = study.runs
+    untaught = {run.run: run.student for run in study.plan.runs if run.kind == "baseline"}
+    names = {cell.cell: f"{cell.student} from {cell.teacher}, {cell.arm}" for cell in study.verdicts}
+    students = {cell.cell: cell.student for cell in study.verdicts}
+    for one in study.results.token_comparisons:
         if (one.student, one.baseline) in known and one.sorter not in {None, one.baseline}:
             cell, seed = known[one.student, one.baseline]
             if untaught.get(one.sorter or "") == students[cell]:
@@ -62,9 +62,9 @@ def difficulty(view: View) -> list[Part]:
                 found.setdefault(one.text, {}).setdefault(cell, {})[seed] = contrast
     label = "gain on the hardest fifth of tokens less that on the easiest"
     if not found:
-        return [Part(f"{label} (`tutelage eval tokens --sorter`)", {}, "above 0")]
+        return [Test(f"{label} (`tutelage eval tokens --sorter`)", {}, "above 0")]
     return [
-        Part(
+        Test(
             f"{label}, {text}",
             {names[cell]: series for cell, series in cells.items()},
             "above 0",
@@ -74,37 +74,39 @@ def difficulty(view: View) -> list[Part]:
     ]
 
 
-def temperatures_alike(view: View) -> list[Part]:
+def temperatures_alike(study: GainsBySeed) -> list[Test]:
     """T of 0.5 and of 2 against 1, at alpha 1."""
-    return [_changed(view, f"T {t:g}", ("temperature", t), "within") for t in (0.5, 2)]
+    return [_changed(study, f"T {t:g}", ("temperature", t), "within") for t in (0.5, 2)]
 
 
-def temperatures_worse(view: View) -> list[Part]:
+def temperatures_worse(study: GainsBySeed) -> list[Test]:
     """T of 4, and hard labels, against T of 1, at alpha 1."""
     return [
-        _changed(view, "T 4", ("temperature", 4), "below 0"),
-        _changed(view, "hard labels", ("divergence", "hard_labels"), "below 0"),
+        _changed(study, "T 4", ("temperature", 4), "below 0"),
+        _changed(study, "hard labels", ("divergence", "hard_labels"), "below 0"),
     ]
 
 
-def _changed(view: View, name: str, setting: tuple[str, object], statement: Statement) -> Part:
-    changes = view.change(view.variants(*setting, alpha=1.0), _OUTSIDE)
-    return Part(f"change of the gain, {name}", changes, statement)
+def _changed(study: GainsBySeed, name: str, setting: tuple[str, object], statement: Statement) -> Test:
+    changes = study.change(study.variants(*setting, alpha=1.0), _OUTSIDE)
+    return Test(f"change of the gain, {name}", changes, statement)
 
 
-def truncation(view: View) -> list[Part]:
+def truncation(study: GainsBySeed) -> list[Test]:
     """Renormalised top-k, and sampled targets, against the whole distribution, at alpha 1."""
-    cut = [pair for pair in view.variants("truncation", "top_k", "tail", alpha=1.0) if _renormalised(pair[0])]
-    sampled = [pair for pair in view.all_pairs() if (pair.teacher.targets or "").startswith("sample")]
+    cut = [
+        pair for pair in study.variants("truncation", "top_k", "tail", alpha=1.0) if _renormalised(pair[0])
+    ]
+    sampled = [pair for pair in study.all_pairs() if (pair.teacher.targets or "").startswith("sample")]
     changes: Members = {}
     for pair in sampled:
-        for full in view.pairs():
+        for full in study.pairs():
             if _same_but_targets(pair, full):
-                ours, theirs = (at_alphas(view, [one], lambda a: a == 1, _INSIDE) for one in (pair, full))
+                ours, theirs = (at_alphas(study, [one], lambda a: a == 1, _INSIDE) for one in (pair, full))
                 changes |= {f"{a} less {b}": minus(ours[a], theirs[b]) for a in ours for b in theirs}
     return [
-        Part("change of the gain in domain, renormalised top-k", view.change(cut, _INSIDE), "below 0"),
-        Part("change of the gain in domain, sampled targets", changes, "within"),
+        Test("change of the gain in domain, renormalised top-k", study.change(cut, _INSIDE), "below 0"),
+        Test("change of the gain in domain, sampled targets", changes, "within"),
     ]
 
 
@@ -119,24 +121,24 @@ def _same_but_targets(pair: PairFinding, full: PairFinding) -> bool:
     return pair.student == full.student and same and other.targets is None
 
 
-def not_scale(view: View) -> list[Part]:
+def not_scale(study: GainsBySeed) -> list[Test]:
     """Unscaled mixtures against the convex mixture of the same proportions."""
     changes: Members = {}
-    for cell in view.verdicts:
+    for cell in study.verdicts:
         mixing = cell.arm_settings.get("mixing")
         if cell.alpha is not None and cell.stage is None and mixing in UNSCALED:
             ce = mixing == "keep_full_ce"
             equal = cell.alpha / (1 + cell.alpha) if ce else 1 / (2 - cell.alpha)
             name = f"{cell.student} from {cell.teacher}, {cell.arm}"
-            changes[name] = minus(view.gain(cell, _OUTSIDE), _interpolated(view, cell, equal))
-    return [Part("gain less that of the convex mixture of the same proportions", changes, "within")]
+            changes[name] = minus(study.gain(cell, _OUTSIDE), _interpolated(study, cell, equal))
+    return [Test("gain less that of the convex mixture of the same proportions", changes, "within")]
 
 
-def _interpolated(view: View, cell: Verdict, alpha: float) -> Series:
+def _interpolated(study: GainsBySeed, cell: Verdict, alpha: float) -> Series:
     """Gain at a constant alpha between the two next to it that were run; at alpha 0 it is 0."""
     gains = {
-        v.alpha: view.gain(v, _OUTSIDE)
-        for v in view.arms(cell.student, cell.teacher)
+        v.alpha: study.gain(v, _OUTSIDE)
+        for v in study.arms(cell.student, cell.teacher)
         if v.constant and v.alpha is not None
     }
     above = [known for known in gains if known >= alpha]
@@ -150,67 +152,67 @@ def _interpolated(view: View, cell: Verdict, alpha: float) -> Series:
     }
 
 
-def early_teaching(view: View) -> list[Part]:
+def early_teaching(study: GainsBySeed) -> list[Test]:
     """The best schedule that begins with the teacher less the best constant alpha, weak teachers."""
-    difference = _arms_less_constants(view, view.pairs("weak-to-strong"), kd_first)
+    difference = _arms_less_constants(study, study.pairs("weak-to-strong"), kd_first)
     return [
-        Part("gain of the best KD-first schedule less that of the best constant", difference, "not below")
+        Test("gain of the best KD-first schedule less that of the best constant", difference, "not below")
     ]
 
 
-def gating(view: View) -> list[Part]:
+def gating(study: GainsBySeed) -> list[Test]:
     """The best arm gated by skill less the best constant alpha."""
-    difference = _arms_less_constants(view, view.pairs(), by_skill)
-    return [Part("gain gated by skill less that of the best constant", difference, "not below")]
+    difference = _arms_less_constants(study, study.pairs(), by_skill)
+    return [Test("gain gated by skill less that of the best constant", difference, "not below")]
 
 
 def _arms_less_constants(
-    view: View, pairs: Iterable[PairFinding], wanted: Callable[[Mapping[str, Any]], bool]
+    study: GainsBySeed, pairs: Iterable[PairFinding], wanted: Callable[[Mapping[str, Any]], bool]
 ) -> Members:
     differences: Members = {}
     for pair in pairs:
-        arms = [v for v in view.arms(pair.student.name, pair.teacher.name) if wanted(v.arm_settings)]
+        arms = [v for v in study.arms(pair.student.name, pair.teacher.name) if wanted(v.arm_settings)]
         if arms:
-            constant = view.best(view.constants(pair), _OUTSIDE)
-            differences[named(pair)] = minus(view.best(arms, _OUTSIDE), constant)
+            constant = study.best(study.constants(pair), _OUTSIDE)
+            differences[named(pair)] = minus(study.best(arms, _OUTSIDE), constant)
     return differences
 
 
-def copying(view: View) -> list[Part]:
+def copying(study: GainsBySeed) -> list[Test]:
     """Accuracy of copying in context at alpha 1 less that of the baseline."""
-    scores = view.scores("accuracy", COPYING)
-    changes = _compared(scores, _pure(view), lambda own, base: 100 * (own - base))
+    scores = study.scores("accuracy", COPYING)
+    changes = _compared(scores, _pure(study), lambda own, base: 100 * (own - base))
     label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval probe`)"
-    return [Part(label, changes, "below 0", unit="points")]
+    return [Test(label, changes, "below 0", unit="points")]
 
 
-def reverse_kl(view: View) -> list[Part]:
+def reverse_kl(study: GainsBySeed) -> list[Test]:
     """Reverse against forward KL, in domain."""
-    change = view.change(view.variants("divergence", "reverse_kl"), _INSIDE)
-    return [Part("change of the gain in domain, reverse KL", change, "below 0")]
+    change = study.change(study.variants("divergence", "reverse_kl"), _INSIDE)
+    return [Test("change of the gain in domain, reverse KL", change, "below 0")]
 
 
-def calibration(view: View) -> list[Part]:
+def calibration(study: GainsBySeed) -> list[Test]:
     """Calibration error in domain at alpha 1, of the whole distribution and of its renormalised top k.
 
     Errors are compared as logarithms of ratios: a ratio of two small positive numbers is far from normal. An
     error of exactly zero has no logarithm, and its seed no number.
     """
-    cut = [v for v in view.verdicts if _renormalised(v) and v.alpha == 1 and v.stage is None]
-    known = view.scores("ece", view.plan.in_domain)
+    cut = [v for v in study.verdicts if _renormalised(v) and v.alpha == 1 and v.stage is None]
+    known = study.scores("ece", study.plan.in_domain)
     scores = {place: (own, bases) for place, (own, bases) in known.items() if min(own, *bases) > 0}
     whole, top = (
-        _compared(scores, cells, lambda own, base: log2(own / base)) for cells in (_pure(view), cut)
+        _compared(scores, cells, lambda own, base: log2(own / base)) for cells in (_pure(study), cut)
     )
     more = {name: {seed: ratio - 1 for seed, ratio in own.items()} for name, own in top.items()}
     return [
-        Part("doublings of the baseline's calibration error at alpha 1", whole, "within", 1.0, "log2"),
-        Part("the same with top-k, less one", more, "above 0", unit="log2"),
+        Test("doublings of the baseline's calibration error at alpha 1", whole, "within", 1.0, "log2"),
+        Test("the same with top-k, less one", more, "above 0", unit="log2"),
     ]
 
 
-def _pure(view: View) -> list[Verdict]:
-    return [cell for pair in view.pairs() for cell in view.constants(pair, lambda a: a == 1)]
+def _pure(study: GainsBySeed) -> list[Verdict]:
+    return [cell for pair in study.pairs() for cell in study.constants(pair, lambda a: a == 1)]
 
 
 def _compared(

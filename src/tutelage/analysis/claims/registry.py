@@ -12,53 +12,62 @@ from typing import TYPE_CHECKING
 from tutelage.analysis.claims import objective_tests as objective
 from tutelage.analysis.claims import teacher_tests as control
 from tutelage.analysis.claims import teacher_tests as strength
-from tutelage.analysis.claims.evidence import Claim, Need, has_setting
+from tutelage.analysis.claims.evidence import Claim, Requirement, has_setting
 from tutelage.analysis.verdicts import nominal
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
 
     from tutelage.study.plan import Plan, PlanRun, PlanStudent, PlanTeacher
 
 
-def missing_for(plan: Plan, claim: int) -> str | None:
-    """What `plan` lacks to test a claim: "no runs with ..."; None if nothing.
+Taught = tuple["PlanRun", "PlanStudent", "PlanTeacher"]
+"""A planned run with a real teacher."""
+
+
+def missing_of(plan: Plan) -> dict[int, str]:
+    """What `plan` lacks to test claims: "no runs with ...", by the number of each claim that lacks something.
 
     Args:
         plan: of a study, before or after anything was run. Pairs are named by parameters and tokens here,
             because nothing is measured yet.
-        claim: its number in CLAIMS.
 
     Raises:
-        UserError: there is no claim of that number.
+        UserError: it announces a claim that does not exist.
     """
-    if claim not in CLAIMS:
-        raise UserError(f"claim {claim} is unknown; claims: 1 to {max(CLAIMS)}")
-    lacking = [need.what for need in CLAIMS[claim].needs if not need.met(plan)]
-    return f"no runs with {' and '.join(lacking)}" if lacking else None
+    if unknown := [claim for claim in plan.claims if claim not in CLAIMS]:
+        raise UserError(
+            f"study {plan.name}: claim {unknown[0]} is unknown; claims: {min(CLAIMS)} to {max(CLAIMS)}"
+        )
+    taught = _taught(plan)
+    needed = dict.fromkeys(need for claim in CLAIMS.values() for need in claim.requirements)
+    lacking = [need for need in needed if not need.met(plan, taught)]
+    missing = {
+        number: [need.what for need in claim.requirements if need in lacking]
+        for number, claim in CLAIMS.items()
+    }
+    return {number: f"no runs with {' and '.join(what)}" for number, what in missing.items() if what}
 
 
-def _taught(plan: Plan) -> Iterator[tuple[PlanRun, PlanStudent, PlanTeacher]]:
-    """Runs with a real teacher, one of each student, teacher and arm: seeds do not matter to a need."""
+def _taught(plan: Plan) -> list[Taught]:
+    """Runs with a real teacher, one of each student, teacher and arm: requirements do not ask for seeds."""
     students = {student.name: student for student in plan.students}
     teachers = {teacher.name: teacher for teacher in plan.teachers}
-    for run in {
-        (run.student, run.teacher, run.arm): run for run in plan.runs if run.kind == "student"
-    }.values():
-        if run.student is None or run.teacher is None:
-            continue
-        if not teachers[run.teacher].control:
-            yield run, students[run.student], teachers[run.teacher]
+    rows = {}
+    for run in plan.runs:
+        if run.kind == "student" and run.student is not None and run.teacher is not None:
+            rows[run.student, run.teacher, run.arm] = run, students[run.student], teachers[run.teacher]
+    return [row for row in rows.values() if not row[2].control]
 
 
-def _some(what: str, wanted: Callable[[PlanRun, PlanStudent, PlanTeacher], bool]) -> Need:
-    """A need that one run with a real teacher meets."""
-    return Need(what, lambda plan: any(wanted(*row) for row in _taught(plan)))
+def _some(what: str, wanted: Callable[[PlanRun, PlanStudent, PlanTeacher], bool]) -> Requirement:
+    """A requirement that one run with a real teacher meets."""
+    return Requirement(what, lambda _, taught: any(wanted(*row) for row in taught))
 
 
-def _arm(what: str, **settings: object) -> Need:
-    """A need that a run meets whose arm has all of `settings`."""
+def _arm(what: str, **settings: object) -> Requirement:
+    """A requirement that a run meets whose arm has all of `settings`."""
 
     def wanted(run: PlanRun, _student: PlanStudent, _teacher: PlanTeacher) -> bool:
         arm = run.arm_settings or {}
@@ -69,17 +78,17 @@ def _arm(what: str, **settings: object) -> Need:
 
 def _several(
     what: str, number: int, of: Callable[[PlanRun, PlanStudent, PlanTeacher], tuple[object, object]]
-) -> Need:
-    """A need for `number` values of the second of a pair, beside the same value of the first."""
+) -> Requirement:
+    """A requirement for `number` values of the second of a pair, beside the same value of the first."""
 
-    def met(plan: Plan) -> bool:
+    def met(_plan: Plan, taught: Sequence[Taught]) -> bool:
         found: dict[object, set[object]] = {}
-        for row in _taught(plan):
+        for row in taught:
             key, value = of(*row)
             found.setdefault(key, set()).add(value)
         return any(len(values) >= number for values in found.values())
 
-    return Need(what, met)
+    return Requirement(what, met)
 
 
 def _weaker(student: PlanStudent, teacher: PlanTeacher) -> bool:
@@ -90,10 +99,10 @@ def _undertrained(student: PlanStudent, teacher: PlanTeacher) -> bool:
     return teacher.tokens is not None and teacher.tokens <= strength.UNDERTRAINED * student.tokens
 
 
-def _stepped(plan: Plan) -> int:
+def _stepped(taught: Sequence[Taught]) -> int:
     """Teachers of one student that are used at the small and at the large alpha; of the student with most."""
     alphas: dict[tuple[str, str], set[float | None]] = {}
-    for run, student, teacher in _taught(plan):
+    for run, student, teacher in taught:
         if run.constant:
             alphas.setdefault((student.name, teacher.name), set()).add(run.alpha)
     both = [student for (student, _), own in alphas.items() if {strength.SMALL, strength.LARGE} <= own]
@@ -114,9 +123,9 @@ _LARGE = _some(
     f"an undertrained teacher and alpha >= {strength.LARGE:g}",
     lambda run, s, t: _undertrained(s, t) and (run.alpha or 0.0) >= strength.LARGE,
 )
-_STEPS = Need(
+_STEPS = Requirement(
     f"three teachers of one student at alpha {strength.SMALL:g} and {strength.LARGE:g}",
-    lambda plan: _stepped(plan) >= strength.LINE,
+    lambda _, taught: _stepped(taught) >= strength.LINE,
 )
 _FOUR = _several("four teachers of one student", 4, lambda _r, s, t: (s.name, t.name))
 _BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.shape, t.name), s.tokens))
@@ -124,7 +133,9 @@ _SIZES = _several(
     "students of two sizes at one budget", 2, lambda _r, s, t: ((s.tokens, t.name), s.parameters)
 )
 _PURE = _some("a real teacher at alpha 1", lambda run, _s, _t: run.constant and run.alpha == 1)
-_CONTROL = Need("a control in the teacher's place", lambda plan: any(t.control for t in plan.teachers))
+_CONTROL = Requirement(
+    "a control in the teacher's place", lambda plan, _: any(t.control for t in plan.teachers)
+)
 _TOP_K = _arm("renormalised top-k at alpha 1", truncation="top_k", tail="renormalise", alpha=1)
 _SAMPLED = _some("sampled targets", lambda _r, _s, t: (t.targets or "").startswith("sample"))
 _UNSCALED = _some(
@@ -132,11 +143,15 @@ _UNSCALED = _some(
     lambda run, _s, _t: has_setting(run.arm_settings or {}, "mixing", *objective.UNSCALED),
 )
 _FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm_settings or {}))
-_STAGE = Need("a stage of post_training", lambda plan: any(run.kind == "after" for run in plan.runs))
-_MATCHED = Need("compute_of", lambda plan: any("compute_of" in (r.arm_settings or {}) for r in plan.runs))
-_OWN_DATA = Need(
+_STAGE = Requirement(
+    "a stage of post_training", lambda plan, _: any(run.kind == "after" for run in plan.runs)
+)
+_MATCHED = Requirement(
+    "compute_of", lambda plan, _: any("compute_of" in (r.arm_settings or {}) for r in plan.runs)
+)
+_OWN_DATA = Requirement(
     "a teacher of a student's own batches",
-    lambda plan: (
+    lambda plan, _: (
         not _students_of(plan).isdisjoint(
             (teacher.name, teacher.data_seed) for teacher in plan.teachers if teacher.corpus is None
         )

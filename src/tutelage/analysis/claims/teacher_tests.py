@@ -12,8 +12,8 @@ import numpy as np
 from tutelage.analysis.claims.evidence import (
     Choice,
     Members,
-    Part,
     Series,
+    Test,
     has_setting,
     mean_of,
     minus,
@@ -24,7 +24,7 @@ from tutelage.analysis.stats import exceeds, holm
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from tutelage.analysis.claims.evidence import View
+    from tutelage.analysis.claims.evidence import GainsBySeed
     from tutelage.analysis.gains import Side
     from tutelage.analysis.verdicts import PairFinding, Verdict
 
@@ -39,62 +39,62 @@ _OUTSIDE: Side = "out_of_domain"
 _RELATIONS = {"weak-to-strong": "weaker", "same-level": "same-level", "strong-to-weak": "stronger"}
 
 
-def weak_gains(view: View) -> list[Part]:
+def weak_gains(study: GainsBySeed) -> list[Test]:
     """A weaker teacher at its best alpha, out of domain."""
-    gains = at_best(view, view.pairs("weak-to-strong"), _OUTSIDE)
-    return [Part("gain out of domain, best alpha", gains, "above 0")]
+    gains = at_best(study, study.pairs("weak-to-strong"), _OUTSIDE)
+    return [Test("gain out of domain, best alpha", gains, "above 0")]
 
 
-def weak_alone_hurts(view: View) -> list[Part]:
+def weak_alone_hurts(study: GainsBySeed) -> list[Test]:
     """A weaker teacher at alpha 1, in domain."""
-    gains = at_alphas(view, view.pairs("weak-to-strong"), lambda a: a == 1, _INSIDE)
-    return [Part("gain in domain, alpha 1", gains, "below 0")]
+    gains = at_alphas(study, study.pairs("weak-to-strong"), lambda a: a == 1, _INSIDE)
+    return [Test("gain in domain, alpha 1", gains, "below 0")]
 
 
-def alpha_rises(view: View) -> list[Part]:
+def alpha_rises(study: GainsBySeed) -> list[Test]:
     """Interaction of alpha and strength: slope on the teacher's strength of gain(0.8) less gain(0.2)."""
     slopes: Members = {}
-    for student, pairs in _by_student(view.pairs()):
-        steps = [(_strength(pair), _step(view, pair)) for pair in pairs]
+    for student, pairs in _by_student(study.pairs()):
+        steps = [(_strength(pair), _step(study, pair)) for pair in pairs]
         known = [(place, step) for place, step in steps if step is not None]
         if len(known) >= LINE:
             places, values = zip(*known, strict=True)
             slopes[student] = _coefficient(_line(places), values)
     label = f"rise of gain({LARGE:g}) less gain({SMALL:g}), out of domain, per 10% fewer bits of the teacher"
-    return [Part(label, slopes, "above 0")]
+    return [Test(label, slopes, "above 0")]
 
 
-def _step(view: View, pair: PairFinding) -> Series | None:
+def _step(study: GainsBySeed, pair: PairFinding) -> Series | None:
     """Gain at the large alpha less that at the small one; None without both."""
-    gains = {cell.alpha: view.gain(cell, _OUTSIDE) for cell in view.constants(pair)}
+    gains = {cell.alpha: study.gain(cell, _OUTSIDE) for cell in study.constants(pair)}
     return minus(gains[LARGE], gains[SMALL]) if {LARGE, SMALL} <= gains.keys() else None
 
 
-def same_level(view: View) -> list[Part]:
+def same_level(study: GainsBySeed) -> list[Test]:
     """A teacher of the student's own shape and tokens at its best alpha; in domain not inferior."""
-    pairs = [pair for pair in view.pairs() if pair.nominal == "same-level"]
+    pairs = [pair for pair in study.pairs() if pair.nominal == "same-level"]
     return [
-        Part("gain out of domain, best alpha", at_best(view, pairs, _OUTSIDE), "above 0"),
-        Part("gain in domain, best alpha", at_best(view, pairs, _INSIDE), "not below"),
+        Test("gain out of domain, best alpha", at_best(study, pairs, _OUTSIDE), "above 0"),
+        Test("gain in domain, best alpha", at_best(study, pairs, _INSIDE), "not below"),
     ]
 
 
-def undertrained(view: View) -> list[Part]:
+def undertrained(study: GainsBySeed) -> list[Test]:
     """Undertrained teachers at small and at large alphas, out of domain."""
     pairs = [
         pair
-        for pair in view.pairs()
+        for pair in study.pairs()
         if pair.teacher.tokens is not None and pair.teacher.tokens <= UNDERTRAINED * pair.student.tokens
     ]
-    small = at_alphas(view, pairs, lambda alpha: alpha <= SMALL, _OUTSIDE)
-    large = at_alphas(view, pairs, lambda alpha: alpha >= LARGE, _OUTSIDE)
+    small = at_alphas(study, pairs, lambda alpha: alpha <= SMALL, _OUTSIDE)
+    large = at_alphas(study, pairs, lambda alpha: alpha >= LARGE, _OUTSIDE)
     return [
-        Part(f"gain out of domain, alpha at most {SMALL:g}", small, "above 0"),
-        Part(f"gain out of domain, alpha from {LARGE:g}", large, "below 0"),
+        Test(f"gain out of domain, alpha at most {SMALL:g}", small, "above 0"),
+        Test(f"gain out of domain, alpha from {LARGE:g}", large, "below 0"),
     ]
 
 
-def saturates(view: View) -> list[Part]:
+def saturates(study: GainsBySeed) -> list[Test]:
     """Whether the gain rises less beyond the middle teacher, and whether the strongest is the best.
 
     The saturating form is two straight lines that meet at the median of the teachers' strengths. Each teacher
@@ -102,65 +102,67 @@ def saturates(view: View) -> list[Part]:
     """
     bends: Members = {}
     reversals = []
-    for student, pairs in _by_student(view.pairs()):
+    for student, pairs in _by_student(study.pairs()):
         if len(pairs) >= CURVE:
-            gains = [view.best(view.constants(pair), _OUTSIDE) for pair in pairs]
+            gains = [study.best(study.constants(pair), _OUTSIDE) for pair in pairs]
             bends[student] = _coefficient(_bend([_strength(pair) for pair in pairs]), gains)
-            reversals.append((student, *_reversal(view, pairs)))
-    untested: frozenset[int] = view.choosing if len(reversals) > 1 else frozenset()
+            reversals.append((student, *_reversal(study, pairs)))
+    untested: frozenset[int] = study.choosing if len(reversals) > 1 else frozenset()
     known = [one for one in reversals if one[1] is not None] or reversals
     largest = max(known, key=lambda one: one[1] or 0.0, default=None)
     ahead = {} if largest is None else {largest[0]: Choice((), untested).tested(largest[2])}
     return [
-        Part("rise of the gain per 10% fewer bits of the teacher, beyond the middle teacher less before it",
+        Test("rise of the gain per 10% fewer bits of the teacher, beyond the middle teacher less before it",
              bends, "below 0"),
-        Part("gain of the best other teacher less that of the strongest", ahead, "above 0"),
+        Test("gain of the best other teacher less that of the strongest", ahead, "above 0"),
     ]  # fmt: skip
 
 
-def _reversal(view: View, pairs: Sequence[PairFinding]) -> tuple[float | None, Series]:
+def _reversal(study: GainsBySeed, pairs: Sequence[PairFinding]) -> tuple[float | None, Series]:
     """Lead of the best other teacher over the strongest: on validation text of choosing seeds, and tested."""
     ordered = sorted(pairs, key=_strength)
-    top = view.choose(view.candidates(view.constants(ordered[-1])))
-    rest = view.choose([one for pair in ordered[:-1] for one in view.candidates(view.constants(pair))])
-    best, other = view.validation(top), view.validation(rest)
+    top = study.choose(study.candidates(study.constants(ordered[-1])))
+    rest = study.choose([one for pair in ordered[:-1] for one in study.candidates(study.constants(pair))])
+    best, other = study.validation(top), study.validation(rest)
     lead = None if best is None or other is None else other - best
-    return lead, minus(view.gain_of(rest, _OUTSIDE), view.gain_of(top, _OUTSIDE))
+    return lead, minus(study.gain_of(rest, _OUTSIDE), study.gain_of(top, _OUTSIDE))
 
 
-def outside_more(view: View) -> list[Part]:
+def outside_more(study: GainsBySeed) -> list[Test]:
     """Out-of-domain gain less in-domain gain, both in percent; one test for each relation that there is."""
     parts = []
     for relation, word in _RELATIONS.items():
-        pairs = view.pairs(relation)
-        outside, inside = (at_best(view, pairs, side) for side in (_OUTSIDE, _INSIDE))
+        pairs = study.pairs(relation)
+        outside, inside = (at_best(study, pairs, side) for side in (_OUTSIDE, _INSIDE))
         both = {name: minus(outside[name], inside[name]) for name in outside}
-        parts.append(Part(f"gain out of domain less gain in domain, {word} teachers", both, "above 0"))
+        parts.append(Test(f"gain out of domain less gain in domain, {word} teachers", both, "above 0"))
     found = [part for part in parts if part.members]
-    return found or [Part("gain out of domain less gain in domain", {}, "above 0")]
+    return found or [Test("gain out of domain less gain in domain", {}, "above 0")]
 
 
-def falls_with_tokens(view: View) -> list[Part]:
+def falls_with_tokens(study: GainsBySeed) -> list[Test]:
     """Slope of the gain on the student's tokens, same shape and teacher."""
-    slopes = _student_slopes(view, lambda p: p.student.shape, lambda p: p.student.tokens)
-    return [Part("gain per doubling of the student's tokens", slopes, "below 0")]
+    slopes = _student_slopes(study, lambda p: p.student.shape, lambda p: p.student.tokens)
+    return [Test("gain per doubling of the student's tokens", slopes, "below 0")]
 
 
-def changes_with_size(view: View) -> list[Part]:
+def changes_with_size(study: GainsBySeed) -> list[Test]:
     """Slope of the gain on the student's parameters, same tokens and teacher."""
-    slopes = _student_slopes(view, lambda p: f"{p.student.tokens} tokens", lambda p: p.student.parameters)
-    return [Part("gain per doubling of the student's parameters", slopes, "not 0")]
+    slopes = _student_slopes(study, lambda p: f"{p.student.tokens} tokens", lambda p: p.student.parameters)
+    return [Test("gain per doubling of the student's parameters", slopes, "not 0")]
 
 
-def at_best(view: View, pairs: Iterable[PairFinding], side: Side) -> Members:
+def at_best(study: GainsBySeed, pairs: Iterable[PairFinding], side: Side) -> Members:
     """Gain of each pair at its best constant alpha."""
-    return {named(pair): view.best(view.constants(pair), side) for pair in pairs}
+    return {named(pair): study.best(study.constants(pair), side) for pair in pairs}
 
 
-def at_alphas(view: View, pairs: Iterable[PairFinding], keep: Callable[[float], bool], side: Side) -> Members:
+def at_alphas(
+    study: GainsBySeed, pairs: Iterable[PairFinding], keep: Callable[[float], bool], side: Side
+) -> Members:
     """Gain of each pair that has such alphas, mean over them."""
-    cells = {named(pair): view.constants(pair, keep) for pair in pairs}
-    return {name: mean_of(view.gain(cell, side) for cell in own) for name, own in cells.items() if own}
+    cells = {named(pair): study.constants(pair, keep) for pair in pairs}
+    return {name: mean_of(study.gain(cell, side) for cell in own) for name, own in cells.items() if own}
 
 
 def _by_student(pairs: Iterable[PairFinding]) -> list[tuple[str, list[PairFinding]]]:
@@ -197,7 +199,7 @@ def _coefficient(columns: Sequence[Sequence[float]], values: Sequence[Series]) -
 
 
 def _student_slopes(
-    view: View, same: Callable[[PairFinding], str], size: Callable[[PairFinding], int]
+    study: GainsBySeed, same: Callable[[PairFinding], str], size: Callable[[PairFinding], int]
 ) -> Members:
     """Slope of the out-of-domain gain on log2 of a size of the student, by teacher and what is the same.
 
@@ -209,12 +211,12 @@ def _student_slopes(
         return pair.teacher.name, same(pair)
 
     slopes: Members = {}
-    for key, found in groupby(sorted(view.pairs(), key=group), key=group):
-        richest = {size(pair): pair for pair in sorted(found, key=lambda pair: len(view.constants(pair)))}
-        shared = set.intersection(*({v.alpha for v in view.constants(pair)} for pair in richest.values()))
+    for key, found in groupby(sorted(study.pairs(), key=group), key=group):
+        richest = {size(pair): pair for pair in sorted(found, key=lambda pair: len(study.constants(pair)))}
+        shared = set.intersection(*({v.alpha for v in study.constants(pair)} for pair in richest.values()))
         if len(richest) > 1 and shared:
-            own = [[v for v in view.constants(pair) if v.alpha in shared] for pair in richest.values()]
-            gains = [view.best(cells, _OUTSIDE) for cells in own]
+            own = [[v for v in study.constants(pair) if v.alpha in shared] for pair in richest.values()]
+            gains = [study.best(cells, _OUTSIDE) for cells in own]
             slopes[", ".join(key)] = _coefficient(_line([math.log2(value) for value in richest]), gains)
     return slopes
 
@@ -223,37 +225,37 @@ _SIDES: tuple[Side, Side] = (_INSIDE, _OUTSIDE)
 _CLEAR = 0.05
 
 
-def controls_give_less(view: View) -> list[Part]:
+def controls_give_less(study: GainsBySeed) -> list[Test]:
     """Real teachers less each control, out of domain, each at its best alpha.
 
     A teacher has to beat every control, so there is none to choose. The median over texts, and the mean over
     all texts but the one that adds most, stand beside the mean: one text can carry half of it.
     """
     parts = []
-    for control in (teacher.name for teacher in view.plan.teachers if teacher.control):
-        differences, texts = _less_control(view, control)
+    for control in (teacher.name for teacher in study.plan.teachers if teacher.control):
+        differences, texts = _less_control(study, control)
         if differences:
             label = f"gain of real teachers less that of the {control} control"
-            parts.append(Part(label, differences, "above 0"))
+            parts.append(Test(label, differences, "above 0"))
             parts += _by_text(label, texts)
-    return parts or [Part("gain of real teachers less that of a control", {}, "above 0")]
+    return parts or [Test("gain of real teachers less that of a control", {}, "above 0")]
 
 
-def _less_control(view: View, control: str) -> tuple[Members, dict[str, Members]]:
+def _less_control(study: GainsBySeed, control: str) -> tuple[Members, dict[str, Members]]:
     """Differences from a control by pair: mean over texts, and text by text."""
     differences: Members = {}
     texts: dict[str, Members] = {}
-    for pair in view.pairs():
-        cells = [cell for cell in view.arms(pair.student.name, control) if cell.constant]
+    for pair in study.pairs():
+        cells = [cell for cell in study.arms(pair.student.name, control) if cell.constant]
         if cells:
-            real, smooth = (view.choose(view.candidates(some)) for some in (view.constants(pair), cells))
-            differences[named(pair)] = minus(view.gain_of(real, _OUTSIDE), view.gain_of(smooth, _OUTSIDE))
-            own, theirs = view.texts(real), view.texts(smooth)
+            real, smooth = (study.choose(study.candidates(some)) for some in (study.constants(pair), cells))
+            differences[named(pair)] = minus(study.gain_of(real, _OUTSIDE), study.gain_of(smooth, _OUTSIDE))
+            own, theirs = study.texts(real), study.texts(smooth)
             texts[named(pair)] = {text: minus(own[text], theirs[text]) for text in own if text in theirs}
     return differences, texts
 
 
-def _by_text(label: str, texts: dict[str, Members]) -> list[Part]:
+def _by_text(label: str, texts: dict[str, Members]) -> list[Test]:
     """Parts beside a mean over texts: the median text, and the mean without the text that adds most."""
     names = sorted({text for members in texts.values() for text in members})
     means = {text: [*mean_of(members.get(text, {}) for members in texts.values()).values()] for text in names}
@@ -261,8 +263,8 @@ def _by_text(label: str, texts: dict[str, Members]) -> list[Part]:
         return []
     most = max(names, key=lambda text: fmean(means[text]))
     return [
-        Part(f"{label}, median text", _over_texts(texts, names, median), "above 0", beside=True),
-        Part(
+        Test(f"{label}, median text", _over_texts(texts, names, median), "above 0", beside=True),
+        Test(
             f"{label}, without {most}, the text that adds most",
             _over_texts(texts, [text for text in names if text != most], fmean),
             "above 0",
@@ -283,17 +285,17 @@ def _over_texts(
     return found
 
 
-def compute_matched(view: View) -> list[Part]:
+def compute_matched(study: GainsBySeed) -> list[Test]:
     """Taught students less untaught ones that spent their teacher's forward passes on more tokens."""
     return [
-        Part(f"gain {side.replace('_', ' ')}, taught less untaught of equal compute", leads, "below 0")
-        for side, leads in ((side, _leads(view, side)) for side in _SIDES)
+        Test(f"gain {side.replace('_', ' ')}, taught less untaught of equal compute", leads, "below 0")
+        for side, leads in ((side, _leads(study, side)) for side in _SIDES)
     ]
 
 
-def compute_matched_remark(view: View) -> str:
+def compute_matched_remark(study: GainsBySeed) -> str:
     """How many pairs still win at equal compute."""
-    leads = {side: _leads(view, side) for side in _SIDES}
+    leads = {side: _leads(study, side) for side in _SIDES}
     tests = [(side, [*lead.values()]) for side in _SIDES for lead in leads[side].values() if len(lead) > 1]
     p_values = holm([exceeds(values).p for _, values in tests])
     counts = []
@@ -311,67 +313,67 @@ def compute_matched_remark(view: View) -> str:
     )
 
 
-def _leads(view: View, side: Side) -> Members:
+def _leads(study: GainsBySeed, side: Side) -> Members:
     return {
-        named(pair): minus(view.best(view.constants(pair), side), view.gain(cell, side))
-        for pair, cell in _matched(view)
+        named(pair): minus(study.best(study.constants(pair), side), study.gain(cell, side))
+        for pair, cell in _matched(study)
     }
 
 
-def _matched(view: View) -> list[tuple[PairFinding, Verdict]]:
+def _matched(study: GainsBySeed) -> list[tuple[PairFinding, Verdict]]:
     """Pairs, each with the untaught student that has its compute."""
     return [
         (pair, cell)
-        for pair in view.pairs()
-        for cell in view.arms(pair.student.name, None)
+        for pair in study.pairs()
+        for cell in study.arms(pair.student.name, None)
         if has_setting(cell.arm_settings, "compute_of", pair.teacher.name)
     ]
 
 
-def identical_data(view: View) -> list[Part]:
+def identical_data(study: GainsBySeed) -> list[Test]:
     """Teachers that read the student's own batches: each seed has its own, those of one shape are one arm."""
     arms: dict[tuple[str, str | None, int | None], dict[float, list[Verdict]]] = {}
-    for pair in view.all_pairs():
+    for pair in study.all_pairs():
         teacher = pair.teacher
         if teacher.corpus is not None:
             continue
-        for choice in view.candidates(view.constants(pair)):
+        for choice in study.candidates(study.constants(pair)):
             (cell,) = choice.cells
-            if cell.alpha is not None and teacher.data_seed in view.gain(cell, _OUTSIDE):
+            if cell.alpha is not None and teacher.data_seed in study.gain(cell, _OUTSIDE):
                 kind = pair.student.name, teacher.shape, teacher.tokens
                 arms.setdefault(kind, {}).setdefault(cell.alpha, []).append(cell)
     gains: Members = {}
     for (student, shape, tokens), alphas in arms.items():
-        choice = view.choose([Choice(tuple(cells)) for cells in alphas.values()])
-        gains[f"{student} from {shape} on {tokens} tokens"] = view.gain_of(choice, _OUTSIDE)
-    return [Part("gain out of domain, teacher of the student's own batches", gains, "above 0")]
+        choice = study.choose([Choice(tuple(cells)) for cells in alphas.values()])
+        gains[f"{student} from {shape} on {tokens} tokens"] = study.gain_of(choice, _OUTSIDE)
+    return [Test("gain out of domain, teacher of the student's own batches", gains, "above 0")]
 
 
-def cross_corpus(view: View) -> list[Part]:
+def cross_corpus(study: GainsBySeed) -> list[Test]:
     """Teachers trained on another corpus, on texts that are not of it."""
     gains: Members = {}
-    for pair in view.all_pairs():
+    for pair in study.all_pairs():
         if pair.teacher.corpus is not None:
-            texts = view.texts(view.choose(view.candidates(view.constants(pair))))
+            texts = study.texts(study.choose(study.candidates(study.constants(pair))))
             others = [gain for text, gain in texts.items() if text not in pair.teacher.texts]
             gains[named(pair)] = mean_of(others)
-    return [Part("gain out of domain, teacher of another corpus, on other texts", gains, "above 0")]
+    return [Test("gain out of domain, teacher of another corpus, on other texts", gains, "above 0")]
 
 
-def after_tuning(view: View) -> list[Part]:
+def after_tuning(study: GainsBySeed) -> list[Test]:
     """The best alpha among those that were tuned afterwards, less the baseline after the same stage."""
     gains: Members = {}
-    stages = sorted({cell.stage for cell in view.verdicts if cell.stage is not None})
-    for pair in view.pairs():
+    stages = sorted({cell.stage for cell in study.verdicts if cell.stage is not None})
+    for pair in study.pairs():
         for stage in stages:
             after = {
                 cell.arm: cell
-                for cell in view.arms(pair.student.name, pair.teacher.name, stage)
+                for cell in study.arms(pair.student.name, pair.teacher.name, stage)
                 if cell.constant
             }
-            before = [cell for cell in view.constants(pair) if cell.arm in after]
+            before = [cell for cell in study.constants(pair) if cell.arm in after]
             if before:
-                choice = view.choose(view.candidates(before))
+                choice = study.choose(study.candidates(before))
                 tuned = Choice(tuple(after[cell.arm] for cell in choice.cells), choice.untested)
-                gains[f"{named(pair)}, then {stage}"] = view.gain_of(tuned, _OUTSIDE)
-    return [Part("gain out of domain after post-training", gains, "above 0")]
+                gains[f"{named(pair)}, then {stage}"] = study.gain_of(tuned, _OUTSIDE)
+    return [Test("gain out of domain after post-training", gains, "above 0")]

@@ -23,7 +23,8 @@ from tutelage.analysis.tables import ledger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
+    from tutelage.analysis.claims.judge import JudgedStudy
+    from tutelage.analysis.verdicts import PairFinding, Verdict
     from tutelage.study.results import Results
 
 _CURVE_POINTS = 80
@@ -32,11 +33,9 @@ _MOST_CURVES = 5
 _MOST_BARS = 30
 
 
-def calibration(
-    results: Results, findings: Findings, verdicts: Sequence[Verdict], key: Key, suffix: str
-) -> Figure:
+def calibration(study: JudgedStudy, verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
     """Raw against fitted gain out of domain, and calibration error in and out of domain."""
-    errors = calibration_errors(results, findings)
+    errors = calibration_errors(study)
     rows = [
         {
             "teacher": v.teacher or NO_TEACHER,
@@ -91,12 +90,13 @@ def calibration(
     )
 
 
-def calibration_errors(results: Results, findings: Findings) -> dict[int, dict[str, float]]:
+def calibration_errors(study: JudgedStudy) -> dict[int, dict[str, float]]:
     """ECE and Brier score less the baseline's by cell: ece_in_domain, ece_out_of_domain, brier_..."""
+    results = study.results
     scores = results.scores.filter(pl.col("metric").is_in(["ece", "brier"]), split="test")
     roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
     scores = scores.join(roles, on="domain").select("run", "domain", "role", "metric", "value")
-    pairs = findings.gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
+    pairs = study.findings.gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
     base = base_scores(results).filter(split="test").rename({"value": "base"}).drop("split")
     means = (
         pairs.join(scores, on="run")
@@ -111,9 +111,7 @@ def calibration_errors(results: Results, findings: Findings) -> dict[int, dict[s
     return found
 
 
-def learning_curves(
-    results: Results, findings: Findings, pairs: Sequence[PairFinding], suffix: str
-) -> list[Figure]:
+def learning_curves(study: JudgedStudy, pairs: Sequence[PairFinding], suffix: str) -> list[Figure]:
     """Training cross-entropy against tokens: no teacher, and the best teachers at their best alpha."""
     ranked = sorted(
         (pair for pair in pairs if pair.best is not None),
@@ -121,14 +119,14 @@ def learning_curves(
     )
     kept = [pair for pair in pairs if pair in ranked[:_MOST_CURVES]]
     cells = [pair.best.cell for pair in kept if pair.best is not None]
-    gains = findings.gains.domains.select("cell", "run", "base_run", "seed").unique()
+    gains = study.findings.gains.domains.select("cell", "run", "base_run", "seed").unique()
     chosen = gains.filter(pl.col("cell").is_in(cells))
     names = {pair.best.cell: pair.teacher.name for pair in kept if pair.best is not None}
     taught = chosen.select(
         "run", "seed", teacher=pl.col("cell").replace_strict(names, return_dtype=pl.String)
     )
     alone = chosen.select("seed", run="base_run", teacher=pl.lit(NO_TEACHER)).select("run", "seed", "teacher")
-    curves = pl.concat([alone, taught]).unique().join(results.curves, on="run")
+    curves = pl.concat([alone, taught]).unique().join(study.results.curves, on="run")
     if curves.is_empty():
         return []
     last = float(curves["tokens"].to_numpy().max())
@@ -217,28 +215,27 @@ _FEW_ROWS = 24
 _ENOUGH_FOR_A_CURVE = 3
 
 
-def figures(results: Results, findings: Findings, students: Sequence[str]) -> dict[str | None, list[Figure]]:
+def figures(study: JudgedStudy, students: Sequence[str]) -> dict[str | None, list[Figure]]:
     """Every figure that the finished runs allow, by student in the report's order; last, the study's own.
 
     Args:
-        results: the study.
-        findings: what was found.
+        study: the study.
         students: those to draw.
     """
+    results, findings = study.results, study.findings
     drawn: dict[str | None, list[Figure]] = {}
     for student in students:
         pairs = [pair for pair in findings.pairs if pair.student.name == student]
         verdicts = [v for v in findings.verdicts if v.student == student and v.stage is None]
         if verdicts:
             suffix = "" if len(results.plan.students) == 1 else f"-{_slug(student)}"
-            drawn[student] = _of_student(results, findings, pairs, verdicts, suffix)
+            drawn[student] = _of_student(study, pairs, verdicts, suffix)
     drawn[None] = [cost(results)]
     return drawn
 
 
 def _of_student(
-    results: Results,
-    findings: Findings,
+    study: JudgedStudy,
     pairs: Sequence[PairFinding],
     verdicts: Sequence[Verdict],
     suffix: str,
@@ -257,11 +254,11 @@ def _of_student(
     if len([pair for pair in pairs if pair.best and pair.relation]) >= _ENOUGH_FOR_A_CURVE:
         drawn.append(strength_curves(pairs, suffix))
     if shown:
-        drawn.append(domain_gains(findings, shown, suffix))
+        drawn.append(domain_gains(study.findings, shown, suffix))
     if any(v.fitted for v in verdicts):
-        drawn.append(calibration(results, findings, verdicts, whole, suffix))
-    if results.curves.height:
-        drawn += learning_curves(results, findings, pairs, suffix)
+        drawn.append(calibration(study, verdicts, whole, suffix))
+    if study.results.curves.height:
+        drawn += learning_curves(study, pairs, suffix)
     return drawn
 
 

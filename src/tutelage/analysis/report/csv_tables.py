@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.claims.judge import ClaimResult, JudgedStudy
     from tutelage.analysis.stats import Estimate
     from tutelage.analysis.verdicts import Findings
     from tutelage.study.results import Results
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def save_tables(results: Results, findings: Findings, outcomes: Sequence[Outcome], directory: Path) -> None:
+def save_tables(study: JudgedStudy, directory: Path) -> None:
     """Write `gains.csv`, `pairs.csv`, `claims.csv`, `policies.csv` and `scores.csv` to `directory`.
 
     A table without rows is no file: `policies.csv` needs arms that are no constants.
@@ -34,11 +34,11 @@ def save_tables(results: Results, findings: Findings, outcomes: Sequence[Outcome
     """
     make_directory(directory)
     tables = {
-        "gains": pl.DataFrame(_gains(findings), infer_schema_length=None),
-        "pairs": pl.DataFrame(_pairs(findings), infer_schema_length=None),
-        "claims": pl.DataFrame(_claims(outcomes), infer_schema_length=None),
-        "policies": pl.DataFrame(_policies(results, findings), infer_schema_length=None),
-        "scores": _scores(results),
+        "gains": pl.DataFrame(_gains(study.findings), infer_schema_length=None),
+        "pairs": pl.DataFrame(_pairs(study.findings), infer_schema_length=None),
+        "claims": pl.DataFrame(_claims(study.claims), infer_schema_length=None),
+        "policies": pl.DataFrame(_policies(study), infer_schema_length=None),
+        "scores": _scores(study.results),
     }
     for name, table in tables.items():
         path = directory / f"{name}.csv"
@@ -111,7 +111,7 @@ def _pairs(findings: Findings) -> list[Row]:
     ]
 
 
-def _claims(outcomes: Sequence[Outcome]) -> list[Row]:
+def _claims(outcomes: Sequence[ClaimResult]) -> list[Row]:
     """One row per test of a claim and fit; a test without numbers has a row without an effect.
 
     `answer` and p are of the claim's primary gains; `holds` is of the test by itself. `members` is how many
@@ -127,24 +127,24 @@ def _claims(outcomes: Sequence[Outcome]) -> list[Row]:
             "answer": outcome.answer if primary else None,
             "p": outcome.p if primary else None,
             "p_adjusted": outcome.adjusted if primary else None,
-            "test": tested.part.label,
-            "beside": tested.part.beside,
+            "test": tested.test.label,
+            "beside": tested.test.beside,
             "holds": tested.holds,
-            "members": len(tested.part.members),
-            "statement": tested.part.reads(),
-            "unit": tested.part.unit,
+            "members": len(tested.test.members),
+            "statement": tested.test.reads(),
+            "unit": tested.test.unit,
         }
         | _estimate("effect", tested.effect)
         for outcome in outcomes
         for primary, fit, tests in (
-            (True, outcome.primary, outcome.tested),
-            (False, "raw" if outcome.primary == "unigram" else "unigram", outcome.other),
+            (True, outcome.primary, outcome.tests),
+            (False, outcome.other_fit, outcome.other),
         )
         for tested in tests
     ]
 
 
-def _policies(results: Results, findings: Findings) -> list[Row]:
+def _policies(study: JudgedStudy) -> list[Row]:
     """One row per arm of every pair that has other arms than constants."""
     return [
         {
@@ -160,6 +160,6 @@ def _policies(results: Results, findings: Findings) -> list[Row]:
             "cost": one.cost,
         }
         | _estimate("ahead", one.ahead)
-        for pair, entrants in tournaments(results, findings)
-        for one in entrants
+        for pair, policies in tournaments(study)
+        for one in policies
     ]

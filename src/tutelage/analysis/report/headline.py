@@ -14,7 +14,7 @@ from tutelage.analysis.tables import overhead
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.claims.judge import ClaimResult
     from tutelage.analysis.gains import Side
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
     from tutelage.study.results import Results
@@ -63,14 +63,14 @@ _FEW = 2
 _NAMED = 5
 
 
-def headline(findings: Findings, outcomes: Sequence[Outcome]) -> list[str]:
+def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
     """Answer to: does this teacher help this student? One paragraph per student.
 
     It counts only what survives a correction for everything it looks at. Where the study announced claims,
     they are that family: the first paragraph says which are supported, and the others only show numbers.
     """
     students = list(dict.fromkeys(pair.student.name for pair in findings.pairs))
-    announced = [outcome for outcome in outcomes if outcome.announced]
+    announced = [claim for claim in claims if claim.announced]
     answers = [_claimed(announced)] if announced else []
     for student in students:
         pairs = [pair for pair in findings.pairs if pair.student.name == student]
@@ -82,15 +82,15 @@ def headline(findings: Findings, outcomes: Sequence[Outcome]) -> list[str]:
     return answers
 
 
-def _claimed(announced: Sequence[Outcome]) -> str:
+def _claimed(announced: Sequence[ClaimResult]) -> str:
     """The answer of a study that said beforehand what it would test."""
     texts = [f"{one.text} (claim {one.number})" for one in announced if one.answer == "supported"]
     return f"Supported: {' '.join(texts)}" if texts else "None of the announced claims is supported."
 
 
-def tally(outcomes: Sequence[Outcome]) -> str:
+def tally(claims: Sequence[ClaimResult]) -> str:
     """How the announced claims came out; empty if none was announced."""
-    announced = [outcome for outcome in outcomes if outcome.announced]
+    announced = [claim for claim in claims if claim.announced]
     if not announced:
         return ""
     parts = []

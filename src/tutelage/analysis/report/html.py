@@ -10,23 +10,24 @@ import jinja2
 import polars as pl
 
 from tutelage.analysis.claims.evidence import MARGIN, choosing_seeds
-from tutelage.analysis.claims.judge import LEVEL, judge_claims
+from tutelage.analysis.claims.judge import LEVEL
 from tutelage.analysis.figures.run_figures import figures
 from tutelage.analysis.figures.style import save_all
 from tutelage.analysis.figures.token_figures import comparison_figures
 from tutelage.analysis.report import headline, report_rows, words
 from tutelage.analysis.report.csv_tables import save_tables
 from tutelage.analysis.report.text import sorting
-from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN, Findings, judge
+from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN
 from tutelage.files import write_text
-from tutelage.study.results import Provenance, Results, load_results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.analysis.figures.style import Figure
+    from tutelage.analysis.verdicts import Findings
+    from tutelage.study.results import Provenance, Results
     from tutelage.study.token_tables import TokenComparison
 
 _MOST_DRAWN = 4
@@ -34,24 +35,22 @@ _MOST_DRAWN = 4
 _FEW_VALUES = 8
 
 
-def build_report(directory: Path) -> Path:
-    """Write `report.html`, `figures/*.{svg,png,csv}` and `tables/*.csv` to `directory` from its result files.
+def build_report(study: JudgedStudy, directory: Path) -> Path:
+    """Write `report.html`, `figures/*.{svg,png,csv}` and `tables/*.csv` to `directory`.
 
     Args:
-        directory: a study directory, with `plan.json` and its runs.
+        study: what was judged.
+        directory: where to; usually that of the study.
 
     Returns:
         The path of the report. It needs no network and no other file.
 
     Raises:
-        UserError: there is no valid plan, no finished student with a no-teacher run of its seed, or the
-            directory cannot be written.
+        UserError: the directory cannot be written.
     """
-    results = load_results(directory)
-    findings = judge(results)
-    outcomes = judge_claims(results, findings)
+    results, findings = study.results, study.findings
     students = list(dict.fromkeys(verdict.student for verdict in findings.verdicts))
-    charts = figures(results, findings, students[:_MOST_DRAWN])
+    charts = figures(study, students[:_MOST_DRAWN])
     comparisons = _drawn(results.token_comparisons)
     seen = [chart for _, some in comparisons for chart in some]
     drawings = save_all(
@@ -64,8 +63,8 @@ def build_report(directory: Path) -> Path:
     page = _template().render(
         style=resources.files("tutelage.analysis.report").joinpath("report.css").read_text(encoding="utf-8"),
         plan=results.plan,
-        tally=headline.tally(outcomes),
-        headline=headline.headline(findings, outcomes),
+        tally=headline.tally(study.claims),
+        headline=headline.headline(findings, study.claims),
         students=[_student(results, findings, name, drawn) for name in students],
         undrawn=students[_MOST_DRAWN:],
         cost_figures=drawn[None],
@@ -79,18 +78,18 @@ def build_report(directory: Path) -> Path:
         level=f"{LEVEL:.0%}",
         margin=f"{SAME_LEVEL_MARGIN:.0%}",
         no_difference=f"{MARGIN:g}",
-        tournaments=report_rows.tournament_tables(results, findings),
-        compute=report_rows.compute_rows(results, findings),
-        calibration=report_rows.calibration_rows(results, findings),
+        tournaments=report_rows.tournament_tables(study),
+        compute=report_rows.compute_rows(study),
+        calibration=report_rows.calibration_rows(study),
         spread=report_rows.spread_rows(results),
         costs=report_rows.cost_rows(results),
         notes=headline.notes(results, findings),
         provenance=_provenance(results),
         unfinished=_unfinished(results),
         problems=results.problems,
-        **_claims(results, outcomes),
+        **_claims(study),
     )
-    save_tables(results, findings, outcomes, directory / "tables")
+    save_tables(study, directory / "tables")
     path = directory / "report.html"
     write_text(path, page)
     return path
@@ -115,14 +114,14 @@ def _template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _claims(results: Results, outcomes: tuple[Outcome, ...]) -> dict[str, Any]:
+def _claims(study: JudgedStudy) -> dict[str, Any]:
     """Announced claims, other claims that have runs, and the numbers of those that have none."""
-    others = [outcome for outcome in outcomes if not outcome.announced]
+    others = [outcome for outcome in study.claims if not outcome.announced]
     tested = [outcome for outcome in others if outcome.p is not None]
     return {
-        "claims": report_rows.claim_rows([outcome for outcome in outcomes if outcome.announced]),
+        "claims": report_rows.claim_rows(study.announced),
         "explored": report_rows.claim_rows(tested),
-        "choosing": words.listed_seeds(choosing_seeds(results.plan)),
+        "choosing": words.listed_seeds(choosing_seeds(study.results.plan)),
         "untested": [outcome.number for outcome in others if outcome.p is None],
     }
 

@@ -13,7 +13,7 @@ from tutelage.analysis.tables import equal_compute, ledger, seed_spread, tournam
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tutelage.analysis.claims.judge import Outcome, Tested
+    from tutelage.analysis.claims.judge import ClaimResult, JudgedStudy, TestResult
     from tutelage.analysis.gains import Fit
     from tutelage.analysis.stats import Estimate
     from tutelage.analysis.texts import TextSpread
@@ -26,7 +26,7 @@ _SHOWN_DIGITS = 100
 _FITS: dict[Fit, str] = {"raw": "raw", "temperature": "temperature fitted", "unigram": "calibration fitted"}
 
 
-def claim_rows(outcomes: Sequence[Outcome]) -> list[Row]:
+def claim_rows(outcomes: Sequence[ClaimResult]) -> list[Row]:
     """Claims with their answers, effects and what would decide them."""
     return [
         {
@@ -34,10 +34,10 @@ def claim_rows(outcomes: Sequence[Outcome]) -> list[Row]:
             "text": outcome.text,
             "answer": outcome.answer,
             "p": "" if outcome.adjusted is None else _p(outcome.adjusted),
-            "parts": [_part(tested) for tested in outcome.tested],
+            "parts": [_test(tested) for tested in outcome.tests],
             "primary": _FITS[outcome.primary],
-            "other": _FITS["raw" if outcome.primary == "unigram" else "unigram"],
-            "other_parts": [_part(tested) for tested in outcome.other],
+            "other": _FITS[outcome.other_fit],
+            "other_parts": [_test(tested) for tested in outcome.other],
             "open": outcome.open,
             "remark": outcome.remark,
         }
@@ -49,15 +49,15 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"  # noqa: PLR2004 - three digits are shown
 
 
-def _part(tested: Tested) -> Row:
-    part, effect = tested.part, tested.effect
+def _test(result: TestResult) -> Row:
+    test, effect = result.test, result.effect
     numbers = None
     if effect is not None:
         spread = f"{_number(effect.low)} to {_number(effect.high)}"
-        unit = part.unit if part.unit in {"", "%"} else f" {part.unit}"
+        unit = test.unit if test.unit in {"", "%"} else f" {test.unit}"
         numbers = f"{_number(effect.mean)}{unit} ({spread}; n = {effect.n})"
-    label = f"{part.label} (beside)" if part.beside else part.label
-    return {"label": label, "reads": part.reads(), "effect": numbers, "holds": tested.holds}
+    label = f"{test.label} (beside)" if test.beside else test.label
+    return {"label": label, "reads": test.reads(), "effect": numbers}
 
 
 def _number(value: float) -> str:
@@ -160,7 +160,7 @@ def domain_table(findings: Findings, student: str) -> Row:
     return {"columns": [f"{v.teacher}, {v.arm}" for v in best], "fitted": fitted, "rows": rows}
 
 
-def tournament_tables(results: Results, findings: Findings) -> list[Row]:
+def tournament_tables(study: JudgedStudy) -> list[Row]:
     """One table per pair with other arms than constants."""
     return [
         {
@@ -175,14 +175,14 @@ def tournament_tables(results: Results, findings: Findings) -> list[Row]:
                     ),
                     "cost": "" if one.cost is None else f"{one.cost:.2f}",
                 }
-                for one in entrants
+                for one in policies
             ],
         }
-        for pair, entrants in tournaments(results, findings)
+        for pair, policies in tournaments(study)
     ]
 
 
-def compute_rows(results: Results, findings: Findings) -> list[Row]:
+def compute_rows(study: JudgedStudy) -> list[Row]:
     """Pairs at equal tokens and at equal compute."""
     return [
         {
@@ -193,16 +193,16 @@ def compute_rows(results: Results, findings: Findings) -> list[Row]:
             "matched": None if one.matched is None else verdict_row(one.matched)["gains"],
             "lead": [None if lead is None else _gain(lead) for lead in one.lead.values()],
         }
-        for one in equal_compute(results, findings)
+        for one in equal_compute(study)
         if one.pair.best is not None
     ]
 
 
-def calibration_rows(results: Results, findings: Findings) -> list[Row]:
+def calibration_rows(study: JudgedStudy) -> list[Row]:
     """Pairs at their best alpha: raw and fitted gains out of domain, change of ECE and Brier score."""
-    errors = calibration_errors(results, findings)
+    errors = calibration_errors(study)
     rows = []
-    for pair in findings.pairs:
+    for pair in study.findings.pairs:
         if pair.best is None or pair.best.fitted is None:
             continue
         own = errors.get(pair.best.cell, {})

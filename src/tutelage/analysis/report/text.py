@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.analysis.claims.judge import judge_claims
 from tutelage.analysis.report import headline, words
 from tutelage.analysis.score_warnings import score_warnings
-from tutelage.analysis.verdicts import judge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import Console
 
-    from tutelage.analysis.claims.judge import Outcome
+    from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.analysis.verdicts import Findings, Verdict
-    from tutelage.study.results import Results
     from tutelage.study.token_tables import TokenComparison
     from tutelage.types import Score
 
@@ -251,14 +248,9 @@ _MANY = 24
 """More verdicts than this would not be read: each pair's best is shown."""
 
 
-def print_verdicts(results: Results, console: Console) -> None:
-    """Print the verdicts, the claims that the study announced, and the headline answer.
-
-    Raises:
-        UserError: as `judge`.
-    """
-    findings = judge(results)
-    outcomes = judge_claims(results, findings)
+def print_verdicts(study: JudgedStudy, console: Console) -> None:
+    """Print the verdicts, the claims that the study announced, and the headline answer."""
+    results, findings = study.results, study.findings
     headings, rows = verdict_table(findings)
     table = Table(
         title=Text(results.plan.title),
@@ -271,9 +263,9 @@ def print_verdicts(results: Results, console: Console) -> None:
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
-    for paragraph in headline.headline(findings, outcomes):
+    for paragraph in headline.headline(findings, study.claims):
         console.print(Text(paragraph))
-    _print_claims(outcomes, console)
+    _print_claims(study, console)
     for warning in score_warnings(results.scores.iter_rows(named=True)):
         console.print(Text(f"warning: {warning}"))
     for problem in results.problems:
@@ -334,17 +326,16 @@ def _shown(findings: Findings) -> list[Verdict]:
     return [pair.best for pair in findings.pairs if pair.best is not None]
 
 
-def _print_claims(outcomes: Sequence[Outcome], console: Console) -> None:
-    announced = [outcome for outcome in outcomes if outcome.announced]
-    if not announced:
+def _print_claims(study: JudgedStudy, console: Console) -> None:
+    if not study.announced:
         return
     table = Table(box=None, caption_justify="left", caption="p: two-sided, Holm over the announced claims")
     for heading in ("claim", "", "effect", "p", "answer"):
         table.add_column(heading)
-    for outcome in announced:
-        first = outcome.tested[0]
-        effect = "" if first.effect is None else f"{first.effect.mean:+.2f} {first.part.unit}"
+    for outcome in study.announced:
+        first = outcome.tests[0]
+        effect = "" if first.effect is None else f"{first.effect.mean:+.2f} {first.test.unit}"
         p = "" if outcome.adjusted is None else f"{outcome.adjusted:.3f}"
         table.add_row(str(outcome.number), Text(outcome.text), effect, p, outcome.answer)
     console.print(table)
-    console.print(Text(headline.tally(outcomes)))
+    console.print(Text(headline.tally(study.claims)))
