@@ -146,11 +146,11 @@ def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
         for student in students:
             closing.callback(student.close)
             student.resume(cohort=len(students))
-        errors = train(students, progress, partial(_evaluate, progress))
+        train(students, progress, partial(_evaluate, progress))
     if world.is_main:
-        errors += _export(students)
+        _export(students)
     distributed.barrier()
-    return errors
+    return [student.error for student in students if student.error is not None]
 
 
 def _announce(student: Student, progress: Progress) -> None:
@@ -184,18 +184,15 @@ def _evaluate(progress: Progress, student: Student) -> None:
         progress.note(f"step {student.step:,}, bits per byte of validation text: {values}")
 
 
-def _export(students: Sequence[Student]) -> list[UserError]:
-    """Write the model directories of the trained students; return the errors of those that failed."""
-    errors = []
+def _export(students: Sequence[Student]) -> None:
+    """Write the model directories of the trained students, and mark those as failed where that fails."""
     with stop_signal():  # a directory that is begun is finished
         for student in students:
-            if student.step == student.steps:
+            if student.error is None and student.step == student.steps:
                 try:
                     export(student)
                 except UserError as error:
                     student.mark_failed(error)
-                    errors.append(error)
-    return errors
 
 
 def _score(runs: Sequence[Run], progress: Progress) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tutelage.config.run_config import RunConfig
-    from tutelage.train.student import StepInputs, Student
-    from tutelage.types import Batch, StepReport
+    from tutelage.train.student import Student
+    from tutelage.types import Batch
 
 
 def check_cohort(configs: Sequence[RunConfig]) -> None:
@@ -54,22 +54,16 @@ def check_cohort(configs: Sequence[RunConfig]) -> None:
             check_serves(config.teacher.path, config.objective)
 
 
-def train(
-    students: Sequence[Student], progress: Progress, evaluate: Callable[[Student], None]
-) -> list[UserError]:
+def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[Student], None]) -> None:
     """Train every student to the end of its budget.
 
     The students read the same batches and share one teacher, whose targets are computed once for all of them.
-    One whose loss breaks is marked as failed and left out; the others continue.
+    One that fails, because its loss is not finite for example, is left out; the others continue.
 
     Args:
         students: resumed from their checkpoints.
         progress: is told every step.
         evaluate: called with a student every `eval.every` tokens, on the main process.
-
-    Returns:
-        What was wrong with the students that were left out: a loss that is not finite, or a directory that
-        cannot be written.
 
     Raises:
         Stopped: on SIGINT or SIGTERM, after writing a checkpoint of every student.
@@ -82,7 +76,6 @@ def train(
         progress.note(f"going on after step {first:,} of {last:,}")
     progress.start(stage, last, "steps", first)
     teacher = next((s.teacher for s in students if s.teacher is not None), None)
-    errors: list[UserError] = []
     upcoming = _micro_batches(lead, first)
     with stop_signal() as stop:
         for step in range(first, last):
@@ -98,7 +91,7 @@ def train(
             progress.advance(stage, step + 1)
             stopping = distributed.anywhere(stop.is_set(), lead.world.device)
             rows = [
-                _finish_step(one, report, errors, stopping=stopping)
+                one.student.finish_step(one, report, stopping=stopping)
                 for one, report in zip(inputs, reports, strict=True)
             ]
             if rows and rows[0] is not None:
@@ -109,19 +102,6 @@ def train(
             if not left:
                 break
     progress.finish(stage)
-    return errors
-
-
-def _finish_step(
-    inputs: StepInputs, report: StepReport, errors: list[UserError], *, stopping: bool
-) -> dict[str, float] | None:
-    """Count a student's step and return its log row, if any; what ends its run is added to `errors`."""
-    try:
-        return inputs.student.finish_step(inputs, report, stopping=stopping)
-    except UserError as error:
-        inputs.student.mark_failed(error)
-        errors.append(error)
-        return None
 
 
 def _micro_batches(student: Student, step: int) -> list[Batch]:

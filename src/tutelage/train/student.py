@@ -61,7 +61,7 @@ class Student:
         cohort: students that train together.
         step: optimizer steps taken.
         teacher_tokens: tokens the teacher has been run on.
-        failed: whether it cannot be trained further.
+        error: why it cannot be trained further.
     """
 
     config: RunConfig
@@ -87,7 +87,7 @@ class Student:
     cohort: int = 1
     step: int = 0
     teacher_tokens: int = 0
-    failed: bool = False
+    error: UserError | None = None
     _trackers: list[Tracker] = field(default_factory=list)
     _start: float = 0.0
     _logged: tuple[int, float] = (0, 0.0)
@@ -106,7 +106,7 @@ class Student:
     @property
     def has_steps_left(self) -> bool:
         """Whether it is to take another step."""
-        return not self.failed and self.step < self.steps
+        return self.error is None and self.step < self.steps
 
     def learn_from(self, teacher: Teacher) -> None:
         """Take the open teacher that the run's config names."""
@@ -172,6 +172,8 @@ class Student:
     ) -> dict[str, float] | None:
         """Count a step that was taken; log and save where that is due, and at the end.
 
+        A loss that is not finite, or a directory that cannot be written, marks the student as failed.
+
         Args:
             inputs: of the step.
             report: what came out of it.
@@ -179,10 +181,16 @@ class Student:
 
         Returns:
             The row of metrics.jsonl, if one was written.
-
-        Raises:
-            UserError: the loss is not finite.
         """
+        try:
+            return self._finish_step(inputs, report, stopping=stopping)
+        except UserError as error:
+            self.mark_failed(error)
+            return None
+
+    def _finish_step(
+        self, inputs: StepInputs, report: StepReport, *, stopping: bool
+    ) -> dict[str, float] | None:
         config, batch_tokens = self.config, self.config.global_batch_tokens
         self.policy.observe(self.step, report.ce, report.teacher_ce)
         self.step += 1
@@ -205,7 +213,7 @@ class Student:
 
     def mark_failed(self, error: UserError) -> None:
         """Record why this run cannot continue; no steps are left for it."""
-        self.failed = True
+        self.error = error
         if self.world.is_main:
             self.directory.write_state("failed", error=str(error))
 

@@ -47,6 +47,18 @@ def test_a_rate_far_too_high_is_one_line(make_config, lr, taught, log_every):
     assert_nothing_broken_is_saved(directory_of(config))
 
 
+def test_damage_that_is_found_at_the_last_step_is_not_exported(make_config, monkeypatch):
+    config = make_config(
+        optim=HOT | {"lr": 1e30},
+        checkpoint={"every": "1M"},
+        runtime={"device": "cpu", "threads": 1, "log_every": 1000},
+    )
+    monkeypatch.setattr("tutelage.run.export", None)
+    with pytest.raises(UserError, match=r"step 12: loss is .*lower optim\.lr"):
+        run(config)
+    assert_nothing_broken_is_saved(directory_of(config))
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_the_good_run_of_a_cohort_ends_as_it_does_alone(make_config, tmp_path, order):
     good = make_config(name="good", seed=5)
