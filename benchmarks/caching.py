@@ -24,8 +24,9 @@ from students import opened
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
+from tutelage.data.build import build_store
 from tutelage.data.loader import Loader
-from tutelage.data.store import build_store, open_store
+from tutelage.data.store import open_store
 from tutelage.models import hub, shapes
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.job import load_job, plan_cache

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from students import opened
 from tutelage.config.data_config import StoreConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.models import hub, shapes
 from tutelage.train.step import train_step
 from tutelage.train.student import StepInputs, Student

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from tutelage.config.data_config import CorpusSource, StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 
 VOCABULARIES = (512, 4096)
 

@@ -23,7 +23,8 @@ import torch
 
 from tutelage.cli.progress import RichProgress
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.evals.domains import SUITES
 from tutelage.evals.evaluate import EvalRequest, evaluate, select

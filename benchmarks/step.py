@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from students import opened
 from tutelage.config.data_config import StoreConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.train.optim import learning_rate
 from tutelage.train.step import train_step
 from tutelage.train.student import StepInputs, Student

@@ -29,7 +29,8 @@ from pydantic import TypeAdapter
 from tutelage.analysis.figures.style import GREY, INK, PALETTE, Figure, inline, save_all
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.teacher_config import Format
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.models import hub
 from tutelage.objective.objective import dense_logits
 from tutelage.teachers.cache.codec import CodecSettings, HiddenRows

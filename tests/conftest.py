@@ -14,7 +14,7 @@ from tutelage.cli.main import main
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,8 @@ import polars as pl
 from tutelage.cli.progress import RichProgress
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.study.engines.local import LocalEngine, default_workers
 from tutelage.study.expand import expand
 from tutelage.study.leases import Failures, Leases

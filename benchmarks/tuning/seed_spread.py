@@ -22,7 +22,7 @@ from tutelage.cli.progress import RichProgress
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.run import run
 
 FIRST_SEED = 43

@@ -20,7 +20,7 @@ _HOME = {
     "StoreConfig": "tutelage.config.data_config",
     "StudyConfig": "tutelage.config.study_config",
     "UserError": "tutelage.errors",
-    "build_store": "tutelage.data.store",
+    "build_store": "tutelage.data.build",
     "chunked_objective": "tutelage.objective",
     "open_store": "tutelage.data.store",
     "reference_objective": "tutelage.objective",

@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import EvalRequest, evaluate
 from tutelage.evals.evaluated_model import find_model

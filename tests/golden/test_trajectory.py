@@ -19,7 +19,7 @@ import torch
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.run import run
 
 RECORD = Path(__file__).with_name("trajectory.json")

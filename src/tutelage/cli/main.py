@@ -240,7 +240,7 @@ def data_build(
 ) -> None:
     """Text to token store: read, deduplicate, split by document, tokenise, checksum."""
     from tutelage.cli.progress import RichProgress, out
-    from tutelage.data.store import build_store
+    from tutelage.data.build import build_store
 
     settings = _store_config(config, corpus, overrides or [])
     with RichProgress() as progress:

@@ -26,6 +26,7 @@ from tutelage.config.data_config import (
 from tutelage.data import hub_rows, text_files
 from tutelage.data.chat import Piece, read_pairs
 from tutelage.data.corpora import find_corpus, find_pairs
+from tutelage.data.store_manifest import Left
 from tutelage.data.text_files import BadRowError
 from tutelage.errors import UserError
 
@@ -80,21 +81,6 @@ class Tally:
     bytes: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: {"null": 0, "blank": 0, "duplicate": 0, "bad": 0})
     first_bad: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What a mixture did not take of one source because another ran out.
-
-    Attributes:
-        documents: documents left, distinct from those taken.
-        bytes: their bytes of UTF-8.
-        is_all: whether that is everything; otherwise counting ended there.
-    """
-
-    documents: int
-    bytes: int
-    is_all: bool
 
 
 def describe(source: Source) -> dict[str, JsonValue]:
@@ -180,7 +166,7 @@ class Mixture:
             if self.tallies[index].bytes >= _COUNTED_BYTES:
                 break
         rest, self.tallies[index] = self.tallies[index], taken
-        return Left(rest.documents, rest.bytes, is_all=rest.bytes < _COUNTED_BYTES)
+        return Left(documents=rest.documents, bytes=rest.bytes, is_all=rest.bytes < _COUNTED_BYTES)
 
     def _distinct(self, source: Source, index: int, chat: Chat | None) -> Iterator[Document]:
         """The documents of one source that are neither blank nor seen before, counted in its tally."""

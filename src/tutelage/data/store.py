@@ -10,48 +10,24 @@ token: bytes of the source text that it stands for; 0 for what begins and closes
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from tutelage.config.data_config import FilesSource
-from tutelage.config.load import digest
-from tutelage.data.sources import Mixture, describe
-from tutelage.data.store_manifest import (
-    SCHEMA_VERSION,
-    SCORED,
-    LeftRecord,
-    Manifest,
-    SourceRecord,
-    SplitRecord,
-    check_splits,
-    read_manifest,
-)
-from tutelage.data.store_writer import training_texts, write_splits
-from tutelage.data.text_files import cut_size, known_bytes
-from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
+from tutelage.data.store_manifest import Manifest, file_endings, read_manifest
 from tutelage.errors import UserError
-from tutelage.files import atomic_directory, free_bytes, lock, make_directory, write_text
-from tutelage.progress import NullProgress
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from pydantic import JsonValue
 
-    from tutelage.config.data_config import StoreConfig
-    from tutelage.data.chat import Chat
-    from tutelage.data.tokenizer import TextTokenizer
-    from tutelage.progress import Progress
     from tutelage.types import Split
 
-_IDX_ROW, _BYTES_OF_COUNT = 16, 4
 _COUNT_TOKENS = 2**24
 
 
@@ -108,17 +84,12 @@ class Store:
         return self.manifest.begin_ids
 
     def split(self, name: Split) -> SplitView:
-        """Map the split `name`; nothing is read before it is looked at."""
-        record = self.manifest.splits[name]
-        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        per_token = (record.tokens,)
-        files = {ending: self.path / f"{name}.{ending}" for ending in ("bin", "idx", "mask", "bytes")}
-        return SplitView(
-            tokens=_mapped(files["bin"], dtype, per_token),
-            offsets=_mapped(files["idx"], np.dtype("<u8"), (record.documents + 1, 2)),
-            mask=_mapped(files["mask"], np.dtype(np.uint8), per_token) if self.manifest.masked else None,
-            bytes=_mapped(files["bytes"], np.dtype("<u4"), per_token) if name in SCORED else None,
-        )
+        """Map the split `name`; nothing is read before it is used."""
+        found = {
+            ending: _mapped(self.path / f"{name}.{ending}", dtype, shape)
+            for ending, dtype, shape in _arrays(self.manifest, name)
+        }
+        return SplitView(found["bin"], found["idx"], found.get("mask"), found.get("bytes"))
 
 
 def token_counts(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
@@ -129,101 +100,6 @@ def token_counts(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
     return counts_V
 
 
-def build_store(config: StoreConfig, output: Path, progress: Progress | None = None) -> Path:
-    """Build the token store of `config` in `output`, or return the one that is there already.
-
-    The directory is `<output>/<name>-<hash8>`, where the hash covers the config without its name and
-    the identity of every input. It appears only when it is complete. Memory does not grow with the
-    text, but for 16 bytes and Python's overhead per document.
-
-    Args:
-        config: sources, tokenizer, split.
-        output: directory of stores; made if need be.
-        progress: is told the bytes of text read, for the tokenizer and then for the tokens.
-
-    Returns:
-        The store's directory.
-
-    Raises:
-        UserError: a source or the tokenizer cannot be read, a split that is to have text has none, or the
-            disk is too small.
-    """
-    progress = progress or NullProgress()
-    place = None if config.tokenizer.path is None else find_tokenizer(config.tokenizer.path)
-    ready = None if place is None else load_tokenizer(place)
-    chat = None if ready is None or place is None else _chat(config, ready, place)
-    named = special_tokens(place, Tokenizer.from_str(ready.json)) if ready and place else {}
-    named |= chat.settings if chat else {}
-    sources = [describe(source) for source in config.sources]
-    identity = {
-        "schema_version": SCHEMA_VERSION,
-        "config": _hashed(config),
-        "sources": sources,
-        "tokenizer": ready and [ready.sha256, ready.end_of_text, *([named] if named else [])],
-    }
-    path = output / f"{config.name}-{digest(identity)}"
-    if _is_built(path):
-        return path
-    make_directory(output)
-    _check_space(config, output)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock(output / f".{path.name}.lock", f"store {path}"))
-        if _is_built(path):  # by another process, which some may be reading by now
-            return path
-        partial = stack.enter_context(atomic_directory(path))
-        tokenizer = ready or train_tokenizer(training_texts(config, progress), config.tokenizer.vocab_size)
-        tokenizer.save(partial, named)
-        mixture = Mixture(config.sources, config.max_bytes, chat)
-        splits, changed_example = write_splits(config, tokenizer, mixture, partial, progress)
-        records = _source_records(config, sources, mixture)
-        manifest = _manifest(config, tokenizer, records, mixture, splits, changed_example)
-        check_splits(config, manifest)
-        write_text(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
-    return path
-
-
-def _manifest(
-    config: StoreConfig,
-    tokenizer: TextTokenizer,
-    sources: tuple[SourceRecord, ...],
-    mixture: Mixture,
-    splits: dict[Split, SplitRecord],
-    changed_example: str | None,
-) -> Manifest:
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=config.name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        config=config.model_dump(mode="json"),
-        vocab_size=tokenizer.vocab_size,
-        dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",  # noqa: PLR2004 - bytes of uint16
-        eos_id=tokenizer.eos_id,
-        begin_ids=tokenizer.begin_ids,
-        tokenizer_sha256=tokenizer.sha256,
-        sources=sources,
-        ended_by=mixture.ended_by,
-        changed_example=changed_example,
-        splits=splits,
-    )
-
-
-def _source_records(
-    config: StoreConfig, described: list[dict[str, JsonValue]], mixture: Mixture
-) -> tuple[SourceRecord, ...]:
-    return tuple(
-        SourceRecord(
-            source=identity,
-            weight=source.weight,
-            document_bytes=cut_size(source) if isinstance(source, FilesSource) else None,
-            left=None if left is None else LeftRecord(**asdict(left)),
-            **asdict(tally),
-        )
-        for source, identity, tally, left in zip(
-            config.sources, described, mixture.tallies, mixture.count_left(), strict=True
-        )
-    )
-
-
 def open_store(path: Path) -> Store:
     """Open a token store and check that its files have the right sizes.
 
@@ -231,14 +107,9 @@ def open_store(path: Path) -> Store:
         UserError: it is no token store, has another schema version, or a file is missing or cut short.
     """
     manifest = read_manifest(path)
-    itemsize = np.dtype(manifest.dtype).itemsize
-    for name, record in manifest.splits.items():
-        _check_size(path / f"{name}.bin", record.tokens * itemsize)
-        _check_size(path / f"{name}.idx", (record.documents + 1) * _IDX_ROW)
-        if manifest.masked:
-            _check_size(path / f"{name}.mask", record.tokens)
-        if name in SCORED:
-            _check_size(path / f"{name}.bytes", _BYTES_OF_COUNT * record.tokens)
+    for name in manifest.splits:
+        for ending, dtype, shape in _arrays(manifest, name):
+            _check_size(path / f"{name}.{ending}", dtype.itemsize * math.prod(shape))
     return Store(path, manifest)
 
 
@@ -266,44 +137,17 @@ def verify_store(path: Path) -> Store:
     return store
 
 
-def _hashed(config: StoreConfig) -> dict[str, Any]:
-    """The settings that a store's name covers beside its inputs, which enter by content: no places."""
-    fields = config.model_dump(mode="json", exclude={"name"})
-    for source in fields["sources"]:
-        source.pop("paths", None)
-    if config.tokenizer.path is not None:  # then nothing else in its section is used
-        fields.pop("tokenizer")
-    return fields
-
-
-def _chat(config: StoreConfig, tokenizer: TextTokenizer, place: Path) -> Chat | None:
-    if not config.uses_chat:
-        return None
-    from tutelage.data.chat import load_chat  # noqa: PLC0415 - imports jinja2 and more, rarely needed
-
-    return load_chat(tokenizer, place)
-
-
-def _is_built(path: Path) -> bool:
-    try:
-        read_manifest(path)
-    except UserError:
-        return False
-    return True
-
-
-def _check_space(config: StoreConfig, output: Path) -> None:
-    """Refuse early when the text's size is known and half a byte on disk per byte of text does not fit.
-
-    A large vocabulary needs about half a byte, a small one up to one.
-    """
-    known = sum(known_bytes(source) for source in config.sources if isinstance(source, FilesSource))
-    needed = min(known, config.max_bytes or known) // 2
-    free = free_bytes(output)
-    if needed > free:
-        raise UserError(
-            f"{output}: the store needs at least {needed / 1e6:,.0f} MB, free are {free / 1e6:,.0f} MB"
-        )
+def _arrays(manifest: Manifest, split: Split) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    """Yield the ending of each file of a split, and type and shape of the array in it."""
+    record = manifest.splits[split]
+    known: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        "bin": (np.dtype(manifest.dtype).newbyteorder("<"), (record.tokens,)),
+        "idx": (np.dtype("<u8"), (record.documents + 1, 2)),
+        "mask": (np.dtype(np.uint8), (record.tokens,)),
+        "bytes": (np.dtype("<u4"), (record.tokens,)),
+    }
+    for ending in file_endings(split, masked=manifest.masked):
+        yield ending, *known[ending]
 
 
 def _check_size(path: Path, expected: int) -> None:

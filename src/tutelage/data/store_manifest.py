@@ -12,11 +12,10 @@ from tutelage.records import Record, read_manifest_file
 from tutelage.types import Split
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from tutelage.config.data_config import StoreConfig
-    from tutelage.data.sources import Tally
 
 SCHEMA_VERSION = 2
 """Raised when what a build writes changes. It is part of a store's name, so old stores are not reused."""
@@ -25,6 +24,11 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 SCORED: tuple[Split, Split] = ("validation", "test")
 """Splits that are scored: choices and fits are made on the first, results are reported on the second."""
+
+
+def file_endings(split: Split, *, masked: bool) -> tuple[str, ...]:
+    """Return the endings of the files of `split`, in order; `masked`: the store has prompts."""
+    return ("bin", "idx", *(("mask",) if masked else ()), *(("bytes",) if split in SCORED else ()))
 
 
 class SplitRecord(Record, extra="forbid"):
@@ -49,7 +53,7 @@ class SplitRecord(Record, extra="forbid"):
     files: dict[str, str]
 
 
-class LeftRecord(Record, extra="forbid"):
+class Left(Record, extra="forbid"):
     """What the mixture did not take of a source because another one ran out.
 
     Attributes:
@@ -84,7 +88,7 @@ class SourceRecord(Record, extra="forbid"):
     dropped: dict[str, int]
     first_bad: str | None
     document_bytes: int | None
-    left: LeftRecord | None
+    left: Left | None
 
 
 class Manifest(Record, extra="forbid"):
@@ -132,7 +136,7 @@ class Manifest(Record, extra="forbid"):
         checksums = [self.tokenizer_sha256]
         for name in SPLITS:
             files = self.splits[name].files
-            checksums += [files[f"{name}.{ending}"] for ending in _endings(self, name)]
+            checksums += [files[f"{name}.{ending}"] for ending in file_endings(name, masked=self.masked)]
         return hashlib.sha256("\n".join(checksums).encode()).hexdigest()
 
 
@@ -154,15 +158,10 @@ def read_manifest(store: Path) -> Manifest:
     return manifest
 
 
-def _endings(manifest: Manifest, split: Split) -> tuple[str, ...]:
-    masks = ("mask",) if manifest.masked else ()
-    return ("bin", "idx", *masks, *(("bytes",) if split in SCORED else ()))
-
-
 def _check_complete(path: Path, manifest: Manifest) -> None:
     for name in SPLITS:
         files = manifest.splits[name].files if name in manifest.splits else {}
-        if set(files) != {f"{name}.{ending}" for ending in _endings(manifest, name)}:
+        if set(files) != {f"{name}.{ending}" for ending in file_endings(name, masked=manifest.masked)}:
             raise UserError(
                 f"{path}: not the manifest of a token store (splits.{name} is missing or incomplete)"
             )
@@ -245,16 +244,16 @@ def check_splits(config: StoreConfig, manifest: Manifest) -> None:
         )
 
 
-def rows_left_out(source: Tally | SourceRecord) -> str:
-    """How many rows of a source are not used for which reason; "" if all are."""
-    counts = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items() if count)
-    first = f"; the first bad one: {source.first_bad}" if source.first_bad else ""
+def rows_left_out(dropped: Mapping[str, int], first_bad: str | None) -> str:
+    """Say how many rows of a source are not used for which reason; "" if all are."""
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+    first = f"; the first bad one: {first_bad}" if first_bad else ""
     return f"rows left out: {counts}{first}" if counts else ""
 
 
 def _of_source(number: str, record: SourceRecord) -> Iterator[str]:
     name = f"{number} ({source_name(record.source)})"
-    left_out = rows_left_out(record)
+    left_out = rows_left_out(record.dropped, record.first_bad)
     if left_out:
         yield f"{name}: {left_out}"
     if record.documents == 0:
@@ -280,7 +279,7 @@ def _of_mixture(manifest: Manifest) -> Iterator[str]:
             )
 
 
-def _amount(left: LeftRecord | None) -> str:
+def _amount(left: Left | None) -> str:
     if left is None:
         return "an unknown rest"
     return f"{'' if left.is_all else 'more than '}{left.documents:,} documents ({left.bytes:,} bytes)"

@@ -15,8 +15,9 @@ from pydantic import Field
 from tutelage.config.base import Fraction, Name, Section
 from tutelage.config.data_config import CorpusSource, Source, StoreConfig, TokenizerConfig
 from tutelage.config.load import load
+from tutelage.data.build import build_store
 from tutelage.data.corpora import find_corpus
-from tutelage.data.store import build_store, open_store
+from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError, lookup

@@ -19,7 +19,8 @@ from tutelage.cli.main import main
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.data.store import build_store, open_store, verify_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store, verify_store
 from tutelage.data.store_manifest import SPLITS
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.config.data_config import DOCUMENT_LIMIT, FilesSource, StoreConfig, TokenizerConfig
+from tutelage.data.build import build_store
 from tutelage.data.cutting import documents_of
 from tutelage.data.sources import Mixture
-from tutelage.data.store import build_store, open_store
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
 
 WORDS = ("the", "of", "king", "word", "time", "people", "great", "day", "night", "house", "good", "élan")
@@ -152,7 +153,8 @@ import resource, sys
 from pathlib import Path
 from tutelage.config.load import validate
 from tutelage.config.data_config import StoreConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 source = {"kind": "files", "paths": [sys.argv[1]]}
 config = {"name": "large", "sources": [source], "tokenizer": {"vocab_size": 300}}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,9 +12,10 @@ from pyarrow import parquet
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
-from tutelage.data.sources import Left, Mixture
-from tutelage.data.store import build_store, open_store
-from tutelage.data.store_manifest import remarks
+from tutelage.data.build import build_store
+from tutelage.data.sources import Mixture
+from tutelage.data.store import open_store
+from tutelage.data.store_manifest import Left, remarks
 from tutelage.errors import UserError
 
 BOM = "\ufeff"
@@ -289,7 +290,10 @@ def test_what_is_left_is_counted_without_duplicates_and_rows_left_out(tmp_path):
         ).sources
     )
     assert [document.text for document in mixture] == ["aaaa", "x"]
-    assert mixture.count_left() == [Left(3, 3, is_all=True), Left(0, 0, is_all=True)]
+    assert mixture.count_left() == [
+        Left(documents=3, bytes=3, is_all=True),
+        Left(documents=0, bytes=0, is_all=True),
+    ]
     assert sum(mixture.tallies[0].dropped.values()) == 0  # of what was taken alone
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
+from tutelage.data.build import build_store
 from tutelage.data.corpora import PAIR_CORPORA, find_pairs
-from tutelage.data.store import build_store, open_store, verify_store
+from tutelage.data.store import open_store, verify_store
 from tutelage.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tutelage.errors import UserError
 

@@ -20,8 +20,9 @@ from tokenizers import (
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
+from tutelage.data.build import build_store
 from tutelage.data.corpora import find_corpus
-from tutelage.data.store import build_store, open_store
+from tutelage.data.store import open_store
 from tutelage.data.store_manifest import not_comparable, remarks
 from tutelage.data.tokenizer import END_OF_TEXT
 

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
-from tutelage.data.source_bytes import SourceBytes
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
+from tutelage.data.token_text import SourceBytes
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
 

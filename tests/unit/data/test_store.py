@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tutelage.config.data_config import CorpusSource, FilesSource, StoreConfig, TokenizerConfig
+from tutelage.data.build import _check_space, build_store, training_texts
 from tutelage.data.sources import Mixture
-from tutelage.data.store import _check_space, build_store, open_store, verify_store
-from tutelage.data.store_writer import training_texts
+from tutelage.data.store import open_store, verify_store
 from tutelage.errors import UserError
+from tutelage.progress import NullProgress
 
 SPLITS = ("train", "validation", "test")
 
@@ -189,20 +190,25 @@ def test_eval_store_shares_the_tokenizer_and_needs_no_training_text(built, tmp_p
 
 
 def test_progress_reports_both_passes(tmp_path):
-    seen: list[tuple[str, int]] = []
-    path = build_store(config(), tmp_path, lambda stage, done: seen.append((stage, done)))
+    seen: list[tuple[str, float]] = []
+
+    class Recorded(NullProgress):
+        def advance(self, stage, done):
+            seen.append((stage, done))
+
+    path = build_store(config(), tmp_path, Recorded())
     records = open_store(path).manifest.splits
-    assert [stage for stage, _ in seen][-1] == "tokens"
+    assert [stage for stage, _ in seen][-1] == "kings: text to tokens"
     assert dict(seen) == {
-        "tokenizer": records["train"].bytes,
-        "tokens": sum(record.bytes for record in records.values()),
+        "kings: sample for the tokenizer": records["train"].bytes,
+        "kings: text to tokens": sum(record.bytes for record in records.values()),
     }
 
 
 def test_the_tokenizer_sees_an_even_sample_of_the_training_text(tmp_path):
     sample = config(tokenizer=TokenizerConfig(vocab_size=300, sample_bytes=20_000))
     whole = config(tokenizer=TokenizerConfig(vocab_size=300, sample_bytes=10**9))
-    some, everything = (training_texts(one, lambda *_: None) for one in (sample, whole))
+    some, everything = (training_texts(one, NullProgress()) for one in (sample, whole))
     assert 20_000 <= sum(len(text.encode()) for text in some) < 40_000
     store = open_store(build_store(whole, tmp_path))
     assert len(everything) == store.manifest.splits["train"].documents
@@ -251,11 +257,13 @@ def test_a_text_that_cannot_fit_is_refused_before_work(tmp_path):
 def test_killed_build_leaves_nothing_that_looks_like_a_store(built, tmp_path):
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from tutelage.config.data_config import StoreConfig\nfrom tutelage.data.store import build_store\n"
-        "def kill(stage, done):\n"
-        "    if stage == 'tokens': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from tutelage.config.data_config import StoreConfig\nfrom tutelage.data.build import build_store\n"
+        "from tutelage.progress import NullProgress\n"
+        "class Kill(NullProgress):\n"
+        "    def advance(self, stage, done):\n"
+        "        if stage == 'kings: text to tokens': os.kill(os.getpid(), signal.SIGKILL)\n"
         "config = StoreConfig.model_validate_json(sys.argv[1])\n"
-        "build_store(config, Path(sys.argv[2]), kill)"
+        "build_store(config, Path(sys.argv[2]), Kill())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, config().model_dump_json(), str(tmp_path)], env=os.environ, check=False

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tutelage.analysis.score_warnings import score_warnings
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
+from tutelage.data.build import build_store
 from tutelage.data.corpora import find_corpus
-from tutelage.data.store import build_store, open_store
+from tutelage.data.store import open_store
 from tutelage.data.tokenizer import END_OF_TEXT
 from tutelage.progress import NullProgress
 from tutelage.run import run

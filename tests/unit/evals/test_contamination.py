@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.evals import contamination
 from tutelage.evals.contamination import GRAM, copied_grams, trained_on
 from tutelage.evals.windows import read_documents

@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals import evaluate
 from tutelage.models import hub

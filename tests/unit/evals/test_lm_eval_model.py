@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.evals.token_scores import score_tokens
 from tutelage.evals.windows import read_documents

@@ -13,7 +13,8 @@ from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load, validate
 from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.evals.contamination import training_text
 from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache

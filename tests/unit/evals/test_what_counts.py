@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.evals.score_files import read_scores
 from tutelage.models import hub
 from tutelage.models.shapes import find_shape

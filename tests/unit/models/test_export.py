@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.export import Base, with_scores

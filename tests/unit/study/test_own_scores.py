@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from tutelage.analysis.report.html import build_report
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
+from tutelage.data.build import build_store
 from tutelage.data.corpora import find_corpus
-from tutelage.data.store import build_store, open_store
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.study.results import load_results
 

@@ -10,7 +10,7 @@ from tiny_study import run_tiny, tiny_study
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.errors import UserError
 from tutelage.evals.score_files import read_scores
 from tutelage.run import run

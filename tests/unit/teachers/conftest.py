@@ -9,7 +9,7 @@ import pytest
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 
 if TYPE_CHECKING:
     from pathlib import Path

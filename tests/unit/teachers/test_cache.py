@@ -12,7 +12,8 @@ import torch
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.teacher_config import TeachConfig
-from tutelage.data.store import build_store, open_store
+from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
 from tutelage.teachers.cache import reader as cache_module

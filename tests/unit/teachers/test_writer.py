@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.errors import Stopped, UserError
 from tutelage.models import hub, shapes
 from tutelage.progress import NullProgress

@@ -15,7 +15,7 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.errors import Stopped, UserError
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id

@@ -8,7 +8,7 @@ import pytest
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.progress import NullProgress
 from tutelage.records import read_model
 from tutelage.run import run, run_cohort

@@ -11,7 +11,7 @@ from training import StopAt, assert_same_weights, losses, opened, rows, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.data.store import build_store
+from tutelage.data.build import build_store
 from tutelage.errors import Stopped, UserError
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory, run_id

@@ -18,8 +18,9 @@ from tutelage.config.load import load, validate
 from tutelage.config.optim_config import OptimConfig
 from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
+from tutelage.data.build import build_store
 from tutelage.data.loader import Loader
-from tutelage.data.store import SplitView, build_store, open_store
+from tutelage.data.store import SplitView, open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.run import run
 from tutelage.run_directory import run_id

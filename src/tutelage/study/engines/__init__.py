@@ -82,7 +82,7 @@ def execute(task: str) -> str:
 def _execute(task: Task) -> TaskOutcome:
     try:
         if isinstance(task, StoreTask):
-            from tutelage.data.store import build_store  # noqa: PLC0415 - as below
+            from tutelage.data.build import build_store  # noqa: PLC0415 - as below
 
             return TaskOutcome(status="done", text=str(build_store(task.config, task.directory)))
         from tutelage.run import run_cohort  # noqa: PLC0415 - torch is imported where tasks run

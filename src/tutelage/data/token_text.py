@@ -1,13 +1,16 @@
-"""Count the bytes of the source text that every token stands for, without decoding any token.
+"""Relate the tokens of a document to its source text.
 
-Decoding does not give a text back where a tokenizer has an unknown token or a normalizer, or where a
-document is cut within a character. Sums of these counts are bytes of the source, whatever the tokenizer:
-all tokens of a text together stand for all of it.
+`SourceBytes` counts the bytes of the source that each token stands for, without decoding any token. Decoding
+does not give a text back where a tokenizer has an unknown token or a normalizer, or where a document is cut
+within a character. Sums of these counts are bytes of the source, whatever the tokenizer: all tokens of a text
+together stand for all of it.
 
 A token stands for the text from the end of the token before it to its own end, so text that a tokenizer
 drops (white space, often) belongs to the token after it, and at the end of the text to the last token. Of a
 character that several tokens share, a token that is made of bytes (byte-level vocabularies, byte fallback)
 takes the bytes it is made of, any other takes none, and the last of them takes what is left.
+
+`RoundTrip` finds the documents whose text differs after decoding.
 """
 
 from __future__ import annotations
@@ -17,15 +20,20 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer, pre_tokenizers
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from tokenizers import Tokenizer
+    from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
+
+    from tutelage.data.chat import Piece
+    from tutelage.data.sources import Document
     from tutelage.data.tokenizer import TextTokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNKNOWN = -1
+_SHOWN = 30
 
 
 class SourceBytes:
@@ -100,3 +108,84 @@ def _from_offsets(text: str, offsets_N2: NDArray[np.int64], own_N: NDArray[np.in
         done = ends[i - 1] if i else 0
         ends[i] = np.clip(done + max(0, own_N[i]), ends[i], byte_of_character[reached_N[i]])
     return np.asarray(np.diff(ends, prepend=0), np.uint32)
+
+
+class RoundTrip:
+    """Finds documents whose text does not come back from their tokens.
+
+    A space at the beginning of a piece, or beside the special tokens of a chat template, does not count: many
+    tokenizers put one there and take one away.
+
+    Args:
+        tokenizer: made the tokens.
+
+    Attributes:
+        example: how the first such document comes back; None while there is none.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.example: str | None = None
+        settings = json.loads(tokenizer.json)
+        self._is_exact = _is_exact(settings)
+        self._tokenizer = Tokenizer.from_str(tokenizer.json)
+        self._dtype = tokenizer.dtype
+        special = [re.escape(token["content"]) for token in settings["added_tokens"] if token["special"]]
+        self._space = re.compile(f" *({'|'.join(special)}) *") if special else None
+
+    def changed(self, documents: Sequence[Document], ids: Sequence[Sequence[bytes]]) -> list[bool]:
+        """Whether the text of each document is another after decoding.
+
+        Args:
+            documents: what was encoded.
+            ids: of every piece of every document, as bytes.
+        """
+        if self._is_exact:
+            return [False] * len(documents)
+        rows = [np.frombuffer(piece, self._dtype).tolist() for pieces in ids for piece in pieces]
+        texts = iter(self._tokenizer.decode_batch(rows, skip_special_tokens=False))
+        return [self._is_changed(document.pieces, texts) for document in documents]
+
+    def _is_changed(self, pieces: Sequence[Piece], texts: Iterator[str]) -> bool:
+        """Compare the pieces of one document with as many of the decoded texts."""
+        changed = False
+        for piece, text in zip(pieces, texts, strict=False):
+            before, after = (self._comparable(version, markup=piece.markup) for version in (piece.text, text))
+            if before != after:
+                changed = True
+                self.example = self.example or _difference(before, after)
+        return changed
+
+    def _comparable(self, text: str, *, markup: bool) -> str:
+        if markup and self._space is not None:
+            text = self._space.sub(r"\1", text)
+        return text.removeprefix(" ")
+
+
+def _is_exact(tokenizer: dict[str, object]) -> bool:
+    """Whether any text comes back by construction: byte-level BPE with every byte, and nothing before it."""
+    match tokenizer:
+        case {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "ByteLevel"},
+            "decoder": {"type": "ByteLevel"},
+            "added_tokens": [*added],
+            "model": {"type": "BPE", "vocab": {**vocabulary}, **model},
+        }:
+            only_special = all(isinstance(token, dict) and token["special"] for token in added)
+            marks = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
+            return (
+                only_special
+                and not any(marks)
+                and set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)
+            )
+    return False
+
+
+def _difference(before: str, after: str) -> str:
+    """The first place where two texts part, from a few characters before it on."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
+    )
+    start = max(0, same - _SHOWN // 3)
+    return f"{before[start : start + _SHOWN]!r} comes back as {after[start : start + _SHOWN]!r}"
