@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tutelage.config.data_config import StoreConfig
+    from tutelage.data.chat import Chat
     from tutelage.data.sources import Document
     from tutelage.data.tokenizer import TextTokenizer
     from tutelage.progress import Progress
@@ -74,11 +75,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
             disk is too small.
     """
     progress = progress or NullProgress()
-    place = None if config.tokenizer.path is None else find_tokenizer(config.tokenizer.path)
-    ready = None if place is None else load_tokenizer(place)
-    chat = load_chat(ready, place) if ready and place and config.uses_chat else None
-    named = special_tokens(place, Tokenizer.from_str(ready.json)) if ready and place else {}
-    named |= chat.settings if chat else {}
+    ready, chat, named = _given_tokenizer(config)
     sources = [describe(source) for source in config.sources]
     identity = {
         "schema_version": SCHEMA_VERSION,
@@ -118,6 +115,17 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
         check_splits(config, manifest)
         write_text(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
     return path
+
+
+def _given_tokenizer(config: StoreConfig) -> tuple[TextTokenizer | None, Chat | None, dict[str, str]]:
+    """Return the ready tokenizer, its chat template and its special tokens by name, where there are any."""
+    if config.tokenizer.path is None:
+        return None, None, {}
+    place = find_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(place)
+    chat = load_chat(tokenizer, place) if config.uses_chat else None
+    named = special_tokens(place, Tokenizer.from_str(tokenizer.json))
+    return tokenizer, chat, named | (chat.settings if chat else {})
 
 
 def _hashed(config: StoreConfig) -> dict[str, Any]:
@@ -303,16 +311,7 @@ def _beginning(document: Document) -> str:
 
 
 class _SplitWriter:
-    """Appends documents to the files of one split and keeps their checksums.
-
-    Args:
-        directory: where the files are written.
-        name: name of the split.
-        tokenizer: made the ids; says what begins and closes a document.
-        sizes: counts the source bytes of each token.
-        stack: closes the files.
-        masked: whether some tokens are prompts.
-    """
+    """Appends documents to the files of one split, which `stack` closes, and keeps their checksums."""
 
     def __init__(
         self,
