@@ -11,7 +11,7 @@ from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
 from tutelage.models.shapes import find_shape
-from tutelage.run_directory import pinned, run_id
+from tutelage.run_directory import RunDirectory, pinned, run_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +87,11 @@ class Node:
     config: RunConfig
     needs: tuple[str, ...]
     cost: Cost
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where the run lands."""
+        return RunDirectory(self.config.output / self.id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A study from its file to finished runs: stores, plan, runs."""
+"""Run a study: build its stores, write its plan, run its runs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,51 @@ if TYPE_CHECKING:
     from tutelage.study.expand import ExpandedStudy
 
 _POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """Options of a runner, none of which changes results.
+
+    Attributes:
+        retries: further attempts at a run after one that failed without getting further.
+        cohort: largest number of students of one teacher and seed that train together.
+    """
+
+    retries: int = 1
+    cohort: int = 1
+
+
+def run_study(
+    expanded: ExpandedStudy,
+    directory: Path,
+    engine: Engine,
+    progress: Progress,
+    options: RunnerOptions | None = None,
+) -> None:
+    """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
+
+    Args:
+        expanded: what to run.
+        directory: of the study, for data/, runs/, plan.json and queue/.
+        engine: runs the tasks.
+        progress: is told how all runs stand, and what is done between them.
+        options: how it is run.
+
+    Raises:
+        UserError: input is wrong, some runs failed, or a runner works on another study in `directory`.
+        Stopped: on Ctrl-C or `tutelage study stop`; the same call resumes.
+    """
+    options = options or RunnerOptions()
+    check_cells(expanded)
+    make_directory(directory)
+    with engine, Leases(directory) as leases:
+        with _preparation_lock(directory, leases, progress):
+            stores = build_stores(expanded, directory / "data", engine, leases, progress)
+            nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
+            _check_budgets(nodes)
+            _publish(directory, plan_of(expanded, nodes), leases)
+        run_all(nodes, engine, leases, Failures(directory, options.retries), progress, options.cohort)
 
 
 def build_stores(
@@ -84,7 +129,7 @@ def build_stores(
 def _build_all(
     tasks: Mapping[str, StoreTask], engine: Engine, leases: Leases, progress: Progress
 ) -> dict[str, Path]:
-    """Build every store; the first that fails ends it."""
+    """Build every store, until one fails."""
     waiting, running, built = list(tasks), set[str](), dict[str, Path]()
     with stop_signal() as stop:
         while waiting or running:
@@ -109,54 +154,6 @@ def _build_all(
     return built
 
 
-_POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerOptions:
-    """How a study is run; nothing here changes its results.
-
-    Attributes:
-        retries: further attempts at a run after one that failed without getting further.
-        cohort: largest number of students of one teacher and seed that train together.
-    """
-
-    retries: int = 1
-    cohort: int = 1
-
-
-def run_study(
-    expanded: ExpandedStudy,
-    directory: Path,
-    engine: Engine,
-    progress: Progress,
-    options: RunnerOptions | None = None,
-) -> None:
-    """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
-
-    Args:
-        expanded: what to run.
-        directory: everything lands here: data/, runs/, plan.json, queue/.
-        engine: where the work is done.
-        progress: is told how all runs stand, and what is done between them.
-        options: how it is run.
-
-    Raises:
-        UserError: input is wrong, some runs failed, or a runner works on another study in `directory`.
-        Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
-    """
-    options = options or RunnerOptions()
-    check_cells(expanded)
-    make_directory(directory)
-    with engine, Leases(directory) as leases:
-        with _preparation_lock(directory, leases, progress):
-            stores = build_stores(expanded, directory / "data", engine, leases, progress)
-            nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
-            _check_budgets(nodes)
-            _publish(directory, plan_of(expanded, nodes), leases)
-        run_all(nodes, engine, leases, Failures(directory, options.retries), progress, options.cohort)
-
-
 def _preparation_lock(
     directory: Path, leases: Leases, progress: Progress
 ) -> contextlib.AbstractContextManager[None]:
@@ -175,7 +172,7 @@ def _preparation_lock(
 
 
 def _publish(directory: Path, plan: Plan, leases: Leases) -> None:
-    """Write plan.json, unless a living runner works on another plan."""
+    """Write plan.json, unless a live runner works on another plan."""
     others = [
         runner
         for token, runner in living_runners(directory).items()
@@ -190,7 +187,7 @@ def _publish(directory: Path, plan: Plan, leases: Leases) -> None:
 
 
 def _check_budgets(nodes: list[Node]) -> None:
-    """A study compares runs on fresh text; repeated text would regularise and flatter any teacher."""
+    """Refuse budgets above the training text: repeated text would flatter any teacher, as a regulariser."""
     available = {
         path: len(open_store(path).split("train").tokens)
         for path in {node.config.data.store for node in nodes}

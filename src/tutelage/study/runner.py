@@ -1,4 +1,4 @@
-"""Run a study's runs, each as soon as what it needs is finished, beside other runners of the same study."""
+"""Run the runs of a study, each as soon as those it needs are finished, beside other runners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tutelage.config.load import digest
 from tutelage.errors import Stopped, UserError
 from tutelage.files import stop_signal
-from tutelage.run_directory import RunDirectory, evaluation_id
+from tutelage.run_directory import evaluation_id
 from tutelage.study.devices import chain_weights
 from tutelage.study.engines import RunTask
 
@@ -29,14 +29,14 @@ _BUSY_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StudyProgress:
-    """Where the runs of a study are, by run id.
+    """The state of a study's runs, by run id.
 
     Attributes:
-        nodes: all of them.
-        running: those that this runner works on.
-        elsewhere: those that other runners work on.
-        finished: those with nothing left to do.
-        failed: those that are given up, with the reason.
+        nodes: all runs.
+        running: runs that this runner works on.
+        elsewhere: runs that other runners work on.
+        finished: runs with nothing left to do.
+        failed: runs that failed for good, with the reason.
     """
 
     nodes: Sequence[Node]
@@ -47,7 +47,7 @@ class StudyProgress:
 
 
 class StudyReporter:
-    """Tells a `Progress` how runs stand: a stage for all of them, and one for each that somebody works on."""
+    """Report the state of runs to a `Progress`: a stage for all, and one for each that a runner works on."""
 
     def __init__(self, progress: Progress, nodes: Sequence[Node]) -> None:
         self._progress = progress
@@ -87,7 +87,7 @@ class StudyReporter:
             self._active.add(node.id)
             self._progress.start(node.id, 1.0, done=part)
         self._progress.advance(node.id, part)
-        row = _directory(node).last_metrics()
+        row = node.directory.last_metrics()
         if row:
             row["seconds_left"] = (node.cost.tokens - row["tokens"]) / max(row["tokens_per_second"], 1e-9)
         self._progress.describe(node.id, {"running": where, **row})
@@ -101,9 +101,9 @@ def run_all(
     progress: Progress,
     cohort: int = 1,
 ) -> None:
-    """Run `nodes` until each is finished or given up, here or by another runner.
+    """Run `nodes` until each is finished or has failed for good, here or by another runner.
 
-    Finished runs cost nothing, stopped and abandoned ones go on from their checkpoints, and a run that fails
+    Finished runs cost nothing, stopped and abandoned ones resume from their checkpoints, and a run that fails
     is tried again before it stops those that need it, and only those.
 
     Args:
@@ -141,7 +141,7 @@ def run_all(
 
 @dataclass
 class RunnerState:
-    """The runner's state between two looks at the disk."""
+    """What a runner knows of the runs between two readings of the disk."""
 
     nodes: Sequence[Node]
     engine: Engine
@@ -161,7 +161,7 @@ class RunnerState:
         self._tried: set[str] = set()
 
     def refresh(self) -> None:
-        """Learn from disk what other runners have done; let go of runs that they took over."""
+        """Read from disk what other runners have done; cancel runs that they took over."""
         self.leases.refresh()
         self._tried = self.failures.attempted()
         marked = self.failures.marked()
@@ -169,7 +169,7 @@ class RunnerState:
         for node in self.nodes:
             if node.id in self.finished:
                 continue
-            if self._lease(node) == "done" and _directory(node).is_done():
+            if self._lease(node) == "done" and node.directory.is_done():
                 self.finished.add(node.id)
             elif node.id in marked and node.id not in self._ours():
                 failed[node.id] = marked[node.id]
@@ -185,7 +185,7 @@ class RunnerState:
         return not self.tasks and len(self.finished) + len(self.failed) == len(self.nodes)
 
     def start_ready(self) -> None:
-        """Fill the engine with runs that nobody works on, those with most work behind them first."""
+        """Fill the engine with free runs, those on which the costliest chains of runs wait first."""
         now = time.monotonic()
         ready = [
             node
@@ -207,7 +207,7 @@ class RunnerState:
                 self.engine.start(key, RunTask(configs=tuple(node.config for node in taken)))
 
     def settle(self, outcomes: Mapping[str, TaskOutcome]) -> None:
-        """Give back the leases of tasks that have ended."""
+        """Record the outcomes of tasks that have ended and release their leases."""
         for key, outcome in outcomes.items():
             members = self.tasks.pop(key)
             for node in members:
@@ -217,13 +217,13 @@ class RunnerState:
                     self.finished.add(node.id)
                 elif outcome.status == "busy":
                     self.not_before[node.id] = time.monotonic() + _BUSY_SECONDS
-                elif outcome.status == "failed" and not (len(members) > 1 and _directory(node).is_done()):
-                    own = _directory(node).state().get("error") if len(members) > 1 else None
+                elif outcome.status == "failed" and not (len(members) > 1 and node.directory.is_done()):
+                    own = node.directory.state().get("error") if len(members) > 1 else None
                     self.failures.add(node.id, own or outcome.text, _checkpoint(node))
                 self.leases.release(node.id, done=outcome.status == "done")
 
     def stop(self) -> None:
-        """Ask everything of ours to stop and wait until it has."""
+        """Ask our tasks to stop and wait until they have."""
         for key in self.tasks:
             self.engine.cancel(key)
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -243,7 +243,7 @@ class RunnerState:
         return self.leases.state(node.id, self._recipes[node.id])
 
     def _together(self, ready: Sequence[Node], free: int) -> list[Node]:
-        """The first run that is ready and those that can share its batches, as long as no slot stays empty.
+        """The first ready run and those that can share its batches, as long as no slot stays empty.
 
         A run that failed before is tried alone, so that it cannot take others with it again.
         """
@@ -257,7 +257,7 @@ class RunnerState:
 
 
 def cohort_key(node: Node) -> str:
-    """Equal for students that `check_cohort` lets train together."""
+    """A key that is equal for students that `check_cohort` lets train together."""
     config = node.config
     parts = (config.teacher, config.data, config.runtime)
     rest = [config.stage, config.global_batch_tokens, config.micro_batch_tokens, config.dtype]
@@ -265,21 +265,17 @@ def cohort_key(node: Node) -> str:
 
 
 def _recipe(node: Node) -> str:
-    """What a run is finished with: how it was trained, and on what it was scored."""
+    """Identity of a finished run: how it was trained and on what it was scored."""
     return digest([node.id, evaluation_id(node.config)])
-
-
-def _directory(node: Node) -> RunDirectory:
-    return RunDirectory(node.config.output / node.id)
 
 
 def _part_done(node: Node) -> float:
     """The fraction of its steps that a run has taken, as it last wrote."""
-    state = _directory(node).state()
+    state = node.directory.state()
     return float(state.get("step", 0) / max(1, state.get("steps", 1)))
 
 
 def _checkpoint(node: Node) -> int:
-    """The step that the run would go on from."""
-    steps = [path.name.removeprefix("step-") for path in _directory(node).checkpoints.glob("step-*")]
+    """The step from which the run would resume."""
+    steps = [path.name.removeprefix("step-") for path in node.directory.checkpoints.glob("step-*")]
     return max(map(int, steps), default=0)
