@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import typer
 import yaml
+from typer.core import TyperGroup
+from typer.testing import CliRunner
 
-from tutelage.cli.main import main
+from tutelage.cli.main import app, main
 
 RUN = {
     "name": "tiny",
@@ -156,6 +161,35 @@ def test_help_reads_like_a_manual(tutelage):
     for command in ("demo", "train", "data", "report", "models", "doctor", "schema"):
         assert command in text
         assert tutelage(command, "--help").stdout
+
+
+def prose(command, width):
+    """Paragraphs of a command's help, as lists of lines, above its first table."""
+    done = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": str(width)})
+    text = done.stdout.partition("Usage: ")[2].partition("╭")[0]
+    return [[line.strip() for line in part.splitlines()] for part in re.split(r"\n\s*\n", text.strip())[1:]]
+
+
+def commands(group=None, names=()):
+    """The words of every command below `tutelage`."""
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        yield (*names, name)
+        if isinstance(command, TyperGroup):
+            yield from commands(command, (*names, name))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_breaks_lines_only_where_the_terminal_ends(width):
+    found = list(commands())
+    assert ("train",) in found
+    assert ("study", "run") in found
+    for command in found:
+        paragraphs = prose(command, width)
+        assert paragraphs, command
+        for lines in paragraphs:
+            for line, following in itertools.pairwise(lines):
+                assert len(f"{line} {following.split()[0]}") > width - 2, (command, line)
 
 
 def test_schema_validates_what_the_loader_accepts(tutelage, tmp_path, run_file):

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="tutelage",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pretrain language models with a teacher, and measure which teacher, how much of it, and whether "
     "it pays.\n\n"
-    "Start with [bold]tutelage demo[/bold]: minutes on a laptop, real text, no account.",
+    "Start with `tutelage demo`: minutes on a laptop, real text, no account.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Turn text into token stores; look at them; check them.")
 app.add_typer(data_app, name="data")
@@ -233,7 +233,9 @@ def data_list() -> None:
 
 @data_app.command("build")
 def data_build(
-    config: Annotated[Path | None, typer.Argument(help="store file (YAML); `tutelage schema store`")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="store file (YAML); `tutelage schema store` describes it")
+    ] = None,
     overrides: Overrides = None,
     corpus: Annotated[str | None, typer.Option(help="instead of a file: a named corpus, whole")] = None,
     output: Annotated[Path, typer.Option(help="directory of stores")] = Path("stores"),

@@ -24,7 +24,10 @@ study_app = typer.Typer(
 )
 
 File = Annotated[
-    str, typer.Argument(help="study file (YAML; `tutelage schema study`), or a preset: demo, mini, ...")
+    str,
+    typer.Argument(
+        help="study file (YAML); `tutelage schema study` describes it; or a preset: demo, mini, ..."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. seeds=[43,44]", metavar="[KEY=VALUE]...")
@@ -101,9 +104,7 @@ def _say_untestable(expanded: ExpandedStudy) -> None:
 def study_run(
     file: File,
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option(help="everything lands here; default: tutelage-<name>")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="everything lands here; default: tutelage-NAME")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="runs at a time; default: one per GPU, or per core (at most 4)")
     ] = None,
