@@ -134,7 +134,8 @@ def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
     students = [open_student(config, directory, world) for config, directory in runs]
     taught = [student for student in students if student.config.teacher is not None]
     if taught:
-        teacher = open_teacher(taught[0].config, world.device)  # writes its cache first, if one is asked for
+        # The teacher's cache is written here, if one is asked for.
+        teacher = open_teacher(taught[0].config, world.device, progress if world.is_main else None)
         for student in taught:
             student.learn_from(teacher)
     if world.is_main:

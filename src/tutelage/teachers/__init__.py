@@ -10,12 +10,13 @@ from tutelage.teachers.kinds import TEACHERS, TeacherContext
 
 if TYPE_CHECKING:
     from tutelage.config.teacher_config import TeacherConfig
+    from tutelage.progress import Progress
     from tutelage.teachers.live import Teacher
 
 __all__ = ["TeacherContext", "make_teacher"]
 
 
-def make_teacher(config: TeacherConfig, context: TeacherContext) -> Teacher:
+def make_teacher(config: TeacherConfig, context: TeacherContext, progress: Progress | None = None) -> Teacher:
     """Build a teacher of any kind.
 
     With `cache` set, what is missing of its cache is computed first: the same cache that `tutelage teach`
@@ -24,6 +25,7 @@ def make_teacher(config: TeacherConfig, context: TeacherContext) -> Teacher:
     Args:
         config: which teacher.
         context: what it is for.
+        progress: receives how far a cache is that has to be written first.
 
     Raises:
         UserError: it does not exist, is unfinished, has another tokenizer or vocabulary, cannot give what the
@@ -42,7 +44,8 @@ def make_teacher(config: TeacherConfig, context: TeacherContext) -> Teacher:
                 device=context.device.type,  # type: ignore[arg-type]
                 runs=context.runs,
                 output=context.runs.parent / "caches",
-            )
+            ),
+            progress,
         )
         config = CacheTeacher(kind="cache", path=path)
     return TEACHERS[config.kind].make(config, context)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tutelage.config.objective_config import ObjectiveConfig
     from tutelage.config.run_config import RunConfig
     from tutelage.data.store import Store
+    from tutelage.progress import Progress
     from tutelage.run_directory import RunDirectory
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
@@ -75,7 +76,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     )
 
 
-def open_teacher(config: RunConfig, device: torch.device) -> Teacher:
+def open_teacher(config: RunConfig, device: torch.device, progress: Progress | None = None) -> Teacher:
     """Open the teacher of a run that has one; if its targets are to be cached, write what is missing first.
 
     Raises:
@@ -91,7 +92,7 @@ def open_teacher(config: RunConfig, device: torch.device) -> Teacher:
         dtype="float32" if _half_dtype(config, device) is None else "bfloat16",
         objective=config.objective,
     )
-    return make_teacher(config.teacher, context)
+    return make_teacher(config.teacher, context, progress)
 
 
 def _check_stage(config: RunConfig, store: Store) -> None:

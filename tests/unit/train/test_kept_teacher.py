@@ -17,6 +17,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.build import build_store
 from tutelage.errors import Stopped, UserError
+from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
@@ -62,6 +63,16 @@ def student(make, teacher: RunConfig, cache: dict[str, Any] | None, **changes: A
     return make(**({"teacher": of, "objective": {"alpha": 0.5}} | changes))
 
 
+class Stages(NullProgress):
+    """The stages that a run says it begins."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def start(self, stage: str, total: float | None = None, unit: str = "", done: float = 0) -> None:
+        self.names.append(stage)
+
+
 def caches(config: RunConfig) -> list[Path]:
     return sorted((config.output.parent / "caches").iterdir())
 
@@ -95,8 +106,10 @@ def test_it_is_the_cache_that_teach_writes_and_trains_alike(make, teacher, text,
 def test_students_share_one_cache_one_by_one_and_as_a_cohort(make, teacher):
     run(teacher)
     first = student(make, teacher, SAMPLES, name="first")
-    run(first)
+    seen = Stages()
+    run(first, seen)
     (cache,) = caches(first)
+    assert seen.names[:2] == [cache.name, run_id(first)]  # the cache is a stage of the run
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.bin")}
     others = [
         student(make, teacher, SAMPLES, name=f"alpha-{alpha}", objective={"alpha": alpha})
