@@ -1,10 +1,10 @@
-"""Whether a model and a token store mean the same by an id: the one comparison of tokenizers.
+"""Compare the tokenizer of a model with that of a token store, by one rule for every use.
 
-An id must stand for the same string on both sides. A model may know more ids than the store uses. A tokenizer
-with other merges, normaliser or pre-tokenizer over the same vocabulary cuts text into other tokens, and one
-with other tokens in front of a text begins documents otherwise, but each token is the string it stands for:
-for a teacher or a start model that is a note, because nothing can be done about it; for a text that is to be
-scored it is an error, because the store can be built again.
+An id must stand for the same string on both sides; a model may know more ids than the store uses. A
+tokenizer with other merges, normaliser or pre-tokenizer over the same vocabulary cuts text into other
+tokens, and one with other tokens in front of a text begins documents differently, but each token is still the
+string it stands for: for a teacher or a start model that is a note, because nothing can be done about it; for
+text that is to be scored it is an error, because the store can be built again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,53 @@ from tutelage.errors import UserError, one_line
 if TYPE_CHECKING:
     from tutelage.data.store import Store
 
-_CUTS = ("normalizer", "pre_tokenizer")
+
+def compare_tokenizers(what: str, tokenizer: str, store: Store, *, same_cuts: bool) -> str | None:
+    """Compare a tokenizer with that of a token store.
+
+    Args:
+        what: begins the message.
+        tokenizer: the text of a tokenizer.json.
+        store: the token store.
+        same_cuts: refuse a tokenizer that cuts text into other tokens, because the store's text is scored.
+
+    Returns:
+        A note if the ids are the same but text is cut differently, else None.
+
+    Raises:
+        UserError: an id of the store means another string, or nothing, and the message names the first; or
+            text is cut differently and `same_cuts` is set.
+    """
+    stored = tokenizer_json(store.path)
+    if tokenizer == stored:
+        return None
+    own, theirs = _strings(what, tokenizer), _strings(str(store.path), stored)
+    for index in sorted(theirs):
+        if own.get(index) != theirs[index]:
+            meaning = repr(own[index]) if index in own else "nothing"
+            raise UserError(
+                f"{what}: its tokenizer differs from that of {store.path}: id {index} is {meaning} there and "
+                f"{theirs[index]!r} here; they must share one (build the store with tokenizer.path)"
+            )
+    different = _different_cuts(json.loads(tokenizer), json.loads(stored))
+    if not different:
+        return None
+    note = (
+        f"{what}: its tokenizer has the ids of {store.path} but other {' and '.join(different)}, so "
+        "it learned from text that became tokens otherwise"
+    )
+    if same_cuts:
+        raise UserError(f"{note}; build the store with this tokenizer (tokenizer.path)")
+    return note
+
+
+def check_rows(what: str, ids: int, rows: int) -> None:
+    """Refuse a tokenizer of more ids than its model has."""
+    if ids > rows:
+        raise UserError(
+            f"{what}: its tokenizer has {ids:,} ids, the model knows {rows:,}; the tokenizer belongs to "
+            "another model"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +90,11 @@ class ModelTokenizer:
     def check_rows(self, what: str, rows: int, store: Store) -> None:
         """Refuse a model of `rows` ids that are fewer than its tokenizer's or the store's."""
         check_rows(what, self.ids, rows)
-        if rows < store.vocab_size:  # above are padded rows, which the objective leaves out
+        if rows < store.vocab_size:  # more are padded rows, which the objective leaves out
             raise UserError(
                 f"{what}: its vocabulary has {rows:,} entries, the token store's has {store.vocab_size:,}; "
                 "they must share a tokenizer (build the store with tokenizer.path)"
             )
-
-
-def check_rows(what: str, ids: int, rows: int) -> None:
-    """Refuse a tokenizer of more ids than its model has."""
-    if ids > rows:
-        raise UserError(
-            f"{what}: its tokenizer has {ids:,} ids, the model knows {rows:,}; the tokenizer belongs to "
-            "another model"
-        )
 
 
 def check_model_tokenizer(
@@ -69,12 +106,12 @@ def check_model_tokenizer(
     assume: bool = False,
     setting: str,
 ) -> ModelTokenizer:
-    """Compare the tokenizer of a model, a directory or a name on the Hub, with that of a token store.
+    """Find the tokenizer of a model, in a directory or on the Hub, and compare it with that of a token store.
 
     Args:
         what: begins every message, for example "teacher PATH".
         model: directory or Hub name.
-        store: the text.
+        store: the token store.
         revision: commit or tag on the Hub.
         assume: take a model without a tokenizer to have the store's.
         setting: name of the setting that says so.
@@ -92,7 +129,7 @@ def check_model_tokenizer(
         note = f"{what}: has no tokenizer; its ids are assumed to be those of {store.path} ({setting})"
         return ModelTokenizer(place, is_the_stores=False, ids=0, notes=(note,))
     text = tokenizer_json(place)
-    different = compare_tokenizers(what, text, store)
+    different = compare_tokenizers(what, text, store, same_cuts=False)
     return ModelTokenizer(
         place,
         is_the_stores=different is None,
@@ -101,52 +138,8 @@ def check_model_tokenizer(
     )
 
 
-def compare_tokenizers(what: str, tokenizer: str, store: Store) -> str | None:
-    """Compare a tokenizer with that of a token store.
-
-    Args:
-        what: begins the message.
-        tokenizer: the text of a tokenizer.json.
-        store: the text.
-
-    Returns:
-        A note if the same ids are used but text is cut into them otherwise, else None.
-
-    Raises:
-        UserError: an id of the store means another string, or nothing; the message names the first.
-    """
-    stored = tokenizer_json(store.path)
-    if tokenizer == stored:
-        return None
-    own, theirs = _strings(what, tokenizer), _strings(str(store.path), stored)
-    for index in sorted(theirs):
-        if own.get(index) != theirs[index]:
-            meaning = repr(own[index]) if index in own else "nothing"
-            raise UserError(
-                f"{what}: its tokenizer differs from that of {store.path}: id {index} is {meaning} there and "
-                f"{theirs[index]!r} here; they must share one (build the store with tokenizer.path)"
-            )
-    different = _different_cuts(json.loads(tokenizer), json.loads(stored))
-    if not different:
-        return None
-    return (
-        f"{what}: its tokenizer has the ids of {store.path} but other {' and '.join(different)}, so "
-        "it learned from text that became tokens otherwise"
-    )
-
-
-def check_text_tokenizer(what: str, tokenizer: str, store: Store) -> None:
-    """Refuse a text that is to be scored and was not cut as the model cuts it.
-
-    Raises:
-        UserError: an id means another string, or text is cut otherwise.
-    """
-    if (note := compare_tokenizers(what, tokenizer, store)) is not None:
-        raise UserError(f"{note}; build the store with this tokenizer (tokenizer.path)")
-
-
 def _strings(where: str, tokenizer: str) -> dict[int, str]:
-    """The string of every id."""
+    """Return the string of every id."""
     try:
         vocabulary = Tokenizer.from_str(tokenizer).get_vocab(with_added_tokens=True)
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
@@ -156,33 +149,32 @@ def _strings(where: str, tokenizer: str) -> dict[int, str]:
 
 
 def _different_cuts(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """What decides how text is cut and differs."""
-    found = [
-        field.replace("_", "-") for field in _CUTS if _cutting(own.get(field)) != _cutting(theirs.get(field))
-    ]
-    models = [tokenizer["model"] for tokenizer in (own, theirs)]
-    if models[0].get("type") != models[1].get("type"):
-        found.append("kind of model")
-    elif _merges(models[0]) != _merges(models[1]):
-        found.append("merges")
-    special = [_special(tokenizer) for tokenizer in (own, theirs)]
-    if any(special[0].get(token, flag) != flag for token, flag in special[1].items()):
-        found.append("special tokens")
-    begins = [added_to_texts(Tokenizer.from_str(json.dumps(tokenizer)))[1] for tokenizer in (own, theirs)]
-    if begins[0] != begins[1]:
-        found.append("tokens in front of a text")
-    return found
+    """Return the names of the parts that decide how text is cut and differ."""
+    (own_model, own_special, own_begin), (model, special, begin) = (
+        (one["model"], _special(one), added_to_texts(Tokenizer.from_str(json.dumps(one)))[1])
+        for one in (own, theirs)
+    )
+    same_kind = own_model.get("type") == model.get("type")
+    differs = {
+        "normalizer": _cutting(own.get("normalizer")) != _cutting(theirs.get("normalizer")),
+        "pre-tokenizer": _cutting(own.get("pre_tokenizer")) != _cutting(theirs.get("pre_tokenizer")),
+        "kind of model": not same_kind,
+        "merges": same_kind and _merges(own_model) != _merges(model),
+        "special tokens": any(own_special.get(token, flag) != flag for token, flag in special.items()),
+        "tokens in front of a text": own_begin != begin,
+    }
+    return [part for part, is_other in differs.items() if is_other]
 
 
 def _cutting(step: object) -> object:
-    """A step without what only concerns the places of tokens in the text."""
+    """Return a step without the settings that concern only the places of tokens in the text."""
     if isinstance(step, dict):
         return {name: _cutting(value) for name, value in step.items() if name != "trim_offsets"}
     return [_cutting(part) for part in step] if isinstance(step, list) else step
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Merges in order; a file has them as pairs or as strings with a space between."""
+    """Return the merges in order; a file has them as pairs or as strings with a space between."""
     merges = model.get("merges") or []
     return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
 

@@ -14,7 +14,7 @@ from tutelage.config.run_config import EvalDomain, RunConfig
 from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED, not_comparable, remarks
 from tutelage.data.tokenizer import tokenizer_json
-from tutelage.data.tokenizer_comparison import check_text_tokenizer
+from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
 from tutelage.evals.contamination import TrainingText, training_text
 from tutelage.evals.domains import (
@@ -133,7 +133,7 @@ def evaluate(
         tokenizer = check_tokenizer(evaluated)
         for name, path in request.stores.items():
             store = open_store(path)
-            check_text_tokenizer(f"store {name}: {evaluated.model}", tokenizer.json, store)
+            compare_tokenizers(f"store {name}: {evaluated.model}", tokenizer.json, store, same_cuts=True)
             check_splits(name, store)
     scores = [score for evaluated in found for score in _evaluated(evaluated, request, device, progress)]
     return scores, [evaluated.scores for evaluated in found]
@@ -242,7 +242,7 @@ def check_domains(config: RunConfig) -> None:
     own = tokenizer_json(config.data.store)
     for domain in config.eval.domains:
         store = open_store(domain.store)
-        check_text_tokenizer(f"eval domain {domain.name}: {config.data.store}", own, store)
+        compare_tokenizers(f"eval domain {domain.name}: {config.data.store}", own, store, same_cuts=True)
         check_splits(domain.name, store)
 
 

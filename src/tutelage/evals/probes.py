@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tokenizers import Tokenizer
 
 from tutelage.data.store import open_store
-from tutelage.data.tokenizer_comparison import check_text_tokenizer
+from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
 from tutelage.evals.evaluated_model import check_tokenizer
 from tutelage.evals.score_files import add_scores, known_scores, version_of
@@ -83,7 +83,7 @@ def run_probes(
         raise UserError(f"{evaluated.id}: probes need a token store made with its tokenizer; name one")
     text, chosen = open_store(path), pick_device(device)
     for model in (evaluated, teacher) if teacher else (evaluated,):
-        check_text_tokenizer(model.id, check_tokenizer(model).json, text)
+        compare_tokenizers(model.id, check_tokenizer(model).json, text, same_cuts=True)
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
         student = load(evaluated.model).to(chosen)

@@ -118,7 +118,7 @@ def compare_tokens(
 def _notes(roles: Roles, store: Store) -> list[str]:
     """Remarks on the models' tokenizers, which must give every id of the store its meaning."""
     found = [
-        compare_tokenizers(f"{role} {evaluated.id}", check_tokenizer(evaluated).json, store)
+        compare_tokenizers(f"{role} {evaluated.id}", check_tokenizer(evaluated).json, store, same_cuts=False)
         for role, evaluated in roles.items()
     ]
     return [note for note in found if note is not None]

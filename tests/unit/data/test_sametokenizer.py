@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer, tokenizer_json
-from tutelage.data.tokenizer_comparison import check_model_tokenizer, check_text_tokenizer, compare_tokenizers
+from tutelage.data.tokenizer_comparison import check_model_tokenizer, compare_tokenizers
 from tutelage.errors import UserError
 
 
@@ -24,7 +24,7 @@ def text(store):
 
 
 def compare(tokenizer, text):
-    return compare_tokenizers("teacher t", json.dumps(tokenizer), text)
+    return compare_tokenizers("teacher t", json.dumps(tokenizer), text, same_cuts=False)
 
 
 def swapped(tokenizer, first, second):
@@ -106,7 +106,7 @@ def test_other_cuts_over_the_same_ids_are_a_note_for_models_and_an_error_for_tex
     change(own)
     assert f"has the ids of {text.path} but other {word}, so it learned from text" in compare(own, text)
     with pytest.raises(UserError, match=f"other {word}, so .*; build the store with this tokenizer"):
-        check_text_tokenizer("model m", json.dumps(own), text)
+        compare_tokenizers("model m", json.dumps(own), text, same_cuts=True)
 
 
 def test_no_tokenizer_needs_a_word_of_the_user(text, tmp_path):
