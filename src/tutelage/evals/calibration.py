@@ -1,19 +1,19 @@
-"""Is it knowledge or smoothing? Scores after fitting a temperature and a share of unigram on other documents.
+"""Measure calibration, and fit a temperature and a share of unigram that tell smoothing from knowledge.
 
 A model that merely hedges better than another scores better on foreign text without knowing more of it. Two
-cheap repairs, fitted on a domain's validation split and applied to its test split, give every model that
-advantage: one temperature, or one temperature and one weight w of (1 - w) p + w unigram. A gain over another
-model that is gone afterwards was calibration; what remains is knowledge. The unigram is that of the
-validation split itself, so that every model gets the same one.
+repairs, fitted on a domain's validation split and applied to its test split, give every model that advantage:
+one temperature, or one temperature and one weight w of (1 - w) p + w unigram. A gain over another model that
+vanishes was calibration; what remains is knowledge. The unigram is that of the validation split, so every
+model gets the same one.
 
-The fit needs no second pass: one forward gives log-probabilities at `POWERS`, and between them every token's
-log-probability is a smooth function of the power, so a cubic spline stands for it.
+The fit needs no second pass: one forward pass gives log-probabilities at `POWERS`, and a cubic spline
+interpolates every token's log-probability between them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,45 +31,37 @@ if TYPE_CHECKING:
 BINS = 15
 
 
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """One point of a reliability curve.
-
-    Attributes:
-        low: confidences in the bin are at least this.
-        high: and below this (the last bin includes it).
-        tokens: how many there are.
-        confidence: mean probability of the first choice; null in JSON if the bin is empty.
-        accuracy: share of first choices that are the token; null if the bin is empty.
-    """
-
-    low: float
-    high: float
-    tokens: int
-    confidence: float | None
-    accuracy: float | None
-
-
 def fixed_edges() -> np.ndarray:
-    """Ends of bins of equal width."""
+    """Edges of bins of equal width."""
     return np.linspace(0.0, 1.0, BINS + 1)
 
 
 def adaptive_edges(confidence_N: np.ndarray) -> np.ndarray:
-    """Ends of bins that hold equally many tokens (fewer bins where many confidences are the same)."""
+    """Edges of bins with equally many tokens (fewer bins if many confidences are equal)."""
     inner = np.unique(np.quantile(confidence_N, np.linspace(0, 1, BINS + 1)[1:-1]))
     return np.concatenate([[0.0], inner[(inner > 0) & (inner < 1)], [1.0]])
 
 
 def reliability(scores: TokenScores, edges: np.ndarray) -> list[dict[str, float | None]]:
-    """The reliability curve, as plain data for JSON."""
+    """The reliability curve, for JSON.
+
+    Returns:
+        For each bin, `low` and `high` (confidences from low to below high; the last bin includes high),
+        `tokens`, mean `confidence` in the first choice and its `accuracy`; both None in an empty bin.
+    """
     place_N = _bins(scores.confidence_N, edges)
     tokens_B, confident_B, correct_B = (
         np.bincount(place_N, weights=weights, minlength=len(edges) - 1)
         for weights in (None, scores.confidence_N, scores.correct_N)
     )
     return [
-        asdict(Bin(float(low), float(high), int(n), *((float(p / n), float(a / n)) if n else (None, None))))
+        {
+            "low": float(low),
+            "high": float(high),
+            "tokens": int(n),
+            "confidence": float(p / n) if n else None,
+            "accuracy": float(a / n) if n else None,
+        }
         for low, high, n, p, a in zip(edges, edges[1:], tokens_B, confident_B, correct_B, strict=False)
     ]
 
@@ -77,14 +69,14 @@ def reliability(scores: TokenScores, edges: np.ndarray) -> list[dict[str, float 
 def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) -> ScoreEstimate:
     """Expected calibration error: mean over tokens of |accuracy - confidence| of the token's bin.
 
-    Its bootstrap over documents keeps the bins. Noise only adds to an absolute value, so resampled errors
-    are too large by about as much as the estimate itself is; the interval is therefore reflected about the
-    estimate ("basic" bootstrap).
+    The bootstrap over documents keeps the bins. Noise only adds to an absolute value, so resampled errors
+    are too large by about as much as the estimate is; the interval is therefore reflected about the estimate
+    (the "basic" bootstrap).
 
     Args:
         scores: tokens with confidence and correctness.
-        edges: ends of the bins.
-        documents: how many documents the tokens belong to.
+        edges: of the bins.
+        documents: number of documents of the tokens.
     """
     bins = len(edges) - 1
     cell_N = scores.document_N * bins + _bins(scores.confidence_N, edges)
@@ -93,7 +85,7 @@ def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) ->
     tokens_D1 = np.bincount(scores.document_N, minlength=documents)[:, None].astype(np.float64)
     value = float(np.abs(gaps_DB.sum(0)).sum() / tokens_D1.sum())
     if documents == 1:
-        return ScoreEstimate(value, np.nan, None, None)
+        return ScoreEstimate(value, np.nan)
     sums = resampled_sums(*content_order(np.concatenate([gaps_DB, tokens_D1], axis=1)))
     drawn = np.abs(sums[:, :-1]).sum(1) / sums[:, -1]
     low, high = 2 * value - np.quantile(drawn, [0.975, 0.025])
@@ -101,26 +93,27 @@ def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) ->
 
 
 def _bins(confidence_N: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The bin of every confidence; one that is an end belongs to the bin above it, except the last."""
+    """The bin of every confidence; one on an edge belongs to the bin above it, except on the last."""
     return np.minimum(np.searchsorted(edges, confidence_N, side="right") - 1, len(edges) - 2)
 
 
 POWERS = tuple(float(power) for power in np.geomspace(0.2, 3.0, 13))
-"""Inverse temperatures at which a forward pass looks: temperatures from 5 down to 1/3."""
+"""Inverse temperatures of which a forward pass gives log-probabilities: temperatures from 5 to 1/3."""
 
 FIT_TOKENS = 32_768
-"""About as many tokens of a domain enter the fit, evenly spread over each document."""
+"""About this many tokens of a domain enter the fit, evenly spread over each document."""
 
 _LEAST = 1e-300
 
 
 @dataclass(frozen=True, slots=True)
 class FitNoise:
-    """How far a score moves with the documents that its fit was made on.
+    """Noise in a score from the choice of the documents that its fit was made on.
 
     Attributes:
-        linear: part that falls with the scored text, in nats per token times the square root of documents.
-        curved: part that stays however much text is scored, in nats per token.
+        linear: part that falls with the amount of scored text, in nats per token times the square root of
+            documents.
+        curved: part that does not depend on it, in nats per token.
 
     Both are NaN for a fit on one document.
     """
@@ -135,16 +128,16 @@ class FitNoise:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFit:
-    """What was fitted on a domain's validation split.
+    """Parameters fitted on a domain's validation split.
 
     Attributes:
-        temperature: of the logits, alone.
-        mixed_temperature: of the logits, when mixed with the unigram.
+        temperature: of the logits, without a unigram.
+        mixed_temperature: of the logits in the mixture with the unigram.
         weight: of the unigram in that mixture, 0 to 1.
-        tokens: how many tokens the fit saw.
-        documents: of how many documents.
+        tokens: number of tokens in the fit.
+        documents: number of their documents.
         alone_noise: of scores with the temperature alone.
-        mixed_noise: of scores with the mixture, the unigram itself taken as it is.
+        mixed_noise: of scores with the mixture, where the unigram counts as given.
         variance: of the logarithm of `temperature` over documents; NaN for one document.
     """
 
@@ -165,15 +158,15 @@ def mixed(logp_N: np.ndarray, unigram_N: np.ndarray, weight: float) -> np.ndarra
 
 
 def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -> CalibrationFit:
-    """Temperature and mixture that make N tokens most probable.
+    """Find the temperature, and the mixture, under which N tokens are most probable.
 
-    The first is convex in the inverse temperature. In the second the weight is convex at each temperature
-    and is solved for inside; the temperature's best grid point starts a bounded search around it.
+    The loss is convex in the inverse temperature alone. In the mixture it is convex in the weight at each
+    temperature, so the weight is solved for inside; a bounded search starts at the grid's best temperature.
 
     Args:
         powered_NK: log-probabilities of the tokens at `POWERS`.
         unigram_N: probabilities of the tokens under the unigram, all positive.
-        document_N: document of each token; documents are the independent units behind the noise.
+        document_N: document of each token; documents are the independent units of the noise.
     """
     spline = _spline(powered_NK)
     alone = _best_power(lambda log_power: float(-spline(log_power).mean()))
@@ -195,14 +188,14 @@ def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -
 
 
 def foreign_noise(powered_NK: np.ndarray, other: CalibrationFit) -> float:
-    """Error that the noise of `other`'s temperature makes in a score of this text, in nats per token.
+    """Error in a score of this text from the noise of the temperature of `other`, in nats per token.
 
-    On a text that it was not fitted on, a temperature is not at the optimum, so the score moves with it in
+    On a text that it was not fitted on, a temperature is not at the optimum, so the score depends on it in
     the first order.
 
     Args:
         powered_NK: log-probabilities of tokens of this text at `POWERS`.
-        other: whose temperature is applied.
+        other: the fit whose temperature is applied.
     """
     slopes_N1, curvature = _alone_derivatives(_spline(powered_NK), 1 / other.temperature)
     slope = float(slopes_N1.mean())
@@ -225,7 +218,7 @@ def _mixed_derivatives(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_alone_derivatives`, in the logarithm of the power and in the weight: [N, 2] and [2, 2].
 
-    A weight at 0 or 1 is held there by its bound and not by the text, so it has no noise: [N, 1], [1, 1].
+    A weight at 0 or 1 is held by its bound and not by the text, so it has no noise: [N, 1], [1, 1].
     """
     at = np.log(power)
     p_N, slope_N, bend_N = np.maximum(np.exp(spline(at)), _LEAST), spline(at, 1), spline(at, 2)
@@ -243,11 +236,11 @@ def _mixed_derivatives(
 def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarray) -> tuple[FitNoise, float]:
     """Noise of scores whose P parameters were fitted on N tokens, and the variance of the first parameter.
 
-    The fitted parameters vary with the documents by C = H^-1 S H^-1 (the sandwich estimator), where S is the
-    variance of the summed slopes over documents and H the summed curvature. On other documents of the same
-    kind the mean loss moves by slope @ d + d @ H @ d / 2; the slope there is independent of d, has mean 0
-    and, document by document, the variance of those here. Parameters at the end of the grid, where the loss
-    is not curved upwards, count as fixed.
+    The covariance of the parameters over documents is C = H^-1 S H^-1 (the sandwich estimator), where S is
+    the variance of the summed slopes over documents and H the summed curvature. On other documents of the
+    same kind, a deviation d changes the mean loss by slope @ d + d @ H @ d / 2; the slope there is
+    independent of d, has mean 0 and, per document, the same variance. Parameters at the end of the grid,
+    where the loss is not convex, count as fixed.
     """
     n = len(slopes_NP)
     _, place_N = np.unique(document_N, return_inverse=True)
@@ -268,7 +261,7 @@ def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarr
 
 
 def _best_power(loss: Callable[[float], float]) -> float:
-    """The power with the least loss: the best of the grid, refined between its neighbours."""
+    """The power of the least loss: the best of the grid, refined between its neighbours."""
     grid = np.log(POWERS)
     best = int(np.argmin([loss(float(log_power)) for log_power in grid]))
     bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
@@ -276,7 +269,7 @@ def _best_power(loss: Callable[[float], float]) -> float:
 
 
 def _mixed(logp_N: np.ndarray, unigram_N: np.ndarray) -> tuple[float, float]:
-    """Least mean loss of (1 - w) p + w unigram over w in [0, 1], in nats, and the w."""
+    """The least mean loss of (1 - w) p + w unigram over w in [0, 1], in nats, and its w."""
     p_N = np.maximum(np.exp(logp_N), _LEAST)
 
     def slope(weight: float) -> float:
@@ -293,13 +286,13 @@ def _mixed(logp_N: np.ndarray, unigram_N: np.ndarray) -> tuple[float, float]:
 
 
 def frequencies(counts_V: np.ndarray) -> np.ndarray:
-    """A unigram from token counts, with one added to every count so that none is zero."""
+    """A unigram from token counts, with one added to every count."""
     smoothed_V: np.ndarray = (counts_V + 1) / (counts_V.sum() + len(counts_V))
     return smoothed_V
 
 
 def own_unigram(document_N: np.ndarray, label_N: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Each token's probability under the unigram of the *other* documents, so that the fit is honest.
+    """Probability of each token under the unigram of the *other* documents, as for unseen text.
 
     Args:
         document_N: document of each token.

@@ -1,7 +1,4 @@
-"""The texts that `tutelage eval` scores: versioned data in `presets/evals.yaml`, built into stores on demand.
-
-To add a domain, add an entry to that file.
-"""
+"""The domains that `tutelage eval` scores: entries of `presets/evals.yaml`, built into stores on demand."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ SuiteName = Literal["offline", "paper", "extra"]
 
 
 class Domain(Section):
-    """One text and how it is split."""
+    """A text and its splits."""
 
     suite: SuiteName = Field(description="the suite it belongs to; `extra` is scored only when named")
     summary: str = Field(description="what the text is")
@@ -52,7 +49,7 @@ class Domain(Section):
 
 
 class Suites(Section):
-    """Every known domain, and what holds for all of them."""
+    """All domains and their common limits."""
 
     max_documents: int = Field(ge=1, description="documents per domain and split")
     max_tokens: int = Field(ge=1, description="tokens per document, from its beginning")
@@ -61,15 +58,11 @@ class Suites(Section):
     domains: dict[Name, Domain]
 
 
-def _load() -> Suites:
-    with resources.as_file(resources.files("tutelage.presets") / "evals.yaml") as path:
-        return load(Suites, Path(path))
-
-
-SUITES = _load()
+with resources.as_file(resources.files("tutelage.presets") / "evals.yaml") as _path:
+    SUITES = load(Suites, Path(_path))
 
 DOMAINS = {**SUITES.domains}
-"""Every named domain, by name."""
+"""All domains by name."""
 
 
 def find_domain(name: str) -> Domain:
@@ -82,7 +75,7 @@ def find_domain(name: str) -> Domain:
 
 
 def check_sources(domains: Mapping[str, Domain]) -> None:
-    """Raise one `UserError` for all packages that are missing, before anything is built."""
+    """Raise one `UserError` for all missing packages."""
     missing = []
     for domain in domains.values():
         if isinstance(domain.source, CorpusSource):
@@ -105,10 +98,10 @@ def domain_store(
     """The token store of a domain in a model's tokens, built on first use.
 
     Args:
-        name: what the domain is called.
+        name: of the domain.
         domain: its entry.
         tokenizer: model directory or tokenizer.json.
-        stores: directory where stores are kept; models with the same tokenizer share them.
+        stores: directory of stores; models with the same tokenizer share them.
         progress: called while the store is built.
 
     Raises:
@@ -135,7 +128,7 @@ def check_splits(name: str, store: Store) -> None:
 
 
 def _kept_tokenizer(tokenizer: Path, stores: Path) -> Path:
-    """A copy named by its content, so that a store's name does not depend on which model asked first."""
+    """A copy named by its content, so that a store's name does not depend on the first model."""
     found = load_tokenizer(tokenizer)
     path = stores.absolute() / f"tokenizer-{found.sha256[:12]}"
     if not path.is_dir():
@@ -152,5 +145,5 @@ def role_after(training: Store, domain: Store) -> Role:
 
 
 def _origin(source: dict[str, JsonValue]) -> str:
-    """What names the text of a source, whatever its version or split."""
+    """Identity of the text of a source, whatever its version or split."""
     return json.dumps([source.get(field) for field in ("kind", "name", "path", "subset", "files")])

@@ -39,11 +39,11 @@ class EvaluatedModel:
     Attributes:
         id: run id, or `<name>-<first 8 digits of the weights' fingerprint>`.
         model: local Hugging Face directory with weights and tokenizer.
-        revision: commit on the Hub that `model` is a copy of; None for local models.
-        step: optimizer steps it has taken; 0 for a model that is no run.
-        tokens: training tokens it has seen; 0 for a model that is no run.
+        revision: commit on the Hub of which `model` is a copy; None for local models.
+        step: optimizer steps it has taken; 0 for a model that is not a run.
+        tokens: training tokens it has seen; 0 for a model that is not a run.
         context: the longest sequence it was trained on, in tokens; without positions, the suites' context.
-        output: directory with its `scores.jsonl` and `documents.parquet`; it need not exist yet.
+        output: directory of its scores; it need not exist yet.
         training_store: token store a run was trained on; None for other models.
     """
 
@@ -68,7 +68,7 @@ class EvaluatedModel:
 
     @property
     def samples(self) -> Path:
-        """What the model writes, for people to read."""
+        """Continuations that the model wrote, for people to read."""
         return self.output / "samples.md"
 
     @property
@@ -111,15 +111,15 @@ class EvaluatedModel:
 
 
 def find_model(argument: str, output: Path, revision: str | None = None) -> EvaluatedModel:
-    """The model that `argument` names; nothing is computed, but a model on the Hub is downloaded.
+    """Find the model that `argument` names; a model on the Hub is downloaded.
 
     Args:
         argument: a run directory, a Hugging Face model directory, or a name on the Hub.
-        output: where models that are no run get a directory for their scores, `<output>/<id>`.
+        output: the scores of models that are not runs go to `<output>/<id>`.
         revision: commit or tag on the Hub.
 
     Raises:
-        UserError: there is nothing, no weights, or the run has not finished training.
+        UserError: there is no such model, it has no weights, or the run has not finished training.
     """
     path = Path(argument).expanduser()
     if path.is_dir():
@@ -137,7 +137,7 @@ def find_models(arguments: Sequence[str], output: Path) -> list[EvaluatedModel]:
     """As `find_model`, each model once.
 
     Raises:
-        UserError: also where two directories have one name, under which their scores would be mixed.
+        UserError: also if two directories have the same name, under which their scores would be mixed.
     """
     found = {
         evaluated.output.resolve(): evaluated for evaluated in (find_model(one, output) for one in arguments)
@@ -179,12 +179,8 @@ def _run(path: Path) -> EvaluatedModel:
 
 def _model(path: Path, name: str, output: Path, revision: str | None) -> EvaluatedModel:
     identity = f"{name}-{weights_fingerprint(path)[:8]}"
-    return EvaluatedModel(identity, path, revision, 0, 0, _trained_length(path), output / identity)
-
-
-def _trained_length(path: Path) -> int:
-    """Positions that the config.json speaks of; the suites' context where a family has no such number."""
-    return trained_length(_config(path)) or SUITES.context
+    context = trained_length(_config(path)) or SUITES.context  # some families have no such number
+    return EvaluatedModel(identity, path, revision, 0, 0, context, output / identity)
 
 
 def _config(path: Path) -> PretrainedConfig:
@@ -213,7 +209,7 @@ def check_tokenizer(evaluated: EvaluatedModel) -> TextTokenizer:
     """The model's own tokenizer.
 
     Raises:
-        UserError: there is none, or it has ids that the model does not know.
+        UserError: there is none, or it has ids beyond the model's vocabulary.
     """
     tokenizer = load_tokenizer(evaluated.model)
     rows = _config(evaluated.model).get_text_config(decoder=True).vocab_size

@@ -1,8 +1,8 @@
-"""lm-eval's model class with documents that begin as they do in training, and without padded ids.
+"""Adapt lm-eval's model class: documents begin as they do in training, and padded ids get no probability.
 
 lm-eval itself puts a mark in front of every text that it scores from its beginning: the tokenizer's beginning
-of a sequence, or the end-of-text mark where there is none. Here such a text begins with what the tokenizer
-puts in front of it, once; where it puts nothing, the first token is context only.
+of a sequence, or without one the end-of-text mark. Here such a text begins with the tokens that the tokenizer
+puts in front of it, once; if there are none, the first token is context only.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from tutelage.data.tokenizer import TextTokenizer
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
-"""The texts, as a key of lm-eval's cache; ids that are given; ids that are scored."""
+"""The texts, as a key of lm-eval's cache; ids that are context; ids that are scored."""
 
 
 class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
-    """A model directory, as lm-eval wants it.
+    """A model directory in the interface of lm-eval.
 
     Args:
         own: the directory's tokenizer.
@@ -66,16 +66,16 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
         return logits_BTV[..., : self._own.vocab_size]
 
     def _beginning(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text that begins a document: what is given, and what is scored.
+        """Context and scored ids of a text that begins a document.
 
-        A text of one token that nothing begins is scored from the end-of-text mark, or it had no score.
+        A text of one token without tokens in front is scored after the end-of-text mark, or it had no score.
         """
         ids = [*self._own.begin_ids, *self.tok_encode(text, add_special_tokens=False)]
         given = max(1, len(self._own.begin_ids))
         return (ids[:given], ids[given:]) if len(ids) != 1 else ([self._own.eos_id], ids)
 
     def _windows(self, given: Sequence[int], scored: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """As lm-eval cuts a text: all windows are full, the last by reaching back over tokens scored then."""
+        """lm-eval's windows: all are full, the last by reaching back over tokens scored before."""
         ids = [*given, *scored]
         done = len(given)
         while done < len(ids):

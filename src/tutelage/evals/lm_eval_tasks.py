@@ -1,9 +1,9 @@
-"""Downstream tasks made from held-out text, as lm-eval task files with their data beside them.
+"""Build downstream tasks from held-out text and from packages, as lm-eval task files with their data.
 
-`continuation`: which of four pieces of text goes on from here; the other three go on elsewhere, in other
-documents. `last_word`: does the model's first choice complete the clause. Both are functions of the text,
-the tokenizer and the trained context alone, so the same model and text give the same files, bit for bit.
-The prompt is as long as the trained context allows, at least half of it, and at most 1000 characters.
+`continuation`: which of four pieces of text follows the prompt; the other three are from other documents.
+`last_word`: whether the model's first choice completes the clause. Both are functions of the text, the
+tokenizer and the trained context alone, so the same model and text give the same files, bit for bit. The
+prompt is as long as the trained context allows, at least half of it, and at most 1000 characters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import random
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -34,15 +34,8 @@ if TYPE_CHECKING:
     from tutelage.data.store import Store
 
 
-@dataclass(frozen=True, slots=True)
-class PaperTask:
-    """A task of the paper.
-
-    Attributes:
-        name: what lm-eval calls it.
-        shots: worked examples before the question.
-        metric: the one that the paper reports.
-    """
+class PaperTask(NamedTuple):
+    """A task of the paper: lm-eval's name, worked examples before the question, and the metric reported."""
 
     name: str
     shots: int
@@ -67,7 +60,7 @@ PAPER_TASKS = (
     PaperTask("medmcqa", 10),
     PaperTask("anli_r1", 10),
 )
-"""Their data comes from the Hugging Face Hub. `paper` names all of them."""
+"""The tasks that `paper` names; their data comes from the Hugging Face Hub."""
 
 _PER_CATEGORY = 100
 
@@ -77,9 +70,9 @@ class PackageTask:
     """A task with its questions in a package.
 
     Attributes:
-        summary: what is asked.
+        summary: the question.
         source: the package, pinned by version and checksum; not in `CORPORA`, so that nothing trains on it.
-        items: the questions in the file's lines.
+        items: turns the file's lines into questions.
     """
 
     summary: str
@@ -88,17 +81,17 @@ class PackageTask:
 
 
 def build_package_task(name: str, output: Path) -> BuiltTask:
-    """Write one of `PACKAGE_TASKS` into a directory below `output`, or find it there.
+    """Write one of `PACKAGE_TASKS` to a directory below `output`, unless it exists.
 
     Raises:
         UserError: the package is missing, or has another version or content.
     """
     task = PACKAGE_TASKS[name]
-    return write_choices(name, task.items(list(task.source.documents())), output)
+    return _write_task(name, task.items(list(task.source.documents())), _MULTIPLE_CHOICE, output)
 
 
 def analogies(lines: Sequence[str]) -> list[Item]:
-    """Up to a hundred questions of each category, in random order, each with four answers of the category.
+    """Up to 100 questions of each category, in random order, each with four answers of the category.
 
     Args:
         lines: ": category", or four words a b c d with a : b = c : d.
@@ -154,7 +147,7 @@ ITEMS = 500
 
 CHOICES = 4
 
-_TEXT = 8_000_000  # characters of held-out text looked at, so that memory has a bound
+_TEXT = 8_000_000  # characters of held-out text to read, a bound on memory
 _PROMPT, _LEAST_PROMPT = 1000, 60
 _STRIDE = 200  # characters between two questions on one document
 _PIECE = re.compile(r"(?<=\S) (\S[\s\S]{38,62}?\S)(?=\s)")
@@ -165,28 +158,15 @@ Item = dict[str, Any]
 """One question, as a line of `items.jsonl`."""
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltTask:
-    """A task file that lm-eval reads.
-
-    Attributes:
-        name: what lm-eval calls it.
-        directory: holds `<name>.yaml` and `items.jsonl`; its name ends with a digest of the items.
-    """
+class BuiltTask(NamedTuple):
+    """A task by lm-eval's name for it, and the directory of `<name>.yaml` and `items.jsonl`."""
 
     name: str
     directory: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A place in a document where the text goes on.
-
-    Attributes:
-        document: index of the document.
-        prompt: the text before, ending with a word.
-        answer: how it goes on, after one space.
-    """
+class Question(NamedTuple):
+    """A place in a document: its index, the text before, ending with a word, and the text after a space."""
 
     document: int
     prompt: str
@@ -194,7 +174,7 @@ class Question:
 
 
 def held_out_texts(store: Store) -> list[str]:
-    """The documents of a store's test split as text, up to a bound on their total size.
+    """The documents of a store's test split as text, up to a bound on the total size.
 
     Raises:
         UserError: the split is empty.
@@ -218,13 +198,13 @@ def held_out_texts(store: Store) -> list[str]:
 def build_task(
     kind: str, domain: str, texts: Sequence[str], tokenizer: Tokenizer, context: int, output: Path
 ) -> BuiltTask:
-    """Write one task into `<output>/<kind>_<domain>-<digest8>`, or find it there.
+    """Write one task to `<output>/<kind>_<domain>-<digest8>`, unless it exists.
 
     Args:
         kind: "continuation" or "last_word".
         domain: name of the text.
         texts: held-out documents.
-        tokenizer: of the model; decides how much prompt fits.
+        tokenizer: of the model; it limits the prompt.
         context: trained length in tokens; prompt and answer together never exceed it.
         output: directory of task directories.
 
@@ -242,13 +222,8 @@ def build_task(
     return _write_task(name, items, config, output)
 
 
-def write_choices(name: str, items: Sequence[Item], output: Path) -> BuiltTask:
-    """Write questions with several answers as a task; items have `prompt`, `choices` and `gold`."""
-    return _write_task(name, items, _MULTIPLE_CHOICE, output)
-
-
 def _write_task(name: str, items: Sequence[Item], config: Mapping[str, Any], output: Path) -> BuiltTask:
-    """Into `<output>/<name>-<digest8>`; `config` says what is right and how it is scored."""
+    """Write `<output>/<name>-<digest8>`; `config` names the right answer and the metrics."""
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     digest = hashlib.sha256(lines.encode()).hexdigest()
     directory = output.resolve() / f"{name}-{digest[:8]}"
@@ -267,10 +242,10 @@ def _write_task(name: str, items: Sequence[Item], config: Mapping[str, Any], out
 
 
 def continuation_items(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[Item]:
-    """Questions with four pieces of text of about equal length, exactly one of which goes on from the prompt.
+    """Questions with four pieces of text of about equal length, exactly one of which follows the prompt.
 
-    The right one is at each of the four places equally often (but for a remainder). The wrong ones come
-    from other documents and occur nowhere in the prompt's document.
+    The right one is at each of the four places equally often, up to a remainder. The wrong ones are from
+    other documents and do not occur in the prompt's document.
     """
     rng = random.Random(0)  # noqa: S311 - a choice of questions, not a secret
     questions = _chosen(texts, _PIECE, rng)
@@ -320,7 +295,7 @@ _KINDS: dict[str, tuple[Callable[[Sequence[str], Tokenizer, int], list[Item]], d
         },
     ),
 }
-"""How the items of a kind of task are made, and the part of its task file that goes with them."""
+"""By kind of task: the function that makes its items, and its part of the task file."""
 
 KINDS = tuple(_KINDS)
 
@@ -352,7 +327,7 @@ def _whole_words(text: str, end: int) -> str:
 def _distractors(
     question: Question, questions: Sequence[Question], document: str, rng: random.Random
 ) -> list[str]:
-    """Three different answers to questions on other documents; fewer if there are none."""
+    """Three different answers to questions on other documents; fewer if there are not enough."""
     wrong: list[str] = []
     for other in rng.sample(questions, len(questions)):
         if len(wrong) == CHOICES - 1:
@@ -364,7 +339,7 @@ def _distractors(
 
 
 def _fitted(prompt: str, answers: Sequence[str], tokenizer: Tokenizer, context: int) -> str:
-    """The longest end of the prompt, in whole words, that fits with every answer; "" if half does not."""
+    """The longest end of the prompt, in whole words, that fits with every answer; "" if too little does."""
 
     def encoded(text: str) -> Encoding:
         return tokenizer.encode(text, add_special_tokens=False)

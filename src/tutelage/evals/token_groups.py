@@ -2,8 +2,8 @@
 
 Tokens of one document depend on each other, so the document is the unit. With S_d the sum and n_d the
 number of a group's tokens in document d, the mean is r = sum S_d / sum n_d and its standard error
-sqrt(G / (G - 1) sum (S_d - r n_d)^2) / sum n_d over the G documents that reach into the group. Borders of
-groups count as given.
+sqrt(G / (G - 1) sum (S_d - r n_d)^2) / sum n_d over the G documents with tokens in the group. The borders
+of groups count as given.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _SCHEMA = {
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """One way to put every token into exactly one group.
+    """A partition of all tokens into groups.
 
     Attributes:
         name: all, entropy, position, right or closer.
         bin_N: group of every token.
         labels: name of every group.
-        edges: borders of the groups, one more than there are; None where groups are no ranges.
-        contrast: the groups (a, b) whose difference a - b is also reported.
+        edges: borders of the groups, one more than groups; None if they are not ranges.
+        contrast: groups (a, b) whose difference a - b is reported too.
     """
 
     name: str
@@ -59,21 +59,21 @@ class Grouping:
 
 
 def sorted_by(tokens: pl.DataFrame) -> str:
-    """Who stands for an untaught model where tokens are put into groups: the sorter, if there is one.
+    """The role that stands for an untaught model in groupings: the sorter, or without one the baseline.
 
-    The baseline itself is half of every gain. Tokens sorted by it are sorted by its luck too: where it was
+    The baseline is half of every gain, so tokens sorted by it are sorted by its luck too: where it was
     unlucky, any other model gains.
     """
     return "sorter" if "entropy.sorter" in tokens.columns else "baseline"
 
 
 def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
-    """Every way the evaluation groups its tokens. "Untaught" is the sorter, without one the baseline.
+    """All groupings of a comparison. The untaught model is the sorter, or without one the baseline.
 
     all: one group. entropy: fifths by the untaught model's entropy in nats; a token on a border is in the
-    upper group, so equal entropies are never parted and groups can then differ in size. position: twentieths
-    of the context, borders in tokens. right: whose most probable token is the gold one. closer: whether the
-    teacher gives the gold token more probability than the untaught model does.
+    upper group, so equal entropies stay together and groups may differ in size. position: twentieths of the
+    context, borders in tokens. right: whose most probable token is the gold one. closer: whether the teacher
+    gives the gold token more probability than the untaught model does.
     """
     alone = sorted_by(tokens)
     entropy = tokens[f"entropy.{alone}"].to_numpy().astype(np.float64)
@@ -114,9 +114,9 @@ def summarise(tokens: pl.DataFrame, context: int) -> pl.DataFrame:
 
     Returns:
         grouping, bin, label, low, high, quantity, of, mean, stderr, n (tokens), documents. Groups without
-        a token have no row. `stderr` is null for one document. Rows of a grouping called "<name>
-        contrast" are the difference of two groups. Quantity "gain" is the cross-entropy of the baseline
-        less that of the model `of`, in nats.
+        tokens have no row. `stderr` is null for one document. Rows of a grouping "<name> contrast" are the
+        difference of two groups. Quantity "gain" is the cross-entropy of the baseline minus that of the model
+        `of`, in nats.
     """
     document_N = tokens["document"].to_numpy().astype(np.int64)
     columns = {name: tokens[name].to_numpy().astype(np.float64) for name in tokens.columns if "." in name}
@@ -177,7 +177,7 @@ def _sums(
 
 
 def _estimate(mean: float, influence_D: Array, counts_D: NDArray[np.int64]) -> dict[str, object]:
-    """A mean and its standard error from what each document adds to its deviation."""
+    """A mean and its standard error from each document's contribution to its deviation."""
     documents = int((counts_D > 0).sum())
     stderr = None
     if documents > 1:

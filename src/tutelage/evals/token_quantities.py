@@ -1,7 +1,6 @@
-"""What one next-token distribution looks like, and how far two of them are apart, token by token.
+"""Describe next-token distributions, and the differences between two of them, token by token.
 
-Every quantity is one float32 or integer per row. Where a vocabulary is smaller than a K below, K is the
-vocabulary.
+Every quantity is one float32 or integer per row. If a vocabulary is smaller than a K below, K is its size.
 """
 
 from __future__ import annotations
@@ -45,14 +44,13 @@ def alone(of: Predictions, gold_N: Tensor) -> dict[str, Tensor]:
 
     Args:
         of: its predictions.
-        gold_N: int64 ids of the tokens that really came.
+        gold_N: int64 ids of the actual tokens.
 
     Returns:
         entropy: nats, 0 to log V.
         max_prob: largest probability.
         gold_logp: log-probability of the gold token, nats.
-        gold_rank: 1 plus the number of tokens with a larger probability than the gold one; a tie does
-            not push it down.
+        gold_rank: 1 plus the number of tokens with a larger probability than the gold one.
         above_uniform: number of tokens with a probability above 1/V.
         top10_mass, top50_mass: sum of the 10 and 50 largest probabilities.
     """
@@ -76,12 +74,12 @@ def kl_both_ways(p: Predictions, q: Predictions) -> tuple[Tensor, Tensor]:
 
 
 def together(p: Predictions, q: Predictions) -> dict[str, Tensor]:
-    """Quantities of two models that do not change when they are swapped.
+    """Quantities of two models that are symmetric in them.
 
     Returns:
         js: Jensen-Shannon divergence, nats, 0 to log 2.
         top1_agreement: 1 where the most probable token is the same, else 0.
-        top5_overlap: part of the 5 most probable tokens that they share, 0 to 1.
+        top5_overlap: share of the 5 most probable tokens that both have, 0 to 1.
         top10_spearman: `spearman` over the 10 most probable tokens of both, -1 to 1.
         shared_mass: sum of min(p, q), 0 to 1; one minus the total variation distance.
     """
@@ -108,9 +106,9 @@ def _js(p: Predictions, q: Predictions) -> Tensor:
 def spearman(logp_NV: Tensor, logq_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """Rank correlation of p and q over the different ids of each row; ties share their mean rank.
 
-    The union of both models' most probable tokens is taken, and not one model's, so that the value does
-    not depend on which comes first. Tokens that only one of them ranks high pull it below zero: that of
-    two unrelated models is negative. NaN where either gives all ids the same probability.
+    The ids are the union of both models' most probable tokens, so that the value is symmetric. Tokens that
+    only one of them ranks high lower it: that of two unrelated models is negative. NaN where either gives
+    all ids the same probability.
     """
     ids_NK = ids_NK.sort(1).values
     new_NK = torch.ones_like(ids_NK, dtype=torch.bool)
@@ -121,7 +119,7 @@ def spearman(logp_NV: Tensor, logq_NV: Tensor, ids_NK: Tensor) -> Tensor:
 
 
 def _centred_ranks(values_NK: Tensor, valid_NK: Tensor) -> Tensor:
-    """Mean ranks among the valid values of a row, less their average; 0 where not valid.
+    """Mean ranks among the valid values of a row, minus their average; 0 where not valid.
 
     A value's rank, up to a constant, is half of (values below it minus values above it).
     """

@@ -1,7 +1,7 @@
-"""Scores and document losses of many runs, checked for completeness and against each other, in bulk.
+"""Read the scores and document losses of many runs in bulk, and check that they are complete and agree.
 
-The evaluation of a run (`scores.jsonl` and `documents.parquet`) counts whole or not at all: with one domain
-missing, its mean over domains would be the mean of other domains than everyone else's.
+The evaluation of a run (`scores.jsonl` and `documents.parquet`) counts as a whole or not at all: with one
+domain missing, its mean over domains would not compare with that of other runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCORE_COLUMNS = pl.Schema(
     }
 )
 OTHERWISE = "scored by other rules or settings than the plan's"
-"""Why a run is left out whose state.json does not know the plan's evaluation."""
+"""Reason for leaving out a run whose state.json lacks the plan's evaluation."""
 _FITTED = ("nll_temperature", "nll_unigram", "nll_temperature_in_domain")
 DOCUMENT_COLUMNS = pl.Schema(
     {
@@ -54,9 +54,9 @@ _BEHIND = {
     "bits_per_byte_unigram": "nll_unigram",
     "bits_per_byte_temperature_in_domain": "nll_temperature_in_domain",
 }
-"""The documents' column that each of these scores is the sum of."""
+"""Column of the documents that sums to each of these scores."""
 _AGREEMENT = 1e-6
-"""Largest relative difference between a score and the documents behind it: rounding, no more."""
+"""Largest relative difference, from rounding, between a score and the documents behind it."""
 _FILES_AT_ONCE = 250
 _KEYS = ["run", "domain", "split"]
 _VERSION_KEYS = ["run", "domain", "version"]
@@ -66,7 +66,7 @@ class Evaluations(NamedTuple):
     """The evaluations of many runs.
 
     Attributes:
-        scores: of the last step that a run was scored at.
+        scores: of the last step at which a run was scored.
         documents: losses of documents; of the same runs.
         roles: run, domain, role: whether the run was trained on such text, as its scores say.
         left_out: for every run that is in neither, the reason.
@@ -84,7 +84,7 @@ class Evaluations(NamedTuple):
 def read_evaluations(
     directory: Path, versions: Mapping[str, Mapping[str, str] | None], plan: Plan
 ) -> Evaluations:
-    """The whole evaluations of runs, by the plan's settings; other scores beside them do not count.
+    """The complete evaluations of runs by the plan's settings; other scores in the files are ignored.
 
     Args:
         directory: of the run directories.
@@ -135,7 +135,7 @@ def _own_versions(versions: Mapping[str, Mapping[str, str] | None], plan: Plan) 
 def _scores(
     directory: Path, runs: Sequence[str], own: pl.DataFrame, problems: dict[str, str]
 ) -> pl.DataFrame:
-    """The scores of `own` versions, and the latest of copying in context, which has no version of its own."""
+    """The scores of `own` versions, and the latest ones of copying in context, of any version."""
     names = [*SCORE_COLUMNS.names(), "role", "step"]
     row = attrgetter(*names)
     rows: list[tuple[object, ...]] = []
@@ -161,7 +161,7 @@ def _scores(
 
 
 def _made_alike(scores: Sequence[Score]) -> list[Score]:
-    """The scores that this version's scoring made; others do not compare with them."""
+    """The scores of this scoring version; others do not compare with them."""
     made = [score for score in scores if scoring_version(score.version) == SCORING_VERSION]
     if scores and not made:
         raise UnreadableError(
@@ -228,7 +228,7 @@ def _one_by_one(directory: Path, runs: Sequence[str], problems: dict[str, str]) 
 
 
 def _wrong_rows(documents: pl.DataFrame) -> list[tuple[str, str]]:
-    """(run, reason) for losses that are no numbers and for documents that are there twice."""
+    """(run, reason) for losses that are not finite and for documents that appear twice."""
     needed = [name for name in DOCUMENT_COLUMNS.names() if name not in _FITTED]
     broken = pl.any_horizontal(pl.col(needed).is_null(), ~pl.col("nll", *_FITTED).is_finite())
     lost = documents.filter(broken.fill_null(value=False))["run"].unique().to_list()
@@ -242,7 +242,7 @@ def _wrong_rows(documents: pl.DataFrame) -> list[tuple[str, str]]:
 def _gaps(
     runs: Sequence[str], scores: pl.DataFrame, documents: pl.DataFrame, plan: Plan
 ) -> list[tuple[str, str]]:
-    """(run, reason) for every planned domain and split without a score or documents, unless all was seen."""
+    """(run, reason) for planned splits without scores or documents, unless all were trained on."""
     cells = [(domain.name, split) for domain in plan.domains for split in ("validation", "test")]
     wanted = pl.DataFrame(cells, schema=["domain", "split"], orient="row")
     gaps = []
@@ -261,7 +261,7 @@ def _gaps(
 
 
 def _disagreements(scores: pl.DataFrame, documents: pl.DataFrame) -> list[tuple[str, str]]:
-    """(run, reason) where a score is not what its documents add up to."""
+    """(run, reason) where a score differs from the sum of its documents."""
     sums = [pl.col(name).sum() / math.log(2) / pl.col("bytes").sum() for name in _BEHIND.values()]
     behind = (
         documents.group_by(_KEYS)
@@ -282,9 +282,9 @@ def _disagreements(scores: pl.DataFrame, documents: pl.DataFrame) -> list[tuple[
 
 
 def _odd_ones(scores: pl.DataFrame, documents: pl.DataFrame, plan: Plan) -> pl.DataFrame:
-    """run, domain, kind where a run was scored on other text or settings than most that it is compared with.
+    """run, domain and kind of runs scored on other text or settings than most runs of their stage.
 
-    Runs are compared within a stage. What teachers have is held against what their students have.
+    Students decide what is usual; teachers are compared with them.
     """
     compared = _BEHIND.keys() - {"bits_per_byte_temperature_in_domain"}  # a training text may lack held-out
     known = scores.filter(pl.col("metric").is_in(compared))
