@@ -32,7 +32,7 @@ from tutelage.config.teacher_config import Format
 from tutelage.data.build import build_store
 from tutelage.data.store import open_store
 from tutelage.models import hub
-from tutelage.objective.objective import dense_logits
+from tutelage.objective.products import dense_logits
 from tutelage.teachers.cache.codec import CodecSettings, HiddenRows
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.live import OnlineTeacher

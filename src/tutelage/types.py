@@ -9,11 +9,11 @@ This module imports no torch, so that the analysis and the command line can use 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -123,7 +123,12 @@ class DenseTargets:
 
     def rows(self, rows: Rows) -> DenseTargets:
         """The targets of some tokens."""
-        return DenseTargets(self.hidden_NE[rows], self.head_VE, self.transform, self.bias_V)
+        return replace(self, hidden_NE=self.hidden_NE[rows])
+
+    def without_padding(self, vocab_size: int) -> DenseTargets:
+        """The same targets over the first `vocab_size` rows of the head, the real vocabulary."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return replace(self, head_VE=self.head_VE[:vocab_size], bias_V=bias_V)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,22 +169,16 @@ class SparseTargets:
 
     def rows(self, rows: Rows) -> SparseTargets:
         """The targets of some tokens."""
-        return SparseTargets(
-            self.ids_NK[rows],
-            self.probs_NK[rows],
-            self.tail_N[rows],
-            self.gold_logp_N[rows],
-            self.temperature,
-        )
+        return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: object) -> SparseTargets:
         """The same targets on `device`."""
+        return self._each(lambda tensor: tensor.to(device))  # type: ignore[call-overload]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SparseTargets:
+        ids_NK, probs_NK = change(self.ids_NK), change(self.probs_NK)
         return SparseTargets(
-            self.ids_NK.to(device),  # type: ignore[call-overload]
-            self.probs_NK.to(device),  # type: ignore[call-overload]
-            self.tail_N.to(device),  # type: ignore[call-overload]
-            self.gold_logp_N.to(device),  # type: ignore[call-overload]
-            self.temperature,
+            ids_NK, probs_NK, change(self.tail_N), change(self.gold_logp_N), self.temperature
         )
 
     @staticmethod
@@ -209,14 +208,14 @@ class LossSums:
         kd: T^2 times the divergence from the teacher (T^2 only if the objective asks for it). A KL of two
             distributions only where targets are not samples: see `tutelage.config.teacher_config.kd_name`.
         teacher_ce: cross-entropy of the teacher on the labels at T=1; 0 without a teacher.
-        taught: alpha times the gate, so that taught / tokens is the mean effective alpha.
+        effective_alpha: alpha times the gate; over the number of tokens, the mean effective alpha.
     """
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
     teacher_ce: Tensor
-    taught: Tensor
+    effective_alpha: Tensor
 
 
 @dataclass(frozen=True, slots=True)

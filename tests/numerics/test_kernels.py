@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from tutelage.errors import UserError
-from tutelage.objective.kernels import dispatch, rows
+from tutelage.objective import kernels as dispatch
+from tutelage.objective.kernels import rows
 from tutelage.types import IGNORE_INDEX
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"

@@ -73,24 +73,25 @@ def nemo_kd(problem, temperature):
 
 
 def trl(beta):
-    return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd"), beta if 0 < beta < 1 else 0.5
+    name = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+    return {"divergence": name, "jsd_beta": beta if 0 < beta < 1 else 0.5}
 
 
 CASES = [
     ("torchtune forward KL", torchtune_forward_kl, (), [(Objective(), 1.0)]),
-    ("torchtune reverse KL", torchtune_reverse_kl, (), [(Objective("reverse_kl"), 1.0)]),
+    ("torchtune reverse KL", torchtune_reverse_kl, (), [(Objective(divergence="reverse_kl"), 1.0)]),
     (
         "torchtune symmetric KL",
         torchtune_symmetric_kl,
         (),
-        [(Objective(), 0.5), (Objective("reverse_kl"), 0.5)],
+        [(Objective(), 0.5), (Objective(divergence="reverse_kl"), 0.5)],
     ),
     *(
         (
             f"TRL GKD, beta {beta}, T {t}",
             trl_generalised_jsd,
             (beta, t),
-            [(Objective(trl(beta)[0], t, temperature_squared=False, jsd_beta=trl(beta)[1]), 1.0)],
+            [(Objective(**trl(beta), temperature=t, temperature_squared=False), 1.0)],
         )
         for beta, t in itertools.product((0.0, 0.1, 0.5, 0.9, 1.0), (1.0, 2.0))
     ),

@@ -14,8 +14,8 @@ from torch import nn
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective
 from tutelage.objective import chunked as chunked_module
 from tutelage.objective.chunked import ObjectiveHead
-from tutelage.objective.divergences import Shape
 from tutelage.objective.products import UPCAST_ROWS, HeadProducts, wide_dtype
+from tutelage.objective.sparse import most_probable
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets
 
 N, D, V = 40, 128, 32000
@@ -65,7 +65,7 @@ def truth(hidden, head, teacher, alpha, objective, sparse=None):
         kept, tail = dense > 0, sparse.tail_N[keep].double().unsqueeze(1)
         rest = q.masked_fill(kept, -torch.inf).logsumexp(-1, keepdim=True)
         q, p = torch.cat([q.masked_fill(~kept, -torch.inf), rest], 1), torch.cat([dense, tail], 1).log()
-    kd = t * t * definition(objective.divergence, q, p, Shape(objective.jsd_beta, objective.skew)).sum()
+    kd = t * t * definition(objective.divergence, q, p, objective).sum()
     ((1 - alpha) * ce + alpha * kd).backward()
     return kd.detach(), h.grad, w.grad
 
@@ -107,7 +107,7 @@ def test_dense_targets(problems, divergence, overlap, arithmetic):
         hidden, taught, head = problems[overlap, dtype]
         teacher = logits_of(taught, head)
         for alpha, temperature in ((1.0, 1.0), (0.4, 2.0)):
-            objective = Objective(divergence, temperature, chunk_tokens=16)
+            objective = Objective(divergence=divergence, temperature=temperature, chunk_tokens=16)
             expected = truth(hidden, head, teacher, alpha, objective)
             targets = DenseTargets(taught, head)
             assert_near(found(chunked_objective, hidden, head, targets, alpha, objective), expected)
@@ -122,16 +122,18 @@ def test_sparse_targets(problems, divergence, overlap, arithmetic):
     teacher = logits_of(taught, head)
     top = teacher.softmax(-1).topk(64)
     kept = SparseTargets(top.indices, top.values.float(), (1 - top.values.sum(-1)).float(), torch.zeros(N))
-    objective = Objective(divergence, chunk_tokens=16)
+    objective = Objective(divergence=divergence, chunk_tokens=16)
     expected = truth(hidden, head, teacher, 1.0, objective, kept)
     assert_near(found(chunked_objective, hidden, head, kept, 1.0, objective), expected)
 
 
-@pytest.mark.parametrize("truncation", [TopK(20), TopP(0.95)], ids=str)
-def test_truncated_targets(problems, truncation, arithmetic):
+@pytest.mark.parametrize(
+    ("truncation", "k", "p"), [(TopK(k=20), 20, 1.0), (TopP(p=0.95), None, 0.95)], ids=str
+)
+def test_truncated_targets(problems, truncation, k, p, arithmetic):
     hidden, taught, head = problems[0.98, torch.bfloat16]
     teacher = logits_of(taught, head)
-    ids, logp = truncation.keep(teacher.log_softmax(-1))
+    ids, logp = most_probable(teacher.log_softmax(-1), k, p)
     probs = logp.exp()
     kept = SparseTargets(ids, probs, 1 - probs.sum(-1), torch.zeros(N))
     objective = Objective(truncation=truncation, chunk_tokens=16)
@@ -157,7 +159,7 @@ def test_over_confident_models(scale, arithmetic):
     teacher = logits_of(taught, head)
     assert teacher.abs().max() > 20 * scale / 12
     for divergence in DIVERGENCES:
-        objective = Objective(divergence, chunk_tokens=16)
+        objective = Objective(divergence=divergence, chunk_tokens=16)
         expected = truth(hidden, head, teacher, 0.5, objective)
         assert_near(
             found(chunked_objective, hidden, head, DenseTargets(taught, head), 0.5, objective), expected

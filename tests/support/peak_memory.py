@@ -32,7 +32,7 @@ def arguments(kind, n, d, v, k):
 
 def main(function, kind, divergence):
     torch.set_num_threads(1)
-    loss, objective = FUNCTIONS[function], Objective(divergence)
+    loss, objective = FUNCTIONS[function], Objective(divergence=divergence)
     loss(*arguments(kind, 8, 8, 16, 2), 0.5, objective).loss.backward()  # load every library first
     large = arguments(kind, 2048, 64, 50304, 64)
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew

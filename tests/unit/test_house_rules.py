@@ -65,7 +65,6 @@ REGISTRIES = [
     ("tutelage.data.corpora", "CORPORA", attrgetter("description")),
     ("tutelage.data.corpora", "PAIR_CORPORA", attrgetter("description")),
     ("tutelage.objective.divergences", "DIVERGENCES", attrgetter("summary")),
-    ("tutelage.objective.alpha", "POLICIES", inspect.getdoc),
     ("tutelage.objective.gates", "GATES", inspect.getdoc),
     ("tutelage.teachers.kinds", "TEACHERS", attrgetter("summary")),
     ("tutelage.teachers.cache.formats", "FORMATS", attrgetter("summary")),

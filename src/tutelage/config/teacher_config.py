@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, field_validator
 
 from tutelage.config.base import BatchTokens, FilePath, Length, Name, Section, Seed, Threads
-from tutelage.config.objective_config import Temperature, TopKTruncation, TopPTruncation
+from tutelage.config.objective_config import Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from tutelage.config.objective_config import ObjectiveConfig
@@ -216,9 +216,9 @@ def kd_name(objective: ObjectiveConfig, retained: Format | None) -> str:
 def _truncation_words(objective: ObjectiveConfig, retained: Format | None) -> list[str]:
     """How the teacher's distributions were truncated or sampled, in words; empty if they are whole."""
     match objective.truncation or retained:
-        case TopKTruncation(k=k):
+        case TopK(k=k):
             return [f"top{k}"]
-        case TopPTruncation(p=p):
+        case TopP(p=p):
             return [f"top_p{p:g}"]
         case TopKFormat(k=k, top_p=p):
             return [f"top{k}", *([f"top_p{p:g}"] if p < 1 else [])]

@@ -1,17 +1,16 @@
 """The objective, usable on its own: `from tutelage.objective import Objective, chunked_objective`."""
 
-from tutelage.objective.alpha import POLICIES, Policy, make_policy
+from tutelage.config.objective_config import Objective, TopK, TopP
+from tutelage.objective.alpha import Policy, make_policy
 from tutelage.objective.checks import NotFiniteError
 from tutelage.objective.chunked import chunked_objective
 from tutelage.objective.divergences import DIVERGENCES, Divergence
 from tutelage.objective.gates import GATES, Gate, TokenStats, make_gate
-from tutelage.objective.objective import Objective, reference_objective
-from tutelage.objective.sparse import TopK, TopP
+from tutelage.objective.reference import reference_objective
 
 __all__ = [
     "DIVERGENCES",
     "GATES",
-    "POLICIES",
     "Divergence",
     "Gate",
     "NotFiniteError",

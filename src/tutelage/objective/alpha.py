@@ -1,37 +1,27 @@
-"""Alpha policies that listen to the run. They see two running sums and nothing else.
+"""Alpha policies: functions of the step, and policies that follow two running sums of the training.
 
-What they see arrives one step late. At the end of a step its cross-entropies are still being computed by the
-device; they are sent to the host without waiting and read at the end of the *next* step, when they have long
-arrived. So alpha of step s depends on steps up to s - 2, and the device never idles. The sums are global,
-so every rank computes the same alpha.
+Sums arrive one step late. At the end of a step its cross-entropies are still being computed by the device;
+they are sent to the host without waiting and read at the end of the *next* step, when they have long arrived.
+So alpha of step s depends on steps up to s - 2, and the device never idles. The sums are global, so every
+rank computes the same alpha.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
-from tutelage.config.objective_config import (
-    ConstantAlpha,
-    CosineAlpha,
-    LinearAlpha,
-    PiecewiseAlpha,
-    SaltAlpha,
-    TwoPhaseAlpha,
-    WsdAlpha,
-)
+from tutelage.config.objective_config import GapDrivenAlpha, PrequentialAlpha, WsdAlpha
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from tutelage.config.objective_config import Alpha, GapDrivenAlpha, PrequentialAlpha
-
-Config = TypeVar("Config")
+    from tutelage.config.objective_config import AlphaConfig
 
 
 class Policy(Protocol):
@@ -40,7 +30,7 @@ class Policy(Protocol):
     def alpha(self, step: int, steps: int) -> float:
         """Alpha in [0, 1] of 0-based optimizer step `step` of `steps`."""
 
-    def needs_teacher(self, step: int) -> bool:
+    def needs_teacher_ce(self, step: int) -> bool:
         """Whether `observe` needs the teacher's cross-entropy of `step`, whatever alpha is."""
 
     def observe(self, step: int, ce: Tensor, teacher_ce: Tensor) -> None:
@@ -53,120 +43,54 @@ class Policy(Protocol):
         """Continue from `state()`."""
 
 
-class Schedule(Generic[Config]):
-    """A policy that looks at nothing but the fraction of the run that is done, and keeps no state."""
-
-    def __init__(self, config: Config, lr_shape: Callable[[int, int], float]) -> None:
-        self.config = config
-        self.lr_shape = lr_shape
-
-    def at(self, progress: float) -> float:
-        """Alpha at `progress`, 0 at the first step and 1 at the last."""
-        raise NotImplementedError
-
-    def alpha(self, step: int, steps: int) -> float:
-        """Alpha of 0-based optimizer step `step` of `steps`; a run of one step takes the first value."""
-        return self.at(step / (steps - 1) if steps > 1 else 0.0)
-
-    def needs_teacher(self, _step: int) -> bool:
-        """Never: where alpha is 0 the teacher is not run."""
-        return False
-
-    def observe(self, step: int, ce: Tensor, teacher_ce: Tensor) -> None:
-        """Look away."""
-
-    def state(self) -> dict[str, float]:
-        """Nothing."""
-        return {}
-
-    def load(self, state: Mapping[str, float]) -> None:
-        """There is nothing to load."""
-
-
-class Constant(Schedule[ConstantAlpha]):
-    """The same alpha throughout, as in arXiv 2605.23857."""
-
-    def at(self, _progress: float) -> float:
-        """The value."""
-        return self.config.value
-
-
-class Piecewise(Schedule[PiecewiseAlpha]):
-    """Linear between knots, flat before the first and after the last; any other shape can be drawn so."""
-
-    def at(self, progress: float) -> float:
-        """Interpolate."""
-        fractions, alphas = zip(*self.config.knots, strict=True)
-        return float(np.interp(progress, fractions, alphas))
-
-
-class Linear(Schedule[LinearAlpha]):
-    """A straight line from `start` to `end`; the falling one is the linear decay of arXiv 2410.16215.
-
-    The rising one is the curriculum of arXiv 2605.26246.
-    """
-
-    def at(self, progress: float) -> float:
-        """Between the two ends."""
-        return (1.0 - progress) * self.config.start + progress * self.config.end
-
-
-class Cosine(Schedule[CosineAlpha]):
-    """Half a cosine from `start` to `end`: a `linear` with soft ends (shape of arXiv 1608.03983)."""
-
-    def at(self, progress: float) -> float:
-        """Between the two ends; (1 + cos(pi progress)) / 2 is the share of the start."""
-        share = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return share * self.config.start + (1.0 - share) * self.config.end
-
-
-class TwoPhase(Schedule[TwoPhaseAlpha]):
-    """`first` until the fraction `switch` of the run, `second` from there on.
-
-    The controls .1 -> .3 and .3 -> .1 give the same amount of teaching in opposite orders: the check that a
-    gain over the constant of arXiv 2605.23857 comes from the order and not from the mean.
-    """
-
-    def at(self, progress: float) -> float:
-        """One of the two."""
-        return self.config.first if progress < self.config.switch else self.config.second
-
-
-class Wsd(Schedule[WsdAlpha]):
-    """Alpha = peak lr / peak_lr: warm-up, stable, decay together with a WSD learning rate.
-
-    WSD-shaped alpha with a WSD learning rate did best in the design space of arXiv 2410.16215.
-    """
-
-    def alpha(self, step: int, steps: int) -> float:
-        """In proportion to the learning rate."""
-        return self.config.peak * self.lr_shape(step, steps)
-
-
-class Salt(Schedule[SaltAlpha]):
-    """`value` until the fraction `until` of the run, then plain cross-entropy without a teacher.
-
-    SALT (arXiv 2410.18779): a small teacher early on saves training time. From the switch on the run costs
-    what a run without a teacher costs.
-    """
-
-    def at(self, progress: float) -> float:
-        """The value, then 0."""
-        return self.config.value if progress < self.config.until else 0.0
-
-
-def make_policy(alpha: Alpha, lr_shape: Callable[[int, int], float]) -> Policy:
+def make_policy(alpha: AlphaConfig, lr_fraction: Callable[[int, int], float]) -> Policy:
     """Build the policy of `alpha`.
 
     Args:
         alpha: its settings.
-        lr_shape: (step, steps) -> learning rate as a fraction of its peak, in [0, 1]; `wsd` follows it.
+        lr_fraction: (step, steps) -> learning rate as a fraction of its peak, in [0, 1]; `wsd` follows it.
     """
-    return POLICIES[alpha.policy](alpha, lr_shape)
+    match alpha:
+        case GapDrivenAlpha():
+            return GapDriven(alpha)
+        case PrequentialAlpha():
+            return Prequential(alpha)
+        case WsdAlpha():
+            return Schedule(lambda step, steps: alpha.peak * lr_fraction(step, steps))
+    return Schedule(lambda step, steps: alpha.at(step / (steps - 1) if steps > 1 else 0.0))
 
 
-class Late:
-    """Two numbers on their way from the device to the host."""
+class Schedule:
+    """A policy that is a function of the step alone, and keeps no state.
+
+    Args:
+        at: (step, steps) -> alpha.
+    """
+
+    def __init__(self, at: Callable[[int, int], float]) -> None:
+        self._at = at
+
+    def alpha(self, step: int, steps: int) -> float:
+        """Alpha of 0-based optimizer step `step` of `steps`; a run of one step takes the first value."""
+        return self._at(step, steps)
+
+    def needs_teacher_ce(self, _step: int) -> bool:
+        """Never: where alpha is 0 the teacher is not run."""
+        return False
+
+    def observe(self, step: int, ce: Tensor, teacher_ce: Tensor) -> None:
+        """No-op: schedules ignore training statistics."""
+
+    def state(self) -> dict[str, float]:
+        """Empty: schedules have no state."""
+        return {}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """No-op."""
+
+
+class DelayedScalars:
+    """Two numbers on their way from the device to the host, read one step after they are sent."""
 
     def __init__(self) -> None:
         self._values: Tensor | None = None
@@ -183,7 +107,7 @@ class Late:
         else:
             self._values = pair.cpu()
 
-    def peek(self) -> tuple[float, float] | None:
+    def read(self) -> tuple[float, float] | None:
         """The numbers sent last, waiting for them if need be; None if there are none."""
         if self._values is None:
             return None
@@ -192,59 +116,59 @@ class Late:
         ce, teacher_ce = self._values.tolist()
         return ce, teacher_ce
 
-    def take(self) -> tuple[float, float] | None:
-        """As `peek`, and forget them."""
-        found = self.peek()
+    def pop(self) -> tuple[float, float] | None:
+        """As `read`, and forget them."""
+        found = self.read()
         self._values = self._sent = None
         return found
 
 
-class _Adaptive:
-    """Lag, state and resume of an adaptive policy; what it computes is in the subclasses."""
+class _Adaptive(ABC):
+    """Delay, state and resume of an adaptive policy; subclasses define what alpha follows from."""
 
     def __init__(self, **memory: float) -> None:
         self._memory = memory
-        self._late = Late()
+        self._delayed = DelayedScalars()
 
-    def needs_teacher(self, step: int) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def needs_teacher_ce(self, step: int) -> bool: ...
 
-    def _learn(self, ce: float, teacher_ce: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _learn(self, ce: float, teacher_ce: float) -> None: ...
 
     def observe(self, step: int, ce: Tensor, teacher_ce: Tensor) -> None:
         """Take note of one step: global means per token, 0-d, still on the device."""
-        arrived = self._late.take()
+        arrived = self._delayed.pop()
         if arrived is not None:
             self._learn(*arrived)
-        if self.needs_teacher(step):
-            self._late.send(ce, teacher_ce)
+        if self.needs_teacher_ce(step):
+            self._delayed.send(ce, teacher_ce)
 
     def state(self) -> dict[str, float]:
         """Everything a resumed run needs. Waits for the device."""
-        late = self._late.peek()
+        late = self._delayed.read()
         return self._memory | ({} if late is None else {"late_ce": late[0], "late_teacher_ce": late[1]})
 
     def load(self, state: Mapping[str, float]) -> None:
         """Continue from `state()`."""
         self._memory = {name: state[name] for name in self._memory}
         if "late_ce" in state:
-            self._late.send(torch.tensor(state["late_ce"]), torch.tensor(state["late_teacher_ce"]))
+            self._delayed.send(torch.tensor(state["late_ce"]), torch.tensor(state["late_teacher_ce"]))
 
 
 class GapDriven(_Adaptive):
     """Alpha = clip((CE_student - CE_teacher) / scale, floor, cap), on running means of both.
 
-    The teacher speaks while it knows more and falls to the floor when the student has drawn level. A lead of
-    this project, not a published method; it needs the teacher at every step, even on a floor of 0. Until
-    the first numbers have arrived (two steps) alpha is the cap.
+    Alpha is large while the teacher predicts better, and the floor once the student has caught up. This is an
+    idea of this project, not a published method; it runs the teacher at every step, even on a floor of 0.
+    Until the first numbers have arrived (two steps) alpha is the cap.
     """
 
-    def __init__(self, config: GapDrivenAlpha, _lr_shape: Callable[[int, int], float]) -> None:
+    def __init__(self, config: GapDrivenAlpha) -> None:
         super().__init__(ce=0.0, teacher_ce=0.0, seen=0.0)
         self._config = config
 
-    def needs_teacher(self, _step: int) -> bool:
+    def needs_teacher_ce(self, _step: int) -> bool:
         """Always."""
         return True
 
@@ -273,17 +197,16 @@ class Prequential(_Adaptive):
     the exponential weights of Freund and Schapire (1997), kept within [floor, cap] in the spirit of
     Herbster and Warmuth (1998), so that a late change of leader is not outvoted by the past.
 
-    Scoring the student as it is while it imitates is known to stick near 1: a student that only imitates
-    never overtakes. The probes are what breaks that circle. They are a cheap stand-in for a student
-    trained on labels from the beginning: the probed student has been taught before, so the bet is about
-    "labels from here on", not "labels all along". A lead of this project, not a published method.
+    Without probes alpha sticks near 1, because a student that only imitates never overtakes its teacher. A
+    probed student has been taught before, so the bet is about labels from here on, not about a student
+    trained on labels all along. This is an idea of this project, not a published method.
     """
 
-    def __init__(self, config: PrequentialAlpha, _lr_shape: Callable[[int, int], float]) -> None:
+    def __init__(self, config: PrequentialAlpha) -> None:
         super().__init__(log_odds=0.0)
         self._config = config
 
-    def needs_teacher(self, step: int) -> bool:
+    def needs_teacher_ce(self, step: int) -> bool:
         """On scored steps: those of a probe but its first."""
         return 0 < step % self._config.period < self._config.probe
 
@@ -300,17 +223,3 @@ class Prequential(_Adaptive):
         low, high = (math.log(weight / (1.0 - weight)) for weight in (config.floor, config.cap))
         moved = self._memory["log_odds"] + config.rate * (ce - teacher_ce)
         self._memory["log_odds"] = min(high, max(low, moved))
-
-
-POLICIES: dict[str, Callable[[Any, Callable[[int, int], float]], Policy]] = {
-    "constant": Constant,
-    "piecewise": Piecewise,
-    "linear": Linear,
-    "cosine": Cosine,
-    "two_phase": TwoPhase,
-    "wsd": Wsd,
-    "salt": Salt,
-    "gap_driven": GapDriven,
-    "prequential": Prequential,
-}
-"""Name in `objective.alpha.policy` -> class. Built from its settings and the learning rate's shape."""

@@ -1,4 +1,4 @@
-"""What can be wrong with the inputs of the objective, each said with argument, value and remedy."""
+"""Checks of the inputs of the objective; every message has the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTarge
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tutelage.objective.objective import Objective
+    from tutelage.config.objective_config import Objective
 
 
 class NotFiniteError(ValueError):
@@ -38,6 +38,7 @@ def check_inputs(
     alpha: float,
     objective: Objective,
     bias_V: Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> None:
     """Raise ValueError if something does not fit together.
 
@@ -57,19 +58,20 @@ def check_inputs(
         raise ValueError(
             f"labels {labels_N.dtype} {tuple(labels_N.shape)}: must be int64 [{n}], one per token"
         )
-    vocab = objective.vocab_size or weight_VD.shape[0]
-    if vocab > weight_VD.shape[0]:
-        raise ValueError(f"vocab_size {vocab}: must be between 1 and the student's {weight_VD.shape[0]} rows")
+    rows = weight_VD.shape[0]
+    vocab = rows if vocab_size is None else vocab_size
+    if not isinstance(vocab, int) or isinstance(vocab, bool) or not 1 <= vocab <= rows:
+        raise ValueError(f"vocab_size {vocab}: must be a whole number from 1 to the student's {rows} rows")
     tensors = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
     tensors |= _bias("bias", bias_V, weight_VD)
     if isinstance(targets, DenseTargets):
         tensors |= {"targets.hidden": targets.hidden_NE, "targets.head": targets.head_VE}
         tensors |= _bias("targets.bias", targets.bias_V, targets.head_VE)
-        _check_dense(targets, n, vocab, objective)
+        _check_dense(targets, n, vocab, cut=vocab_size is not None)
     elif isinstance(targets, LogitTargets):
         tensors |= {"targets.logits": targets.logits_NV}
         _check_rows("targets.logits", targets.logits_NV, n)
-        _check_vocabulary(targets.logits_NV.shape[1], vocab, objective)
+        _check_vocabulary(targets.logits_NV.shape[1], vocab, cut=vocab_size is not None)
     elif isinstance(targets, SparseTargets):
         tensors |= {"targets.ids": targets.ids_NK, "targets.probs": targets.probs_NK}
         tensors |= {"targets.tail": targets.tail_N, "targets.gold_logp": targets.gold_logp_N}
@@ -95,24 +97,24 @@ def _check_rows(name: str, tensor: Tensor, n: int) -> None:
         raise ValueError(f"{name} {tuple(tensor.shape)}: must have {n} rows, one per token")
 
 
-def _check_vocabulary(teacher: int, vocab: int, objective: Objective) -> None:
-    if objective.vocab_size is None and teacher != vocab:
+def _check_vocabulary(teacher: int, vocab: int, *, cut: bool) -> None:
+    if not cut and teacher != vocab:
         raise ValueError(
             f"teacher vocabulary {teacher}: differs from the student's, {vocab}; if one head is padded, "
-            "give Objective(vocab_size=...), the size of the common tokenizer"
+            "give vocab_size, the size of the common tokenizer"
         )
     if teacher < vocab:
         raise ValueError(f"vocab_size {vocab}: above the teacher's {teacher} rows")
 
 
-def _check_dense(targets: DenseTargets, n: int, vocab: int, objective: Objective) -> None:
+def _check_dense(targets: DenseTargets, n: int, vocab: int, *, cut: bool) -> None:
     _check_rows("targets.hidden", targets.hidden_NE, n)
     width = targets.head_VE.shape[1]
     if targets.hidden_NE.shape[1] != width:
         raise ValueError(
             f"targets.hidden {tuple(targets.hidden_NE.shape)}: must be [{n}, {width}] as its head"
         )
-    _check_vocabulary(targets.head_VE.shape[0], vocab, objective)
+    _check_vocabulary(targets.head_VE.shape[0], vocab, cut=cut)
 
 
 def _check_sparse(targets: SparseTargets, n: int, objective: Objective) -> None:

@@ -8,7 +8,7 @@ pass; the row functions in `tutelage.objective.kernels` do that, on the CPU and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tutelage.objective.checks import check_inputs
-from tutelage.objective.divergences import DIVERGENCES, HARD_LABELS
+from tutelage.objective.divergences import DIVERGENCES
 from tutelage.objective.gates import token_stats
-from tutelage.objective.kernels.dispatch import dense_rows, sparse_rows
-from tutelage.objective.objective import Objective, buckets, dense_logits, hardened, reduce_targets
-from tutelage.objective.products import HeadProducts
-from tutelage.objective.sparse import TopP
+from tutelage.objective.kernels import dense_rows, sparse_rows
+from tutelage.objective.products import HeadProducts, dense_logits
+from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
 from tutelage.types import (
     IGNORE_INDEX,
+    PLAIN,
     DenseTargets,
     LogitTransform,
     LossSums,
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tutelage.config.objective_config import Objective
     from tutelage.objective.gates import Gate
-    from tutelage.objective.objective import Objective
     from tutelage.types import Targets
 
 
@@ -73,14 +73,24 @@ class ObjectiveHead(nn.Module):
         head: the student's output embedding, a linear layer. Not to be tied to the input embedding if this
             module is sharded on its own.
         objective: what is minimised.
+        transform: what the student's family does to its logits.
+        vocab_size: entries of the common vocabulary; None: all rows of the head.
     """
 
-    def __init__(self, head: nn.Linear, objective: Objective) -> None:
+    def __init__(
+        self,
+        head: nn.Linear,
+        objective: Objective,
+        transform: LogitTransform = PLAIN,
+        vocab_size: int | None = None,
+    ) -> None:
         """Raises ValueError if the head is more than a linear layer."""
         super().__init__()
         weight_and_bias(head)
         self.head = head
         self.objective = objective
+        self.transform = transform
+        self.vocab_size = vocab_size
 
     def forward(
         self,
@@ -96,8 +106,9 @@ class ObjectiveHead(nn.Module):
             ValueError: as `chunked_objective` does.
         """
         weight_VD, bias_V = weight_and_bias(self.head)
-        sums = chunked_objective(hidden_ND, weight_VD, labels_N, targets, alpha, self.objective, gate, bias_V)
-        return sums.loss, sums.ce, sums.kd, sums.teacher_ce, sums.taught
+        settings = self.objective, gate, bias_V, self.transform, self.vocab_size
+        sums = chunked_objective(hidden_ND, weight_VD, labels_N, targets, alpha, *settings)
+        return sums.loss, sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
 
 
 _CHUNK_BYTES = {"cpu": 38 * 2**20, "cuda": 256 * 2**20, "mps": 128 * 2**20}
@@ -112,7 +123,8 @@ _TEMPORARIES = 8
 def default_chunk_tokens(vocab_size: int, device: str, dense: bool, objective: Objective) -> int:
     """Tokens per chunk, by the size of the vocabulary, the device, the kind of targets and the objective."""
     size = _CHUNK_BYTES[device] / (4 * vocab_size)
-    if objective.divergence not in {"forward_kl", HARD_LABELS} or isinstance(objective.truncation, TopP):
+    nucleus = objective.truncation is not None and objective.truncation.kind == "top_p"
+    if objective.divergence not in {"forward_kl", "hard_labels"} or nucleus:
         return max(8, int(size / _TEMPORARIES))
     return max(8, int(size * _DENSE if dense else size))
 
@@ -126,6 +138,8 @@ def chunked_objective(
     objective: Objective,
     gate: Gate | None = None,
     bias_V: Tensor | None = None,
+    transform: LogitTransform = PLAIN,
+    vocab_size: int | None = None,
 ) -> LossSums:
     """Same arguments, value, gradient and errors as `reference_objective`, in a few chunks of memory.
 
@@ -137,8 +151,8 @@ def chunked_objective(
     Tokens without a label cost nothing: no head is multiplied for them. Which these are is asked of the
     labels, on a GPU by waiting for them.
     """
-    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V)
-    plan = _Plan(labels_N, targets, alpha, objective, gate, torch.is_grad_enabled())
+    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, vocab_size)
+    plan = _Plan(labels_N, targets, alpha, objective, gate, transform, vocab_size, torch.is_grad_enabled())
     with torch.autocast(hidden_ND.device.type, enabled=False):
         sums = _ChunkedObjective.apply(hidden_ND, weight_VD, bias_V, plan)  # type: ignore[no-untyped-call]
     return LossSums(*sums)
@@ -153,6 +167,8 @@ class _Plan:
     alpha: float
     objective: Objective
     gate: Gate | None
+    transform: LogitTransform
+    vocab_size: int | None
     wants_gradient: bool
 
 
@@ -165,7 +181,7 @@ class _ChunkedObjective(torch.autograd.Function):
         bias_V: Tensor | None,
         plan: _Plan,
     ) -> tuple[Tensor, ...]:
-        vocab = len(weight_VD[: plan.objective.vocab_size])
+        vocab = len(weight_VD[: plan.vocab_size])
         head = HeadProducts.of(hidden_ND, weight_VD[:vocab])
         d_hidden, d_weight, d_bias = (
             torch.zeros_like(x, dtype=head.dtype)
@@ -182,7 +198,7 @@ class _ChunkedObjective(torch.autograd.Function):
         for rows in _chunks(plan.labels_N, size):
             hidden_CD = hidden_ND[rows]
             chunk_sums, gradient_CV = _chunk(
-                _logits(hidden_CD, head, bias_V, plan.objective.student_logits),
+                _logits(hidden_CD, head, bias_V, plan.transform),
                 plan.labels_N[rows],
                 None if targets is None else targets.rows(rows),
                 plan,
@@ -231,9 +247,8 @@ def _cut_to(targets: Targets | None, vocab: int) -> Targets | None:
     """Targets without padded rows, and with a head that every chunk can multiply as it is."""
     if not isinstance(targets, DenseTargets):
         return targets
-    head = HeadProducts.of(targets.hidden_NE, targets.head_VE[:vocab])
-    bias_V = None if targets.bias_V is None else targets.bias_V[:vocab]
-    return DenseTargets(targets.hidden_NE, head.weight_VD, targets.transform, bias_V)
+    targets = targets.without_padding(vocab)
+    return replace(targets, head_VE=HeadProducts.of(targets.hidden_NE, targets.head_VE).weight_VD)
 
 
 def _logits(
@@ -253,7 +268,7 @@ def _chunk(
     The student's logits, after their transform, may be overwritten by the gradient.
     """
     objective = plan.objective
-    slope_CV = _slope(student_CV, objective.student_logits)
+    transform_grad_CV = logit_transform_grad(student_CV, plan.transform)
     if targets is None:
         ce_C, gradient_CV = _cross_entropy(student_CV, labels_C)
         ce_weight_C, kd_C = torch.ones_like(ce_C), torch.zeros_like(ce_C)
@@ -273,14 +288,14 @@ def _chunk(
             objective,
         )
         kd_C = objective.kd_scale * d_C
-    if slope_CV is not None:
-        gradient_CV = gradient_CV * slope_CV
+    if transform_grad_CV is not None:
+        gradient_CV = gradient_CV * transform_grad_CV
     loss_C = ce_weight_C * ce_C + kd_weight_C * kd_C
     return torch.stack([loss_C, ce_C, kd_C, teacher_ce_C, alpha_C]).sum(1), gradient_CV
 
 
-def _slope(student_CV: Tensor, transform: LogitTransform) -> Tensor | float | None:
-    """Derivative of the student's logit transform, from its output; None where it is 1."""
+def logit_transform_grad(student_CV: Tensor, transform: LogitTransform) -> Tensor | float | None:
+    """Derivative of a logit transform, from its output; None where it is 1."""
     if transform.softcap is not None:
         return transform.scale * (1 - (student_CV / transform.softcap) ** 2)
     return None if transform.scale == 1.0 else transform.scale
@@ -325,12 +340,13 @@ def _teach(
     """CE, divergence and teacher CE per token, and the mixed logit gradient."""
     sparse = targets if isinstance(targets, SparseTargets) else None
     if teacher_CV is not None:
-        sparse = reduce_targets(teacher_CV, labels_C, objective)
+        sparse = truncate_targets(teacher_CV, labels_C, objective)
     if sparse is not None:
-        sparse, name, tail, t = hardened(sparse, objective)
-        if name == "forward_kl":
+        sparse, objective = apply_hard_labels(sparse, objective)
+        if objective.divergence == "forward_kl":
             kept = (sparse.ids_NK, sparse.probs_NK, sparse.tail_N)
-            ce_C, d_C = sparse_rows(student_CV, *kept, labels_C, *weights, t, tail)
+            temperature, tail = objective.temperature, objective.tail
+            ce_C, d_C = sparse_rows(student_CV, *kept, labels_C, *weights, temperature, tail)
             return ce_C, d_C, -sparse.gold_logp_N, student_CV
         d_C, gradient_CV = _bucketed(student_CV, sparse, objective)
         teacher_ce_C = -sparse.gold_logp_N
@@ -343,7 +359,7 @@ def _teach(
             return ce_C, d_C, teacher_ce_C, student_CV
         t = objective.temperature
         d_C, gradient_CV = DIVERGENCES[objective.divergence].value_and_gradient(
-            (student_CV / t).log_softmax(-1), (teacher_CV / t).log_softmax(-1), objective.shape
+            (student_CV / t).log_softmax(-1), (teacher_CV / t).log_softmax(-1), objective
         )
         teacher_ce_C = _label_losses(teacher_CV, labels_C)
     ce_weight_C, kd_weight_C = weights
@@ -359,10 +375,10 @@ def _bucketed(student_CV: Tensor, sparse: SparseTargets, objective: Objective) -
     The bucket's gradient goes to its members in proportion to their share of it; shares come from the
     complement's own log-sum-exp, so they are exact however small the bucket is.
     """
-    logq_CJ, logp_CJ, rest_CV, ids_CK = buckets(
+    logq_CJ, logp_CJ, rest_CV, ids_CK = bucketise(
         (student_CV / objective.temperature).log_softmax(-1), sparse, objective.tail
     )
-    d_C, gradient_CJ = DIVERGENCES[objective.divergence].value_and_gradient(logq_CJ, logp_CJ, objective.shape)
+    d_C, gradient_CJ = DIVERGENCES[objective.divergence].value_and_gradient(logq_CJ, logp_CJ, objective)
     share_CV = (rest_CV - logq_CJ[:, -1:].clamp(min=-1e30)).exp_()
     gradient_CV = share_CV.mul_(gradient_CJ[:, -1:])
     return d_C, gradient_CV.scatter_add_(1, ids_CK, gradient_CJ[:, :-1])

@@ -21,18 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Parameters of the divergences that have one; neither changes which loss it is.
-
-    Attributes:
-        jsd_beta: weight of the teacher in jsd's mixture, strictly between 0 and 1.
-        skew: weight of the other side in the skewed divergences' mixture, strictly between 0 and 1.
-    """
-
-    jsd_beta: float = 0.5
-    skew: float = 0.1
+    from tutelage.config.objective_config import Objective
 
 
 @dataclass(frozen=True)
@@ -41,13 +30,13 @@ class Divergence:
 
     Attributes:
         summary: what it is and the paper it comes from.
-        value: (logq_NK, logp_NK, shape) -> value_N, differentiable; the definition.
+        value: (logq_NK, logp_NK, objective) -> value_N, differentiable; the definition.
         value_and_gradient: the same arguments -> (value_N, logit gradient_NK), written by hand.
     """
 
     summary: str
-    value: Callable[[Tensor, Tensor, Shape], Tensor]
-    value_and_gradient: Callable[[Tensor, Tensor, Shape], tuple[Tensor, Tensor]]
+    value: Callable[[Tensor, Tensor, Objective], Tensor]
+    value_and_gradient: Callable[[Tensor, Tensor, Objective], tuple[Tensor, Tensor]]
 
 
 def _expect(log_weight: Tensor, x: Tensor) -> Tensor:
@@ -66,72 +55,74 @@ def _through_softmax(logq: Tensor, q_times_g: Tensor) -> Tensor:
     return q_times_g - logq.exp() * q_times_g.sum(-1, keepdim=True)
 
 
-def forward_kl(logq: Tensor, logp: Tensor, _: Shape) -> Tensor:
+def forward_kl(logq: Tensor, logp: Tensor, _: Objective) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v)."""
     return _expect(logp, logp - logq).sum(-1)
 
 
-def _forward_kl(logq: Tensor, logp: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    return forward_kl(logq, logp, shape), logq.exp() * logp.exp().sum(-1, keepdim=True) - logp.exp()
+def _forward_kl(logq: Tensor, logp: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    return forward_kl(logq, logp, objective), logq.exp() * logp.exp().sum(-1, keepdim=True) - logp.exp()
 
 
-def reverse_kl(logq: Tensor, logp: Tensor, _: Shape) -> Tensor:
+def reverse_kl(logq: Tensor, logp: Tensor, _: Objective) -> Tensor:
     """KL(q || p) = sum_v q_v (log q_v - log p_v)."""
     return _expect(logq, logq - logp).sum(-1)
 
 
-def _reverse_kl(logq: Tensor, logp: Tensor, _: Shape) -> tuple[Tensor, Tensor]:
+def _reverse_kl(logq: Tensor, logp: Tensor, _: Objective) -> tuple[Tensor, Tensor]:
     terms = _expect(logq, logq - logp)
     return terms.sum(-1), _through_softmax(logq, terms)
 
 
-def jsd(logq: Tensor, logp: Tensor, shape: Shape) -> Tensor:
+def jsd(logq: Tensor, logp: Tensor, objective: Objective) -> Tensor:
     """Beta KL(p || m) + (1 - beta) KL(q || m), with m = beta p + (1 - beta) q."""
-    logm = _mixture(logp, logq, shape.jsd_beta)
-    beta = shape.jsd_beta
+    logm = _mixture(logp, logq, objective.jsd_beta)
+    beta = objective.jsd_beta
     return (beta * _expect(logp, logp - logm) + (1 - beta) * _expect(logq, logq - logm)).sum(-1)
 
 
-def _jsd(logq: Tensor, logp: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def _jsd(logq: Tensor, logp: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Here g = (1 - beta) log(q / m); the other terms of the derivative cancel."""
-    beta, logm = shape.jsd_beta, _mixture(logp, logq, shape.jsd_beta)
+    beta, logm = objective.jsd_beta, _mixture(logp, logq, objective.jsd_beta)
     student = (1 - beta) * _expect(logq, logq - logm)
     value = (beta * _expect(logp, logp - logm) + student).sum(-1)
     return value, _through_softmax(logq, student)
 
 
-def skew_kl(logq: Tensor, logp: Tensor, shape: Shape) -> Tensor:
+def skew_kl(logq: Tensor, logp: Tensor, objective: Objective) -> Tensor:
     """KL(p || m) with m = skew p + (1 - skew) q."""
-    return _expect(logp, logp - _mixture(logp, logq, shape.skew)).sum(-1)
+    return _expect(logp, logp - _mixture(logp, logq, objective.skew)).sum(-1)
 
 
-def _skew_kl(logq: Tensor, logp: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def _skew_kl(logq: Tensor, logp: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Here q g = -(1 - skew) q p / m, taken as p times the student's share of m."""
-    logm = _mixture(logp, logq, shape.skew)
-    share = _expect(logq, torch.exp(logp - logm)) * (1 - shape.skew)
+    logm = _mixture(logp, logq, objective.skew)
+    share = _expect(logq, torch.exp(logp - logm)) * (1 - objective.skew)
     return _expect(logp, logp - logm).sum(-1), _through_softmax(logq, -share)
 
 
-def skew_reverse_kl(logq: Tensor, logp: Tensor, shape: Shape) -> Tensor:
+def skew_reverse_kl(logq: Tensor, logp: Tensor, objective: Objective) -> Tensor:
     """KL(q || m) with m = (1 - skew) p + skew q."""
-    return _expect(logq, logq - _mixture(logq, logp, shape.skew)).sum(-1)
+    return _expect(logq, logq - _mixture(logq, logp, objective.skew)).sum(-1)
 
 
-def _skew_reverse_kl(logq: Tensor, logp: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def _skew_reverse_kl(logq: Tensor, logp: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Here g = log(q / m) + 1 - skew q / m; the 1 vanishes in the softmax."""
-    logm = _mixture(logq, logp, shape.skew)
+    logm = _mixture(logq, logp, objective.skew)
     terms = _expect(logq, logq - logm)
-    return terms.sum(-1), _through_softmax(logq, terms - shape.skew * _expect(logq, torch.exp(logq - logm)))
+    return terms.sum(-1), _through_softmax(
+        logq, terms - objective.skew * _expect(logq, torch.exp(logq - logm))
+    )
 
 
-def tvd(logq: Tensor, logp: Tensor, _: Shape) -> Tensor:
+def tvd(logq: Tensor, logp: Tensor, _: Objective) -> Tensor:
     """Total variation distance, 0.5 sum_v |p_v - q_v|."""
     return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
 
 
-def _tvd(logq: Tensor, logp: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def _tvd(logq: Tensor, logp: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     q = logq.exp()
-    return tvd(logq, logp, shape), _through_softmax(logq, 0.5 * q * torch.sign(q - logp.exp()))
+    return tvd(logq, logp, objective), _through_softmax(logq, 0.5 * q * torch.sign(q - logp.exp()))
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -160,6 +151,3 @@ DIVERGENCES: dict[str, Divergence] = {
         "Total variation distance, half the L1 distance; f-distill, arXiv 2307.15190.", tvd, _tvd
     ),
 }
-
-HARD_LABELS = "hard_labels"
-"""Not a divergence of two distributions: forward KL from the teacher's argmax, at T=1 and without T^2."""

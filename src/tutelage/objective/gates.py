@@ -251,6 +251,6 @@ GATES: dict[str, Callable[[Any], Gate]] = {
 }
 
 
-def make_gate(config: settings.Gate | None) -> Gate | None:
+def make_gate(config: settings.GateConfig | None) -> Gate | None:
     """Build the gate of `config`, or None."""
     return None if config is None else GATES[config.kind](config)

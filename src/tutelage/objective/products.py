@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.types import DenseTargets, LogitTargets, transformed
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+    from tutelage.types import Rows
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -123,3 +127,20 @@ def _halved(gradient_CV: Tensor, half: torch.dtype) -> tuple[list[Tensor], Tenso
     exponent = _LARGEST_EXPONENT - torch.frexp(gradient_CV.abs().amax()).exponent
     scale = torch.ldexp(gradient_CV.new_ones(()), -exponent)
     return [torch.ldexp(gradient_CV, exponent).to(half)], scale
+
+
+@torch.no_grad()
+def dense_logits(targets: DenseTargets | LogitTargets, rows: Rows, vocab_size: int | None) -> Tensor:
+    """Teacher logits [rows, V] of the real vocabulary, float32 or wider.
+
+    Those of `LogitTargets` may be the caller's own memory, which must not change.
+    """
+    if isinstance(targets, LogitTargets):
+        logits_NV = targets.logits_NV[rows, :vocab_size]
+        return logits_NV.to(wide_dtype(logits_NV))
+    head = HeadProducts.of(targets.hidden_NE, targets.head_VE[:vocab_size])
+    with torch.autocast(targets.hidden_NE.device.type, enabled=False):
+        logits_NV = head.logits(targets.hidden_NE[rows])
+    if targets.bias_V is not None:
+        logits_NV += targets.bias_V[:vocab_size]
+    return transformed(logits_NV, targets.transform)

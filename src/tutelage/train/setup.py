@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config.objective_config import TopKTruncation
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
@@ -16,7 +15,7 @@ from tutelage.errors import UserError
 from tutelage.models import hub, shapes
 from tutelage.models.export import Base
 from tutelage.models.positions import check_length
-from tutelage.objective import Objective, TopK, TopP, make_gate, make_policy
+from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.student import Student
@@ -24,14 +23,12 @@ from tutelage.train.student import Student
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tutelage.config.objective_config import ObjectiveConfig
     from tutelage.config.run_config import RunConfig
     from tutelage.data.store import Store
     from tutelage.progress import Progress
     from tutelage.run_directory import RunDirectory
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
-    from tutelage.types import LogitTransform
 
 _FALLBACK_LR = 3e-4
 """Peak learning rate of a model that is no shape of the ladder and whose config names none."""
@@ -62,7 +59,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
         model=model,
         optimizer=adamw(model, config.optim, start.lr),
         autocast=_half_dtype(config, world.device),
-        objective=_objective(config.objective, store.vocab_size, hub.logit_transform(model)),
+        vocab_size=store.vocab_size,
         policy=make_policy(
             config.objective.alpha,
             partial(learning_rate, config.optim, 1.0, batch_tokens=config.global_batch_tokens),
@@ -125,24 +122,6 @@ def _loader(config: RunConfig, store: Store, world: World, steps: int) -> Loader
             "nothing to learn from; raise global_batch_tokens or data.sequence_length"
         )
     return loader
-
-
-def _objective(config: ObjectiveConfig, vocab_size: int, student_logits: LogitTransform) -> Objective:
-    cut = config.truncation
-    truncation = None if cut is None else TopK(cut.k) if isinstance(cut, TopKTruncation) else TopP(cut.p)
-    return Objective(
-        divergence=config.divergence,
-        temperature=config.temperature,
-        temperature_squared=config.temperature_squared,
-        mixing=config.mixing,
-        tail=config.tail,
-        jsd_beta=config.jsd_beta,
-        skew=config.skew,
-        truncation=truncation,
-        student_logits=student_logits,
-        vocab_size=vocab_size,
-        chunk_tokens=config.chunk_tokens,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,8 @@ def loss_sums(student: Student, batch: Batch, targets: Targets | None, alpha: fl
         hidden_ND = hidden_ND.to(student.autocast)
     labels_N = batch.labels_BT.flatten()
     weight_VD, bias_V = weight_and_bias(student.head)
-    return chunked_objective(
-        hidden_ND, weight_VD, labels_N, targets, alpha, student.objective, student.gate, bias_V
-    )
+    objective = student.config.objective, student.gate, bias_V, student.transform, student.vocab_size
+    return chunked_objective(hidden_ND, weight_VD, labels_N, targets, alpha, *objective)
 
 
 def teacher_targets(inputs: Sequence[StepInputs], batch: Batch) -> Targets | None:
@@ -76,7 +75,8 @@ def train_step(inputs: Sequence[StepInputs], micro_batches: Sequence[Batch]) -> 
                 total.add_(_damage(error).to(total.device))
                 continue
             (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
-            total.add_(torch.stack([sums.loss.detach(), sums.ce, sums.kd, sums.teacher_ce, sums.taught]))
+            metrics = sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
+            total.add_(torch.stack([sums.loss.detach(), *metrics]))
     return [_update(one, total, valid) for one, total in zip(inputs, totals, strict=True)]
 
 

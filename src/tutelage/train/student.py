@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from tutelage.config.run_config import RunConfig
     from tutelage.data.loader import Loader
     from tutelage.models.export import Base
-    from tutelage.objective import Gate, Objective, Policy
+    from tutelage.objective import Gate, Policy
     from tutelage.run_directory import RunDirectory
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
     from tutelage.train.trackers import Tracker
-    from tutelage.types import StepReport
+    from tutelage.types import LogitTransform, StepReport
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -49,7 +49,8 @@ class Student:
         training_flops: FLOPs per token of forward and backward.
         optimizer: AdamW.
         autocast: compute dtype when it is not float32.
-        objective: divergence and temperature.
+        transform: what the model does to its logits.
+        vocab_size: entries of the token store's vocabulary; the head may have more rows.
         policy: gives alpha of every step.
         gate: factor on alpha per token, or None.
         loader: batches as a function of the step.
@@ -75,7 +76,8 @@ class Student:
     training_flops: float = field(init=False)
     optimizer: torch.optim.Optimizer
     autocast: torch.dtype | None
-    objective: Objective
+    transform: LogitTransform = field(init=False)
+    vocab_size: int
     policy: Policy
     gate: Gate | None
     loader: Loader
@@ -94,6 +96,7 @@ class Student:
 
     def __post_init__(self) -> None:
         self.body, self.head = hub.body_and_head(self.model)
+        self.transform = hub.logit_transform(self.model)
         self.parameters = tuple(p for p in self.model.parameters() if p.requires_grad)
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
         self.training_flops = 3 * hub.forward_flops(self.model, self.config.data.sequence_length)
@@ -147,7 +150,7 @@ class Student:
         )
         alpha = self.policy.alpha(self.step, self.steps)
         seed = mixed(config.seed, self.step, self.world.rank)
-        return StepInputs(self, alpha, lr, self.policy.needs_teacher(self.step), seed)
+        return StepInputs(self, alpha, lr, self.policy.needs_teacher_ce(self.step), seed)
 
     def maybe_evaluate(self, evaluate: Callable[[Student], None]) -> None:
         """Call `evaluate` between two steps if `eval.every` is due; its time is not training time.
@@ -329,4 +332,6 @@ class StepInputs:
         """Whether the step computes anything from the teacher's targets."""
         if self.student.teacher is None:
             return False
-        return self.needs_teacher_ce or self.alpha > 0 or self.student.objective.mixing == "keep_full_kd"
+        return (
+            self.needs_teacher_ce or self.alpha > 0 or self.student.config.objective.mixing == "keep_full_kd"
+        )

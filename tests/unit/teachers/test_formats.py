@@ -17,9 +17,8 @@ from tutelage.config.teacher_config import (
     TopKFormat,
 )
 from tutelage.errors import UserError
-from tutelage.objective.chunked import chunked_objective
-from tutelage.objective.objective import Objective
-from tutelage.objective.sparse import TopK, TopP, truncate
+from tutelage.objective import Objective, chunked_objective
+from tutelage.objective.sparse import truncate
 from tutelage.teachers.cache import codec as codec_module
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import FORMATS, make_codec
@@ -199,8 +198,8 @@ def test_ids_of_large_vocabularies(config, vocab):
 def test_topk_is_online_truncation(config, temperature):
     targets, labels_N, logits_NV = teacher(200, 333)
     rows = through(config, targets, labels_N, setting(333, temperature))
-    rule = TopK(5) if config is TOP_5 else TopP(0.7, 20)
-    ids_NK, probs_NK, tail_N = truncate((logits_NV / temperature).log_softmax(-1), rule)
+    rule = (5, 1.0) if config is TOP_5 else (20, 0.7)
+    ids_NK, probs_NK, tail_N = truncate((logits_NV / temperature).log_softmax(-1), *rule)
     assert torch.equal(rows.ids_NK, ids_NK)
     assert torch.equal(rows.probs_NK > 0, probs_NK > 0)
     used = probs_NK > 0

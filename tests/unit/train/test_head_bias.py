@@ -17,7 +17,7 @@ from tutelage.evals.token_quantities import Predictions
 from tutelage.evals.token_scores import NextTokenModel, score_tokens
 from tutelage.evals.windows import read_documents, window_batches
 from tutelage.models import hub
-from tutelage.objective.objective import dense_logits
+from tutelage.objective.products import dense_logits
 from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.reader import CachedTeacher, open_cache

@@ -8,11 +8,11 @@ because logits are counted from the row's maximum.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.objective.sparse import merge_repeats
+from tutelage.objective.sparse import Slots, teacher_slots
 from tutelage.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -107,35 +107,6 @@ def sparse_rows(
         out_2C[:, rows] = _sparse_block(student_BV, slots, gold_B1, *weights, temperature)
     ce_C, kd_C = _mark_labels(student_CV, out_2C, labels_C).unbind()
     return ce_C, kd_C
-
-
-class Slots(NamedTuple):
-    """Sparse targets of some rows with their tail policy applied.
-
-    Attributes:
-        ids_BK: entries by rising id.
-        p_BK: their mass; an entry is kept in the one slot in which this is not 0.
-        tail_B1: mass of the bucket.
-        has_bucket: whether all other entries form one bucket.
-    """
-
-    ids_BK: Tensor
-    p_BK: Tensor
-    tail_B1: Tensor
-    has_bucket: bool
-
-
-def teacher_slots(ids_BK: Tensor, probs_BK: Tensor, tail_B: Tensor, tail: str) -> Slots:
-    """Apply a tail policy to the teacher's side; without a bucket the tail mass becomes 0."""
-    ids_BK, probs_BK = merge_repeats(ids_BK, probs_BK)
-    if tail == "other_bucket":
-        return Slots(ids_BK, probs_BK, tail_B.unsqueeze(1), has_bucket=True)
-    if tail == "renormalise":
-        total_B1 = probs_BK.sum(-1, keepdim=True)
-        probs_BK = probs_BK / total_B1.masked_fill(total_B1 == 0, 1.0)
-    elif tail != "none":
-        raise ValueError(f"tail {tail!r}: must be other_bucket, renormalise or none")
-    return Slots(ids_BK, probs_BK, torch.zeros_like(tail_B).unsqueeze(1), has_bucket=False)
 
 
 def _dense_block(

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from tutelage.objective.kernels.rows import teacher_slots
 from tutelage.objective.kernels.triton_kernels import dense_kernel, sparse_kernel
+from tutelage.objective.sparse import teacher_slots
 
 
 def dense_rows(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tutelage.errors import UserError
-from tutelage.objective.objective import dense_logits
+from tutelage.objective.products import dense_logits
 from tutelage.teachers.cache.packing import width_of
 from tutelage.types import SparseTargets
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tutelage.config.teacher_config import MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
-from tutelage.objective.sparse import TopK, TopP, Truncation, truncate
+from tutelage.objective.sparse import truncate
 from tutelage.teachers.cache.codec import (
     Codec,
     CodecSettings,
@@ -53,15 +53,14 @@ class TopKCodec(SparseCodec):
 
     def __init__(self, config: TopKFormat, settings: CodecSettings) -> None:
         super().__init__(settings)
-        self._k = config.k
+        self._k, self._top_p = config.k, config.top_p
         self._bounded = config.top_p < 1
-        self._truncation: Truncation = TopP(config.top_p, config.k) if self._bounded else TopK(config.k)
 
     def _reduced(
         self, logits_CV: Tensor, gold: NDArray[np.float32], places: NDArray[np.int64]
     ) -> tuple[Integers, ...]:
         del places  # nothing is drawn
-        ids_CK, probs_CK, tail_C = truncate(logits_CV.log_softmax(-1), self._truncation)
+        ids_CK, probs_CK, tail_C = truncate(logits_CV.log_softmax(-1), self._k, self._top_p)
         missing = 0, self._k - ids_CK.shape[1]  # chunks of a top-p differ in how many ids they need
         ids_CK, probs_CK = F.pad(ids_CK, missing), F.pad(probs_CK, missing)
         logs = log_codes(probs_CK.log().cpu().numpy()), log_codes(tail_C.log().cpu().numpy())

@@ -196,9 +196,7 @@ def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> DenseTargets:
     with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=half):
         targets = teacher.targets(batch)
     assert isinstance(targets, DenseTargets)  # noqa: S101 - what every live teacher gives
-    vocab = plan.store.vocab_size
-    bias_V = None if targets.bias_V is None else targets.bias_V[:vocab]
-    return DenseTargets(targets.hidden_NE, targets.head_VE[:vocab], targets.transform, bias_V)
+    return targets.without_padding(plan.store.vocab_size)
 
 
 def _id(teacher: LiveTeacher) -> str:

@@ -1,0 +1,104 @@
+"""The training objective as readable maths: CE, a divergence from the teacher, and how they are mixed.
+
+`reference_objective` holds all logits and lets autograd find the gradient; it is for reading and for tests.
+Training uses `tutelage.objective.chunked.chunked_objective`, which has the same signature and value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from tutelage.objective.checks import check_inputs
+from tutelage.objective.divergences import DIVERGENCES
+from tutelage.objective.gates import token_stats
+from tutelage.objective.products import dense_logits, wide_dtype
+from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
+from tutelage.types import IGNORE_INDEX, PLAIN, LogitTransform, LossSums, SparseTargets, Targets, transformed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tutelage.config.objective_config import Objective
+    from tutelage.objective.gates import Gate
+
+
+def reference_objective(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    targets: Targets | None,
+    alpha: float,
+    objective: Objective,
+    gate: Gate | None = None,
+    bias_V: Tensor | None = None,
+    transform: LogitTransform = PLAIN,
+    vocab_size: int | None = None,
+) -> LossSums:
+    """The objective summed over valid tokens, holding all [N, V] logits.
+
+    Hidden states and heads are multiplied in float32, whatever their dtype; nothing given is written to.
+
+    Args:
+        hidden_ND: student hidden states after the final norm.
+        weight_VD: the student's output embedding.
+        labels_N: next-token ids, `IGNORE_INDEX` where there is no loss.
+        targets: the teacher's distributions for the same tokens; None only with alpha 0.
+        alpha: weight of the divergence, in [0, 1].
+        objective: divergence, temperature, mixing.
+        gate: factor on alpha per token; None for 1.
+        bias_V: the bias of the student's head; None for none.
+        transform: what the student's family does to its logits.
+        vocab_size: entries of the common vocabulary; later rows of either head are padding and take no
+            probability. None: all rows.
+
+    Raises:
+        ValueError: naming the argument, its value and what would be right.
+    """
+    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, vocab_size)
+    valid_N = labels_N != IGNORE_INDEX
+    dtype = wide_dtype(hidden_ND, weight_VD)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        logits_NV = hidden_ND.to(dtype) @ weight_VD[:vocab_size].to(dtype).T
+    if bias_V is not None:
+        logits_NV = logits_NV + bias_V[:vocab_size]
+    logits_NV = transformed(logits_NV, transform)
+    ce_N = F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE_INDEX)
+    if targets is None:
+        loss = ce_N.sum()
+        return LossSums(loss, loss.detach().clone(), *(torch.zeros_like(loss) for _ in range(3)))
+    teacher_NV = None
+    if not isinstance(targets, SparseTargets):
+        teacher_NV = dense_logits(targets, slice(None), vocab_size).to(logits_NV.dtype)
+    d_N, teacher_ce_N = _divergence(logits_NV, teacher_NV, labels_N, targets, objective)
+    alpha_N = torch.full_like(ce_N, alpha)
+    if gate is not None:
+        alpha_N = alpha_N * gate(token_stats(gate, logits_NV, teacher_NV, targets, ce_N, teacher_ce_N))
+    ce_weight_N, kd_weight_N = objective.weights(alpha_N)
+    kd_N = objective.kd_scale * d_N
+    loss_N = ce_weight_N * ce_N + kd_weight_N * kd_N
+    sums = [x[valid_N].sum() for x in (loss_N, ce_N, kd_N, teacher_ce_N, alpha_N)]
+    return LossSums(sums[0], *(x.detach() for x in sums[1:]))
+
+
+def _divergence(
+    logits_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor, targets: Targets, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Divergence and teacher CE per token."""
+    sparse = targets if isinstance(targets, SparseTargets) else None
+    if teacher_NV is not None:
+        sparse = truncate_targets(teacher_NV, labels_N, objective)
+    if sparse is not None:
+        sparse, objective = apply_hard_labels(sparse, objective)
+        logq_NJ, logp_NJ, *_ = bucketise(
+            (logits_NV / objective.temperature).log_softmax(-1), sparse, objective.tail
+        )
+        return DIVERGENCES[objective.divergence].value(logq_NJ, logp_NJ, objective), -sparse.gold_logp_N
+    assert teacher_NV is not None  # noqa: S101 - targets are sparse or dense
+    t = objective.temperature
+    logq_NV, logp_NV = (logits_NV / t).log_softmax(-1), (teacher_NV / t).log_softmax(-1)
+    d_N = DIVERGENCES[objective.divergence].value(logq_NV, logp_NV, objective)
+    gold_N = teacher_NV.log_softmax(-1).gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return d_N, -gold_N
