@@ -1,4 +1,4 @@
-"""Is this installation able to work? Every check does the real thing and reports how it went."""
+"""The command `tutelage doctor`: check what an installation can do by doing it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from tutelage.provenance import PACKAGES, cpu_model, installed
 
@@ -172,3 +174,17 @@ def _optional(module: str, fix: str) -> Check:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def doctor() -> None:
+    """Print versions and devices, and what works. Exit code 1 if a part that is needed does not."""
+    from tutelage.cli.progress import out, say
+
+    checks = examine()
+    for check in checks:
+        mark = "[green]ok[/green] " if check.ok else "[yellow]--[/yellow] "
+        out.print(f"{mark} {check.name:<22}", end="")
+        out.print(check.detail + (f"  ->  {check.fix}" if check.fix else ""), highlight=False, markup=False)
+    broken = [check.name for check in checks if check.required and not check.ok]
+    say("next", f"mend {', '.join(broken)}" if broken else "everything needed works: `tutelage demo`")
+    raise typer.Exit(int(bool(broken)))

@@ -78,7 +78,7 @@ def score(
     """
     from tutelage.analysis.report.text import print_scores
     from tutelage.analysis.score_warnings import score_warnings
-    from tutelage.cli.progress import RichProgress, out
+    from tutelage.cli.progress import RichProgress, out, say
     from tutelage.evals.evaluate import EvalRequest, evaluate, select
 
     domains, stores = select(domain or [], suite, store or [])
@@ -88,9 +88,12 @@ def score(
     rows = [asdict(one) for one in scores]
     print_scores(rows, {name: entry.metric for name, entry in domains.items()}, out)
     for warning in score_warnings(rows):
-        out.print(f"warning  {warning}", highlight=False, soft_wrap=True)
+        say("warning", warning)
     for place in places:
-        out.print(f"scores   {place}", highlight=False, soft_wrap=True)
+        say("scores", place)
+    say(
+        "next", "`tutelage eval tokens STUDENT --teacher ... --baseline ...`: on which tokens a teacher helps"
+    )
 
 
 @eval_app.command("tasks")
@@ -118,7 +121,13 @@ def tasks(
         scores += run_downstream(
             one, task, limit=limit, batch_size=batch_size, device=device, stores=output / "stores"
         )
-    _print_tasks(scores, "task", "questions", [("scores", one.scores) for one in found])
+    _print_tasks(
+        scores,
+        "task",
+        "questions",
+        [("scores", one.scores) for one in found],
+        "`tutelage eval score` measures the same models on texts",
+    )
 
 
 @eval_app.command("tokens")
@@ -145,7 +154,7 @@ def tokens(
     from tutelage.analysis.figures.style import save_all
     from tutelage.analysis.figures.token_figures import comparison_figures
     from tutelage.analysis.report.text import print_token_comparison
-    from tutelage.cli.progress import RichProgress, out
+    from tutelage.cli.progress import RichProgress, out, say
     from tutelage.evals.evaluate import EvalRequest, select
     from tutelage.evals.token_comparison import compare_on_texts
     from tutelage.study.token_tables import read_token_comparison
@@ -158,14 +167,10 @@ def tokens(
         found = read_token_comparison(directory)
         print_token_comparison(found, out)
         save_all(comparison_figures(found), directory / "figures")
-        out.print(f"tokens   {directory / 'tokens.parquet'}", highlight=False, soft_wrap=True)
-        out.print(f"figures  {directory / 'figures'}\n", highlight=False, soft_wrap=True)
+        say("tokens", directory / "tokens.parquet")
+        say("figures", directory / "figures")
     if sorter is None:
-        out.print(
-            "next     the same with --sorter, an untaught student of another seed: how much of this is luck?",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say("next", "the same with --sorter, an untaught student of another seed: how much of this is luck?")
 
 
 @eval_app.command("probe")
@@ -190,13 +195,14 @@ def probe(
     files = [
         (name, path) for one in found for name, path in (("samples", one.samples), ("scores", one.scores))
     ]
-    _print_tasks(scores, "probe", "sequences or documents", files)
+    _print_tasks(scores, "probe", "sequences or documents", files, "read the samples")
 
 
-def _print_tasks(scores: list[Score], what: str, unit: str, files: list[tuple[str, Path]]) -> None:
+def _print_tasks(scores: list[Score], what: str, unit: str, files: list[tuple[str, Path]], hint: str) -> None:
     from tutelage.analysis.report.text import print_tasks
-    from tutelage.cli.progress import out
+    from tutelage.cli.progress import out, say
 
     print_tasks(scores, what, unit, out)
     for name, path in files:
-        out.print(f"{name:<8} {path}", highlight=False, soft_wrap=True)
+        say(name, path)
+    say("next", hint)

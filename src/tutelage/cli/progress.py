@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -48,6 +49,11 @@ def short(number: float) -> str:
     return f"{number:.3g}T"
 
 
+def say(label: str, text: object) -> None:
+    """Print a line of a command's result: what it is, and the value or path."""
+    out.print(f"{label:<8} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 class RichProgress:
     """A `tutelage.progress.Progress` in a terminal: a bar per stage, gone when it ends. A context manager.
 
@@ -63,7 +69,7 @@ class RichProgress:
             _TimeLeft(),
             console=err,
             transient=True,
-            disable=not err.is_terminal,
+            disable=not err.is_terminal or os.environ.get("RANK", "0") != "0",
         )
         self._tasks: dict[str, TaskID] = {}
 

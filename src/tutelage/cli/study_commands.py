@@ -1,4 +1,4 @@
-"""`tutelage study`: its part of the command line."""
+"""The commands `tutelage study`, `tutelage demo` and `tutelage report`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def study_plan(
 
     Nothing is built or downloaded. Every cell is checked, so what cannot be run is named here.
     """
-    from tutelage.cli.study_progress import print_forecast
+    from tutelage.cli.study_output import print_forecast
     from tutelage.study.cost import Machine, forecast
     from tutelage.study.expand import expand
     from tutelage.study.presets import load_study
@@ -87,7 +87,7 @@ def study_plan(
 def _say_untestable(expanded: ExpandedStudy) -> None:
     """Name the announced claims that no run of the study can decide."""
     from tutelage.analysis.claims.registry import missing_of
-    from tutelage.cli.progress import out
+    from tutelage.cli.progress import say
     from tutelage.study.plan import draft_of
 
     if not expanded.study.claims:
@@ -96,8 +96,7 @@ def _say_untestable(expanded: ExpandedStudy) -> None:
     lacking = missing_of(plan)
     for claim in plan.claims:
         if claim in lacking:
-            text = f"note     {plan.name}: claim {claim} is announced and cannot be decided: {lacking[claim]}"
-            out.print(text, highlight=False, soft_wrap=True)
+            say("note", f"{plan.name}: claim {claim} is announced and cannot be decided: {lacking[claim]}")
 
 
 @study_app.command("run")
@@ -169,7 +168,7 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import print_verdicts
-    from tutelage.cli.progress import RichProgress, out
+    from tutelage.cli.progress import RichProgress, out, say
     from tutelage.study.expand import expand
     from tutelage.study.results import load_results
     from tutelage.study.run_study import run_study
@@ -180,20 +179,21 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
         run_study(expanded, directory, engine, progress, options)
     judged = judge_study(load_results(directory))
     print_verdicts(judged, out)
+    out.print()
     try:
         with lock(directory / "report.lock", f"report of {directory}"):
             build_report(judged, directory)
     except LockedError:
-        out.print("\nanother runner has just finished too and writes the report", highlight=False)
-    report = directory / "report.html"
-    out.print(f"\nreport   {report}\nruns     {directory / 'runs'}", highlight=False, soft_wrap=True)
-    out.print("next     open the report in a browser; more seeds for narrower intervals", highlight=False)
+        say("note", "another runner has just finished too and writes the report")
+    say("report", directory / "report.html")
+    say("runs", directory / "runs")
+    say("next", "open the report in a browser; more seeds for narrower intervals")
 
 
 @study_app.command("status")
 def study_status(directory: Directory) -> None:
     """Say what is done, who works on what, what failed and why, and how good the estimates are."""
-    from tutelage.cli.study_progress import print_status
+    from tutelage.cli.study_output import print_status
     from tutelage.study.status import read_status
 
     print_status(read_status(directory), directory)
@@ -202,17 +202,14 @@ def study_status(directory: Directory) -> None:
 @study_app.command("stop")
 def study_stop(directory: Directory) -> None:
     """Ask every runner of a study, on every machine, to checkpoint its runs and end; wait for them."""
-    from tutelage.cli.progress import out
+    from tutelage.cli.progress import say
     from tutelage.study.status import stop_study
 
     asked, left = stop_study(directory)
-    out.print(
-        f"asked    {asked} runner{'s' * (asked != 1)} to stop"
-        + (f"; {left} still at it: look again with `tutelage study status {directory}`" if left else "")
-        + f"\nruns     {directory / 'runs'}\nnext     `tutelage study run` with the same file goes on",
-        highlight=False,
-        soft_wrap=True,
-    )
+    still = f"; {left} still at it: look again with `tutelage study status {directory}`" if left else ""
+    say("asked", f"{asked} runner{'s' * (asked != 1)} to stop{still}")
+    say("runs", directory / "runs")
+    say("next", "`tutelage study run` with the same file goes on")
 
 
 @study_app.command("retry")
@@ -221,14 +218,62 @@ def study_retry(
     run: Annotated[list[str] | None, typer.Argument(help="run ids; default: all that failed")] = None,
 ) -> None:
     """Forget failed attempts, so that these runs are tried again, by runners that are at work as well."""
-    from tutelage.cli.progress import out
+    from tutelage.cli.progress import say
     from tutelage.study.status import retry_runs
 
-    cleared = retry_runs(directory, run or [])
-    out.print("\n".join(cleared) or "nothing had failed", highlight=False, soft_wrap=True)
-    out.print(
-        f"marks    {directory / 'queue' / 'failures'}\n"
-        "next     runners at work take them up; otherwise `tutelage study run` with the same file",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for cleared in retry_runs(directory, run or []) or ["nothing had failed"]:
+        say("again", cleared)
+    say("marks", directory / "queue" / "failures")
+    say("next", "runners at work take them up; otherwise `tutelage study run` with the same file")
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="everything lands here")] = Path("tutelage-demo"),
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, max=100, help="replicates, each with students and teachers of its own; 1: no verdict"
+        ),
+    ] = 3,
+    tokens: Annotated[str | None, typer.Option(help="training tokens of every run, e.g. 1M")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: cores, at most 4")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a tenth of the tokens, less text to score: under 90 seconds")
+    ] = False,
+) -> None:
+    """Does this teacher help this student? Train them all on real text and answer with intervals.
+
+    Builds a token store from the State of the Union addresses, pretrains a small, an equal and a large
+    teacher for each of three seeds, then students alone and with each teacher (and with a unigram control),
+    scores them in and out of domain, prints the verdicts and writes report.html. Interrupt it and run it
+    again: it goes on. With one seed it shows the numbers and does not judge them.
+    """
+    from tutelage.study.presets import demo_study
+    from tutelage.study.run_study import RunnerOptions
+
+    study = demo_study(seeds, tokens, quick=quick)
+    run_and_report(study, output, local_engine(study, workers), RunnerOptions(cohort=default_cohort(study)))
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")],
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="print the table of verdicts as Markdown, and write nothing")
+    ] = False,
+) -> None:
+    """Rebuild a study's verdicts, report.html, figures and tables from its result files. Trains nothing."""
+    from tutelage.analysis.claims.judge import judge_study
+    from tutelage.analysis.report.html import build_report
+    from tutelage.analysis.report.text import markdown, print_verdicts
+    from tutelage.cli.progress import out, say
+    from tutelage.study.results import load_results
+
+    study = judge_study(load_results(directory))
+    if as_markdown:
+        sys.stdout.write(markdown(study.findings))
+        return
+    print_verdicts(study, out)
+    out.print()
+    say("report", build_report(study, directory))
+    say("tables", directory / "tables")
+    say("next", "open the report in a browser")

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tutelage.cli.progress import RichProgress, err, out
-from tutelage.cli.study_progress import print_status
+from tutelage.cli.study_output import print_status
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cost import Machine, forecast

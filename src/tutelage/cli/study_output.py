@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from tutelage.cli.progress import out, period, short
+from tutelage.cli.progress import out, period, say, short
 from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
-    """What `tutelage study plan` says."""
+    """Print a forecast, and how to run the study `files`."""
     table = Table("runs", box=None, pad_edge=False)
     for name in ("number", "tokens"):
         table.add_column(name, justify="right")
@@ -34,36 +34,35 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
     table.add_row("all", f"{total:.3g}", "")
     out.print(table)
     memory, hours, path = found["memory"], found["time"], found["critical_path"]
-    lines = [
-        f"\nmemory   {memory['bytes'] / 1e9:.3g} GB on one device at most, by {memory['run']}"
-        + ("" if memory["fits"] else ": more than the device has, so it must be divided over several"),
-        f"         = {memory['formula']}",
-        f"cache    {found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most",
-        f"time     {period(hours['wall_seconds'])} on {found['source']}, each run on one",
-        f"         {hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted",
-        f"energy   {found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted",
-        f"path     {period(path['seconds'])} at least, on any number of them: {' > '.join(path['runs'])}",
-    ]
+    out.print()
+    too_much = "" if memory["fits"] else ": more than the device has, so it must be divided over several"
+    say("memory", f"{memory['bytes'] / 1e9:.3g} GB on one device at most, by {memory['run']}{too_much}")
+    say("", f"= {memory['formula']}")
+    say("cache", f"{found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most")
+    say("time", f"{period(hours['wall_seconds'])} on {found['source']}, each run on one")
+    say("", f"{hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted")
+    say("energy", f"{found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted")
+    say("path", f"{period(path['seconds'])} at least, on any number of them: {' > '.join(path['runs'])}")
     if found["cost"] is not None:
-        lines.append(f"cost     {found['cost']:,.2f} at {found['price']:g} per device hour")
-    lines += [f"note     {note}" for note in found["notes"]]
-    lines += [f"next     tutelage study run {file}" for file in files]
-    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        say("cost", f"{found['cost']:,.2f} at {found['price']:g} per device hour")
+    for note in found["notes"]:
+        say("note", note)
+    for file in files:
+        say("next", f"tutelage study run {file}")
 
 
 def print_status(status: Status, directory: Path) -> None:
-    """What `tutelage study status` says."""
+    """Print the status of the study in `directory`, and what can be done next."""
     _print_runs(status, directory)
     if status.seconds_left:
-        out.print(f"left     {period(status.seconds_left)} of training, one run at a time", highlight=False)
+        say("left", f"{period(status.seconds_left)} of training, one run at a time")
     if status.error is not None:
-        out.print(
-            f"error    {status.error:.0%}: half of the {status.timed} finished runs took within that of "
-            "their estimate (FLOPs over the speed of the others)",
-            highlight=False,
-            soft_wrap=True,
+        say(
+            "error",
+            f"{status.error:.0%}: half of the {status.timed} finished runs took within that of their "
+            "estimate (FLOPs over the speed of the others)",
         )
-    out.print(f"runs     {directory / 'runs'}", highlight=False, soft_wrap=True)
+    say("runs", directory / "runs")
     todo = "`tutelage study run` with the same file goes on"
     if status.failed:
         todo = f"mend what failed, then `tutelage study retry {directory}` and `tutelage study run`"
@@ -71,7 +70,7 @@ def print_status(status: Status, directory: Path) -> None:
         todo = f"`tutelage report {directory}`"
     elif status.active:
         todo = f"`tutelage study stop {directory}` stops it, checkpointed"
-    out.print(f"next     {todo}", highlight=False, soft_wrap=True)
+    say("next", todo)
 
 
 def _print_runs(status: Status, directory: Path) -> None:
@@ -92,11 +91,11 @@ def _print_runs(status: Status, directory: Path) -> None:
             )
         out.print(table)
     for runner in status.runners:
-        out.print(f"runner   {runner}", highlight=False, markup=False, soft_wrap=True)
+        say("runner", runner)
     for run, reason in status.failed.items():
-        out.print(f"failed   {run}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        say("failed", f"{run}: {reason}")
     for run in status.retried:
-        out.print(f"again    {run}: an attempt failed", highlight=False, markup=False, soft_wrap=True)
+        say("again", f"{run}: an attempt failed")
 
 
 def _measured(directory: RunDirectory, tokens: int) -> tuple[str, str, str]:

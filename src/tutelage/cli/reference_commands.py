@@ -1,0 +1,64 @@
+"""The commands `tutelage models` and `tutelage schema`: what config files can say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path  # noqa: TC003 - typer reads it
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tutelage.errors import lookup
+from tutelage.files import write_text
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+def models() -> None:
+    """List the ladder: named model shapes with their sizes."""
+    from rich.table import Table
+
+    from tutelage.cli.progress import out, say
+    from tutelage.models.flops import parameters
+    from tutelage.models.shapes import LADDER
+
+    table = Table("shape", "family", box=None)
+    for column in ("width", "layers", "non-embedding", "total", "peak lr"):
+        table.add_column(column, justify="right")
+    for shape in LADDER.values():
+        size = parameters(shape, shape.vocab_size or 512)
+        table.add_row(
+            *(shape.name, shape.family, str(shape.hidden), str(shape.layers)),
+            *(f"{size.non_embedding:,}", f"{size.total:,}", f"{shape.lr:g}"),
+        )
+    table.caption = "total: with the paper's vocabulary, or 512 entries for the nano shapes"
+    out.print(table)
+    say("next", "put 'model: {shape: NAME}' into a run file")
+
+
+def schema(
+    kind: Annotated[str, typer.Argument(help="run, store, study or teach")],
+    output: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
+) -> None:
+    """Write the JSON schema of a config file, for editors and as reference."""
+    from tutelage.cli.progress import say
+    from tutelage.config.data_config import StoreConfig
+    from tutelage.config.run_config import RunConfig
+    from tutelage.config.study_config import StudyConfig
+    from tutelage.config.teacher_config import TeachConfig
+
+    kinds: dict[str, type[BaseModel]] = {
+        "run": RunConfig,
+        "store": StoreConfig,
+        "study": StudyConfig,
+        "teach": TeachConfig,
+    }
+    text = json.dumps(lookup(kinds, kind, "schema").model_json_schema(), indent=2) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        return
+    write_text(output, text)
+    say("schema", output)
+    say("next", f"put '# yaml-language-server: $schema={output}' on top of a file")

@@ -1,0 +1,113 @@
+"""The commands `tutelage train` and `tutelage teach`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tutelage.config.teacher_config import TeachConfig
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="run file (YAML); `tutelage schema run` describes it")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings to change, and further run files", metavar="[KEY=VALUE | CONFIG]..."),
+    ] = None,
+) -> None:
+    """Train one model, with or without a teacher, and score it. The same command goes on after a stop.
+
+    Several run files train together as a cohort: students that read the same batches and share a teacher,
+    which then computes its targets once for all of them. Each gets the result it would have alone.
+
+    Several processes: torchrun --nproc-per-node 2 -m tutelage train RUN.yaml
+    """
+    from tutelage.cli.progress import RichProgress, say
+    from tutelage.config.load import load
+    from tutelage.config.run_config import RunConfig
+    from tutelage.run import run_cohort
+
+    overrides = [text for text in more or [] if "=" in text]
+    files = [config, *(Path(text) for text in more or [] if "=" not in text)]
+    loaded = [load(RunConfig, file, overrides) for file in files]
+    with RichProgress() as progress:
+        directories = run_cohort(loaded, progress)
+    for directory in directories:
+        say("run", directory.path)
+        say("model", directory.model)
+        if directory.scores.exists():
+            say("scores", directory.scores)
+    say("next", f"teach a student with it: teacher={{kind: run, run: {directories[0].id}}}")
+
+
+def teach(
+    config: Annotated[Path, typer.Argument(help="cache file (YAML); `tutelage schema teach` describes it")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings to change, e.g. format.ids=24", metavar="[KEY=VALUE]..."),
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="write nothing; say what every format would take")
+    ] = False,
+) -> None:
+    """Let a teacher read a token store once and keep its targets, so that every run can use them.
+
+    Stopped or killed, the same command goes on. Several processes, also on machines that share the file
+    system, may run it at the same time and divide the work.
+    """
+    from tutelage.config.load import load
+    from tutelage.config.teacher_config import TeachConfig
+
+    loaded = load(TeachConfig, config, overrides or [])
+    if estimate:
+        _print_estimate(loaded)
+    else:
+        _write(loaded)
+
+
+def _write(config: TeachConfig) -> None:
+    from tutelage.cli.progress import RichProgress, say
+    from tutelage.teachers.cache.cache_writer import write_cache
+    from tutelage.teachers.cache.reader import open_cache
+
+    with RichProgress() as progress:
+        path = write_cache(config, progress)
+    cache = open_cache(path)
+    positions = cache.manifest.layout.positions
+    per_token = f"{cache.bytes / positions:.2f} bytes per token"
+    say("cache", path)
+    say("size", f"{cache.bytes:,} bytes for {positions:,} tokens, {per_token}")
+    say("next", f"put 'teacher: {{kind: cache, path: {path}}}' into a run file")
+
+
+def _print_estimate(config: TeachConfig) -> None:
+    from rich.table import Table
+
+    from tutelage.cli.progress import out, period, say
+    from tutelage.teachers.cache.cache_estimate import estimate_cache
+    from tutelage.teachers.cache.formats import FORMATS
+
+    found = estimate_cache(config)
+    table = Table("", "format", box=None)
+    for column in ("bytes/token", "total MB", "time"):
+        table.add_column(column, justify="right")
+    for row in found.formats:
+        table.add_row(
+            "->" if row.configured else "",
+            row.label,
+            f"{row.bytes_per_token:.2f}",
+            f"{row.total_bytes / 1e6:,.1f}",
+            period(row.seconds),
+        )
+    out.print(table)
+    for kind in dict.fromkeys(row.format.kind for row in found.formats):
+        out.print(f"{kind}: {FORMATS[kind].exactness}", highlight=False, style="dim")
+    out.print()
+    say("tokens", f"{found.tokens:,}")
+    say("teacher", f"{found.teacher_flops:.3g} FLOPs in forward passes")
+    say("free", f"{found.free_bytes / 1e6:,.1f} MB on the disk of {found.path.parent}")
+    say("measured", f"on {found.trial_tokens:,} tokens, one process on this machine; -> the file's format")
+    say("next", f"without --estimate: writes {found.path}")
