@@ -1,9 +1,10 @@
-"""Writing a teacher cache, by one process or many, from the beginning or from wherever it was left."""
+"""Write a teacher cache, in one process or several, from the beginning or from where it was left."""
 
 from __future__ import annotations
 
 import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
@@ -134,27 +135,22 @@ class ShardIndex:
     """The finished shards of a cache, read off its directory.
 
     A shard appears under its name only when it is complete, whichever process wrote it.
+
+    Attributes:
+        tokens: positions of the finished shards.
+        bytes: their size.
     """
 
     def __init__(self, cache: Path, manifest: CacheManifest) -> None:
+        self.tokens = self.bytes = 0
         self._cache = cache
         self._manifest = manifest
-        self._bytes: dict[int, int] = {}
+        self._finished: set[int] = set()
         self.refresh()
-
-    @property
-    def tokens(self) -> int:
-        """Positions of the finished shards."""
-        return sum(len(self._manifest.layout.positions_of(shard)) for shard in self._bytes)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the finished shards."""
-        return sum(self._bytes.values())
 
     def missing(self) -> list[int]:
         """Shards that are not known to be finished."""
-        return [shard for shard in range(self._manifest.layout.shards) if shard not in self._bytes]
+        return [shard for shard in range(self._manifest.layout.shards) if shard not in self._finished]
 
     def is_finished(self, shard: int) -> bool:
         """Look whether a shard is finished now. A damaged one is not."""
@@ -163,7 +159,10 @@ class ShardIndex:
             file.check_index()
         except UserError:
             return False
-        self._bytes[shard] = file.bytes
+        if shard not in self._finished:
+            self._finished.add(shard)
+            self.tokens += len(self._manifest.layout.positions_of(shard))
+            self.bytes += file.bytes
         return True
 
     def refresh(self) -> None:
@@ -178,37 +177,30 @@ class ShardIndex:
         return self._cache / self._manifest.layout.file(shard)
 
 
+@dataclass(frozen=True, slots=True)
 class _Writer:
     """Writes shards. The codec works in a thread of its own while the teacher computes the next batch."""
 
-    def __init__(
-        self,
-        job: CacheJob,
-        index: ShardIndex,
-        progress: Progress,
-        stop: threading.Event,
-        encoder: ThreadPoolExecutor,
-    ) -> None:
-        self._job = job
-        self._index = index
-        self._progress = progress
-        self._stop = stop
-        self._encoder = encoder
+    job: CacheJob
+    index: ShardIndex
+    progress: Progress
+    stop: threading.Event
+    encoder: ThreadPoolExecutor
 
     def try_write(self, shard: int) -> bool:
         """Write a shard unless it is finished; False if another process is writing it."""
-        path = self._index.file(shard)
+        path = self.index.file(shard)
         try:
             with lock(path.with_suffix(".lock"), str(path)):
-                if not self._index.is_finished(shard):
+                if not self.index.is_finished(shard):
                     self._write(path, shard)
-                    self._index.is_finished(shard)
+                    self.index.is_finished(shard)
         except LockedError:
             return False
         return True
 
     def _write(self, path: Path, shard: int) -> None:
-        done, size = self._index.tokens, self._index.bytes
+        done, size = self.index.tokens, self.index.bytes
         _remove_leftovers(path)
         with atomic_write(path) as partial, partial.open("wb") as file:
             out = ShardWriter(file)
@@ -217,22 +209,22 @@ class _Writer:
                     out.add(block)
                 done += tokens
                 self._report(done, size + out.bytes)
-            out.finish(self._job.manifest, shard)
+            out.finish(self.job.manifest, shard)
 
     def _report(self, done: int, size: int) -> None:
         """Tell how many positions of the cache are written, in how many bytes."""
-        stage = self._job.plan.path.name
-        self._progress.advance(stage, done)
-        self._progress.describe(stage, {"bytes": size, "bytes_per_token": size / done})
+        stage = self.job.plan.path.name
+        self.progress.advance(stage, done)
+        self.progress.describe(stage, {"bytes": size, "bytes_per_token": size / done})
 
     def _encoded(self, shard: int) -> Iterator[tuple[list[Packed], int]]:
         """The blocks of each batch of a shard, and their positions."""
         ahead: Future[tuple[list[Packed], int]] | None = None
-        for batch in self._job.batches(shard):
-            if self._stop.is_set():
+        for batch in self.job.batches(shard):
+            if self.stop.is_set():
                 raise Stopped
-            targets = self._job.targets(batch)
-            before, ahead = ahead, self._encoder.submit(self._job.encoded, targets, batch)
+            targets = self.job.targets(batch)
+            before, ahead = ahead, self.encoder.submit(self.job.encoded, targets, batch)
             if before is not None:
                 yield before.result()
         if ahead is not None:
