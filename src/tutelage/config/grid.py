@@ -1,7 +1,7 @@
-"""Grids as combinators: products, zips, chains and crosses of axes, with exclusions. Pure functions of data.
+"""Grids of a study: products, zips, chains and crosses of axes, with exclusions.
 
-A grid is a list of points; a point says of each axis which value it takes. What an axis means (a teacher, a
-token budget, any setting of a run) is decided by `tutelage.study.grid`.
+A grid is a list of points; a point has a value for each axis. `tutelage.study.axis_settings` maps axes to
+settings of a run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Point = dict[str, Any]
 
 
 class _Named(BaseModel):
-    """Axes whose values are names, also where a name looks like a number."""
+    """Types of the axes that are no setting of a run; a name may look like a number."""
 
     teacher: tuple[str | None, ...] | str | None = None
     compute_of: tuple[str | None, ...] | str | None = None
@@ -33,7 +33,7 @@ Rule = Annotated[dict[str, JsonValue], ReadAs(_Named)]
 
 
 class Grid(Section):
-    """Points of a grid: exactly one of product, zip, chain and cross, less what `exclude` matches."""
+    """Points of a grid: one of product, zip, chain and cross, without those that `exclude` matches."""
 
     product: Axes | None = Field(None, description="every combination of the axes' values")
     zip: Axes | None = Field(

@@ -1,4 +1,4 @@
-"""What an axis of a grid means: which setting of a run it is, how it reads in tables and in names."""
+"""Map the axes of a grid to settings of a run, to words for tables, and to names of cells."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TEACHER_FIELDS = frozenset(_OWN_TYPES)
 
 _STUDYS = {"name", "seed", "model", "tokens", "teacher", "output", "stage"}
 _STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "branch_from"))
-"""Settings of a run that its cell decides."""
+"""Settings of a run that the study sets."""
 
 _SECTIONS = ("data", "optim", "objective", "eval", "checkpoint", "runtime")
 
@@ -59,10 +59,10 @@ def setting_of(axis: str) -> str:
 
 
 def own_value(axis: str, value: object, where: str) -> Any:  # noqa: ANN401 - a type for each axis
-    """The value of an axis of `_OWN_TYPES`, in the spelling that every other way of saying it has too.
+    """Validate the value of an axis of `_OWN_TYPES`; equal values come out in one spelling.
 
     Raises:
-        UserError: it is no such value.
+        UserError: it is of another type.
     """
     try:
         return _OWN_TYPES[axis].validate_python(value, strict=True)
@@ -72,7 +72,7 @@ def own_value(axis: str, value: object, where: str) -> Any:  # noqa: ANN401 - a 
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse settings of a study's runs that hide a section, or name what each run gets from the study.
+    """Refuse settings of a study's runs that replace a section, or that the study sets for each run.
 
     Raises:
         UserError: naming the setting.
@@ -89,7 +89,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
 
 
 def overlay(factors: Point, where: str) -> dict[str, Any]:
-    """Axis values as nested settings of a run.
+    """Nest axis values as settings of a run.
 
     Raises:
         UserError: an axis is no setting of a run.
@@ -112,7 +112,7 @@ def overlay(factors: Point, where: str) -> dict[str, Any]:
 
 
 def cell_name(parts: Sequence[str | None], seed: int) -> str:
-    """Readable, and unique also where it had to be cut."""
+    """A readable name; one that had to be cut ends with a hash, so that it stays unique."""
     text = "-".join(slug(part) for part in parts if part)
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}-{digest(parts)}"

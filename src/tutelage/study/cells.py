@@ -1,4 +1,4 @@
-"""The runs of a study before any text or model exists (cells), and those that train its teachers."""
+"""Cells, the runs of a study before any text or model exists; the cells that train its teachers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Cell(RunLabels):
 
 
 def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
-    """Every teacher by name, grids expanded; `shape`, `tokens`, `seed` and `run` of each are its own.
+    """Expand the grids of a study's teachers: each teacher with its own shape, tokens, seed and run, by name.
 
     A teacher's `seed` is None where each seed of the students has a teacher of its own.
 
@@ -116,7 +116,7 @@ def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
 
 
 def trained_as(teachers: Mapping[str, TeacherSpec]) -> dict[str, str]:
-    """The name that each trained teacher's run goes by: teachers that differ in targets alone are one run."""
+    """Name of the teacher whose run each trained teacher is: those that differ in targets alone share one."""
     training = {"shape", "tokens", "seed", "run", "corpus", "branch_from_shorter"}
     first: dict[str, str] = {}
     return {
@@ -144,7 +144,7 @@ def teacher_cell_name(name: str, seed: int | None) -> str:
 
 
 def _filled(pattern: str, point: Point, where: str) -> str:
-    """The pattern with the point's values, its budget in the one spelling that names have."""
+    """Fill a pattern with a point's values, its budget in the spelling of names."""
     named = point | {
         axis: tokens_text(own_value(axis, point[axis], where)) for axis in point if axis == "tokens"
     }

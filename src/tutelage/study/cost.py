@@ -70,7 +70,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Caches:
-    """Teacher targets that are computed once and kept: FLOPs of making them, and bytes at most."""
+    """Teacher targets that are computed once for all students: FLOPs of making them, bytes at most."""
 
     flops: float
     bytes: float
@@ -78,13 +78,13 @@ class Caches:
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """How long it takes.
+    """Seconds that runs take.
 
     Attributes:
-        wall: seconds until the last run is done.
-        device: seconds of all devices' work.
+        wall: until the last run is done.
+        device: of all devices' work.
         path: keys of the critical path.
-        path_seconds: how long that takes, on any number of devices.
+        path_seconds: of the critical path, on any number of devices.
     """
 
     wall: float
@@ -111,7 +111,7 @@ def works_of(studies: Sequence[ExpandedStudy]) -> tuple[list[Work], Caches, list
         flops, size = flops + cached.flops, size + cached.bytes
         given = [name for name, spec in found.teachers.items() if spec.model is not None]
         name = expanded.study.name
-        notes += [f"{name}: {text}" for text in found.rounded]
+        notes += [f"{name}: {text}" for text in dict.fromkeys(found.rounded)]
         if given:
             notes.append(f"{name}: forward passes of given models are not counted: {', '.join(given)}")
     return list(works.values()), Caches(flops, size), notes
@@ -167,9 +167,9 @@ class _Reader:
         self._drafts = check_cells(expanded)
         self._vocab_size = _vocab_size(expanded.study)
         self._keys: dict[str, str] = {}
-        self._read: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._read: dict[tuple[str, tuple[str, ...]], tuple[int, int]] = {}
         self._tokens: dict[str, int] = {}
-        self.rounded: dict[str, None] = {}
+        self.rounded: list[str] = []
 
     def work(self, cell: Cell) -> Work:
         """The cost of a cell whose needs are known."""
@@ -187,12 +187,14 @@ class _Reader:
         self._tokens[cell.name] = cost.tokens
         if cell.compute_of is None and parse_tokens(cell.tokens, cost.parameters) != cost.tokens:
             batch, asked = config.global_batch_tokens, tokens_text(cell.tokens)
-            text = f"of {asked} tokens {cost.tokens:,} are trained, in whole batches of {batch:,}"
-            self.rounded[text] = None
+            self.rounded.append(
+                f"of {asked} tokens {cost.tokens:,} are trained, in whole batches of {batch:,}"
+            )
         teacher = taught if cell.kind == "student" else None
         if cached := teacher is not None and teacher.cache is not None:
             read = str(cell.teacher), cell.needs
-            self._read[read] = max(cost.tokens, self._read.get(read, 0))
+            length = config.data.sequence_length
+            self._read[read] = max((cost.tokens, length), self._read.get(read, (0, 0)))
         beside = None if teacher is None or cached else teacher.shape
         scored = (1 + len(self.study.domains)) * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
@@ -219,19 +221,17 @@ class _Reader:
     def caches(self) -> Caches:
         """Cached targets of the teachers that the runs so far read from disk."""
         flops = size = 0.0
-        for (name, _), tokens in self._read.items():
+        for (name, _), (tokens, length) in self._read.items():
             spec = self.teachers[name]
-            if spec.shape is None or spec.cache is None:
-                continue
-            shape = find_shape(spec.shape)
-            vocab_size = self._vocabulary(shape)
-            length = self.study.run.get("data", {}).get("sequence_length", 1)
-            flops += forward_flops(shape, vocab_size, length) * tokens
-            size += kept_bytes(spec.cache.format, vocab_size, shape.hidden) * tokens
+            if spec.shape is not None and spec.cache is not None:
+                shape = find_shape(spec.shape)
+                vocab_size = self._vocabulary(shape)
+                flops += forward_flops(shape, vocab_size, length) * tokens
+                size += kept_bytes(spec.cache.format, vocab_size, shape.hidden) * tokens
         return Caches(flops, size)
 
     def _shared(self, cell: Cell, config: RunConfig) -> float:
-        """Tokens that a run does not train because it starts from a shorter one, where that one decays."""
+        """Tokens that a run does not train because it starts where a shorter run begins to decay."""
         return 0.0 if cell.branch_from is None else self._tokens[cell.branch_from] * (1 - config.optim.decay)
 
     def _vocabulary(self, shape: ModelShape) -> int:

@@ -12,7 +12,7 @@ from tutelage.errors import lookup
 from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tutelage.models.shapes import ModelShape
@@ -175,16 +175,13 @@ def estimate_error(timings: Sequence[Timing]) -> float | None:
 
     None with fewer than two runs.
     """
-    errors = list(_errors(timings))
-    return statistics.median(errors) if errors else None
-
-
-def _errors(timings: Sequence[Timing]) -> Iterator[float]:
     speeds = Speeds(timings)
+    errors = []
     for timing in timings:
         speed = speeds.of(timing.shape, timing.teacher, without=timing.flops / timing.seconds)
         if speed is not None:
-            yield abs(timing.seconds * speed / timing.flops - 1.0)
+            errors.append(abs(timing.seconds * speed / timing.flops - 1.0))
+    return statistics.median(errors) if errors else None
 
 
 def _keys(shape: str, teacher: str | None) -> list[tuple[str | None, ...]]:

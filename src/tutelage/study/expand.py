@@ -37,9 +37,9 @@ class ExpandedStudy:
 
     Attributes:
         study: the study file.
-        teachers: every teacher by name, as `teachers_of` gives them.
-        trained_as: of each trained teacher the one whose run it is, as `trained_as` gives it.
-        cells: every run once: teachers, baselines, students, then what follows them.
+        teachers: every teacher by name, from `teachers_of`.
+        trained_as: name of the teacher whose run each trained teacher is.
+        cells: every run once: teachers, baselines, students, then the stages after them.
     """
 
     study: StudyConfig
@@ -87,23 +87,23 @@ def _check_runs(study: StudyConfig) -> None:
 
 
 def _add(cells: dict[str, Cell], cell: Cell) -> None:
-    """A cell that two groups ask for is one run; different cells must not share a name."""
+    """Add a cell once, also where two groups ask for it; different cells must not share a name."""
     known = cells.setdefault(cell.name, cell)
     if known.model_copy(update={"group": cell.group}) != cell:
         raise UserError(
-            f"two runs would both be called {cell.name}: {_said(known)}, and {_said(cell)}; rename what they "
-            "are named by"
+            f"two runs would both be called {cell.name}: {_described(known)}, and {_described(cell)}; rename "
+            "what they are named by"
         )
 
 
-def _said(cell: Cell) -> str:
-    """What tells a cell from others, for a message."""
+def _described(cell: Cell) -> str:
+    """Describe a cell for a message."""
     parts = [f"student '{cell.student}'", cell.teacher and f"teacher '{cell.teacher}'", cell.arm, cell.stage]
     return f"group {cell.group}, " + ", ".join(part for part in parts if part)
 
 
 def _teacher_seed(study: StudyConfig, seed: int, where: str) -> int | None:
-    """Seed of the teachers of the students of `seed`; None where all have the same."""
+    """Seed of the teachers from which students of `seed` learn; None where all seeds share them."""
     if not study.teacher_seeds:
         return None
     if seed not in study.seeds:
@@ -115,7 +115,7 @@ def _teacher_seed(study: StudyConfig, seed: int, where: str) -> int | None:
 
 
 def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], where: str) -> Iterator[Point]:
-    """Every point, those whose teacher is a pattern ("*@50B") once per teacher that matches."""
+    """The points, each whose teacher is a pattern ("*@50B") repeated for every teacher that matches."""
     for point in points:
         wanted = point.get("teacher")
         if wanted is None:
@@ -135,7 +135,7 @@ def _student_cells(
     teachers: Mapping[str, TeacherSpec],
     run_of: Mapping[str, str],
 ) -> Iterator[Cell]:
-    """The student of a point, the baseline it is compared with, and the stages that follow each."""
+    """The student of a point and seed, its baselines, and the stages that follow each."""
     spec = study.students[group]
     where = f"study {study.name}: students.{group}"
     shape, budget = point.get("shape", spec.shape), point.get("tokens", spec.tokens)
@@ -143,11 +143,11 @@ def _student_cells(
         raise UserError(f"{where}: a student needs 'shape' and 'tokens', in the group or as an axis")
     tokens = own_value("tokens", budget, where)
     shape = own_value("shape", shape, where)
-    teaching, shared = _told_apart({axis: value for axis, value in point.items() if axis not in OWN})
+    teaching, shared = _split_axes({axis: value for axis, value in point.items() if axis not in OWN})
     own = {"seed": seed, "model": {"shape": shape}, "data": {"seed": seed}}
     settings = merged(own, merged(study.run, merged(spec.run, overlay(shared, where))))
     objective = settings.pop("objective", {})  # a baseline has none, whatever the group's students have
-    student = _joined([str(shape), tokens_text(tokens), words(shared), _own_words(spec)])
+    student = _joined([str(shape), tokens_text(tokens), words(shared), _group_words(spec)])
     baseline = Cell(
         name=cell_name(["student", student], seed),
         kind="baseline",
@@ -159,9 +159,9 @@ def _student_cells(
         tokens=tokens,
         settings=settings | {"tokens": tokens},
     )
-    cells = [baseline, *(_twin(baseline, number) for number in range(1, study.baselines))]
+    cells = [baseline, *(_twin_cell(baseline, number) for number in range(1, study.baselines))]
     if (teacher := point.get("teacher")) is not None:
-        taught = _taught(baseline, str(teacher), teaching, where)
+        taught = _taught_cell(baseline, str(teacher), teaching, where)
         if (run := run_of.get(teacher)) is not None:
             each = teachers[run].seed is None
             learned = teacher_cell_name(run, _teacher_seed(study, seed, where) if each else None)
@@ -170,16 +170,16 @@ def _student_cells(
         settings = merged({"objective": objective}, taught.settings)
         cells.append(taught.model_copy(update={"settings": settings}))
     elif (matched := point.get("compute_of")) is not None:
-        cells.append(_compute_matched(baseline, str(matched), teachers, where))
+        cells.append(_matched_cell(baseline, str(matched), teachers, where))
     elif teaching:
         raise UserError(f"{where}: {words(teaching)} without a teacher; add the axis 'teacher'")
     for cell in cells:
         yield cell
-        yield from (_after(study, cell, stage) for stage in spec.then)
+        yield from (_stage_cell(study, cell, stage) for stage in spec.then)
 
 
-def _twin(baseline: Cell, number: int) -> Cell:
-    """The same untaught run from other initial weights: what reads the batches in their order stays."""
+def _twin_cell(baseline: Cell, number: int) -> Cell:
+    """The same untaught run from other initial weights; the order of the batches stays."""
     seed = baseline.settings["seed"] + _TWIN_STEP * number
     return baseline.model_copy(
         update={
@@ -190,8 +190,8 @@ def _twin(baseline: Cell, number: int) -> Cell:
     )
 
 
-def _told_apart(factors: Point) -> tuple[Point, Point]:
-    """(what is done with the teacher, what the baseline shares)."""
+def _split_axes(factors: Point) -> tuple[Point, Point]:
+    """Split axis values into those of the objective and those that the baseline shares."""
     teaching = {axis for axis in factors if setting_of(axis).startswith("objective.")}
     return (
         {axis: value for axis, value in factors.items() if axis in teaching},
@@ -199,7 +199,7 @@ def _told_apart(factors: Point) -> tuple[Point, Point]:
     )
 
 
-def _taught(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
+def _taught_cell(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
     if "alpha" not in teaching:
         raise UserError(f"{where}: teacher {teacher} without alpha; add the axis 'alpha'")
     return baseline.model_copy(
@@ -214,7 +214,7 @@ def _taught(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
     )
 
 
-def _compute_matched(baseline: Cell, teacher: str, teachers: Mapping[str, TeacherSpec], where: str) -> Cell:
+def _matched_cell(baseline: Cell, teacher: str, teachers: Mapping[str, TeacherSpec], where: str) -> Cell:
     if teacher not in teachers or teachers[teacher].shape is None:
         known = ", ".join(teachers)
         raise UserError(f"{where}: compute_of {teacher!r} is no trained teacher; known: {known}")
@@ -229,8 +229,8 @@ def _compute_matched(baseline: Cell, teacher: str, teachers: Mapping[str, Teache
     )
 
 
-def _after(study: StudyConfig, cell: Cell, stage: str) -> Cell:
-    """A run's post-training: the same stage for all, compared with the baseline's."""
+def _stage_cell(study: StudyConfig, cell: Cell, stage: str) -> Cell:
+    """The post-training of a run, compared with that of its baseline."""
     spec = study.post_training[stage]
     seed = {"seed": cell.seed, "data": {"seed": cell.seed}}
     settings = merged(merged(study.run, spec.run), seed | {"stage": "sft", "tokens": spec.tokens})
@@ -247,8 +247,8 @@ def _after(study: StudyConfig, cell: Cell, stage: str) -> Cell:
     )
 
 
-def _own_words(spec: StudentSpec) -> str:
-    """Settings of a whole group are part of what its students are."""
+def _group_words(spec: StudentSpec) -> str:
+    """A word for the settings of a group, which are part of the student setting's name."""
     settings = {key: value for key, value in spec.run.items() if key != "objective"}
     return f"settings {digest(settings)}" if settings else ""
 

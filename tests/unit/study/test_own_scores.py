@@ -11,6 +11,7 @@ import pytest
 from tiny_study import TINY, run_tiny, tiny_study
 from tokenizers import Tokenizer
 
+from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report.html import build_report
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
@@ -65,10 +66,10 @@ def test_other_scores_beside_the_studys_own_change_nothing(study, tutelage, whic
     )
     assert sorted(documents.group_by("version").len()["len"]) == [2, 4]
     assert all(ours.equals(theirs) for ours, theirs in zip(numbers(study), before, strict=True))
-    report = build_report(study).read_text()
+    report = build_report(judge_study(load_results(study)), study).read_text()
     run_tiny(tiny_study(), study)
     assert all(ours.equals(theirs) for ours, theirs in zip(numbers(study), before, strict=True))
-    assert build_report(study).read_text() == report
+    assert build_report(judge_study(load_results(study)), study).read_text() == report
 
 
 def test_training_again_with_other_settings_changes_nothing(study, tutelage, tmp_path):
@@ -217,7 +218,7 @@ def test_the_report_says_what_was_seen_and_by_whom(contaminated):
         f"{foreign}: scored on other documents or settings of {name} than the students; left out there"
         for name in ("mixed", "other", "trained")
     ]
-    page = build_report(contaminated).read_text()
+    page = build_report(judge_study(load_results(contaminated)), contaminated).read_text()
     assert "were trained on; they are left out" in page
 
 

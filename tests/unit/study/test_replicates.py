@@ -11,6 +11,7 @@ from scipy import stats
 from study_files import group, study
 from tiny_study import run_tiny, tiny_study
 
+from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.verdicts import judge
 from tutelage.errors import UserError
@@ -169,7 +170,7 @@ def test_a_real_study_with_replicates_computed_again_from_its_scores(tmp_path):
     )
     assert findings.pairs[0].bits_per_byte == pytest.approx(own["value"].mean())
     assert own.height == 3
-    page = build_report(tmp_path).read_text()
+    page = build_report(judge_study(load_results(tmp_path)), tmp_path).read_text()
     assert "t, 3 seeds, a teacher each" in page
     assert "training its teacher again would (weak: one for each seed)" in page
     assert "against the mean of 2 untaught runs of its seed" in page
