@@ -53,7 +53,7 @@ NamedStores = Annotated[
 Output = Annotated[Path, typer.Option(help="token stores, and scores of models that are no run")]
 MaxDocuments = Annotated[int | None, typer.Option(min=1, help="of each text's split; default: 50")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="per document; default: 2048")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 
 _EVALS = Path("evals")
 
@@ -67,7 +67,7 @@ def score(
     output: Output = _EVALS,
     max_documents: MaxDocuments = None,
     max_tokens: MaxTokens = None,
-    device: Device = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Score models on texts: bits per byte and calibration, in and out of domain, raw and after fitting.
 
@@ -109,7 +109,7 @@ def tasks(
     limit: Annotated[int | None, typer.Option(min=1, help="questions per task; default: all")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="of the forward passes")] = 16,
     output: Output = _EVALS,
-    device: Device = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Ask models questions: accuracy on downstream tasks, by lm-eval's own evaluator."""
     from tutelage.evals.evaluated_model import find_models
@@ -144,7 +144,7 @@ def tokens(
     output: Output = _EVALS,
     max_documents: MaxDocuments = None,
     max_tokens: MaxTokens = None,
-    device: Device = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Compare a student with its teacher and a baseline token by token: where does the teacher help?
 
@@ -183,7 +183,7 @@ def probe(
         Path | None, typer.Option(help="token store that gives the text; default: a run's own")
     ] = None,
     output: Output = _EVALS,
-    device: Device = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Probe models: how well they copy in context, drafting for --teacher, and samples to read."""
     from tutelage.evals.evaluated_model import find_model, find_models

@@ -72,11 +72,6 @@ def calibration_error(scores: TokenScores, edges: np.ndarray, documents: int) ->
     The bootstrap over documents keeps the bins. Noise only adds to an absolute value, so resampled errors
     are too large by about as much as the estimate is; the interval is therefore reflected about the estimate
     (the "basic" bootstrap).
-
-    Args:
-        scores: tokens with confidence and correctness.
-        edges: of the bins.
-        documents: number of documents of the tokens.
     """
     bins = len(edges) - 1
     cell_N = scores.document_N * bins + _bins(scores.confidence_N, edges)
@@ -292,13 +287,7 @@ def frequencies(counts_V: np.ndarray) -> np.ndarray:
 
 
 def own_unigram(document_N: np.ndarray, label_N: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Probability of each token under the unigram of the *other* documents, as for unseen text.
-
-    Args:
-        document_N: document of each token.
-        label_N: the token ids.
-        vocab_size: number of ids.
-    """
+    """Probability of each token under the unigram of the *other* documents, as for unseen text."""
     counts_V = np.bincount(label_N, minlength=vocab_size)
     lengths_D = np.bincount(document_N)
     _, places_N, own_N = np.unique(document_N * vocab_size + label_N, return_inverse=True, return_counts=True)

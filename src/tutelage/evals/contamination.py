@@ -57,12 +57,7 @@ class TrainingText:
 
 
 def training_text(config: RunConfig, directory: Path) -> TrainingText:
-    """The texts that a run was trained on, and those of its teachers.
-
-    Args:
-        config: of the run.
-        directory: of the run; it need not exist yet.
-    """
+    """The texts that a run was trained on, and those of its teachers; its directory need not exist yet."""
     unknown: list[str] = []
     own = _stores(_ancestors(config, directory, unknown), unknown)
     seen = {store.fingerprint for store in own}
@@ -218,10 +213,7 @@ def trained_on(
 ) -> dict[DomainSplit, Places]:
     """Places, per domain and split, of documents that are in a training split, token for token.
 
-    Args:
-        training: stores that the model was trained on.
-        domains: stores with the same tokenizer, by name.
-        cache: directory of results, for the next model with the same training stores.
+    All stores have the same tokenizer. `cache` keeps the result for models with the same training stores.
     """
     keys: list[DomainSplit] = [(name, split) for name in domains for split in SCORED]
     fingerprints = sorted(store.fingerprint for store in training)

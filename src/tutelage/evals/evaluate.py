@@ -292,7 +292,6 @@ def score_run(
     evaluated = EvaluatedModel(
         id=directory.id,
         model=directory.model,
-        revision=None,
         step=step,
         tokens=step * config.global_batch_tokens,
         context=config.data.sequence_length,

@@ -39,21 +39,19 @@ class EvaluatedModel:
     Attributes:
         id: run id, or `<name>-<first 8 digits of the weights' fingerprint>`.
         model: local Hugging Face directory with weights and tokenizer.
-        revision: commit on the Hub of which `model` is a copy; None for local models.
-        step: optimizer steps it has taken; 0 for a model that is not a run.
-        tokens: training tokens it has seen; 0 for a model that is not a run.
         context: the longest sequence it was trained on, in tokens; without positions, the suites' context.
         output: directory of its scores; it need not exist yet.
+        step: optimizer steps it has taken; 0 for a model that is not a run.
+        tokens: training tokens it has seen; 0 for a model that is not a run.
         training_store: token store a run was trained on; None for other models.
     """
 
     id: str
     model: Path
-    revision: str | None
-    step: int
-    tokens: int
     context: int
     output: Path
+    step: int = 0
+    tokens: int = 0
     training_store: Path | None = None
 
     @property
@@ -110,13 +108,12 @@ class EvaluatedModel:
         )
 
 
-def find_model(argument: str, output: Path, revision: str | None = None) -> EvaluatedModel:
+def find_model(argument: str, output: Path) -> EvaluatedModel:
     """Find the model that `argument` names; a model on the Hub is downloaded.
 
     Args:
         argument: a run directory, a Hugging Face model directory, or a name on the Hub.
         output: the scores of models that are not runs go to `<output>/<id>`.
-        revision: commit or tag on the Hub.
 
     Raises:
         UserError: there is no such model, it has no weights, or the run has not finished training.
@@ -124,13 +121,12 @@ def find_model(argument: str, output: Path, revision: str | None = None) -> Eval
     path = Path(argument).expanduser()
     if path.is_dir():
         is_run = (path / "config.yaml").exists() or (path / "state.json").exists()
-        return _run(path) if is_run else _model(path, path.resolve().name, output, None)
+        return _run(path) if is_run else _model(path, path.resolve().name, output)
     if path.exists() or argument.startswith((".", "/", "~")) or not _HUB_NAME.match(argument):
         raise UserError(
             f"{argument}: no such directory; give a run directory, a model directory or a Hub name"
         )
-    copy = _downloaded(argument, revision)
-    return _model(copy, argument.rsplit("/", 1)[-1], output, copy.name)  # it lies in snapshots/<commit>
+    return _model(_downloaded(argument), argument.rsplit("/", 1)[-1], output)
 
 
 def find_models(arguments: Sequence[str], output: Path) -> list[EvaluatedModel]:
@@ -168,7 +164,6 @@ def _run(path: Path) -> EvaluatedModel:
     return EvaluatedModel(
         id=directory.id,
         model=directory.model,
-        revision=None,
         step=int(state["step"]),
         tokens=int(state["tokens"]),
         context=config.data.sequence_length,
@@ -177,10 +172,10 @@ def _run(path: Path) -> EvaluatedModel:
     )
 
 
-def _model(path: Path, name: str, output: Path, revision: str | None) -> EvaluatedModel:
+def _model(path: Path, name: str, output: Path) -> EvaluatedModel:
     identity = f"{name}-{weights_fingerprint(path)[:8]}"
     context = trained_length(_config(path)) or SUITES.context  # some families have no such number
-    return EvaluatedModel(identity, path, revision, 0, 0, context, output / identity)
+    return EvaluatedModel(identity, path, context, output / identity)
 
 
 def _config(path: Path) -> PretrainedConfig:
@@ -193,11 +188,11 @@ def _config(path: Path) -> PretrainedConfig:
         raise UserError(f"{path}: no model that transformers knows: {reason}") from None
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for models on the Hub
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_NEEDED)))
+        return Path(snapshot_download(name, allow_patterns=list(_NEEDED)))
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(

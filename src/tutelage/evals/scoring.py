@@ -83,12 +83,7 @@ class InDomain:
         self._fit: CalibrationFit | None = None
 
     def fit(self, target: Target, own: CalibrationFit | None) -> CalibrationFit | None:
-        """The fit, made when it is first needed.
-
-        Args:
-            target: the domain that is scored.
-            own: the domain's own fit, which is returned if the domain is the training text.
-        """
+        """The fit, made when it is first needed; `own` if the scored domain is the training text itself."""
         if self._target is None:
             return None
         if self._fit is None and target.version == self._target.version:

@@ -154,7 +154,7 @@ class TokenScores:
     powered_MK: np.ndarray
 
     def losses(self, documents: Sequence[ScoredDocument], logp_N: np.ndarray | None = None) -> DocumentLosses:
-        """Losses per document; `logp_N` are other log-probabilities of the same tokens."""
+        """Losses per document, by `logp_N` or other log-probabilities of the same tokens."""
         values_N = self.logp_N if logp_N is None else logp_N
         return DocumentLosses(
             self.per_document(-values_N, len(documents)),

@@ -85,13 +85,7 @@ def read_documents(
     In plain text all tokens are scored except the ids that begin it (the first token, if there are none) and
     the end-of-text mark. In prompts and completions the tokens that training learns are scored: completions,
     and the end-of-text mark that closes the last one.
-
-    Args:
-        store: the token store.
-        split: "validation" or "test".
-        max_documents: number of documents.
-        max_tokens: tokens of each, without the ids that begin it.
-        skip: places in the split to pass over.
+    `max_tokens` does not count the ids that begin a document; `skip` are places in the split to pass over.
     """
     view = store.split(split)
     assert view.bytes is not None  # noqa: S101 - only train has none
@@ -116,12 +110,7 @@ def window_batches(documents: Sequence[ScoredDocument], context: int, stride: in
 
     A window holds at most `context` tokens. The first starts with the document; each further one scores the
     next `stride` tokens, with the `context - stride` tokens before them as context only. Windows without a
-    scored token are left out.
-
-    Args:
-        documents: the text.
-        context: window length in tokens.
-        stride: 1 to `context`; `context` means windows that do not overlap.
+    scored token are left out. With a stride of `context`, windows do not overlap.
     """
     windows = [
         window
@@ -244,12 +233,7 @@ def without_training_text(targets: Sequence[Target], text: TrainingText, cache: 
     """Leave out the documents that the model was trained on, and correct the roles.
 
     A text is in domain if its target says so, if it comes from a source of a training store, or if a tenth
-    of its documents were trained on.
-
-    Args:
-        targets: domains in the model's tokens.
-        text: the model's training text.
-        cache: directory of results, shared by models with the same training text.
+    of its documents were trained on. `cache` keeps results for models with the same training text.
     """
     if not text.stores or not targets:
         return list(targets)
@@ -266,13 +250,7 @@ def without_training_text(targets: Sequence[Target], text: TrainingText, cache: 
 
 
 def with_contamination(targets: Sequence[Target], text: TrainingText, cache: Path) -> list[Target]:
-    """Measure the overlap of each target with the training text of the model and of its teachers.
-
-    Args:
-        targets: as `without_training_text` returns them.
-        text: training text of the model and of its teachers.
-        cache: directory of results.
-    """
+    """Measure the overlap of each target with the training text of the model and of its teachers."""
     domains = {target.name: target.store for target in targets}
     texts = {
         (target.name, split): [document.tokens_N for document in target.documents(split)]

@@ -61,7 +61,7 @@ def model_directory(store, tmp_path_factory):
 
 @pytest.fixture
 def evaluated(model_directory, store, tmp_path):
-    return EvaluatedModel("tiny-1", model_directory, None, 7, 900, CONTEXT, tmp_path / "out", store)
+    return EvaluatedModel("tiny-1", model_directory, CONTEXT, tmp_path / "out", 7, 900, store)
 
 
 def tokens(tokenizer, text):

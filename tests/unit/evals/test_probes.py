@@ -51,9 +51,7 @@ def evaluated_models(models, store, tmp_path_factory):
     found = []
     for name, model in zip(("student", "teacher"), models, strict=True):
         hub.save(model, folder / name, store)
-        found.append(
-            EvaluatedModel(name, folder / name, None, 3, 100, CONTEXT, folder / f"out-{name}", store)
-        )
+        found.append(EvaluatedModel(name, folder / name, CONTEXT, folder / f"out-{name}", 3, 100, store))
     return found
 
 
