@@ -9,16 +9,15 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from tutelage.config.data_config import CorpusPairs, FilePairs, HubPairs, PairSource
-from tutelage.data import hub_rows, text_files
 from tutelage.data.corpora import find_pairs
-from tutelage.data.text_files import BadRowError
+from tutelage.data.rows import BadRowError, file_rows, hub_rows, text_of, value_of
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from tutelage.data.text_files import Row
+    from tutelage.data.rows import Row
     from tutelage.data.tokenizer import TextTokenizer
 
 _NAMED_TOKENS = ("bos_token", "unk_token", "pad_token")
@@ -205,9 +204,9 @@ def _rows(source: PairSource) -> Iterator[Row]:
             for number, pair in enumerate(find_pairs(source.name).documents(), 1):
                 yield f"corpus {source.name}, pair {number}", pair
         case FilePairs():
-            yield from text_files.read_rows(source.paths, _fields(source))
+            yield from file_rows(source.paths, _fields(source))
         case HubPairs():
-            yield from hub_rows.read_rows(source)
+            yield from hub_rows(source)
 
 
 def _fields(source: FilePairs | HubPairs) -> tuple[str, ...]:
@@ -223,7 +222,7 @@ def _conversation(row: object, source: PairSource, where: str) -> Sequence[Messa
         return _question(*cast("tuple[str, str]", row))
     if source.messages is None:
         return _question(*(_text(row, field, where) for field in _fields(source)))
-    messages = text_files.value_of(row, source.messages, where)
+    messages = value_of(row, source.messages, where)
     if not isinstance(messages, list):
         raise BadRowError(
             f"{where}: field '{source.messages}' holds {type(messages).__name__}, expected a list of "
@@ -239,7 +238,7 @@ def _message(message: object, where: str) -> Message:
 
 
 def _text(row: object, field: str, where: str) -> str:
-    text = text_files.text_of(row, field, where)
+    text = text_of(row, field, where)
     if not text or text.isspace():
         raise BadRowError(
             f"{where}: field '{field}' is empty; every prompt and completion must say something"

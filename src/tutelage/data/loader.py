@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tutelage.data.hashing import splitmix64
+from tutelage.data.hashing import permuted
 from tutelage.errors import UserError
 from tutelage.types import IGNORE_INDEX, Batch
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from tutelage.data.store import SplitView
 
-_ROUNDS = 6
-_MASK_64 = 2**64 - 1
 _SAMPLES_AT_ONCE = 2**18
 
 
@@ -120,34 +118,3 @@ class Loader:
             marks = np.stack([self._mask[start + 1 : start + self._length + 1] for start in starts])
             labels.masked_fill_(torch.from_numpy(marks == 0), IGNORE_INDEX)
         return Batch(ids[:, :-1].contiguous(), labels, tuple(starts.tolist()))
-
-
-def permuted(places: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where a pseudo-random permutation of range(n) sends `places`, without holding the permutation.
-
-    A Feistel network permutes the numbers of an even number of bits, at least n of them; results of n
-    and above are sent through it again until they fall below n (cycle walking), which keeps it a
-    permutation of range(n). Fewer than four passes are needed on average. Only integer arithmetic
-    of fixed width is used, so the order is the same on every machine and with every library version.
-
-    Args:
-        places: int64, each in [0, n).
-        n: size of the permuted range, at least 1.
-        seed: not negative; different seeds give unrelated permutations.
-        epoch: not negative; so do different epochs.
-    """
-    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    start = splitmix64(splitmix64(np.full(_ROUNDS, seed & _MASK_64, np.uint64)) ^ np.uint64(epoch))
-    keys = splitmix64(start + np.array(range(_ROUNDS), np.uint64))
-
-    def encrypted(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = values >> shift, values & mask
-        for key in keys:
-            left, right = right, left ^ (splitmix64(right ^ key) & mask)
-        return (left << shift) | right
-
-    values = encrypted(places.astype(np.uint64))
-    while (outside := values >= np.uint64(n)).any():
-        values[outside] = encrypted(values[outside])
-    return values.astype(np.int64)

@@ -23,11 +23,11 @@ from tutelage.config.data_config import (
     HubSource,
     Source,
 )
-from tutelage.data import hub_rows, text_files
 from tutelage.data.chat import Piece, read_pairs
 from tutelage.data.corpora import find_corpus, find_pairs
+from tutelage.data.rows import BadRowError, file_texts, hub_texts
 from tutelage.data.store_manifest import Left
-from tutelage.data.text_files import BadRowError
+from tutelage.data.text_files import find
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def describe(source: Source) -> dict[str, JsonValue]:
         case CorpusPairs():
             return {"kind": source.kind, **find_pairs(source.name).identity()}
         case FilesSource() | FilePairs():
-            files: list[JsonValue] = [_file_identity(path) for path in text_files.find(source.paths)]
+            files: list[JsonValue] = [_file_identity(path) for path in find(source.paths)]
             return {"kind": source.kind, "files": files}
         case HubSource() | HubPairs():
             fixed: dict[str, JsonValue] = source.model_dump(
@@ -214,9 +214,9 @@ def _read(source: Source, chat: Chat | None) -> Iterator[tuple[Piece, ...] | Bad
         case CorpusSource():
             return ((Piece(text),) for text in find_corpus(source.name).documents())
         case FilesSource():
-            return map(_piece, text_files.read(source))
+            return map(_piece, file_texts(source))
         case HubSource():
-            return map(_piece, text_files.texts_of(hub_rows.read_rows(source), source.field))
+            return map(_piece, hub_texts(source))
         case _:
             return read_pairs(source, chat)
 

@@ -1,44 +1,62 @@
-"""Documents and rows from local files: .txt, .md, .jsonl (each also .gz or .zst) and .parquet.
+"""Read files of text: find them, decompress and check their bytes, cut long ones between paragraphs.
 
-What is wrong with a file raises `UserError`. What is wrong with one row is handed on in its place, as a
-`BadRowError`, because whoever reads may want the other rows.
+Damage is an error and never a shorter text.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import glob
-import json
+import gzip
+import io
+import re
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import zstandard
 
 from tutelage.config.data_config import DOCUMENT_LIMIT
-from tutelage.data.cutting import WHOLE, document_size, documents_of
-from tutelage.data.streams import LINE_LIMIT, decoded, lines, plain_name, without_mark
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import BinaryIO
 
-    from pyarrow import RecordBatch
+    from typing_extensions import Buffer
 
     from tutelage.config.data_config import FilesSource
 
-_ENDINGS = ".txt, .md and .jsonl (each also .gz or .zst) and .parquet"
+LINE_LIMIT = 2**26
+"""Bytes of the longest line of a .jsonl file that is read."""
+
+MARK = "\ufeff"
+"""The byte order mark of Unicode."""
+
 _TEXT = (".txt", ".md")
-_BATCH_ROWS = 1024
-_BATCH_BYTES = 2**22
+_BLOCK = 2**18
+_ZSTD_BLOCK = 2**10  # a kilobyte cannot become more than 32 MB
+_SKIP_BLOCK = 2**20
+_FOREIGN_MARKS = (  # that of UTF-32 (little endian) begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
-
-class BadRowError(UserError):
-    """One row cannot be used; the message names its file and line. The rows after it can be read."""
-
-
-Row = tuple[str, object]
-"""The file and line (or data set and row) for messages, and what is there, or a `BadRowError`."""
+_WHOLE = 8192  # bytes up to which a text file always stays one document, unless a size is given
+_ENOUGH = 200  # documents after which 5% for a split is next to never nothing (.95 ** 200 = 3.5e-5)
+_SMALLEST = 512
+_LARGEST_OF_MANY = 2**20
+_PARAGRAPH_END = re.compile(rb"\n(?:[ \t\r]*\n)+")
+_LINE_END = re.compile(rb"\n")
+_WORD_END = re.compile(rb"[ \t\r]")
+_CONTINUATION = range(0x80, 0xC0)  # bytes that are not the first one of a character
 
 
 def find(names: Sequence[str]) -> list[Path]:
-    """The files that paths and patterns name: patterns in turn, their matches sorted.
+    """Return the files that paths and patterns name: patterns in turn, their matches sorted.
 
     Raises:
         UserError: a path does not exist, a pattern matches nothing, or a directory is given.
@@ -71,7 +89,7 @@ def _matches(text: str) -> list[Path]:
 
 
 def _pattern(path: Path) -> str:
-    """A pattern whose first directories are taken by their names where they exist, brackets or not."""
+    """Return a pattern in which the first directories are literal, brackets or not, as far as they exist."""
     fixed = Path()
     for place, part in enumerate(path.parts):
         if not (fixed / part).exists():
@@ -80,186 +98,234 @@ def _pattern(path: Path) -> str:
     return glob.escape(str(fixed))
 
 
+def is_text(path: Path) -> bool:
+    """Return whether a file is text as a whole, by its ending."""
+    return plain_name(path).endswith(_TEXT)
+
+
+def plain_name(path: Path) -> str:
+    """Return the file's name as it would be without compression."""
+    return path.name.removesuffix(path.suffix) if path.suffix in {".gz", ".zst"} else path.name
+
+
 def known_bytes(source: FilesSource) -> int:
-    """Bytes of text that `source` surely holds: those of its plain text files."""
+    """Return the bytes of text that `source` holds at least: those of its plain text files."""
     return sum(path.stat().st_size for path in find(source.paths) if path.suffix in _TEXT)
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """Open the decompressed bytes of `path`; several gzip members or zstd frames are read as one text.
+
+    Raises:
+        UserError: also while reading: the file cannot be read, is damaged, ends before its compressed data
+            do, has something else behind them, or is text in UTF-16 or UTF-32.
+    """
+    try:
+        with path.open("rb") as file:
+            stream = file
+            if path.suffix == ".gz":
+                stream = cast("io.BufferedReader", gzip.GzipFile(fileobj=file))
+            elif path.suffix == ".zst":
+                stream = io.BufferedReader(_ZstdFrames(file), _BLOCK)
+            head = stream.peek(4)
+            for mark, encoding in _FOREIGN_MARKS:
+                if head.startswith(mark):
+                    raise UserError(f"{path}: is {encoding} text; save it as UTF-8")
+            yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: damaged compressed file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Decompresses zstd frames to the end of a file.
+
+    The library's own reader takes the end of the file for the end of the text, wherever it comes.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._compressed = self._text = b""
+
+    def readable(self) -> bool:
+        """Tell `io.BufferedReader` that it may read."""
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Fill some of `buffer`; return 0 at the end of the text.
+
+        Raises:
+            EOFError: the file ends inside a frame.
+        """
+        while not self._text:
+            self._compressed = self._compressed or self._file.read(_ZSTD_BLOCK)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends before its compressed data do")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._text, self._compressed = self._frame.decompress(self._compressed), b""
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        view = memoryview(buffer)
+        size = min(len(view), len(self._text))
+        view[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+
+def text_blocks(path: Path) -> Iterator[bytes]:
+    """Yield a text file as valid UTF-8 in blocks, without byte order marks.
+
+    Marks are removed wherever they are, because files that were concatenated bring theirs along.
+
+    Raises:
+        UserError: as `opened`; or the file is empty, binary or not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read, is_empty = 0, True
+    with opened(path) as file:
+        while True:
+            block = file.read(_BLOCK)
+            if b"\0" in block:
+                raise UserError(f"{path}: a binary file, not text (byte {read + block.index(0)} is 0)")
+            before = read - len(decoder.getstate()[0])
+            read += len(block)
+            try:
+                text = decoder.decode(block, final=not block).replace(MARK, "")
+            except UnicodeDecodeError as error:
+                raise UserError(not_utf8(str(path), error, before)) from None
+            if text:
+                is_empty = False
+                yield text.encode()
+            if not block:
+                break
+    if is_empty:
+        raise UserError(f"{path}: the file is empty")
+
+
+def lines(path: Path) -> Iterator[bytes | None]:
+    """Yield the lines of a file, without byte order marks at their beginnings; None for one that is too long.
+
+    Raises:
+        UserError: as `opened`; or the file is empty.
+    """
+    is_empty = True
+    with opened(path) as file:
+        while line := file.readline(LINE_LIMIT):
+            is_empty = False
+            if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+                while (rest := file.readline(_SKIP_BLOCK)) and not rest.endswith(b"\n"):
+                    pass
+                yield None
+            else:
+                yield line.removeprefix(codecs.BOM_UTF8)
+    if is_empty:
+        raise UserError(f"{path}: the file is empty")
+
+
+def not_utf8(where: str, error: UnicodeDecodeError, before: int = 0) -> str:
+    """Say which byte is not UTF-8; `before`: bytes in front of those that were decoded."""
+    return f"{where}: not UTF-8 text (byte {before + error.start} is 0x{error.object[error.start]:02x})"
+
+
 def cut_size(source: FilesSource) -> int | None:
-    """About how many bytes the documents have that the text files of `source` are cut into; None: no cuts.
+    """Return about how many bytes a document cut from the text files of `source` has; None: no cuts.
+
+    With `document_bytes: auto`, a source of 200 files or more has enough documents, so only what is longer
+    than 1 MiB is cut. Of fewer files, what is longer than 8 KiB is cut into about 200 documents in all, of
+    512 bytes at least and 8 KiB at most.
 
     Raises:
         UserError: a file is missing or damaged.
     """
-    texts = [path for path in find(source.paths) if _is_text(path)]
-    return document_size(source, texts) if texts else None
+    texts = [path for path in find(source.paths) if is_text(path)]
+    if not texts or source.document_bytes == "file":
+        return None
+    if source.document_bytes != "auto":
+        return source.document_bytes
+    if len(texts) >= _ENOUGH:
+        return _LARGEST_OF_MANY
+    total = 0
+    for path in texts:
+        size = _text_size(path, _ENOUGH * _WHOLE)
+        total += size if size > _WHOLE else 0
+        if total >= _ENOUGH * _WHOLE:
+            break
+    return min(max(_SMALLEST, total // _ENOUGH), _WHOLE)
 
 
-def read(source: FilesSource) -> Iterator[str | BadRowError | None]:
-    """The documents of `source`: of text files whole or cut, of others one per row; None for a null.
-
-    Raises:
-        UserError: a file is missing, empty, damaged or not text.
-    """
-    size = cut_size(source)
-    whole = WHOLE if source.document_bytes == "auto" else 0
-    for path in find(source.paths):
-        if _is_text(path):
-            yield from (document.decode() for document in documents_of(path, size, whole))
-        else:
-            yield from texts_of(_rows(path, (source.field,)), source.field)
+def _text_size(path: Path, limit: int) -> int:
+    """Return the bytes of the text in a file; counting ends at `limit`."""
+    size = 0
+    with opened(path) as file:
+        while size < limit and (block := file.read(_BLOCK)):
+            size += len(block)
+    return size
 
 
-def read_rows(names: Sequence[str], fields: Sequence[str]) -> Iterator[Row]:
-    """The rows of .jsonl and .parquet files, in order.
+def file_documents(path: Path, source: FilesSource, size: int | None) -> Iterator[str]:
+    """Yield the documents of a text file; `size` is the `cut_size` of its source."""
+    whole = _WHOLE if source.document_bytes == "auto" else 0
+    return (document.decode() for document in documents_of(path, size, whole))
+
+
+def documents_of(path: Path, size: int | None, whole: int) -> Iterator[bytes]:
+    """Yield the documents of a text file, which joined are its text to the byte.
 
     Args:
-        names: paths and patterns.
-        fields: what the caller will look at; of a parquet file only these columns are read.
+        path: the file.
+        size: about how many bytes a document has; None: the file is one.
+        whole: bytes up to which the file is not cut.
 
     Raises:
-        UserError: as `read`; or a file has no fields. A .jsonl row may still lack some.
+        UserError: the file cannot be read, or is one document and too long for that.
     """
-    for path in find(names):
-        if _is_text(path):
+    first, buffer = True, bytearray()
+    for block in text_blocks(path):
+        buffer += block
+        if size is None and len(buffer) > DOCUMENT_LIMIT:
             raise UserError(
-                f"{path}: text has no fields; prompts and completions come from .jsonl or .parquet"
+                f"{path}: is one document and longer than {DOCUMENT_LIMIT:,} bytes; set document_bytes: "
+                "auto, or the bytes that a document is to have, to cut it"
             )
-        yield from _rows(path, fields)
+        while size is not None and len(buffer) > max(4 * size, whole):
+            yield _cut_off(buffer, size)
+            first = False
+    if size is not None and not (first and len(buffer) <= whole):
+        while len(buffer) > size + size // 2:
+            yield _cut_off(buffer, size)
+    yield bytes(buffer)
 
 
-def texts_of(rows: Iterator[Row], field: str) -> Iterator[str | BadRowError | None]:
-    """`text_of` every row."""
-    for where, row in rows:
-        try:
-            yield text_of(row, field, where)
-        except BadRowError as error:
-            yield error
+def _cut_off(buffer: bytearray, size: int) -> bytes:
+    """Remove a document of about `size` bytes from the beginning of `buffer` and return it."""
+    place = _place(buffer, size)
+    document = bytes(buffer[:place])
+    del buffer[:place]
+    return document
 
 
-def text_of(row: object, field: str, where: str) -> str | None:
-    """The text of one row, without a byte order mark at its beginning; None where it is null.
+def _place(buffer: bytearray, size: int) -> int:
+    """Return where to cut.
 
-    Raises:
-        BadRowError: the row is no mapping, lacks the field, or holds something there that is no text, or too
-            much of it.
+    At the last paragraph end between half of `size` and `size`, else the first one up to twice `size`, else
+    the last end of a line or word before `size`, else between two characters.
     """
-    text = value_of(row, field, where)
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        shown = f" ({text})" if isinstance(text, float) else ""
-        raise BadRowError(f"{where}: field '{field}' holds {type(text).__name__}{shown}, expected text")
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise BadRowError(
-            f"{where}: field '{field}' holds half of a surrogate pair (U+{ord(text[error.start]):04X}, "
-            f"character {error.start + 1}), which is no valid text"
-        ) from None
-    if size > DOCUMENT_LIMIT:
-        raise BadRowError(
-            f"{where}: field '{field}' holds {size:,} bytes of text, at most {DOCUMENT_LIMIT:,} can be read"
-        )
-    return without_mark(text)
-
-
-def value_of(row: object, field: str, where: str) -> object:
-    """What one row holds in a field.
-
-    Raises:
-        BadRowError: the row is one, is no mapping, or lacks the field.
-    """
-    if isinstance(row, BadRowError):
-        raise row
-    if not isinstance(row, dict):
-        raise BadRowError(f"{where}: expected an object with the field '{field}', found {type(row).__name__}")
-    if field not in row:
-        raise BadRowError(f"{where}: no field '{field}'; it has: {', '.join(map(str, row)) or 'no field'}")
-    return row[field]
-
-
-def _is_text(path: Path) -> bool:
-    return plain_name(path).endswith(_TEXT)
-
-
-def _rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
-    if plain_name(path).endswith(".jsonl"):
-        yield from _json_rows(path)
-    elif path.name.endswith(".parquet"):
-        yield from _parquet_rows(path, fields)
-    else:
-        raise UserError(f"{path}: unknown kind of file; {_ENDINGS} can be read")
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """One row per line; empty lines are none."""
-    for number, line in enumerate(lines(path), 1):
-        where = f"{path}: line {number}"
-        if line is None:
-            yield (
-                where,
-                BadRowError(f"{where}: longer than {LINE_LIMIT:,} bytes, which is the most that can be read"),
-            )
-        elif line and not line.isspace():
-            yield where, _parsed(line, where)
-
-
-def _parsed(line: bytes, where: str) -> object:
-    try:
-        row: object = json.loads(decoded(line.rstrip(b"\r\n"), where), object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
-    except (UserError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        return BadRowError(reason if isinstance(error, UserError) else f"{where}: not valid JSON: {reason}")
-    return row
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of a row; json itself would keep the last of several values without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
-    return found
-
-
-def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException, parquet  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise UserError(
-            f"{path}: the package 'pyarrow' is missing; run: pip install 'tutelage[hub]'"
-        ) from None
-    try:
-        file = parquet.ParquetFile(path, page_checksum_verification=True)
-        for field in fields:
-            names = file.schema_arrow.names
-            if names.count(field) != 1:
-                several = "no column" if field not in names else f"{names.count(field)} columns"
-                raise UserError(f"{path}: {several} '{field}'; it has: {', '.join(names)}")
-        if file.metadata.num_rows == 0:
-            raise UserError(f"{path}: the file is empty")
-        # a batch is decoded at once, so it has fewer rows where rows are long
-        total = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        size = min(_BATCH_ROWS, max(1, _BATCH_BYTES * file.metadata.num_rows // max(1, total)))
-        number = 0
-        for batch in file.iter_batches(batch_size=size, columns=list(fields)):
-            for place in range(batch.num_rows):
-                number += 1
-                where = f"{path}: row {number}"
-                yield where, _parquet_row(batch, place, where)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())})") from None
-
-
-def _parquet_row(batch: RecordBatch, place: int, where: str) -> object:
-    """One row; what is no UTF-8 is its own fault alone."""
-    try:
-        return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
-    except UnicodeDecodeError as error:
-        return BadRowError(
-            f"{where}: not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x})"
-        )
+    half = size // 2
+    before = [found.end() for found in _PARAGRAPH_END.finditer(buffer, half, size)]
+    if before:
+        return before[-1]
+    after = _PARAGRAPH_END.search(buffer, size, min(2 * size, len(buffer) - half))
+    if after is not None:
+        return after.end()
+    for pattern in (_LINE_END, _WORD_END):
+        ends = [found.end() for found in pattern.finditer(buffer, half, size)]
+        if ends:
+            return ends[-1]
+    while buffer[size] in _CONTINUATION:
+        size += 1
+    return size

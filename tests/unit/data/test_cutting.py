@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tutelage.config.data_config import DOCUMENT_LIMIT, FilesSource, StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
-from tutelage.data.cutting import documents_of
 from tutelage.data.sources import Mixture
 from tutelage.data.store import open_store
+from tutelage.data.text_files import documents_of
 from tutelage.errors import UserError
 
 WORDS = ("the", "of", "king", "word", "time", "people", "great", "day", "night", "house", "good", "élan")

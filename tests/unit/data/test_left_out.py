@@ -213,7 +213,7 @@ def test_a_text_that_is_too_long_is_a_bad_row(tmp_path):
 
 
 def test_a_line_that_is_too_long_is_a_bad_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("tutelage.data.streams.LINE_LIMIT", 64)
+    monkeypatch.setattr("tutelage.data.text_files.LINE_LIMIT", 64)
     source = jsonl(tmp_path / "a.jsonl", '{"text": "one"}', json.dumps({"text": "x" * 90}), '{"text": "two"}')
     with pytest.raises(UserError, match=r"a\.jsonl: line 2: longer than [\d,]+ bytes, which is the most"):
         built(tmp_path, source)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.loader import Loader, permuted
+from tutelage.data.hashing import permuted
+from tutelage.data.loader import Loader
 from tutelage.data.store import SplitView, open_store
 from tutelage.errors import UserError
 

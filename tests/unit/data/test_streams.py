@@ -14,7 +14,7 @@ from pyarrow import parquet, table
 
 from tutelage.config.data_config import FilesSource
 from tutelage.data.sources import Mixture
-from tutelage.data.streams import LINE_LIMIT, lines, text_blocks
+from tutelage.data.text_files import LINE_LIMIT, lines, text_blocks
 from tutelage.errors import UserError
 
 TEXT = "".join(f"line {n} of a text that does not repeat itself, {n * n}\n" for n in range(3000))
@@ -193,6 +193,6 @@ def test_line_ends_stay_as_they_are(tmp_path):
 
 def test_a_line_that_is_too_long_is_handed_on_as_none(tmp_path, monkeypatch):
     assert LINE_LIMIT == 2**26
-    monkeypatch.setattr("tutelage.data.streams.LINE_LIMIT", 100)
+    monkeypatch.setattr("tutelage.data.text_files.LINE_LIMIT", 100)
     (tmp_path / "a.jsonl").write_bytes(b"one\n" + b"x" * 99 + b"\n" + b"x" * 100 + b"\n" + b"y" * 10**6)
     assert [line and len(line) for line in lines(tmp_path / "a.jsonl")] == [4, 100, None, None]

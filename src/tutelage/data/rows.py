@@ -1,0 +1,241 @@
+"""Read rows and texts from .jsonl and .parquet files, text files and data sets of the Hugging Face Hub.
+
+What is wrong with a file raises `UserError`. What is wrong with one row is yielded in its place, as a
+`BadRowError`, because the caller may want the other rows.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from tutelage.config.data_config import DOCUMENT_LIMIT
+from tutelage.data.text_files import (
+    LINE_LIMIT,
+    MARK,
+    cut_size,
+    file_documents,
+    find,
+    is_text,
+    lines,
+    not_utf8,
+    plain_name,
+)
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from pyarrow import RecordBatch
+
+    from tutelage.config.data_config import FilesSource, HubPairs, HubSource
+
+_ENDINGS = ".txt, .md and .jsonl (each also .gz or .zst) and .parquet"
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 2**22
+
+
+class BadRowError(UserError):
+    """One row cannot be used; the message names its file and line. The rows after it can be read."""
+
+
+Row = tuple[str, object]
+"""The file and line (or data set and row) for messages, and the content, or a `BadRowError`."""
+
+Text = str | BadRowError | None
+"""The text of one row, what is wrong with it, or None where it is null."""
+
+
+def file_texts(source: FilesSource) -> Iterator[Text]:
+    """Yield the documents of `source`: of text files whole or cut, of others one per row.
+
+    Raises:
+        UserError: a file is missing, empty, damaged or not text.
+    """
+    size = cut_size(source)
+    for path in find(source.paths):
+        if is_text(path):
+            yield from file_documents(path, source, size)
+        else:
+            yield from _texts(_rows_of(path, (source.field,)), source.field)
+
+
+def hub_texts(source: HubSource) -> Iterator[Text]:
+    """Yield the text of every row of a data set. Raises as `hub_rows`."""
+    return _texts(hub_rows(source), source.field)
+
+
+def file_rows(names: Sequence[str], fields: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of .jsonl and .parquet files, in order.
+
+    Args:
+        names: paths and patterns.
+        fields: what the caller will use; of a parquet file only these columns are read.
+
+    Raises:
+        UserError: as `file_texts`; or a file has no fields. A .jsonl row may still lack some.
+    """
+    for path in find(names):
+        if is_text(path):
+            raise UserError(
+                f"{path}: text has no fields; prompts and completions come from .jsonl or .parquet"
+            )
+        yield from _rows_of(path, fields)
+
+
+def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
+    """Yield the rows of a data set, in order; nothing is downloaded that is not read.
+
+    Raises:
+        UserError: the package is missing, or the data set, its subset or its split; or a row cannot be
+            decoded, after which no other can be read.
+    """
+    try:
+        from datasets import load_dataset  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError:
+        raise UserError(
+            f"hub source {source.path}: the package 'datasets' is missing; run: pip install 'tutelage[hub]'"
+        ) from None
+    where = f"hub source {source.path}"
+    number = 0
+    try:
+        rows = load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+        for number, row in enumerate(rows, 1):
+            yield f"{where}, row {number}", row
+    except (OSError, ValueError, RuntimeError) as error:
+        place = f", after row {number}" if number else ""
+        # the library decodes rows in bulk and goes no further than the first that it cannot decode
+        hint = "; such rows can be skipped with kind: files only" if source.on_bad_row == "skip" else ""
+        raise UserError(f"{where}{place}: {' '.join(str(error).split())}{hint}") from None
+
+
+def _texts(rows: Iterator[Row], field: str) -> Iterator[Text]:
+    for where, row in rows:
+        try:
+            yield text_of(row, field, where)
+        except BadRowError as error:
+            yield error
+
+
+def text_of(row: object, field: str, where: str) -> str | None:
+    """Return the text of one row, without a byte order mark at its beginning; None where it is null.
+
+    Raises:
+        BadRowError: the row is no mapping, lacks the field, or holds something in it that is no text, or too
+            much text.
+    """
+    text = value_of(row, field, where)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        shown = f" ({text})" if isinstance(text, float) else ""
+        raise BadRowError(f"{where}: field '{field}' holds {type(text).__name__}{shown}, expected text")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BadRowError(
+            f"{where}: field '{field}' holds half of a surrogate pair (U+{ord(text[error.start]):04X}, "
+            f"character {error.start + 1}), which is no valid text"
+        ) from None
+    if size > DOCUMENT_LIMIT:
+        raise BadRowError(
+            f"{where}: field '{field}' holds {size:,} bytes of text, at most {DOCUMENT_LIMIT:,} can be read"
+        )
+    return text.removeprefix(MARK)
+
+
+def value_of(row: object, field: str, where: str) -> object:
+    """Return what one row holds in a field.
+
+    Raises:
+        BadRowError: the row is one, is no mapping, or lacks the field.
+    """
+    if isinstance(row, BadRowError):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRowError(f"{where}: expected an object with the field '{field}', found {type(row).__name__}")
+    if field not in row:
+        raise BadRowError(f"{where}: no field '{field}'; it has: {', '.join(map(str, row)) or 'no field'}")
+    return row[field]
+
+
+def _rows_of(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    if plain_name(path).endswith(".jsonl"):
+        yield from _json_rows(path)
+    elif path.name.endswith(".parquet"):
+        yield from _parquet_rows(path, fields)
+    else:
+        raise UserError(f"{path}: unknown kind of file; {_ENDINGS} can be read")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """Yield one row per line; an empty line is no row."""
+    for number, line in enumerate(lines(path), 1):
+        where = f"{path}: line {number}"
+        if line is None:
+            limit = f"longer than {LINE_LIMIT:,} bytes, which is the most that can be read"
+            yield where, BadRowError(f"{where}: {limit}")
+        elif line and not line.isspace():
+            yield where, _parsed(line.rstrip(b"\r\n"), where)
+
+
+def _parsed(line: bytes, where: str) -> object:
+    try:
+        row: object = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        return BadRowError(not_utf8(where, error))
+    except json.JSONDecodeError as error:
+        return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return BadRowError(f"{where}: not valid JSON: {' '.join(str(error).split())}")
+    return row
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of a row; json itself would silently keep the last of several values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
+
+
+def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise UserError(
+            f"{path}: the package 'pyarrow' is missing; run: pip install 'tutelage[hub]'"
+        ) from None
+    try:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        names = file.schema_arrow.names
+        for field in fields:
+            if names.count(field) != 1:
+                several = "no column" if field not in names else f"{names.count(field)} columns"
+                raise UserError(f"{path}: {several} '{field}'; it has: {', '.join(names)}")
+        if file.metadata.num_rows == 0:
+            raise UserError(f"{path}: the file is empty")
+        # a batch is decoded at once, so it has fewer rows where rows are long
+        total = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        size = min(_BATCH_ROWS, max(1, _BATCH_BYTES * file.metadata.num_rows // max(1, total)))
+        number = 0
+        for batch in file.iter_batches(batch_size=size, columns=list(fields)):
+            for place in range(batch.num_rows):
+                number += 1
+                where = f"{path}: row {number}"
+                yield where, _parquet_row(batch, place, where)
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())})") from None
+
+
+def _parquet_row(batch: RecordBatch, place: int, where: str) -> object:
+    """Return one row; bytes that are not UTF-8 spoil only the row that holds them."""
+    try:
+        return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return BadRowError(not_utf8(where, error))
