@@ -31,7 +31,6 @@ from tutelage.files import make_directory, write_json
 from tutelage.records import Record, UnreadableError, read_model
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 
@@ -179,9 +178,7 @@ class Leases:
         self._heart.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._leave.set()
         self._heart.join()
         for suffix in (".json", ".stop"):
@@ -268,22 +265,19 @@ class Leases:
             return _Lease(owner=path.name, state="held", recipe="")
 
     def _is_dead(self, owner: str) -> bool:
-        if owner not in self._dead:
-            self._dead[owner] = self._judge(owner)
-        return self._dead[owner]
-
-    def _judge(self, owner: str) -> bool:
+        """Whether a runner's process is gone or too many of its heartbeats were missed; once a reading."""
+        if owner in self._dead:
+            return self._dead[owner]
         runner = read_runner(self._runners / f"{owner}.json")
-        if runner is not None and is_gone(runner):
-            return True
         beat, now = None if runner is None else runner.beat, time.monotonic()
-        watch = self._watched.get(owner)
-        if watch is None or watch.beat != beat:
-            self._watched[owner] = _Watch(beat, 0, now)
-            return False
-        if now - watch.since >= self._beat_seconds:  # one miss a reading: our pause is no miss of theirs
+        watch = self._watched.setdefault(owner, _Watch(beat, 0, now))
+        if watch.beat != beat:
+            watch.beat, watch.missed, watch.since = beat, 0, now
+        elif now - watch.since >= self._beat_seconds:  # one miss a reading: our pause is no miss of theirs
             watch.missed, watch.since = watch.missed + 1, now
-        return watch.missed >= self._patience
+        gone = runner is not None and is_gone(runner)
+        self._dead[owner] = gone or watch.missed >= self._patience
+        return self._dead[owner]
 
 
 def runners(directory: Path) -> dict[str, Runner]:

@@ -77,14 +77,7 @@ def run_study(
 def build_stores(
     expanded: ExpandedStudy, directory: Path, engine: Engine, leases: Leases, progress: Progress
 ) -> Stores:
-    """Build a study's token stores: the corpus, then the rest in its tokens.
-
-    Args:
-        expanded: the study.
-        directory: of the stores.
-        engine: where they are built.
-        leases: of this runner, which may be asked to stop.
-        progress: is told which text is read, and what is unusual about it.
+    """Build a study's token stores in `directory`: the corpus, then the rest in its tokens.
 
     Raises:
         UserError: a store cannot be built.

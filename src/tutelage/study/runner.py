@@ -118,8 +118,7 @@ def run_all(
         UserError: some runs failed; the message lists them. What finished is kept.
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
-    state = RunnerState(nodes, engine, leases, failures, cohort)
-    reporter = StudyReporter(progress, nodes)
+    state, reporter = RunnerState(nodes, engine, leases, failures, cohort), StudyReporter(progress, nodes)
     with stop_signal() as stop:
         state.refresh()
         while not state.is_over():

@@ -15,7 +15,6 @@ from tutelage.errors import Stopped, UserError
 from tutelage.files import LockedError
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 
@@ -55,9 +54,7 @@ class Engine(Protocol):
     def __enter__(self) -> Self:
         """Get ready."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the tasks that still run."""
 
     @property

@@ -18,7 +18,6 @@ from tutelage.study.engines import TaskOutcome, execute
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import ForkServerContext, SpawnContext
-    from types import TracebackType
     from typing import Self
 
     from tutelage.study.engines import Task
@@ -52,9 +51,7 @@ class LocalEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         workers = [worker for worker in self._workers if worker is not None]
         for worker in workers:
             worker.ask_to_leave()

@@ -16,7 +16,6 @@ from tutelage.errors import UserError
 from tutelage.study.engines import TaskOutcome, execute
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from tutelage.study.engines import Task
@@ -66,9 +65,7 @@ class RayEngine:
         self._execute = needs(_execute_there)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for task in self._running:
             self._ray.cancel(task, force=True)
         self._ray.shutdown()
