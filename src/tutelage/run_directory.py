@@ -16,7 +16,7 @@ from tutelage.config.run_config import NOT_THE_RESULT
 from tutelage.config.teacher_config import ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.files import lock, make_directory, write_json, write_text
-from tutelage.models.directory import hub_commit, is_local
+from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
 from tutelage.types import SCORING_VERSION
@@ -68,8 +68,6 @@ def _content(path: str, kind: str | None) -> str:
         return read_cache_manifest(Path(path)).fingerprint
     if not Path(path).exists():
         return path
-    from tutelage.models.hub import weights_fingerprint  # noqa: PLC0415 - imports torch, rarely needed
-
     return weights_fingerprint(Path(path))
 
 

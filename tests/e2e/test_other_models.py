@@ -24,6 +24,7 @@ from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.probes import run_probes
 from tutelage.evals.token_comparison import compare_tokens
 from tutelage.models import hub, shapes
+from tutelage.models.directory import weights_fingerprint
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
@@ -133,7 +134,7 @@ def test_another_commit_of_a_hub_name_is_another_run(role, directory, store, mak
     section = "model" if role == "student" else "teacher"
     commits = {name: saved[section]["revision"] for name, saved in runs_of(config).items()}
     assert commits == {first: COMMIT, second: newer}
-    weights = [hub.weights_fingerprint(config.output / name / "model") for name in commits]
+    weights = [weights_fingerprint(config.output / name / "model") for name in commits]
     assert weights[0] != weights[1]
     by_hand = [str(config.output / first / "config.yaml"), f"{section}.revision={COMMIT}"]
     code, words = command(["train", *by_hand], home, tmp_path)

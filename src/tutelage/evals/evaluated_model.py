@@ -15,8 +15,8 @@ from tutelage.data.tokenizer_comparison import check_rows
 from tutelage.errors import UserError, one_line
 from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
-from tutelage.models.hub import weights_fingerprint
-from tutelage.models.positions import trained_length
+from tutelage.models.directory import weights_fingerprint
+from tutelage.models.hub import trained_length
 from tutelage.run_directory import RunDirectory
 from tutelage.types import TOKENIZER_FILES, Score
 

@@ -25,7 +25,8 @@ from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, to
 from tutelage.evals.token_scores import NextTokenModel
 from tutelage.evals.windows import read_documents, window_batches
 from tutelage.files import atomic_directory, lock, make_directory, write_json
-from tutelage.models.hub import load, pick_device, weights_fingerprint
+from tutelage.models.directory import weights_fingerprint
+from tutelage.models.hub import load, pick_device
 from tutelage.progress import counter
 
 if TYPE_CHECKING:

@@ -1,7 +1,11 @@
-"""Checks of a Hugging Face model directory's files, before any library reads them. No torch."""
+"""Check the files of a Hugging Face model directory before a library reads them, and identify its weights.
+
+No torch is imported.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,18 @@ _SIZES = (
 """Fields that count something, under the names of the families."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_NO_COMPUTATION = (
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Config fields that do not change what a model computes from given ids."""
+
+_ROPE_OF_OLD = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct")
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the library's own bound
 
@@ -181,3 +197,52 @@ def _header_entries(path: Path) -> int:
     if size != expected:
         raise UserError(f"{path}: damaged: it has {size:,} bytes, its header says {expected:,}")
     return len(ends)
+
+
+def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Identity of the weights of a model, and the revision to load so that they stay the same.
+
+    Returns:
+        The `weights_fingerprint` of a directory; for a Hub name, "name@commit" and the commit that
+        `revision` (default: the main branch) stands for now, or stood for when it was downloaded.
+
+    Raises:
+        UserError: nothing is there, or the Hub cannot be reached and nothing was downloaded before.
+    """
+    if is_local(path_or_hub_name):
+        return weights_fingerprint(Path(path_or_hub_name)), None
+    commit = hub_commit(path_or_hub_name, revision)
+    return f"{path_or_hub_name}@{commit}", commit
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """SHA-256, in hexadecimal, over the weights and the shape in a model directory.
+
+    Two directories with the same fingerprint compute the same function. Tokenizer files, and config
+    fields that only record who wrote the file, do not count.
+
+    Raises:
+        UserError: the directory is no model directory.
+    """
+    check_directory(directory)
+    config = read_config(directory)
+    digest = hashlib.sha256(json.dumps(computing(config), sort_keys=True).encode())
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def computing(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that change what a model computes, whoever wrote the file.
+
+    Special ids count as unset, and rotary positions count once, as `rope_parameters`.
+    """
+    left_out = set(_NO_COMPUTATION) | ({"num_experts"} if "num_local_experts" in config else set())
+    if config.get("rope_parameters") is not None:
+        left_out |= set(_ROPE_OF_OLD) | {"partial_rotary_factor"}
+    unset = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    fields = {name: value for name, value in config.items() if name not in left_out}
+    if isinstance(text := config.get("text_config"), dict):
+        fields["text_config"] = computing(text)
+    return fields | unset

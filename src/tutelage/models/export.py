@@ -98,19 +98,7 @@ _NEEDED = ("tokenizer.json", "tokenizer_config.json")
 _SPECIAL = ("bos_token", "eos_token", "pad_token")
 _TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
-_ROPE_OF_OLD = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct")
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-
-NO_COMPUTATION = (
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-    "torch_dtype",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-"""Config fields that do not change what a model computes from given ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,21 +197,6 @@ def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
         older["rotary_emb_base"] = rope["rope_theta"]
         older["rotary_pct"] = 0.25 if share is None else share
     return older
-
-
-def computing(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json that change what a model computes, whoever wrote the file.
-
-    Special ids count as unset, and rotary positions count once, as `rope_parameters`.
-    """
-    left_out = set(NO_COMPUTATION) | ({"num_experts"} if "num_local_experts" in config else set())
-    if config.get("rope_parameters") is not None:
-        left_out |= set(_ROPE_OF_OLD) | {"partial_rotary_factor"}
-    unset = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    fields = {name: value for name, value in config.items() if name not in left_out}
-    if isinstance(text := config.get("text_config"), dict):
-        fields["text_config"] = computing(text)
-    return fields | unset
 
 
 def _text(data: dict[str, Any]) -> str:

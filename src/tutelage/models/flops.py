@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, by formula from its shape. No torch.
+"""Parameters of a shape, and floating-point operations of shapes and models, by formula. No torch.
 
 Counted: every matrix product of the forward pass, one multiply and one add each, with attention at half
 the context, since a causal query sees half of the keys on average. Left out: embedding lookup, norms,
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tutelage.models.shapes import ModelShape
 
 
@@ -52,9 +54,27 @@ def forward_flops(shape: ModelShape, vocab_size: int, context: int) -> float:
     return float(2 * (_matmul_weights(shape) + shape.hidden * vocab_size) + attention)
 
 
-def training_flops(shape: ModelShape, vocab_size: int, context: int) -> float:
-    """Operations of one training token: the forward pass, and a backward pass of twice that."""
-    return 3.0 * forward_flops(shape, vocab_size, context)
+def model_forward_flops(model: PreTrainedModel, context: int) -> float:
+    """Operations of a forward pass per token, as `forward_flops` counts them, for any model.
+
+    Every matrix outside the input embedding is taken to multiply every token: of a mixture of experts
+    that is too much. Attention is left out where the config does not name its heads.
+    """
+    head, lookup = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
+    used = int(matrices if head is lookup else matrices - lookup.numel())
+    config = model.config
+    try:
+        heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+    except AttributeError:
+        return 2.0 * used
+    head_dim = int(config.to_dict().get("head_dim") or config.hidden_size // heads)
+    return 2.0 * used + 2.0 * context * heads * head_dim * layers
+
+
+def training_flops(forward: float) -> float:
+    """Operations of training on what takes `forward` operations: a backward pass costs twice that."""
+    return 3.0 * forward
 
 
 def kd_cost_factor(teacher: float, student: float) -> float:
@@ -65,4 +85,4 @@ def kd_cost_factor(teacher: float, student: float) -> float:
         student: forward operations per token of the student, in the same unit. Parameters may stand in
             for operations (2 N per token) on both sides where the shape is not known.
     """
-    return 1.0 + teacher / (3.0 * student)
+    return 1.0 + teacher / training_flops(student)

@@ -7,8 +7,6 @@ models reads ours. No pickled weights are read and no code from a model director
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,26 +20,17 @@ from transformers.utils import logging
 
 from tutelage.errors import UserError, one_line
 from tutelage.files import atomic_directory
-from tutelage.models.directory import (
-    check_config,
-    check_directory,
-    hub_commit,
-    is_local,
-    read_config,
-    read_object,
-)
-from tutelage.models.export import Base, check_tokenizer_files, complete, computing
-from tutelage.models.flops import Parameters
-from tutelage.models.positions import trained_length
+from tutelage.models.directory import check_config, computing, is_local, read_object
+from tutelage.models.export import Base, check_tokenizer_files, complete
 from tutelage.objective.chunked import weight_and_bias
 from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from tutelage.models.shapes import ModelShape
 
@@ -53,6 +42,16 @@ _SOFTCAPS = (
     "output_logit_soft_cap",
 )  # Gemma 2; RecurrentGemma; xLSTM
 """Config fields of what a family does to its logits after the head; absent, None or 1 means nothing."""
+
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "context_length",
+    "seq_length",
+    "n_ctx",
+)  # most; GPT-2; MPT; RWKV; early BLOOM; CTRL
+"""Config fields with the length a model was made for, in tokens."""
 
 _COMPARED = 64
 """Tokens on which a written directory is compared with the model."""
@@ -155,22 +154,6 @@ def _kind(key: str) -> str:
     return re.sub(r"\d+", "#", key)
 
 
-def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """What fixes the weights of a model, and the revision to load so that it stays so.
-
-    Returns:
-        The `weights_fingerprint` of a directory; for a Hub name, "name@commit" and the commit that
-        `revision` (default: the main branch) stands for now, or stood for when it was downloaded.
-
-    Raises:
-        UserError: nothing is there, or the Hub cannot be reached and nothing was downloaded before.
-    """
-    if is_local(path_or_hub_name):
-        return weights_fingerprint(Path(path_or_hub_name)), None
-    commit = hub_commit(path_or_hub_name, revision)
-    return f"{path_or_hub_name}@{commit}", commit
-
-
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Local files are quick, and a bar per file would tear the caller's own display."""
@@ -262,30 +245,46 @@ def _check_logits(model: PreTrainedModel, name: str) -> None:
         raise UserError(f"{name}: {family} lets tokens see later ones, so it is no causal language model")
 
 
-def count_parameters(model: PreTrainedModel) -> Parameters:
-    """Count the weights of any causal language model; what is shared counts once."""
-    total = sum(weight.numel() for weight in model.parameters())
-    embeddings: Iterable[nn.Module] = (model.get_input_embeddings(), model.get_output_embeddings())
-    unique = {id(weight): weight.numel() for module in embeddings for weight in module.parameters()}
-    return Parameters(total, total - sum(unique.values()))
+def trained_length(config: PretrainedConfig) -> int | None:
+    """Positions that a config speaks of; None where the family has no such number (Mamba, BLOOM)."""
+    settings = config.get_text_config(decoder=True).to_dict()
+    return next((int(settings[field]) for field in _LENGTHS if settings.get(field)), None)
 
 
-def forward_flops(model: PreTrainedModel, context: int) -> float:
-    """Operations of a forward pass per token, as `flops.forward_flops` counts them, for any model.
+@torch.no_grad()
+def check_length(model: PreTrainedModel, what: str, length: int) -> str | None:
+    """Check that a model can read `length` tokens at once.
 
-    Every matrix outside the input embedding is taken to multiply every token: of a mixture of experts
-    that is too much. Attention is left out where the config does not name its heads.
+    Positions that a model looks up in a table end with the table; rotary and linear ones can be computed
+    beyond the trained length, where no model is as good. A model without rotary positions is asked
+    for one sequence. Call it while the model is on the CPU: on a GPU, a wrong index ends the process.
+
+    Args:
+        model: on the CPU.
+        what: begins the message.
+        length: tokens.
+
+    Returns:
+        A note for the user if the length is beyond what the model was made for, else None.
+
+    Raises:
+        UserError: the model has no positions there.
     """
-    head, lookup = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
-    used = int(matrices if head is lookup else matrices - lookup.numel())
-    config = model.config
-    try:
-        heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
-    except AttributeError:
-        return 2.0 * used
-    head_dim = int(config.to_dict().get("head_dim") or config.hidden_size // heads)
-    return 2.0 * used + 2.0 * context * heads * head_dim * layers
+    limit = trained_length(model.config)
+    if limit is None or length <= limit:
+        return None
+    if not any("Rotary" in type(module).__name__ for module in model.modules()):
+        try:
+            model.get_decoder()(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        except (IndexError, RuntimeError, ValueError):
+            raise UserError(
+                f"{what}: it has {limit:,} positions, and sequences of {length:,} tokens are asked for; "
+                f"make them no longer than {limit:,}"
+            ) from None
+    return (
+        f"{what}: it was made for sequences of {limit:,} tokens and reads {length:,} here; beyond its length "
+        "its predictions can be poor"
+    )
 
 
 def save(
@@ -361,21 +360,3 @@ def _cause(model: PreTrainedModel, again: PreTrainedModel) -> str:
         if own[field] != read.get(field):
             return f"{field} is {own[field]!r} in the model and {read.get(field)!r} in config.json"
     return "weights and config are equal, so the family keeps something that is in neither"
-
-
-def weights_fingerprint(directory: Path) -> str:
-    """SHA-256, in hexadecimal, over the weights and the shape in a model directory.
-
-    Two directories with the same fingerprint compute the same function. Tokenizer files, and config
-    fields that only record who wrote the file, do not count.
-
-    Raises:
-        UserError: the directory is no model directory.
-    """
-    check_directory(directory)
-    config = read_config(directory)
-    digest = hashlib.sha256(json.dumps(computing(config), sort_keys=True).encode())
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

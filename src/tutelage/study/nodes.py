@@ -66,8 +66,7 @@ class Cost:
         if tokens < batch:
             raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
         tokens -= tokens % batch
-        per_token = training_flops(find_shape(cell.shape), vocab_size, config.data.sequence_length)
-        return cls(tokens, total, per_token * tokens, teacher * tokens)
+        return cls(tokens, total, training_flops(forward(cell.shape)) * tokens, teacher * tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from tutelage.data.store import token_counts
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub
-from tutelage.models.positions import check_length
+from tutelage.models.flops import model_forward_flops
 from tutelage.teachers.cache.reader import CachedTeacher, check_serves, open_cache
 from tutelage.teachers.live import FixedTeacher, OnlineTeacher
 
@@ -73,10 +73,10 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
         setting="teacher.assume_same_tokenizer",
     )
     model = hub.load(path, revision=revision, attn_implementation=config.attn_implementation)
-    beyond = check_length(model, what, context.context_length)
+    beyond = hub.check_length(model, what, context.context_length)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], context.store)
-    return OnlineTeacher(model.to(context.device), hub.forward_flops(model, context.context_length), notes)
+    return OnlineTeacher(model.to(context.device), model_forward_flops(model, context.context_length), notes)
 
 
 def _unigram(_config: ControlTeacher, context: TeacherContext) -> FixedTeacher:

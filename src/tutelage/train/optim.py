@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from tutelage.config.optim_config import OptimConfig
+    from tutelage.config.run_config import OptimConfig
 
 
 def adamw(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW:

@@ -14,7 +14,6 @@ from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
 from tutelage.models.export import Base
-from tutelage.models.positions import check_length
 from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.train.optim import adamw, learning_rate
@@ -152,7 +151,7 @@ def _starting_model(config: RunConfig, store: Store) -> _StartingModel:
     )
     model = hub.load(path, config.model.revision, torch.float32, attention)
     model.get_input_embeddings().padding_idx = None  # nothing is padded here, so no token may stand still
-    beyond = check_length(model, what, length)
+    beyond = hub.check_length(model, what, length)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
     base = Base(tokenizer.directory, tokenizer=tokenizer.is_the_stores)

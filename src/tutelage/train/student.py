@@ -11,6 +11,7 @@ from tutelage.config.teacher_config import kd_name
 from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
 from tutelage.models import hub
+from tutelage.models.flops import model_forward_flops, training_flops
 from tutelage.train import checkpoint
 from tutelage.train.optim import learning_rate
 from tutelage.train.trackers import open_tracker
@@ -99,7 +100,8 @@ class Student:
         self.transform = hub.logit_transform(self.model)
         self.parameters = tuple(p for p in self.model.parameters() if p.requires_grad)
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
-        self.training_flops = 3 * hub.forward_flops(self.model, self.config.data.sequence_length)
+        forward = model_forward_flops(self.model, self.config.data.sequence_length)
+        self.training_flops = training_flops(forward)
 
     @property
     def epochs(self) -> float:

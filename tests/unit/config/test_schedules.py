@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.config.load import validate
-from tutelage.config.optim_config import OptimConfig
-from tutelage.config.run_config import RunConfig
+from tutelage.config.run_config import OptimConfig, RunConfig
 from tutelage.errors import UserError
 from tutelage.train.optim import learning_rate
 

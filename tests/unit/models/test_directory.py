@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tutelage.errors import UserError
-from tutelage.models.hub import build, identify, load, weights_fingerprint
+from tutelage.models.directory import identify, weights_fingerprint
+from tutelage.models.hub import build, load
 from tutelage.models.shapes import find_shape
 
 VOCAB, CONTEXT = 300, 32

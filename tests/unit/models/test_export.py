@@ -27,6 +27,7 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
 from tutelage.errors import UserError
 from tutelage.models import hub
+from tutelage.models.directory import weights_fingerprint
 from tutelage.models.export import Base, with_scores
 from tutelage.models.shapes import find_shape
 from tutelage.run import run
@@ -176,7 +177,7 @@ def test_neither_old_fields_nor_special_ids_change_the_fingerprint(exported, tmp
     name, model, directory = exported
     plain = tmp_path / "plain"
     model.save_pretrained(plain)  # as transformers alone writes it
-    assert hub.weights_fingerprint(plain) == hub.weights_fingerprint(directory)
+    assert weights_fingerprint(plain) == weights_fingerprint(directory)
     if name == "nano":
         path = directory / "config.json"
         path.write_text(
@@ -185,7 +186,7 @@ def test_neither_old_fields_nor_special_ids_change_the_fingerprint(exported, tmp
                 | {"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}
             )
         )
-        assert hub.weights_fingerprint(plain) != hub.weights_fingerprint(directory)
+        assert weights_fingerprint(plain) != weights_fingerprint(directory)
 
 
 def test_special_ids_are_the_tokenizers(exported):
@@ -211,7 +212,7 @@ def test_a_model_of_pictures_and_text_keeps_its_logits_and_both_spellings(store,
     written = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]
     assert written["rope_theta"] == written["rope_parameters"]["full_attention"]["rope_theta"]
     hub.load(tmp_path / "plain").save_pretrained(tmp_path / "again")
-    assert hub.weights_fingerprint(tmp_path / "again") == hub.weights_fingerprint(tmp_path / "model")
+    assert weights_fingerprint(tmp_path / "again") == weights_fingerprint(tmp_path / "model")
 
 
 class _Doubling(LlamaForCausalLM):

@@ -5,8 +5,7 @@ import torch
 import transformers as hf
 
 from tutelage.errors import UserError
-from tutelage.models.hub import body_and_head, load, logit_transform
-from tutelage.models.positions import check_length, trained_length
+from tutelage.models.hub import body_and_head, check_length, load, logit_transform, trained_length
 from tutelage.types import transformed
 
 VOCAB, POSITIONS = 300, 64

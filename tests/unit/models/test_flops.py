@@ -3,9 +3,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
-from tutelage.models import hub
-from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
-from tutelage.models.hub import build, count_parameters
+from tutelage.models.flops import (
+    Parameters,
+    forward_flops,
+    kd_cost_factor,
+    model_forward_flops,
+    parameters,
+    training_flops,
+)
+from tutelage.models.hub import build
 from tutelage.models.shapes import LADDER, find_shape
 
 VOCAB = 512
@@ -15,8 +21,11 @@ VOCAB = 512
 def test_the_formula_counts_what_the_real_module_holds(shape):
     vocab_size = shape.vocab_size or VOCAB
     model = build(shape, vocab_size, context=128, seed=0, device="meta")
-    assert parameters(shape, vocab_size) == count_parameters(model)
-    assert forward_flops(shape, vocab_size, 128) == hub.forward_flops(model, 128)
+    total = sum(weight.numel() for weight in model.parameters())
+    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    outside = total - sum(weight.numel() for weight in set(embeddings))
+    assert parameters(shape, vocab_size) == Parameters(total, outside)
+    assert forward_flops(shape, vocab_size, 128) == model_forward_flops(model, 128)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +80,9 @@ def test_forward_flops_against_torchs_own_counter(name):
 def test_operations_of_other_models():
     config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     weights = 2 * (4 * 32 * 32 + 2 * 32 * 128) + VOCAB * 32 + 64 * 32  # the last: position embedding
-    assert hub.forward_flops(GPT2LMHeadModel(config), 64) == 2 * weights + 2 * 64 * 32 * 2
+    assert model_forward_flops(GPT2LMHeadModel(config), 64) == 2 * weights + 2 * 64 * 32 * 2
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2))
-    assert hub.forward_flops(mamba, 64) == hub.forward_flops(mamba, 128) > 2 * VOCAB * 32
+    assert model_forward_flops(mamba, 64) == model_forward_flops(mamba, 128) > 2 * VOCAB * 32
 
 
 def test_backward_costs_twice_forward():
@@ -83,7 +92,7 @@ def test_backward_costs_twice_forward():
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(2, context, dtype=torch.long)).logits.sum().backward()
     counted = counter.get_total_flops() / (2 * context)
-    whole = training_flops(shape, VOCAB, 2 * context)
+    whole = training_flops(forward_flops(shape, VOCAB, 2 * context))
     assert whole == pytest.approx(counted, rel=0.01)
     assert whole == 3 * forward_flops(shape, VOCAB, 2 * context)
 

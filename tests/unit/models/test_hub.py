@@ -23,16 +23,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from tutelage.errors import UserError
+from tutelage.models.directory import weights_fingerprint
 from tutelage.models.hub import (
     _check_logits,
     body_and_head,
     build,
-    count_parameters,
     head_logits,
     load,
     logit_transform,
     save,
-    weights_fingerprint,
 )
 from tutelage.models.shapes import find_shape
 from tutelage.types import PLAIN, LogitTransform, transformed
@@ -293,15 +292,6 @@ def test_load_finds_out_by_trying_when_no_field_says_so(model):
     _check_logits(model, "plain")
     with pytest.raises(UserError, match="odd: _Doubling computes its logits in a way not known here"):
         _check_logits(_Doubling(model.config), "odd")
-
-
-def test_parameters_shared_by_embedding_and_head_count_once():
-    untied = count_parameters(_from_config(OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=48,
-        num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=False)))  # fmt: skip
-    tied = count_parameters(_from_config(OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=48,
-        num_hidden_layers=2, num_attention_heads=4)))  # fmt: skip
-    assert untied.total - tied.total == VOCAB * 32
-    assert untied.non_embedding == tied.non_embedding == tied.total - VOCAB * 32
 
 
 def test_the_fingerprint_follows_weights_and_shape_and_nothing_else(model, saved, store, tmp_path):

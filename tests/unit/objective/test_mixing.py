@@ -15,8 +15,7 @@ from training import opened
 
 from tutelage.config.load import validate
 from tutelage.config.objective_config import AlphaConfig, GateConfig, ObjectiveConfig
-from tutelage.config.optim_config import OptimConfig
-from tutelage.config.run_config import RunConfig
+from tutelage.config.run_config import OptimConfig, RunConfig
 from tutelage.errors import UserError
 from tutelage.objective import GATES, make_policy
 from tutelage.train.optim import learning_rate

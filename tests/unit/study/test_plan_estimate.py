@@ -14,7 +14,7 @@ from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.models import hub
-from tutelage.models.flops import training_flops
+from tutelage.models.flops import forward_flops, training_flops
 from tutelage.models.shapes import LADDER, find_shape
 from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
 from tutelage.study.devices import (
@@ -82,7 +82,8 @@ def test_flops_are_told_apart_and_add_up_to_the_shapes():
     }
     purposes = by_purpose(works, caches)
     per_token = {
-        name: training_flops(find_shape(name), 512, 128) for name in ("nano-20k", "nano-50k", "nano-150k")
+        name: training_flops(forward_flops(find_shape(name), 512, 128))
+        for name in ("nano-20k", "nano-50k", "nano-150k")
     }
     assert purposes["teacher training"] == pytest.approx(TRAINED * 2 * sum(per_token.values()))
     assert purposes["student training"] == pytest.approx(TRAINED * 16 * per_token["nano-50k"])
@@ -104,7 +105,7 @@ def test_a_kept_teacher_is_run_once_and_takes_room():
     raw = DEMO.model_dump(mode="json")
     raw["teachers"]["strong"]["cache"] = {"format": {"kind": "sample_min_variance", "ids": 16}}
     works, caches, _ = works_of([expand(validate(StudyConfig, raw, "test"))])
-    forward = training_flops(find_shape("nano-150k"), 512, 128) / 3
+    forward = forward_flops(find_shape("nano-150k"), 512, 128)
     assert caches.flops == pytest.approx(TRAINED * 2 * forward)  # a teacher for each of two seeds
     assert caches.bytes == pytest.approx(TRAINED * 2 * 16 * (9 + 16) / 8)
     assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")

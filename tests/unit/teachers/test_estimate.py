@@ -7,6 +7,7 @@ import pytest
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
+from tutelage.models.flops import model_forward_flops
 from tutelage.teachers.cache.cache_estimate import estimate_cache
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.formats import FORMATS
@@ -32,7 +33,7 @@ def test_every_format_is_estimated_and_nothing_is_written(teaching, model, tmp_p
     assert found.formats[0].label == "topk k=7 top_p=1.0"
     assert len({row.label for row in found.formats}) == len(found.formats)
     assert found.trial_tokens == 2 * 128
-    per_token = hub.forward_flops(hub.load(model["path"]), 32)
+    per_token = model_forward_flops(hub.load(model["path"]), 32)
     assert found.teacher_flops == pytest.approx(per_token * found.tokens)
     assert found.free_bytes > 10**6
     assert all(row.seconds > 0 for row in found.formats)

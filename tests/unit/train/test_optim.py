@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tutelage.config.optim_config import OptimConfig
+from tutelage.config.run_config import OptimConfig
 from tutelage.train.optim import adamw, learning_rate
 
 

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load, validate
-from tutelage.config.optim_config import OptimConfig
-from tutelage.config.run_config import RunConfig
+from tutelage.config.run_config import OptimConfig, RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.build import build_store
 from tutelage.data.loader import Loader

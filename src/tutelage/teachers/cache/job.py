@@ -12,6 +12,7 @@ from tutelage.config.teacher_config import ControlTeacher, ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
+from tutelage.models.directory import identify
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
@@ -127,7 +128,7 @@ def plan_cache(config: TeachConfig) -> CachePlan:
     if isinstance(teacher, ControlTeacher):
         fingerprint = f"{teacher.kind} of {store.fingerprint}"
     else:
-        fingerprint, commit = hub.identify(*locate(teacher, config.runs))
+        fingerprint, commit = identify(*locate(teacher, config.runs))
         if isinstance(teacher, ModelTeacher):
             teacher = teacher.model_copy(update={"revision": commit})
     content = config.model_dump(mode="json", exclude=_NOT_THE_CONTENT) | {
