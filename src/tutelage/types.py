@@ -1,4 +1,4 @@
-"""The nouns of tutelage, shared by every room of the house.
+"""Types and constants that several packages share: batches, targets, losses, scores.
 
 Shape suffixes on tensor names: B batch, T time (tokens in a sequence), D hidden width, V vocabulary,
 K kept teacher ids, N flattened tokens (B*T). Losses travel as *sums* over valid tokens in nats; the
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COPYING = "copying"
-"""What scores of copying in context are filed under in place of a text's name."""
+"""Name in the `domain` field of scores of copying in context."""
 
 IGNORE_INDEX = -100
 """Label value of a position that carries no loss (the convention of torch and transformers)."""
@@ -45,12 +45,12 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids and the ids to predict; labels are already shifted, here and nowhere else.
+    """Token ids and the ids to predict. Labels are shifted when a batch is made and nowhere else.
 
     Attributes:
         tokens_BT: int64 input ids.
         labels_BT: int64 next-token ids; `IGNORE_INDEX` where nothing is to be predicted.
-        starts: for each row, the place of its first token in the split; what a teacher cache goes by.
+        starts: for each row, the place of its first token in the split, the key of a teacher cache.
     """
 
     tokens_BT: Tensor
@@ -63,13 +63,13 @@ class Batch:
         return Batch(tokens_BT, labels_BT, self.starts)
 
     def rows(self, rows: slice) -> Batch:
-        """Some of its sequences."""
+        """Return some of its sequences."""
         return Batch(self.tokens_BT[rows], self.labels_BT[rows], self.starts[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What a model family does to its logits after the head.
+    """Scale and softcap that a model family applies to its logits after the head.
 
     Attributes:
         scale: factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
@@ -112,7 +112,7 @@ class DenseTargets:
     Attributes:
         hidden_NE: teacher hidden states for N tokens, of the teacher's own width E.
         head_VE: the teacher's output embedding.
-        transform: what the teacher does to its logits.
+        transform: applied to its logits.
         bias_V: the bias of its head (Phi, GPT-J); None for none.
     """
 
@@ -220,7 +220,7 @@ class LossSums:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step measured, per valid token and still on the device.
+    """Measurements of one optimizer step, per valid token and still on the device.
 
     Reading a field as a number waits for the device, so the loop does it only on log steps.
     """
@@ -247,7 +247,7 @@ CHANGED_TEXT = "changed_documents"
 
 
 def scoring_version(version: str) -> int:
-    """The `SCORING_VERSION` that made a score, out of its `version`; 1 where that does not say."""
+    """Parse the `SCORING_VERSION` from the `version` of a score; 1 if it has none."""
     leading, dash, _ = version.partition("-")
     return int(leading) if dash and leading.isdecimal() else 1
 

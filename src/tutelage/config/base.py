@@ -1,4 +1,4 @@
-"""Building blocks of every section of settings: strictness, names, fractions, seeds, token counts."""
+"""Base class and field types of all settings: names, fractions, seeds, token budgets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What torch, numpy and the order of the data all take."""
+"""Range that torch, numpy and the data order all accept."""
 
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Bytes = Annotated[int, Field(ge=1, le=2**60)]
@@ -26,7 +26,7 @@ BatchTokens = Annotated[int, Field(ge=2, le=2**30)]
 
 
 def _possible(path: Path) -> Path:
-    """No file system takes longer names, and what the system says of them names no field."""
+    """Refuse paths that no file system takes: the system's own error would name no field."""
     if (
         any(len(part.encode()) > _LONGEST_NAME for part in path.parts)
         or len(str(path).encode()) > _LONGEST_PATH
@@ -78,7 +78,7 @@ def parse_tokens(budget: int | str, parameters: int | None = None) -> int:
 
 
 def tokens_text(budget: int | str) -> str:
-    """The short text of a budget, one for each number: "1.25M", "40K", "1234567", "20x"."""
+    """Format a budget in its one short form: "1.25M", "40K", "1234567", "20x"."""
     if isinstance(budget, str):
         return budget
     for unit in ("T", "B", "M", "K"):
@@ -89,7 +89,7 @@ def tokens_text(budget: int | str) -> str:
 
 
 def _canonical(budget: object) -> object:
-    """The same budget, spelled in the one way that is hashed: a number, or "20x"."""
+    """Normalise a budget to the form that is hashed: a number, or "20x"."""
     if isinstance(budget, float) and budget.is_integer():
         budget = int(budget)
     if isinstance(budget, bool) or not isinstance(budget, int | str):
@@ -109,14 +109,14 @@ def _canonical(budget: object) -> object:
 
 
 def _canonical_count(budget: object) -> object:
-    """As `_canonical`, where there is no model whose parameters could be counted."""
+    """As `_canonical`, for counts that cannot be multiples of a model's parameters."""
     if isinstance(budget, str):
         budget = parse_tokens(budget)
     return _canonical(budget)
 
 
 def slug(text: str) -> str:
-    """`text` as part of a directory's name."""
+    """Make `text` a part of a directory's name."""
     return _NO_SLUG.sub("-", text).strip("-.")
 
 

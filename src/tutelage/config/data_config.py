@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tutelage.config.base import Bytes, FilePath, Fraction, Name, Section
 
 DOCUMENT_LIMIT = 2**23
-"""Bytes of the longest document: what is tokenised at once decides how much memory a build needs."""
+"""Largest document in bytes. One document is tokenised at once, so this bounds the memory of a build."""
 
 
 class _Source(Section):
@@ -112,7 +112,7 @@ Source = Annotated[TextSource | PairSource, Field(discriminator="kind")]
 
 
 class TokenizerConfig(Section):
-    """Where the tokenizer comes from: trained on the train split, or a ready one."""
+    """A tokenizer that is trained on the train split, or an existing one."""
 
     vocab_size: int = Field(512, ge=257, le=1_000_000, description="size of a byte-level BPE trained here")
     sample_bytes: Bytes | None = Field(

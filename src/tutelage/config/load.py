@@ -1,7 +1,6 @@
-"""YAML and dotted overrides in, validated frozen configs out; one clear line for everything wrong.
+"""Load configs from YAML files and dotted overrides, and report each error in one line.
 
-A file may build on others: `base: other`, or several. Also the identity of a config: a hash over the fields
-that change the result.
+A file may build on others: `base: other`, or several.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
 
 
 def _overridden(settings: dict[str, Any], text: str) -> dict[str, Any]:
-    """`settings` with one change, such as `optim.lr=1e-3`, or `sources.0.weight=2` inside a list."""
+    """Apply one override, such as `optim.lr=1e-3`, or `sources.0.weight=2` inside a list."""
     dotted, equals, value = text.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -52,7 +51,7 @@ def _overridden(settings: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _changed(old: object, keys: Sequence[str], value: object, where: str) -> Any:  # noqa: ANN401 - any setting
-    """`old` with `value` at the place that `keys` lead to; sections are merged, lists are replaced."""
+    """Put `value` at the place that `keys` lead to; sections are merged, lists are replaced."""
     if not keys:
         return merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     key, *deeper = keys
@@ -69,7 +68,7 @@ def _changed(old: object, keys: Sequence[str], value: object, where: str) -> Any
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section."""
+    """Merge `over` into `base`, section by section; `over` wins."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -124,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def validate(kind: type[Model], data: object, where: str) -> Model:
-    """Validate plain data, or what `yamltext.parse` gives, as `kind`.
+    """Validate plain data, or what `yaml_text.parse` returns, as `kind`.
 
     JSON mode: YAML lists become tuples and strings become paths, while numbers stay strict.
 
@@ -139,13 +138,13 @@ def validate(kind: type[Model], data: object, where: str) -> Model:
 
 
 def _short(text: str, longest: int) -> str:
-    """One line of at most `longest` characters."""
+    """Shorten a text to one line of at most `longest` characters."""
     line = " ".join(text.split())
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
-    """One readable line for one pydantic error."""
+    """Word one pydantic error in one line."""
     schema = kind.model_json_schema()
     field, _ = _locate(schema, detail["loc"])
     if detail["type"] == "extra_forbidden":
@@ -210,11 +209,11 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest(data: object) -> str:
-    """First 8 hexadecimal digits of the SHA-256 of `data` as canonical JSON."""
+    """Return the first 8 hexadecimal digits of the SHA-256 of `data` as canonical JSON."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The whole config, defaults included, as YAML that `load` reads back."""
+    """Format a whole config, defaults included, as YAML that `load` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,7 +1,4 @@
-"""Every setting of a training run: strict, frozen, each field with its unit.
-
-Unknown keys and wrong types are errors. YAML is read and errors are worded by `tutelage.config.load`.
-"""
+"""Settings of a training run: model, data, budget, optimizer, checkpoints, evaluation, device."""
 
 from __future__ import annotations
 
@@ -39,14 +36,14 @@ from tutelage.types import Role
 
 
 class ModelConfig(LoadedModel):
-    """The student: a shape of the ladder with fresh weights, or a model to go on from."""
+    """The student: a shape of the ladder with random weights, or a model to continue from."""
 
     shape: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
     path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
     revision: str | None = Field(
         None, description="commit or tag on the Hub; default: what main is when the run is asked for"
     )
-    run: Name | None = Field(None, description="finished run in the same output directory to go on from")
+    run: Name | None = Field(None, description="finished run in the same output directory to continue from")
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
@@ -56,7 +53,7 @@ class ModelConfig(LoadedModel):
 
 
 class RunData(Section):
-    """Which tokens, in which order."""
+    """The training tokens and their order."""
 
     store: FilePath = Field(description="token store written by `tutelage data build`")
     seed: Seed = Field(42, description="seed of the order; runs to compare share it")
@@ -72,7 +69,7 @@ class EvalDomain(Section):
 
 
 class EvalConfig(Section):
-    """What is scored when a run ends, and on the way there."""
+    """Scoring at the end of a run and during it."""
 
     every: TokenCount | None = Field(None, description="tokens between scorings; default: only at the end")
     domains: tuple[EvalDomain, ...] = ()
@@ -88,7 +85,7 @@ class EvalConfig(Section):
 
 
 def _fraction_or_tokens(warmup: object) -> object:
-    """A fraction stays a number; tokens become the one text that is hashed, such as "40K"."""
+    """Keep a fraction as a number, and bring tokens to the form that is hashed, such as "40K"."""
     if isinstance(warmup, bool) or not isinstance(warmup, int | float | str):
         raise ValueError("write a fraction of the steps, 0.05, or tokens, '2M'")  # noqa: TRY004 - pydantic's
     if isinstance(warmup, str):
@@ -167,7 +164,7 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """How often the run can be taken up again."""
+    """Checkpoints, from which a stopped run resumes."""
 
     every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
     keep: int = Field(2, ge=1, le=10**6, description="checkpoints to keep")
@@ -178,7 +175,7 @@ class CheckpointConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where it runs; nothing here changes what is computed, up to rounding."""
+    """Device, threads and logging. Nothing here changes the result, up to rounding."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
     threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
@@ -238,7 +235,7 @@ class RunConfig(Section):
     @field_validator("optim")
     @classmethod
     def _sft_defaults(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
-        """Fill in what fine-tuning does differently, so that config.yaml says what was used."""
+        """Fill in the defaults of fine-tuning, so that config.yaml has the values that were used."""
         if info.data.get("stage") != "sft":
             return optim
         warmup = optim.warmup if "warmup" in optim.model_fields_set else _SFT_WARMUP
@@ -248,14 +245,14 @@ class RunConfig(Section):
     def _staged(self) -> RunConfig:
         if self.stage == "sft" and self.model.shape is not None:
             raise ValueError(
-                "stage = sft goes on from a trained model; give model.path, a model directory, or model.run, "
-                "a run's id, not model.shape"
+                "stage = sft continues from a trained model; give model.path, a model directory, or "
+                "model.run, a run's id, not model.shape"
             )
         return self
 
     @model_validator(mode="after")
     def _branching(self) -> RunConfig:
-        """Up to the decay, runs that differ in their budget are one, if nothing else depends on it."""
+        """Check that the steps before the decay do not depend on the budget."""
         branches = self.runtime.branch_from is not None
         if (branches or self.checkpoint.keep_before_decay) and self.optim.schedule != "wsd":
             raise ValueError(
@@ -292,13 +289,13 @@ class RunConfig(Section):
         return self
 
     def steps(self, parameters: int) -> int:
-        """Optimizer steps of the run: whole batches only, so up to one batch less than `tokens` is trained.
+        """Optimizer steps of the run, in whole batches: up to one batch less than `tokens` is trained.
 
         Args:
             parameters: of the model, for budgets such as "20x".
 
         Raises:
-            ValueError: they are none, or too few for the learning rate's schedule.
+            ValueError: there are none, or too few for the learning rate's schedule.
         """
         tokens = parse_tokens(self.tokens, parameters)
         steps = tokens // self.global_batch_tokens
@@ -311,7 +308,7 @@ class RunConfig(Section):
         return steps
 
     def rounding(self, steps: int, parameters: int) -> list[str]:
-        """What whole batches make of token counts that are no multiple of one, and of those beyond the run.
+        """Describe how token counts are rounded to whole batches, and which lie beyond the run.
 
         Args:
             steps: optimizer steps of the run.

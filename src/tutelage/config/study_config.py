@@ -1,4 +1,4 @@
-"""The study file: which teachers teach which students, how much, how often, and what is to be shown."""
+"""Settings of a study: texts, teachers, grids of students, seeds, post-training, claims."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RunSettings = Annotated[dict[str, Any], ReadAs(RunConfig)]
 
 
 class TeacherSpec(Section):
-    """Teachers: a shape trained on a budget, a given model, or a control that knows no context.
+    """Teachers: shapes trained on a budget, given models, or controls that know no context.
 
-    With a grid this is one teacher per point, its axes being fields of this section or settings of a run.
+    With a grid this is one teacher per point; axes are fields of this section or settings of a run.
     """
 
     description: str = Field("", description="a few words for tables")
@@ -56,11 +56,11 @@ class TeacherSpec(Section):
 
 
 class StudentSpec(Section):
-    """A group of students: one per point of the grid and seed, each beside the same student untaught.
+    """A group of students: one per point of the grid and seed, each paired with the same student untaught.
 
     Axes: teacher (a name, or null), alpha (a number or a policy), shape, tokens, seed, compute_of (a teacher
-    whose forward's cost an untaught student gets as more tokens), short names such as temperature, and any
-    setting of a run by its dotted path.
+    whose forward cost an untaught student gets as additional tokens), short names such as temperature, and
+    any setting of a run by its dotted path.
     """
 
     description: str = Field("", description="what this group is to show")
@@ -81,7 +81,7 @@ class DomainSpec(Section):
 
 
 class PostTraining(Section):
-    """A stage after pretraining, the same for every run it follows; scored like any run."""
+    """A stage after pretraining, the same for every run that it follows and scored in the same way."""
 
     corpus: StoreConfig = Field(description="prompts and completions, in the study's tokens")
     tokens: Budget = Field(description="training tokens")
@@ -89,7 +89,7 @@ class PostTraining(Section):
 
 
 class StudyConfig(Section):
-    """Teachers, students and the grids between them; every comparison paired by seed."""
+    """Teachers, students, and the grids that pair them; all comparisons are paired by seed."""
 
     name: Name
     title: str = Field(description="headline of the report")
@@ -135,7 +135,7 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
-        """What names runs, stores and rows of tables is told apart in all of them."""
+        """Refuse names that would coincide as names of directories."""
         refuse_alike("domains", [self.in_domain, *self.domains])
         refuse_alike("students", self.students)
         refuse_alike("post_training", self.post_training)
@@ -156,9 +156,9 @@ class StudyConfig(Section):
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic's
-        """The schema of a study file. It may say `base`, and then parts of it are elsewhere.
+        """Return the schema of a study file, in which `base` may stand in for required fields.
 
-        `tutelage.config.load.load` puts such a file on top of its base before anything is required.
+        `tutelage.config.load.load` merges a file into its base before it checks what is required.
         """
         schema = super().model_json_schema(*args, **kwargs)
         schema["properties"]["base"] = {

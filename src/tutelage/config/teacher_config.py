@@ -51,14 +51,14 @@ Format = Annotated[
 
 
 class CacheSettings(Section):
-    """What is stored of a teacher's targets, which are computed once for all its students."""
+    """Format and temperature of targets that are computed once for all students of a teacher."""
 
     format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
     temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
 
 
 class LoadedModel(Section):
-    """Settings of any model that is loaded and not built."""
+    """Settings of a model that is loaded from a directory or the Hub."""
 
     attn_implementation: (
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
@@ -67,7 +67,7 @@ class LoadedModel(Section):
     )
     assume_same_tokenizer: bool = Field(
         default=False,
-        description="you know that its ids are the token store's, although it comes without a tokenizer",
+        description="assert that its ids are the token store's, although it comes without a tokenizer",
     )
 
 
@@ -105,7 +105,7 @@ class ControlTeacher(Section):
 
 
 class CacheTeacher(Section):
-    """Targets computed before, by `tutelage teach`."""
+    """Targets that `tutelage teach` has stored."""
 
     kind: Literal["cache"]
     path: FilePath = Field(description="teacher cache written by `tutelage teach` for the same token store")
@@ -144,26 +144,26 @@ class TeachConfig(Section):
     @classmethod
     def _live(cls, teacher: LiveTeacher) -> LiveTeacher:
         if not isinstance(teacher, ControlTeacher) and teacher.cache is not None:
-            raise ValueError("cache is for students; what this cache keeps is said by format and temperature")
+            raise ValueError("cache is for students; set format and temperature of this cache")
         return teacher
 
     @field_validator("format", mode="before")
     @classmethod
     def _default_kind(cls, value: object) -> object:
-        """Settings of a format without a kind belong to the default one."""
+        """Take settings of a format without a kind for the default kind."""
         return {"kind": "sample_min_variance"} | value if isinstance(value, dict) else value
 
 
 def incompatibility(
     retained: Format, temperature: float, objective: ObjectiveConfig, where: str
 ) -> str | None:
-    """What `objective` asks for that stored targets cannot give, in words; None if they can.
+    """Return a message if stored targets cannot serve an objective, else None.
 
     Args:
-        retained: what is stored of the distributions.
+        retained: format of the stored targets.
         temperature: T of the stored probabilities.
         objective: of the student.
-        where: the cache or setting that holds the targets, for the message.
+        where: the cache or setting with the targets, for the message.
     """
     if isinstance(retained, HiddenFormat):
         return None
@@ -190,7 +190,7 @@ def incompatibility(
 
 
 def kd_name(objective: ObjectiveConfig, retained: Format | None) -> str:
-    """The divergence's name among the metrics: quantities that are measured differently have other names.
+    """Name the divergence among the metrics; quantities that are measured differently get different names.
 
     "kd" is KL(teacher || student) of whole distributions at T=1, in nats, and nothing else. Any other
     divergence, temperature or truncation of the teacher is appended, as in "kd_jsd_0.5_t2_top50". From
@@ -198,7 +198,7 @@ def kd_name(objective: ObjectiveConfig, retained: Format | None) -> str:
 
     Args:
         objective: of the student.
-        retained: what is stored of the teacher's distributions; None if they are whole.
+        retained: format of the stored targets; None if the distributions are whole.
     """
     words = ["kd"]
     if objective.divergence != "forward_kl":
@@ -214,7 +214,7 @@ def kd_name(objective: ObjectiveConfig, retained: Format | None) -> str:
 
 
 def _truncation_words(objective: ObjectiveConfig, retained: Format | None) -> list[str]:
-    """How the teacher's distributions were truncated or sampled, in words; empty if they are whole."""
+    """Describe how the teacher's distributions were truncated or sampled; empty if they are whole."""
     match objective.truncation or retained:
         case TopK(k=k):
             return [f"top{k}"]

@@ -1,4 +1,4 @@
-"""YAML text to plain data in which the field decides what an unquoted word is.
+"""Parse YAML so that the type of a field decides what an unquoted word means.
 
 `no`, `1e-3`, `2020-01-01` and `0123` mean different things to different versions of YAML. Here an unquoted
 scalar stays the text it was written as (`Plain`) until the type of its field is known: a name keeps it, a
@@ -43,7 +43,7 @@ class Plain(str):
 
 @dataclass(frozen=True, slots=True)
 class ReadAs:
-    """Annotation of a free mapping: unquoted scalars in it are read as those of `model` are.
+    """Annotate a free mapping: unquoted scalars in it are read as those of `model` are.
 
     Nothing is validated or required; keys that `model` does not have are read by their look.
     """
@@ -52,7 +52,7 @@ class ReadAs:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; unquoted scalars without a tag get one of ours instead of a guessed type."""
+    """Compose nodes; unquoted scalars without a tag get our own tag instead of a guessed type."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: Any) -> str:  # noqa: ANN401 - PyYAML's
         if kind is not yaml.ScalarNode:
@@ -131,7 +131,7 @@ class _Builder:
         return below | found
 
     def _merged(self, value: yaml.Node, inside: tuple[yaml.Node, ...], line: str) -> dict[str, object]:
-        """What `<<` brings in: one map, or several of which the first counts most."""
+        """Return the settings that `<<` merges in: one map, or several of which the first wins."""
         parts = self.build(value, inside)
         result: dict[str, object] = {}
         for part in reversed(parts if isinstance(parts, list) else [parts]):
@@ -142,7 +142,7 @@ class _Builder:
 
 
 def fitted(value: object, wanted: object) -> object:
-    """`value` with every `Plain` scalar read as its field wants it; other values stay as they are.
+    """Convert every `Plain` scalar in `value` to the type of its field; other values stay as they are.
 
     Args:
         value: from `parse`, or a part of it.
@@ -163,7 +163,7 @@ def _fitted(value: object, members: Sequence[Any]) -> object:
 
 
 def _members(wanted: object) -> list[Any]:
-    """The types of a union, without annotations; a `ReadAs` stands for its model."""
+    """List the types of a union, without annotations; a `ReadAs` stands for its model."""
     if isinstance(wanted, ReadAs):
         return [wanted.model]
     origin = get_origin(wanted)
@@ -177,7 +177,7 @@ def _members(wanted: object) -> list[Any]:
 
 
 def _entry(members: Sequence[Any], place: int) -> list[Any]:
-    """The types that the entry of a list can have."""
+    """List the types that an entry of a list can have."""
     found: list[Any] = []
     for member in members:
         inner = get_args(member) if get_origin(member) in {tuple, list} else ()
@@ -187,7 +187,7 @@ def _entry(members: Sequence[Any], place: int) -> list[Any]:
 
 
 def _chosen(members: Sequence[Any], value: dict[str, object]) -> list[type[BaseModel]]:
-    """The sections a map can be: those whose `kind` or `policy` it names, or all."""
+    """List the sections that a map can be: those whose `kind` or `policy` it names, or all."""
     sections = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
     tags = {value[tag] for tag in ("kind", "policy") if isinstance(value.get(tag), str)}
     named = [
@@ -204,7 +204,7 @@ def _literals(section: type[BaseModel], name: str) -> tuple[object, ...]:
 
 
 def _field(sections: Sequence[type[BaseModel]], members: Sequence[Any], key: str) -> list[Any]:
-    """The types that the value of a key can have."""
+    """List the types that the value of a key can have."""
     found: list[Any] = []
     for section in sections:
         if (field := section.model_fields.get(key)) is not None:
@@ -230,7 +230,7 @@ def _scalar(text: Plain, members: Sequence[Any]) -> object:
 
 
 def _kinds(member: object) -> set[type]:
-    """Which scalars a type takes, of str, int, float, bool and None."""
+    """Return the scalars that a type takes, of str, int, float, bool and None."""
     if get_origin(member) is Literal:
         return {type(choice) for choice in get_args(member)}
     if not isinstance(member, type) or member is Any or issubclass(member, BaseModel):
@@ -239,7 +239,7 @@ def _kinds(member: object) -> set[type]:
 
 
 def _number(text: str, *, whole: bool) -> int | float | None:
-    """The number that a text is, if every reader of YAML would agree on it; None if it is none.
+    """Parse a number if all readers of YAML agree on it, else return None.
 
     Args:
         text: as written.

@@ -1,1 +1,1 @@
-"""Models: shapes (`ladder`), what they cost (`flops`), Hugging Face directories (`hub`)."""
+"""Models: shapes, their FLOPs, and Hugging Face directories."""

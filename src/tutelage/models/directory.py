@@ -47,7 +47,7 @@ _MAX_HEADER = 100_000_000  # the library's own bound
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse what cannot be a causal language model with plain weights.
+    """Refuse a directory that cannot be a causal language model with plain weights.
 
     Raises:
         UserError: naming the file, the field and its value.
@@ -66,7 +66,7 @@ def check_directory(directory: Path) -> None:
 
 
 def is_local(path_or_hub_name: str | Path) -> bool:
-    """Whether it is a model directory; False for what can only be a Hub name."""
+    """Whether a name is a local model directory; False if it can only be a Hub name."""
     name = str(path_or_hub_name)
     if Path(name).exists():
         check_directory(Path(name))
@@ -77,9 +77,9 @@ def is_local(path_or_hub_name: str | Path) -> bool:
 
 
 def hub_commit(name: str, revision: str | None = None) -> str:
-    """The commit on the Hub that `revision` (default: the main branch) stands for now.
+    """Resolve `revision` (default: the main branch) to a commit on the Hub.
 
-    Where the Hub cannot be reached it is the one that was downloaded.
+    If the Hub cannot be reached, this is the commit that was downloaded before.
 
     Raises:
         UserError: there is no such model, or the Hub cannot be reached and nothing was downloaded before.
@@ -147,13 +147,13 @@ def check_config(config: dict[str, Any], where: str) -> None:
 
 
 def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config and, in a model of several kinds of input, the part about text."""
+    """Return the config and, of a multimodal model, its section about text."""
     text = config.get("text_config")
     return [config, text] if isinstance(text, dict) else [config]
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those its index names, or all."""
+    """List the safetensors files of a directory: those its index names, or all."""
     index = directory / "model.safetensors.index.json"
     if index.is_file() and not (directory / "model.safetensors").is_file():
         return _indexed(index)
@@ -180,7 +180,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _header_entries(path: Path) -> int:
-    """The number of tensors that a safetensors file lists, with its length checked against the list."""
+    """Count the tensors of a safetensors file, and check its length against its header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -200,7 +200,7 @@ def _header_entries(path: Path) -> int:
 
 
 def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Identity of the weights of a model, and the revision to load so that they stay the same.
+    """Identify the weights of a model, and pin the revision to load.
 
     Returns:
         The `weights_fingerprint` of a directory; for a Hub name, "name@commit" and the commit that
@@ -216,7 +216,7 @@ def identify(path_or_hub_name: str, revision: str | None = None) -> tuple[str, s
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """SHA-256, in hexadecimal, over the weights and the shape in a model directory.
+    """Return the SHA-256, in hexadecimal, of the weights and the computing config fields of a directory.
 
     Two directories with the same fingerprint compute the same function. Tokenizer files, and config
     fields that only record who wrote the file, do not count.
@@ -234,7 +234,7 @@ def weights_fingerprint(directory: Path) -> str:
 
 
 def computing(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json that change what a model computes, whoever wrote the file.
+    """Select the fields of a config.json that change what a model computes.
 
     Special ids count as unset, and rotary positions count once, as `rope_parameters`.
     """

@@ -1,7 +1,7 @@
-"""What a model directory needs besides weights: tokenizer, special ids, and fields that older readers know.
+"""Complete an exported model directory: model card, tokenizer, special ids, fields for older readers.
 
 Readers before transformers 5 take rotary positions from `rope_theta` and `rope_scaling` and know nothing of
-`rope_parameters`; without those fields they compute other logits without a word.
+`rope_parameters`; without those fields they silently compute other logits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def card(
     sources: Sequence[Sequence[str]],
     config: str,
 ) -> str:
-    """The text of a card without scores.
+    """Write the text of a model card without scores.
 
     Args:
         title: name of the model.
@@ -62,7 +62,7 @@ def card(
 
 
 def with_scores(text: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The card with a table of scores in place of the one it had.
+    """Replace the table of scores of a model card.
 
     Args:
         text: of the card.
@@ -103,7 +103,7 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What a model goes on from, as far as its directory is concerned.
+    """Directory of the model that a student continues from.
 
     Attributes:
         directory: of the model, with generation_config.json if it has one.
@@ -131,8 +131,8 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
     Args:
         directory: holds config.json and weights.
         store: directory with the tokenizer that the model was trained with.
-        base: what the model goes on from.
-        context: tokens it can read at once; None if there is no such number.
+        base: directory of the model it was initialised from.
+        context: longest sequence in tokens; None if unbounded.
 
     Raises:
         UserError: a tokenizer file is missing or damaged.
@@ -160,7 +160,7 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
 
 
 def _begin_as_stored(path: Path, stored: Path) -> None:
-    """Let a tokenizer add to a text what the store's adds: a base's may also close it, which stores do."""
+    """Take the store's post-processor: a base's may add a closing token, which stores add themselves."""
     own, theirs = read_object(path), read_object(stored)
     if own.get("post_processor") != theirs.get("post_processor"):
         own["post_processor"] = theirs.get("post_processor")
@@ -168,7 +168,7 @@ def _begin_as_stored(path: Path, stored: Path) -> None:
 
 
 def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with the fields that transformers 4 reads rotary positions and dtype from."""
+    """Add the fields from which transformers 4 reads rotary positions and dtype."""
     older = {
         name: for_older_readers(value) if name == "text_config" and isinstance(value, dict) else value
         for name, value in config.items()
@@ -206,7 +206,7 @@ def _text(data: dict[str, Any]) -> str:
 def _tokenizer_settings(
     directory: Path, store: Path, context: int | None, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """tokenizer_config.json with a pad token, the trained length and, if there is one, a chat template.
+    """Write a tokenizer_config.json with pad token, trained length and, if there is one, chat template.
 
     A special token that the tokenizer does not know would get an id beyond the model's; it is left out.
     """
@@ -241,7 +241,7 @@ def _id(tokenizer: Tokenizer, token: object) -> int | None:
 
 
 def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int | None) -> dict[str, Any]:
-    """Special ids of config.json: the tokenizer's, and what the model had where that says nothing.
+    """Choose the special ids of config.json: the tokenizer's, else the model's own.
 
     A pad id that is also the end-of-text id stays out: whoever trains the model further would freeze the
     embedding of the end of text.
@@ -257,7 +257,7 @@ def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int | None) ->
 
 
 def _generation(base: Path | None, ids: dict[str, int]) -> dict[str, Any]:
-    """generation_config.json: the base's, if somebody wrote one, with ids that end and pad a text."""
+    """Write generation_config.json: the base's, if it has one, with the ids that end and pad a text."""
     settings = read_object(base) if base is not None and base.is_file() else {}
     if settings.get("_from_model_config"):
         settings = {}

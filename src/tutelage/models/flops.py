@@ -73,12 +73,12 @@ def model_forward_flops(model: PreTrainedModel, context: int) -> float:
 
 
 def training_flops(forward: float) -> float:
-    """Operations of training on what takes `forward` operations: a backward pass costs twice that."""
+    """Operations of forward and backward pass; the latter takes twice the `forward` ones."""
     return 3.0 * forward
 
 
 def kd_cost_factor(teacher: float, student: float) -> float:
-    """Cost of a token with an online teacher over a token without: 1 + teacher / (3 student).
+    """Return the cost of a token with an online teacher over one without: 1 + teacher / (3 student).
 
     Args:
         teacher: forward operations per token of the teacher, which never runs backward.

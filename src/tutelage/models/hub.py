@@ -1,4 +1,4 @@
-"""Models as Hugging Face directories: build from a shape, load, save, and split at the hidden states.
+"""Build, load, save and take apart models in Hugging Face format.
 
 A directory holds config.json, *.safetensors and the tokenizer, so everything that reads Hugging Face
 models reads ours. No pickled weights are read and no code from a model directory is run.
@@ -68,7 +68,7 @@ def build(
     device: str = "cpu",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A model with fresh float32 weights, a function of `seed` alone and not of the device.
+    """Build a model with random float32 weights, which depend on `seed` and not on the device.
 
     Weights are drawn on the CPU (normal, standard deviation 0.02) and then moved. The global random
     state is left as it was. On device "meta" there are shapes and no weights.
@@ -89,7 +89,7 @@ def load(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model from a local directory or the Hugging Face Hub, on the CPU, in eval mode.
+    """Load a causal language model from a directory or the Hugging Face Hub, on the CPU, in eval mode.
 
     Args:
         path_or_hub_name: a directory is preferred to a Hub name that is spelled the same.
@@ -135,7 +135,7 @@ def load(
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], name: str) -> None:
-    """Every weight must come from the files and be a number."""
+    """Check that every weight comes from the files and is finite."""
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{name}: {len(missing)} weights are missing, for example {missing[0]}")
@@ -150,13 +150,13 @@ def _check_weights(model: PreTrainedModel, report: dict[str, Any], name: str) ->
 
 
 def _kind(key: str) -> str:
-    """A weight's name without the number of its layer."""
+    """Replace the layer number in a weight's name."""
     return re.sub(r"\d+", "#", key)
 
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Local files are quick, and a bar per file would tear the caller's own display."""
+    """Hide the bars of transformers, which would tear the caller's own display."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -167,7 +167,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first of cuda, mps, cpu that is there.
+    """Return the device called `name`; "auto" is the first available of cuda, mps, cpu.
 
     Raises:
         UserError: torch does not see it.
@@ -183,7 +183,7 @@ def pick_device(name: str) -> torch.device:
 def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     """Split a model: the body gives `last_hidden_state` (B, T, D), the head maps it to logits (B, T, V).
 
-    What the family does to its logits after the head is `logit_transform`.
+    `logit_transform` returns what the family applies to its logits after the head.
 
     Raises:
         UserError: the head is more than a matrix and a bias, which losses per chunk rely on.
@@ -199,14 +199,14 @@ def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
 def head_logits(
     head: nn.Linear, hidden_ND: Tensor, transform: LogitTransform, vocab_size: int | None = None
 ) -> Tensor:
-    """Float32 logits [N, V] of hidden states, as the model gives them; rows from `vocab_size` on left out."""
+    """Compute a model's float32 logits [N, V] from hidden states, without rows from `vocab_size` on."""
     weight_VD, bias_V = weight_and_bias(head)
     bias_V = None if bias_V is None else bias_V[:vocab_size]
     return transformed(F.linear(hidden_ND, weight_VD[:vocab_size], bias_V).float(), transform)
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """The scale and softcap of the model's family, read from its config."""
+    """Read scale and softcap of the logits from a model's config."""
     settings = model.config.to_dict()
     scale = 1.0
     for field in _FACTORS:
@@ -219,7 +219,7 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel, name: str) -> None:
-    """Run four tokens: a field we do not know must not give silently wrong probabilities.
+    """Run four tokens: an unknown config field must not give silently wrong probabilities.
 
     The head over the hidden states must give the model's own logits, and a token must not see the next.
     """
@@ -246,7 +246,7 @@ def _check_logits(model: PreTrainedModel, name: str) -> None:
 
 
 def trained_length(config: PretrainedConfig) -> int | None:
-    """Positions that a config speaks of; None where the family has no such number (Mamba, BLOOM)."""
+    """Read the trained sequence length from a config; None where a family has none (Mamba, BLOOM)."""
     settings = config.get_text_config(decoder=True).to_dict()
     return next((int(settings[field]) for field in _LENGTHS if settings.get(field)), None)
 
@@ -255,9 +255,9 @@ def trained_length(config: PretrainedConfig) -> int | None:
 def check_length(model: PreTrainedModel, what: str, length: int) -> str | None:
     """Check that a model can read `length` tokens at once.
 
-    Positions that a model looks up in a table end with the table; rotary and linear ones can be computed
-    beyond the trained length, where no model is as good. A model without rotary positions is asked
-    for one sequence. Call it while the model is on the CPU: on a GPU, a wrong index ends the process.
+    Position tables have an end; rotary and linear positions can be computed beyond the trained length, with
+    worse predictions. A model without rotary positions is run on one sequence. Call this while the model
+    is on the CPU: on a GPU, a wrong index ends the process.
 
     Args:
         model: on the CPU.
@@ -294,7 +294,7 @@ def save(
     base: Base | None = None,
     card: str | None = None,
 ) -> float:
-    """Write a model directory in one step, and read it back to see that it is the same model.
+    """Write a model directory atomically, and read it back to check that it is the same model.
 
     It holds config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
@@ -302,7 +302,7 @@ def save(
         model: what to save, in the dtype it has.
         directory: appears when complete; an older one is replaced.
         store: token store (or model directory) with the tokenizer that the model was trained with.
-        base: what the model goes on from.
+        base: directory of the model it was initialised from.
         card: content of README.md.
 
     Returns:
@@ -328,7 +328,7 @@ def save(
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float:
-    """The largest difference of logits between a model and its written directory."""
+    """Compute the largest difference of logits between a model and its written directory."""
     try:
         again = load(written, attn_implementation=model.config._attn_implementation).to(model.device)  # noqa: SLF001
     except UserError as error:
@@ -350,7 +350,7 @@ def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float
 
 
 def _cause(model: PreTrainedModel, again: PreTrainedModel) -> str:
-    """The first weight or config field that writing and reading changed."""
+    """Name the first weight or config field that writing and reading changed."""
     weights = again.state_dict()
     for name, weight in model.state_dict().items():
         if name not in weights or not torch.equal(weight, weights[name]):

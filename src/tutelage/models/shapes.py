@@ -20,10 +20,10 @@ Family = Literal["llama", "qwen3"]
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """One shape: a decoder with rotary positions, RMS norm, gated MLP and grouped queries.
+    """Shape of a decoder with rotary positions, RMS norm, gated MLP and grouped queries.
 
     Attributes:
-        name: what `model.shape` in a config refers to.
+        name: value of `model.shape` in a config.
         family: "llama", or "qwen3" (which also normalises queries and keys).
         hidden: width of the residual stream.
         layers: number of decoder layers.
@@ -51,9 +51,7 @@ class ModelShape:
     summary: str
 
     def config(self, vocab_size: int, context: int) -> LlamaConfig | Qwen3Config:
-        """The transformers config of this shape, for training.
-
-        Special token ids are left out: which id ends a document is the tokenizer's business.
+        """Make the transformers config of this shape, for training, without special token ids.
 
         Args:
             vocab_size: rows of the embedding, the tokenizer's ids.
@@ -148,7 +146,7 @@ LADDER: dict[str, ModelShape] = {shape.name: shape for shape in _SHAPES}
 
 
 def find_shape(name: str) -> ModelShape:
-    """The shape called `name`.
+    """Look up the shape called `name`.
 
     Raises:
         UserError: there is none; the message suggests the nearest name.
