@@ -52,3 +52,17 @@ class StopAt(NullProgress):
     def advance(self, stage, step):
         if step == self.step:
             signal.raise_signal(signal.SIGINT)
+
+
+class Notes(NullProgress):
+    """Remembers what the user is told."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    @property
+    def warnings(self):
+        return [text for text in self.notes if text.startswith("warning: ")]

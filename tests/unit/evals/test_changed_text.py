@@ -7,6 +7,7 @@ import json
 import polars as pl
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from training import Notes
 
 from tutelage.analysis.score_warnings import score_warnings
 from tutelage.config.data_config import StoreConfig
@@ -15,7 +16,6 @@ from tutelage.data.build import build_store
 from tutelage.data.corpora import find_corpus
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer import END_OF_TEXT
-from tutelage.progress import NullProgress
 from tutelage.run import run
 
 
@@ -48,19 +48,16 @@ def marks(rows: pl.DataFrame) -> list[tuple[str, float, int]]:
 
 
 def test_runs_and_evaluations_mark_such_scores(make_config, lossy, command):
-    notes: list[str] = []
-
-    class Listener(NullProgress):
-        def note(self, text):
-            notes.append(text)
-
+    progress = Notes()
     domains = [{"name": name, "store": str(lossy), "role": "in_domain"} for name in ("speeches",)]
     config = make_config(
         data={"store": str(lossy), "sequence_length": 32},
         eval={"domains": domains, "max_documents": 2, "max_tokens": 64},
     )
-    done = run(config, Listener())
-    assert any(note.startswith("domain speeches: the tokenizer changes the text of ") for note in notes)
+    done = run(config, progress)
+    assert any(
+        note.startswith("domain speeches: the tokenizer changes the text of ") for note in progress.notes
+    )
     record = json.loads((done.path / "provenance.json").read_text())
     assert any("the tokenizer changes the text" in note for note in record["notes"])
     splits = open_store(lossy).manifest.splits

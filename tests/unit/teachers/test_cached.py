@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import opened
+from training import StopAt, opened
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
@@ -16,7 +16,6 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.build import build_store
 from tutelage.errors import Stopped, UserError
-from tutelage.progress import NullProgress
 from tutelage.run import run
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
@@ -154,17 +153,6 @@ def test_seed_order_micro_batches_and_shorter_sequences_cannot_misalign_it(make_
             hit = alone.ids_NK == gold
             expected = (alone.probs_NK.log() * hit).sum(1)[hit.any(1)]
             torch.testing.assert_close(alone.gold_logp_N[hit.any(1)], expected, rtol=0, atol=2**-10)
-
-
-class StopAt(NullProgress):
-    def __init__(self, step):
-        self.step = step
-
-    def advance(self, stage, step):
-        if step == self.step:
-            import signal  # noqa: PLC0415 - only here
-
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_resumed_run_reads_what_an_uninterrupted_one_reads(make_config, teach, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training import Notes
 
 from tutelage.config.load import load, to_yaml, validate
 from tutelage.config.run_config import RunConfig
@@ -17,18 +18,9 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import LADDER
-from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.job import plan_cache
-
-
-class Listener(NullProgress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 def text_of(store, **changes):
@@ -146,7 +138,7 @@ def first_store(directory):
 
 
 def test_tokens_that_are_no_whole_batches_are_said_and_left_out(make_config):
-    listener = Listener()
+    listener = Notes()
     config = make_config(
         tokens=2000,
         global_batch_tokens=1024,

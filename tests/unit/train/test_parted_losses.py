@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+from training import Notes
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.data.build import build_store
-from tutelage.progress import NullProgress
 from tutelage.records import read_model
 from tutelage.run import run, run_cohort
 from tutelage.study.results import _Done
 
 WORDS = "the house stood by a river and every man in it knew how long they had waited for rain"
-
-
-class Listener(NullProgress):
-    def __init__(self):
-        self.warnings = []
-
-    def note(self, text):
-        if text.startswith("warning: "):
-            self.warnings.append(text)
 
 
 @pytest.fixture
@@ -60,7 +51,7 @@ def by_heart(store, **more):
 
 
 def test_a_run_that_learns_its_text_by_heart_is_warned_about_once(make_config, tiny_text):
-    listener = Listener()
+    listener = Notes()
     directory = run(make_config(**by_heart(tiny_text)), listener)
     assert len(listener.warnings) == 1
     assert "nats per token on held-out text of held-out" in listener.warnings[0]
@@ -71,7 +62,7 @@ def test_a_run_that_learns_its_text_by_heart_is_warned_about_once(make_config, t
 
 
 def test_at_the_end_of_a_run_too_and_for_each_of_a_cohort(make_config, tiny_text):
-    listener = Listener()
+    listener = Notes()
     settings = by_heart(tiny_text)
     del settings["eval"]["every"]
     configs = [make_config(name=name, seed=seed, **settings) for name, seed in (("a", 1), ("b", 2))]
@@ -94,14 +85,14 @@ def test_held_out_text_in_other_tokens_is_found(make_config, store, tmp_path):
         "test": 0.5,
     }
     wrong = build_store(validate(StoreConfig, settings, "test"), tmp_path / "stores")
-    listener = Listener()
+    listener = Notes()
     scored = [{"name": "wrong", "store": str(wrong), "role": "in_domain"}]
     run(make_config(tokens=200 * 256, optim={"lr": 1e-2}, eval={"domains": scored}), listener)
     assert len(listener.warnings) == 1
 
 
 def test_a_healthy_run_is_not_warned_about(make_config, store):
-    listener = Listener()
+    listener = Notes()
     domains = [{"name": "held-out", "store": str(store), "role": "in_domain"}]
     scored = {"every": 5 * 256, "domains": domains, "max_documents": 4, "max_tokens": 80}
     directory = run(make_config(tokens=200 * 256, optim={"lr": 1e-2}, eval=scored), listener)

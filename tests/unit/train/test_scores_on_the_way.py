@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import time
 
 import polars as pl
 import pytest
 from safetensors.torch import load_file
+from training import Notes, StopAt
 
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import evaluate
 from tutelage.models import hub
-from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
 
 EVERY = 5 * 256
@@ -29,15 +28,6 @@ def evaluation(store, other_store):
         "max_documents": 4,
         "max_tokens": 80,
     }
-
-
-class StopAt(NullProgress):
-    def __init__(self, step):
-        self.step = step
-
-    def advance(self, stage, step):
-        if step == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 def weights(directory):
@@ -106,17 +96,14 @@ def test_every_run_of_a_cohort_is_scored(make_config, evaluation):
 
 
 def test_progress_is_told_the_scores(make_config, evaluation):
-    notes = []
-
-    class Listener(NullProgress):
-        def note(self, text):
-            notes.append(text)
-
-    directory = run(make_config(eval=evaluation | {"every": EVERY}), Listener())
+    progress = Notes()
+    directory = run(make_config(eval=evaluation | {"every": EVERY}), progress)
     rows = pl.read_ndjson(directory.scores).filter(step=5, split="validation", metric="bits_per_byte")
     value = rows.filter(domain="speeches")["value"].item()
-    assert notes[0].startswith(f"step 5, bits per byte of validation text: speeches {value:.3f}, scripture ")
-    assert len(notes) == 2
+    assert progress.notes[0].startswith(
+        f"step 5, bits per byte of validation text: speeches {value:.3f}, scripture "
+    )
+    assert len(progress.notes) == 2
 
 
 def test_time_for_scoring_is_not_training_time(make_config, evaluation, monkeypatch):
