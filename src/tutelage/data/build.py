@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from tutelage.config.data_config import FilesSource
 from tutelage.config.load import digest
@@ -124,8 +123,7 @@ def _given_tokenizer(config: StoreConfig) -> tuple[TextTokenizer | None, Chat | 
     place = find_tokenizer(config.tokenizer.path)
     tokenizer = load_tokenizer(place)
     chat = load_chat(tokenizer, place) if config.uses_chat else None
-    named = special_tokens(place, Tokenizer.from_str(tokenizer.json))
-    return tokenizer, chat, named | (chat.settings if chat else {})
+    return tokenizer, chat, special_tokens(place, tokenizer) | (chat.settings if chat else {})
 
 
 def _hashed(config: StoreConfig) -> dict[str, Any]:

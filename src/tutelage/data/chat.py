@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 from tutelage.config.data_config import CorpusPairs, FilePairs, HubPairs, PairSource
 from tutelage.data.corpora import find_pairs
 from tutelage.data.rows import BadRowError, file_rows, hub_rows, text_of, value_of
+from tutelage.data.tokenizer import read_settings, token_content
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
     Raises:
         UserError: there is none.
     """
-    settings = _settings(path / "tokenizer_config.json")
+    settings = read_settings(path / "tokenizer_config.json")
     file = path / "chat_template.jinja"
     template = file.read_text(encoding="utf-8-sig") if file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several, with names
@@ -130,21 +130,9 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
             f"tokenizer.path {path}: no chat template (chat_template.jinja, or chat_template in "
             "tokenizer_config.json); use template: plain, or a directory of a model that chats"
         )
-    named = {name: _content(settings.get(name)) for name in _NAMED_TOKENS if name in template}
+    named = {name: token_content(settings.get(name)) for name in _NAMED_TOKENS if name in template}
     tokens = {name: token for name, token in named.items() if token is not None}
     return Chat(tokenizer, {"chat_template": template, **tokens})
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-    return settings
-
-
-def _content(token: str | dict[str, str] | None) -> str | None:
-    """A token is written as a string or as an object."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 class Piece(NamedTuple):

@@ -1,7 +1,7 @@
-"""Text to token ids: a byte-level BPE trained here, or a ready tokenizer of the Hugging Face format.
+"""Turn text into token ids with a byte-level BPE trained here or a ready tokenizer in Hugging Face format.
 
-Ids are handed on as little-endian bytes, ready for the disk, because a Python object per token would
-cost more than the tokenisation itself.
+Ids are passed on as little-endian bytes, ready for the disk, because a Python object per token would cost
+more than the tokenisation itself.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 
+END_OF_TEXT = "<|endoftext|>"
+"""The end-of-text token of tokenizers trained here; its id is 0."""
+
+_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # by which byte fallback spells what it has no word for
+_WORD_START = re.compile(r"(?= \S)")
+_CACHE_BYTES = 256_000_000
+_BYTES_PER_WORD = 200  # of a dictionary entry, besides its characters
 _WITHOUT_JSON = (("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",), ("spiece.model",))
 """Files that together are a tokenizer of an older kind, which transformers can convert."""
 
@@ -32,9 +40,9 @@ _NAME_PARTS = 2
 
 
 def find_tokenizer(path: Path) -> Path:
-    """`path` itself, or the directory into which the tokenizer of that name on the Hub was downloaded.
+    """Return `path`, or the directory into which the tokenizer of that name on the Hub was downloaded.
 
-    What is there on this machine is preferred to a Hub name that is spelled the same.
+    A path that exists on this machine is preferred to a Hub name that is spelled the same.
 
     Raises:
         UserError: there is neither, or the Hub cannot be reached and nothing was downloaded before.
@@ -48,7 +56,7 @@ def find_tokenizer(path: Path) -> Path:
 
 
 def download_tokenizer(what: str, name: str, revision: str | None) -> Path:
-    """The directory into which a Hub repository's tokenizer files (if it has any) and config were downloaded.
+    """Return the directory into which a Hub repository's config and tokenizer files (if any) were downloaded.
 
     `what` begins the message.
 
@@ -67,48 +75,63 @@ def download_tokenizer(what: str, name: str, revision: str | None) -> Path:
         ) from None
 
 
-def special_tokens(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Tokens that begin, pad and stand for unknown text, by their names in a tokenizer_config.json.
+def special_tokens(place: Path, tokenizer: TextTokenizer) -> dict[str, str]:
+    """Return the tokens for beginnings, padding and unknown text, by their names in a tokenizer_config.json.
 
     Args:
-        place: a tokenizer.json, which says nothing of them, or a directory.
-        tokenizer: the one that lies there; tokens that it does not know are left out.
+        place: a directory; or a tokenizer.json, which does not name them.
+        tokenizer: the tokenizer in it; tokens that it does not know are left out.
 
     Raises:
         UserError: a file is no JSON object.
     """
     found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = place / name
-        if not place.is_dir() or not path.is_file():
-            continue
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8-sig"))
-            tokens = {role: settings.get(role) for role in _SPECIAL}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a JSON object ({error})") from None
-        contents = {
-            role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()
-        }
-        found |= {role: token for role, token in contents.items() if isinstance(token, str)}
-    return {role: token for role, token in found.items() if tokenizer.token_to_id(token) is not None}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings = read_settings(place / file)
+        contents = {name: token_content(settings.get(name)) for name in _SPECIAL}
+        found |= {name: token for name, token in contents.items() if token is not None}
+    vocabulary = Tokenizer.from_str(tokenizer.json).get_vocab(with_added_tokens=True)
+    return {name: token for name, token in found.items() if token in vocabulary}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of tokenizer settings; empty if there is no such file.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: not a JSON object, but {type(settings).__name__}")
+    return settings
+
+
+def token_content(token: object) -> str | None:
+    """Return the text of a token, which settings write as a string or as an object with its content."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return None if content is None else str(content)
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer.json, or what can be converted to one."""
+    """Return whether a directory holds a tokenizer.json, or what can be converted to one."""
     kinds = (("tokenizer.json",), *_WITHOUT_JSON)
     return any(all((directory / name).is_file() for name in kind) for kind in kinds)
 
 
-def tokenizer_json(directory: Path) -> str:
-    """The text of a directory's tokenizer.json, or of what its older files are converted to.
+def tokenizer_json(path: Path) -> str:
+    """Return the text of a tokenizer.json, of the one in a directory, or of what older files convert to.
 
     Raises:
         UserError: there is none, it cannot be read, or the files cannot be converted.
     """
-    file = directory / "tokenizer.json"
-    if not file.is_file() and has_tokenizer(directory):
-        return _converted(directory)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file() and has_tokenizer(path):
+        return _converted(path)
     try:
         return file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -136,16 +159,6 @@ def _converted(directory: Path) -> str:
     return text
 
 
-END_OF_TEXT = "<|endoftext|>"
-"""The end-of-text token of tokenizers trained here; its id is 0."""
-
-_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # by which byte fallback spells what it has no word for
-_WORD_START = re.compile(r"(?= \S)")
-_CACHE_BYTES = 256_000_000
-_BYTES_PER_WORD = 200  # of a dictionary entry, besides its characters
-
-
 @dataclass(frozen=True, slots=True)
 class TextTokenizer:
     """A tokenizer and what a store must know about it.
@@ -168,7 +181,7 @@ class TextTokenizer:
 
     @property
     def sha256(self) -> str:
-        """Checksum of tokenizer.json; stores with equal checksums share their ids."""
+        """The SHA-256 of tokenizer.json; stores with equal checksums share their ids."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     @property
@@ -178,16 +191,16 @@ class TextTokenizer:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """What its special tokens are spelled like, with those that begin and close documents."""
+        """The texts of its special tokens, with those that begin and close documents."""
         added = json.loads(self.json).get("added_tokens") or []
         special = (token["content"] for token in added if token["special"])
         return tuple(dict.fromkeys((*special, self.end_of_text, *self.begin)))
 
     def library(self, *, markup: bool) -> Tokenizer:
-        """The library's tokenizer for text, or for `markup`, in which special tokens are meant.
+        """Return the library's tokenizer for text, or for `markup`, in which special tokens are meant.
 
-        Text gives no special token but that for what is unknown: some vocabularies hold them as words, some
-        have merges that make them, and some files name them without calling them special.
+        Text yields no special token except the one for unknown text: some vocabularies hold them as words,
+        some have merges that make them, and some files name them without calling them special.
         """
         text = self.json if markup else _without_special_words(json.loads(self.json), self.special_tokens)
         tokenizer = Tokenizer.from_str(text)
@@ -218,7 +231,7 @@ class TextTokenizer:
         )
 
     def encoder(self, *, markup: bool = False) -> Callable[[Sequence[str]], list[bytes]]:
-        """A function from texts to their ids as bytes of `dtype`, without what begins and ends documents.
+        """A function from texts to their ids as bytes of `dtype`, without what begins or ends documents.
 
         Text that spells a special token is encoded letter by letter: a document cannot fake an end of
         text. Only in `markup`, which a chat template wrote, special tokens are meant.
@@ -229,7 +242,7 @@ class TextTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE; it can encode any text and gives it back exactly.
+    """Train a byte-level BPE, which can encode any text and decodes it exactly.
 
     Args:
         texts: the text to learn from, read once.
@@ -253,25 +266,21 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     """Read a tokenizer.json, or the one of a model directory or token store.
 
     The end-of-text token is `eos_token` of the directory's tokenizer_config.json. For a single file, or
-    where that says nothing, it is the first of the usual ones that the tokenizer has.
+    where that names none, it is the first of the usual ones that the tokenizer has.
 
-    What the tokenizer's post-processor puts in front of a text is kept. What it puts behind is taken out of
+    Tokens that the post-processor puts in front of a text are kept. Those that it appends are removed from
     the tokenizer, so that a text encoded with it can be continued: stores close documents themselves.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or it has no end-of-text token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
+    text = tokenizer_json(path)
     try:
-        text = tokenizer_json(path) if path.is_dir() else file.read_bytes().decode("utf-8-sig")
         tokenizer = Tokenizer.from_str(text)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from None
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
-        raise UserError(f"tokenizer {file}: not a tokenizer.json ({' '.join(str(error).split())})") from None
-    named = _named_end(path / "tokenizer_config.json") if path.is_dir() else None
+        raise UserError(f"tokenizer {file}: not a tokenizer.json ({one_line(error)})") from None
+    named = token_content(read_settings(path / "tokenizer_config.json").get("eos_token"))
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     for token in [named] if named else _KNOWN_ENDS:
         if token in vocabulary:
@@ -291,7 +300,7 @@ def _wrapped(text: str, tokenizer: Tokenizer, end: str) -> TextTokenizer:
 
 
 def added_to_texts(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
-    """Tokens that the post-processor puts in front of a text, their ids, and whether it puts any behind."""
+    """Return the tokens that the post-processor puts in front of a text, their ids, and if it appends any."""
     if tokenizer.post_processor is None:
         return (), (), False
     bare = Tokenizer(models.WordLevel({"text": 0}))
@@ -302,7 +311,7 @@ def added_to_texts(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ..
 
 
 def _in_front(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, object]:
-    """The post-processor, as in a tokenizer.json, that puts these tokens in front of a text."""
+    """Return the post-processor, as in a tokenizer.json, that puts these tokens in front of a text."""
     bare = Tokenizer(models.WordLevel())
     bare.post_processor = processors.TemplateProcessing(
         single=[*tokens, "$A"], special_tokens=list(zip(tokens, ids, strict=True))
@@ -312,7 +321,7 @@ def _in_front(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, object]:
 
 
 def _without_special_words(settings: dict[str, Any], special: Collection[str]) -> str:
-    """A tokenizer.json in which special tokens keep their ids and have names with NULs, unlike any text."""
+    """A tokenizer.json in which special tokens keep their ids under names with NULs, unlike any text."""
     model = settings["model"]
     vocabulary = model["vocab"]
     words = vocabulary if isinstance(vocabulary, dict) else [word for word, _ in vocabulary]  # list: Unigram
@@ -332,18 +341,6 @@ def _without_special_words(settings: dict[str, Any], special: Collection[str]) -
     return json.dumps(settings)
 
 
-def _named_end(config: Path) -> str | None:
-    """`eos_token` of a tokenizer_config.json, which is a string or an object with its content."""
-    if not config.is_file():
-        return None
-    try:
-        token = json.loads(config.read_text(encoding="utf-8-sig")).get("eos_token")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config}: not a JSON object ({error})") from None
-    content = token["content"] if isinstance(token, dict) else token
-    return None if content is None else str(content)
-
-
 def _whole_texts(tokenizer: Tokenizer, dtype: np.dtype[np.generic]) -> Callable[[Sequence[str]], list[bytes]]:
     def encode(texts: Sequence[str]) -> list[bytes]:
         encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -353,7 +350,7 @@ def _whole_texts(tokenizer: Tokenizer, dtype: np.dtype[np.generic]) -> Callable[
 
 
 def _word_by_word(encode: Callable[[Sequence[str]], list[bytes]]) -> Callable[[Sequence[str]], list[bytes]]:
-    """Encode every different word once; a text is then the join of its words' bytes.
+    """Wrap `encode` so that every different word is encoded once and a text is the join of its words' bytes.
 
     This takes a third of the time of the library's own batches, which spend it on offsets and strings.
     """
@@ -375,7 +372,7 @@ def _word_by_word(encode: Callable[[Sequence[str]], list[bytes]]) -> Callable[[S
 
 
 def _splits_at_spaces(tokenizer: dict[str, object]) -> bool:
-    """Whether a token never reaches over a space that is followed by something else than white space.
+    """Return whether no token reaches over a space that is followed by something other than white space.
 
     That holds for the pattern of GPT-2, which the ByteLevel pre-tokenizer uses, as long as nothing else
     (a normalizer, an added token that is no special one) looks at the text before it.
