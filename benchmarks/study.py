@@ -31,13 +31,17 @@ ARMS = (
 )
 SEEDS = (43, 44, 45, 46, 47)
 MEASURED = """
-import resource, sys
+import resource, sys, time
 from tutelage.cli.main import main
 profile = {profile!r}
 try:
     if profile:
         import cProfile
-        cProfile.run("main()", profile)
+        watch = cProfile.Profile(time.process_time)
+        try:
+            watch.runcall(main)
+        finally:
+            watch.dump_stats(profile)
     else:
         main()
 finally:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from tutelage.analysis.gains import Gains, measure
-from tutelage.analysis.texts import text_spreads
+from tutelage.analysis.gains import Gains, measure, text_spreads
 from tutelage.study.plan import Plan, PlanDomain, PlanStudent, PlanTeacher
 from tutelage.study.results import Results
 

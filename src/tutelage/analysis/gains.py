@@ -8,12 +8,12 @@ mean. The out-of-domain gain is the mean of the domains' gains.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 
-from tutelage.analysis.stats import half_width
+from tutelage.analysis.stats import TextSpread, half_width, text_spread
 from tutelage.bootstrap import DRAWS
 
 if TYPE_CHECKING:
@@ -91,55 +91,79 @@ def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
     rows: list[tuple[object, ...]] = []
     twins = twins_of(results)
     for fit, losses in _LOSSES.items():
-        tables = dict(_tables(results, losses, twins))
+        losses_of = dict(_document_losses(results, losses, twins))
         for role in ("in_domain", "out_of_domain"):
-            domains = [table for name, table in tables.items() if roles.get(name) == role]
+            domains = [losses for name, losses in losses_of.items() if roles.get(name) == role]
             if domains:
                 rows += [(cell, fit, role, *numbers) for cell, *numbers in _intervals(pairs, domains)]
     return pl.DataFrame(rows, _COLUMNS, orient="row")
 
 
-Table = tuple[dict[str, int], "NDArray[np.float64]", dict[str, list[int]], "NDArray[np.float64]"]
-"""Row of each run; losses [runs, documents]; of each base the rows whose mean it is; draws of the documents
-[documents, 1 + draws]."""
+class _DocumentLosses(NamedTuple):
+    """Losses of the documents of one domain.
+
+    Attributes:
+        runs: row of each run in `runs_RN`.
+        runs_RN: losses.
+        bases: row of each base in `bases_BN`.
+        bases_BN: losses, means over the base's twins.
+        draws_NK: how often each draw has each document.
+    """
+
+    runs: dict[str, int]
+    runs_RN: NDArray[np.float64]
+    bases: dict[str, int]
+    bases_BN: NDArray[np.float64]
+    draws_NK: NDArray[np.float64]
 
 
-def _tables(results: Results, losses: str, twins: pl.DataFrame) -> Iterator[tuple[str, Table]]:
+def _document_losses(
+    results: Results, losses: str, twins: pl.DataFrame
+) -> Iterator[tuple[str, _DocumentLosses]]:
     test = results.documents.filter(split="test").select("run", "domain", "document", losses).drop_nulls()
     for (domain,), rows in test.partition_by("domain", as_dict=True, maintain_order=True).items():
         ordered = rows.sort("run", "document")
-        runs = ordered["run"].unique(maintain_order=True).to_list()
-        losses_RN = ordered[losses].to_numpy().reshape(len(runs), -1)
-        rng = np.random.default_rng(np.frombuffer(str(domain).encode(), dtype=np.uint8))
-        places = {run: i for i, run in enumerate(runs)}
-        bases: dict[str, list[int]] = {}
+        names = ordered["run"].unique(maintain_order=True).to_list()
+        runs_RN = ordered[losses].to_numpy().reshape(len(names), -1)
+        runs = {run: i for i, run in enumerate(names)}
+        twins_at: dict[str, list[int]] = {}
         for base, run in twins.iter_rows():
-            if run in places:
-                bases.setdefault(base, []).append(places[run])
-        yield str(domain), (places, losses_RN, bases, document_draws(losses_RN.shape[1], rng))
+            if run in runs:
+                twins_at.setdefault(base, []).append(runs[run])
+        means = [runs_RN[places].mean(axis=0) for places in twins_at.values()]
+        bases_BN = np.stack(means) if means else runs_RN[:0]
+        rng = np.random.default_rng(np.frombuffer(str(domain).encode(), dtype=np.uint8))
+        draws_NK = document_draws(runs_RN.shape[1], rng)
+        bases = {base: i for i, base in enumerate(twins_at)}
+        yield str(domain), _DocumentLosses(runs, runs_RN, bases, bases_BN, draws_NK)
 
 
-def _intervals(pairs: pl.DataFrame, domains: list[Table]) -> Iterator[tuple[int, float, float, float, int]]:
+def _intervals(
+    pairs: pl.DataFrame, domains: list[_DocumentLosses]
+) -> Iterator[tuple[int, float, float, float, int]]:
     """(cell, mean, low, high, documents)."""
-    n = sum(losses_RN.shape[1] for _, losses_RN, _, _ in domains)
-    cells = pairs["cell"].unique(maintain_order=True)
-    for start in range(0, len(cells), _CELLS_AT_ONCE):
-        some = pairs.filter(pl.col("cell").is_in(cells[start : start + _CELLS_AT_ONCE].implode()))
+    n = sum(len(one.draws_NK) for one in domains)
+    cell_P = pairs["cell"].to_numpy()
+    starts_C = np.flatnonzero(np.r_[True, cell_P[1:] != cell_P[:-1]])
+    ends_C = np.r_[starts_C[1:], len(cell_P)]
+    places = [
+        (
+            np.array([one.bases[run] for run in pairs["base_run"]]),
+            np.array([one.runs[run] for run in pairs["run"]]),
+        )
+        for one in domains
+    ]
+    for first in range(0, len(starts_C), _CELLS_AT_ONCE):
+        starts, ends = starts_C[first : first + _CELLS_AT_ONCE], ends_C[first : first + _CELLS_AT_ONCE]
+        some = slice(starts[0], ends[-1])
         drawn_PK = drawn_gains(
             [
-                (
-                    np.stack([losses_RN[bases[run]].mean(axis=0) for run in some["base_run"]]),
-                    losses_RN[[places[run] for run in some["run"]]],
-                    draws_NK,
-                )
-                for places, losses_RN, bases, draws_NK in domains
+                (one.bases_BN[bases_P[some]], one.runs_RN[runs_P[some]], one.draws_NK)
+                for one, (bases_P, runs_P) in zip(domains, places, strict=True)
             ]
         )
-        first = some["cell"].to_numpy()
-        starts = np.flatnonzero(np.r_[True, first[1:] != first[:-1]])
-        seeds = np.diff(np.r_[starts, len(first)])
-        means_CK = np.add.reduceat(drawn_PK, starts, axis=0) / seeds[:, None]
-        numbers = zip(first[starts], means_CK[:, 0], *percentile_interval(means_CK), strict=True)
+        means_CK = np.add.reduceat(drawn_PK, starts - starts[0], axis=0) / (ends - starts)[:, None]
+        numbers = zip(cell_P[starts], means_CK[:, 0], *percentile_interval(means_CK), strict=True)
         yield from ((int(cell), float(m), float(low), float(high), n) for cell, m, low, high in numbers)
 
 
@@ -279,3 +303,25 @@ def _by_domain(results: Results, cells: pl.DataFrame) -> pl.DataFrame:
         .with_columns(gain=100 * (1 - pl.col("value") / pl.col("base_value")))
         .sort("cell", "seed", "split", "fit", "domain")
     )
+
+
+def text_spreads(gains: Gains) -> dict[int, dict[Fit, TextSpread]]:
+    """Spread over texts of the out-of-domain test gain of every cell and fit that has two texts, by cell.
+
+    Only seeds with all texts count.
+    """
+    rows = gains.domains.filter(split="test", role="out_of_domain").sort("cell", "fit", "seed", "domain")
+    group = ["cell", "fit"]
+    texts = pl.col("domain").n_unique().over(group)
+    whole = rows.with_columns(texts=texts).filter(
+        pl.col("texts") > 1, pl.len().over(*group, "seed") == pl.col("texts")
+    )
+    shapes = whole.group_by(group, maintain_order=True).agg(
+        pl.col("texts").first(), seeds=pl.len() // pl.col("texts").first(), values="gain"
+    )
+    found: dict[int, dict[Fit, TextSpread]] = {}
+    for (n_seeds, n_texts), some in shapes.partition_by("seeds", "texts", as_dict=True).items():
+        gains_CST = some["values"].explode().to_numpy().reshape(-1, n_seeds, n_texts)
+        for cell, fit, spread in zip(some["cell"], some["fit"], text_spread(gains_CST), strict=True):
+            found.setdefault(cell, {})[fit] = spread
+    return found

@@ -1,9 +1,10 @@
-"""Intervals and tests over seeds, the replicates: paired t, equivalence, Holm's correction, flat regions."""
+"""Intervals and tests over seeds (paired t, equivalence, Holm's correction, flat regions), and over texts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
-
-    Curve = NDArray[np.float64]
 
 _DIGITS = 9
 """Differences are rounded to this many digits: less is rounding error, which would look like certainty."""
@@ -43,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """How surprising some differences are if a statement is false, and if it is true.
+    """One-sided p-values for and against a statement about the mean.
 
     Attributes:
         support: one-sided p value against "the statement is false"; small speaks for it.
@@ -175,7 +174,7 @@ def flat_region(gains_SA: NDArray[np.float64], best: int, level: float = 0.05) -
 
 def chance_inside(
     n: NDArray[np.int64], mean: float, deviation: float, low: float, high: float, level: float
-) -> Curve:
+) -> NDArray[np.float64]:
     """Chance that a t interval lies between two bounds, if differences are normal.
 
     With the sample deviation S = deviation sqrt(V / (n - 1)), V of the chi-squared distribution, the interval
@@ -199,7 +198,9 @@ def chance_inside(
     inside_NQ = stats.norm.cdf((high - mean) * root_N1 - spread_NQ) - stats.norm.cdf(
         (low - mean) * root_N1 + spread_NQ
     )
-    chance_N: Curve = np.maximum(inside_NQ, 0) @ (np.polynomial.legendre.leggauss(_NODES)[1] / 2)
+    chance_N: NDArray[np.float64] = np.maximum(inside_NQ, 0) @ (
+        np.polynomial.legendre.leggauss(_NODES)[1] / 2
+    )
     return chance_N
 
 
@@ -239,3 +240,51 @@ def seeds_needed(
     n = np.arange(2, _MOST_SEEDS + 1)
     enough = chance_inside(n, float(values.mean()), deviation, low, high, level) >= power
     return int(n[enough.argmax()]) if enough.any() else None
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpread:
+    """How much an out-of-domain mean depends on which texts it is over.
+
+    Attributes:
+        n: texts.
+        deviation: standard deviation of the texts' gains, each a mean over seeds, in percentage points.
+        least: the smallest mean over all texts but one.
+        most: the largest.
+        low: lower end of a 95% interval in which seeds and texts are both samples; -inf for one seed.
+        high: upper end.
+    """
+
+    n: int
+    deviation: float
+    least: float
+    most: float
+    low: float
+    high: float
+
+
+def text_spread(gains_CST: NDArray[np.float64]) -> list[TextSpread]:
+    """Spread of the mean of gains by seed and text, of each of C arms.
+
+    The variance of the mean is at most s_S^2 / S + s_T^2 / T, with s_S the standard deviation over seeds of
+    the means over texts, s_T that over texts of the means over seeds. What seeds and texts do together is in
+    both, so the interval is a little wide. Degrees of freedom by Satterthwaite (1946).
+
+    Args:
+        gains_CST: shape [C, S, T], at least two texts.
+    """
+    arms, seeds, texts = gains_CST.shape
+    of_texts_CT = gains_CST.mean(axis=1)
+    mean_C, deviation_C = of_texts_CT.mean(axis=1), of_texts_CT.std(axis=1, ddof=1)
+    others_CT = (of_texts_CT.sum(axis=1, keepdims=True) - of_texts_CT) / (texts - 1)
+    half_C = np.full(arms, inf)
+    if seeds > 1:
+        of_seeds_C = gains_CST.mean(axis=2).var(axis=1, ddof=1) / seeds
+        parts_C2 = np.stack([of_seeds_C, deviation_C**2 / texts], axis=1)
+        whole_C = parts_C2.sum(axis=1)
+        same_C = whole_C == 0
+        freedom_C = whole_C**2 / np.where(same_C, 1, (parts_C2**2 / [seeds - 1, texts - 1]).sum(axis=1))
+        wide_C = stats.t.ppf(0.975, np.where(same_C, 1, freedom_C)) * np.sqrt(whole_C)
+        half_C = np.where(same_C, 0, wide_C)
+    columns_C5 = (deviation_C, others_CT.min(axis=1), others_CT.max(axis=1), mean_C - half_C, mean_C + half_C)
+    return [TextSpread(texts, *map(float, row)) for row in zip(*columns_C5, strict=True)]

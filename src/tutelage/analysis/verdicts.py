@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 
-from tutelage.analysis.gains import Fit, Gains, Side, document_noise, measure
-from tutelage.analysis.stats import Estimate, flat_region
-from tutelage.analysis.texts import text_spreads
+from tutelage.analysis.gains import Fit, Gains, Side, document_noise, measure, text_spreads
+from tutelage.analysis.stats import Estimate, TextSpread, flat_region
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tutelage.analysis.texts import TextSpread
     from tutelage.study.plan import PlanStudent, PlanTeacher
     from tutelage.study.results import Results
     from tutelage.types import Split

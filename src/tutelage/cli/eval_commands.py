@@ -77,7 +77,7 @@ def score(
     or --store, the texts are those of the offline suite.
     """
     from tutelage.analysis.report.text import print_scores
-    from tutelage.analysis.score_warnings import score_warnings
+    from tutelage.analysis.words import score_warnings
     from tutelage.cli.progress import RichProgress, out, say
     from tutelage.evals.evaluate import EvalRequest, evaluate, select
 

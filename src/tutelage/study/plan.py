@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from tutelage.config.base import Fraction, Name, Section
 from tutelage.config.load import validate
@@ -161,7 +161,8 @@ def load_plan(directory: Path) -> Plan:
     """
     path = directory / "plan.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the directory of a study") from None
     except (OSError, ValueError) as error:
@@ -171,7 +172,10 @@ def load_plan(directory: Path) -> Plan:
             f"{path}: schema = {data.get('schema')!r}: of another version, this one reads {SCHEMA}; "
             "`tutelage study run` writes it again"
         )
-    return validate(Plan, data, str(path))
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError:
+        return validate(Plan, data, str(path))  # which says what is wrong, and where
 
 
 def save_plan(directory: Path, plan: Plan) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tutelage.analysis.texts import text_spread
+from tutelage.analysis.stats import text_spread
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "studies" / "interval_coverage.py"
 SPEC = importlib.util.spec_from_file_location("interval_coverage", SCRIPT)
@@ -57,7 +57,7 @@ def test_a_second_untaught_run_takes_a_quarter_of_the_variance():
 
 
 def test_the_spread_over_texts_by_hand():
-    spread = text_spread(np.array([[1.0, 4.0, 1.0], [2.0, 5.0, 2.0]]))
+    (spread,) = text_spread(np.array([[[1.0, 4.0, 1.0], [2.0, 5.0, 2.0]]]))
 
     # means over seeds 1.5, 4.5, 1.5; over texts 2, 3
     assert (spread.n, spread.least, spread.most) == (3, 1.5, 3.0)
@@ -66,4 +66,4 @@ def test_the_spread_over_texts_by_hand():
     freedom = parts.sum() ** 2 / (parts[0] ** 2 / 1 + parts[1] ** 2 / 2)
     half = stats.t.ppf(0.975, freedom) * parts.sum() ** 0.5
     assert (spread.low, spread.high) == pytest.approx((2.5 - half, 2.5 + half))
-    assert text_spread(np.array([[1.0, 2.0]])).high == np.inf
+    assert text_spread(np.array([[[1.0, 2.0]]]))[0].high == np.inf

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from synthetic_study import write_study
 
+from tutelage.analysis import words
 from tutelage.analysis.claims.judge import judge_study
-from tutelage.analysis.report import headline, words
+from tutelage.analysis.report import headline
 from tutelage.analysis.report.headline import supported
 from tutelage.analysis.report.text import print_verdicts
 from tutelage.analysis.stats import Estimate

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from training import Notes
 
-from tutelage.analysis.score_warnings import score_warnings
+from tutelage.analysis.words import score_warnings
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.data.build import build_store

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import altair as alt
 import polars as pl
 
+from tutelage.analysis import words
 from tutelage.analysis.figures.style import GREY, INK, Figure, Key, inline, one_seed, within_reach, zero_line
-from tutelage.analysis.report import words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,8 +17,8 @@ from tutelage.analysis.figures.gain_figures import (
 )
 from tutelage.analysis.figures.style import GREY, INK, PALETTE, Figure, Key, inline, key_of, within_reach
 from tutelage.analysis.gains import base_scores
-from tutelage.analysis.report.words import NO_TEACHER, grey_note
 from tutelage.analysis.tables import ledger
+from tutelage.analysis.words import NO_TEACHER, grey_note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

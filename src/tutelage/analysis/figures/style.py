@@ -14,7 +14,7 @@ import polars as pl
 import vl_convert
 from altair.utils.schemapi import debug_mode
 
-from tutelage.analysis.report.words import NO_TEACHER
+from tutelage.analysis.words import NO_TEACHER
 from tutelage.files import atomic_directory
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis.figures.style import GREY, INK, PALETTE, Figure, inline, zero_line
-from tutelage.analysis.report.text import sorting, untaught
+from tutelage.analysis.words import sorting, untaught
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from tutelage.analysis.report.words import effect, is_judged
+from tutelage.analysis.stats import TextSpread
 from tutelage.analysis.tables import tournaments
-from tutelage.analysis.texts import TextSpread
+from tutelage.analysis.words import effect, is_judged
 from tutelage.files import make_directory, write_text
 
 if TYPE_CHECKING:

@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from tutelage.analysis.report.words import NO_DIFFERENCE, ONE_SEED, count, effect, join, level, plus_minus
-from tutelage.analysis.score_warnings import score_warnings
 from tutelage.analysis.stats import exceeds, holm
 from tutelage.analysis.tables import overhead
+from tutelage.analysis.words import (
+    NO_DIFFERENCE,
+    ONE_SEED,
+    count,
+    effect,
+    join,
+    level,
+    plus_minus,
+    score_warnings,
+)
+from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -215,7 +224,7 @@ def notes(results: Results, findings: Findings) -> list[str]:
     controls = [sentence for group in _by_student(findings) for sentence in control_sentences(group)]
     unbeaten = not any(v.control for v in findings.verdicts)
     return [
-        *(f"Warning: {warning}" for warning in score_warnings(results.scores.iter_rows(named=True))),
+        *(f"Warning: {warning}" for warning in warnings_of_scores(results)),
         _seed_note(findings),
         *_contents_note(results, findings),
         *_text_note(findings),
@@ -232,6 +241,12 @@ def notes(results: Results, findings: Findings) -> list[str]:
         *plan.notes,
         *results.warnings,
     ]
+
+
+def warnings_of_scores(results: Results) -> list[str]:
+    """Sentences on scores that are not what they seem, as `words.score_warnings` gives them."""
+    some = results.scores.filter(pl.col("metric").is_in([FIRST_WINDOWS, CHANGED_TEXT]))
+    return score_warnings(some.iter_rows(named=True))
 
 
 def _many_note(n: int) -> list[str]:

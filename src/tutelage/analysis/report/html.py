@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import polars as pl
 
+from tutelage.analysis import words
 from tutelage.analysis.claims.evidence import MARGIN, choosing_seeds
 from tutelage.analysis.claims.judge import LEVEL
 from tutelage.analysis.figures.run_figures import figures
 from tutelage.analysis.figures.style import save_all
 from tutelage.analysis.figures.token_figures import comparison_figures
-from tutelage.analysis.report import headline, report_rows, words
+from tutelage.analysis.report import headline, report_rows
 from tutelage.analysis.report.csv_tables import save_tables
-from tutelage.analysis.report.text import sorting
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN
 from tutelage.files import write_text
 
@@ -73,7 +73,7 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
             for found, some in comparisons
         ],
         comparison_rows=report_rows.comparison_rows(results.token_comparisons),
-        sortings=list(dict.fromkeys(sorting(one) for one in results.token_comparisons)),
+        sortings=list(dict.fromkeys(words.sorting(one) for one in results.token_comparisons)),
         gain_caption=words.GAIN_CAPTION,
         level=f"{LEVEL:.0%}",
         margin=f"{SAME_LEVEL_MARGIN:.0%}",

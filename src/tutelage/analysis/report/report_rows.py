@@ -5,9 +5,8 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from tutelage.analysis import words
 from tutelage.analysis.figures.run_figures import calibration_errors
-from tutelage.analysis.report import words
-from tutelage.analysis.report.text import plus_minus
 from tutelage.analysis.tables import equal_compute, ledger, seed_spread, tournaments
 
 if TYPE_CHECKING:
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
     from tutelage.analysis.claims.judge import ClaimResult, JudgedStudy, TestResult
     from tutelage.analysis.gains import Fit
-    from tutelage.analysis.stats import Estimate
-    from tutelage.analysis.texts import TextSpread
+    from tutelage.analysis.stats import Estimate, TextSpread
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
     from tutelage.study.results import Results
     from tutelage.study.token_tables import TokenComparison
@@ -235,7 +233,7 @@ def comparison_rows(comparisons: Sequence[TokenComparison]) -> list[Row]:
                 "student": one.student,
                 "text": one.text,
                 "sorter": one.sorter or "the baseline",
-                "gains": [plus_minus(known[cell]) if cell in known else "" for cell in cells],
+                "gains": [words.group_plus_minus(known[cell]) if cell in known else "" for cell in cells],
             }
         )
     return rows

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.analysis.report import headline, words
-from tutelage.analysis.score_warnings import score_warnings
+from tutelage.analysis import words
+from tutelage.analysis.report import headline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -183,22 +183,6 @@ _HEADINGS = {
     "closer contrast": "closer minus not",
 }
 """Above the cells of a grouping, or in place of a difference's longer label."""
-CHANCE = (
-    "Sorting tokens by the baseline also sorts by its luck: tokens on which it was unlucky improve with any "
-    "other model, an untaught one too. Sort them by a third model (--sorter)."
-)
-"""What to keep in mind where the baseline makes the cells: regression to the mean."""
-SORTED = "Tokens are sorted by a third model, not by the baseline, whose luck would sort them too."
-
-
-def sorting(found: TokenComparison) -> str:
-    """By whom tokens are sorted, and what that means."""
-    return CHANCE if found.sorter is None else SORTED
-
-
-def untaught(found: TokenComparison) -> str:
-    """`baseline`, or `sorter` if there is one: who stands for an untaught model in the cells."""
-    return "baseline" if found.sorter is None else "sorter"
 
 
 def print_token_comparison(found: TokenComparison, console: Console) -> None:
@@ -208,7 +192,7 @@ def print_token_comparison(found: TokenComparison, console: Console) -> None:
                    "documents"),
         caption=Text(
             "nats per token; gain: cross-entropy of the baseline less that of the student, lead: less that "
-            f"of the teacher; 95% intervals over documents. {sorting(found)}"
+            f"of the teacher; 95% intervals over documents. {words.sorting(found)}"
         ),
         caption_justify="left",
         box=None,
@@ -223,7 +207,7 @@ def print_token_comparison(found: TokenComparison, console: Console) -> None:
     )
     before = ""
     for key, gain in gains.items():
-        heading, is_cell = _HEADINGS[key[0]].format(untaught(found)), not key[0].endswith("contrast")
+        heading, is_cell = _HEADINGS[key[0]].format(words.untaught(found)), not key[0].endswith("contrast")
         if heading and is_cell and key[0] != before:
             table.add_row(Text(heading, style="bold"))
         before = key[0]
@@ -231,17 +215,10 @@ def print_token_comparison(found: TokenComparison, console: Console) -> None:
             Text(("  " if heading else "") + (gain["label"] if is_cell else heading)),
             f"{gain['n'] / found.tokens:.1%}" if is_cell else "",
             f"{-losses[key]['mean']:.3f}" if is_cell else "",
-            plus_minus(gain),
-            plus_minus(leads[key]),
+            words.group_plus_minus(gain),
+            words.group_plus_minus(leads[key]),
         )
     console.print(table)
-
-
-def plus_minus(cell: dict[str, Any]) -> str:
-    """`+0.123 ± 0.045`, or the mean alone where there is no interval."""
-    if cell["high95"] is None:
-        return f"{cell['mean']:+.3f}"
-    return f"{cell['mean']:+.3f} ± {cell['high95'] - cell['mean']:.3f}"
 
 
 _MANY = 24
@@ -266,7 +243,7 @@ def print_verdicts(study: JudgedStudy, console: Console) -> None:
     for paragraph in headline.headline(findings, study.claims):
         console.print(Text(paragraph))
     _print_claims(study, console)
-    for warning in score_warnings(results.scores.iter_rows(named=True)):
+    for warning in headline.warnings_of_scores(results):
         console.print(Text(f"warning: {warning}"))
     for problem in results.problems:
         console.print(Text(f"left out: {problem}"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from tutelage.analysis.stats import Estimate
-    from tutelage.analysis.texts import TextSpread
+    from tutelage.analysis.stats import Estimate, TextSpread
     from tutelage.analysis.verdicts import PairFinding, Verdict
+    from tutelage.study.token_tables import TokenComparison
 
 GAIN_CAPTION = (
     "Gain: percent fewer bits per byte than the same student without a teacher, same seed and data; "
@@ -25,6 +27,10 @@ ONE_SEED = (
 _TEACHERS = {1: ", one teacher", 2: ", a teacher each"}
 _LEVELS = {"weak-to-strong": "weaker", "same-level": "same-level", "strong-to-weak": "stronger"}
 _FEW_ROWS = 24
+WORSE_BY = 0.2
+"""Nats per token by which first windows may be worse than the others without a warning."""
+
+_MOST_MODELS = 4
 
 
 def signed(percent: float, digits: int = 1) -> str:
@@ -164,3 +170,69 @@ def join(parts: Sequence[str]) -> str:
     if not parts:
         return ""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def score_warnings(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One sentence for every text whose scores are not what they seem, with the models that it holds for.
+
+    First windows of documents that are much worse than the others: a window at the beginning is as long as
+    any other, so the model was trained with something else in front of documents than it is scored with.
+    Such losses differ widely between training seeds and hide what is compared. And a tokenizer that changes
+    the text, so that part of it is never predicted.
+
+    Args:
+        rows: scores, with run, domain, split, metric and value; those of test splits count.
+    """
+    worse: dict[str, dict[str, float]] = {}
+    changed: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if (row["metric"], row["split"]) == (FIRST_WINDOWS, "test") and row["value"] > WORSE_BY:
+            worse.setdefault(row["domain"], {})[row["run"]] = row["value"]
+        elif (row["metric"], row["split"]) == (CHANGED_TEXT, "test"):
+            changed.setdefault(row["domain"], {})[row["run"]] = row["value"]
+    return [
+        *(
+            f"{domain}: first windows of documents are worse than the others by more than {WORSE_BY:g} nats "
+            f"per token for {_most(models, '.2f')}: does what begins a document here begin one in their "
+            "training? (Too little training, or a text with a hard beginning, shows the same.)"
+            for domain, models in worse.items()
+        ),
+        *(
+            f"{domain}: part of the text is never predicted, because the tokenizer changes it (share of "
+            f"documents: {_most(models, '.1%')}): these bits per byte compare only with those of the same "
+            "tokenizer"
+            for domain, models in changed.items()
+        ),
+    ]
+
+
+def _most(models: Mapping[str, float], form: str) -> str:
+    """Some models with their values, the largest first, and how many more there are."""
+    ordered = sorted(models.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{run} ({value:{form}})" for run, value in ordered[:_MOST_MODELS])
+    return f"{named} and {len(ordered) - _MOST_MODELS} more" if len(ordered) > _MOST_MODELS else named
+
+
+CHANCE = (
+    "Sorting tokens by the baseline also sorts by its luck: tokens on which it was unlucky improve with any "
+    "other model, an untaught one too. Sort them by a third model (--sorter)."
+)
+"""What to keep in mind where the baseline makes the cells: regression to the mean."""
+SORTED = "Tokens are sorted by a third model, not by the baseline, whose luck would sort them too."
+
+
+def sorting(found: TokenComparison) -> str:
+    """By whom tokens are sorted, and what that means."""
+    return CHANCE if found.sorter is None else SORTED
+
+
+def untaught(found: TokenComparison) -> str:
+    """`baseline`, or `sorter` if there is one: who stands for an untaught model in the cells."""
+    return "baseline" if found.sorter is None else "sorter"
+
+
+def group_plus_minus(cell: dict[str, Any]) -> str:
+    """`+0.123 ± 0.045`, or the mean alone where there is no interval."""
+    if cell["high95"] is None:
+        return f"{cell['mean']:+.3f}"
+    return f"{cell['mean']:+.3f} ± {cell['high95'] - cell['mean']:.3f}"
