@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_directory": _BASE | {"data", "models", "teachers.cache.layout"},
     "train": _BASE | _ROOMS | {"progress", "provenance", "run_directory"},
     "evals": _BASE
-    | {"data", "models", "presets", "progress", "provenance", "bootstrap", "records", "run_directory"}
+    | {"data", "models", "progress", "provenance", "bootstrap", "records", "run_directory"}
     | {"teachers.cache.layout"},
     "run": _BASE | _ROOMS | {"evals", "progress", "provenance", "run_directory", "train"},
     "study": _BASE | {"data", "models", "presets", "progress", "records", "run", "run_directory"},

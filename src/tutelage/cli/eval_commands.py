@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +33,7 @@ class EvalGroup(TyperGroup):
         mistyped = suggestion(first, self.commands) and not Path(first).exists()
         if first not in known and not mistyped:
             command = next((new for old, new in _COMMAND_OF.items() if old in args), "score")
-            rest = " ".join(text for text in args if text not in ("--mechanism", "--probes"))
+            rest = shlex.join(text for text in args if text not in ("--mechanism", "--probes"))
             raise UserError(
                 f"tutelage eval {first}: a command comes first ({', '.join(self.commands)}); "
                 f"run `tutelage eval {command} {rest}`"

@@ -175,19 +175,13 @@ def _evaluated(
             scored = score_domain(model, evaluated, target, in_domain, counter(progress, stage))
             save_scores(evaluated, target, scored)
             progress.finish(stage)
-    rows: dict[tuple[str, str, int], list[Score]] = {
-        (target.name, target.version, evaluated.step): [] for target in targets
-    }
-    for row in read_scores(evaluated.scores):
-        rows.get((row.domain, row.version, row.step), []).append(row)
-    return [row for found in rows.values() for row in found]
+    found = [score for score in read_scores(evaluated.scores) if score.step == evaluated.step]
+    wanted = [(target.name, target.version) for target in targets]
+    return [score for which in wanted for score in found if (score.domain, score.version) == which]
 
 
 def _name_old_scores(
-    evaluated: EvaluatedModel,
-    rows: Sequence[Score],
-    domains: Collection[str],
-    progress: Progress,
+    evaluated: EvaluatedModel, rows: Sequence[Score], domains: Collection[str], progress: Progress
 ) -> None:
     """Note which scores of the request are left out because another scoring version made them."""
     old = {row.domain: scoring_version(row.version) for row in rows if row.domain in domains}

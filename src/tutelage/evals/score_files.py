@@ -26,12 +26,12 @@ def version_of(identity: object) -> str:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """All scores in a file; none if it does not exist.
+    """All scores in a file; none if it is empty or does not exist.
 
     Raises:
         UserError: a line is not a `Score`.
     """
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         return []
     try:
         return read_lines(path, Score)

@@ -87,6 +87,12 @@ def test_missing_packages_are_one_message(monkeypatch):
         (([], "papers", []), "--suite papers: no such suite; choose offline or paper"),
         (([], None, ["stores/x"]), "--store stores/x: write NAME=DIRECTORY"),
         (([], None, ["=stores/x"]), "write NAME=DIRECTORY"),
+        (([], None, ["a="]), "write NAME=DIRECTORY"),
+        (([], None, ["../up=x"]), "a name has letters"),
+        (([], None, ["a=x", "a=y"]), "--store a: given twice, for x and y"),
+        (([], None, ["a_1=x", "a-1=y"]), "'a_1' and 'a-1' are one name"),
+        (([], None, ["Held=x", "held=y"]), "'Held' and 'held' are one name"),
+        ((["kjv"], None, ["KJV=x"]), "'kjv' and 'KJV' are one name"),
         ((["kjv"], None, ["kjv=stores/x"]), "a domain of that name is scored already"),
         ((["kvj"], None, []), "did you mean 'kjv'"),
     ],
@@ -97,6 +103,7 @@ def test_a_selection_that_makes_no_sense_is_said(arguments, message):
 
 
 def test_selections():
+    assert list(select(["kjv", "kjv"], None, [])[0]) == ["kjv"]
     assert list(select(["kjv"], None, [])[0]) == ["kjv"]
     chosen, stores = select(["c4"], "offline", ["held-out=a/b=c"])
     assert list(chosen) == [*OFFLINE, "c4"]

@@ -107,6 +107,22 @@ def test_scores_of_an_older_scoring_are_named_and_made_again(store, model, comma
     ]
 
 
+@pytest.mark.parametrize("line", ["?", '{"run": "x"}', "{}"])
+def test_a_damaged_line_of_scores_is_named(line, store, model, command):
+    what = ["eval", "score", model, "--store", f"speeches={store}", *LIMITS]
+    command(*what)
+    (scores,) = model.parent.glob("evals/tiny-*/scores.jsonl")
+    whole = scores.read_text()
+    scores.write_text(whole + line + "\n")
+    code, _, complaint = command(*what)
+    assert code == 2
+    assert f"error: {scores.parent.relative_to(model.parent)}: scores.jsonl, line" in complaint
+    assert complaint.count("\n") == 1
+    scores.write_text("")
+    assert command(*what)[0] == 0
+    assert scores.read_text() == whole
+
+
 def test_first_windows_that_are_much_worse_are_a_warning_with_model_and_text(store, model, command):
     what = ["eval", "score", model, "--store", f"speeches={store}", *LIMITS]
     _, printed, _ = command(*what)

@@ -11,7 +11,7 @@ import transformers
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals.domains import SUITES
-from tutelage.evals.evaluated_model import check_tokenizer, find_model
+from tutelage.evals.evaluated_model import check_tokenizer, find_model, find_models
 from tutelage.models import hub
 from tutelage.models.shapes import LADDER
 from tutelage.progress import NullProgress
@@ -110,3 +110,11 @@ def test_a_family_without_positions_reads_the_context_of_the_suites(directory, t
     config = transformers.BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2).to_dict()
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert find_model(str(directory), tmp_path).context == SUITES.context
+
+
+def test_runs_of_one_name_in_two_places_are_refused_and_the_same_run_is_one(tiny_run, tmp_path):
+    first = tiny_run.path
+    assert len(find_models([str(first), f"{first}/"], tmp_path)) == 1
+    second = shutil.copytree(first, tmp_path / "elsewhere" / first.name)
+    with pytest.raises(UserError, match=f"both are called {first.name}"):
+        find_models([str(first), str(second)], tmp_path)
