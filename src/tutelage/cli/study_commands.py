@@ -125,7 +125,7 @@ def study_run(
 ) -> None:
     """Run a study, or what is left of it, and judge it.
 
-    Stopped or killed, the same command goes on. Several of them, also on machines that share the directory,
+    Stopped or killed, the same command resumes. Several of them, also on machines that share the directory,
     share the work: each run is done once, and what a killed one had begun is taken over.
     """
     from tutelage.study.presets import load_study
@@ -209,7 +209,7 @@ def study_stop(directory: Directory) -> None:
     still = f"; {left} still at it: look again with `tutelage study status {directory}`" if left else ""
     say("asked", f"{asked} runner{'s' * (asked != 1)} to stop{still}")
     say("runs", directory / "runs")
-    say("next", "`tutelage study run` with the same file goes on")
+    say("next", "`tutelage study run` with the same file resumes")
 
 
 @study_app.command("retry")
@@ -246,7 +246,7 @@ def demo(
     Builds a token store from the State of the Union addresses, pretrains a small, an equal and a large
     teacher for each of three seeds, then students alone and with each teacher (and with a unigram control),
     scores them in and out of domain, prints the verdicts and writes report.html. Interrupt it and run it
-    again: it goes on. With one seed it shows the numbers and does not judge them.
+    again: it resumes. With one seed it shows the numbers and does not judge them.
     """
     from tutelage.study.presets import demo_study
     from tutelage.study.run_study import RunnerOptions

@@ -135,7 +135,7 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
-        """Refuse names that would coincide as names of directories."""
+        """Refuse names that would be equal as directories, and stages that do not exist."""
         refuse_alike("domains", [self.in_domain, *self.domains])
         refuse_alike("students", self.students)
         refuse_alike("post_training", self.post_training)
@@ -145,11 +145,6 @@ class StudyConfig(Section):
         for name, group in self.students.items():
             refuse_alike(f"students.{name}.seeds", group.seeds)
             refuse_alike(f"students.{name}.then", group.then)
-        return self
-
-    @model_validator(mode="after")
-    def _stages(self) -> StudyConfig:
-        for name, group in self.students.items():
             if unknown := sorted(set(group.then) - self.post_training.keys()):
                 raise ValueError(f"students.{name}.then: no stage '{unknown[0]}' in post_training")
         return self

@@ -1,4 +1,4 @@
-"""Studies that come with the package."""
+"""Load study files, and the studies that come with the package (presets)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def preset_names() -> list[str]:
 
 
 def load_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
-    """A preset by its name, or a study file by its path, which ends with .yaml.
+    """Load a preset by its name, or a study file by its path, which ends with .yaml.
 
     Raises:
         UserError: there is none, or it is wrong; the message names file and field.

@@ -78,7 +78,7 @@ class StudyReporter:
             self._progress.finish(run, f"{word} ({len(self._ended)} of {self._all})")
         for run in self._active - {node.id for node in active}:
             self._active.remove(run)
-            self._progress.finish(run, "interrupted, to be taken up again")
+            self._progress.finish(run, "interrupted, to be resumed")
         for node in active:
             self._show_run(node, parts[node.id], "here" if node.id in standing.running else "elsewhere")
 

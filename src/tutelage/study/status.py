@@ -42,7 +42,7 @@ class Status:
         name: of the study.
         counts: runs by state: done, running, stopped, failed, waiting.
         active: the runs that runners work on.
-        failed: runs that are given up, with the reason.
+        failed: runs that failed for good, with the reason.
         retried: runs of which an attempt failed and that will be tried again.
         runners: host and process of each runner, and the time since its heartbeat; dead ones are named so.
         seconds_left: training time of all runs that are not done, one after the other, by measured speed;
