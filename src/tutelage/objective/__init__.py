@@ -1,4 +1,4 @@
-"""The objective, usable on its own: `from tutelage.objective import Objective, chunked_objective`."""
+"""Training objective. For use on its own: `from tutelage.objective import Objective, chunked_objective`."""
 
 from tutelage.config.objective_config import Objective, TopK, TopP
 from tutelage.objective.alpha import Policy, make_policy

@@ -169,11 +169,11 @@ class GapDriven(_Adaptive):
         self._config = config
 
     def needs_teacher_ce(self, _step: int) -> bool:
-        """Always."""
+        """Every step."""
         return True
 
     def alpha(self, _step: int, _steps: int) -> float:
-        """Alpha of the next step."""
+        """Clip the running gap over the scale; before the first gap is known, return the cap."""
         memory, config = self._memory, self._config
         if not memory["seen"]:
             return config.cap
@@ -181,7 +181,7 @@ class GapDriven(_Adaptive):
         return min(config.cap, max(config.floor, gap / config.scale))
 
     def _learn(self, ce: float, teacher_ce: float) -> None:
-        """A plain mean over the first `window` steps, an exponential one after that."""
+        """Update the means: plain over the first `window` steps, exponential after that."""
         memory = self._memory
         memory["seen"] = min(memory["seen"] + 1.0, float(self._config.window))
         memory["ce"] += (ce - memory["ce"]) / memory["seen"]
@@ -207,11 +207,11 @@ class Prequential(_Adaptive):
         self._config = config
 
     def needs_teacher_ce(self, step: int) -> bool:
-        """On scored steps: those of a probe but its first."""
+        """Scored steps only: all steps of a probe but its first."""
         return 0 < step % self._config.period < self._config.probe
 
     def alpha(self, step: int, _steps: int) -> float:
-        """Alpha of `step`: 0 in a probe, else the teacher's weight."""
+        """Return 0 in a probe, else the teacher's weight."""
         config = self._config
         if step % config.period < config.probe:
             return 0.0

@@ -18,7 +18,7 @@ class NotFiniteError(ValueError):
     """An input has NaN or infinite values.
 
     Attributes:
-        name: which one: "hidden", "weight", "targets.hidden" and so on.
+        name: the input: "hidden", "weight", "targets.hidden" and so on.
     """
 
     def __init__(self, name: str, count: int) -> None:
@@ -40,10 +40,10 @@ def check_inputs(
     bias_V: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> None:
-    """Raise ValueError if something does not fit together.
+    """Raise ValueError if shapes, types, devices or values of the inputs do not fit together.
 
-    Values (NaN, infinity, labels and probabilities out of range) are looked at on the CPU only: on a GPU
-    the look would make every step wait for the device.
+    Values (NaN, infinity, labels and probabilities out of range) are checked on the CPU only: on a GPU the
+    check would make every step wait for the device.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha {alpha}: must be between 0 and 1")

@@ -1,9 +1,9 @@
-"""The production objective: head, loss and gradient per chunk of tokens, never holding [N, V].
+"""Objective for training: head, loss and gradient per chunk of tokens, without ever holding [N, V].
 
-Within a chunk the gradient with respect to the student's logits is written down rather than found by
-autograd. With forward KL at T=1 the whole objective is cross-entropy against the mixture
-(1 - alpha) onehot + alpha p_teacher, whose logit gradient is softmax(s) minus that mixture: one softmax, one
-pass; the row functions in `tutelage.objective.kernels` do that, on the CPU and on CUDA.
+Within a chunk the gradient with respect to the student's logits is computed by formula, not by autograd. With
+forward KL at T=1 the whole objective is cross-entropy against (1 - alpha) onehot + alpha p_teacher, whose logit
+gradient is softmax(s) minus that mixture: one softmax, one pass. The row functions in
+`tutelage.objective.kernels` do that, on the CPU and on CUDA.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight [V, D] of a head and its bias [V] or None, for a head that is no more than these.
+    """Return the weight [V, D] and the bias [V] (or None) of a linear head.
 
     Raises:
-        ValueError: it computes something else as well, which would be left out in silence: an adapter (LoRA),
+        ValueError: the head computes something else too, which would be silently left out: an adapter (LoRA),
             quantised weights, another layer.
     """
     parameters = dict(head.named_parameters())
@@ -62,7 +62,7 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 class ObjectiveHead(nn.Module):
-    """A head that is called for its loss instead of its logits.
+    """Wrap a head so that a call returns its loss instead of its logits.
 
     FSDP2 gathers and reduces the parameters of a module around its call. With
     `fully_shard(ObjectiveHead(head, objective), reshard_after_forward=False)` the head is gathered once and
@@ -84,7 +84,7 @@ class ObjectiveHead(nn.Module):
         transform: LogitTransform = PLAIN,
         vocab_size: int | None = None,
     ) -> None:
-        """Raises ValueError if the head is more than a linear layer."""
+        """Raise ValueError if the head is more than a linear layer."""
         super().__init__()
         weight_and_bias(head)
         self.head = head
@@ -100,7 +100,7 @@ class ObjectiveHead(nn.Module):
         alpha: float,
         gate: Gate | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The fields of `LossSums` in their order, as a tuple because FSDP2 looks for tensors in tuples.
+        """Return the fields of `LossSums` in their order, as a tuple because FSDP2 finds tensors in tuples.
 
         Raises:
             ValueError: as `chunked_objective` does.
@@ -121,7 +121,7 @@ _TEMPORARIES = 8
 
 
 def default_chunk_tokens(vocab_size: int, device: str, dense: bool, objective: Objective) -> int:
-    """Tokens per chunk, by the size of the vocabulary, the device, the kind of targets and the objective."""
+    """Choose tokens per chunk from the vocabulary, the device, the kind of targets and the objective."""
     size = _CHUNK_BYTES[device] / (4 * vocab_size)
     nucleus = objective.truncation is not None and objective.truncation.kind == "top_p"
     if objective.divergence not in {"forward_kl", "hard_labels"} or nucleus:
@@ -141,15 +141,14 @@ def chunked_objective(
     transform: LogitTransform = PLAIN,
     vocab_size: int | None = None,
 ) -> LossSums:
-    """Same arguments, value, gradient and errors as `reference_objective`, in a few chunks of memory.
+    """Compute what `reference_objective` computes, from the same arguments, in a few chunks of memory.
 
     Gradients for `hidden_ND`, `weight_VD` and `bias_V` are computed during the forward pass and scaled in
     the backward pass. Logits, the loss, the gradient of the logits and the sums of all gradients are float32
     (or float64) whatever the dtype of the hidden states, also under autocast; a gradient is rounded once, to
     the dtype of what it belongs to. `tutelage.objective.products` says what a product rounds on CUDA.
 
-    Tokens without a label cost nothing: no head is multiplied for them. Which these are is asked of the
-    labels, on a GPU by waiting for them.
+    Tokens without a label cost nothing: no head is multiplied for them. To find them, a GPU is waited for.
     """
     check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, vocab_size)
     plan = _Plan(labels_N, targets, alpha, objective, gate, transform, vocab_size, torch.is_grad_enabled())
@@ -160,7 +159,7 @@ def chunked_objective(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the autograd function needs beside the differentiable tensors."""
+    """Arguments of the autograd function besides the differentiable tensors."""
 
     labels_N: Tensor
     targets: Targets | None
@@ -235,7 +234,7 @@ class _ChunkedObjective(torch.autograd.Function):
 
 
 def _chunks(labels_N: Tensor, size: int) -> Iterator[Rows]:
-    """The tokens that have a label, some at a time. At least one chunk, so that gates are always called."""
+    """Yield the tokens that have a label in chunks, at least one, so that gates are always called."""
     kept_K = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
     everything = len(kept_K) == len(labels_N)
     for start in range(0, max(1, len(kept_K)), size):
@@ -244,7 +243,7 @@ def _chunks(labels_N: Tensor, size: int) -> Iterator[Rows]:
 
 
 def _cut_to(targets: Targets | None, vocab: int) -> Targets | None:
-    """Targets without padded rows, and with a head that every chunk can multiply as it is."""
+    """Drop padded rows of the teacher's head, and convert it once to the dtype of its products."""
     if not isinstance(targets, DenseTargets):
         return targets
     targets = targets.without_padding(vocab)
@@ -263,7 +262,7 @@ def _logits(
 def _chunk(
     student_CV: Tensor, labels_C: Tensor, targets: Targets | None, plan: _Plan
 ) -> tuple[Tensor, Tensor]:
-    """Loss sums [5] of one chunk, and its gradient with respect to what the head gives.
+    """Compute the loss sums [5] of one chunk and the gradient of its head's output.
 
     The student's logits, after their transform, may be overwritten by the gradient.
     """
@@ -322,7 +321,7 @@ def _label_losses(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
 
 
 def _cross_entropy(student_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy per token and its gradient, in the place of the logits: a teacher without weight."""
+    """Compute cross-entropy per token, and its gradient in the place of the logits."""
     zero_C, one_C = torch.zeros_like(student_CV[:, 0]), torch.ones_like(student_CV[:, 0])
     no_teacher = (torch.zeros_like(labels_C).unsqueeze(1), zero_C.unsqueeze(1), zero_C)
     ce_C, _ = sparse_rows(student_CV, *no_teacher, labels_C, one_C, zero_C, 1.0, "none")
@@ -337,7 +336,7 @@ def _teach(
     weights: tuple[Tensor, Tensor],
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CE, divergence and teacher CE per token, and the mixed logit gradient."""
+    """Compute CE, divergence and teacher CE per token, and the mixed logit gradient."""
     sparse = targets if isinstance(targets, SparseTargets) else None
     if teacher_CV is not None:
         sparse = truncate_targets(teacher_CV, labels_C, objective)
@@ -370,7 +369,7 @@ def _teach(
 
 
 def _bucketed(student_CV: Tensor, sparse: SparseTargets, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Any divergence over kept ids and a bucket, and its gradient spread back over the vocabulary.
+    """Compute any divergence over kept ids and a bucket, and spread its gradient over the vocabulary.
 
     The bucket's gradient goes to its members in proportion to their share of it; shares come from the
     complement's own log-sum-exp, so they are exact however small the bucket is.

@@ -1,4 +1,4 @@
-"""Divergences between teacher and student, each once as readable maths and once with its gradient.
+"""Divergences between teacher and student: each as its definition and with its gradient by formula.
 
 All are per token, in nats, of float32 log-probabilities over the same K outcomes (the vocabulary, or kept
 ids and a bucket for the rest), at least 0, and 0 exactly when the distributions are equal. An outcome whose
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Divergence:
-    """One named divergence D(teacher || student).
+    """A divergence D(teacher || student).
 
     Attributes:
-        summary: what it is and the paper it comes from.
+        summary: definition in words, and its paper.
         value: (logq_NK, logp_NK, objective) -> value_N, differentiable; the definition.
         value_and_gradient: the same arguments -> (value_N, logit gradient_NK), written by hand.
     """

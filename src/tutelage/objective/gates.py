@@ -35,7 +35,7 @@ def token_stats(
     """Statistics of the tokens of one chunk at T=1.
 
     Args:
-        gate: says what it needs.
+        gate: its `needs` select the statistics.
         student_CV: student logits.
         teacher_CV: teacher logits, None where there are only sparse targets.
         targets: of these tokens. From sparse ones the teacher's entropy is that of the kept ids and one
@@ -67,7 +67,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """What is known of the C tokens of one chunk; no gradients.
+    """Statistics of the C tokens of one chunk, without gradients.
 
     The last three are None unless the gate names them in `needs`.
 
@@ -96,7 +96,7 @@ class Gate(Protocol):
     needs: frozenset[str]
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        """Factors [C] on alpha, float32 in [0, 1]; what stands at tokens without loss is not used."""
+        """Factors [C] on alpha, float32 in [0, 1]; those of tokens without loss are not used."""
 
     def sums(self) -> list[Tensor]:
         """Sums since the last `update`, for the caller to replace in place by their sums over ranks."""
@@ -114,6 +114,9 @@ class Gate(Protocol):
 class _Stateless:
     needs: frozenset[str] = frozenset()
 
+    def __init__(self, _config: settings.TeacherBetterGate | settings.TeacherConfidenceGate) -> None:
+        """There are no settings."""
+
     def sums(self) -> list[Tensor]:
         return []
 
@@ -124,18 +127,15 @@ class _Stateless:
         return {}
 
     def load(self, state: Mapping[str, float]) -> None:
-        """There is nothing to load."""
+        """No-op."""
 
 
 class TeacherBetter(_Stateless):
     """1 where the teacher's cross-entropy on the label is below the student's, else 0.
 
-    The label decides who knows better; a token on which both are equal is not taught. `gap_driven` asks the
-    same of the whole run. A lead of this project, not a published method.
+    A token on which both are equal is not taught. `gap_driven` makes the same comparison for the whole run.
+    This is an idea of this project, not a published method.
     """
-
-    def __init__(self, _config: settings.TeacherBetterGate) -> None:
-        """Nothing to set."""
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Factors [C]."""
@@ -145,14 +145,11 @@ class TeacherBetter(_Stateless):
 class TeacherConfidence(_Stateless):
     """The teacher's largest probability: tokens on which it is unsure are taught less.
 
-    It teaches most where `TeacherEntropy` teaches least; the pair shows which side of the teacher helps. A
-    control of this project, not a published method.
+    It teaches most where `TeacherEntropy` teaches least; the two show which tokens of the teacher help. This
+    is a control of this project, not a published method.
     """
 
     needs = frozenset({"teacher_max"})
-
-    def __init__(self, _config: settings.TeacherConfidenceGate) -> None:
-        """Nothing to set."""
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Factors [C]."""
@@ -160,11 +157,11 @@ class TeacherConfidence(_Stateless):
 
 
 class _Above:
-    """1 above the threshold that a given fraction of the previous step's tokens was above.
+    """1 for values above the (1 - keep) quantile of the previous step, else 0.
 
     The quantile is read from a histogram, whose counts add up over chunks, micro-batches and ranks. Its bins
-    are narrow near 0, where a teacher's entropies crowd; within a bin, values count as spread evenly. In
-    the first step the threshold is 0 and all tokens pass. Tokens of equal entropy are treated alike.
+    are narrow near 0, where most of a teacher's entropies lie; within a bin, values count as spread evenly.
+    In the first step the threshold is 0 and all tokens pass. Tokens of equal entropy get equal factors.
     """
 
     BINS, LARGEST = 8192, 16.0  # entropies above 16 nats would need a vocabulary of nine million
@@ -224,7 +221,7 @@ class StudentEntropy(_Above):
 class TeacherEntropy(_Above):
     """0 on the fraction `drop` of tokens with the lowest teacher entropy (arXiv 2509.01649: 15%).
 
-    Distillation hurts copying from the context; leaving the teacher's near-certain tokens to the labels
+    Distillation hurts copying from the context; training the teacher's near-certain tokens on labels alone
     recovers it. The threshold is a quantile of the previous step, as in `StudentEntropy`.
     """
 

@@ -1,8 +1,8 @@
-"""The products of a head: logits, and the gradients behind them, kept in float32 whatever their operands are.
+"""Products of a head, logits and gradients, in float32 whatever the dtype of the operands.
 
 A product of bfloat16 matrices that is itself rounded to bfloat16 is off by up to .4% of each logit. Where
 student and teacher nearly agree that is as large as their difference, and the gradient of the divergence,
-which is this difference, is off by half. So the operands may be half precision and the result may not.
+which is this difference, is off by half. So operands may be in half precision, but results may not.
 
 On CUDA, matrices of half precision are multiplied as they are, and their products are summed and returned in
 float32 (`out_dtype`). A float32 operand beside one of half precision is rounded to it first, as autocast
@@ -46,7 +46,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class HeadProducts:
-    """What multiplies hidden states to logits, and a gradient of logits back.
+    """A head that multiplies hidden states to logits, and gradients of logits back.
 
     Attributes:
         weight_VD: the head, in the dtype in which it is multiplied.
@@ -109,7 +109,7 @@ class HeadProducts:
             yield rows, self.weight_VD[rows].to(self.dtype)
 
     def _half_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Of two matrices in `half`, in float32. Off CUDA, where tests look at it, by way of float32."""
+        """Multiply two matrices in `half` to float32. On the CPU, for tests, they are converted first."""
         if left.is_cuda:
             return torch.mm(left, right, out_dtype=torch.float32)
         return left.float() @ right.float()

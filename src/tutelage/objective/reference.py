@@ -1,4 +1,4 @@
-"""The training objective as readable maths: CE, a divergence from the teacher, and how they are mixed.
+"""Reference of the training objective: CE, a divergence from the teacher, and their mixture, as plain maths.
 
 `reference_objective` holds all logits and lets autograd find the gradient; it is for reading and for tests.
 Training uses `tutelage.objective.chunked.chunked_objective`, which has the same signature and value.
@@ -37,7 +37,7 @@ def reference_objective(
     transform: LogitTransform = PLAIN,
     vocab_size: int | None = None,
 ) -> LossSums:
-    """The objective summed over valid tokens, holding all [N, V] logits.
+    """Sum the objective over valid tokens, holding all [N, V] logits.
 
     Hidden states and heads are multiplied in float32, whatever their dtype; nothing given is written to.
 
@@ -50,7 +50,7 @@ def reference_objective(
         objective: divergence, temperature, mixing.
         gate: factor on alpha per token; None for 1.
         bias_V: the bias of the student's head; None for none.
-        transform: what the student's family does to its logits.
+        transform: of the student's logits, applied after the head.
         vocab_size: entries of the common vocabulary; later rows of either head are padding and take no
             probability. None: all rows.
 

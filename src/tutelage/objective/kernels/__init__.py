@@ -26,7 +26,7 @@ VARIABLE = "TUTELAGE_KERNELS"
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def kernels_for(device_type: str) -> str:
-    """`triton` for CUDA tensors where it is installed, `torch` otherwise; says so once in the log.
+    """Choose `triton` for CUDA tensors where it is installed, else `torch`; logged once per device type.
 
     A compiled caller keeps the choice that was made while it was traced.
 
@@ -61,7 +61,7 @@ def dense_rows(
     kd_weight_C: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rows.dense_rows` by the implementation for the student's device; same arguments and result."""
+    """Call `rows.dense_rows` or its CUDA twin, depending on the student's device."""
     if kernels_for(student_CV.device.type) == "torch":
         return rows.dense_rows(student_CV, teacher_CV, labels_C, ce_weight_C, kd_weight_C, temperature)
     from tutelage.objective.kernels import triton_rows  # noqa: PLC0415 - triton exists on Linux only
@@ -80,7 +80,7 @@ def sparse_rows(
     temperature: float,
     tail: str,
 ) -> tuple[Tensor, Tensor]:
-    """`rows.sparse_rows` by the implementation for the student's device; same arguments and result."""
+    """Call `rows.sparse_rows` or its CUDA twin, depending on the student's device."""
     weights = ce_weight_C, kd_weight_C
     if kernels_for(student_CV.device.type) == "torch":
         return rows.sparse_rows(student_CV, ids_CK, probs_CK, tail_C, labels_C, *weights, temperature, tail)

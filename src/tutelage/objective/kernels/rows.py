@@ -1,9 +1,9 @@
-"""The row kernels in torch: few passes over memory, in place, a cache's worth of rows at a time.
+"""Row kernels in torch: few passes over memory, in place, as many rows at a time as fit the cache.
 
 Both functions mix cross-entropy with forward KL and replace the student's logits by the gradient. Softmax
-reads a row once more than log-softmax would, but takes one exponential per entry instead of two, and
-the exponentials are what costs: log Z is read off the softmax's largest entry, which is 1 / Z exactly
-because logits are counted from the row's maximum.
+reads a row once more than log-softmax would, but takes one exponential per entry instead of two, and the
+exponentials dominate the cost. The softmax's largest entry is exactly 1 / Z, because the row's maximum is
+subtracted from the logits first, and gives log Z.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DENSE_ENTRIES = 2**18
-"""Entries per thread that are worked on at one time: 1 MiB of float32, about a core's own cache."""
+"""Entries per thread that are processed at one time: 1 MiB of float32, about a core's own cache."""
 
 SPARSE_ENTRIES = 2**20
-"""The same for sparse targets, which pass over the row less often and have more small work per block."""
+"""The same for sparse targets, which need fewer passes over a row and more small operations per block."""
 
 
 def dense_rows(
@@ -221,7 +221,7 @@ def _slot_kl(p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _log_z(softmax_BV: Tensor) -> Tensor:
-    """Log of the sum of exponentials of logits counted from their maximum: the largest entry is 1 / Z."""
+    """Read log Z off a softmax of logits minus their maximum, whose largest entry is 1 / Z."""
     return -softmax_BV.amax(-1, keepdim=True).log_()
 
 
@@ -231,12 +231,12 @@ def _outputs(count: int, student_CV: Tensor) -> Tensor:
 
 
 def _working_copy(block_BV: Tensor) -> Tensor:
-    """The block itself if it can be worked on in place, else a float32 copy."""
+    """Return the block itself if it can be processed in place, else a float32 copy."""
     return block_BV.to(torch.promote_types(block_BV.dtype, torch.float32)).contiguous()
 
 
 def _blocks(student_CV: Tensor, entries: int) -> Iterator[tuple[slice, Tensor]]:
-    """Row slices with a working copy of their logits, which is written back when the next is asked for."""
+    """Yield row slices with a working copy of their logits, which is written back before the next."""
     tokens, vocab = student_CV.shape
     size = tokens
     if student_CV.device.type == "cpu":  # elsewhere a launch costs more than the cache saves

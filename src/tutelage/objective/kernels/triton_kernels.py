@@ -1,4 +1,4 @@
-"""The Triton kernels: one program per row, which reads its row twice and writes it once.
+"""Triton kernels: one program per row, which reads its row twice and writes it once.
 
 The first pass finds log Z by an online maximum and sum; the second reads the logits again, mostly from the
 second-level cache, and overwrites them with the gradient. Accumulation is float32 whatever the logits are.
@@ -28,7 +28,7 @@ def _grow(
     temperature: tl.tensor,
     HEATED: tl.constexpr,
 ) -> tl.tensor:
-    """Take a block into the running maximum and sums of exp(x - largest), at T = 1 and at T."""
+    """Add a block to the running maximum and sums of exp(x - largest), at T = 1 and at T."""
     larger = tl.maximum(largest, tl.max(x, 0))
     origin = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf would be nan
     z_1 = z_1 * tl.exp(largest - origin) + tl.sum(tl.exp(x - origin), 0)
@@ -65,10 +65,10 @@ def _slot_kl(p: tl.tensor, log_q: tl.tensor) -> tl.tensor:
 def _token(
     label: tl.tensor, ce_weight: tl.tensor, kd_weight: tl.tensor, vocab: tl.tensor, temperature: tl.tensor
 ) -> tl.tensor:
-    """Whether a token counts, its label (0 if it has none), its weights, and what to add to its outputs.
+    """Load a token: whether it counts, its label (0 if none), its weights, and a term for its outputs.
 
-    The KL's weight contains its derivative's 1 / T. Added is 0, or NaN to a token whose label is outside the
-    vocabulary; its weight of the cross-entropy is NaN, and so is its gradient.
+    The KL's weight contains its derivative's 1 / T. The term is 0, or NaN if the label is outside the
+    vocabulary; the weight of the cross-entropy, and with it the gradient, is then NaN too.
     """
     gold = tl.load(label)
     valid = gold != _IGNORE

@@ -1,6 +1,6 @@
-"""The row kernels in Triton, for CUDA: the same two functions as in `rows`, as operators torch can compile.
+"""Row kernels in Triton, for CUDA: the same two functions as in `rows`.
 
-They are registered as custom operators: `torch.compile` keeps them whole in its graph.
+They are registered as custom operators, which `torch.compile` keeps whole in its graph.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def sparse_rows(
 
 
 def _check_rows(name: str, logits_CV: Tensor) -> None:
-    """The kernels are told the distance between rows, and read each as one run of entries."""
+    """Check that the entries of a row are adjacent, as the kernels assume."""
     if logits_CV.stride(1) != 1:
         raise ValueError(
             f"{name} logits with strides {logits_CV.stride()}: entries of a row must be adjacent"
@@ -151,4 +151,4 @@ def _sparse(
 @_dense.register_fake
 @_sparse.register_fake
 def _writes_in_place(*_: object) -> None:
-    """Nothing is returned, so there are no shapes to tell the compiler."""
+    """No-op: the operators return nothing, so the compiler needs no shapes."""
