@@ -50,8 +50,7 @@ def other_store(tmp_path_factory, store) -> Path:
     return build_store(config, tmp_path_factory.mktemp("stores"))
 
 
-@pytest.fixture(scope="session")
-def tiny_config(store):
+def config_maker(store: Path):
     """A function that makes a small run config for an output directory; keywords replace whole sections."""
 
     def make(directory: Path, /, **changes: Any) -> RunConfig:
@@ -70,10 +69,16 @@ def tiny_config(store):
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_config(store):
+    """`config_maker` of the shared store, for fixtures that outlive a test."""
+    return config_maker(store)
+
+
 @pytest.fixture
-def make_config(tiny_config, tmp_path):
-    """As `tiny_config`, for runs in a directory of the test."""
-    return partial(tiny_config, tmp_path / "runs")
+def make_config(store, tmp_path):
+    """As `tiny_config`, for runs in a directory of the test, from the store that its module defines."""
+    return partial(config_maker(store), tmp_path / "runs")
 
 
 @pytest.fixture

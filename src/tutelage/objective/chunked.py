@@ -1,8 +1,8 @@
 """Objective for training: head, loss and gradient per chunk of tokens, without ever holding [N, V].
 
 Within a chunk the gradient with respect to the student's logits is computed by formula, not by autograd. With
-forward KL at T=1 the whole objective is cross-entropy against (1 - alpha) onehot + alpha p_teacher, whose logit
-gradient is softmax(s) minus that mixture: one softmax, one pass. The row functions in
+forward KL at T=1 the whole objective is cross-entropy against (1 - alpha) onehot + alpha p_teacher, whose
+logit gradient is softmax(s) minus that mixture: one softmax, one pass. The row functions in
 `tutelage.objective.kernels` do that, on the CPU and on CUDA.
 """
 
