@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -63,10 +63,9 @@ class RichProgress:
     def __init__(self) -> None:
         self._bars = Bars(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            _Measured(),
+            BarColumn(bar_width=12),
             _TimeLeft(),
+            _Measured(),
             console=err,
             transient=True,
             disable=not err.is_terminal or os.environ.get("RANK", "0") != "0",
@@ -136,7 +135,7 @@ class _TimeLeft(ProgressColumn):
         speed = _speed(task)
         if left is None and task.total is not None and speed > 0:
             left = (task.total - task.completed) / speed
-        return Text(period(elapsed) if left is None else f"about {period(left)} left", no_wrap=True)
+        return Text(period(elapsed) if left is None else f"{period(left)} left", no_wrap=True)
 
 
 def _measured(task: Task) -> str:
@@ -158,7 +157,9 @@ def _amount(done: float, total: float | None, unit: str) -> str:
         return f"{done / 1e6:,.1f} MB"
     if unit == "tokens":
         return short(done) + ("" if total is None else f"/{short(total)}") + " tokens"
-    return f"{done:,}" + ("" if total is None else f"/{total:,}") + f" {unit}" if unit else ""
+    if unit == "":
+        return f"{done / total:.0%}" if total else ""
+    return f"{done:,}" + ("" if total is None else f"/{total:,}") + f" {unit}"
 
 
 def _speed(task: Task) -> float:
