@@ -24,9 +24,9 @@ from tutelage.progress import NullProgress, Progress
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, run_id
 from tutelage.train import distributed
 from tutelage.train.checkpoint import BRANCH_POINT
-from tutelage.train.loop import check_cohort, train
+from tutelage.train.loop import train
 from tutelage.train.save_model import export
-from tutelage.train.setup import open_student, open_teacher
+from tutelage.train.setup import check_cohort, open_student, open_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.config.teacher_config import CacheTeacher
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
@@ -16,10 +17,13 @@ from tutelage.models import hub, shapes
 from tutelage.models.export import Base
 from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
+from tutelage.teachers.cache.reader import check_serves
 from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.student import Student
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
     from tutelage.config.run_config import RunConfig
@@ -31,6 +35,40 @@ if TYPE_CHECKING:
 
 _FALLBACK_LR = 3e-4
 """Peak learning rate of a model that is no shape of the ladder and whose config names none."""
+
+
+def check_cohort(configs: Sequence[RunConfig]) -> None:
+    """Check that runs can train together, and that their teacher's targets serve each of them.
+
+    Raises:
+        UserError: naming the first field that they must share and do not, or what one asks for in vain.
+    """
+    first = configs[0]
+    for other in configs[1:]:
+        for field, ours, theirs in (
+            ("data", first.data, other.data),
+            ("global_batch_tokens", first.global_batch_tokens, other.global_batch_tokens),
+            ("micro_batch_tokens", first.micro_batch_tokens, other.micro_batch_tokens),
+            ("dtype", first.dtype, other.dtype),
+            ("runtime.device", first.runtime.device, other.runtime.device),
+            ("runtime.threads", first.runtime.threads, other.runtime.threads),
+            ("output", first.output, other.output),
+        ):
+            if ours != theirs:
+                raise UserError(
+                    f"runs {first.name} and {other.name}: trained together, they read the same batches, but "
+                    f"{field} is {ours} in one and {theirs} in the other; make them equal or train one by one"
+                )
+    teachers = [config.teacher for config in configs if config.teacher is not None]
+    for teacher in teachers[1:]:
+        if teacher != teachers[0]:
+            raise UserError(
+                f"teacher: runs trained together share one, but there are {teachers[0]} and {teacher}; "
+                "train them in one cohort per teacher"
+            )
+    for config in configs:
+        if isinstance(config.teacher, CacheTeacher):
+            check_serves(config.teacher.path, config.objective)
 
 
 def open_student(config: RunConfig, directory: RunDirectory, world: World) -> Student:

@@ -72,7 +72,7 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
         _check_space(job, positions - index.tokens)
         _write_manifest(job, stop)
         if index.tokens:
-            progress.note(f"going on after {index.tokens:,} of {positions:,} tokens")
+            progress.note(f"resuming after {index.tokens:,} of {positions:,} tokens")
         progress.start(plan.path.name, positions, "tokens", index.tokens)
         writer = _Writer(job, index, progress, stop, encoder)
         while missing := index.missing():
