@@ -25,6 +25,7 @@ from tutelage.evals.probes import run_probes
 from tutelage.evals.token_comparison import compare_tokens
 from tutelage.models import hub, shapes
 from tutelage.models.directory import weights_fingerprint
+from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
@@ -227,27 +228,11 @@ def test_positions_that_are_not_there_are_refused_before_the_first_step(
     assert fits.is_done()
 
 
-class Silent:
-    """An onlooker of evaluations who says nothing."""
-
-    def store(self, stage, done):
-        pass
-
-    def domain(self, subject, domain, number, of):
-        pass
-
-    def advance(self, tokens):
-        pass
-
-    def note(self, text):
-        pass
-
-
 def test_every_evaluation_stays_within_a_models_positions(short_sighted, store, other_store, tmp_path):
     evaluated = find_model(short_sighted, tmp_path / "evals")
     assert evaluated.context == 16
     request = EvalRequest({}, {"scripture": other_store}, tmp_path / "evals", 2, 60, "cpu")
-    rows, _ = evaluate([short_sighted], request, Silent())
+    rows, _ = evaluate([short_sighted], request, NullProgress())
     assert rows
     assert run_probes(evaluated, store=store)
     found = compare_tokens(
@@ -283,8 +268,8 @@ def test_a_family_without_attention_teaches_learns_and_is_scored(store, other_st
     student = run(make_config(model={"path": path}, optim={"lr": 1e-3}, tokens=2 * 256))
     assert student.state()["export"]["largest_logit_difference"] < 1e-6
     request = EvalRequest({}, {"scripture": other_store}, tmp_path / "evals", 1, 40, "cpu")
-    rows, _ = evaluate([path], request, Silent())
-    assert {row["run"].split("-")[0] for row in rows} == {"mamba"}
+    rows, _ = evaluate([path], request, NullProgress())
+    assert {row.run.split("-")[0] for row in rows} == {"mamba"}
 
 
 def test_a_tokenizer_of_more_ids_than_rows_is_refused(store, make_config, tmp_path):
