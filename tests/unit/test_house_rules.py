@@ -62,8 +62,8 @@ ALLOWED: dict[str, set[str]] = {
 
 REGISTRIES = [
     ("tutelage.models.shapes", "LADDER", attrgetter("summary")),
-    ("tutelage.data.corpora", "CORPORA", attrgetter("description")),
-    ("tutelage.data.corpora", "PAIR_CORPORA", attrgetter("description")),
+    ("tutelage.data.corpora", "CORPORA", attrgetter("summary")),
+    ("tutelage.data.corpora", "PAIR_CORPORA", attrgetter("summary")),
     ("tutelage.objective.divergences", "DIVERGENCES", attrgetter("summary")),
     ("tutelage.objective.gates", "GATES", inspect.getdoc),
     ("tutelage.teachers.kinds", "TEACHERS", attrgetter("summary")),

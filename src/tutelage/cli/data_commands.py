@@ -30,7 +30,7 @@ def data_list() -> None:
     for kind, corpora in (("corpus", CORPORA), ("corpus_pairs", PAIR_CORPORA)):
         for corpus in corpora.values():
             package = f"{corpus.package}=={corpus.version}"
-            table.add_row(corpus.name, kind, package, corpus.licence, corpus.description)
+            table.add_row(corpus.name, kind, package, corpus.licence, corpus.summary)
     out.print(table)
     say("next", "`tutelage data build --corpus NAME`")
 

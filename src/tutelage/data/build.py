@@ -127,7 +127,7 @@ def _given_tokenizer(config: StoreConfig) -> tuple[TextTokenizer | None, Chat | 
 
 
 def _hashed(config: StoreConfig) -> dict[str, Any]:
-    """Return the settings that a store's name covers; inputs enter by content and not by place."""
+    """Return the settings that a store's name covers; inputs count by content and not by place."""
     fields = config.model_dump(mode="json", exclude={"name"})
     for source in fields["sources"]:
         source.pop("paths", None)

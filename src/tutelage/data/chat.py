@@ -1,4 +1,4 @@
-"""Prompts and completions as documents in pieces: which text is given, and which is learned."""
+"""Read prompts and completions as documents in pieces: prompts are given, completions are learned."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Chat:
         )
 
     def pieces(self, messages: Sequence[Message], where: str) -> tuple[Piece, ...]:
-        """A prompt and a completion for every turn of the assistant.
+        """Return a prompt and a completion for every turn of the assistant.
 
         A prompt is everything the template puts before the turn, the generation prompt included; a completion
         is everything it puts there for the turn. White space after an end-of-text token belongs to the next
-        prompt. What follows the last assistant turn is left out, and so is an end-of-text token at the very
-        end, because the store closes every document with one.
+        prompt. Text after the last assistant turn is left out, and so is an end-of-text token at the end,
+        because the store closes every document with one.
 
         Args:
             messages: turns with the roles that the template knows.
@@ -115,7 +115,7 @@ class Chat:
 
 
 def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
-    """The chat template beside the tokenizer in `path`: chat_template.jinja, or in tokenizer_config.json.
+    """Load the chat template beside the tokenizer in `path`, of chat_template.jinja or tokenizer_config.json.
 
     Raises:
         UserError: there is none.
@@ -139,7 +139,7 @@ class Piece(NamedTuple):
     """A part of a document that is encoded by itself, so that no token reaches over its borders.
 
     Attributes:
-        text: what it says.
+        text: its text.
         is_prompt: whether its tokens carry no loss.
         markup: whether special tokens in it are meant as such, because a chat template put them there.
     """
@@ -157,13 +157,13 @@ class Message(TypedDict):
 
 
 def read_pairs(source: PairSource, chat: Chat | None) -> Iterator[tuple[Piece, ...] | BadRowError]:
-    """The documents of one source, in a fixed order, each a prompt and its completion, perhaps repeated.
+    """Yield the documents of one source in a fixed order, each one or more prompts with their completions.
 
-    What is wrong with one row is handed on in its place, naming file and line: a field is missing, is no text
-    or is blank, or the conversation does not fit the chat template.
+    An error in one row is yielded in its place and names file and line: a field is missing, is no text or is
+    blank, or the conversation does not fit the chat template.
 
     Args:
-        source: where they are.
+        source: the source.
         chat: renders conversations; needed by `template: chat` only.
 
     Raises:
@@ -220,7 +220,7 @@ def _conversation(row: object, source: PairSource, where: str) -> Sequence[Messa
 
 
 def _message(message: object, where: str) -> Message:
-    """One turn, with whatever else it has that a template may look at."""
+    """Return one turn, with all other fields, which a template may use."""
     role, content = (_text(message, field, where) for field in ("role", "content"))
     return {**cast("Message", message), "role": role, "content": content}
 

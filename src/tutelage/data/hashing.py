@@ -1,7 +1,7 @@
-"""Counter-based pseudo-randomness: a number is a pure function of its seed and of what it is for.
+"""Draw pseudo-random numbers and permutations by counter: each is a pure function of a seed and a place.
 
-There is no generator to carry along, so any process, in any order, draws the same numbers. Only integer
-arithmetic of fixed width is used: they are the same on every machine and with every library version.
+No generator has a state, so any process, in any order, draws the same numbers. Only integer arithmetic of
+fixed width is used: they are the same on every machine and with every library version.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def mixed(*numbers: int) -> int:
-    """A seed of 63 bits that is a function of all `numbers` and their order."""
+    """Mix all `numbers`, in their order, into a seed of 63 bits."""
     state = np.zeros(1, np.uint64)
     for number in numbers:
         state = splitmix64(splitmix64(state) ^ np.uint64(number & _MASK_64))
@@ -35,13 +35,13 @@ def mixed(*numbers: int) -> int:
 
 
 def uniforms(seed: int, stream: int, places: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
-    """Numbers uniform in (0, 1), [places, draws], each a function of (seed, stream, place, draw) alone.
+    """Draw uniform numbers in (0, 1), [places, draws], each a function of (seed, stream, place, draw) alone.
 
     They are odd multiples of 2^-41, so an integer up to 4095 can be added without rounding.
 
     Args:
         seed: not negative.
-        stream: what the numbers are for; different streams are unrelated.
+        stream: number of the purpose; different streams are unrelated.
         places: for example positions in a text; not negative.
         draws: numbers per place.
     """
@@ -54,18 +54,17 @@ def uniforms(seed: int, stream: int, places: NDArray[np.int64], draws: int) -> N
 
 
 def permuted(places: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where a pseudo-random permutation of range(n) sends `places`, without holding the permutation.
+    """Map `places` by a pseudo-random permutation of range(n), without storing the permutation.
 
     A Feistel network permutes the numbers of an even number of bits, at least n of them; results of n
-    and above are sent through it again until they fall below n (cycle walking), which keeps it a
-    permutation of range(n). Fewer than four passes are needed on average. Only integer arithmetic
-    of fixed width is used, so the order is the same on every machine and with every library version.
+    and above are mapped again until they fall below n (cycle walking), which keeps it a permutation of
+    range(n). Fewer than four passes are needed on average.
 
     Args:
         places: int64, each in [0, n).
         n: size of the permuted range, at least 1.
         seed: not negative; different seeds give unrelated permutations.
-        epoch: not negative; so do different epochs.
+        epoch: not negative; different epochs give unrelated permutations.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)

@@ -1,8 +1,8 @@
-"""The batch of a step, as a pure function of (seed, step, rank).
+"""Compute the batch of a step as a pure function of (seed, step, rank).
 
 The tokens of a split are cut into windows of T tokens; every epoch visits every window once, in an
 order of its own. The order needs no memory and no state: it is computed from the seed, so a run that
-is taken up again, or spread over more ranks, sees what it would have seen.
+resumes, or runs on more ranks, sees the same batches.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class Loader:
         return self.n_windows / self._per_step
 
     def windows(self, step: int) -> NDArray[np.int64]:
-        """The windows of this rank in `step`, in order; window w begins at token w * T of the split."""
+        """Return the windows of this rank in `step`, in order; window w begins at token w T of the split."""
         first = step * self._per_step
         return self._windows_of(np.arange(first, first + self._per_step, dtype=np.int64)[self._slice])
 
     def unlabelled(self, steps: int) -> int:
-        """How many of the first `steps` steps have no label on any rank, as only a mask can cause it.
+        """Count the steps among the first `steps` without a label on any rank, which only a mask can cause.
 
         Reads the whole mask once.
         """
@@ -109,7 +109,7 @@ class Loader:
         return windows
 
     def batch(self, step: int) -> Batch:
-        """Token ids and next-token labels of this rank in `step`, both int64 [sequences, T]."""
+        """Return token ids and next-token labels of this rank in `step`, both int64 [sequences, T]."""
         starts = self.windows(step) * self._length
         rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
         ids = torch.from_numpy(rows.astype(np.int64))

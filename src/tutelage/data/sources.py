@@ -1,8 +1,7 @@
-"""Documents from corpora, files and the Hub, and the mixture of several sources.
+"""Read documents from corpora, files and the Hub, and mix several sources.
 
-Every source can be read again from its beginning, in the same order. Nothing is held in memory but
-the document at hand and one 16-byte hash per document to find exact duplicates. What is not taken of a
-source is counted.
+Every source can be read again from its beginning, in the same order. Memory holds the current document and
+one 16-byte hash per document to find exact duplicates. Rows that are not used are counted.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Document:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the rows of one source: documents of the mixture, or dropped for one of four reasons.
+    """Counts the rows of one source: documents of the mixture, or dropped for one of four reasons.
 
     A row is a row of a file or data set, a text file or a part of it that became a document, or a document of
     a corpus.
@@ -84,7 +83,7 @@ class Tally:
 
 
 def describe(source: Source) -> dict[str, JsonValue]:
-    """What fixes the text of a source: versions, checksums, revision. It becomes part of a store's name.
+    """Return the identity of the text of a source: versions, checksums, revision. A store's name covers it.
 
     Raises:
         UserError: the corpus is unknown, or a file is missing.
@@ -120,7 +119,7 @@ class Mixture:
         chat: renders the conversations of sources with `template: chat`.
 
     Attributes:
-        tallies: what became of the rows of each source, filled while reading.
+        tallies: counts of the rows of each source, filled while reading.
         ended_by: what ended it: "max_bytes", or the place of the source that ran out before others did; None
             while it is read, and where every source was read to its end.
     """
@@ -137,7 +136,7 @@ class Mixture:
         self._streams = [self._distinct(source, index, chat) for index, source in enumerate(sources)]
 
     def __iter__(self) -> Iterator[Document]:
-        """The documents, in a fixed order.
+        """Yield the documents, in a fixed order.
 
         Raises:
             UserError: a source is missing, damaged, empty, not text, or has a bad row and is not to skip it;
@@ -150,7 +149,7 @@ class Mixture:
                 return
 
     def count_left(self) -> list[Left | None]:
-        """What was left of each source when another ended the mixture; None where that is not known.
+        """Return what was left of each source when another ended the mixture; None where that is not known.
 
         Files and corpora are read on for it, each for up to a gigabyte of text; data sets are not.
         """
@@ -169,7 +168,7 @@ class Mixture:
         return Left(documents=rest.documents, bytes=rest.bytes, is_all=rest.bytes < _COUNTED_BYTES)
 
     def _distinct(self, source: Source, index: int, chat: Chat | None) -> Iterator[Document]:
-        """The documents of one source that are neither blank nor seen before, counted in its tally."""
+        """Yield the documents of one source that are neither blank nor seen before, and count its rows."""
         for pieces in _read(source, chat):
             tally = self.tallies[index]
             if isinstance(pieces, BadRowError):
@@ -209,7 +208,7 @@ class Mixture:
 
 
 def _read(source: Source, chat: Chat | None) -> Iterator[tuple[Piece, ...] | BadRowError | None]:
-    """What every row of a source holds; None for null."""
+    """Yield the content of every row of a source; None for null."""
     match source:
         case CorpusSource():
             return ((Piece(text),) for text in find_corpus(source.name).documents())
@@ -230,7 +229,7 @@ def _joined(pieces: tuple[Piece, ...]) -> str:
 
 
 def _identity(pieces: tuple[Piece, ...], text_digest: bytes) -> bytes:
-    """Equal only for documents in the same pieces: the same text may be asked and answered otherwise."""
+    """Return a hash that is equal only for the same text in the same pieces."""
     if not any(piece.is_prompt or piece.markup for piece in pieces):
         return text_digest[:_IDENTITY_BYTES]
     found = hashlib.blake2b(digest_size=_IDENTITY_BYTES, person=b"pieces")

@@ -1,4 +1,4 @@
-"""The token store: text as token ids on disk, split by document, written once and then only read.
+"""Read a token store: text as token ids on disk, split by document, written once and then only read.
 
 A store is a directory: `manifest.json`, `tokenizer.json` and, for each split, `<split>.bin` (ids, every
 document begun by what the tokenizer puts in front of a text, which may be nothing, and closed by the
@@ -57,7 +57,7 @@ class Store:
 
     Attributes:
         path: its directory.
-        manifest: what it holds and where that came from.
+        manifest: its content and the origin of it.
     """
 
     path: Path
@@ -93,7 +93,7 @@ class Store:
 
 
 def token_counts(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
-    """How often each id occurs in a split's tokens, end-of-text marks included."""
+    """Count how often each id occurs in a split's tokens, end-of-text marks included; int64 [vocab_size]."""
     counts_V = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), _COUNT_TOKENS):  # bincount makes an int64 copy of what it is given
         counts_V += np.bincount(tokens[start : start + _COUNT_TOKENS], minlength=vocab_size)

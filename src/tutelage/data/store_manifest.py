@@ -1,4 +1,4 @@
-"""What somebody should know of a token store before using it, in words: what was left out, cut or changed."""
+"""The manifest of a token store, and remarks on what was left out, cut or changed when it was built."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class SplitRecord(Record, extra="forbid"):
 
 
 class Left(Record, extra="forbid"):
-    """What the mixture did not take of a source because another one ran out.
+    """The part of a source that the mixture did not take because another one ran out.
 
     Attributes:
         documents: documents left.
         bytes: their bytes of UTF-8.
-        is_all: whether that is everything; otherwise counting ended there.
+        is_all: whether this is everything; otherwise counting ended here.
     """
 
     documents: int
@@ -68,7 +68,7 @@ class Left(Record, extra="forbid"):
 
 
 class SourceRecord(Record, extra="forbid"):
-    """One source: what fixed its text, what was taken of it, and what was not.
+    """One source: the identity of its text, what was taken of it, and what was not.
 
     Attributes:
         source: versions, licence, checksums.
@@ -76,7 +76,7 @@ class SourceRecord(Record, extra="forbid"):
         documents: documents taken.
         bytes: their bytes of UTF-8.
         dropped: rows left out, by reason: null, blank, duplicate, bad.
-        first_bad: what was wrong with the first bad one.
+        first_bad: error of the first bad one.
         document_bytes: about how long the documents are that text files were cut into; None: no cuts.
         left: what was left when another source ended the mixture; None where nothing was or it is not known.
     """
@@ -92,7 +92,7 @@ class SourceRecord(Record, extra="forbid"):
 
 
 class Manifest(Record, extra="forbid"):
-    """Everything about a store but the tokens.
+    """Everything about a store except the tokens.
 
     Attributes:
         schema_version: layout of the files.
@@ -127,7 +127,7 @@ class Manifest(Record, extra="forbid"):
 
     @property
     def masked(self) -> bool:
-        """Whether there are prompts, whose tokens carry no loss."""
+        """Whether the store has prompts, whose tokens carry no loss."""
         return any(f"{name}.mask" in record.files for name, record in self.splits.items())
 
     @property
@@ -171,7 +171,7 @@ _NO_SHARE = 1e-9  # what rounding leaves of nothing
 
 
 def source_name(source: dict[str, JsonValue]) -> str:
-    """What a person calls a source: its corpus, data set, or first file and how many more there are."""
+    """Name a source for people: its corpus, data set, or first file and the number of others."""
     match source:
         case {"kind": "hub" | "hub_pairs", "path": str(path)}:
             return path
@@ -183,7 +183,7 @@ def source_name(source: dict[str, JsonValue]) -> str:
 
 
 def remarks(manifest: Manifest) -> list[str]:
-    """One line for everything unusual: rows left out, files cut, how the mixture ended, changed text."""
+    """Return a line for each unusual thing: rows left out, files cut, how the mixture ended, changed text."""
     numbered = list(enumerate(manifest.sources, 1))
     lines = [line for number, record in numbered for line in _of_source(f"source {number}", record)]
     lines += _of_mixture(manifest)
@@ -204,7 +204,7 @@ def remarks(manifest: Manifest) -> list[str]:
 
 
 def not_comparable(manifest: Manifest, split: Split | None = None) -> str | None:
-    """Why bits per byte of a store, or of one split, mean nothing beside another tokenizer's; None: they do.
+    """Say why bits per byte of a store, or of one split, do not compare across tokenizers; None if they do.
 
     Args:
         manifest: of the store.
@@ -223,7 +223,7 @@ def not_comparable(manifest: Manifest, split: Split | None = None) -> str | None
 
 
 def check_splits(config: StoreConfig, manifest: Manifest) -> None:
-    """Raise `UserError` if a split that is to have a share of the text got nothing."""
+    """Raise `UserError` if a split that should have a share of the text is empty."""
     documents = sum(record.documents for record in manifest.splits.values())
     shares = {
         "train": 1.0 - config.validation - config.test,

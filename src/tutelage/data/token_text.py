@@ -37,7 +37,7 @@ _SHOWN = 30
 
 
 class SourceBytes:
-    """Bytes of the source text per token, for one tokenizer.
+    """Counts bytes of the source text per token, for one tokenizer.
 
     Args:
         tokenizer: the tokenizer the ids were made with.
@@ -51,10 +51,10 @@ class SourceBytes:
         self._aligned: dict[bool, Tokenizer] = {}
 
     def count(self, text: str, ids_N: NDArray[Any], *, markup: bool = False) -> NDArray[np.uint32]:
-        """Bytes of UTF-8 per token, uint32 [N].
+        """Count the bytes of UTF-8 per token, uint32 [N].
 
         Args:
-            text: what was encoded.
+            text: the text that was encoded.
             ids_N: its ids.
             markup: whether special tokens in `text` are meant as such.
         """
@@ -67,7 +67,7 @@ class SourceBytes:
         return _from_offsets(text, np.array(encoding.offsets, np.int64).reshape(-1, 2), own_N)
 
     def _tokenizer(self, *, markup: bool) -> Tokenizer:
-        """The tokenizer, so that its offsets are those of whole tokens."""
+        """Return the tokenizer, changed so that its offsets are those of whole tokens."""
         if markup not in self._aligned:
             tokenizer = self._text_tokenizer.library(markup=markup)
             tokenizer.post_processor = None  # that of byte-level tokenizers trims spaces off the offsets
@@ -76,7 +76,7 @@ class SourceBytes:
 
 
 def _own_bytes(settings: dict[str, Any], vocab_size: int) -> NDArray[np.int64]:
-    """Bytes that each id is made of, where its vocabulary is one of bytes; else -1."""
+    """Return the bytes that each id is made of, where its vocabulary is one of bytes; else -1."""
     own_V = np.full(vocab_size, _UNKNOWN, np.int64)
     byte_level = '"type": "ByteLevel"' in json.dumps(settings.get("decoder"))
     byte_fallback = bool(settings["model"].get("byte_fallback"))
@@ -94,7 +94,7 @@ def _own_bytes(settings: dict[str, Any], vocab_size: int) -> NDArray[np.int64]:
 
 
 def _from_offsets(text: str, offsets_N2: NDArray[np.int64], own_N: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """Bytes per token out of the characters that each token covers."""
+    """Compute bytes per token from the characters that each token covers."""
     if not len(own_N):
         return np.zeros(0, np.uint32)
     size_of_character = [len(character.encode()) for character in text]
@@ -120,7 +120,7 @@ class RoundTrip:
         tokenizer: made the tokens.
 
     Attributes:
-        example: how the first such document comes back; None while there is none.
+        example: how the first such document is decoded; None if there is none so far.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -133,11 +133,11 @@ class RoundTrip:
         self._space = re.compile(f" *({'|'.join(special)}) *") if special else None
 
     def changed(self, documents: Sequence[Document], ids: Sequence[Sequence[bytes]]) -> list[bool]:
-        """Whether the text of each document is another after decoding.
+        """Return for each document whether its text differs after decoding.
 
         Args:
-            documents: what was encoded.
-            ids: of every piece of every document, as bytes.
+            documents: the documents that were encoded.
+            ids: ids of every piece of each document, as bytes.
         """
         if self._is_exact:
             return [False] * len(documents)
@@ -162,7 +162,7 @@ class RoundTrip:
 
 
 def _is_exact(tokenizer: dict[str, object]) -> bool:
-    """Whether any text comes back by construction: byte-level BPE with every byte, and nothing before it."""
+    """Whether every text survives by construction: byte-level BPE with all bytes, and nothing before it."""
     match tokenizer:
         case {
             "normalizer": None,
@@ -182,7 +182,7 @@ def _is_exact(tokenizer: dict[str, object]) -> bool:
 
 
 def _difference(before: str, after: str) -> str:
-    """The first place where two texts part, from a few characters before it on."""
+    """Show the first place where two texts differ, from a few characters before it."""
     same = next(
         (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
         min(len(before), len(after)),
