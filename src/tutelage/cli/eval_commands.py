@@ -51,7 +51,7 @@ Suite = Annotated[str | None, typer.Option(help="offline or paper (needs the Hub
 NamedStores = Annotated[
     list[str] | None, typer.Option(metavar="NAME=DIR", help="this token store; may be repeated")
 ]
-Output = Annotated[Path, typer.Option(help="token stores, and scores of models that are no run")]
+Output = Annotated[Path, typer.Option(help="token stores, and scores of models that are not runs")]
 MaxDocuments = Annotated[int | None, typer.Option(min=1, help="of each text's split; default: 50")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="per document; default: 2048")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]

@@ -1,1 +1,1 @@
-"""How good a model is: scores with standard errors."""
+"""Evaluate models: scores with standard errors."""

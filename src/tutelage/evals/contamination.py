@@ -109,7 +109,7 @@ def _ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterat
     else:
         return
     name = config.model.run or config.model.path
-    if (before := _run(start, f"{name}, which {directory.name} goes on from", unknown)) is not None:
+    if (before := _run(start, f"{name}, which {directory.name} continues", unknown)) is not None:
         yield from _ancestors(*before, unknown)
 
 

@@ -157,7 +157,7 @@ def _run(path: Path) -> EvaluatedModel:
             f"{state.get('status', 'not started')}, step {state.get('step', 0)} of {state.get('steps', '?')}"
         )
         raise UserError(
-            f"{path}: the run has not finished training ({progress}); `tutelage train` goes on with it"
+            f"{path}: the run has not finished training ({progress}); `tutelage train` resumes it"
         )
     weights_fingerprint(directory.model)
     config = load(RunConfig, directory.path / "config.yaml")

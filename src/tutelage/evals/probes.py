@@ -342,7 +342,7 @@ def _page(title: str, samples: list[dict[str, Any]]) -> str:
     for number, sample in enumerate(samples, 1):
         named = [
             ("Prompt", sample["prompt"]),
-            ("The text goes on", sample["text"]),
+            ("The text itself", sample["text"]),
             ("Greedy", sample["greedy"]),
         ]
         named += [(f"Drawn, seed {seed}", text) for seed, text in enumerate(sample["drawn"])]
