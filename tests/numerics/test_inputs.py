@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective
-from tutelage.objective.chunked import ObjectiveHead, weight_and_bias
+from tutelage.objective.chunked import ObjectiveHead
+from tutelage.objective.products import weight_and_bias
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, LogitTransform, SparseTargets
 
 N, D, E, V = 23, 8, 6, 41

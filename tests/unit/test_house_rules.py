@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "config": {"types", "errors"},
     "data": _BASE | {"progress", "records"},
-    "models": _BASE | {"objective.chunked"},
+    "models": _BASE | {"objective.products"},
     "objective": _BASE,
     "teachers": _BASE | {"progress", "records", "data", "models", "objective"},
     "run_directory": _BASE | {"data", "models", "teachers.cache.layout"},

@@ -22,7 +22,7 @@ from tutelage.errors import UserError, one_line
 from tutelage.files import atomic_directory
 from tutelage.models.directory import check_config, computing, is_local, read_object
 from tutelage.models.export import Base, check_tokenizer_files, complete
-from tutelage.objective.chunked import weight_and_bias
+from tutelage.objective.products import weight_and_bias
 from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from tutelage.objective.checks import check_inputs
 from tutelage.objective.divergences import DIVERGENCES
 from tutelage.objective.gates import token_stats
 from tutelage.objective.kernels import dense_rows, sparse_rows
-from tutelage.objective.products import HeadProducts, dense_logits
+from tutelage.objective.products import HeadProducts, dense_logits, weight_and_bias
 from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
 from tutelage.types import (
     IGNORE_INDEX,
@@ -42,23 +42,6 @@ if TYPE_CHECKING:
     from tutelage.config.objective_config import Objective
     from tutelage.objective.gates import Gate
     from tutelage.types import Targets
-
-
-def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return the weight [V, D] and the bias [V] (or None) of a linear head.
-
-    Raises:
-        ValueError: the head computes something else too, which would be silently left out: an adapter (LoRA),
-            quantised weights, another layer.
-    """
-    parameters = dict(head.named_parameters())
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    if not plain or parameters.keys() - {"weight", "bias"}:
-        raise ValueError(
-            f"head {type(head).__module__}.{type(head).__name__}: must be a linear layer and no more; merge "
-            "an adapter (LoRA) into it, or leave the head out of the adapter's target modules"
-        )
-    return parameters["weight"], parameters.get("bias")
 
 
 class ObjectiveHead(nn.Module):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from tutelage.types import DenseTargets, LogitTargets, transformed
 
@@ -42,6 +43,23 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return the weight [V, D] and the bias [V] (or None) of a linear head.
+
+    Raises:
+        ValueError: the head computes something else too, which would be silently left out: an adapter (LoRA),
+            quantised weights, another layer.
+    """
+    parameters = dict(head.named_parameters())
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not plain or parameters.keys() - {"weight", "bias"}:
+        raise ValueError(
+            f"head {type(head).__module__}.{type(head).__name__}: must be a linear layer and no more; merge "
+            "an adapter (LoRA) into it, or leave the head out of the adapter's target modules"
+        )
+    return parameters["weight"], parameters.get("bias")
 
 
 @dataclass(frozen=True, slots=True)

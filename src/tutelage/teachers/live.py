@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.models.hub import body_and_head, logit_transform
-from tutelage.objective.chunked import weight_and_bias
+from tutelage.objective.products import weight_and_bias
 from tutelage.types import DenseTargets
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 
 from tutelage.data.hashing import mixed
 from tutelage.objective import NotFiniteError, chunked_objective
-from tutelage.objective.chunked import weight_and_bias
+from tutelage.objective.products import weight_and_bias
 from tutelage.train import distributed
 from tutelage.train.optim import update
 from tutelage.types import IGNORE_INDEX, StepReport
