@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from tutelage.analysis.claims.evidence import Series, has_setting, minus
+from tutelage.analysis.gains import base_scores
 from tutelage.analysis.stats import Estimate, t_interval
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class EqualCompute:
     """One pair at its best alpha: at equal tokens, and against the untaught student of equal compute.
 
     Attributes:
-        pair: with its best verdict.
+        pair: student and teacher.
+        best: its verdict at its best alpha.
         cost: FLOPs of a run, teacher forward included, as a multiple of the untaught student's.
         teacher_training: FLOPs of training the teacher, as the same multiple; None if the study did not.
         matched: the untaught student that spent the teacher's forward on tokens; None if there is none.
@@ -107,6 +109,7 @@ class EqualCompute:
     """
 
     pair: PairFinding
+    best: Verdict
     cost: float | None
     teacher_training: float | None
     matched: Verdict | None
@@ -164,7 +167,7 @@ def equal_compute(study: JudgedStudy) -> list[EqualCompute]:
             for side in sides
         }
         own = training[name] / base if name in training and base else None
-        found.append(EqualCompute(pair, costs.get(pair.best.cell), own, matched, lead))
+        found.append(EqualCompute(pair, pair.best, costs.get(pair.best.cell), own, matched, lead))
     return found
 
 
@@ -192,6 +195,27 @@ def seed_spread(results: Results) -> pl.DataFrame:
         .rename({f"spread_{side}": f"{side}_spread" for side in ("in_domain", "out_of_domain")})
         .sort(pl.col("student").replace_strict(order, return_dtype=pl.Int64))
     )
+
+
+def calibration_errors(study: JudgedStudy) -> dict[int, dict[str, float]]:
+    """ECE and Brier score minus the baseline's by cell: ece_in_domain, ece_out_of_domain, brier_..."""
+    results = study.results
+    scores = results.scores.filter(pl.col("metric").is_in(["ece", "brier"]), split="test")
+    roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
+    scores = scores.join(roles, on="domain").select("run", "domain", "role", "metric", "value")
+    pairs = study.findings.gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
+    base = base_scores(results).filter(split="test").rename({"value": "base"}).drop("split")
+    means = (
+        pairs.join(scores, on="run")
+        .join(base, on=["base_run", "domain", "metric"])
+        .group_by("cell", "metric", "role")
+        .agg((pl.col("value") - pl.col("base")).mean())
+        .sort("cell", "metric", "role")
+    )
+    found: dict[int, dict[str, float]] = {}
+    for cell, metric, role, value in means.iter_rows():
+        found.setdefault(cell, {})[f"{metric}_{role}"] = value
+    return found
 
 
 def _costs(study: JudgedStudy) -> dict[int, float]:

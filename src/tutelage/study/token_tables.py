@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 from polars.exceptions import PolarsError
-from scipy import stats
+from scipy import special
 
 from tutelage.errors import UserError
 
@@ -79,7 +79,7 @@ def read_token_comparison(directory: Path) -> TokenComparison:
 
 def _with_intervals(groups: pl.DataFrame) -> pl.DataFrame:
     """Student's t with one degree of freedom less than documents."""
-    factor = pl.Series(stats.t.ppf(0.975, groups["documents"].to_numpy() - 1))
+    factor = pl.Series(special.stdtrit(groups["documents"].to_numpy() - 1, 0.975))
     half = pl.col("stderr") * factor
     return groups.with_columns(low95=pl.col("mean") - half, high95=pl.col("mean") + half)
 

@@ -16,8 +16,7 @@ from tutelage.analysis.figures.gain_figures import (
     trade_off,
 )
 from tutelage.analysis.figures.style import GREY, INK, PALETTE, Figure, Key, inline, key_of, within_reach
-from tutelage.analysis.gains import base_scores
-from tutelage.analysis.tables import ledger
+from tutelage.analysis.tables import calibration_errors, ledger
 from tutelage.analysis.words import NO_TEACHER, grey_note
 
 if TYPE_CHECKING:
@@ -88,27 +87,6 @@ def calibration(study: JudgedStudy, verdicts: Sequence[Verdict], key: Key, suffi
         chart=alt.hconcat(*panels, data=inline(near)),
         data=data.drop("series"),
     )
-
-
-def calibration_errors(study: JudgedStudy) -> dict[int, dict[str, float]]:
-    """ECE and Brier score less the baseline's by cell: ece_in_domain, ece_out_of_domain, brier_..."""
-    results = study.results
-    scores = results.scores.filter(pl.col("metric").is_in(["ece", "brier"]), split="test")
-    roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
-    scores = scores.join(roles, on="domain").select("run", "domain", "role", "metric", "value")
-    pairs = study.findings.gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
-    base = base_scores(results).filter(split="test").rename({"value": "base"}).drop("split")
-    means = (
-        pairs.join(scores, on="run")
-        .join(base, on=["base_run", "domain", "metric"])
-        .group_by("cell", "metric", "role")
-        .agg((pl.col("value") - pl.col("base")).mean())
-        .sort("cell", "metric", "role")
-    )
-    found: dict[int, dict[str, float]] = {}
-    for cell, metric, role, value in means.iter_rows():
-        found.setdefault(cell, {})[f"{metric}_{role}"] = value
-    return found
 
 
 def learning_curves(study: JudgedStudy, pairs: Sequence[PairFinding], suffix: str) -> list[Figure]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from tutelage.analysis.stats import TextSpread
-from tutelage.analysis.tables import tournaments
+from tutelage.analysis.report.report_rows import policy_tables
+from tutelage.analysis.report.report_table import estimate_record
 from tutelage.analysis.words import effect, is_judged
 from tutelage.files import make_directory, write_text
 
@@ -18,11 +17,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tutelage.analysis.claims.judge import ClaimResult, JudgedStudy
-    from tutelage.analysis.stats import Estimate
+    from tutelage.analysis.stats import TextSpread
     from tutelage.analysis.verdicts import Findings
     from tutelage.study.results import Results
 
 Row = dict[str, Any]
+_TEXT_FIELDS = ("n", "deviation", "least", "most", "low", "high")
 
 
 def save_tables(study: JudgedStudy, directory: Path) -> None:
@@ -37,7 +37,9 @@ def save_tables(study: JudgedStudy, directory: Path) -> None:
         "gains": pl.DataFrame(_gains(study.findings), infer_schema_length=None),
         "pairs": pl.DataFrame(_pairs(study.findings), infer_schema_length=None),
         "claims": pl.DataFrame(_claims(study.claims), infer_schema_length=None),
-        "policies": pl.DataFrame(_policies(study), infer_schema_length=None),
+        "policies": pl.DataFrame(
+            [record for table in policy_tables(study) for record in table.records()], infer_schema_length=None
+        ),
         "scores": _scores(study.results),
     }
     for name, table in tables.items():
@@ -55,15 +57,6 @@ def _scores(results: Results) -> pl.DataFrame:
     return results.runs.select(columns).join(scores, on="run", maintain_order="left_right")
 
 
-def _estimate(prefix: str, estimate: Estimate | None) -> Row:
-    """The columns of an estimate; of one seed there is no interval, so its ends are empty."""
-    names = (prefix, f"{prefix}_low", f"{prefix}_high", f"{prefix}_n")
-    if estimate is None:
-        return dict.fromkeys(names)
-    ends = (estimate.low, estimate.high) if is_judged(estimate) else (None, None)
-    return dict(zip(names, (estimate.mean, *ends, estimate.n), strict=True))
-
-
 def _gains(findings: Findings) -> list[Row]:
     """One row per cell, fit and side; `interval` says over what it runs, "none" of one seed.
 
@@ -76,8 +69,8 @@ def _gains(findings: Findings) -> list[Row]:
         {"student": v.student, "teacher": v.teacher, "arm": v.arm, "alpha": v.alpha, "stage": v.stage}
         | {"fit": fit, "side": side, "interval": "seeds" if is_judged(estimate) else "none"}
         | {"words": effect(estimate)}
-        | _estimate("gain", estimate)
-        | _estimate("noise", v.noise.get((fit, side)))
+        | estimate_record("gain", estimate)
+        | estimate_record("noise", v.noise.get((fit, side)))
         | {"teachers": v.n_teachers}
         | _texts(v.texts.get(fit) if side == "out_of_domain" else None)
         for v in findings.verdicts
@@ -86,11 +79,13 @@ def _gains(findings: Findings) -> list[Row]:
 
 
 def _texts(spread: TextSpread | None) -> Row:
-    names = [f"text_{field.name}" for field in dataclasses.fields(TextSpread)]
     if spread is None:
-        return dict.fromkeys(names)
-    values = [value if isfinite(value) else None for value in dataclasses.astuple(spread)]
-    return dict(zip(names, values, strict=True))
+        return dict.fromkeys(f"text_{name}" for name in _TEXT_FIELDS)
+    values = (spread.n, spread.deviation, spread.least, spread.most, spread.low, spread.high)
+    return {
+        f"text_{name}": value if isfinite(value) else None
+        for name, value in zip(_TEXT_FIELDS, values, strict=True)
+    }
 
 
 def _pairs(findings: Findings) -> list[Row]:
@@ -134,32 +129,11 @@ def _claims(outcomes: Sequence[ClaimResult]) -> list[Row]:
             "statement": tested.test.reads(),
             "unit": tested.test.unit,
         }
-        | _estimate("effect", tested.effect)
+        | estimate_record("effect", tested.effect)
         for outcome in outcomes
         for primary, fit, tests in (
             (True, outcome.primary, outcome.tests),
             (False, outcome.other_fit, outcome.other),
         )
         for tested in tests
-    ]
-
-
-def _policies(study: JudgedStudy) -> list[Row]:
-    """One row per arm of every pair that has other arms than constants."""
-    return [
-        {
-            "student": pair.student.name,
-            "teacher": pair.teacher.name,
-            "relation": pair.relation,
-            "arm": one.verdict.arm,
-            "in_domain": one.verdict.in_domain.mean,
-            "out_of_domain": one.verdict.out_of_domain.mean,
-            "fitted": None if one.verdict.fitted is None else one.verdict.fitted.mean,
-            "front": one.raw_front,
-            "fitted_front": one.fitted_front,
-            "cost": one.cost,
-        }
-        | _estimate("ahead", one.ahead)
-        for pair, policies in tournaments(study)
-        for one in policies
     ]

@@ -7,7 +7,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import polars as pl
 
 from tutelage.analysis import words
 from tutelage.analysis.claims.evidence import MARGIN, choosing_seeds
@@ -72,20 +71,20 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
             {"found": found, "figures": [{"figure": chart, "svg": drawings[chart.name]} for chart in some]}
             for found, some in comparisons
         ],
-        comparison_rows=report_rows.comparison_rows(results.token_comparisons),
+        token_table=report_rows.token_table(results.token_comparisons),
         sortings=list(dict.fromkeys(words.sorting(one) for one in results.token_comparisons)),
         gain_caption=words.GAIN_CAPTION,
         level=f"{LEVEL:.0%}",
         margin=f"{SAME_LEVEL_MARGIN:.0%}",
         no_difference=f"{MARGIN:g}",
-        tournaments=report_rows.tournament_tables(study),
-        compute=report_rows.compute_rows(study),
-        calibration=report_rows.calibration_rows(study),
-        spread=report_rows.spread_rows(results),
-        costs=report_rows.cost_rows(results),
+        tournaments=report_rows.policy_tables(study),
+        compute=report_rows.compute_table(study),
+        calibration=report_rows.calibration_table(study),
+        spread=report_rows.spread_table(results),
+        costs=report_rows.cost_table(results),
         notes=headline.notes(results, findings),
         provenance=_provenance(results),
-        unfinished=_unfinished(results),
+        unfinished=report_rows.unfinished_table(results),
         problems=results.problems,
         **_claims(study),
     )
@@ -131,15 +130,18 @@ def _student(
 ) -> dict[str, Any]:
     """Everything about one student setting."""
     student = next(student for student in results.plan.students if student.name == name)
+    students = list(dict.fromkeys(v.student for v in findings.verdicts))
     verdicts = [v for v in findings.verdicts if v.student == name]
+    fitted = any(v.fitted is not None for v in verdicts)
+    label = "Every teacher and alpha" + (f", {name}" if len(students) > 1 else "")
     return {
-        "id": list(dict.fromkeys(v.student for v in findings.verdicts)).index(name) + 1,
+        "id": students.index(name) + 1,
         "name": name,
         "about": f"{student.shape}, {words.count(student.parameters)} parameters, "
         f"{words.count(student.tokens)} training tokens",
         "pairs": [report_rows.pair_row(pair) for pair in findings.pairs if pair.student.name == name],
-        "verdicts": [report_rows.verdict_row(v) for v in verdicts],
-        "fitted": any(v.fitted is not None for v in verdicts),
+        "verdicts": report_rows.verdict_table(verdicts, label, fitted=fitted),
+        "fitted": fitted,
         "domains": report_rows.domain_table(findings, name),
         "figures": drawn.get(name, []),
     }
@@ -170,11 +172,3 @@ def _different(values: list[str]) -> str:
 
 def _commit(record: Provenance) -> str:
     return (record.commit or "unknown") + (" with uncommitted changes" if record.dirty else "")
-
-
-def _unfinished(results: Results) -> list[dict[str, str]]:
-    rows = results.unfinished.with_columns(pl.col("error").fill_null(""))
-    return [
-        {"run": row["run"], "status": row["status"], "error": " ".join(row["error"].split())}
-        for row in rows.iter_rows(named=True)
-    ]

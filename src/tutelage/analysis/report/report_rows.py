@@ -1,13 +1,14 @@
-"""The tables of the report as text: what each row says, ready to be put on a page."""
+"""Describe the tables of the report, each once for page, terminal and CSV."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tutelage.analysis import words
-from tutelage.analysis.figures.run_figures import calibration_errors
-from tutelage.analysis.tables import equal_compute, ledger, seed_spread, tournaments
+from tutelage.analysis.report.report_table import Cell, Column, ReportTable, gain_cell
+from tutelage.analysis.tables import calibration_errors, equal_compute, ledger, seed_spread, tournaments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _SHOWN_DIGITS = 100
+_MANY = 24
+"""More verdicts than this would not be read in a terminal."""
+_GAINS = (Column("in-domain gain"), Column("out-of-domain gain"), Column("calibration fitted"))
 _FITS: dict[Fit, str] = {"raw": "raw", "temperature": "temperature fitted", "unigram": "calibration fitted"}
 
 
@@ -65,39 +69,68 @@ def _number(value: float) -> str:
     return f"{value + 0.0:+.2f}"
 
 
-def verdict_row(v: Verdict) -> Row:
-    """A verdict as text."""
-    return {
-        "teacher": v.teacher or words.NO_TEACHER,
-        "arm": words.arm(v),
-        "gains": [_gain(v.in_domain), _gain(v.out_of_domain), _gain(v.fitted)],
-        "noise": [_half(v.noise.get(("raw", side))) for side in ("in_domain", "out_of_domain")],
-        "texts": _texts(v.texts.get("raw")),
-        "interval": words.interval_name(v),
-        "words": words.verdict(v),
-    }
+def verdict_table(verdicts: Sequence[Verdict], label: str, *, fitted: bool) -> ReportTable:
+    """Every verdict of a student, with what its intervals leave out."""
+    columns = (
+        Column("teacher", style="row"),
+        Column("alpha"),
+        *_GAINS[: 3 if fitted else 2],
+        Column("texts as a sample too", style="nowrap"),
+        Column("interval"),
+        Column("evaluation noise, in and out", style="nowrap"),
+        Column("in words", style="words"),
+    )
+    rows: list[list[Cell | str]] = [
+        [
+            v.teacher or words.NO_TEACHER,
+            words.arm(v),
+            *gain_cells(v, fitted=fitted),
+            _texts(v.texts.get("raw")),
+            words.interval_name(v),
+            ", ".join(_half(v.noise.get(("raw", side))) for side in ("in_domain", "out_of_domain")),
+            words.verdict(v),
+        ]
+        for v in verdicts
+    ]
+    return ReportTable(label, columns, rows)
 
 
-def _gain(estimate: Estimate | None) -> dict[str, str] | None:
-    if estimate is None:
-        return None
-    colours = {"helps": "helps", "hurts": "hurts", words.NOT_JUDGED: "soft"}
-    return {
-        "mean": words.signed(estimate.mean, 2),
-        "span": words.span(estimate),
-        "effect": colours.get(words.effect(estimate), "unclear"),
-    }
+def short_verdicts(findings: Findings, title: str) -> ReportTable:
+    """Verdicts for a terminal: every arm, or of many the best of each pair."""
+    shown = few_verdicts(findings)
+    several, fitted = len({v.student for v in shown}) > 1, any(v.fitted is not None for v in shown)
+    headings = ["student"] * several + ["teacher", "measured", "alpha", "in domain", "out of domain"]
+    headings += ["fitted"] * fitted + ["in words"]
+    rows: list[list[Cell | str]] = []
+    for v in shown:
+        name = f"{v.teacher} control" if v.control and v.teacher else v.teacher or words.NO_TEACHER
+        row = [name, "" if v.control else words.level(v), words.arm(v)]
+        row += [words.plus_minus(v.in_domain), words.plus_minus(v.out_of_domain)]
+        row += ["" if v.fitted is None else words.plus_minus(v.fitted)] * fitted
+        rows.append([*[v.student] * several, *row, words.verdict(v)])
+    return ReportTable(title, tuple(Column(heading) for heading in headings), rows)
 
 
-def _texts(spread: TextSpread | None) -> dict[str, str]:
+def few_verdicts(findings: Findings) -> list[Verdict]:
+    """All verdicts, or of more than would be read the best of each pair."""
+    if len(findings.verdicts) <= _MANY:
+        return [*findings.verdicts]
+    return [pair.best for pair in findings.pairs if pair.best is not None]
+
+
+def gain_cells(v: Verdict, *, fitted: bool = True) -> list[Cell]:
+    """The gains in domain, out of domain and, if asked for, with calibration fitted."""
+    return [gain_cell(one) for one in (v.in_domain, v.out_of_domain, *[v.fitted] * fitted)]
+
+
+def _texts(spread: TextSpread | None) -> Cell:
     """Interval of the out-of-domain gain with texts as a sample, and its range without one of them."""
     if spread is None:
-        return {"span": "one text", "without": ""}
+        return Cell("one text")
     ends = f"{words.signed(spread.low, 2)[:-1]} to {words.signed(spread.high, 2)[:-1]}"
-    return {
-        "span": ends if isfinite(spread.low) else "one seed",
-        "without": f"without one text: {words.without_one(spread)}",
-    }
+    return Cell(
+        ends if isfinite(spread.low) else "one seed", f"without one text: {words.without_one(spread)}"
+    )
 
 
 def _half(estimate: Estimate | None) -> str:
@@ -128,7 +161,9 @@ def pair_row(pair: PairFinding) -> Row:
         "nominal": f"by size and tokens {pair.nominal} ({', '.join(ratios)})" if pair.nominal else None,
         "own": own,
         "flat": ", ".join(f"{alpha:g}" for alpha in pair.flat) if len(pair.flat) > 1 else None,
-        "best": None if pair.best is None else verdict_row(pair.best),
+        "arm": None if pair.best is None else words.arm(pair.best),
+        "gains": [] if pair.best is None else gain_cells(pair.best),
+        "words": "" if pair.best is None else words.verdict(pair.best),
     }
 
 
@@ -158,117 +193,199 @@ def domain_table(findings: Findings, student: str) -> Row:
     return {"columns": [f"{v.teacher}, {v.arm}" for v in best], "fitted": fitted, "rows": rows}
 
 
-def tournament_tables(study: JudgedStudy) -> list[Row]:
-    """One table per pair with other arms than constants."""
-    return [
-        {
-            "title": f"{pair.student.name}, taught by {pair.teacher.name} ({pair.relation or 'control'})",
-            "rows": [
-                {
-                    "row": verdict_row(one.verdict),
-                    "best": one.verdict is pair.best,
-                    "ahead": None if one.ahead is None else _gain(one.ahead),
-                    "front": " and ".join(
-                        name for name, on in (("raw", one.raw_front), ("fitted", one.fitted_front)) if on
+def policy_tables(study: JudgedStudy) -> list[ReportTable]:
+    """A table of each pair with other arms than constants, by falling out-of-domain gain."""
+    columns = (
+        *(Column(None, key) for key in ("student", "teacher", "relation")),
+        Column("arm", "arm", "row"),
+        Column("in-domain gain", "in_domain"),
+        Column("out-of-domain gain", "out_of_domain"),
+        Column("calibration fitted", "fitted"),
+        Column(None, "front"),
+        Column(None, "fitted_front"),
+        Column(None, "cost"),
+        Column("less the best constant", "ahead", estimate=True),
+        Column("on the front"),
+        Column("cost", style="num"),
+    )
+    found = []
+    for pair, policies in tournaments(study):
+        rows: list[list[Cell | str]] = []
+        for one in policies:
+            v = one.verdict
+            fronts = (("raw", one.raw_front), ("fitted", one.fitted_front))
+            best = " (best constant)" if v is pair.best else ""
+            rows.append(
+                [
+                    pair.student.name,
+                    pair.teacher.name,
+                    Cell(value=pair.relation),
+                    Cell(f"{words.arm(v)}{best}", value=v.arm),
+                    *(
+                        replace(gain_cell(gain), value=gain and gain.mean)
+                        for gain in (v.in_domain, v.out_of_domain, v.fitted)
                     ),
-                    "cost": "" if one.cost is None else f"{one.cost:.2f}",
-                }
-                for one in policies
-            ],
-        }
-        for pair, policies in tournaments(study)
-    ]
+                    Cell(value=one.raw_front),
+                    Cell(value=one.fitted_front),
+                    Cell(value=one.cost),
+                    gain_cell(one.ahead),
+                    " and ".join(name for name, on in fronts if on),
+                    _times(one.cost),
+                ]
+            )
+        taught = f"{pair.student.name}, taught by {pair.teacher.name} ({pair.relation or 'control'})"
+        found.append(ReportTable(taught, columns, rows))
+    return found
 
 
-def compute_rows(study: JudgedStudy) -> list[Row]:
+def compute_table(study: JudgedStudy) -> ReportTable:
     """Pairs at equal tokens and at equal compute."""
-    return [
-        {
-            "pair": f"{one.pair.student.name} from {one.pair.teacher.name}",
-            "row": verdict_row(one.pair.best),
-            "cost": "" if one.cost is None else f"{one.cost:.2f}",
-            "training": "" if one.teacher_training is None else f"{one.teacher_training:.2f}",
-            "matched": None if one.matched is None else verdict_row(one.matched)["gains"],
-            "lead": [None if lead is None else _gain(lead) for lead in one.lead.values()],
-        }
+    columns = (
+        Column("pair", style="row"),
+        Column("alpha"),
+        *(Column(f"{side}, equal tokens") for side in ("in domain", "out of domain")),
+        Column("cost", style="num"),
+        Column("training the teacher", style="num"),
+        *(Column(f"lead {side}, equal compute") for side in ("in domain", "out of domain")),
+    )
+    rows: list[list[Cell | str]] = [
+        [
+            _named(one.pair),
+            words.arm(one.best),
+            *gain_cells(one.best, fitted=False),
+            _times(one.cost),
+            _times(one.teacher_training),
+            *map(gain_cell, one.lead.values()),
+        ]
         for one in equal_compute(study)
-        if one.pair.best is not None
     ]
+    return ReportTable("Equal tokens and equal compute", columns, rows)
 
 
-def calibration_rows(study: JudgedStudy) -> list[Row]:
+def calibration_table(study: JudgedStudy) -> ReportTable:
     """Pairs at their best alpha: raw and fitted gains out of domain, change of ECE and Brier score."""
-    errors = calibration_errors(study)
-    rows = []
+    fits: dict[Fit, str] = {
+        "raw": "gain out of domain, raw",
+        "temperature_in_domain": "temperature fitted in domain",
+        "temperature": "temperature fitted",
+        "unigram": "and unigram mixed in",
+    }
+    errors = {
+        "ece_in_domain": "ECE in domain",
+        "ece_out_of_domain": "ECE out",
+        "brier_in_domain": "Brier in domain",
+        "brier_out_of_domain": "Brier out",
+    }
+    columns = (
+        Column("pair", style="row"),
+        Column("alpha"),
+        *(Column(heading) for heading in fits.values()),
+        *(Column(heading, style="num") for heading in errors.values()),
+    )
+    known = calibration_errors(study)
+    rows: list[list[Cell | str]] = []
     for pair in study.findings.pairs:
         if pair.best is None or pair.best.fitted is None:
             continue
-        own = errors.get(pair.best.cell, {})
-        names = [f"{metric}_{side}" for metric in ("ece", "brier") for side in ("in_domain", "out_of_domain")]
-        rows.append(
-            {
-                "pair": f"{pair.student.name} from {pair.teacher.name}",
-                "arm": words.arm(pair.best),
-                "gains": [
-                    _gain(pair.best.gains.get((fit, "out_of_domain")))
-                    for fit in ("raw", "temperature_in_domain", "temperature", "unigram")
-                ],
-                "errors": [f"{own[name]:+.4f}" if name in own else "" for name in names],
-            }
-        )
-    return rows
+        own = known.get(pair.best.cell, {})
+        gains = [gain_cell(pair.best.gains.get((fit, "out_of_domain"))) for fit in fits]
+        changes = [f"{own[name]:+.4f}" if name in own else "" for name in errors]
+        rows.append([_named(pair), words.arm(pair.best), *gains, *changes])
+    return ReportTable("Calibration of each pair", columns, rows)
 
 
-def comparison_rows(comparisons: Sequence[TokenComparison]) -> list[Row]:
+def token_table(comparisons: Sequence[TokenComparison]) -> ReportTable:
     """The gain of every token comparison: overall, by difficulty, and by who was right."""
-    cells = (("all", 0), ("entropy contrast", 0), ("right", 0), ("right", 1))
-    rows = []
+    groups = {
+        ("all", 0): "all tokens",
+        ("entropy contrast", 0): "hardest fifth less easiest",
+        ("right", 0): "only the teacher right",
+        ("right", 1): "only the untaught right",
+    }
+    columns = (
+        Column("student", style="row"),
+        Column("text"),
+        Column("tokens sorted by"),
+        *(Column(heading, style="num") for heading in groups.values()),
+    )
+    rows: list[list[Cell | str]] = []
     for one in comparisons:
         known = {
             (row["grouping"], row["bin"]): row
-            for row in one.of("gain", "student", *(c[0] for c in cells)).iter_rows(named=True)
+            for row in one.of("gain", "student", *(group for group, _ in groups)).iter_rows(named=True)
         }
-        rows.append(
-            {
-                "student": one.student,
-                "text": one.text,
-                "sorter": one.sorter or "the baseline",
-                "gains": [words.group_plus_minus(known[cell]) if cell in known else "" for cell in cells],
-            }
-        )
-    return rows
+        gains = [words.group_plus_minus(known[group]) if group in known else "" for group in groups]
+        rows.append([one.student, one.text, one.sorter or "the baseline", *gains])
+    return ReportTable("Token comparisons", columns, rows)
 
 
-def spread_rows(results: Results) -> list[Row]:
+def spread_table(results: Results) -> ReportTable:
     """Untaught students: bits per byte and their spread over seeds."""
-    sides = ("in_domain", "out_of_domain")
-    return [
-        {
-            "student": row["student"],
-            "n": row["n"],
-            "bits": [f"{row[side]:.3f}" for side in sides],
-            "spread": [
-                "one seed" if row[f"{side}_spread"] is None else f"{row[f'{side}_spread']:.2f}%"
-                for side in sides
-            ],
-        }
-        for row in seed_spread(results).iter_rows(named=True)
-    ]
+    columns = (
+        Column("student", style="row"),
+        Column("seeds"),
+        Column("in domain (bits per byte)", style="num"),
+        Column("spread", style="num"),
+        Column("out of domain (bits per byte)", style="num"),
+        Column("spread", style="num"),
+    )
+    rows: list[list[Cell | str]] = []
+    for row in seed_spread(results).iter_rows(named=True):
+        cells = [row["student"], str(row["n"])]
+        for side in ("in_domain", "out_of_domain"):
+            spread = row[f"{side}_spread"]
+            cells += [f"{row[side]:.3f}", "one seed" if spread is None else f"{spread:.2f}%"]
+        rows.append([*cells])
+    return ReportTable("Spread of the untaught students over seeds", columns, rows)
 
 
-def cost_rows(results: Results) -> list[Row]:
-    """The ledger of costs."""
+def cost_table(results: Results) -> ReportTable:
+    """What a run of each kind costs."""
     several = len(results.plan.students) > 1
-    return [
-        {
-            "student": row["student"] or "" if several else None,
-            "label": row["label"],
-            "runs": str(row["runs"]),
-            "tokens": words.count(row["tokens"]),
-            "train": f"{row['train_flops']:.2e}",
-            "teacher": f"{row['teacher_flops']:.2e}" if row["teacher_flops"] else "none",
-            "seconds": f"{row['seconds']:.0f}",
-            "speed": words.count(row["tokens_per_second"]),
-        }
+    columns = (
+        *[Column("student", style="nowrap")] * several,
+        Column("kind of run", style="row"),
+        *(
+            Column(heading, style="num")
+            for heading in (
+                "runs",
+                "tokens",
+                "FLOPs, forward and backward",
+                "FLOPs, teacher forward",
+                "seconds",
+                "tokens per second",
+            )
+        ),
+    )
+    rows: list[list[Cell | str]] = [
+        [
+            *[row["student"] or ""] * several,
+            row["label"],
+            str(row["runs"]),
+            words.count(row["tokens"]),
+            f"{row['train_flops']:.2e}",
+            f"{row['teacher_flops']:.2e}" if row["teacher_flops"] else "none",
+            f"{row['seconds']:.0f}",
+            words.count(row["tokens_per_second"]),
+        ]
         for row in ledger(results).iter_rows(named=True)
     ]
+    return ReportTable("Cost of a run", columns, rows)
+
+
+def unfinished_table(results: Results) -> ReportTable:
+    """Planned runs that are not done, with the error of those that failed."""
+    columns = (Column("run", style="row"), Column("status", style="nowrap"), Column("error"))
+    rows: list[list[Cell | str]] = [
+        [row["run"], row["status"], " ".join((row["error"] or "").split())]
+        for row in results.unfinished.iter_rows(named=True)
+    ]
+    return ReportTable("Runs that are not done", columns, rows)
+
+
+def _named(pair: PairFinding) -> str:
+    return f"{pair.student.name} from {pair.teacher.name}"
+
+
+def _times(factor: float | None) -> str:
+    return "" if factor is None else f"{factor:.2f}"

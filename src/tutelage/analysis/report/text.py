@@ -10,6 +10,8 @@ from rich.text import Text
 
 from tutelage.analysis import words
 from tutelage.analysis.report import headline
+from tutelage.analysis.report.report_rows import few_verdicts, short_verdicts
+from tutelage.analysis.report.report_table import Cell, Column, ReportTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tutelage.analysis.claims.judge import JudgedStudy
-    from tutelage.analysis.verdicts import Findings, Verdict
+    from tutelage.analysis.verdicts import Findings
     from tutelage.study.token_tables import TokenComparison
     from tutelage.types import Score
 
@@ -221,25 +223,10 @@ def print_token_comparison(found: TokenComparison, console: Console) -> None:
     console.print(table)
 
 
-_MANY = 24
-"""More verdicts than this would not be read: each pair's best is shown."""
-
-
 def print_verdicts(study: JudgedStudy, console: Console) -> None:
     """Print the verdicts, the claims that the study announced, and the headline answer."""
     results, findings = study.results, study.findings
-    headings, rows = verdict_table(findings)
-    table = Table(
-        title=Text(results.plan.title),
-        caption=Text(table_caption(findings)),
-        box=None,
-        caption_justify="left",
-    )
-    for heading in headings:
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    short_verdicts(findings, results.plan.title).print_on(console, table_caption(findings))
     for paragraph in headline.headline(findings, study.claims):
         console.print(Text(paragraph))
     _print_claims(study, console)
@@ -253,32 +240,9 @@ def print_verdicts(study: JudgedStudy, console: Console) -> None:
         console.print(f"{results.unfinished.height} of {results.runs.height} planned runs are not done")
 
 
-def verdict_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of verdicts: every arm, or of many the best of each pair."""
-    shown = _shown(findings)
-    several, fitted = len({v.student for v in shown}) > 1, any(v.fitted is not None for v in shown)
-    headings = [
-        "teacher",
-        "measured",
-        "alpha",
-        "in domain",
-        "out of domain",
-        *["fitted"] * fitted,
-        "in words",
-    ]
-    rows = []
-    for v in shown:
-        name = f"{v.teacher} control" if v.control and v.teacher else v.teacher or words.NO_TEACHER
-        row = [name, "" if v.control else words.level(v), words.arm(v)]
-        row += [words.plus_minus(v.in_domain), words.plus_minus(v.out_of_domain)]
-        row += ["" if v.fitted is None else words.plus_minus(v.fitted)] * fitted
-        rows.append([v.student] * several + [*row, words.verdict(v)])
-    return ["student"] * several + headings, rows
-
-
 def table_caption(findings: Findings) -> str:
     """What the numbers of the table are."""
-    shown = _shown(findings)
+    shown = few_verdicts(findings)
     kinds = "; ".join(sorted({words.interval_name(v) for v in shown}))
     caption = (
         f"{words.GAIN_CAPTION} Measured: the teacher's own bits per byte in domain beside those of the "
@@ -291,28 +255,19 @@ def table_caption(findings: Findings) -> str:
 
 def markdown(findings: Findings) -> str:
     """The table of verdicts and its caption as Markdown, as the README shows them."""
-    headings, rows = verdict_table(findings)
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [" | ".join(cells) for cells in (headings, ["---"] * len(headings), *escaped)]
-    return "".join(f"| {line} |\n" for line in lines) + f"\n{table_caption(findings)}\n"
-
-
-def _shown(findings: Findings) -> list[Verdict]:
-    if len(findings.verdicts) <= _MANY:
-        return [*findings.verdicts]
-    return [pair.best for pair in findings.pairs if pair.best is not None]
+    return f"{short_verdicts(findings, '').markdown()}\n{table_caption(findings)}\n"
 
 
 def _print_claims(study: JudgedStudy, console: Console) -> None:
     if not study.announced:
         return
-    table = Table(box=None, caption_justify="left", caption="p: two-sided, Holm over the announced claims")
-    for heading in ("claim", "", "effect", "p", "answer"):
-        table.add_column(heading)
-    for outcome in study.announced:
-        first = outcome.tests[0]
+    columns = tuple(Column(heading) for heading in ("claim", "", "effect", "p", "answer"))
+    rows: list[list[Cell | str]] = []
+    for claim in study.announced:
+        first = claim.tests[0]
         effect = "" if first.effect is None else f"{first.effect.mean:+.2f} {first.test.unit}"
-        p = "" if outcome.adjusted is None else f"{outcome.adjusted:.3f}"
-        table.add_row(str(outcome.number), Text(outcome.text), effect, p, outcome.answer)
-    console.print(table)
+        p = "" if claim.adjusted is None else f"{claim.adjusted:.3f}"
+        rows.append([str(claim.number), claim.text, effect, p, claim.answer])
+    caption = "p: two-sided, Holm over the announced claims"
+    ReportTable("", columns, rows).print_on(console, caption)
     console.print(Text(headline.tally(study.claims)))
