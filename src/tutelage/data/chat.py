@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from tutelage.config.data_config import CorpusPairs, FilePairs, HubPairs, PairSource
 from tutelage.data.corpora import find_pairs
-from tutelage.data.rows import BadRowError, file_rows, hub_rows, text_of, value_of
+from tutelage.data.row_readers import BadRowError, file_rows, hub_rows, text_of, value_of
 from tutelage.data.tokenizer import read_settings, token_content
 from tutelage.errors import UserError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from tutelage.data.rows import Row
+    from tutelage.data.row_readers import Row
     from tutelage.data.tokenizer import TextTokenizer
 
 _NAMED_TOKENS = ("bos_token", "unk_token", "pad_token")

@@ -24,7 +24,7 @@ from tutelage.config.data_config import (
 )
 from tutelage.data.chat import Piece, read_pairs
 from tutelage.data.corpora import find_corpus, find_pairs
-from tutelage.data.rows import BadRowError, file_texts, hub_texts
+from tutelage.data.row_readers import BadRowError, file_texts, hub_texts
 from tutelage.data.store_manifest import Left
 from tutelage.data.text_files import find
 from tutelage.errors import UserError

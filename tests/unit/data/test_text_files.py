@@ -1,4 +1,4 @@
-"""Damage, byte order marks and encodings: a file is read whole and as it is meant, or refused."""
+"""Paths, damage, byte order marks and encodings: a file is read whole and as it is meant, or refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import struct
 
 import pytest
@@ -14,7 +15,7 @@ from pyarrow import parquet, table
 
 from tutelage.config.data_config import FilesSource
 from tutelage.data.sources import Mixture
-from tutelage.data.text_files import LINE_LIMIT, lines, text_blocks
+from tutelage.data.text_files import LINE_LIMIT, find, lines, text_blocks
 from tutelage.errors import UserError
 
 TEXT = "".join(f"line {n} of a text that does not repeat itself, {n * n}\n" for n in range(3000))
@@ -196,3 +197,55 @@ def test_a_line_that_is_too_long_is_handed_on_as_none(tmp_path, monkeypatch):
     monkeypatch.setattr("tutelage.data.text_files.LINE_LIMIT", 100)
     (tmp_path / "a.jsonl").write_bytes(b"one\n" + b"x" * 99 + b"\n" + b"x" * 100 + b"\n" + b"y" * 10**6)
     assert [line and len(line) for line in lines(tmp_path / "a.jsonl")] == [4, 100, None, None]
+
+
+# ----------------------------------------------------------------------------------- paths and patterns
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("d[1]/a.txt", "d1/a.txt", "d1/b[2].txt", "d1/b2.txt", "d1/inner/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("d[1]/a.txt", ["d[1]/a.txt"]),
+        ("d[1]/*.txt", ["d[1]/a.txt"]),
+        ("d[0-9]/a.txt", ["d1/a.txt"]),
+        ("d1/b[2].txt", ["d1/b[2].txt"]),
+        ("d1/b[1-3].txt", ["d1/b2.txt"]),
+        ("d1/*", ["d1/a.txt", "d1/b2.txt", "d1/b[2].txt"]),
+        ("d1/**", ["d1/a.txt", "d1/b2.txt", "d1/b[2].txt", "d1/inner/c.txt"]),
+        ("./d1/../d1/a.txt", ["d1/../d1/a.txt"]),
+    ],
+)
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_what_stands_there_goes_before_what_a_pattern_means(folder, pattern, names, is_absolute):
+    base = f"{folder}/" if is_absolute else ""
+    assert [str(path) for path in find([base + pattern])] == [base + name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("d1", r"^d1: is a directory; name its files, for example d1/\*\.txt$"),
+        ("", r"is a directory"),
+        ("d1/i*", r"^d1/i\*: no such file$"),
+        ("none*.txt", r"^none\*\.txt: no such file$"),
+        ("d1/" + "a" * 300, r"a: cannot be read \(File name too long\)$"),
+        ("gone.txt", r"^gone\.txt: no such file: a link to nowhere, which is not there$"),
+        ("*.txt", r"^gone\.txt: no such file: a link to nowhere, which is not there$"),
+        ("pipe", r"^pipe: is no file that can be read twice$"),
+        ("p*", r"^pipe: is no file that can be read twice$"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_never_passed_over(folder, pattern, message):
+    (folder / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(UserError, match=message):
+        find([pattern])
