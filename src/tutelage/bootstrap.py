@@ -1,4 +1,4 @@
-"""Bootstrap over documents, shared by the evaluation and the analysis. Documents are what is independent."""
+"""Bootstrap over documents, the independent units of an evaluation; shared by evals and analysis."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resampled_sums(
 
     Args:
         columns_NC: one row per document.
-        rng: where the draws come from.
+        rng: source of the draws.
         draws: number of draws.
 
     Returns:

@@ -58,7 +58,7 @@ def write_study(
         title: heading.
         gains: instead of GAINS; keys may begin with the name of a student.
         description: of every teacher.
-        more: `claims`; `stages`: gains after a stage; `teachers` instead of TEACHERS; `sizes`: (parameters,
+        more: `claims`; `teachers` instead of TEACHERS; `sizes`: (parameters,
             tokens) by student; `offsets`: instead of OFFSETS, by seed; `noise`: standard deviation of a
             further offset of each run; `domains` instead of DOMAINS; `documents` of each text and split;
             `points` of each learning curve.

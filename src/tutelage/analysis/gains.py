@@ -1,4 +1,4 @@
-"""Gains of students over the runs they are compared with, as tables.
+"""Measure gains of students over the runs they are compared with, as tables.
 
 A gain is in percent of the bits per byte of the run named by the plan, of the same seed; positive is better
 (fewer bits). Where a seed has several untaught runs (`baselines` in a study file) it is in percent of their
@@ -186,7 +186,7 @@ class Gains:
     Attributes:
         cells: one row per student setting, teacher, arm and stage that has one: cell (its number, in the
             report's order), student, teacher, arm, stage, alpha, control (true of teachers without context
-            and of students without a teacher), constant (whether alpha is all there is to the arm), pair
+            and of students without a teacher), constant (whether the arm is alpha alone), pair
             (number of student and teacher).
         domains: one row per cell, seed, domain, split and fit: run, base_run, teacher_run, role, value and
             base_value (bits per byte), gain. `fit` is raw, or what was fitted on the validation split:

@@ -122,7 +122,7 @@ def stays_within(differences: ArrayLike, margin: float) -> Evidence:
 
 
 def differs(differences: ArrayLike) -> Evidence:
-    """Test "the mean is not 0" by Student's t, on the side it is on. Nothing can contradict that."""
+    """Two-sided t test of "the mean is not 0"; nothing can contradict that."""
     one = exceeds(differences)
     return Evidence(min(one.support, one.contradict), 1.0)
 
@@ -188,7 +188,7 @@ def chance_inside(
         deviation: of the differences, positive.
         low: lower bound; may be minus infinity.
         high: upper bound; may be infinity.
-        level: one less the confidence of the interval, so that each bound is tested at half of it.
+        level: one minus the confidence of the interval, so that each bound is tested at half of it.
 
     Returns:
         One probability per entry of `n`.

@@ -80,7 +80,7 @@ class PolicyResult:
 
     Attributes:
         verdict: its gains.
-        ahead: out-of-domain gain less that of the best constant alpha, paired by seed; None for that one and
+        ahead: out-of-domain gain minus that of the best constant alpha, paired by seed; None for that one and
             with less than two seeds.
         raw_front: whether no other arm gains as much on both sides and more on one, raw; None where some
             arm has one seed.
@@ -105,7 +105,7 @@ class EqualCompute:
         cost: FLOPs of a run, teacher forward included, as a multiple of the untaught student's.
         teacher_training: FLOPs of training the teacher, as the same multiple; None if the study did not.
         matched: the untaught student that spent the teacher's forward on tokens; None if there is none.
-        lead: gain of the pair less that of `matched`, by side; None with less than two seeds.
+        lead: gain of the pair minus that of `matched`, by side; None with less than two seeds.
     """
 
     pair: PairFinding

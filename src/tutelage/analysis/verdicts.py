@@ -1,4 +1,4 @@
-"""Does this teacher help this student? Gains over the no-teacher student, with intervals.
+"""Judge whether each teacher helps each student: gains over the no-teacher student, with intervals.
 
 Choices use the validation split, reports the test split.
 """
@@ -40,7 +40,7 @@ class Verdict:
         arm_settings: the same as settings; see `RunLabels`.
         stage: post-training stage after which this was measured; None: after pretraining.
         alpha: weight of the distillation loss where it is one number.
-        constant: whether that number is all there is to the arm.
+        constant: whether the arm is that number alone.
         control: whether it is a control, without knowledge of context.
         relation: of teacher and student as measured; None where it was not, and of controls.
         gains: percent by fit and role, with intervals over seeds, which of one seed have no ends: a single

@@ -1,4 +1,4 @@
-"""Findings in plain words: how numbers, arms and verdicts read."""
+"""Word numbers, arms, verdicts and warnings, for page, terminal and figures alike."""
 
 from __future__ import annotations
 

@@ -286,3 +286,15 @@ def test_a_done_run_without_its_ledger_is_unreadable(study):
 
     assert results.unfinished["run"].to_list() == [RUN]
     assert results.problems == (f"{RUN}: state.json: tokens: Field required",)
+
+
+def test_a_stage_may_come_after_more_than_a_hundred_runs_without_one(tmp_path):
+    study = write_study(
+        tmp_path / "study", range(43, 98), gains={("weak", 0.2): (0.0, 1.0)}, documents=2, points=2
+    )
+    plan = json.loads((study / "plan.json").read_text())
+    stage = {"run": "late", "kind": "after", "stage": "answers", "after": "baseline-43", "baseline": None}
+    plan["runs"].append(plan["runs"][1] | stage)
+    (study / "plan.json").write_text(json.dumps(plan))
+
+    assert load_results(study).unfinished["run"].to_list() == ["late"]

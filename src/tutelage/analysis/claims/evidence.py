@@ -1,4 +1,4 @@
-"""What claims are made of: one number per seed, taken from a study's gains as they are or with one fit.
+"""The numbers that claims are tested on: one per seed, taken from a study's gains, raw or fitted.
 
 Whatever is chosen (an alpha, a schedule, a teacher) is fixed in the study file or chosen on seeds that are
 not tested. To choose for each seed by the other seeds looks as good and is not: every number is unbiased, but
@@ -199,7 +199,7 @@ class Choice:
 
 
 class GainsBySeed:
-    """A study seen through one fit: gains are on the test split, choices are made on raw validation gains.
+    """Gains of a study by seed, with one fit, of the test split; choices use raw validation gains.
 
     Attributes:
         choosing: the seeds that choose where the study file does not: the first third of its seeds.
@@ -237,15 +237,16 @@ class GainsBySeed:
         return self._cells.get((student, teacher, stage), [])
 
     def constants(self, pair: PairFinding, keep: Callable[[float], bool] = lambda _: True) -> list[Verdict]:
-        """The cells of a pair where a constant alpha, which `keep` accepts, is all there is."""
+        """The cells of a pair whose arm is a constant alpha that `keep` accepts."""
         cells = self.arms(pair.student.name, pair.teacher.name)
         return [v for v in cells if v.constant and v.alpha is not None and keep(v.alpha)]
 
     def pairs(self, *relations: str) -> list[PairFinding]:
         """Pairs with an ordinary teacher, of the given measured relations; default: of all.
 
-        Ordinary is who read the study's text, in another order than its students, and whose whole
-        distribution is learned. The others have claims of their own, and would change what a mean is of.
+        An ordinary teacher was trained on the study's corpus in another data order than its students and is
+        distilled from its full distribution. The others have claims of their own, and would change what a
+        mean is over.
         """
         return [
             pair
@@ -263,7 +264,7 @@ class GainsBySeed:
         return {seed for cell in self.constants(pair) for seed in self.gain(cell, "out_of_domain")}
 
     def candidates(self, cells: Iterable[Verdict]) -> list[Choice]:
-        """What there is to choose from: of a teacher with a `tested_alpha`, the cell that has it alone."""
+        """The cells to choose from: of a teacher with a `tested_alpha`, only the cell that has it."""
         found = [*cells]
         fixed = {cell.teacher for cell in found if self._is_fixed(cell)}
         return [Choice((cell,)) for cell in found if cell.teacher not in fixed or self._is_fixed(cell)]
@@ -330,7 +331,7 @@ class GainsBySeed:
         ]
 
     def change(self, variants: Iterable[tuple[Verdict, Verdict]], side: Side) -> Members:
-        """Gain of variants less that of the plain cells."""
+        """Gain of variants minus that of the plain cells."""
         return {
             f"{one.student} from {one.teacher}, {one.arm}": minus(
                 self.gain(one, side), self.gain(other, side)

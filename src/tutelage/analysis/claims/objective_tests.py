@@ -153,7 +153,7 @@ def _interpolated(study: GainsBySeed, cell: Verdict, alpha: float) -> Series:
 
 
 def early_teaching(study: GainsBySeed) -> list[Test]:
-    """The best schedule that begins with the teacher less the best constant alpha, weak teachers."""
+    """The best schedule that begins with the teacher minus the best constant alpha, weaker teachers."""
     difference = _arms_less_constants(study, study.pairs("weak-to-strong"), kd_first)
     return [
         Test("gain of the best KD-first schedule less that of the best constant", difference, "not below")
@@ -161,7 +161,7 @@ def early_teaching(study: GainsBySeed) -> list[Test]:
 
 
 def gating(study: GainsBySeed) -> list[Test]:
-    """The best arm gated by skill less the best constant alpha."""
+    """The best arm gated by skill minus the best constant alpha."""
     difference = _arms_less_constants(study, study.pairs(), by_skill)
     return [Test("gain gated by skill less that of the best constant", difference, "not below")]
 
@@ -179,7 +179,7 @@ def _arms_less_constants(
 
 
 def copying(study: GainsBySeed) -> list[Test]:
-    """Accuracy of copying in context at alpha 1 less that of the baseline."""
+    """Accuracy of copying in context at alpha 1 minus that of the baseline."""
     scores = study.scores("accuracy", COPYING)
     changes = _compared(scores, _pure(study), lambda own, base: 100 * (own - base))
     label = "accuracy of copying at alpha 1 less the baseline's (`tutelage eval probe`)"

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tutelage.analysis.claims import objective_tests as objective
-from tutelage.analysis.claims import teacher_tests as control
-from tutelage.analysis.claims import teacher_tests as strength
+from tutelage.analysis.claims import objective_tests, teacher_tests
 from tutelage.analysis.claims.evidence import Claim, Requirement, has_setting
 from tutelage.analysis.verdicts import nominal
 from tutelage.errors import UserError
@@ -96,7 +94,7 @@ def _weaker(student: PlanStudent, teacher: PlanTeacher) -> bool:
 
 
 def _undertrained(student: PlanStudent, teacher: PlanTeacher) -> bool:
-    return teacher.tokens is not None and teacher.tokens <= strength.UNDERTRAINED * student.tokens
+    return teacher.tokens is not None and teacher.tokens <= teacher_tests.UNDERTRAINED * student.tokens
 
 
 def _stepped(taught: Sequence[Taught]) -> int:
@@ -105,7 +103,9 @@ def _stepped(taught: Sequence[Taught]) -> int:
     for run, student, teacher in taught:
         if run.constant:
             alphas.setdefault((student.name, teacher.name), set()).add(run.alpha)
-    both = [student for (student, _), own in alphas.items() if {strength.SMALL, strength.LARGE} <= own]
+    both = [
+        student for (student, _), own in alphas.items() if {teacher_tests.SMALL, teacher_tests.LARGE} <= own
+    ]
     return max(Counter(both).values(), default=0)
 
 
@@ -116,16 +116,16 @@ _WEAK_ALONE = _some(
 )
 _SAME = _some("a teacher of the student's shape and tokens", lambda _r, s, t: nominal(t, s) == "same-level")
 _SMALL = _some(
-    f"an undertrained teacher and alpha <= {strength.SMALL:g}",
-    lambda run, s, t: _undertrained(s, t) and (run.alpha or 1.0) <= strength.SMALL,
+    f"an undertrained teacher and alpha <= {teacher_tests.SMALL:g}",
+    lambda run, s, t: _undertrained(s, t) and (run.alpha or 1.0) <= teacher_tests.SMALL,
 )
 _LARGE = _some(
-    f"an undertrained teacher and alpha >= {strength.LARGE:g}",
-    lambda run, s, t: _undertrained(s, t) and (run.alpha or 0.0) >= strength.LARGE,
+    f"an undertrained teacher and alpha >= {teacher_tests.LARGE:g}",
+    lambda run, s, t: _undertrained(s, t) and (run.alpha or 0.0) >= teacher_tests.LARGE,
 )
 _STEPS = Requirement(
-    f"three teachers of one student at alpha {strength.SMALL:g} and {strength.LARGE:g}",
-    lambda _, taught: _stepped(taught) >= strength.LINE,
+    f"three teachers of one student at alpha {teacher_tests.SMALL:g} and {teacher_tests.LARGE:g}",
+    lambda _, taught: _stepped(taught) >= teacher_tests.LINE,
 )
 _FOUR = _several("four teachers of one student", 4, lambda _r, s, t: (s.name, t.name))
 _BUDGETS = _several("one student shape at two budgets", 2, lambda _r, s, t: ((s.shape, t.name), s.tokens))
@@ -140,9 +140,9 @@ _TOP_K = _arm("renormalised top-k at alpha 1", truncation="top_k", tail="renorma
 _SAMPLED = _some("sampled targets", lambda _r, _s, t: (t.targets or "").startswith("sample"))
 _UNSCALED = _some(
     "mixing keep_full_ce or keep_full_kd",
-    lambda run, _s, _t: has_setting(run.arm_settings or {}, "mixing", *objective.UNSCALED),
+    lambda run, _s, _t: has_setting(run.arm_settings or {}, "mixing", *objective_tests.UNSCALED),
 )
-_FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective.kd_first(run.arm_settings or {}))
+_FIRST = _some("a KD-first schedule", lambda run, _s, _t: objective_tests.kd_first(run.arm_settings or {}))
 _STAGE = Requirement(
     "a stage of post_training", lambda plan, _: any(run.kind == "after" for run in plan.runs)
 )
@@ -166,104 +166,107 @@ def _students_of(plan: Plan) -> set[tuple[str | None, int | None]]:
 
 
 CLAIMS: dict[int, Claim] = {
-    1: Claim("A weaker teacher, at its best alpha, helps out of domain.", (_WEAK,), strength.weak_gains),
-    2: Claim("A weaker teacher at alpha 1 hurts in domain.", (_WEAK_ALONE,), strength.weak_alone_hurts),
+    1: Claim("A weaker teacher, at its best alpha, helps out of domain.", (_WEAK,), teacher_tests.weak_gains),
+    2: Claim("A weaker teacher at alpha 1 hurts in domain.", (_WEAK_ALONE,), teacher_tests.weak_alone_hurts),
     3: Claim(
         "A large alpha gains more over a small one with a stronger teacher (out of domain).",
         (_STEPS,),
-        strength.alpha_rises,
+        teacher_tests.alpha_rises,
     ),
     4: Claim(
         "A teacher of the student's own shape and tokens helps out of domain and costs nothing in domain.",
         (_SAME,),
-        strength.same_level,
+        teacher_tests.same_level,
     ),
     5: Claim(
         "An undertrained teacher (at most a quarter of the student's tokens) helps out of domain at small "
         "alphas and hurts at large ones.",
         (_SMALL, _LARGE),
-        strength.undertrained,
+        teacher_tests.undertrained,
     ),
     6: Claim(
         "The gain saturates in the teacher's strength, and for some student the strongest is not the best.",
         (_FOUR,),
-        strength.saturates,
+        teacher_tests.saturates,
     ),
     7: Claim(
         "The gain is larger out of domain than in domain, whatever the teacher's level.",
         (_TEACHER,),
-        strength.outside_more,
+        teacher_tests.outside_more,
     ),
-    8: Claim("The gain grows with the difficulty of tokens.", (_TEACHER,), objective.difficulty),
+    8: Claim("The gain grows with the difficulty of tokens.", (_TEACHER,), objective_tests.difficulty),
     9: Claim(
         "At alpha 1, temperatures 0.5, 1 and 2 are alike.",
         tuple(_arm(f"temperature {t:g}", temperature=t, alpha=1) for t in (0.5, 2)),
-        objective.temperatures_alike,
+        objective_tests.temperatures_alike,
     ),
     10: Claim(
         "At alpha 1, renormalised top-k hurts and sampled targets match the whole distribution.",
         (_TOP_K, _SAMPLED),
-        objective.truncation,
+        objective_tests.truncation,
     ),
     11: Claim(
         "What counts is the mixture, not the scale of the loss.",
         (_UNSCALED,),
-        objective.not_scale,
+        objective_tests.not_scale,
     ),
     12: Claim(
         "The gain falls as the student's tokens grow.",
         (_BUDGETS,),
-        strength.falls_with_tokens,
+        teacher_tests.falls_with_tokens,
         primary="unigram",
     ),
     13: Claim(
-        "The gain changes with the student's size.", (_SIZES,), strength.changes_with_size, primary="unigram"
+        "The gain changes with the student's size.",
+        (_SIZES,),
+        teacher_tests.changes_with_size,
+        primary="unigram",
     ),
     14: Claim(
         "For weaker teachers, schedules that begin with distillation do no worse than the best constant.",
         (_WEAK, _FIRST),
-        objective.early_teaching,
+        objective_tests.early_teaching,
     ),
     15: Claim(
         "Teaching only where the teacher is better does no worse than the best constant.",
         (_arm("the gate teacher_better", gate="teacher_better"),),
-        objective.gating,
+        objective_tests.gating,
     ),
     16: Claim(
         "Teachers that know no context (unigram, uniform) give less than real ones.",
         (_TEACHER, _CONTROL),
-        control.controls_give_less,
+        teacher_tests.controls_give_less,
         primary="unigram",
     ),
     17: Claim(
         "Copying in context suffers at alpha 1.",
         (_PURE,),
-        objective.copying,
+        objective_tests.copying,
         in_family=False,
     ),
-    18: Claim("The gain survives the same post-training.", (_TEACHER, _STAGE), control.after_tuning),
+    18: Claim("The gain survives the same post-training.", (_TEACHER, _STAGE), teacher_tests.after_tuning),
     19: Claim(
         "An untaught student with the teacher's compute is the stronger baseline: a taught one is behind it.",
         (_MATCHED,),
-        control.compute_matched,
-        control.compute_matched_remark,
+        teacher_tests.compute_matched,
+        teacher_tests.compute_matched_remark,
     ),
     20: Claim(
         "The gain survives a teacher trained on the student's own data.",
         (_OWN_DATA,),
-        control.identical_data,
+        teacher_tests.identical_data,
     ),
-    21: Claim("The gain survives a teacher of another corpus.", (_FOREIGN,), control.cross_corpus),
+    21: Claim("The gain survives a teacher of another corpus.", (_FOREIGN,), teacher_tests.cross_corpus),
     22: Claim(
         "Reverse KL is worse in domain than forward KL.",
         (_arm("divergence reverse_kl", divergence="reverse_kl"),),
-        objective.reverse_kl,
+        objective_tests.reverse_kl,
     ),
     23: Claim(
         "At alpha 1 the calibration error is between half and twice that without a teacher; with a top-k of "
         "the distribution it is more than twice.",
         (_PURE, _TOP_K),
-        objective.calibration,
+        objective_tests.calibration,
     ),
     24: Claim(
         "At alpha 1, temperature 4 and hard labels are worse than temperature 1.",
@@ -271,7 +274,7 @@ CLAIMS: dict[int, Claim] = {
             _arm("temperature 4", temperature=4, alpha=1),
             _arm("hard_labels", divergence="hard_labels", alpha=1),
         ),
-        objective.temperatures_worse,
+        objective_tests.temperatures_worse,
     ),
 }
 """By the numbers that a study file lists under `claims`."""

@@ -1,4 +1,4 @@
-"""Tests of claims about what could explain a gain otherwise: smoothing, compute, the data that was read."""
+"""Tests of claims about teachers: their strength, and smoothing, compute or data as other explanations."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weak_alone_hurts(study: GainsBySeed) -> list[Test]:
 
 
 def alpha_rises(study: GainsBySeed) -> list[Test]:
-    """Interaction of alpha and strength: slope on the teacher's strength of gain(0.8) less gain(0.2)."""
+    """Interaction of alpha and strength: slope on the teacher's strength of gain(0.8) minus gain(0.2)."""
     slopes: Members = {}
     for student, pairs in _by_student(study.pairs()):
         steps = [(_strength(pair), _step(study, pair)) for pair in pairs]
@@ -65,7 +65,7 @@ def alpha_rises(study: GainsBySeed) -> list[Test]:
 
 
 def _step(study: GainsBySeed, pair: PairFinding) -> Series | None:
-    """Gain at the large alpha less that at the small one; None without both."""
+    """Gain at the large alpha minus that at the small one; None without both."""
     gains = {cell.alpha: study.gain(cell, _OUTSIDE) for cell in study.constants(pair)}
     return minus(gains[LARGE], gains[SMALL]) if {LARGE, SMALL} <= gains.keys() else None
 
@@ -129,7 +129,7 @@ def _reversal(study: GainsBySeed, pairs: Sequence[PairFinding]) -> tuple[float |
 
 
 def outside_more(study: GainsBySeed) -> list[Test]:
-    """Out-of-domain gain less in-domain gain, both in percent; one test for each relation that there is."""
+    """Out-of-domain gain minus in-domain gain, both in percent; one test for each relation that occurs."""
     parts = []
     for relation, word in _RELATIONS.items():
         pairs = study.pairs(relation)
@@ -226,9 +226,9 @@ _CLEAR = 0.05
 
 
 def controls_give_less(study: GainsBySeed) -> list[Test]:
-    """Real teachers less each control, out of domain, each at its best alpha.
+    """Real teachers minus each control, out of domain, each at its best alpha.
 
-    A teacher has to beat every control, so there is none to choose. The median over texts, and the mean over
+    A teacher has to beat every control, so no control is chosen. The median over texts, and the mean over
     all texts but the one that adds most, stand beside the mean: one text can carry half of it.
     """
     parts = []
@@ -286,7 +286,7 @@ def _over_texts(
 
 
 def compute_matched(study: GainsBySeed) -> list[Test]:
-    """Taught students less untaught ones that spent their teacher's forward passes on more tokens."""
+    """Taught students minus untaught ones that spent their teacher's forward passes on more tokens."""
     return [
         Test(f"gain {side.replace('_', ' ')}, taught less untaught of equal compute", leads, "below 0")
         for side, leads in ((side, _leads(study, side)) for side in _SIDES)
@@ -361,7 +361,7 @@ def cross_corpus(study: GainsBySeed) -> list[Test]:
 
 
 def after_tuning(study: GainsBySeed) -> list[Test]:
-    """The best alpha among those that were tuned afterwards, less the baseline after the same stage."""
+    """The best alpha among those that were tuned afterwards, minus the baseline after the same stage."""
     gains: Members = {}
     stages = sorted({cell.stage for cell in study.verdicts if cell.stage is not None})
     for pair in study.pairs():

@@ -1,4 +1,4 @@
-"""The figures of gains: by alpha, teacher, strength and text, and in domain against out of domain."""
+"""Draw gains by alpha, teacher, strength and text, and in domain against out of domain."""
 
 from __future__ import annotations
 

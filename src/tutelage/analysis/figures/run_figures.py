@@ -1,4 +1,4 @@
-"""The figures of a study: which there are, and in which order."""
+"""Draw the figures of a study in the order of the page; here those of calibration, curves and costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every figure looks, and how it becomes files.
+"""Style figures and save them as files.
 
 Text and axes take the colour of the page (`currentColor`), so that a chart reads on light and on dark;
 series take Okabe and Ito's palette, which colour-blind readers can tell apart. Controls are grey, dashed.
@@ -78,7 +78,7 @@ class Figure:
         name: file name without suffix.
         title: what is shown.
         caption: how to read it, and how many runs are behind it.
-        spoken: the figure in a sentence or two, for who cannot see it.
+        spoken: the figure in a sentence or two, for readers who cannot see it.
         chart: the Altair chart.
         data: the numbers behind it.
     """

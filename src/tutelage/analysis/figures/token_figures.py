@@ -1,4 +1,4 @@
-"""The figures of a token comparison, each with its caption and its data."""
+"""Draw a token comparison; each figure has its caption and its data."""
 
 from __future__ import annotations
 

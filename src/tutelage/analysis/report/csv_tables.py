@@ -1,4 +1,4 @@
-"""What a report says, as tables for other programs: `tables/*.csv` beside it."""
+"""Write the tables of a report for other programs: `tables/*.csv` beside it."""
 
 from __future__ import annotations
 

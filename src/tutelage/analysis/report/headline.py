@@ -1,4 +1,4 @@
-"""The headline answer of a study, and what its numbers cannot show."""
+"""Word the headline answer of a study, and the limits of its numbers."""
 
 from __future__ import annotations
 

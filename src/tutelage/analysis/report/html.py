@@ -1,4 +1,4 @@
-"""One self-contained page: does this teacher help this student? The same files give the same page."""
+"""Write the report, one self-contained page; the same files give the same page."""
 
 from __future__ import annotations
 

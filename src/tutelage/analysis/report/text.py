@@ -1,4 +1,4 @@
-"""The verdicts of a study for a terminal."""
+"""Print verdicts, scores and token comparisons in a terminal."""
 
 from __future__ import annotations
 
