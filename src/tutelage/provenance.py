@@ -1,4 +1,4 @@
-"""Where a result came from: commit, command, versions, machine. Collecting it never stops a run."""
+"""Record the origin of a result: commit, command, versions, machine. Collecting it never stops a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("tutelage", "torch", "transformers", "tokenizers", "numpy")
 
 
 def collect(device: str) -> dict[str, Any]:
-    """What `provenance.json` holds; what cannot be found out is None.
+    """Collect the contents of `provenance.json`; None stands for what cannot be found out.
 
     Args:
         device: torch device of the run, for example "cpu" or "cuda:0".
@@ -56,7 +56,7 @@ def code() -> str:
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed distribution, None if it is not there."""
+    """Version of a distribution; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

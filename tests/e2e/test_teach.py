@@ -95,7 +95,7 @@ def test_two_commands_stopped_and_continued_write_what_one_writes(teach_file, tm
         for process in (first, second):
             _, error = process.communicate()
             assert process.returncode == 130
-            assert error == "\nstopped; run the same command again to go on\n"
+            assert error == "\nstopped; run the same command again to resume\n"
     (together,) = caches.iterdir()
     assert len(list(together.glob("shards/*.bin"))) < len(list(alone.glob("shards/*.bin")))
 

@@ -96,7 +96,7 @@ def data_show(store: Annotated[Path, typer.Argument(help="token store directory"
 
 
 def _sources_table(manifest: Manifest) -> Table:
-    """What was taken of every source of a token store, and how many rows were left out for which reason."""
+    """Tabulate what was taken of each source of a token store, and why rows were left out."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -31,7 +31,7 @@ _OPTIONAL = {
     "trackio": "pip install 'tutelage[trackers]'",
     "triton": "comes with torch's CUDA build on Linux; nothing else needs it",
 }
-"""Module to what brings it."""
+"""How to install each optional module."""
 
 _DISK_BYTES = 2 * 10**9
 _IMPORT_SECONDS = 120
@@ -44,13 +44,13 @@ _SPEC = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at.
+    """Result of one check.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         ok: whether it works.
-        detail: what was found: a version, a name, or the error.
-        fix: what to do if it does not work; None if it does, or if nothing can be done.
+        detail: a version, a name, or the error.
+        fix: command or advice that mends it; None if it works, or if nothing can be done.
         required: whether training, scoring and reports on this machine need it.
     """
 
@@ -62,7 +62,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at everything; takes some seconds, since each installed part is really loaded. Never raises."""
+    """Run every check. Takes some seconds, because each installed part is really used. Never raises."""
     return [
         _python(),
         *(_package(name) for name in PACKAGES),
@@ -89,7 +89,7 @@ def _package(name: str) -> Check:
 
 
 def _devices() -> list[Check]:
-    """The CPU, which always works, and accelerators, which are welcome."""
+    """Check the CPU and the accelerators; only the CPU is required."""
     try:
         import torch
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user must hear
@@ -121,7 +121,7 @@ def _disk() -> Check:
 
 
 def _corpora() -> list[Check]:
-    """Named corpora: the first document, which is given out only if all files have the right content."""
+    """Read the first document of every named corpus, which checks the content of all of its files."""
     from tutelage.data.corpora import CORPORA
 
     def read(corpus: Corpus[str]) -> str:
@@ -156,7 +156,7 @@ def _draw() -> str:
 
 
 def _optional(module: str, fix: str) -> Check:
-    """Import in a process of its own: a broken binary part may end the process instead of raising."""
+    """Import a module in another process, since a broken binary may end a process instead of raising."""
     if find_spec(module) is None:
         return Check(module, False, "not installed", fix, required=False)
     try:

@@ -45,5 +45,5 @@ def main() -> None:
         sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}\n")
         sys.exit(2)
     except Stopped:
-        sys.stderr.write("\nstopped; run the same command again to go on\n")
+        sys.stderr.write("\nstopped; run the same command again to resume\n")
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Show people how far work is: bars in a terminal, a line per finished stage, lengths of time."""
+"""Show progress: bars in a terminal, a line for each finished stage; format times and results."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _FORMATS = {
     "bytes_per_token": "{:.2f} bytes/token",
     "tokens_per_second": "{:,.0f} tokens/s",
 }
-"""How a figure is shown; those not listed are not."""
+"""Format of each figure that is shown."""
 
 
 def period(seconds: float) -> str:
-    """A length of time as people say it: "12 s", "3.4 min", "5.6 h", "9.5 days"."""
+    """Format a length of time: "12 s", "3.4 min", "5.6 h", "9.5 days"."""
     if seconds < 100:  # noqa: PLR2004 - two digits
         return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
     if seconds < 360_000:  # noqa: PLR2004 - the same
@@ -41,7 +41,7 @@ def period(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """Three digits and a unit: "950", "12.3K", "4.56M"."""
+    """Format a number with three digits and a unit: "950", "12.3K", "4.56M"."""
     for unit in ("", "K", "M", "B"):
         if number < 999.5:  # noqa: PLR2004 - three digits
             return f"{number:.3g}{unit}"

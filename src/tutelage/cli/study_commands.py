@@ -58,7 +58,7 @@ def study_plan(
     price: Annotated[float | None, typer.Option(min=0.0, help="of a device for an hour")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Say what a study will take before anything runs: runs, FLOPs, memory, time, energy, cost.
+    """Estimate what a study will take before anything runs: runs, FLOPs, memory, time, energy, cost.
 
     Nothing is built or downloaded. Every cell is checked, so what cannot be run is named here.
     """
@@ -85,7 +85,7 @@ def study_plan(
 
 
 def _say_untestable(expanded: ExpandedStudy) -> None:
-    """Name the announced claims that no run of the study can decide."""
+    """Print the announced claims that no run of the study can decide."""
     from tutelage.analysis.claims.registry import missing_of
     from tutelage.cli.progress import say
     from tutelage.study.plan import draft_of
@@ -143,7 +143,7 @@ def study_run(
 
 
 def local_engine(study: StudyConfig, workers: int | None) -> Engine:
-    """Worker processes: one per GPU where the study may use them, else one per core."""
+    """Choose worker processes: one per GPU if the study may use GPUs, else one per core."""
     from tutelage.study.engines.local import LocalEngine, default_workers, visible_gpus
 
     gpus = visible_gpus() if study_device(study) != "cpu" else []
@@ -151,20 +151,21 @@ def local_engine(study: StudyConfig, workers: int | None) -> Engine:
 
 
 def default_cohort(study: StudyConfig) -> int:
-    """On the CPU six students of a teacher of three times their size take 0.73 of the time (LAB.md).
+    """Number of students to train together: 6 on the CPU, else 1.
 
-    On a GPU they might not fit into its memory, so there it is for the user to say.
+    Six students of a teacher three times their size take 0.73 of the time on the CPU (LAB.md). On a GPU they
+    may not fit into its memory, so there the user decides.
     """
     return 6 if study_device(study) == "cpu" else 1
 
 
 def study_device(study: StudyConfig) -> str:
-    """`runtime.device` of the study's runs."""
+    """Return `runtime.device` of the study's runs."""
     return str(study.run.get("runtime", {}).get("device", "auto"))
 
 
 def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options: RunnerOptions) -> None:
-    """Run a study in view of a person, then say what came out."""
+    """Run a study, showing its progress, then print its verdicts and write its report."""
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import print_verdicts
@@ -192,7 +193,7 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
 
 @study_app.command("status")
 def study_status(directory: Directory) -> None:
-    """Say what is done, who works on what, what failed and why, and how good the estimates are."""
+    """Print what is done, who works on what, what failed and why, and how good the estimates are."""
     from tutelage.cli.study_output import print_status
     from tutelage.study.status import read_status
 

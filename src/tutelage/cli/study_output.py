@@ -63,7 +63,7 @@ def print_status(status: Status, directory: Path) -> None:
             "estimate (FLOPs over the speed of the others)",
         )
     say("runs", directory / "runs")
-    todo = "`tutelage study run` with the same file goes on"
+    todo = "`tutelage study run` with the same file resumes"
     if status.failed:
         todo = f"mend what failed, then `tutelage study retry {directory}` and `tutelage study run`"
     elif not status.counts.keys() - {"done"}:
@@ -99,7 +99,7 @@ def _print_runs(status: Status, directory: Path) -> None:
 
 
 def _measured(directory: RunDirectory, tokens: int) -> tuple[str, str, str]:
-    """Loss, speed and time left of a run, by its newest row of metrics."""
+    """Return loss, speed and time left of a run, from its newest row of metrics."""
     row = directory.last_metrics()
     if not row:
         return "", "", ""

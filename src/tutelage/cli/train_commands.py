@@ -18,7 +18,7 @@ def train(
         typer.Argument(help="settings to change, and further run files", metavar="[KEY=VALUE | CONFIG]..."),
     ] = None,
 ) -> None:
-    """Train one model, with or without a teacher, and score it. The same command goes on after a stop.
+    """Train one model, with or without a teacher, and score it. After a stop the same command resumes.
 
     Several run files train together as a cohort: students that read the same batches and share a teacher,
     which then computes its targets once for all of them. Each gets the result it would have alone.
@@ -55,7 +55,7 @@ def teach(
 ) -> None:
     """Let a teacher read a token store once and keep its targets, so that every run can use them.
 
-    Stopped or killed, the same command goes on. Several processes, also on machines that share the file
+    After a stop or a kill the same command resumes. Several processes, also on machines that share the file
     system, may run it at the same time and divide the work.
     """
     from tutelage.config.load import load
