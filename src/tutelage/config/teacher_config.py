@@ -19,7 +19,7 @@ class TopKFormat(Section):
 
     kind: Literal["topk"]
     k: int = Field(ge=1, le=1_000_000, description="ids per position")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="stop earlier once the kept mass reaches this")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="stop earlier once their mass reaches this")
 
 
 class MultinomialFormat(Section):
@@ -53,8 +53,8 @@ Format = Annotated[
 class CacheSettings(Section):
     """Format and temperature of targets that are computed once for all students of a teacher."""
 
-    format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
-    temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
+    format: Format = Field(MinVarianceFormat(), description="what is stored of each distribution")
+    temperature: Temperature = Field(1.0, description="T of the stored probabilities; hidden serves every T")
 
 
 class LoadedModel(Section):
@@ -74,7 +74,7 @@ class LoadedModel(Section):
 class _CacheableTeacher(LoadedModel):
     cache: CacheSettings | None = Field(
         None,
-        description="compute its targets once and keep them in caches/ beside the output; default: live",
+        description="compute its targets once and store them in caches/ beside the output; default: live",
     )
 
 
@@ -117,7 +117,7 @@ TeacherConfig = Annotated[
 ]
 
 
-class TeachConfig(Section):
+class TeachConfig(CacheSettings):
     """One teacher cache. It lands in `<output>/<name>-<hash8>`; same config, same directory."""
 
     name: Name = Field("cache", description="readable part of the directory name")
@@ -126,12 +126,10 @@ class TeachConfig(Section):
     context_length: Length = Field(
         128, description="tokens the teacher sees; students use this sequence length or a divisor of it"
     )
-    format: Format = Field(MinVarianceFormat(), description="what is kept of the distributions")
-    temperature: Temperature = Field(1.0, description="T of the kept probabilities; hidden serves every T")
     seed: Seed = Field(0, description="seed of the sampler")
     compress: bool = Field(default=False, description="zstd per block, where it makes the block smaller")
     shard_tokens: int = Field(
-        2**18, ge=1, le=2**40, description="tokens per file; what a writer claims at a time"
+        2**18, ge=1, le=2**40, description="tokens per file; a writer works on one file at a time"
     )
     batch_tokens: BatchTokens = Field(4096, description="tokens per teacher forward")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the teacher")
