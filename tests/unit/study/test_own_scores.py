@@ -51,6 +51,7 @@ def eval_arguments(study, *runs):
     return ["eval", "score", *runs, "--store", f"scripture={store}", *limits]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["baseline", "all"])
 def test_other_scores_beside_the_studys_own_change_nothing(study, tutelage, which):
     """Of one run, and of all: then the other settings would be what most runs have."""

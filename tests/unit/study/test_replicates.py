@@ -131,6 +131,7 @@ def test_what_is_no_replicate_is_refused(changes, message):
         replicated(**changes)
 
 
+@pytest.mark.slow
 def test_a_real_study_with_replicates_computed_again_from_its_scores(tmp_path):
     texts = ("kjv", "shakespeare")
     study = tiny_study(
