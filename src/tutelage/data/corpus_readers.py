@@ -146,7 +146,7 @@ def wikipedia(files: PackageFiles) -> Iterator[str]:
 
 def cloud_api(files: PackageFiles) -> Iterator[str]:
     """Yield what each service, in its newest version, and each of its operations does."""
-    yield from dict.fromkeys(_services(files))  # a renamed service is there twice
+    yield from dict.fromkeys(_services(files))  # a renamed service exists twice
 
 
 def _services(files: PackageFiles) -> Iterator[str]:

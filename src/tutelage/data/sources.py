@@ -140,7 +140,7 @@ class Mixture:
 
         Raises:
             UserError: a source is missing, damaged, empty, not text, or has a bad row and is not to skip it;
-                raised when the offending document is asked for.
+                raised at the document that causes it.
         """
         for document in self._balanced() if self._weights else itertools.chain(*self._streams):
             yield document

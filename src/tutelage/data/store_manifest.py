@@ -72,13 +72,13 @@ class SourceRecord(Record, extra="forbid"):
 
     Attributes:
         source: versions, licence, checksums.
-        weight: share of bytes that was asked for; None: everything.
+        weight: share of bytes in the mixture; None: everything.
         documents: documents taken.
         bytes: their bytes of UTF-8.
         dropped: rows left out, by reason: null, blank, duplicate, bad.
         first_bad: error of the first bad one.
         document_bytes: about how long the documents are that text files were cut into; None: no cuts.
-        left: what was left when another source ended the mixture; None where nothing was or it is not known.
+        left: the rest when another source ended the mixture; None where nothing was left or it is not known.
     """
 
     source: dict[str, JsonValue]

@@ -334,10 +334,20 @@ def test_wrong_manifest_is_refused(copy, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"\xff", "cannot be read"), (b"[1]", "Input"), (b'{"schema_version": 1, "teacher": {}}', "name: ")],
+)
+def test_another_manifest_is_refused(copy, content, reason):
+    (copy / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"not the manifest of a token store \({reason}"):
+        open_store(copy)
+
+
 def test_importing_the_room_loads_no_torch():
     code = (
         "import sys, tutelage.data\nassert 'tokenizers' not in sys.modules\n"
-        "import tutelage.data.store\nassert 'torch' not in sys.modules"
+        "import tutelage.data.store, tutelage.data.build\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
