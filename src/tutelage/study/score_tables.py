@@ -162,7 +162,9 @@ def _scores(
 
 def _made_alike(scores: Sequence[Score]) -> list[Score]:
     """The scores of this scoring version; others do not compare with them."""
-    made = [score for score in scores if scoring_version(score.version) == SCORING_VERSION]
+    versions = {score.version for score in scores}
+    current = {version for version in versions if scoring_version(version) == SCORING_VERSION}
+    made = [score for score in scores if score.version in current]
     if scores and not made:
         raise UnreadableError(
             "scores.jsonl",
