@@ -1,4 +1,4 @@
-"""Reading a teacher cache: targets by token position, mapped from disk and checked on first use."""
+"""Read a teacher cache: targets by token position, mapped from disk and checked on first use."""
 
 from __future__ import annotations
 
