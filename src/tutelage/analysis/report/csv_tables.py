@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tutelage.analysis.verdicts import Findings
     from tutelage.study.results import Results
 
-Row = dict[str, Any]
+CsvRow = dict[str, Any]
 _TEXT_FIELDS = ("n", "deviation", "least", "most", "low", "high")
 
 
@@ -57,7 +57,7 @@ def _scores(results: Results) -> pl.DataFrame:
     return results.runs.select(columns).join(scores, on="run", maintain_order="left_right")
 
 
-def _gains(findings: Findings) -> list[Row]:
+def _gains(findings: Findings) -> list[CsvRow]:
     """One row per cell, fit and side; `interval` says over what it runs, "none" of one seed.
 
     `noise_low` and `noise_high` bound what the choice of documents does, training noise left out. `teachers`
@@ -78,7 +78,7 @@ def _gains(findings: Findings) -> list[Row]:
     ]
 
 
-def _texts(spread: TextSpread | None) -> Row:
+def _texts(spread: TextSpread | None) -> CsvRow:
     if spread is None:
         return dict.fromkeys(f"text_{name}" for name in _TEXT_FIELDS)
     values = (spread.n, spread.deviation, spread.least, spread.most, spread.low, spread.high)
@@ -88,7 +88,7 @@ def _texts(spread: TextSpread | None) -> Row:
     }
 
 
-def _pairs(findings: Findings) -> list[Row]:
+def _pairs(findings: Findings) -> list[CsvRow]:
     """One row per student and teacher."""
     return [
         {
@@ -106,7 +106,7 @@ def _pairs(findings: Findings) -> list[Row]:
     ]
 
 
-def _claims(outcomes: Sequence[ClaimResult]) -> list[Row]:
+def _claims(outcomes: Sequence[ClaimResult]) -> list[CsvRow]:
     """One row per test of a claim and fit; a test without numbers has a row without an effect.
 
     `answer` and p are of the claim's primary gains; `holds` is of the test by itself. `members` is how many

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from tutelage.analysis.claims.judge import LEVEL
 from tutelage.analysis.stats import exceeds, holm
 from tutelage.analysis.tables import overhead
 from tutelage.analysis.words import (
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
     from tutelage.study.results import Results
 
-LEVEL = 0.05
 _SIDES: tuple[Side, Side] = ("in_domain", "out_of_domain")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tutelage.study.results import Results
     from tutelage.study.token_tables import TokenComparison
 
-Row = dict[str, Any]
+PageRow = dict[str, Any]
 _SHOWN_DIGITS = 100
 _MANY = 24
 """More verdicts than this would not be read in a terminal."""
@@ -28,7 +28,7 @@ _GAINS = (Column("in-domain gain"), Column("out-of-domain gain"), Column("calibr
 _FITS: dict[Fit, str] = {"raw": "raw", "temperature": "temperature fitted", "unigram": "calibration fitted"}
 
 
-def claim_rows(outcomes: Sequence[ClaimResult]) -> list[Row]:
+def claim_rows(outcomes: Sequence[ClaimResult]) -> list[PageRow]:
     """Claims with their answers, effects and what would decide them."""
     return [
         {
@@ -51,7 +51,7 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"  # noqa: PLR2004 - three digits are shown
 
 
-def _test(result: TestResult) -> Row:
+def _test(result: TestResult) -> PageRow:
     test, effect = result.test, result.effect
     numbers = None
     if effect is not None:
@@ -137,7 +137,7 @@ def _half(estimate: Estimate | None) -> str:
     return "" if estimate is None else f"± {(estimate.high - estimate.low) / 2:.2f}"
 
 
-def pair_row(pair: PairFinding) -> Row:
+def pair_row(pair: PairFinding) -> PageRow:
     """A teacher beside a student, and its best result."""
     own = None
     if pair.bits_per_byte is not None and pair.student_bits is not None:
@@ -167,7 +167,7 @@ def pair_row(pair: PairFinding) -> Row:
     }
 
 
-def domain_table(findings: Findings, student: str) -> Row:
+def domain_table(findings: Findings, student: str) -> PageRow:
     """Rows by text: bits per byte without a teacher, and the gain of each teacher at its best alpha."""
     best = [p.best for p in findings.pairs if p.best is not None and p.student.name == student]
     some = findings.domains.filter(student=student)
