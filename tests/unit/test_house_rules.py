@@ -11,14 +11,33 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from house import (
+    Module,
+    circles,
+    file_names_used_twice,
+    functions,
+    import_graph,
+    imported_names,
+    length,
+    read_package,
+    types_used_twice,
+)
 
 import tutelage
 
 SOURCE = Path(tutelage.__file__).parent
-FILES = sorted(SOURCE.rglob("*.py"))
+README = Path(__file__).parents[2] / "README.md"
+MODULES = read_package(SOURCE)
 MAX_FILE_LINES = 400
+MIN_FILE_LINES = 60
 MAX_FUNCTION_LINES = 60
 MIN_EXPLANATION = 12
+
+SHORT_FILES = {
+    "__main__.py": "`python -m tutelage`, which torchrun needs",
+    "errors.py": "the exceptions, which everything imports",
+}
+"""Files under MIN_FILE_LINES, each with its reason. The `__init__` of a directory may be short."""
 
 _BASE = {"types", "errors", "files", "config"}
 _ROOMS = {"data", "models", "objective", "teachers"}
@@ -79,35 +98,56 @@ REGISTRIES = [
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-def room_of(path: Path) -> str:
-    """The first part of a module's name below `tutelage`."""
-    return path.relative_to(SOURCE).with_suffix("").parts[0]
+def room_of(module: Module) -> str:
+    """The first part of a module's path, which is a directory or a file at the top."""
+    return module.path.removesuffix(".py").split("/")[0]
 
 
-def imports(tree: ast.AST) -> list[str]:
-    """Dotted names of everything imported anywhere in a module, type-only imports included."""
-    names = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
-    return names
+def wrong_length(module: Module) -> bool:
+    short = module.lines < MIN_FILE_LINES and not module.is_package and module.path not in SHORT_FILES
+    return short or module.lines > MAX_FILE_LINES
+
+
+def tree_of(readme: str) -> list[str]:
+    """Paths in README's tree of the source: a line with its indentation, a name and what it is."""
+    lines = readme.split("```\nsrc/tutelage/\n")[1].split("```", maxsplit=1)[0].splitlines()
+    folders: list[str] = []
+    paths = []
+    for line in lines:
+        name = line.split()[0]
+        folders = folders[: (len(line) - len(line.lstrip())) // 2 - 1]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            paths.append("".join([*folders, name]))
+    return paths
 
 
 def forbidden_imports(tree: ast.AST, room: str) -> list[str]:
-    allowed = ALLOWED[room] | {room}
-    inside = [name.removeprefix("tutelage.") for name in imports(tree) if name.startswith(("tutelage.", "."))]
-    return [name for name in inside if not any(f"{name}.".startswith(f"{target}.") for target in allowed)]
+    return [
+        name for name in inside(tree) if not any(is_below(name, target) for target in ALLOWED[room] | {room})
+    ]
+
+
+def unused_grants(trees: list[ast.AST], room: str) -> list[str]:
+    """What a room may import and does not."""
+    used = [name for tree in trees for name in inside(tree)]
+    return [target for target in sorted(ALLOWED[room]) if not any(is_below(name, target) for name in used)]
+
+
+def inside(tree: ast.AST) -> list[str]:
+    """What is imported from tutelage, without its first word."""
+    return [
+        name.removeprefix("tutelage.") for name in imported_names(tree) if name.startswith(("tutelage.", "."))
+    ]
+
+
+def is_below(name: str, target: str) -> bool:
+    return f"{name}.".startswith(f"{target}.")
 
 
 def long_functions(tree: ast.AST) -> list[str]:
-    return [
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES
-    ]
+    return [node.name for node in functions(tree) if length(node) > MAX_FUNCTION_LINES]
 
 
 def attribute_guessing(tree: ast.AST) -> list[int]:
@@ -121,8 +161,8 @@ def attribute_guessing(tree: ast.AST) -> list[int]:
 
 
 def unsafe_loading(tree: ast.AST) -> list[str]:
-    found = [name for name in imports(tree) if name.split(".")[0] in PICKLERS]
-    found += [name for name in imports(tree) if name in ("torch.load", "torch.save")]
+    found = [name for name in imported_names(tree) if name.split(".")[0] in PICKLERS]
+    found += [name for name in imported_names(tree) if name in ("torch.load", "torch.save")]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
             found += [f"torch.{node.attr}"] if ast.unparse(node.value) == "torch" else []
@@ -171,8 +211,61 @@ def test_no_rule_fires_without_reason(rule, innocent):
     assert not rule(ast.parse(innocent))
 
 
+PLANTED = {
+    "one/a.py": "from house.two import b\nclass Thing: ...\nKind = str",
+    "two/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.two.c import x",
+    "two/c.py": "def f():\n    import house.one.a\nclass Thing: ...",
+    "three/a.py": "import house.two.b\nKind = int",
+}
+"""A package with a circle (one of its imports for types, one in a function) and names used twice."""
+
+
+@pytest.fixture
+def planted(tmp_path):
+    for path, text in PLANTED.items():
+        file = tmp_path / "house" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return read_package(tmp_path / "house")
+
+
+def test_circles_and_names_used_twice_are_found(planted):
+    assert circles(import_graph(planted)) == [["house.one.a", "house.two.b", "house.two.c"]]
+    assert file_names_used_twice(planted) == {"a.py": ["one/a.py", "three/a.py"]}
+    assert types_used_twice(planted) == {
+        "Thing": ["one/a.py", "two/c.py"],
+        "Kind": ["one/a.py", "three/a.py"],
+    }
+
+
+def test_files_that_are_too_short_or_too_long_are_found():
+    def module(path, lines):
+        return Module(path, "x", "x = 1\n" * lines, ast.Module([], []))
+
+    wrong = [
+        ("a.py", MIN_FILE_LINES - 1),
+        ("a.py", MAX_FILE_LINES + 1),
+        ("a/__init__.py", MAX_FILE_LINES + 1),
+    ]
+    right = [("a.py", MIN_FILE_LINES), ("a.py", MAX_FILE_LINES), ("a/__init__.py", 1), ("errors.py", 1)]
+    assert all(wrong_length(module(*one)) for one in wrong)
+    assert not any(wrong_length(module(*one)) for one in right)
+
+
+def test_a_grant_that_nobody_uses_is_found():
+    used = [ast.parse(f"from tutelage.{target} import x") for target in ALLOWED["train"] - {"objective"}]
+    assert unused_grants(used, "train") == ["objective"]
+    assert unused_grants([*used, ast.parse("import tutelage.objective.gates")], "train") == []
+
+
+def test_the_tree_of_a_readme_is_read():
+    tree = "  data/    texts\n    a.py   one\n    deep/  more\n      b.py x\n  c.py     y\n"
+    text = f"words\n```\nsrc/tutelage/\n{tree}```\nmore"
+    assert tree_of(text) == ["data/a.py", "data/deep/b.py", "c.py"]
+
+
 def test_the_source_is_really_looked_at():
-    assert {room_of(path) for path in FILES} >= {
+    assert {room_of(module) for module in MODULES} >= {
         "data",
         "models",
         "objective",
@@ -180,24 +273,42 @@ def test_the_source_is_really_looked_at():
         "train",
         "analysis",
     }
-    assert len(FILES) > 30
+    assert len(MODULES) > 30
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_file(path):
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    assert long_functions(tree) == []
-    assert attribute_guessing(tree) == []
-    assert unsafe_loading(tree) == []
-    room = room_of(path)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.path)
+def test_file(module):
+    assert not wrong_length(module)
+    assert long_functions(module.tree) == []
+    assert attribute_guessing(module.tree) == []
+    assert unsafe_loading(module.tree) == []
+    room = room_of(module)
     assert room in ALLOWED, f"say in ALLOWED what {room} may import"
-    assert forbidden_imports(tree, room) == []
+    assert forbidden_imports(module.tree, room) == []
+
+
+def test_nothing_imports_in_a_circle():
+    assert circles(import_graph(MODULES)) == []
+
+
+def test_no_file_name_and_no_type_name_is_used_twice():
+    assert file_names_used_twice(MODULES) == {}
+    assert types_used_twice(MODULES) == {}
 
 
 def test_the_table_of_rooms_is_not_stale():
-    assert {room_of(path) for path in FILES} == set(ALLOWED)
+    assert {room_of(module) for module in MODULES} == set(ALLOWED)
+    assert {path for path in SHORT_FILES if path not in {module.path for module in MODULES}} == set()
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_every_grant_is_used(room):
+    assert unused_grants([module.tree for module in MODULES if room_of(module) == room], room) == []
+
+
+def test_the_tree_in_the_readme_is_complete():
+    listed = tree_of(README.read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(module.path for module in MODULES if not module.is_package)
 
 
 @pytest.mark.parametrize(("module", "name", "explain"), REGISTRIES, ids=[row[1] for row in REGISTRIES])
@@ -220,7 +331,7 @@ def is_dict(value: ast.expr | None) -> bool:
 
 
 def test_no_registry_is_forgotten():
-    found = {name for path in FILES for name in public_tables(ast.parse(path.read_text(encoding="utf-8")))}
+    found = {name for module in MODULES for name in public_tables(module.tree)}
     assert found == {name for _, name, _ in REGISTRIES}
 
 
@@ -255,11 +366,7 @@ def test_help_loads_nothing_heavy():
 
 
 def test_the_analysis_needs_no_torch():
-    names = [
-        ".".join(("tutelage", *path.relative_to(SOURCE).with_suffix("").parts))
-        for path in (SOURCE / "analysis").rglob("*.py")
-        if path.stem != "__init__"
-    ]
+    names = [module.name for module in MODULES if room_of(module) == "analysis"]
     loaded = modules_loaded_by("\n".join(f"import {name}" for name in names))
     assert set(names) <= loaded
     assert not loaded & {"torch", "transformers"}
