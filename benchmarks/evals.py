@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.cli.progress import RichProgress
+from tutelage.cli.bars import RichProgress
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
 from tutelage.data.store import open_store

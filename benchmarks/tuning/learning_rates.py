@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from tutelage.cli.progress import RichProgress
+from tutelage.cli.bars import RichProgress
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.data.build import build_store

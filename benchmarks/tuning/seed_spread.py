@@ -18,7 +18,7 @@ from pathlib import Path
 
 import polars as pl
 
-from tutelage.cli.progress import RichProgress
+from tutelage.cli.bars import RichProgress
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig

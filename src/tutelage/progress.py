@@ -1,4 +1,4 @@
-"""Report how far long work is; what a person sees of it is `tutelage.cli.progress`."""
+"""Report how far long work is; what a person sees of it is `tutelage.cli.bars`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def data_list() -> None:
     """List the corpora that come inside packages, with version and licence."""
     from rich.table import Table
 
-    from tutelage.cli.progress import out, say
+    from tutelage.cli.bars import out, say
     from tutelage.data.corpora import CORPORA, PAIR_CORPORA
 
     table = Table("corpus", "kind", "package", "licence", "what", box=None)
@@ -48,7 +48,7 @@ def data_build(
     output: Annotated[Path, typer.Option(help="directory of stores")] = Path("stores"),
 ) -> None:
     """Build a token store from text: read, deduplicate, split by document, tokenise, checksum."""
-    from tutelage.cli.progress import RichProgress, say
+    from tutelage.cli.bars import RichProgress, say
     from tutelage.data.build import build_store
 
     settings = _store_config(config, corpus, overrides or [])
@@ -76,7 +76,7 @@ def data_show(store: Annotated[Path, typer.Argument(help="token store directory"
     """Print what a token store holds, what was left out of it, and what else is unusual about it."""
     from rich.table import Table
 
-    from tutelage.cli.progress import out, say
+    from tutelage.cli.bars import out, say
     from tutelage.data.store import open_store
     from tutelage.data.store_manifest import remarks
 
@@ -120,7 +120,7 @@ def data_verify(
     directory: Annotated[Path, typer.Argument(help="token store or teacher cache")],
 ) -> None:
     """Recompute every checksum of a token store or a teacher cache."""
-    from tutelage.cli.progress import say
+    from tutelage.cli.bars import say
 
     if (directory / "shards").is_dir():
         from tutelage.teachers.cache.reader import verify_cache

@@ -178,7 +178,7 @@ def _line(error: Exception) -> str:
 
 def doctor() -> None:
     """Print versions and devices, and what works. Exit code 1 if a part that is needed does not."""
-    from tutelage.cli.progress import out, say
+    from tutelage.cli.bars import out, say
 
     checks = examine()
     for check in checks:

@@ -79,7 +79,7 @@ def score(
     """
     from tutelage.analysis.report.text import print_scores
     from tutelage.analysis.words import score_warnings
-    from tutelage.cli.progress import RichProgress, out, say
+    from tutelage.cli.bars import RichProgress, out, say
     from tutelage.evals.evaluate import EvalRequest, evaluate, select
 
     domains, stores = select(domain or [], suite, store or [])
@@ -155,7 +155,7 @@ def tokens(
     from tutelage.analysis.figures.style import save_all
     from tutelage.analysis.figures.token_figures import comparison_figures
     from tutelage.analysis.report.text import print_token_comparison
-    from tutelage.cli.progress import RichProgress, out, say
+    from tutelage.cli.bars import RichProgress, out, say
     from tutelage.evals.evaluate import EvalRequest, select
     from tutelage.evals.token_comparison import compare_on_texts
     from tutelage.study.token_tables import read_token_comparison
@@ -201,7 +201,7 @@ def probe(
 
 def _print_tasks(scores: list[Score], what: str, unit: str, files: list[tuple[str, Path]], hint: str) -> None:
     from tutelage.analysis.report.text import print_tasks
-    from tutelage.cli.progress import out, say
+    from tutelage.cli.bars import out, say
 
     print_tasks(scores, what, unit, out)
     for name, path in files:

@@ -20,7 +20,7 @@ def models() -> None:
     """List the ladder: named model shapes with their sizes."""
     from rich.table import Table
 
-    from tutelage.cli.progress import out, say
+    from tutelage.cli.bars import out, say
     from tutelage.models.flops import parameters
     from tutelage.models.shapes import LADDER
 
@@ -43,7 +43,7 @@ def schema(
     output: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
 ) -> None:
     """Write the JSON schema of a config file, for editors and as reference."""
-    from tutelage.cli.progress import say
+    from tutelage.cli.bars import say
     from tutelage.config.data_config import StoreConfig
     from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import StudyConfig

@@ -87,7 +87,7 @@ def study_plan(
 def _say_untestable(expanded: ExpandedStudy) -> None:
     """Print the announced claims that no run of the study can decide."""
     from tutelage.analysis.claims.registry import missing_of
-    from tutelage.cli.progress import say
+    from tutelage.cli.bars import say
     from tutelage.study.plan import draft_of
 
     if not expanded.study.claims:
@@ -169,7 +169,7 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import print_verdicts
-    from tutelage.cli.progress import RichProgress, out, say
+    from tutelage.cli.bars import RichProgress, out, say
     from tutelage.study.expand import expand
     from tutelage.study.results import load_results
     from tutelage.study.run_study import run_study
@@ -203,7 +203,7 @@ def study_status(directory: Directory) -> None:
 @study_app.command("stop")
 def study_stop(directory: Directory) -> None:
     """Ask every runner of a study, on every machine, to checkpoint its runs and end; wait for them."""
-    from tutelage.cli.progress import say
+    from tutelage.cli.bars import say
     from tutelage.study.status import stop_study
 
     asked, left = stop_study(directory)
@@ -219,7 +219,7 @@ def study_retry(
     run: Annotated[list[str] | None, typer.Argument(help="run ids; default: all that failed")] = None,
 ) -> None:
     """Forget failed attempts, so that these runs are tried again, by runners that are at work as well."""
-    from tutelage.cli.progress import say
+    from tutelage.cli.bars import say
     from tutelage.study.status import retry_runs
 
     for cleared in retry_runs(directory, run or []) or ["nothing had failed"]:
@@ -266,7 +266,7 @@ def report(
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import markdown, print_verdicts
-    from tutelage.cli.progress import out, say
+    from tutelage.cli.bars import out, say
     from tutelage.study.results import load_results
 
     study = judge_study(load_results(directory))

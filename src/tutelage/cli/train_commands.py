@@ -25,7 +25,7 @@ def train(
 
     Several processes: torchrun --nproc-per-node 2 -m tutelage train RUN.yaml
     """
-    from tutelage.cli.progress import RichProgress, say
+    from tutelage.cli.bars import RichProgress, say
     from tutelage.config.load import load
     from tutelage.config.run_config import RunConfig
     from tutelage.run import run_cohort
@@ -69,7 +69,7 @@ def teach(
 
 
 def _write(config: TeachConfig) -> None:
-    from tutelage.cli.progress import RichProgress, say
+    from tutelage.cli.bars import RichProgress, say
     from tutelage.teachers.cache.cache_writer import write_cache
     from tutelage.teachers.cache.reader import open_cache
 
@@ -86,7 +86,7 @@ def _write(config: TeachConfig) -> None:
 def _print_estimate(config: TeachConfig) -> None:
     from rich.table import Table
 
-    from tutelage.cli.progress import out, period, say
+    from tutelage.cli.bars import out, period, say
     from tutelage.teachers.cache.cache_estimate import estimate_cache
     from tutelage.teachers.cache.formats import FORMATS
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import TypeAdapter
 
-from tutelage.cli.progress import RichProgress, err
+from tutelage.cli.bars import RichProgress, err
 from tutelage.config.load import validate
 from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.teacher_config import Format, incompatibility, kd_name

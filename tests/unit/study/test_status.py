@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from tutelage.cli.progress import RichProgress, err, out
+from tutelage.cli.bars import RichProgress, err, out
 from tutelage.cli.study_output import print_status
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
@@ -101,7 +101,7 @@ def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
 
 def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_path, monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=160)
-    monkeypatch.setattr("tutelage.cli.progress.err", screen)
+    monkeypatch.setattr("tutelage.cli.bars.err", screen)
     with RichProgress() as progress:
         StudyReporter(progress, nodes).show(
             StudyProgress(

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tutelage.analysis import words
-from tutelage.analysis.report.report_table import Cell, Column, ReportTable, gain_cell
+from tutelage.analysis.report.report_table import Column, ReportTable, TableCell, gain_cell
 from tutelage.analysis.tables import calibration_errors, equal_compute, ledger, seed_spread, tournaments
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def verdict_table(verdicts: Sequence[Verdict], label: str, *, fitted: bool) -> R
         Column("evaluation noise, in and out", style="nowrap"),
         Column("in words", style="words"),
     )
-    rows: list[list[Cell | str]] = [
+    rows: list[list[TableCell | str]] = [
         [
             v.teacher or words.NO_TEACHER,
             words.arm(v),
@@ -101,7 +101,7 @@ def short_verdicts(findings: Findings, title: str) -> ReportTable:
     several, fitted = len({v.student for v in shown}) > 1, any(v.fitted is not None for v in shown)
     headings = ["student"] * several + ["teacher", "measured", "alpha", "in domain", "out of domain"]
     headings += ["fitted"] * fitted + ["in words"]
-    rows: list[list[Cell | str]] = []
+    rows: list[list[TableCell | str]] = []
     for v in shown:
         name = f"{v.teacher} control" if v.control and v.teacher else v.teacher or words.NO_TEACHER
         row = [name, "" if v.control else words.level(v), words.arm(v)]
@@ -118,17 +118,17 @@ def few_verdicts(findings: Findings) -> list[Verdict]:
     return [pair.best for pair in findings.pairs if pair.best is not None]
 
 
-def gain_cells(v: Verdict, *, fitted: bool = True) -> list[Cell]:
+def gain_cells(v: Verdict, *, fitted: bool = True) -> list[TableCell]:
     """The gains in domain, out of domain and, if asked for, with calibration fitted."""
     return [gain_cell(one) for one in (v.in_domain, v.out_of_domain, *[v.fitted] * fitted)]
 
 
-def _texts(spread: TextSpread | None) -> Cell:
+def _texts(spread: TextSpread | None) -> TableCell:
     """Interval of the out-of-domain gain with texts as a sample, and its range without one of them."""
     if spread is None:
-        return Cell("one text")
+        return TableCell("one text")
     ends = f"{words.signed(spread.low, 2)[:-1]} to {words.signed(spread.high, 2)[:-1]}"
-    return Cell(
+    return TableCell(
         ends if isfinite(spread.low) else "one seed", f"without one text: {words.without_one(spread)}"
     )
 
@@ -210,7 +210,7 @@ def policy_tables(study: JudgedStudy) -> list[ReportTable]:
     )
     found = []
     for pair, policies in tournaments(study):
-        rows: list[list[Cell | str]] = []
+        rows: list[list[TableCell | str]] = []
         for one in policies:
             v = one.verdict
             fronts = (("raw", one.raw_front), ("fitted", one.fitted_front))
@@ -219,15 +219,15 @@ def policy_tables(study: JudgedStudy) -> list[ReportTable]:
                 [
                     pair.student.name,
                     pair.teacher.name,
-                    Cell(value=pair.relation),
-                    Cell(f"{words.arm(v)}{best}", value=v.arm),
+                    TableCell(value=pair.relation),
+                    TableCell(f"{words.arm(v)}{best}", value=v.arm),
                     *(
                         replace(gain_cell(gain), value=gain and gain.mean)
                         for gain in (v.in_domain, v.out_of_domain, v.fitted)
                     ),
-                    Cell(value=one.raw_front),
-                    Cell(value=one.fitted_front),
-                    Cell(value=one.cost),
+                    TableCell(value=one.raw_front),
+                    TableCell(value=one.fitted_front),
+                    TableCell(value=one.cost),
                     gain_cell(one.ahead),
                     " and ".join(name for name, on in fronts if on),
                     _times(one.cost),
@@ -248,7 +248,7 @@ def compute_table(study: JudgedStudy) -> ReportTable:
         Column("training the teacher", style="num"),
         *(Column(f"lead {side}, equal compute") for side in ("in domain", "out of domain")),
     )
-    rows: list[list[Cell | str]] = [
+    rows: list[list[TableCell | str]] = [
         [
             _named(one.pair),
             words.arm(one.best),
@@ -283,7 +283,7 @@ def calibration_table(study: JudgedStudy) -> ReportTable:
         *(Column(heading, style="num") for heading in errors.values()),
     )
     known = calibration_errors(study)
-    rows: list[list[Cell | str]] = []
+    rows: list[list[TableCell | str]] = []
     for pair in study.findings.pairs:
         if pair.best is None or pair.best.fitted is None:
             continue
@@ -308,7 +308,7 @@ def token_table(comparisons: Sequence[TokenComparison]) -> ReportTable:
         Column("tokens sorted by"),
         *(Column(heading, style="num") for heading in groups.values()),
     )
-    rows: list[list[Cell | str]] = []
+    rows: list[list[TableCell | str]] = []
     for one in comparisons:
         known = {
             (row["grouping"], row["bin"]): row
@@ -329,7 +329,7 @@ def spread_table(results: Results) -> ReportTable:
         Column("out of domain (bits per byte)", style="num"),
         Column("spread", style="num"),
     )
-    rows: list[list[Cell | str]] = []
+    rows: list[list[TableCell | str]] = []
     for row in seed_spread(results).iter_rows(named=True):
         cells = [row["student"], str(row["n"])]
         for side in ("in_domain", "out_of_domain"):
@@ -357,7 +357,7 @@ def cost_table(results: Results) -> ReportTable:
             )
         ),
     )
-    rows: list[list[Cell | str]] = [
+    rows: list[list[TableCell | str]] = [
         [
             *[row["student"] or ""] * several,
             row["label"],
@@ -376,7 +376,7 @@ def cost_table(results: Results) -> ReportTable:
 def unfinished_table(results: Results) -> ReportTable:
     """Planned runs that are not done, with the error of those that failed."""
     columns = (Column("run", style="row"), Column("status", style="nowrap"), Column("error"))
-    rows: list[list[Cell | str]] = [
+    rows: list[list[TableCell | str]] = [
         [row["run"], row["status"], " ".join((row["error"] or "").split())]
         for row in results.unfinished.iter_rows(named=True)
     ]

@@ -35,7 +35,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class TableCell:
     """A cell of a table.
 
     Attributes:
@@ -63,7 +63,7 @@ class ReportTable:
 
     label: str
     columns: tuple[Column, ...]
-    rows: list[list[Cell | str]]
+    rows: list[list[TableCell | str]]
 
     @property
     def headings(self) -> list[str]:
@@ -71,11 +71,11 @@ class ReportTable:
         return [column.heading for column in self.columns if column.heading is not None]
 
     @property
-    def shown(self) -> list[list[tuple[str, Cell]]]:
+    def shown(self) -> list[list[tuple[str, TableCell]]]:
         """(style, cell) of what people see, by row."""
         return [
             [
-                (column.style, Cell(cell) if isinstance(cell, str) else cell)
+                (column.style, TableCell(cell) if isinstance(cell, str) else cell)
                 for column, cell in zip(self.columns, row, strict=True)
                 if column.heading is not None
             ]
@@ -104,7 +104,7 @@ class ReportTable:
         for row in self.rows:
             record: dict[str, Any] = {}
             for column, cell in zip(self.columns, row, strict=True):
-                value = cell.value if isinstance(cell, Cell) else cell
+                value = cell.value if isinstance(cell, TableCell) else cell
                 if column.key is not None and column.estimate:
                     record |= estimate_record(column.key, value if isinstance(value, Estimate) else None)
                 elif column.key is not None:
@@ -122,9 +122,9 @@ def estimate_record(key: str, estimate: Estimate | None) -> dict[str, Any]:
     return dict(zip(names, (estimate.mean, *ends, estimate.n), strict=True))
 
 
-def gain_cell(estimate: Estimate | None) -> Cell:
+def gain_cell(estimate: Estimate | None) -> TableCell:
     """A gain with its interval, coloured by whether it helps."""
     if estimate is None:
-        return Cell("none", effect="soft")
+        return TableCell("none", effect="soft")
     effect = _EFFECTS.get(words.effect(estimate), "unclear")
-    return Cell(words.signed(estimate.mean, 2), words.span(estimate), effect, estimate)
+    return TableCell(words.signed(estimate.mean, 2), words.span(estimate), effect, estimate)

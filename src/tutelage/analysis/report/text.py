@@ -11,7 +11,7 @@ from rich.text import Text
 from tutelage.analysis import words
 from tutelage.analysis.report import headline
 from tutelage.analysis.report.report_rows import few_verdicts, short_verdicts
-from tutelage.analysis.report.report_table import Cell, Column, ReportTable
+from tutelage.analysis.report.report_table import Column, ReportTable, TableCell
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -262,7 +262,7 @@ def _print_claims(study: JudgedStudy, console: Console) -> None:
     if not study.announced:
         return
     columns = tuple(Column(heading) for heading in ("claim", "", "effect", "p", "answer"))
-    rows: list[list[Cell | str]] = []
+    rows: list[list[TableCell | str]] = []
     for claim in study.announced:
         first = claim.tests[0]
         effect = "" if first.effect is None else f"{first.effect.mean:+.2f} {first.test.unit}"
