@@ -45,6 +45,7 @@ def metrics(directory: Path):
     return [{k: v for k, v in row.items() if k not in {"seconds", "tokens_per_second"}} for row in rows]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_bitwise_uninterrupted(tutelage, run_file, tmp_path):
     tutelage("train", run_file, f"output={tmp_path / 'whole'}")
     (whole,) = (tmp_path / "whole").iterdir()

@@ -79,6 +79,7 @@ def pause(process, directory):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_commands_stopped_and_continued_write_what_one_writes(teach_file, tmp_path, tutelage):
     command = [teach_file, "format={kind: hidden}"]
     alone = write_cache(load(TeachConfig, teach_file, [command[1], f"output={tmp_path / 'alone'}"]))

@@ -683,6 +683,7 @@ if TRITON:  # defined only in the process that can run it
 
 @torch_only
 @needs_triton
+@pytest.mark.slow
 def test_the_triton_kernels_pass_too():
     """A process of its own: triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(

@@ -17,6 +17,7 @@ def peak_mib(function: str, targets: str, divergence: str = "forward_kl") -> flo
     return float(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("targets", "divergence"), [("dense", "forward_kl"), ("sparse", "forward_kl"), ("dense", "jsd")]
@@ -25,6 +26,7 @@ def test_peak_memory_is_a_few_chunks(targets, divergence):
     assert peak_mib("chunked_objective", targets, divergence) < 150
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_measurement_sees_whole_logits():
     one_logit_buffer = 2048 * 50304 * 4 / 2**20  # 393 MiB

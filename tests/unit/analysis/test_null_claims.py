@@ -23,6 +23,7 @@ def script():
     del sys.modules[spec.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_margins", [False, True])
 def test_null_studies_are_rarely_called_anything(script, at_margins):
     """Each test decides something in no more studies than chance allows at 5%, and all together at 5%."""

@@ -37,6 +37,7 @@ def rows_of(scores, domain="scripture"):
     return pl.read_ndjson(scores).filter(domain=domain).select(KEYS).sort("split", "metric")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_model_have_equal_scores_from_any_directory(
     trained, other_store, tutelage, command, monkeypatch, tmp_path
 ):

@@ -50,6 +50,7 @@ def by_heart(store, **more):
     } | more
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_its_text_by_heart_is_warned_about_once(make_config, tiny_text):
     listener = Notes()
     directory = run(make_config(**by_heart(tiny_text)), listener)
@@ -61,6 +62,7 @@ def test_a_run_that_learns_its_text_by_heart_is_warned_about_once(make_config, t
     assert read_model(directory.path / "state.json", _Done).warning == directory.state()["warning"]
 
 
+@pytest.mark.slow
 def test_at_the_end_of_a_run_too_and_for_each_of_a_cohort(make_config, tiny_text):
     listener = Notes()
     settings = by_heart(tiny_text)
