@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tutelage import provenance
-from tutelage.config.load import load, to_yaml
+from tutelage.config.load import to_yaml
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
@@ -250,7 +250,7 @@ def _copy_branch_point(student: Student) -> None:
             f"runtime.branch_from {other.id}: {other.path} has no checkpoint from where its decay "
             "begins; train it with checkpoint.keep_before_decay: true, or drop runtime.branch_from"
         )
-    ours, theirs = _recipe(config), _recipe(load(RunConfig, other.path / "config.yaml"))
+    ours, theirs = _recipe(config), _recipe(other.config())
     for field, value in ours.items():
         if value != theirs[field]:
             raise UserError(

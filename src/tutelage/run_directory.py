@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens
-from tutelage.config.load import digest
-from tutelage.config.run_config import NOT_THE_RESULT
+from tutelage.config.load import WrongSettingsError, digest, load
+from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.config.teacher_config import ModelTeacher
 from tutelage.data.store import open_store
+from tutelage.errors import UserError
 from tutelage.files import lock, make_directory, write_json, write_text
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
@@ -23,8 +24,6 @@ from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from tutelage.config.run_config import RunConfig
 
 _TAIL_BYTES = 2048
 """More than a row of metrics.jsonl has."""
@@ -167,6 +166,21 @@ class RunDirectory:
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         sessions = [*earlier.pop("sessions"), earlier] if earlier else []
         write_json(path, {**provenance, "sessions": sessions})
+
+    def config(self) -> RunConfig:
+        """Read config.yaml, as the run was last started.
+
+        Raises:
+            UserError: it is missing, or another version of tutelage wrote it.
+        """
+        path = self.path / "config.yaml"
+        try:
+            return load(RunConfig, path)
+        except WrongSettingsError as error:
+            raise UserError(
+                f"{path}: written by another version of tutelage (this one does not read its "
+                f"{', '.join(error.fields)}); train the run again, or use its model by itself, {self.model}"
+            ) from None
 
     def append_metrics(self, row: Mapping[str, object]) -> None:
         """Add one row to metrics.jsonl."""

@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"types", "errors", "files", "objective.products"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"progress", "records", "data", "models", "objective"},
-    "run_directory": {"types", "files", "config", "data", "models", "teachers.cache.layout"},
+    "run_directory": {"types", "errors", "files", "config", "data", "models", "teachers.cache.layout"},
     "train": _BASE | _ROOMS | {"progress", "provenance", "run_directory"},
     "evals": _BASE
     | {"data", "models", "progress", "provenance", "bootstrap", "records", "run_directory"}

@@ -26,6 +26,14 @@ Model = TypeVar("Model", bound=BaseModel)
 _LONGEST_VALUE, _LONGEST_LINE, _MOST_LINES = 80, 400, 20
 
 
+class WrongSettingsError(UserError):
+    """Settings that do not fit a config; `fields` has the dotted name of each, once."""
+
+    def __init__(self, message: str, fields: Sequence[str]) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
 def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     """Read `path` (YAML), apply `overrides` ("optim.lr=1e-3") and validate as `kind`.
 
@@ -128,13 +136,16 @@ def validate(kind: type[Model], data: object, where: str) -> Model:
     JSON mode: YAML lists become tuples and strings become paths, while numbers stay strict.
 
     Raises:
-        UserError: naming `where`, the field, the value and what is allowed.
+        WrongSettingsError: naming `where`, the field, the value and what is allowed.
     """
     try:
         return kind.model_validate_json(json.dumps(fitted(data, kind), default=str))
     except ValidationError as error:
         lines = [_short(_explain(kind, detail), _LONGEST_LINE) for detail in error.errors()]
-        raise UserError("\n".join(f"{where}: {line}" for line in lines[:_MOST_LINES])) from None
+        schema = kind.model_json_schema()
+        fields = dict.fromkeys(_locate(schema, detail["loc"])[0] for detail in error.errors())
+        message = "\n".join(f"{where}: {line}" for line in lines[:_MOST_LINES])
+        raise WrongSettingsError(message, [*fields]) from None
 
 
 def _short(text: str, longest: int) -> str:
@@ -182,11 +193,16 @@ def _locate(schema: dict[str, Any], location: Sequence[int | str]) -> tuple[str,
         if inner:
             node = inner[0]["properties"][part]
         else:
-            node = node.get("items", node.get("additionalProperties", {})) or {}
+            node = node.get("items", node.get("additionalProperties", {})) or _named(node)
             node = node if isinstance(node, dict) else {}
     node = _resolve(schema, node)
     sections = [_resolve(schema, choice) for choice in node.get("anyOf", [])]
     return ".".join(shown) or _WHOLE, next((s for s in sections if "properties" in s), node)
+
+
+def _named(node: dict[str, Any]) -> dict[str, Any]:
+    """The schema of every entry of a mapping whose keys must match a pattern; {} of anything else."""
+    return next(iter(node.get("patternProperties", {}).values()), {})
 
 
 def _tags(member: dict[str, Any]) -> list[object]:

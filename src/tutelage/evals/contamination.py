@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from tutelage.config.load import digest, load
+from tutelage.config.load import digest
 from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import CacheTeacher, ModelTeacher, RunTeacher
 from tutelage.data.hashing import splitmix64
@@ -26,6 +26,7 @@ from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.errors import UserError
 from tutelage.files import make_directory, write_json
+from tutelage.run_directory import RunDirectory
 from tutelage.teachers.cache.layout import read_cache_manifest
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _source(teacher: object, config: RunConfig, directory: Path) -> tuple[str, s
 def _run(path: Path, what: str, unknown: list[str]) -> _Run | None:
     """The run in a directory; None, and a sentence in `unknown`, if there is none."""
     try:
-        return load(RunConfig, path / "config.yaml"), path
+        return RunDirectory(path).config(), path
     except UserError as error:
         unknown.append(f"training text of {what}, is not known ({error})")
     return None

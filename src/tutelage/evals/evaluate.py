@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.config.base import refuse_alike
-from tutelage.config.load import load as load_config
 from tutelage.config.run_config import EvalDomain, RunConfig
 from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED, not_comparable, remarks
@@ -33,6 +32,7 @@ from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, wi
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import check_length, load, pick_device
 from tutelage.progress import counter
+from tutelage.run_directory import RunDirectory
 from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tutelage.progress import Progress
-    from tutelage.run_directory import RunDirectory
     from tutelage.types import Role, Score
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -146,8 +145,7 @@ def _evaluated(
     with lock(evaluated.output / "lock", str(evaluated.output)):
         text = TrainingText()
         if evaluated.training_store is not None:
-            config = load_config(RunConfig, evaluated.output / "config.yaml")
-            text = training_text(config, evaluated.output)
+            text = training_text(RunDirectory(evaluated.output).config(), evaluated.output)
         for sentence in text.unknown:
             progress.note(f"{evaluated.id}: {sentence}")
         targets, training = _targets(evaluated, request, text, progress)

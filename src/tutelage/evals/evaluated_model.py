@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage import provenance
-from tutelage.config.load import load
-from tutelage.config.run_config import RunConfig
 from tutelage.data.tokenizer import TextTokenizer, load_tokenizer
 from tutelage.data.tokenizer_comparison import check_rows
 from tutelage.errors import UserError, one_line
@@ -160,7 +158,7 @@ def _run(path: Path) -> EvaluatedModel:
             f"{path}: the run has not finished training ({progress}); `tutelage train` resumes it"
         )
     weights_fingerprint(directory.model)
-    config = load(RunConfig, directory.path / "config.yaml")
+    config = directory.config()
     return EvaluatedModel(
         id=directory.id,
         model=directory.model,

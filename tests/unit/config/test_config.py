@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, load, to_yaml, validate
 from tutelage.config.run_config import RunConfig
+from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 
 BASE = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
@@ -167,3 +168,8 @@ def test_a_file_builds_on_others_section_by_section(tmp_path):
 def test_a_base_that_is_wrong_is_named(tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         load(RunConfig, write(tmp_path, **files) / "own.yaml")
+
+
+def test_an_unknown_setting_of_a_named_entry_gets_what_is_allowed():
+    with pytest.raises(UserError, match=r"teachers\.small\.rung: unknown setting; (.*)allowed: .*shape"):
+        validate(StudyConfig, {"teachers": {"small": {"rung": "nano-20k"}}}, "study.yaml")

@@ -118,3 +118,15 @@ def test_runs_of_one_name_in_two_places_are_refused_and_the_same_run_is_one(tiny
     second = shutil.copytree(first, tmp_path / "elsewhere" / first.name)
     with pytest.raises(UserError, match=f"both are called {first.name}"):
         find_models([str(first), str(second)], tmp_path)
+
+
+def test_a_run_of_another_version_is_named_in_one_line(tiny_run, command):
+    config = tiny_run.path / "config.yaml"
+    text = config.read_text(encoding="utf-8").replace("  shape: ", "  rung: ")
+    config.write_text(text.replace("keep_before_decay: false", "trunk: 1"), encoding="utf-8")
+    code, _, complaint = command("eval", "score", str(tiny_run.path), "--domain", "phenotypes")
+    assert code == 2
+    assert complaint == (
+        f"error: {config}: written by another version of tutelage (this one does not read its model.rung, "
+        f"checkpoint.trunk); train the run again, or use its model by itself, {tiny_run.model}\n"
+    )
