@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -263,6 +264,7 @@ def report(
     ] = False,
 ) -> None:
     """Rebuild a study's verdicts, report.html, figures and tables from its result files. Trains nothing."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy reads it; in small products threads only spin
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
     from tutelage.analysis.report.text import markdown, print_verdicts

@@ -148,7 +148,7 @@ def load_results(directory: Path) -> Results:
     place = directory / "runs"
     problems: list[str] = []
     rows: list[tuple[object, ...]] = []
-    curves: list[tuple[str, int, float]] = []
+    curves: dict[str, list[object]] = {name: [] for name in _CURVE_COLUMNS}
     provenance: dict[str, Provenance] = {}
     versions: dict[str, dict[str, str] | None] = {}
     warned: dict[str, str] = {}
@@ -167,7 +167,9 @@ def load_results(directory: Path) -> Results:
             continue
         with _reported(problems, planned.run, "; its learning curve is left out"):
             points = read_lines(path / "metrics.jsonl", _CurvePoint)
-            curves += [(planned.run, point.tokens, point.ce) for point in points]
+            curves["run"] += [planned.run] * len(points)
+            curves["tokens"] += [point.tokens for point in points]
+            curves["ce"] += [point.ce for point in points]
         with _reported(problems, planned.run, ""):
             provenance[planned.run] = read_model(path / "provenance.json", Provenance)
     runs = pl.DataFrame(rows, schema=_PLANNED | _MEASURED, orient="row")
@@ -186,7 +188,7 @@ def load_results(directory: Path) -> Results:
         runs=runs.with_columns(teacher_run=pl.when(pl.col("kind") != "teacher").then(learned)),
         scores=found.scores,
         documents=found.documents,
-        curves=pl.DataFrame(curves, schema=_CURVE_COLUMNS, orient="row"),
+        curves=pl.DataFrame(curves, schema=_CURVE_COLUMNS),
         provenance=provenance,
         token_comparisons=comparisons,
         problems=(*problems, *damaged),

@@ -136,9 +136,9 @@ def _scores(
     directory: Path, runs: Sequence[str], own: pl.DataFrame, problems: dict[str, str]
 ) -> pl.DataFrame:
     """The scores of `own` versions, and the latest ones of copying in context, of any version."""
-    names = [*SCORE_COLUMNS.names(), "role", "step"]
-    row = attrgetter(*names)
-    rows: list[tuple[object, ...]] = []
+    schema = SCORE_COLUMNS | {"role": pl.String(), "step": pl.Int64()}
+    columns: dict[str, list[object]] = {name: [] for name in schema}
+    fields = {name: attrgetter(name) for name in schema}
     for run in runs:
         try:
             found = _made_alike(read_lines(directory / run / "scores.jsonl", Score))
@@ -146,9 +146,9 @@ def _scores(
         except UnreadableError as error:
             problems[run] = str(error)
         else:
-            rows += map(row, found)
-    columns = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
-    frame = pl.DataFrame(columns, schema=SCORE_COLUMNS | {"role": pl.String(), "step": pl.Int64()})
+            for name, field in fields.items():
+                columns[name] += map(field, found)
+    frame = pl.DataFrame(columns, schema=schema)
     frame = pl.concat(
         [frame.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left"), frame.filter(domain=COPYING)]
     )
