@@ -17,7 +17,7 @@ from tutelage.study.score_tables import OTHERWISE, Evaluations, read_evaluations
 from tutelage.study.token_tables import TokenComparison, read_token_comparisons
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["Plan", "Provenance", "Results", "load_plan", "load_results"]
@@ -166,10 +166,7 @@ def load_results(directory: Path) -> Results:
         if progress["status"] != "done":
             continue
         with _reported(problems, planned.run, "; its learning curve is left out"):
-            points = read_lines(path / "metrics.jsonl", _CurvePoint)
-            curves["run"] += [planned.run] * len(points)
-            curves["tokens"] += [point.tokens for point in points]
-            curves["ce"] += [point.ce for point in points]
+            _add_curve(curves, planned.run, read_lines(path / "metrics.jsonl", _CurvePoint))
         with _reported(problems, planned.run, ""):
             provenance[planned.run] = read_model(path / "provenance.json", Provenance)
     runs = pl.DataFrame(rows, schema=_PLANNED | _MEASURED, orient="row")
@@ -194,6 +191,12 @@ def load_results(directory: Path) -> Results:
         problems=(*problems, *damaged),
         warnings=tuple(_seen_texts(plan, found) + [f"{run}: {text}" for run, text in warned.items()]),
     )
+
+
+def _add_curve(curves: Mapping[str, list[object]], run: str, points: Sequence[_CurvePoint]) -> None:
+    curves["run"] += [run] * len(points)
+    curves["tokens"] += [point.tokens for point in points]
+    curves["ce"] += [point.ce for point in points]
 
 
 def _versions(progress: Mapping[str, object], planned: PlanRun) -> dict[str, str] | None:
