@@ -30,7 +30,7 @@ class EvalGroup(TyperGroup):
         """
         first = args[0] if args else "--help"
         known = {*self.commands, *ctx.help_option_names}
-        mistyped = suggestion(first, self.commands) and not Path(first).exists()
+        mistyped = not first.startswith("-") and suggestion(first, self.commands) and not Path(first).exists()
         if first not in known and not mistyped:
             command = next((new for old, new in _COMMAND_OF.items() if old in args), "score")
             rest = shlex.join(text for text in args if text not in ("--mechanism", "--probes"))

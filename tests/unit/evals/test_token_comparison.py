@@ -494,6 +494,7 @@ def test_the_command_prints_the_cells_and_draws_them(evaluated_models, store, tm
         ),
         (["{student}", "--domain", "kjv"], "run `tutelage eval score {student} --domain kjv`"),
         (["{student}", "--probes"], "run `tutelage eval probe {student}`"),
+        (["--probes", "{student}"], "run `tutelage eval probe {student}`"),
         (
             ["{student}", "--task", "word_analogy"],
             "(score, tasks, tokens, probe); run `tutelage eval tasks {student} --task word_analogy`",
