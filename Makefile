@@ -7,8 +7,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 PINS := pyproject.toml constraints.txt corpora.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true # some packages carry files for other Pythons
 DEV_PINS := tests/torchtitan.txt
-# A file's tests run in one process, because they share what they set up.
-TEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --durations 15
+# A file's tests run in one process, because they share what they set up; in the order of the folders, so that the
+# longest (e2e) come first and no process waits for them at the end.
+TEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
 
 .PHONY: help demo test test-slow test-all check bench clean
 .DEFAULT_GOAL := help

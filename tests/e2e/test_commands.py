@@ -91,6 +91,7 @@ def test_ctrl_c_checkpoints_and_says_how_to_go_on(run_file, tmp_path):
     assert list((directory / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
     command = ["train", str(run_file), "tokens=4M"]  # long enough to be met while it works
     with subprocess.Popen([sys.executable, "-m", "tutelage", *command], stdout=subprocess.DEVNULL) as process:
@@ -142,6 +143,7 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tutelage, run_file):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root to mount a small tmpfs")
 def test_full_disk_is_one_line_and_nothing_is_lost(tutelage, run_file, tmp_path):
     small = tmp_path / "small"
