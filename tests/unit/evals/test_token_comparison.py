@@ -488,17 +488,9 @@ def test_the_command_prints_the_cells_and_draws_them(evaluated_models, store, tm
             "its training text is not known; name a text with --domain or --store",
         ),
         (["tokens", "{student}", "--teacher", "./no", "--baseline", "{baseline}"], "no such directory"),
-        (
-            ["--mechanism", "{student}", "--teacher", "{teacher}", "--baseline", "{baseline}"],
-            "run `tutelage eval tokens {student} --teacher {teacher} --baseline {baseline}`",
-        ),
-        (["{student}", "--domain", "kjv"], "run `tutelage eval score {student} --domain kjv`"),
-        (["{student}", "--probes"], "run `tutelage eval probe {student}`"),
-        (["--probes", "{student}"], "run `tutelage eval probe {student}`"),
-        (
-            ["{student}", "--task", "word_analogy"],
-            "(score, tasks, tokens, probe); run `tutelage eval tasks {student} --task word_analogy`",
-        ),
+        (["{student}", "--domain", "kjv"], "tutelage eval {student}: a command comes first: score, tasks"),
+        (["--domain", "kjv", "{student}"], "--domain: a command comes first: score, tasks, tokens, probe"),
+        (["probes", "{student}"], "tutelage eval probes: did you mean 'probe'? a command comes first"),
     ],
 )
 def test_wrong_commands_get_one_line(evaluated_models, monkeypatch, capsys, tmp_path, arguments, message):
