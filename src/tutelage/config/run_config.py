@@ -1,4 +1,4 @@
-"""Settings of a training run: model, data, budget, optimizer, checkpoints, evaluation, device."""
+"""Settings of a training run: model, data, budget, optimizer, evaluation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tutelage.config.base import (
     Name,
     Section,
     Seed,
-    Threads,
     TokenCount,
     parse_tokens,
     refuse_alike,
     tokens_text,
 )
 from tutelage.config.objective_config import ObjectiveConfig, WsdAlpha
+from tutelage.config.runtime_config import CheckpointConfig, ParallelConfig, RuntimeConfig
 from tutelage.config.teacher_config import (
     ControlTeacher,
     LoadedModel,
@@ -163,45 +163,11 @@ class OptimConfig(Section):
             )
 
 
-class CheckpointConfig(Section):
-    """Checkpoints, from which a stopped run resumes."""
-
-    every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
-    keep: int = Field(2, ge=1, le=10**6, description="checkpoints to keep")
-    keep_before_decay: bool = Field(
-        default=False,
-        description="keep one more, where the decay begins (wsd), for longer runs to start from",
-    )
-
-
-class RuntimeConfig(Section):
-    """Device, threads and logging. Nothing here changes the result, up to rounding."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
-    threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
-    log_every: int = Field(20, ge=1, le=10**9, description="steps between rows of metrics.jsonl")
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="also send the rows there (extra `trackers`)"
-    )
-
-    @field_validator("trackers")
-    @classmethod
-    def _once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
-        refuse_alike("trackers", trackers)
-        return trackers
-
-    branch_from: Name | None = Field(
-        None,
-        description="shorter run with checkpoint.keep_before_decay in the same output directory, to "
-        "start from: it has computed the same steps up to its decay",
-    )
-
-
 _SFT_LR, _SFT_WARMUP = 1e-5, 0.01
 """The paper's, for its 1.7B students."""
 
 
-NOT_THE_RESULT = {"name", "eval", "checkpoint", "runtime", "output", "micro_batch_tokens"}
+NOT_THE_RESULT = {"name", "eval", "checkpoint", "parallel", "runtime", "output", "micro_batch_tokens"}
 """Fields of a run that do not change the trained weights."""
 
 
@@ -229,6 +195,7 @@ class RunConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: FilePath = Field(Path("runs"), description="directory that holds run directories")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from tutelage.config.run_config import RuntimeConfig
+    from tutelage.config.runtime_config import RuntimeConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ def check_cohort(configs: Sequence[RunConfig]) -> None:
             ("dtype", first.dtype, other.dtype),
             ("runtime.device", first.runtime.device, other.runtime.device),
             ("runtime.threads", first.runtime.threads, other.runtime.threads),
+            ("parallel", first.parallel, other.parallel),
             ("output", first.output, other.output),
         ):
             if ours != theirs:
