@@ -90,7 +90,7 @@ REGISTRIES = [
     ("tutelage.teachers.cache.formats", "FORMATS", attrgetter("summary")),
     ("tutelage.train.trackers", "TRACKERS", inspect.getdoc),
     ("tutelage.evals.domains", "DOMAINS", attrgetter("summary")),
-    ("tutelage.study.devices", "DEVICES", attrgetter("summary")),
+    ("tutelage.models.devices", "DEVICES", attrgetter("summary")),
     ("tutelage.analysis.claims.registry", "CLAIMS", attrgetter("text")),
     ("tutelage.evals.lm_eval_tasks", "PACKAGE_TASKS", attrgetter("summary")),
 ]

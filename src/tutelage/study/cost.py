@@ -10,18 +10,12 @@ from tutelage.config.base import parse_tokens, tokens_text
 from tutelage.config.load import digest
 from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
+from tutelage.models.devices import find_device, run_memory
 from tutelage.models.flops import forward_flops, parameters
 from tutelage.models.shapes import find_shape
-from tutelage.study.devices import (
-    Speeds,
-    critical_path,
-    find_device,
-    makespan,
-    read_timings,
-    run_memory,
-)
 from tutelage.study.nodes import Cost, check_cells
 from tutelage.study.plan import load_plan
+from tutelage.study.timings import Speeds, critical_path, makespan, read_timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,9 +24,9 @@ if TYPE_CHECKING:
     from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import StudyConfig
     from tutelage.config.teacher_config import Format
+    from tutelage.models.devices import Device
     from tutelage.models.shapes import ModelShape
     from tutelage.study.cells import Cell
-    from tutelage.study.devices import Device
     from tutelage.study.expand import ExpandedStudy
 
     Speed = Callable[[str, str | None], float]

@@ -11,8 +11,8 @@ from tutelage.config.load import digest
 from tutelage.errors import Stopped, UserError
 from tutelage.files import stop_signal
 from tutelage.run_directory import evaluation_id
-from tutelage.study.devices import chain_weights
 from tutelage.study.engines import RunTask
+from tutelage.study.timings import chain_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
-from tutelage.study.devices import Speeds, estimate_error, likeness, read_timings
 from tutelage.study.leases import Failures, Leases, ask_to_stop, is_gone, is_silent, living_runners, runners
 from tutelage.study.plan import load_plan
+from tutelage.study.timings import Speeds, estimate_error, likeness, read_timings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,23 +14,13 @@ from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.models import hub
+from tutelage.models.devices import DEVICES, activation_values, find_device, run_memory
 from tutelage.models.flops import forward_flops, training_flops
 from tutelage.models.shapes import LADDER, find_shape
 from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
-from tutelage.study.devices import (
-    DEVICES,
-    Speeds,
-    Timing,
-    activation_values,
-    chain_weights,
-    critical_path,
-    estimate_error,
-    find_device,
-    makespan,
-    run_memory,
-)
 from tutelage.study.expand import expand
 from tutelage.study.presets import demo_study, load_study
+from tutelage.study.timings import Speeds, Timing, chain_weights, critical_path, estimate_error, makespan
 
 DEMO = demo_study(2, "100K", quick=False)
 
