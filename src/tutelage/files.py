@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import SoftFileLock, Timeout, lock_descriptor
@@ -21,7 +25,6 @@ from tutelage.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
     from typing import BinaryIO
 
 
@@ -29,7 +32,10 @@ class LockedError(UserError):
     """Another process holds the lock; the message names it and its machine."""
 
 
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+_FORBIDDEN = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
+    errno.ELOOP,  # a symbolic link where a file of ours belongs
+}
 
 
 @contextlib.contextmanager
@@ -79,17 +85,37 @@ def free_bytes(path: Path) -> int:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Write a file under a temporary name; it replaces `path` in one step if the block succeeds."""
+    """Write a file under a temporary name; it replaces `path` in one step if the block succeeds.
+
+    After a power cut `path` holds the old content or the new, never a part. Links are not followed: the
+    temporary file is a new one, under a name that cannot be known before.
+    """
     with os_errors_to_user_errors(path):
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = partial.stat().st_mode
         try:
             yield partial
-            with partial.open("r+b") as file:  # Windows flushes only what may be written
-                os.fsync(file.fileno())
+            partial.chmod(mode)  # some libraries make files that only their owner may read
+            _flush(partial)
             partial.replace(path)
+            _flush(path.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, would survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # which flushes names by itself and opens no directories
+        return
+    number = os.open(
+        path, os.O_RDONLY if path.is_dir() else os.O_RDWR
+    )  # Windows flushes only what may be written
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -111,19 +137,46 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     write the same `path` at a time: hold it with `lock`.
     """
     make_directory(path.parent)
-    for leftover in path.parent.glob(f".partial-{path.name}-*"):
+    for leftover in path.parent.glob(f".partial-{glob.escape(path.name)}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with os_errors_to_user_errors(path):
-        partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
+        partial = path.with_name(f".partial-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
         partial.mkdir()
         try:
             yield partial
+            flush_directory(partial)
             if path.exists():
                 shutil.rmtree(path)
             partial.replace(path)
+            _flush(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def flush_directory(path: Path) -> None:
+    """Wait until everything below `path` would survive a power cut, and let files be read as new ones are.
+
+    Some libraries make files that only their owner may read, which would shut out the others of a group.
+    """
+    probe = path / f".mode-{secrets.token_hex(4)}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for folder, _, names in os.walk(path, topdown=False):
+        for file in (Path(folder) / name for name in names):
+            if not file.is_symlink():
+                file.chmod(mode)
+                _flush(file)
+        _flush(Path(folder))
+
+
+_NO_LINK = os.O_NOFOLLOW if sys.platform != "win32" else 0
+
+
+def no_links(path: str, flags: int) -> int:
+    """An `opener` for `open` that refuses a symbolic link, which somebody else may have put there."""
+    return os.open(path, flags | _NO_LINK, 0o666)
 
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -201,7 +254,8 @@ def _locked_file(path: Path, what: str) -> BinaryIO:
     """Open and lock `path`. A file that its holder removed meanwhile locks nothing: try again."""
     while True:
         with os_errors_to_user_errors(path):
-            file = path.open("a+b", buffering=0)  # what a full disk refuses now must not come back at close
+            # Unbuffered: what a full disk refuses now must not come back at close.
+            file = open(path, "a+b", buffering=0, opener=no_links)  # noqa: SIM115 - held by the caller
         if not lock_descriptor(file.fileno(), blocking=False):
             with file:
                 file.seek(1)  # Windows lets nobody else read the first byte, which is the one locked

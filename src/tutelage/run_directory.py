@@ -16,7 +16,7 @@ from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.config.teacher_config import ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.files import lock, make_directory, write_json, write_text
+from tutelage.files import lock, make_directory, no_links, write_json, write_text
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
@@ -184,7 +184,7 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, object]) -> None:
         """Add one row to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8", opener=no_links) as file:
             file.write(json.dumps(row) + "\n")
 
     def last_metrics(self) -> dict[str, float]:

@@ -10,17 +10,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tutelage.errors import Stopped, UserError
 from tutelage.files import (
     LockedError,
     atomic_directory,
+    atomic_write,
     lock,
     lock_when_free,
     make_directory,
     write_json,
     write_text,
 )
+from tutelage.run_directory import RunDirectory
 
 HOST = socket.gethostname()
 
@@ -51,6 +55,77 @@ def test_directory_appears_only_when_complete(tmp_path):
         (partial / "x").write_text("2")
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
     assert (path / "x").read_text() == "2"
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """Names of what is flushed to the disk and what is renamed, in that order."""
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(number):
+        steps.append(("flush", os.path.realpath(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def renamed(old, new, **kwargs):
+        steps.append(("rename", str(new)))
+        replace(old, new, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "replace", renamed)
+    return steps
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_content_reaches_the_disk_before_its_name_and_the_name_before_the_return(tmp_path, order):
+    write_text(tmp_path / "a", "1")
+    assert [kind for kind, _ in order] == ["flush", "rename", "flush"]
+    assert order[-1] == ("flush", str(tmp_path))
+
+    order.clear()
+    with atomic_directory(tmp_path / "d") as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "x").write_text("2")
+        (partial / "y").write_text("3")
+        temporary = str(partial)
+    before = order.index(("rename", str(tmp_path / "d")))
+    flushed = {path for kind, path in order[:before] if kind == "flush"}
+    assert flushed == {temporary, f"{temporary}/sub", f"{temporary}/sub/x", f"{temporary}/y"}
+    assert order[before + 1 :] == [("flush", str(tmp_path))]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o027, 0o640)])
+def test_files_of_libraries_get_the_permissions_of_the_user(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a", "1")
+        with atomic_directory(tmp_path / "d") as partial:
+            save_file({"x": torch.zeros(1)}, partial / "x.safetensors")
+        with atomic_write(tmp_path / "y.safetensors") as partial:
+            save_file({"x": torch.zeros(1)}, partial)
+    finally:
+        os.umask(before)
+    for name in ("a", "d/x.safetensors", "y.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_links_are_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "lock").symlink_to(victim)
+    with pytest.raises(UserError, match="symbolic links"), lock(tmp_path / "lock", "it"):
+        pass
+    (tmp_path / "a").symlink_to(victim)
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+    assert victim.read_text() == "mine"
+    (tmp_path / "metrics.jsonl").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        RunDirectory(tmp_path).append_metrics({"step": 1})
+    assert victim.read_text() == "mine"
 
 
 def test_unwritable_places_are_named(tmp_path):
