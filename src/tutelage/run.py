@@ -6,12 +6,11 @@ Open the students, open the teacher (write its cache if asked), train, export, s
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tutelage import provenance
+from tutelage import processes, provenance
 from tutelage.config.load import to_yaml
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.data.store import open_store
@@ -64,7 +63,7 @@ def run_cohort(configs: Sequence[RunConfig], progress: Progress | None = None) -
     """
     progress = progress or NullProgress()
     runs = _planned(configs)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = processes.place().is_main
     with contextlib.ExitStack() as locks:
         left = _unfinished(runs, progress)
         if is_main:
@@ -130,7 +129,7 @@ def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
     """Open, train and export the runs; return the errors of those that could not be finished."""
     if not runs:
         return []
-    world = distributed.start(runs[0][0].runtime)
+    world = distributed.start(runs[0][0].runtime, runs[0][0].parallel)
     students = [open_student(config, directory, world) for config, directory in runs]
     taught = [student for student in students if student.config.teacher is not None]
     if taught:

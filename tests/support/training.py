@@ -36,7 +36,7 @@ def assert_same_weights(a, b, **tolerance):
 
 def opened(config):
     """The student of a run, opened with its teacher, before its first step."""
-    world = distributed.start(config.runtime)
+    world = distributed.start(config.runtime, config.parallel)
     student = open_student(config, RunDirectory(config.output / config.name), world)
     if config.teacher is not None:
         student.learn_from(open_teacher(config, world.device))

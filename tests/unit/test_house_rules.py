@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": set(),
     "bootstrap": set(),
     "progress": set(),
+    "processes": {"errors"},
     "records": {"errors"},
     "files": {"errors"},
     "config": {"types", "errors"},
@@ -58,11 +59,12 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"progress", "records", "data", "models", "objective"},
     "run_directory": {"types", "errors", "files", "config", "data", "models", "teachers.cache.layout"},
-    "train": _BASE | _ROOMS | {"progress", "provenance", "run_directory"},
+    "train": _BASE | _ROOMS | {"progress", "processes", "provenance", "run_directory"},
     "evals": _BASE
     | {"data", "models", "progress", "provenance", "bootstrap", "records", "run_directory"}
     | {"teachers.cache.layout"},
-    "run": _BASE | {"data", "models", "evals", "progress", "provenance", "run_directory", "train"},
+    "run": _BASE
+    | {"data", "models", "evals", "progress", "processes", "provenance", "run_directory", "train"},
     "study": _BASE | {"data", "models", "progress", "records", "run", "run_directory"},
     "analysis": {
         "types",
@@ -76,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
-    | {"provenance", "run", "run_directory"},
+    | {"processes", "provenance", "run", "run_directory"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

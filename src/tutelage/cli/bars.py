@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
+
+from tutelage import processes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,7 +69,7 @@ class RichProgress:
             _Measured(),
             console=err,
             transient=True,
-            disable=not err.is_terminal or os.environ.get("RANK", "0") != "0",
+            disable=not err.is_terminal or not processes.place().is_main,
         )
         self._tasks: dict[str, TaskID] = {}
 

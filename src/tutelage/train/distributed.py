@@ -1,34 +1,51 @@
-"""Data parallelism over processes started by torchrun: replicated weights, summed gradients.
+"""Join the processes of a run: one per device, on a mesh of copies of the model and shards of each copy.
 
-Without torchrun every function here is the identity of a world of one.
+One process alone is a world of one, without a mesh: every function here then does nothing.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from tutelage import processes
+from tutelage.errors import UserError
 from tutelage.models import hub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
 
-    from tutelage.config.runtime_config import RuntimeConfig
+    from tutelage.config.runtime_config import ParallelConfig, RuntimeConfig
+
+MESH_AXES = ("replicate", "shard")
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all, and the device it computes on."""
+    """This process among all, and the device it computes on.
+
+    Attributes:
+        device: the device, with its number where there are several processes.
+        rank: number of the process, from 0.
+        local_rank: its number among those of its machine.
+        size: how many processes there are.
+        mesh: all devices, by copy ("replicate") and part of a copy ("shard"); None for one process.
+    """
 
     device: torch.device
     rank: int = 0
+    local_rank: int = 0
     size: int = 1
+    mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -36,16 +53,57 @@ class World:
         return self.rank == 0
 
 
-def start(runtime: RuntimeConfig) -> World:
-    """Set the threads, choose the device, and join the processes of torchrun if it started this one."""
+def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> World:
+    """Set the threads, choose the device of this process, and join the others of the run if there are any.
+
+    Raises:
+        UserError: the device is missing, there are too few, or the processes do not fit the mesh asked for.
+    """
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    place = processes.place()
     device = hub.pick_device(runtime.device)
-    if "WORLD_SIZE" not in os.environ:
+    if place.size == 1:
         return World(device)
+    try:
+        shape = parallel.mesh(place.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    device = _own_device(device, place)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(device, dist.get_rank(), dist.get_world_size())
+        on_cuda = device.type == "cuda"
+        dist.init_process_group(
+            # Checkpoints that are written in the background exchange messages on the CPU.
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            timeout=timedelta(seconds=parallel.timeout),
+            device_id=device if on_cuda else None,
+        )
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
+    for group in mesh.get_all_groups():  # new groups take torch's own timeout, not that of all processes
+        _set_pg_timeout(timedelta(seconds=parallel.timeout), group)
+    return World(device, place.rank, place.local_rank, place.size, mesh)
+
+
+def _own_device(device: torch.device, place: processes.Place) -> torch.device:
+    """Return the device of one of several processes, bound to it before anything is sent.
+
+    A process that sees one GPU only takes it: Slurm and Ray can give each its own.
+    """
+    if device.type == "mps":
+        raise UserError(
+            f"runtime.device = mps: {place.size} processes cannot share it; use 'cpu', or one process"
+        )
+    if device.type != "cuda":
+        return device
+    seen = torch.cuda.device_count()
+    number = 0 if seen == 1 else place.local_rank
+    if number >= seen:
+        raise UserError(
+            f"runtime.device = cuda: there are {seen} GPUs, none is left for process "
+            f"{place.local_rank} (from 0) of this machine; start one process per GPU"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def stop() -> None:
@@ -85,8 +143,8 @@ def fill_gradients(parameters: Sequence[nn.Parameter]) -> None:
     missing = [int(parameter.grad is None) for parameter in parameters]
     count = torch.tensor(missing, device=parameters[0].device)
     dist.all_reduce(count)
-    for parameter, processes in zip(parameters, count.tolist(), strict=True):
-        if parameter.grad is None and processes < dist.get_world_size():
+    for parameter, missing_on in zip(parameters, count.tolist(), strict=True):
+        if parameter.grad is None and missing_on < dist.get_world_size():
             parameter.grad = torch.zeros_like(parameter)
 
 

@@ -1,0 +1,95 @@
+"""Read which of a job's processes this is, from the environment that torchrun, Ray or Slurm's `srun` set.
+
+Nothing else in the package reads these variables. No torch is needed here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tutelage.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_FIRST_PORT, _PORTS = 15_000, 10_000
+"""Ports that Slurm jobs meet at: as many as here, chosen by job and step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This process among those that work on the same run.
+
+    Attributes:
+        rank: number of the process, from 0.
+        local_rank: its number among those of its machine.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+
+def place() -> Place:
+    """Return the place of this process; without WORLD_SIZE or with a WORLD_SIZE of 1 it is the only one.
+
+    Raises:
+        UserError: there are to be several processes, and a variable that says which this is is missing.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        return Place()
+    if missing := [name for name in _VARIABLES if not os.environ.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE={size} is set, but not {', '.join(missing)}: start several processes with torchrun, "
+            "srun or `tutelage train --nproc`, or unset WORLD_SIZE for one"
+        )
+    rank = _number("RANK", 0)
+    if rank >= size:
+        raise UserError(f"RANK={rank} must be less than WORLD_SIZE={size}")
+    return Place(rank, _number("LOCAL_RANK", 0), size)
+
+
+def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set torchrun's variables where `srun` started several tasks, each of which is to be one process.
+
+    A batch script's own commands, an array job and what torchrun started stay as they are: they have no
+    SLURM_STEP_NUM_TASKS above 1, or WORLD_SIZE already.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks in ("", "1") or "WORLD_SIZE" in environment:
+        return
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
+    environment["WORLD_SIZE"] = tasks
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_ADDR", first_node(nodes))
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + (job * 7 + step) % _PORTS))
+
+
+def first_node(nodes: str) -> str:
+    """The first name in a list of Slurm's, such as `node[03-07,12],login1`: rank 0 runs there."""
+    found = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\]([^,\[\]]*))?", nodes)
+    if found is None:
+        return nodes
+    return "".join(part for part in found.groups() if part)
+
+
+def _number(name: str, missing: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return missing
+    if not text.isdecimal() or (name == "WORLD_SIZE" and text.strip("0") == ""):
+        raise UserError(f"{name}={text}: it must be a whole number, as torchrun sets it")
+    return int(text)

@@ -1,0 +1,127 @@
+"""Which process this is, is read from the variables that torchrun and Slurm set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tutelage import processes
+from tutelage.errors import UserError
+from tutelage.processes import Place, adopt_slurm, first_node, place
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "71234",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "gpu[07-08,11]",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A function that sets variables, and none of the others that are read."""
+
+    def variables(values):
+        for name in TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return variables
+
+
+@pytest.mark.parametrize("alone", [{}, {"RANK": "1"}, {"RANK": "3", "LOCAL_RANK": "3"}, {"WORLD_SIZE": "1"}])
+def test_a_process_alone_is_the_main_one_whatever_its_rank(alone, environment):
+    environment(alone)
+    assert place() == Place(0, 0, 1)
+    assert place().is_main
+
+
+def test_torchruns_variables_are_read(environment):
+    environment(TORCHRUN)
+    assert place() == Place(rank=5, local_rank=1, size=8)
+    assert not place().is_main
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"RANK": ""}, "not RANK:"),
+        ({"LOCAL_RANK": "", "MASTER_PORT": ""}, "not LOCAL_RANK, MASTER_PORT:"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "8"}, "RANK=8 must be less than WORLD_SIZE=8"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(changes, named, environment):
+    environment(TORCHRUN | changes)
+    with pytest.raises(UserError, match=named) as error:
+        place()
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_of_srun_become_processes():
+    variables = dict(SRUN)
+    adopt_slurm(variables)
+    assert {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu07",
+    }
+    other = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    adopt_slurm(other)
+    assert other["MASTER_PORT"] == variables["MASTER_PORT"]
+    assert 15_000 <= int(other["MASTER_PORT"]) < 25_000
+    next_step = SRUN | {"SLURM_STEP_ID": "3"}
+    adopt_slurm(next_step)
+    assert next_step["MASTER_PORT"] != other["MASTER_PORT"]
+
+
+def test_what_is_set_stays():
+    variables = SRUN | {"MASTER_ADDR": "here", "MASTER_PORT": "123"}
+    adopt_slurm(variables)
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("here", "123")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script's own command
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
+        SRUN | TORCHRUN,
+    ],
+)
+def test_one_task_and_torchruns_processes_stay_as_they_are(variables):
+    before = dict(variables)
+    adopt_slurm(variables)
+    assert variables == before
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[07-08,11]", "gpu07"),
+        ("gpu[3]-ib,login", "gpu3-ib"),
+        ("gpu-a[10,12]", "gpu-a10"),
+    ],
+)
+def test_the_first_node_of_a_list_is_found(nodes, first):
+    assert first_node(nodes) == first
+
+
+def test_no_other_module_reads_these_variables():
+    source = Path(processes.__file__).parent
+    readers = [
+        path.name
+        for path in source.rglob("*.py")
+        if any(f'"{name}"' in path.read_text(encoding="utf-8") for name in TORCHRUN)
+    ]
+    assert readers == ["processes.py"]
