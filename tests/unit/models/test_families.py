@@ -6,6 +6,7 @@ import transformers as hf
 
 from tutelage.errors import UserError
 from tutelage.models.hub import body_and_head, check_length, load, logit_transform, trained_length
+from tutelage.models.sharding import decoder_layers
 from tutelage.types import transformed
 
 VOCAB, POSITIONS = 300, 64
@@ -96,6 +97,29 @@ def test_beyond_its_length_a_model_is_refused_or_a_note_is_made(family, tmp_path
     else:
         note = check_length(model, "model x", POSITIONS + 1)
         assert note.startswith("model x: it was made for sequences of 64 tokens and reads 65 here")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_layers_are_found_in_order(family):
+    config = FAMILIES[family]()
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(config)
+    layers = decoder_layers(model)
+    assert len(layers) == config.num_hidden_layers
+    assert len({type(layer) for layer in layers}) == 1
+    outside = {weight.shape[0] for weight in model.parameters()} - {w.shape[0] for w in layers.parameters()}
+    assert VOCAB in outside
+    order = [name for name, module in model.named_modules() if module in set(layers)]
+    assert order == [name for name, module in model.named_modules() if type(module) is type(layers[0])]
+
+
+def test_a_family_without_a_list_of_layers_is_one_line():
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**GROUPED))
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(UserError, match=r"^LlamaForCausalLM: it has no list of decoder layers") as caught:
+        decoder_layers(model)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_implementation_of_attention_can_be_chosen(tmp_path):
