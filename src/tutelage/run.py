@@ -70,9 +70,9 @@ def run_cohort(configs: Sequence[RunConfig], progress: Progress | None = None) -
             for _, directory in left:
                 locks.enter_context(directory.lock())
         try:
-            errors = _train([run for run in left if not run[1].model.is_dir()], progress)
+            errors = _train([run for run in left if not run[1].is_trained()], progress)
             if is_main:
-                _score([run for run in left if run[1].model.is_dir()], progress)
+                _score([run for run in left if run[1].is_trained()], progress)
         except Stopped:
             raise
         except BaseException as error:
@@ -109,6 +109,8 @@ def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
             _mark_scored(config, directory)
             progress.note(f"{directory.path} is finished; nothing to do")
         else:
+            if (directory.path / "state.json").exists() and not directory.state():
+                progress.note(f"{directory.path / 'state.json'} is damaged: the run is read as unfinished")
             left[directory.id] = config, directory
     return list(left.values())
 

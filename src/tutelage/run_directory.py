@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -23,6 +22,7 @@ from tutelage.models.shapes import find_shape
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Mapping
 
 _TAIL_BYTES = 2048
@@ -143,16 +143,16 @@ class RunDirectory:
         return lock(self.path / "lock", str(self.path))
 
     def state(self) -> dict[str, Any]:
-        """Contents of state.json; empty before the run has started."""
-        try:
-            state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        return state
+        """Contents of state.json; empty before the run has started, and where they cannot be read."""
+        return _read_object(self.path / "state.json")
+
+    def is_trained(self) -> bool:
+        """Whether the model is there, and known after how many steps; it is left to score it."""
+        return (self.model / "config.json").is_file() and isinstance(self.state().get("step"), int)
 
     def is_done(self) -> bool:
-        """Whether the run finished training and scoring."""
-        return self.state().get("status") == "done"
+        """Whether the run is trained and scored, and its model is still there."""
+        return self.state().get("status") == "done" and self.is_trained()
 
     def write_state(self, status: str, **fields: object) -> None:
         """Update state.json: `status` is running, stopped, done or failed; other fields stay."""
@@ -163,8 +163,8 @@ class RunDirectory:
         """Record what runs and where. `sessions` lists every earlier start of the same run."""
         write_text(self.path / "config.yaml", text)
         path = self.path / "provenance.json"
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        sessions = [*earlier.pop("sessions"), earlier] if earlier else []
+        earlier = _read_object(path)
+        sessions = [*earlier.pop("sessions", []), earlier] if earlier else []
         write_json(path, {**provenance, "sessions": sessions})
 
     def config(self) -> RunConfig:
@@ -197,8 +197,7 @@ class RunDirectory:
             return {}
         if len(lines) < 2:  # noqa: PLR2004 - a whole row and what follows its end
             return {}
-        row: dict[str, float] = json.loads(lines[-2])
-        return row
+        return _parsed(lines[-2])
 
     def recent_ce(self) -> float | None:
         """Mean training loss of the last rows of metrics.jsonl, in nats per token; None without rows.
@@ -206,19 +205,38 @@ class RunDirectory:
         At most ten rows, and of a short history its last quarter, so that a loss that still falls fast is
         not averaged over its fall.
         """
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        losses = [float(json.loads(line)["ce"]) for line in lines[-max(1, min(10, len(lines) // 4)) :]]
-        return sum(losses) / len(losses) if losses else None
+        losses = [row["ce"] for row in self._metrics() if isinstance(row.get("ce"), float)]
+        last = losses[-max(1, min(10, len(losses) // 4)) :]
+        return sum(last) / len(last) if last else None
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop rows after `step`, which a resumed run is about to write again (and any torn last line)."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_text(path, "".join(kept))
+        if path.exists():
+            rows = [row for row in self._metrics() if isinstance(row.get("step"), int)]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """Every row of metrics.jsonl that can be read."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        return [row for row in map(_parsed, lines) if row]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if there is no such file or it is damaged."""
+    try:
+        return _parsed(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object; empty if it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 
 _FRESH_SECONDS = 60.0
+_LEASE_NAME = re.compile(r"([^.].*)\.([0-9]{1,9})\.json")
+"""<run>.<n>.json"""
 
 
 class Attempt(Record):
@@ -188,9 +191,8 @@ class Leases:
         """Read what has changed on disk; the other methods answer from what this has read."""
         self._dead.clear()
         for entry in os.scandir(self._leases):
-            if not entry.name.startswith("."):  # a name under which a file is being written
-                run, digits, _ = entry.name.rsplit(".", 2)
-                self._newest[run] = max(int(digits), self._newest.get(run, 0))
+            if found := _LEASE_NAME.fullmatch(entry.name):  # others are being written, or are no leases
+                self._newest[found[1]] = max(int(found[2]), self._newest.get(found[1], 0))
         for run, number in self._newest.items():
             known = self._read.get(run)
             if known is None or known[0] != number or known[1].state == "held":

@@ -193,7 +193,7 @@ class RunnerState:
             and node.id not in self.failed
             and self.finished.issuperset(node.needs)
             and self.not_before.get(node.id, 0.0) <= now
-            and self._lease(node) == "free"
+            and self._is_free(node)
         ]
         ready.sort(key=lambda node: -self._weights[node.id])
         while ready and (free := self.engine.slots - len(self.tasks)) > 0:
@@ -237,6 +237,11 @@ class RunnerState:
 
     def _ours(self) -> set[str]:
         return {node.id for members in self.tasks.values() for node in members}
+
+    def _is_free(self, node: Node) -> bool:
+        """Whether nobody works on a run; one that was done and has vanished since is free again."""
+        state = self._lease(node)
+        return state == "free" or (state == "done" and not node.directory.is_done())
 
     def _lease(self, node: Node) -> str:
         return self.leases.state(node.id, self._recipes[node.id])

@@ -76,9 +76,10 @@ def read_status(directory: Path, retries: int = 1) -> Status:
     active: list[Active] = []
     left: list[str] = []
     for run in plan.runs:
-        state = RunDirectory(directory / "runs" / run.run).state()
+        place = RunDirectory(directory / "runs" / run.run)
+        state = place.state()
         owner = leases.owner(run.run)
-        if state.get("status") == "done":
+        if place.is_done():
             word = "done"
         elif owner is not None:
             word = "running"

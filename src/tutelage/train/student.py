@@ -132,6 +132,8 @@ class Student:
         self.cohort, self.step, self.teacher_tokens = cohort, counters.step, counters.teacher_tokens
         if self.world.is_main:
             self.directory.keep_metrics_until(self.step)
+            if self.step:  # a lost state.json is made again from the checkpoint
+                self._write_state(counters.seconds)
             settings = self.config.model_dump(mode="json")
             for name in self.config.runtime.trackers:
                 self._trackers.append(open_tracker(name, self.directory.path, settings))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -187,3 +188,15 @@ def test_a_fork_server_that_is_killed_as_a_task_starts_is_replaced_once(tmp_path
     assert left == []
     left.append(None)
     ensure_and_kill()  # the next test's workers are forked from a server with torch again
+
+
+def test_a_finished_run_that_has_vanished_is_trained_again(make_config, tmp_path):
+    teacher = node(make_config(name="teacher", seed=7))
+    student = taught(make_config, teacher, 0.5)
+    run([teacher, student], tmp_path)
+    before = weights(teacher), weights(student)
+    shutil.rmtree(teacher.directory.path)
+    (tmp_path / "queue" / "leases" / "notes.txt").write_text("a file of somebody's")
+    (tmp_path / "queue" / "leases" / "x.json").write_text("")
+    run([teacher, student], tmp_path)
+    assert (weights(teacher), weights(student)) == before

@@ -1,0 +1,92 @@
+"""A run whose files were lost or torn at any point is brought to its end by the same command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from training import Notes, losses
+
+from conftest import config_maker
+from tutelage.run import run
+from tutelage.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def finished(store, tmp_path_factory):
+    """A finished run with scores, as (directory, function that makes its config for another output)."""
+
+    def config(output):
+        evaluation = {
+            "domains": [{"name": "own", "store": str(store), "role": "in_domain"}],
+            "max_documents": 3,
+        }
+        return config_maker(store)(output, eval=evaluation | {"max_tokens": 64})
+
+    return run(config(tmp_path_factory.mktemp("finished"))), config
+
+
+def everything(directory):
+    """What must not depend on what happened to the run."""
+    state = {k: v for k, v in directory.state().items() if k not in {"seconds", "tokens_per_second"}}
+    scores = [json.loads(line) for line in directory.scores.read_text().splitlines()]
+    return (directory.model / "model.safetensors").read_bytes(), losses(directory), scores, state
+
+
+DAMAGE = {
+    "state torn": lambda path: (path / "state.json").write_text('{"sta'),
+    "state empty": lambda path: (path / "state.json").write_bytes(b""),
+    "state no object": lambda path: (path / "state.json").write_text("[1]"),
+    "state gone": lambda path: (path / "state.json").unlink(),
+    "model gone": lambda path: shutil.rmtree(path / "model"),
+    "model and state gone": lambda path: (shutil.rmtree(path / "model"), (path / "state.json").unlink()),
+    "model and checkpoints gone": lambda path: [shutil.rmtree(path / x) for x in ("model", "checkpoints")],
+    "scores gone": lambda path: (path / "scores.jsonl").unlink(),
+    "provenance torn": lambda path: (
+        shutil.rmtree(path / "model"),
+        (path / "provenance.json").write_text("{"),
+    ),
+    "metrics torn": lambda path: (
+        shutil.rmtree(path / "model"),
+        (path / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text() + '{"step": 99'),
+    ),
+    "everything but config gone": lambda path: [
+        shutil.rmtree(x) if x.is_dir() else x.unlink() for x in path.iterdir() if x.name != "config.yaml"
+    ],
+}
+
+
+TORN = ("state torn", "state empty", "state no object")
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_the_same_command_ends_where_nothing_was_lost(finished, tmp_path, damage):
+    original, config = finished
+    shutil.copytree(original.path.parent, tmp_path / "runs")
+    damage(tmp_path / "runs" / original.id)
+    notes = Notes()
+    again = run(config(tmp_path / "runs"), notes)
+    assert again.id == original.id
+    assert again.is_done()
+    assert everything(again) == everything(original)
+    unreadable = (tmp_path / "runs" / original.id / "state.json").name
+    torn = [note for note in notes.notes if unreadable in note]
+    assert len(torn) == (
+        damage in [DAMAGE[name] for name in ("state torn", "state empty", "state no object")]
+    )
+
+
+def test_done_is_what_the_files_say(finished, tmp_path):
+    original, _ = finished
+    copy = RunDirectory(tmp_path / original.id)
+    shutil.copytree(original.path, copy.path)
+    assert copy.is_trained()
+    assert copy.is_done()
+    shutil.rmtree(copy.model)
+    assert not copy.is_trained()
+    assert not copy.is_done()
+    assert copy.last_metrics()
+    (copy.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\xff\n')
+    assert copy.last_metrics() == {}
+    assert copy.recent_ce() is None
