@@ -49,6 +49,8 @@ def run_id(config: RunConfig) -> str:
         fields["tokens"] = parse_tokens(config.tokens, parameters(shape, store.vocab_size).total)
         fields["optim"]["lr"] = config.optim.lr or shape.lr
     fields["objective"].pop("chunk_tokens")
+    if not fields["data"]["document_mask"]:
+        del fields["data"]["document_mask"]  # a run from before there was one keeps its name
     for section in (fields["model"], fields["teacher"] or {}):
         section.pop("assume_same_tokenizer", None)  # a statement about the model, no change of it
         path = section.get("path")

@@ -51,20 +51,31 @@ class Batch:
         tokens_BT: int64 input ids.
         labels_BT: int64 next-token ids; `IGNORE_INDEX` where nothing is to be predicted.
         starts: for each row, the place of its first token in the split, the key of a teacher cache.
+        positions_BT: int64 place of each token in its document, from 0; a token is to see its own document
+            only. None: every token sees the whole row before it.
     """
 
     tokens_BT: Tensor
     labels_BT: Tensor
     starts: tuple[int, ...]
+    positions_BT: Tensor | None = None
 
     def to(self, device: object) -> Batch:
-        """The same batch on `device`."""
-        tokens_BT, labels_BT = self.tokens_BT.to(device), self.labels_BT.to(device)  # type: ignore[call-overload]
-        return Batch(tokens_BT, labels_BT, self.starts)
+        """The same batch on `device`; from pinned memory without waiting for the copy."""
+        pinned = self.tokens_BT.is_pinned()
+        return self._each(lambda tensor: tensor.to(device, non_blocking=pinned))  # type: ignore[call-overload]
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, which a GPU reads while the CPU goes on."""
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def rows(self, rows: slice) -> Batch:
         """Return some of its sequences."""
-        return Batch(self.tokens_BT[rows], self.labels_BT[rows], self.starts[rows])
+        return replace(self._each(lambda tensor: tensor[rows]), starts=self.starts[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        positions_BT = None if self.positions_BT is None else change(self.positions_BT)
+        return Batch(change(self.tokens_BT), change(self.labels_BT), self.starts, positions_BT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from tutelage.config.teacher_config import (
     RunTeacher,
     TeacherConfig,
     incompatibility,
+    masks_documents,
 )
 from tutelage.types import Role
 
@@ -58,6 +59,17 @@ class RunData(Section):
     store: FilePath = Field(description="token store written by `tutelage data build`")
     seed: Seed = Field(42, description="seed of the order; runs to compare share it")
     sequence_length: Length = Field(128, description="tokens per packed sequence")
+    document_mask: bool | None = Field(
+        None,
+        validate_default=True,
+        description="keep the documents of a packed sequence apart: each is read as if it were alone, by "
+        "student and teacher; default: on for sequences of 1,024 tokens or more",
+    )
+
+    @field_validator("document_mask")
+    @classmethod
+    def _masked_if_long(cls, mask: bool | None, info: ValidationInfo) -> bool:
+        return masks_documents(mask, info.data.get("sequence_length", 0))
 
 
 class EvalDomain(Section):

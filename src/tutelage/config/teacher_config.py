@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from tutelage.config.base import BatchTokens, FilePath, Length, Name, Section, Seed, Threads
 from tutelage.config.objective_config import Temperature, TopK, TopP
@@ -126,6 +126,12 @@ class TeachConfig(CacheSettings):
     context_length: Length = Field(
         128, description="tokens the teacher sees; students use this sequence length or a divisor of it"
     )
+    document_mask: bool | None = Field(
+        None,
+        validate_default=True,
+        description="keep the documents of a context apart, as `data.document_mask` of the students does; "
+        "default: on for contexts of 1,024 tokens or more",
+    )
     seed: Seed = Field(0, description="seed of the sampler")
     compress: bool = Field(default=False, description="zstd per block, where it makes the block smaller")
     shard_tokens: int = Field(
@@ -145,11 +151,25 @@ class TeachConfig(CacheSettings):
             raise ValueError("cache is for students; set format and temperature of this cache")
         return teacher
 
+    @field_validator("document_mask")
+    @classmethod
+    def _masked_if_long(cls, mask: bool | None, info: ValidationInfo) -> bool:
+        return masks_documents(mask, info.data.get("context_length", 0))
+
     @field_validator("format", mode="before")
     @classmethod
     def _default_kind(cls, value: object) -> object:
         """Take settings of a format without a kind for the default kind."""
         return {"kind": "sample_min_variance"} | value if isinstance(value, dict) else value
+
+
+_MASKED_FROM = 1024
+"""Tokens per sequence from which documents are kept apart if nothing is said."""
+
+
+def masks_documents(setting: bool | None, length: int) -> bool:
+    """Whether the documents of sequences of `length` tokens are kept apart; None: decided by the length."""
+    return length >= _MASKED_FROM if setting is None else setting
 
 
 def incompatibility(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tutelage.data.documents import Documents, positions_of
 from tutelage.data.hashing import permuted
 from tutelage.errors import UserError
 from tutelage.types import IGNORE_INDEX, Batch
@@ -30,7 +31,9 @@ class Loader:
     Sample g of the run (g = step * sequences_per_step + place in the step) is window
     permutation(g mod n) of epoch g div n, where n is the number of windows. A step may span two epochs.
 
-    Where the split has a mask, tokens of prompts are read like all others but are no labels.
+    Where the split has a mask, tokens of prompts are read like all others but are no labels. If documents are
+    kept apart, batches have positions, and the token that closes a document has no label: what comes next
+    is another text.
 
     Args:
         split: the tokens.
@@ -38,6 +41,7 @@ class Loader:
             tokens from w * T on.
         sequences_per_step: sequences of one optimizer step, over all ranks.
         seed: of the order.
+        documents: keep the documents of a sequence apart.
         rank: this process, from 0; it gets the rank-th contiguous slice of the step's sequences.
         world_size: number of processes.
 
@@ -53,6 +57,8 @@ class Loader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        *,
+        documents: bool = False,
     ) -> None:
         self.n_windows = max(0, len(split.tokens) - 1) // sequence_length
         if self.n_windows == 0:
@@ -66,6 +72,7 @@ class Loader:
                 f"choose a multiple of {world_size} sequences for a step, or fewer ranks"
             )
         self._tokens, self._mask = split.tokens, split.mask
+        self._documents = Documents(split) if documents else None
         self._length = sequence_length
         self._per_step = sequences_per_step
         self._seed = seed
@@ -109,7 +116,7 @@ class Loader:
         return windows
 
     def batch(self, step: int) -> Batch:
-        """Return token ids and next-token labels of this rank in `step`, both int64 [sequences, T]."""
+        """Return token ids, next-token labels and positions of this rank in `step`, int64 [sequences, T]."""
         starts = self.windows(step) * self._length
         rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
         ids = torch.from_numpy(rows.astype(np.int64))
@@ -117,4 +124,9 @@ class Loader:
         if self._mask is not None:
             marks = np.stack([self._mask[start + 1 : start + self._length + 1] for start in starts])
             labels.masked_fill_(torch.from_numpy(marks == 0), IGNORE_INDEX)
-        return Batch(ids[:, :-1].contiguous(), labels, tuple(starts.tolist()))
+        positions = None
+        if self._documents is not None:
+            begins = self._documents.begins(starts.tolist(), self._length + 1)
+            labels.masked_fill_(torch.from_numpy(begins[:, 1:]), IGNORE_INDEX)
+            positions = torch.from_numpy(positions_of(begins[:, :-1]))
+        return Batch(ids[:, :-1].contiguous(), labels, tuple(starts.tolist()), positions)

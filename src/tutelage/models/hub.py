@@ -180,7 +180,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
     """Split a model: the body gives `last_hidden_state` (B, T, D), the head maps it to logits (B, T, V).
 
     `logit_transform` returns what the family applies to its logits after the head.

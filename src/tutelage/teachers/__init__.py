@@ -38,6 +38,7 @@ def make_teacher(config: TeacherConfig, context: TeacherContext, progress: Progr
                 store=context.store.path,
                 teacher=config.model_copy(update={"cache": None}),
                 context_length=context.context_length,
+                document_mask=context.document_mask,
                 format=config.cache.format,
                 temperature=config.cache.temperature,
                 dtype=context.dtype,

@@ -13,6 +13,7 @@ from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.flops import model_forward_flops
+from tutelage.models.packed import check_documents
 from tutelage.teachers.cache.reader import CachedTeacher, check_serves, open_cache
 from tutelage.teachers.live import FixedTeacher, OnlineTeacher
 
@@ -35,6 +36,7 @@ class TeacherContext:
         runs: directory that holds the run of a teacher of kind run; caches lie in `caches` beside it.
         context_length: tokens per sequence.
         device: where targets are wanted.
+        document_mask: whether the documents of a sequence are kept apart.
         dtype: compute type of a teacher whose cache is written first; others follow the training step's.
         objective: of the student that learns from it; None where a cache is written for any student.
     """
@@ -43,6 +45,7 @@ class TeacherContext:
     runs: Path
     context_length: int
     device: torch.device
+    document_mask: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     objective: ObjectiveConfig | None = None
 
@@ -74,6 +77,8 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
     )
     model = hub.load(path, revision=revision, attn_implementation=config.attn_implementation)
     beyond = hub.check_length(model, what, context.context_length)
+    if context.document_mask:
+        check_documents(hub.body_and_head(model)[0], what)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], context.store)
     return OnlineTeacher(model.to(context.device), model_forward_flops(model, context.context_length), notes)
@@ -93,7 +98,7 @@ def _uniform(_config: ControlTeacher, context: TeacherContext) -> FixedTeacher:
 def _cache(config: CacheTeacher, context: TeacherContext) -> CachedTeacher:
     """Open a cache and check that it holds this text and what the objective needs."""
     cache = open_cache(config.path)
-    cache.check_fits(context.store, context.context_length)
+    cache.check_fits(context.store, context.context_length, document_mask=context.document_mask)
     if context.objective is not None:
         check_serves(config.path, context.objective)
     return CachedTeacher(cache, context.device)

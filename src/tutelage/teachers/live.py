@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.models.hub import body_and_head, logit_transform
+from tutelage.models.packed import hidden_states
 from tutelage.objective.products import weight_and_bias
 from tutelage.types import DenseTargets
 
@@ -57,7 +58,7 @@ class OnlineTeacher(Teacher):
     @torch.no_grad()
     def targets(self, batch: Batch) -> DenseTargets:
         """Last hidden states and the output embedding; the objective forms logits chunk by chunk."""
-        hidden_BTE = self._body(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+        hidden_BTE = hidden_states(self._body, batch)
         return DenseTargets(hidden_BTE.flatten(0, 1), self._weight_VE, self._transform, self._bias_V)
 
 

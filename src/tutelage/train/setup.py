@@ -15,6 +15,7 @@ from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
 from tutelage.models.export import Base
+from tutelage.models.packed import check_documents
 from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.teachers.cache.reader import check_serves
@@ -124,6 +125,7 @@ def open_teacher(config: RunConfig, device: torch.device, progress: Progress | N
         config.output,
         config.data.sequence_length,
         device,
+        document_mask=bool(config.data.document_mask),
         dtype="float32" if _half_dtype(config, device) is None else "bfloat16",
         objective=config.objective,
     )
@@ -153,6 +155,7 @@ def _loader(config: RunConfig, store: Store, world: World, steps: int) -> Loader
         seed=config.data.seed,
         rank=world.rank,
         world_size=world.size,
+        documents=bool(config.data.document_mask),
     )
     if empty := loader.unlabelled(steps):
         raise UserError(
@@ -191,6 +194,8 @@ def _starting_model(config: RunConfig, store: Store) -> _StartingModel:
     model = hub.load(path, config.model.revision, torch.float32, attention)
     model.get_input_embeddings().padding_idx = None  # nothing is padded here, so no token may stand still
     beyond = hub.check_length(model, what, length)
+    if config.data.document_mask:
+        check_documents(hub.body_and_head(model)[0], what)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
     base = Base(tokenizer.directory, tokenizer=tokenizer.is_the_stores)

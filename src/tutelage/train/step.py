@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.data.hashing import mixed
+from tutelage.models.packed import hidden_states
 from tutelage.objective import NotFiniteError, chunked_objective
 from tutelage.objective.products import weight_and_bias
 from tutelage.train import distributed
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def loss_sums(student: Student, batch: Batch, targets: Targets | None, alpha: float) -> LossSums:
     """The objective on one micro-batch, summed over its valid tokens."""
     with _autocast(student, batch):
-        hidden_BTD = student.body(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+        hidden_BTD = hidden_states(student.body, batch)
     hidden_ND = hidden_BTD.flatten(0, 1)
     if student.autocast is not None:
         hidden_ND = hidden_ND.to(student.autocast)

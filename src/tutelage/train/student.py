@@ -70,7 +70,7 @@ class Student:
     directory: RunDirectory
     world: World
     model: PreTrainedModel
-    body: nn.Module = field(init=False)
+    body: PreTrainedModel = field(init=False)
     head: nn.Linear = field(init=False)
     parameters: tuple[nn.Parameter, ...] = field(init=False)
     parameter_count: int = field(init=False)

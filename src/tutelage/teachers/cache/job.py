@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from tutelage.config.load import digest
 from tutelage.config.teacher_config import ControlTeacher, ModelTeacher
+from tutelage.data.documents import Documents, positions_of
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
@@ -24,11 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from tutelage.config.teacher_config import LiveTeacher, TeachConfig
-    from tutelage.data.store import Store
+    from tutelage.data.store import SplitView, Store
     from tutelage.teachers.cache.codec import Codec
     from tutelage.teachers.cache.shard import Packed
     from tutelage.teachers.live import Teacher
@@ -61,7 +61,8 @@ class CacheJob:
 
     Attributes:
         plan: which cache.
-        tokens: ids of the train split, mapped from disk.
+        split: the train split, mapped from disk.
+        documents: where its documents begin; None if they are not kept apart.
         device: where the teacher computes.
         teacher: whose targets are stored.
         head: the teacher's head without padded rows, by the names in head.safetensors: "head" [V, E] and,
@@ -71,7 +72,8 @@ class CacheJob:
     """
 
     plan: CachePlan
-    tokens: NDArray[Any]
+    split: SplitView
+    documents: Documents | None
     device: torch.device
     teacher: Teacher
     head: Mapping[str, Tensor]
@@ -112,10 +114,13 @@ class CacheJob:
 
     def _batch(self, first: int, contexts: int, length: int) -> Batch:
         start = first * self.manifest.layout.context_length
-        ids = torch.from_numpy(self.tokens[start : start + contexts * length + 1].astype("int64"))
+        ids = torch.from_numpy(self.split.tokens[start : start + contexts * length + 1].astype("int64"))
         shape = (contexts, length)
         starts = tuple(range(start, start + contexts * length, length))
-        return Batch(ids[:-1].view(shape), ids[1:].view(shape), starts).to(self.device)
+        positions = None
+        if self.documents is not None:
+            positions = torch.from_numpy(positions_of(self.documents.begins(starts, length)))
+        return Batch(ids[:-1].view(shape), ids[1:].view(shape), starts, positions).to(self.device)
 
 
 def plan_cache(config: TeachConfig) -> CachePlan:
@@ -154,7 +159,9 @@ def load_job(plan: CachePlan) -> CacheJob:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = hub.pick_device(config.device)
-    context = TeacherContext(store, config.runs, config.context_length, device)
+    context = TeacherContext(
+        store, config.runs, config.context_length, device, document_mask=bool(config.document_mask)
+    )
     teacher = TEACHERS[plan.teacher.kind].make(plan.teacher, context)
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
     probe = _targets(teacher, Batch(token_11, token_11, (0,)), plan)
@@ -177,6 +184,7 @@ def load_job(plan: CachePlan) -> CacheJob:
             context_length=config.context_length,
             contexts_per_shard=max(1, config.shard_tokens // config.context_length),
         ),
+        document_mask=bool(config.document_mask),
         dtype=config.dtype,
         batch_tokens=config.batch_tokens,
         format=config.format,
@@ -187,7 +195,9 @@ def load_job(plan: CachePlan) -> CacheJob:
     )
     codec = make_codec(config.format, CodecSettings.of(manifest))
     head = {"head": probe.head_VE} | ({} if probe.bias_V is None else {"bias": probe.bias_V})
-    return CacheJob(plan, store.split("train").tokens, device, teacher, head, codec, manifest)
+    split = store.split("train")
+    documents = Documents(split) if config.document_mask else None
+    return CacheJob(plan, split, documents, device, teacher, head, codec, manifest)
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from tutelage.types import LogitTransform
 if TYPE_CHECKING:
     from pathlib import Path
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when the files of a cache change. It is part of a cache's name, so old ones are not continued.
-1: the manifest listed the finished shards with a checksum of each."""
+1: the manifest listed the finished shards with a checksum of each. 2: it said nothing of a document mask."""
 
 MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"
@@ -108,6 +108,7 @@ class CacheManifest(Record, extra="forbid"):
     vocab_size: int
     width: int
     transform: LogitTransform
+    document_mask: bool
     dtype: Literal["float32", "bfloat16"]
     store: str
     split: Literal["train"]
@@ -124,7 +125,7 @@ class CacheManifest(Record, extra="forbid"):
         """SHA-256 over what determines the targets; name, place, shards and compression do not count."""
         content = self.model_dump(
             mode="json",
-            include={"store", "split", "dtype", "format", "temperature", "seed"},
+            include={"store", "split", "document_mask", "dtype", "format", "temperature", "seed"},
         ) | {"teacher": self.teacher.fingerprint, "context_length": self.layout.context_length}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

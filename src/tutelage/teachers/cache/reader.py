@@ -54,8 +54,8 @@ class Cache:
         self._checked_shards: set[int] = set()
         self._checked_blocks = bytearray(manifest.layout.blocks)
 
-    def check_fits(self, store: Store, sequence_length: int) -> None:
-        """Refuse a token store or a sequence length that the cache was not written for.
+    def check_fits(self, store: Store, sequence_length: int, *, document_mask: bool) -> None:
+        """Refuse a token store, a sequence length or a document mask that the cache was not written for.
 
         Raises:
             UserError: naming both values.
@@ -70,6 +70,12 @@ class Cache:
             raise UserError(
                 f"data.sequence_length = {sequence_length}: must divide the context_length of "
                 f"teacher cache {self.path}, which is {context_length}"
+            )
+        if document_mask != self.manifest.document_mask:
+            has, asked = str(self.manifest.document_mask).lower(), str(document_mask).lower()
+            raise UserError(
+                f"data.document_mask = {asked}: teacher cache {self.path} was written with document_mask = "
+                f"{has}; set it to {has}, or teach again with the other"
             )
 
     def read(self, starts: Sequence[int], length: int) -> CachedRows:

@@ -1,0 +1,103 @@
+"""Read packed sequences with a model: whole, or document by document by transformers' own masks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+from transformers.masking_utils import create_masks_for_generate
+
+from tutelage.errors import UserError, one_line
+from tutelage.types import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_FIRST, _SECOND = 5, 7
+"""Tokens of the two documents that a model is tried on."""
+
+
+def hidden_states(body: PreTrainedModel, batch: Batch) -> Tensor:
+    """Compute a body's hidden states after the final norm, [B, T, D].
+
+    If the batch has positions, a token sees its own document only, and its position in it.
+    """
+    if batch.positions_BT is None:
+        return _read(body, batch.tokens_BT)
+    if _is_flash(body):
+        # FlashAttention knows documents as pieces of a single row; every row of the batch begins with one.
+        row_1N, positions_1N = batch.tokens_BT.reshape(1, -1), batch.positions_BT.reshape(1, -1)
+        hidden_1ND = _read(body, row_1N, position_ids=positions_1N, **_pieces(positions_1N))
+        return hidden_1ND.view(*batch.tokens_BT.shape, -1)
+    # The shape, dtype and device of embeddings are read, not their values. Not every family would find the
+    # documents by their positions, so the masks are given to it.
+    like = next(body.parameters())
+    shape_BT0 = torch.empty(*batch.tokens_BT.shape, 0, dtype=like.dtype, device=batch.tokens_BT.device)
+    masks = create_masks_for_generate(body.config, shape_BT0, None, None, batch.positions_BT)
+    return _read(body, batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=masks)
+
+
+@torch.no_grad()
+def check_documents(body: PreTrainedModel, what: str) -> None:
+    """Check that a model can keep documents apart: no family is known by name, two documents are tried.
+
+    The second must not depend on the first, and must read as it does alone.
+
+    Args:
+        body: as `tutelage.models.hub.body_and_head` gives it, on any device.
+        what: begins the message.
+
+    Raises:
+        UserError: it cannot, as Mamba, whose state goes on, and BLOOM, whose positions are distances.
+    """
+    family, training = type(body).__name__, body.training
+    device = next(body.parameters()).device
+    places_T = torch.cat([torch.arange(_FIRST), torch.arange(_SECOND)]).to(device).unsqueeze(0)
+    tokens_T = torch.arange(1, _FIRST + _SECOND + 1, device=device).unsqueeze(0)
+    tokens_T = tokens_T % body.get_input_embeddings().num_embeddings
+    other_T = torch.cat([tokens_T[:, -_FIRST:], tokens_T[:, _FIRST:]], 1)
+    body.eval()
+    try:
+        packed_TD, changed_TD = (
+            hidden_states(body, Batch(ids, ids, (0,), places_T))[0, _FIRST:] for ids in (tokens_T, other_T)
+        )
+        alone_TD = _read(body, tokens_T[:, _FIRST:])[0]
+    except Exception as error:  # noqa: BLE001 - a family that takes no masks shows it in any way
+        raise UserError(_refusal(what, family, one_line(error))) from None
+    finally:
+        body.train(training)
+    rounding = 1e-5 if alone_TD.dtype.itemsize > 2 else 1e-2  # noqa: PLR2004 - bytes of half precision
+    limit = rounding * float(alone_TD.float().norm())
+    if max(float((x - alone_TD).float().norm()) for x in (packed_TD, changed_TD)) > limit:
+        raise UserError(_refusal(what, family, "one document changes the next"))
+
+
+def _refusal(what: str, family: str, reason: str) -> str:
+    return (
+        f"{what}: {family} cannot keep the documents of a packed sequence apart ({reason}); set the document "
+        "mask to false, for the student and its teacher's cache, or choose another model"
+    )
+
+
+def _read(body: PreTrainedModel, tokens_BT: Tensor, **more: Any) -> Tensor:  # noqa: ANN401 - arguments of transformers
+    hidden_BTD: Tensor = body(input_ids=tokens_BT, use_cache=False, **more).last_hidden_state
+    return hidden_BTD
+
+
+def _is_flash(body: PreTrainedModel) -> bool:
+    return str(body.config._attn_implementation).startswith("flash_attention")  # noqa: SLF001
+
+
+def _pieces(positions_1N: Tensor) -> dict[str, Any]:
+    """Where documents begin, as FlashAttention's arguments: found once, not by every layer."""
+    begins_P = (positions_1N[0] == 0).nonzero()[:, 0]
+    bounds_P = F.pad(begins_P, (0, 1), value=positions_1N.shape[1]).to(torch.int32)
+    longest = int(bounds_P.diff().max())
+    return {
+        "cu_seq_lens_q": bounds_P,
+        "cu_seq_lens_k": bounds_P,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
