@@ -144,14 +144,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            flush_directory(partial)
-            if path.exists():
-                shutil.rmtree(path)
-            partial.replace(path)
-            _flush(path.parent)
+            publish(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a directory that is complete its name, for good once this returns; an older `path` is replaced."""
+    flush_directory(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.replace(path)
+    _flush(path.parent)
 
 
 def flush_directory(path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from tutelage import processes, provenance
 from tutelage.config.load import to_yaml
-from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import evaluate
@@ -20,9 +19,9 @@ from tutelage.evals.contamination import anchored
 from tutelage.files import atomic_directory, check_place, stop_signal, write_text
 from tutelage.models import hub
 from tutelage.progress import NullProgress, Progress
-from tutelage.run_directory import RunDirectory, evaluation_id, pinned, run_id
+from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
 from tutelage.train import distributed
-from tutelage.train.checkpoint import BRANCH_POINT
+from tutelage.train.checkpoint_files import BRANCH_POINT, adopt
 from tutelage.train.loop import train
 from tutelage.train.save_model import export
 from tutelage.train.setup import check_cohort, open_student, open_teacher
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from tutelage.config.run_config import RunConfig
     from tutelage.train.student import Student
     from tutelage.types import Score
 
@@ -149,6 +149,9 @@ def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
             closing.callback(student.close)
             student.resume(cohort=len(students))
         train(students, progress, partial(_evaluate, progress))
+    for student in students:
+        for warning in student.take_warnings():
+            progress.note(f"warning: {warning}")
     if world.is_main:
         _export(students)
     distributed.barrier()
@@ -251,7 +254,7 @@ def _copy_branch_point(student: Student) -> None:
             f"runtime.branch_from {other.id}: {other.path} has no checkpoint from where its decay "
             "begins; train it with checkpoint.keep_before_decay: true, or drop runtime.branch_from"
         )
-    ours, theirs = _recipe(config), _recipe(other.config())
+    ours, theirs = _before_decay(config), _before_decay(other.config())
     for field, value in ours.items():
         if value != theirs[field]:
             raise UserError(
@@ -266,13 +269,12 @@ def _copy_branch_point(student: Student) -> None:
     write_text(directory.path / "metrics.jsonl", (other.path / "metrics.jsonl").read_text(encoding="utf-8"))
     with atomic_directory(directory.checkpoints / name) as partial_directory:
         shutil.copytree(found, partial_directory, dirs_exist_ok=True)
+        adopt(partial_directory, directory.id, recipe(config))
 
 
-def _recipe(config: RunConfig) -> dict[str, Any]:
+def _before_decay(config: RunConfig) -> dict[str, Any]:
     """The fields that decide every step before the decay."""
-    recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT | {"tokens"})
-    recipe["data"]["store"] = open_store(config.data.store).fingerprint
-    return recipe
+    return {name: value for name, value in recipe(config).items() if name != "tokens"}
 
 
 __all__ = ["RunDirectory", "Stopped", "UserError", "run", "run_cohort"]

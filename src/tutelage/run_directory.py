@@ -72,6 +72,13 @@ def _content(path: str, kind: str | None) -> str:
     return weights_fingerprint(Path(path))
 
 
+def recipe(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide a run's result, as they are written; the token store by its content."""
+    fields = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
+    fields["data"]["store"] = open_store(config.data.store).fingerprint
+    return fields
+
+
 def pinned(config: RunConfig) -> RunConfig:
     """Return the config with models on the Hub fixed to the commits that their names stand for now.
 

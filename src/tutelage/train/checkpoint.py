@@ -1,31 +1,67 @@
-"""Checkpoints that resume a run bitwise: weights and optimizer moments as safetensors, counters as JSON.
+"""Save and resume a run through torch's distributed checkpoint: each process its shards, as safetensors.
 
-No random state is kept, because dropout is a function of seed, step and rank.
+Weights and AdamW's moments are one flat dictionary of tensors, which any number of processes can read again:
+bitwise what was saved. No random state is kept, because dropout is a function of seed, step and rank.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+# The public `save` and `load` warn in every process that is alone, and a thread cannot silence a warning.
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
+from torch.distributed.tensor import DTensor
 
 from tutelage.errors import UserError
-from tutelage.files import atomic_directory
+from tutelage.run_directory import recipe
+from tutelage.train.checkpoint_files import (
+    BRANCH_POINT,
+    COUNTERS,
+    CheckpointFile,
+    CheckpointManifest,
+    CheckpointOrigin,
+    CheckpointWriter,
+    all_checkpoints,
+    check_origin,
+    checkpoint_name,
+    damage,
+    damaged,
+    read_counters,
+    remove_checkpoint,
+    remove_unfinished,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
     from pathlib import Path
+    from typing import Any
 
     from torch import Tensor, nn
 
+    from tutelage.config.run_config import RunConfig
+    from tutelage.run_directory import RunDirectory
+    from tutelage.train.distributed import World
+
+_T = TypeVar("_T")
+
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-BRANCH_POINT = "branch-point-"
-"""Prefix of the checkpoint that longer runs start from."""
+_PIECE_BYTES = 1 << 30
+"""Of tensors in one file; each is put together in memory before it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,67 +83,237 @@ class Counters:
     gate: dict[str, float] = field(default_factory=dict)
 
 
-def save(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, keep: int
-) -> None:
-    """Write `directory/step-N` and remove all but the newest `keep` checkpoints."""
-    _write(directory / _name(counters), model, optimizer, counters)
-    for old in _all(directory)[:-keep]:
-        shutil.rmtree(old)
+class Checkpoints:
+    """The checkpoints of one run. Every process calls every method, in the same order.
+
+    Saving copies the state to memory and writes it in a thread, while training goes on. The thread talks to
+    those of the other processes through a process group of its own, so its messages cannot meet training's.
+
+    Attributes:
+        warnings: what the user should know about saves that failed; whoever shows them empties the list.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, world: World) -> None:
+        """Name the place of the checkpoints; nothing is read or written."""
+        self.warnings: list[str] = []
+        self._directory = directory.checkpoints
+        self._settings = config.checkpoint
+        self._world = world
+        self._every = max(1, config.checkpoint.every // config.global_batch_tokens)
+        kept = config.checkpoint.keep_every
+        self._keep_every = None if kept is None else max(1, kept // config.global_batch_tokens)
+        replicate, shard = (1, 1) if world.mesh is None else world.mesh.shape
+        self._origin = CheckpointOrigin(directory.id, recipe(config), replicate, shard)
+        self._timeout = timedelta(seconds=config.parallel.timeout)
+        self._group: dist.ProcessGroup | None = None
+        self._stager: DefaultStager | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the settings ask for a checkpoint after `step`."""
+        return step % self._every == 0 or (self._keep_every is not None and step % self._keep_every == 0)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save in the background has failed and the run is to end; `wait` says why."""
+        if self._pending is None or not self._pending.done():
+            return False
+        error = self._pending.exception()
+        goes_on = isinstance(error, _NotWrittenError) and self._settings.on_full_disk == "continue"
+        return error is not None and not goes_on
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
+        """Restore the newest checkpoint in place; without one, leave everything as it is.
+
+        What an earlier session left unfinished is removed. Every file is read twice, once for its checksum:
+        the processes divide that, and it takes each about a second per gigabyte of its share.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another run, model or version.
+        """
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        if self._world.is_main:
+            remove_unfinished(self._directory)
+        found = self._from_main(all_checkpoints(self._directory))
+        if not found:
+            return Counters()
+        path = found[-1]
+        reasons = self._from_all(damage(path, slice(self._world.rank, None, self._world.size)))
+        if (reason := next((one for one in reasons if one is not None), None)) is not None:
+            message = str(damaged(path, reason, found[:-1])) if self._world.is_main else ""
+            raise UserError(self._from_main(message))
+        check_origin(path, CheckpointManifest.read(path), self._origin)
+        reader = HuggingFaceStorageReader(str(path))
+        stored = reader.read_metadata().state_dict_metadata
+        _make_room(model, optimizer, stored)
+        state = _state(model, optimizer)
+        _check_tensors(path, stored, state)
+        _load_state_dict(state, reader, self._group, no_dist=self._group is None)
+        return Counters(**read_counters(path))
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        counters: Counters,
+        *,
+        branch_point: bool = False,
+    ) -> None:
+        """Write `step-N`, or `branch-point-step-N`, which is kept: longer runs start from it.
+
+        With `checkpoint.asynchronous` this returns when the state is copied; the save before is waited for.
+
+        Raises:
+            UserError: as `wait`.
+        """
+        self.wait()
+        path = self._directory / ((BRANCH_POINT if branch_point else "") + checkpoint_name(counters.step))
+        state = {name: tensor.contiguous() for name, tensor in _state(model, optimizer).items()}
+        if self._settings.asynchronous:
+            self._stager = self._stager or _stager(self._world.device)
+            staged = self._stager.stage(state)
+            assert isinstance(staged, dict)  # noqa: S101 - a future is only for asynchronous staging
+            state = staged
+        self._pending = self._thread.submit(self._write, path, state, counters)
+        if not self._settings.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in the background, if there is one.
+
+        Raises:
+            UserError: it could not be written, and `checkpoint.on_full_disk` is "stop".
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except _NotWrittenError as error:
+            if self._settings.on_full_disk == "stop":
+                raise UserError(f"{error}; free some space and run the same command") from None
+            self.warnings.append(f"{error}; training goes on, and the next checkpoint is tried again")
+
+    def close(self) -> None:
+        """Wait for the save in the background, and let its thread and memory go.
+
+        Raises:
+            UserError: as `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+
+    def _write(self, path: Path, state: dict[str, Tensor], counters: Counters) -> None:
+        """Write a checkpoint with the other processes, and remove those that are not kept."""
+        writer = CheckpointWriter(path, _pieces(state), partial(self._complete, counters))
+        try:
+            _save_state_dict(state, writer, self._group, no_dist=self._group is None)
+        except CheckpointException as error:  # the same on every process; all have stopped writing
+            if self._world.is_main:
+                shutil.rmtree(writer.unfinished, ignore_errors=True)
+            cause = error.failures[min(error.failures)][0]
+            if isinstance(cause, OSError):
+                raise _NotWrittenError(
+                    f"{path}: cannot be written ({cause.strerror}); earlier checkpoints are intact"
+                ) from None
+            raise cause from None
+        if self._world.is_main:
+            self._remove_old()
+
+    def _complete(self, counters: Counters, path: Path, files: dict[str, CheckpointFile]) -> None:
+        """Add counters and manifest to the shards of all processes."""
+        text = json.dumps(asdict(counters)).encode()
+        (path / COUNTERS).write_bytes(text)
+        files[COUNTERS] = CheckpointFile(len(text), zlib.crc32(text))
+        CheckpointManifest(self._origin, files).write(path)
+
+    def _remove_old(self) -> None:
+        """Remove all but the newest checkpoints and those that are kept for good."""
+        for path in all_checkpoints(self._directory)[: -self._settings.keep]:
+            step = int(path.name.removeprefix("step-"))
+            if self._keep_every is None or step % self._keep_every != 0:
+                remove_checkpoint(path)
+
+    def _from_main(self, value: _T) -> _T:
+        """The value that the main process has."""
+        values = [value]
+        if self._group is not None:
+            dist.broadcast_object_list(values, group=self._group)
+        return values[0]
+
+    def _from_all(self, value: _T) -> list[_T]:
+        """The values of all processes."""
+        if self._group is None:
+            return [value]
+        values = [value] * self._world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
 
-def save_branch_point(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters
-) -> None:
-    """Write `directory/branch-point-step-N`, which is kept: longer runs start from it."""
-    _write(directory / f"{BRANCH_POINT}{_name(counters)}", model, optimizer, counters)
+class _NotWrittenError(Exception):
+    """The disk refused a checkpoint."""
 
 
-def _name(counters: Counters) -> str:
-    return f"step-{counters.step:09d}"
-
-
-def _write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> None:
-    """Write a checkpoint as one directory, which appears when it is complete."""
-    tensors: dict[str, Tensor] = {}
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, and the moments of those that had a gradient, by name; nothing is copied."""
+    state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
+        state[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    with atomic_directory(path) as partial:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors"
-        )
-        (partial / "counters.json").write_text(json.dumps(asdict(counters)), encoding="utf-8")
+            state[f"optimizer.{key}.{name}"] = value
+    return state
 
 
-def load_latest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
-    """Restore the newest checkpoint in place; without one, leave everything as it is.
+def _make_room(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Container[str]) -> None:
+    """Give the optimizer the moments that are stored, as zeros to be read into."""
+    for name, parameter in model.named_parameters():
+        optimizer.state.pop(parameter, None)
+        if f"optimizer.step.{name}" in stored:  # else it had no gradient yet
+            moments = {key: torch.zeros_like(parameter.detach()) for key in _MOMENTS[1:]}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+
+
+def _check_tensors(path: Path, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint has the tensors of the model, in their shapes and dtypes.
 
     Raises:
-        UserError: the checkpoint is damaged or belongs to another model.
+        UserError: naming the first that differs.
     """
-    found = _all(directory)
-    if not found:
-        return Counters()
-    path = found[-1] / "state.safetensors"
-    try:
-        tensors = load_file(path)
-        counters = Counters(**json.loads((found[-1] / "counters.json").read_text(encoding="utf-8")))
-        for name, parameter in model.named_parameters():
-            with torch.no_grad():
-                parameter.copy_(tensors[f"model.{name}"])
-            if any(f"optimizer.{key}.{name}" in tensors for key in _MOMENTS):  # else it had no gradient yet
-                optimizer.state[parameter] = {
-                    key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in _MOMENTS
-                }
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: cannot be resumed from ({reason}); remove {found[-1]} to resume from an earlier one"
-        ) from None
-    return counters
+    for name in dict.fromkeys([*state, *stored]):
+        if name not in state or name not in stored:
+            where = "the checkpoint" if name in stored else "the model"
+            raise UserError(f"{path}: it is of another model: {name} is in {where} only; remove it")
+        there = tuple(stored[name].size), stored[name].properties.dtype
+        here = tuple(state[name].shape), state[name].dtype
+        if there != here:
+            raise UserError(
+                f"{path}: it is of another model: {name} is {there} there and {here} in the model; remove it"
+            )
 
 
-def _all(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*"))
+def _pieces(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Divide the tensors into files of about a gigabyte on each process, numbered from 1."""
+    pieces, size = {}, 0
+    for name, tensor in state.items():
+        size += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        pieces[name] = 1 + size // _PIECE_BYTES
+    return pieces
+
+
+def _stager(device: torch.device) -> DefaultStager:
+    """Memory to copy the state to, which is kept for the next save; pinned if the state is on a GPU."""
+    cuda = device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=cuda,
+        )
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from tutelage.errors import Stopped
@@ -52,15 +53,18 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
             inputs = [student.step_inputs() for student in due]
             reports = train_step(inputs, batches)
             progress.advance(stage, step + 1)
-            stopping = distributed.anywhere(stop.is_set(), lead.world.device)
+            broken = any(student.checkpoints.has_failed for student in due)
+            stopping = distributed.anywhere(stop.is_set() or broken, lead.world.device)
             rows = [
                 one.student.finish_step(one, report, stopping=stopping)
                 for one, report in zip(inputs, reports, strict=True)
             ]
             if rows and rows[0] is not None:
                 progress.describe(stage, rows[0])
+            for warning in chain.from_iterable(student.take_warnings() for student in due):
+                progress.note(f"warning: {warning}")
             left = any(student.has_steps_left for student in students)
-            if stopping and left:
+            if stopping and left and distributed.anywhere(stop.is_set(), lead.world.device):
                 raise Stopped
             if not left:
                 break

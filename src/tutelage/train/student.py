@@ -12,7 +12,7 @@ from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.flops import model_forward_flops, training_flops
-from tutelage.train import checkpoint
+from tutelage.train.checkpoint import Checkpoints, Counters
 from tutelage.train.optim import learning_rate
 from tutelage.train.trackers import open_tracker
 
@@ -64,6 +64,7 @@ class Student:
         step: optimizer steps taken.
         teacher_tokens: tokens the teacher has been run on.
         error: why it cannot be trained further.
+        checkpoints: where it resumes from.
     """
 
     config: RunConfig
@@ -91,6 +92,7 @@ class Student:
     step: int = 0
     teacher_tokens: int = 0
     error: UserError | None = None
+    checkpoints: Checkpoints = field(init=False)
     _trackers: list[Tracker] = field(default_factory=list)
     _start: float = 0.0
     _logged: tuple[int, float] = (0, 0.0)
@@ -102,6 +104,7 @@ class Student:
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
         forward = model_forward_flops(self.model, self.config.data.sequence_length)
         self.training_flops = training_flops(forward)
+        self.checkpoints = Checkpoints(self.config, self.directory, self.world)
 
     @property
     def epochs(self) -> float:
@@ -124,7 +127,7 @@ class Student:
         Raises:
             UserError: the checkpoint is damaged, or a tracker's package is not installed.
         """
-        counters = checkpoint.load_latest(self.directory.checkpoints, self.model, self.optimizer)
+        counters = self.checkpoints.load(self.model, self.optimizer)
         if counters.policy:
             self.policy.load(counters.policy)
         if counters.gate and self.gate is not None:
@@ -142,9 +145,13 @@ class Student:
         self._start, self._logged = now - counters.seconds, (self.step, now)
 
     def close(self) -> None:
-        """Close the trackers."""
+        """Close the trackers, and wait for the checkpoint that is being written."""
         for tracker in self._trackers:
             tracker.close()
+        try:
+            self.checkpoints.close()
+        except UserError as error:
+            self.mark_failed(error)
 
     def step_inputs(self) -> StepInputs:
         """Alpha, learning rate and seed of the next step."""
@@ -203,20 +210,24 @@ class Student:
         self.step += 1
         self.teacher_tokens += batch_tokens if inputs.needs_teacher else 0
         finished = self.step == self.steps
-        due = finished or self.step % max(1, config.checkpoint.every // batch_tokens) == 0
+        due = finished or self.checkpoints.is_due(self.step)
         if config.checkpoint.keep_before_decay and self.step == config.optim.decay_start(
             self.steps, batch_tokens
         ):
             self._check_finite(report)
-            if self.world.is_main:
-                counters = self._counters(time.perf_counter())
-                checkpoint.save_branch_point(self.directory.checkpoints, self.model, self.optimizer, counters)
+            counters = self._counters(time.perf_counter())
+            self.checkpoints.save(self.model, self.optimizer, counters, branch_point=True)
         row = None
         if stopping or due or self.step % config.runtime.log_every == 0:
             row = self._log(report, saving=stopping or due)
         if self.world.is_main and stopping and not finished:
             self.directory.write_state("stopped")
         return row
+
+    def take_warnings(self) -> list[str]:
+        """What the user should know about checkpoints that could not be written, once."""
+        warnings, self.checkpoints.warnings = self.checkpoints.warnings, []
+        return warnings
 
     def mark_failed(self, error: UserError) -> None:
         """Record why this run cannot continue; no steps are left for it."""
@@ -262,14 +273,8 @@ class Student:
             self._write_state(counters.seconds)
             for tracker in self._trackers:
                 tracker.log(row)
-            if saving:
-                checkpoint.save(
-                    self.directory.checkpoints,
-                    self.model,
-                    self.optimizer,
-                    counters,
-                    self.config.checkpoint.keep,
-                )
+        if saving:
+            self.checkpoints.save(self.model, self.optimizer, counters)
         return row
 
     def _values(self, report: StepReport) -> dict[str, float]:
@@ -285,9 +290,9 @@ class Student:
             "lr": report.lr,
         }
 
-    def _counters(self, now: float) -> checkpoint.Counters:
+    def _counters(self, now: float) -> Counters:
         """Where the run stands, as checkpoints hold it; waits for the device."""
-        return checkpoint.Counters(
+        return Counters(
             self.step,
             now - self._start,
             self.teacher_tokens,

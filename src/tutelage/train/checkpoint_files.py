@@ -1,0 +1,286 @@
+"""What a checkpoint is on disk: shards as safetensors, counters and a manifest that says if it is whole.
+
+    step-000000012/
+        shard-00001-model-00001-of-00001.safetensors    weights and moments that rank 0 wrote
+        counters.json                                   progress of the run
+        manifest.json                                   run, settings, layout; size and checksum of each file
+
+A directory is filled under a name that begins with `.partial-` and gets its own when nothing is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from tutelage.errors import UserError
+from tutelage.files import publish
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+COUNTERS, MANIFEST = "counters.json", "manifest.json"
+PARTIAL = ".partial-"
+BRANCH_POINT = "branch-point-"
+"""Prefix of the checkpoint that longer runs start from."""
+
+_FORMAT = 1
+_OLDER = "state.safetensors"
+_READ_BYTES = 1 << 24
+_SHOWN = 3
+"""Differing settings that a message shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """Size of a file and CRC-32 of its content; computing it costs about a second per gigabyte."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOrigin:
+    """Which run a checkpoint is of, and how many processes wrote it.
+
+    Attributes:
+        run: id of the run.
+        recipe: the settings that decide its result.
+        replicate: copies of the model.
+        shard: processes that share one copy.
+    """
+
+    run: str
+    recipe: dict[str, Any]
+    replicate: int
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointManifest:
+    """Contents of manifest.json."""
+
+    origin: CheckpointOrigin
+    files: dict[str, CheckpointFile]
+
+    @classmethod
+    def read(cls, path: Path) -> CheckpointManifest:
+        """Read the manifest of the checkpoint `path`.
+
+        Raises:
+            OSError: it is not there.
+            ValueError: it is damaged, or of another format.
+        """
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        try:
+            if data["format"] != _FORMAT:
+                raise ValueError(f"{MANIFEST} has format {data['format']} and not {_FORMAT}")
+            files = {name: CheckpointFile(**record) for name, record in data["files"].items()}
+            return cls(CheckpointOrigin(**data["origin"]), files)
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{MANIFEST} is damaged") from None
+
+    def write(self, path: Path) -> None:
+        """Write it into the checkpoint `path`."""
+        files = {name: asdict(record) for name, record in sorted(self.files.items())}
+        data = {"format": _FORMAT, "origin": asdict(self.origin), "files": files}
+        (path / MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's directory, which sorts by step."""
+    return f"step-{step:09d}"
+
+
+def all_checkpoints(directory: Path) -> list[Path]:
+    """Finished checkpoints below `directory`, oldest first; branch points are not among them."""
+    return sorted(directory.glob("step-*"))
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a killed session left unfinished."""
+    for path in directory.glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that a kill leaves no half of it under its name."""
+    gone = path.with_name(f"{PARTIAL}gone-{path.name}")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def read_counters(path: Path) -> dict[str, Any]:
+    """Read counters.json of the checkpoint `path`."""
+    counters: dict[str, Any] = json.loads((path / COUNTERS).read_text(encoding="utf-8"))
+    return counters
+
+
+def check_origin(path: Path, manifest: CheckpointManifest, ours: CheckpointOrigin) -> None:
+    """Refuse a checkpoint of another run, and show what differs. The run's name is no difference.
+
+    Raises:
+        UserError: naming the settings.
+    """
+    theirs = manifest.origin
+    if _hash(theirs.run) == _hash(ours.run):
+        return
+    found = list(_differences(theirs.recipe, ours.recipe))
+    shown = "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+    what = shown or "its settings are the same, so the model or the targets that it starts from have changed"
+    raise UserError(
+        f"{path}: it is a checkpoint of another run, {theirs.run} ({what}); remove it, or give both runs the "
+        "same settings"
+    )
+
+
+def _hash(run: str) -> str:
+    return run.rpartition("-")[2]
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for field in dict.fromkeys([*ours, *theirs]):
+        there, here = theirs.get(field), ours.get(field)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{prefix}{field}.")
+        elif there != here:
+            yield f"{prefix}{field} is {there} there and {here} here"
+
+
+def adopt(path: Path, run: str, recipe: dict[str, Any]) -> None:
+    """Make a checkpoint that was copied one of another run, which has computed the same steps."""
+    manifest = CheckpointManifest.read(path)
+    origin = replace(manifest.origin, run=run, recipe=recipe)
+    CheckpointManifest(origin, manifest.files).write(path)
+
+
+def damage(path: Path, part: slice = slice(None)) -> str | None:
+    """Why the checkpoint `path` is not what was written, or None; every file is read for its checksum.
+
+    Args:
+        path: of the checkpoint.
+        part: which of the files to read; several processes divide them.
+    """
+    if (path / _OLDER).is_file():
+        return "an older version of tutelage wrote it, in a format that this one does not read"
+    try:
+        records = [*CheckpointManifest.read(path).files.items()][part]
+        found = (_file_damage(path / name, record) for name, record in records)
+        return next((reason for reason in found if reason is not None), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+
+
+def _file_damage(file: Path, record: CheckpointFile) -> str | None:
+    if (size := file.stat().st_size) != record.bytes:
+        return f"{file.name} has {size:,} bytes and not {record.bytes:,}"
+    if _checksum(file) != record.crc32:
+        return f"{file.name} is damaged: its checksum is not the one that was written"
+    return None
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def damaged(path: Path, reason: str, earlier: Sequence[Path]) -> UserError:
+    """The error for a checkpoint that cannot be resumed from; it offers the newest intact one before it."""
+    intact = next((one for one in reversed(earlier) if damage(one) is None), None)
+    rest = (
+        "to train from the beginning" if intact is None else f"to resume from {intact.name}, which is intact"
+    )
+    return UserError(f"{path}: cannot be resumed from ({reason}); remove it {rest}")
+
+
+class _CountedFile(io.BufferedWriter):
+    """A file that knows the checksum of what was meant to be written, whatever the disk makes of it."""
+
+    checksum = 0
+    size = 0
+
+    def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
+        self.checksum = zlib.crc32(data, self.checksum)
+        self.size += memoryview(data).nbytes
+        return super().write(data)
+
+
+class _CountedFiles(FileSystem):
+    """Files whose records are kept by name."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, CheckpointFile] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with _CountedFile(io.FileIO(path, mode.rstrip("b"))) as stream:
+            yield stream
+        self.records[Path(path).name] = CheckpointFile(stream.size, stream.checksum)
+
+
+class CheckpointWriter(HuggingFaceStorageWriter):
+    """Write the shards of all ranks, then on rank 0 the manifest; the directory appears when it is whole.
+
+    torch's safetensors writer with `save_distributed` writes nothing else: its `finish`, which is replaced
+    here, would do nothing, and the pickled `.metadata` belongs to another format.
+    """
+
+    def __init__(
+        self, path: Path, pieces: dict[str, int], finished: Callable[[Path, dict[str, CheckpointFile]], None]
+    ) -> None:
+        """Prepare to write.
+
+        Args:
+            path: of the checkpoint; files are written to its unfinished directory.
+            pieces: number of the file, from 1, that each tensor goes to on every rank.
+            finished: called on rank 0 with the unfinished directory and its files, to add what is left.
+        """
+        self.target = path
+        self.unfinished = path.with_name(PARTIAL + path.name)
+        super().__init__(str(self.unfinished), fqn_to_index_mapping=pieces, save_distributed=True)
+        self.per_thread_copy_ahead = 0  # or a thread would wait for a stream of the wrong GPU
+        self._files = _CountedFiles()
+        self.fs = self._files
+        self._finished = finished
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's
+        """Remove what is left of an attempt that failed."""
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        if is_coordinator:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors; the results are its files."""
+        super().write_data(plan, planner).wait()
+        results: Future[list[WriteResult]] = Future()
+        results.set_result(
+            [WriteResult(MetadataIndex(name), file.bytes, file) for name, file in self._files.records.items()]
+        )
+        return results
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:  # noqa: ARG002 - torch's
+        """Complete the directory and give it its name."""
+        records = {result.index.fqn: result.storage_data for rank in results for result in rank}
+        self._finished(self.unfinished, records)
+        publish(self.unfinished, self.target)
