@@ -16,7 +16,12 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2. Library users can
     catch it. Anything else that escapes is a bug of ours and keeps its traceback.
+
+    Attributes:
+        shared: whether all processes of a job raise it (`agreement`), so that only the first prints it.
     """
+
+    shared = False
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

@@ -10,7 +10,7 @@ import shutil
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tutelage import processes, provenance
+from tutelage import agreement, processes, provenance
 from tutelage.config.load import to_yaml
 from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
@@ -27,14 +27,18 @@ from tutelage.train.save_model import export
 from tutelage.train.setup import check_cohort, open_student, open_teacher
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
     from tutelage.config.run_config import RunConfig
+    from tutelage.train.distributed import World
     from tutelage.train.student import Student
     from tutelage.types import Score
 
     Run = tuple[RunConfig, RunDirectory]
+
+_SCORING_SECONDS = 86_400
+"""How long the other processes wait while the first scores the runs of a cohort of which one failed."""
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> RunDirectory:
@@ -62,28 +66,59 @@ def run_cohort(configs: Sequence[RunConfig], progress: Progress | None = None) -
         Stopped: as `run`.
     """
     progress = progress or NullProgress()
-    runs = _planned(configs)
     is_main = processes.place().is_main
     with contextlib.ExitStack() as locks:
-        left = _unfinished(runs, progress)
-        if is_main:
-            for _, directory in left:
-                locks.enter_context(directory.lock())
+        with agreement.together(configs[0].parallel.timeout) as facts:
+            runs = _planned(configs)
+            left = _unfinished(runs, progress)
+            untrained = [run for run in left if not run[1].is_trained()]
+            if processes.place().size > 1:
+                facts.update(_what_must_agree(runs, left))
+            if is_main:
+                for _, directory in left:
+                    locks.enter_context(directory.lock())
         try:
-            errors = _train([run for run in left if not run[1].is_trained()], progress)
+            failed = _train(untrained, progress)
+            distributed.stop()
             if is_main:
                 _score([run for run in left if run[1].is_trained()], progress)
         except Stopped:
+            distributed.stop()
             raise
         except BaseException as error:
             if is_main:
                 _mark_failed(left, error)
             raise
-        finally:
-            distributed.stop()
-    if errors:
-        raise UserError("\n".join(map(str, errors)))
+    if failed is not None:
+        with agreement.together(_SCORING_SECONDS):  # a process that ends with an error ends all of them
+            pass
+        raise failed
     return [directory for _, directory in runs]
+
+
+def _what_must_agree(runs: Sequence[Run], left: Sequence[Run]) -> dict[str, object]:
+    """What all processes of a job must have in common, by the name of the field.
+
+    A store may lie elsewhere on another machine, if it is the same; the run directories may not.
+    """
+    facts: dict[str, object] = {"the code": provenance.code()}
+    for config, directory in runs:
+        settings = config.model_dump(mode="json")
+        facts |= {f"{config.name}: {field}": value for field, value in _fields(settings)}
+        del facts[f"{config.name}: data.store"]
+        facts[f"{config.name}: fingerprint of data.store"] = open_store(config.data.store).fingerprint
+        facts[f"{config.name}: run"] = directory.id
+    facts["runs that are not finished"] = [directory.id for _, directory in left]
+    return facts
+
+
+def _fields(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted names of all settings with their values."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def _planned(configs: Sequence[RunConfig]) -> list[Run]:
@@ -106,7 +141,8 @@ def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
         if directory.is_done() and not evaluate.missing_domains(
             config, directory, int(directory.state()["step"])
         ):
-            _mark_scored(config, directory)
+            if processes.place().is_main:
+                _mark_scored(config, directory)
             progress.note(f"{directory.path} is finished; nothing to do")
         else:
             if (directory.path / "state.json").exists() and not directory.state():
@@ -127,11 +163,32 @@ def _check_distinct(runs: Sequence[Run]) -> None:
             )
 
 
-def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
-    """Open, train and export the runs; return the errors of those that could not be finished."""
+def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
+    """Open, train and export the runs; return the errors of those that could not be finished, as one."""
     if not runs:
-        return []
-    world = distributed.start(runs[0][0].runtime, runs[0][0].parallel)
+        return None
+    parallel = runs[0][0].parallel
+    world = distributed.start(runs[0][0].runtime, parallel)
+    with contextlib.ExitStack() as closing:
+        with agreement.together(parallel.timeout):
+            students = _open(runs, world, progress)
+            for student in students:
+                closing.callback(student.close)
+                student.resume(cohort=len(students))
+        train(students, progress, partial(_evaluate, progress))
+    for student in students:
+        for warning in student.take_warnings():
+            progress.note(f"warning: {warning}")
+    try:
+        with agreement.together(parallel.timeout):
+            _export(students, world)
+    except UserError as error:
+        return error
+    return None
+
+
+def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:
+    """Open students and teacher; write down what is to be trained, and tell the user."""
     students = [open_student(config, directory, world) for config, directory in runs]
     taught = [student for student in students if student.config.teacher is not None]
     if taught:
@@ -143,19 +200,7 @@ def _train(runs: Sequence[Run], progress: Progress) -> list[UserError]:
         for student in students:
             _copy_branch_point(student)
             _announce(student, progress)
-    distributed.barrier()
-    with contextlib.ExitStack() as closing:
-        for student in students:
-            closing.callback(student.close)
-            student.resume(cohort=len(students))
-        train(students, progress, partial(_evaluate, progress))
-    for student in students:
-        for warning in student.take_warnings():
-            progress.note(f"warning: {warning}")
-    if world.is_main:
-        _export(students)
-    distributed.barrier()
-    return [student.error for student in students if student.error is not None]
+    return students
 
 
 def _announce(student: Student, progress: Progress) -> None:
@@ -189,15 +234,22 @@ def _evaluate(progress: Progress, student: Student) -> None:
         progress.note(f"step {student.step:,}, bits per byte of validation text: {values}")
 
 
-def _export(students: Sequence[Student]) -> None:
-    """Write the model directories of the trained students, and mark those as failed where that fails."""
-    with stop_signal():  # a directory that is begun is finished
-        for student in students:
-            if student.error is None and student.step == student.steps:
-                try:
-                    export(student)
-                except UserError as error:
-                    student.mark_failed(error)
+def _export(students: Sequence[Student], world: World) -> None:
+    """Write the model directories of the trained students, and mark those as failed where that fails.
+
+    Raises:
+        UserError: of those that could not be finished.
+    """
+    if world.is_main:
+        with stop_signal():  # a directory that is begun is finished
+            for student in students:
+                if student.error is None and student.step == student.steps:
+                    try:
+                        export(student)
+                    except UserError as error:
+                        student.mark_failed(error)
+    if errors := [student.error for student in students if student.error is not None]:
+        raise UserError("\n".join(map(str, errors)))
 
 
 def _score(runs: Sequence[Run], progress: Progress) -> None:

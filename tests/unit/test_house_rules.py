@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "bootstrap": set(),
     "progress": set(),
     "processes": {"errors"},
+    "agreement": {"errors", "files", "processes"},
     "records": {"errors"},
     "files": {"errors"},
     "config": {"types", "errors"},
@@ -59,12 +60,22 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"progress", "records", "data", "models", "objective"},
     "run_directory": {"types", "errors", "files", "config", "data", "models", "teachers.cache.layout"},
-    "train": _BASE | _ROOMS | {"progress", "processes", "provenance", "run_directory"},
+    "train": _BASE | _ROOMS | {"agreement", "progress", "processes", "provenance", "run_directory"},
     "evals": _BASE
     | {"data", "models", "progress", "provenance", "bootstrap", "records", "run_directory"}
     | {"teachers.cache.layout"},
     "run": _BASE
-    | {"data", "models", "evals", "progress", "processes", "provenance", "run_directory", "train"},
+    | {
+        "data",
+        "models",
+        "evals",
+        "agreement",
+        "progress",
+        "processes",
+        "provenance",
+        "run_directory",
+        "train",
+    },
     "study": _BASE | {"data", "models", "progress", "records", "run", "run_directory"},
     "analysis": {
         "types",
@@ -78,7 +89,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
-    | {"processes", "provenance", "run", "run_directory"},
+    | {"agreement", "processes", "provenance", "run", "run_directory"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

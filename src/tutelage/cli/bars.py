@@ -51,17 +51,20 @@ def short(number: float) -> str:
 
 
 def say(label: str, text: object) -> None:
-    """Print a line of a command's result: what it is, and the value or path."""
-    out.print(f"{label:<8} {text}", highlight=False, markup=False, soft_wrap=True)
+    """Print a line of a command's result: what it is, and the value or path; once for all processes."""
+    if processes.place().is_main:
+        out.print(f"{label:<8} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 class RichProgress:
     """A `tutelage.progress.Progress` in a terminal: a bar per stage, gone when it ends. A context manager.
 
-    With or without a terminal, a note or the end of a stage is a line on standard error.
+    With or without a terminal, a note or the end of a stage is a line on standard error. Of the processes of
+    one job only the first prints.
     """
 
     def __init__(self) -> None:
+        self._prints = processes.place().is_main
         self._bars = Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
@@ -69,7 +72,7 @@ class RichProgress:
             _Measured(),
             console=err,
             transient=True,
-            disable=not err.is_terminal or not processes.place().is_main,
+            disable=not err.is_terminal or not self._prints,
         )
         self._tasks: dict[str, TaskID] = {}
 
@@ -107,7 +110,8 @@ class RichProgress:
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
-        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self._prints:
+            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _remove(self, stage: str) -> Task | None:
         if stage not in self._tasks:

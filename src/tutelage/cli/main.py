@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
 
 import typer
 
+from tutelage.agreement import is_loss, last_words
 from tutelage.cli.data_commands import data_app
 from tutelage.cli.doctor import doctor
 from tutelage.cli.eval_commands import eval_app
@@ -14,6 +16,7 @@ from tutelage.cli.reference_commands import models, schema
 from tutelage.cli.study_commands import demo, report, study_app
 from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
+from tutelage.processes import place
 
 app = typer.Typer(
     name="tutelage",
@@ -33,17 +36,36 @@ app.add_typer(eval_app, name="eval")
 
 
 def main() -> None:
-    """Entry point of the `tutelage` command: user errors become one line and exit code 2."""
+    """Entry point of the `tutelage` command: user errors become one line and exit code 2.
+
+    Of several processes only one prints it: the first, or the one that alone has the error, with its rank.
+    """
     try:
         app()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            raise
-        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}\n")
-        sys.exit(2)
     except Stopped:
-        sys.stderr.write("\nstopped; run the same command again to resume\n")
+        if place().is_main:
+            sys.stderr.write("\nstopped; run the same command again to resume\n")
         sys.exit(130)
+    except Exception as error:
+        wrong = _wrong_input(error)
+        if wrong is None and place().size == 1:
+            raise
+        _complain(wrong or error)
+        sys.exit(1 if wrong is None else 2)
+
+
+def _wrong_input(error: Exception) -> UserError | None:
+    """The error as one the user can do something about; None for a bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        return UserError(f"{error.filename or 'output'}: {error.strerror}")
+    return error if isinstance(error, UserError) else None
+
+
+def _complain(error: Exception) -> None:
+    """Print what ends this process, unless another prints it; the traceback too if it is a bug."""
+    line = last_words(error)
+    if line is None:
+        return
+    if not isinstance(error, UserError) and not is_loss(error):
+        sys.stderr.write("".join(traceback.format_exception(error)))
+    sys.stderr.write(f"error: {line}\n")

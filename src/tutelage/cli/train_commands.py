@@ -25,14 +25,17 @@ def train(
 
     Several processes: torchrun --nproc-per-node 2 -m tutelage train RUN.yaml
     """
+    from tutelage import agreement, processes
     from tutelage.cli.bars import RichProgress, say
     from tutelage.config.load import load
     from tutelage.config.run_config import RunConfig
     from tutelage.run import run_cohort
 
+    processes.adopt_slurm()
     overrides = [text for text in more or [] if "=" in text]
     files = [config, *(Path(text) for text in more or [] if "=" not in text)]
-    loaded = [load(RunConfig, file, overrides) for file in files]
+    with agreement.together():
+        loaded = [load(RunConfig, file, overrides) for file in files]
     with RichProgress() as progress:
         directories = run_cohort(loaded, progress)
     for directory in directories:

@@ -5,16 +5,18 @@ One process alone is a world of one, without a mesh: every function here then do
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from tutelage import processes
+from tutelage import agreement, processes
 from tutelage.errors import UserError
 from tutelage.models import hub
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from tutelage.config.runtime_config import ParallelConfig, RuntimeConfig
 
 MESH_AXES = ("replicate", "shard")
+_GROUPS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +65,39 @@ def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> World:
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     place = processes.place()
-    device = hub.pick_device(runtime.device)
-    if place.size == 1:
-        return World(device)
-    try:
-        shape = parallel.mesh(place.size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    device = _own_device(device, place)
+    with agreement.together(parallel.timeout):
+        device = hub.pick_device(runtime.device)
+        if place.size == 1:
+            return World(device)
+        try:
+            shape = parallel.mesh(place.size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        device = _own_device(device, place)
+    with agreement.together(parallel.timeout):
+        mesh = _join(device, place, shape, timedelta(seconds=parallel.timeout))
+    return World(device, place.rank, place.local_rank, place.size, mesh)
+
+
+def _join(
+    device: torch.device, place: processes.Place, shape: tuple[int, int], wait: timedelta
+) -> DeviceMesh:
+    """Make the process group and the mesh; a message that takes longer than `wait` ends the process."""
+    on_cuda = device.type == "cuda"
     if not dist.is_initialized():
-        on_cuda = device.type == "cuda"
         dist.init_process_group(
             # Checkpoints that are written in the background exchange messages on the CPU.
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            timeout=timedelta(seconds=parallel.timeout),
+            timeout=wait,
+            store=PrefixStore(f"group {next(_GROUPS)}", agreement.meeting_place()),
+            rank=place.rank,
+            world_size=place.size,
             device_id=device if on_cuda else None,
         )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
     for group in mesh.get_all_groups():  # new groups take torch's own timeout, not that of all processes
-        _set_pg_timeout(timedelta(seconds=parallel.timeout), group)
-    return World(device, place.rank, place.local_rank, place.size, mesh)
+        _set_pg_timeout(wait, group)
+    return mesh
 
 
 def _own_device(device: torch.device, place: processes.Place) -> torch.device:
