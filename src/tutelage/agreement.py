@@ -35,6 +35,7 @@ _FAILED_SECONDS = 20.0
 _LOST_SECONDS = 3.0
 """How long a process that lost another waits for the launcher to end it, or for the other's last words."""
 
+_PRINT_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _MEETINGS = itertools.count()
 _Word = dict[str, Any]
@@ -93,21 +94,22 @@ def last_words(error: Exception) -> str | None:
         place = processes.place()
     except UserError:  # it is about the variables that say it
         return str(error)
-    if place.size == 1:
+    if place.size == 1 or (place.is_main and isinstance(error, UserError) and error.shared):
         return str(error)
     if isinstance(error, UserError) and error.shared:
-        return str(error) if place.is_main else None
+        time.sleep(_PRINT_SECONDS)  # the launcher ends all as soon as one has ended
+        return None
     lost = is_loss(error)
     if lost:
         time.sleep(_LOST_SECONDS)
+    first = str(place.rank)
     with contextlib.suppress(Exception):  # the store may be gone as well
-        first = meeting_place().compare_set("failed", "", str(place.rank))
-        if int(first) != place.rank:
-            return None
+        first = meeting_place().compare_set("failed", "", first).decode()
+    if first != str(place.rank):
+        return None
     if lost:
         return f"rank {place.rank}: lost another process ({one_line(error, 120)})"
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-    return f"rank {place.rank}: {text}"
+    return f"rank {place.rank}: {_text(error)}"
 
 
 def is_loss(error: Exception) -> bool:
