@@ -90,33 +90,32 @@ class Schedule:
 
 
 class DelayedScalars:
-    """Two numbers on their way from the device to the host, read one step after they are sent."""
+    """Numbers on their way from the device to the host, read one step after they are sent."""
 
     def __init__(self) -> None:
         self._values: Tensor | None = None
         self._sent: torch.cuda.Event | None = None
 
-    def send(self, ce: Tensor, teacher_ce: Tensor) -> None:
-        """Start the copy; on CUDA into page-locked memory, so that nothing waits."""
-        pair = torch.stack([ce, teacher_ce])
-        if pair.is_cuda:
-            self._values = pair.to("cpu", non_blocking=True)
-            # Reading the pair itself would wait for all later work too; the event waits for the copy only.
+    def send(self, *values: Tensor) -> None:
+        """Start the copy of 0-d tensors; on CUDA into page-locked memory, so that nothing waits."""
+        together = torch.stack(values)
+        if together.is_cuda:
+            self._values = together.to("cpu", non_blocking=True)
+            # Reading the tensor itself would wait for all later work too; the event waits for the copy only.
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._sent.record()
         else:
-            self._values = pair.cpu()
+            self._values = together.cpu()
 
-    def read(self) -> tuple[float, float] | None:
+    def read(self) -> tuple[float, ...] | None:
         """The numbers sent last, waiting for them if need be; None if there are none."""
         if self._values is None:
             return None
         if self._sent is not None:
             self._sent.synchronize()
-        ce, teacher_ce = self._values.tolist()
-        return ce, teacher_ce
+        return tuple(self._values.tolist())
 
-    def pop(self) -> tuple[float, float] | None:
+    def pop(self) -> tuple[float, ...] | None:
         """As `read`, and forget them."""
         found = self.read()
         self._values = self._sent = None
@@ -137,9 +136,12 @@ class _Adaptive(ABC):
     def _learn(self, ce: float, teacher_ce: float) -> None: ...
 
     def observe(self, step: int, ce: Tensor, teacher_ce: Tensor) -> None:
-        """Take note of one step: global means per token, 0-d, still on the device."""
+        """Take note of one step: global means per token, 0-d, still on the device.
+
+        Numbers that are not finite, those of a step whose update was skipped, are forgotten.
+        """
         arrived = self._delayed.pop()
-        if arrived is not None:
+        if arrived is not None and all(map(math.isfinite, arrived)):
             self._learn(*arrived)
         if self.needs_teacher_ce(step):
             self._delayed.send(ce, teacher_ce)
@@ -147,7 +149,9 @@ class _Adaptive(ABC):
     def state(self) -> dict[str, float]:
         """Everything a resumed run needs. Waits for the device."""
         late = self._delayed.read()
-        return self._memory | ({} if late is None else {"late_ce": late[0], "late_teacher_ce": late[1]})
+        if late is None or not all(map(math.isfinite, late)):
+            return dict(self._memory)
+        return self._memory | {"late_ce": late[0], "late_teacher_ce": late[1]}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Continue from `state()`."""

@@ -101,8 +101,13 @@ class Gate(Protocol):
     def sums(self) -> list[Tensor]:
         """Sums since the last `update`, for the caller to replace in place by their sums over ranks."""
 
-    def update(self) -> None:
-        """End a step: move the threshold by the (now global) sums and start new ones."""
+    def update(self, skipped: Tensor) -> None:
+        """End a step: move the threshold by the (now global) sums and start new ones.
+
+        Args:
+            skipped: above 0 if the step's update was, because something was not finite: then nothing moves.
+                0-d, on the device.
+        """
 
     def state(self) -> dict[str, float]:
         """Everything a resumed run needs. Waits for the device."""
@@ -120,8 +125,8 @@ class _Stateless:
     def sums(self) -> list[Tensor]:
         return []
 
-    def update(self) -> None:
-        return
+    def update(self, skipped: Tensor) -> None:
+        """No-op."""
 
     def state(self) -> dict[str, float]:
         return {}
@@ -175,7 +180,8 @@ class _Above:
         if self._counts is None:
             self._threshold = self._threshold.to(values_C.device)
             self._counts = torch.zeros(self.BINS, device=values_C.device)
-        bins_C = (self.BINS * (values_C / self.LARGEST).clamp(min=0.0).sqrt()).long().clamp(max=self.BINS - 1)
+        bins_C = (self.BINS * (values_C / self.LARGEST).clamp(min=0.0).sqrt()).long()
+        bins_C = bins_C.clamp(0, self.BINS - 1)  # a number that is not finite becomes any integer
         # Neither tokens without loss nor those with nothing left to learn are counted.
         self._counts.scatter_add_(0, bins_C, (ce_C > 0).float())
         return (values_C > self._threshold).float()
@@ -183,7 +189,7 @@ class _Above:
     def sums(self) -> list[Tensor]:
         return [] if self._counts is None else [self._counts]
 
-    def update(self) -> None:
+    def update(self, skipped: Tensor) -> None:
         if self._counts is None:
             return
         up_to = self._counts.cumsum(0)
@@ -191,7 +197,8 @@ class _Above:
         index = torch.searchsorted(up_to, below).clamp(max=self.BINS - 1)
         inside = 1.0 - (up_to.take(index) - below) / self._counts.take(index).clamp(min=1.0)
         quantile = self.LARGEST * ((index + inside) / self.BINS).square()
-        self._threshold = torch.where(up_to[-1:] > 0, quantile, self._threshold).squeeze(0)
+        moves = (up_to[-1:] > 0) & (skipped == 0)
+        self._threshold = torch.where(moves, quantile, self._threshold).squeeze(0)
         self._counts = None
 
     def state(self) -> dict[str, float]:

@@ -74,6 +74,7 @@ class Counters:
         teacher_tokens: tokens the teacher has been run on.
         policy: what the alpha policy remembers.
         gate: what the per-token gate remembers.
+        skipped: steps whose update was skipped.
     """
 
     step: int = 0
@@ -81,6 +82,7 @@ class Counters:
     teacher_tokens: int = 0
     policy: dict[str, float] = field(default_factory=dict)
     gate: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
 
 
 class Checkpoints:

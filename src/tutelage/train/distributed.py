@@ -164,6 +164,15 @@ def fill_gradients(parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
+def gather(values: Tensor) -> Tensor:
+    """The values of every process, one row each, in the order of their ranks."""
+    if not dist.is_initialized():
+        return values.unsqueeze(0)
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, values)
+    return torch.stack(found)
+
+
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any process, so that all leave the loop at the same step."""
     if not dist.is_initialized():

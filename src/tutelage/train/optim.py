@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -49,16 +49,32 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, *, ba
 
 
 def update(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], lr: float, clip: float
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    lr: float,
+    clip: float,
+    check: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Update the parameters from their gradients, which are clipped before and cleared afterwards.
+
+    Args:
+        optimizer: AdamW, as `adamw` makes it.
+        parameters: all that have gradients.
+        lr: learning rate.
+        clip: the gradients' norm is brought down to it.
+        check: given the norm, returns 1.0 if nothing is to change and else 0.0, float32 on the device.
 
     Returns:
         The global norm of the gradients before clipping.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    skip = check(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = skip  # type: ignore[attr-defined] # torch's own name for it
+        optimizer.step()
+    elif not skip:  # the other implementations do not know it, so here the device is waited for
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

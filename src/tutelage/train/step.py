@@ -6,7 +6,7 @@ student computes what it would compute alone, operation for operation.
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +14,10 @@ import torch
 from tutelage.data.hashing import mixed
 from tutelage.models.packed import hidden_states
 from tutelage.objective import NotFiniteError, chunked_objective
+from tutelage.objective.gates import TokenStats
 from tutelage.objective.products import weight_and_bias
 from tutelage.train import distributed
+from tutelage.train.guard import damaged
 from tutelage.train.optim import update
 from tutelage.types import IGNORE_INDEX, StepReport
 
@@ -38,7 +40,12 @@ def loss_sums(student: Student, batch: Batch, targets: Targets | None, alpha: fl
     labels_N = batch.labels_BT.flatten()
     weight_VD, bias_V = weight_and_bias(student.head)
     objective = student.config.objective, student.gate, bias_V, student.transform, student.vocab_size
-    return chunked_objective(hidden_ND, weight_VD, labels_N, targets, alpha, *objective)
+    try:
+        return chunked_objective(hidden_ND, weight_VD, labels_N, targets, alpha, *objective)
+    except NotFiniteError as error:  # the guard skips the update; the other ranks wait for our gradients
+        if student.gate is not None and targets is not None:
+            student.gate(TokenStats(*[hidden_ND.new_zeros(0)] * 5))  # and for its counts
+        return damaged(error, (hidden_ND, weight_VD, bias_V))
 
 
 def teacher_targets(inputs: Sequence[StepInputs], batch: Batch) -> Targets | None:
@@ -70,34 +77,26 @@ def train_step(inputs: Sequence[StepInputs], micro_batches: Sequence[Batch]) -> 
         targets = teacher_targets(inputs, batch)
         for one, total in zip(inputs, totals, strict=True):
             torch.manual_seed(mixed(one.seed, number))
-            try:
-                sums = loss_sums(one.student, batch, targets if one.needs_teacher else None, one.alpha)
-            except NotFiniteError as error:  # one student's damage is not the others'
-                total.add_(_damage(error).to(total.device))
-                continue
+            sums = loss_sums(one.student, batch, targets if one.needs_teacher else None, one.alpha)
             (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
             metrics = sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
             total.add_(torch.stack([sums.loss.detach(), *metrics]))
     return [_update(one, total, valid) for one, total in zip(inputs, totals, strict=True)]
 
 
-def _damage(error: NotFiniteError) -> Tensor:
-    """Sums that a GPU, which checks no inputs, would give: not finite from where the damage begins."""
-    of_teacher = error.name.startswith("targets")
-    return torch.tensor([math.nan, 0.0 if of_teacher else math.nan, math.nan, math.nan, 0.0])
-
-
 def _update(inputs: StepInputs, totals: Tensor, valid: Tensor) -> StepReport:
-    """Sum gradients and losses over ranks, then update the student."""
+    """Sum gradients and losses over ranks, then update the student unless something is not finite."""
     student = inputs.student
+    own_loss = totals[0].clone()
     distributed.fill_gradients(student.parameters)
     gradients: list[Tensor] = [p.grad for p in student.parameters if p.grad is not None]
     gate_sums = student.gate.sums() if student.gate is not None else []
     distributed.sum_([totals, *gate_sums, *gradients])
-    if student.gate is not None:
-        student.gate.update()
-    grad_norm = update(student.optimizer, student.parameters, inputs.lr, student.config.optim.clip)
     loss, ce, kd, teacher_ce, alpha = (totals / valid).unbind()
+    check = partial(student.guard.check, loss, ce, own_loss)
+    grad_norm = update(student.optimizer, student.parameters, inputs.lr, student.config.optim.clip, check)
+    if student.gate is not None:
+        student.gate.update(student.guard.skipped)
     return StepReport(loss, ce, kd, teacher_ce, grad_norm, alpha, inputs.lr)
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from tutelage.config.teacher_config import kd_name
 from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.flops import model_forward_flops, training_flops
+from tutelage.train import distributed
 from tutelage.train.checkpoint import Checkpoints, Counters
+from tutelage.train.guard import Guard, advice, are_finite
 from tutelage.train.optim import learning_rate
 from tutelage.train.trackers import open_tracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from tutelage.run_directory import RunDirectory
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
+    from tutelage.train.guard import Skips
     from tutelage.train.trackers import Tracker
     from tutelage.types import LogitTransform, StepReport
 
@@ -54,6 +57,7 @@ class Student:
         vocab_size: entries of the token store's vocabulary; the head may have more rows.
         policy: gives alpha of every step.
         gate: factor on alpha per token, or None.
+        guard: skips updates that are not finite.
         loader: batches as a function of the step.
         steps: optimizer steps in the budget.
         lr: peak learning rate.
@@ -82,6 +86,7 @@ class Student:
     vocab_size: int
     policy: Policy
     gate: Gate | None
+    guard: Guard = field(init=False)
     loader: Loader
     steps: int
     lr: float
@@ -96,8 +101,10 @@ class Student:
     _trackers: list[Tracker] = field(default_factory=list)
     _start: float = 0.0
     _logged: tuple[int, float] = (0, 0.0)
+    _owed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.guard = Guard(self.world.device)
         self.body, self.head = hub.body_and_head(self.model)
         self.transform = hub.logit_transform(self.model)
         self.parameters = tuple(p for p in self.model.parameters() if p.requires_grad)
@@ -133,6 +140,7 @@ class Student:
         if counters.gate and self.gate is not None:
             self.gate.load(counters.gate)
         self.cohort, self.step, self.teacher_tokens = cohort, counters.step, counters.teacher_tokens
+        self.guard.load(counters.skipped)
         if self.world.is_main:
             self.directory.keep_metrics_until(self.step)
             if self.step:  # a lost state.json is made again from the checkpoint
@@ -186,7 +194,8 @@ class Student:
     ) -> dict[str, float] | None:
         """Count a step that was taken; log and save where that is due, and at the end.
 
-        A loss that is not finite, or a directory that cannot be written, marks the student as failed.
+        A step whose update was skipped is neither logged nor saved; the next one is instead. Too many of them
+        in a row, or a directory that cannot be written, mark the student as failed.
 
         Args:
             inputs: of the step.
@@ -210,16 +219,25 @@ class Student:
         self.step += 1
         self.teacher_tokens += batch_tokens if inputs.needs_teacher else 0
         finished = self.step == self.steps
-        due = finished or self.checkpoints.is_due(self.step)
-        if config.checkpoint.keep_before_decay and self.step == config.optim.decay_start(
+        if self.step % config.runtime.log_every == 0:
+            self._owed.add("row")
+        if stopping or finished or self.checkpoints.is_due(self.step):
+            self._owed |= {"row", "checkpoint"}
+        branches = config.checkpoint.keep_before_decay and self.step == config.optim.decay_start(
             self.steps, batch_tokens
-        ):
-            self._check_finite(report)
-            counters = self._counters(time.perf_counter())
-            self.checkpoints.save(self.model, self.optimizer, counters, branch_point=True)
+        )
+        skips = self.guard.newest(self.step, wait=branches or bool(self._owed))
+        allowed = 0 if finished else config.runtime.max_skipped_steps  # no later step vouches for the last
+        if skips is not None and skips.in_a_row > allowed:
+            self._stop_skipping(skips)
         row = None
-        if stopping or due or self.step % config.runtime.log_every == 0:
-            row = self._log(report, saving=stopping or due)
+        if skips is not None and skips.in_a_row == 0:
+            if branches:
+                self._check_weights()
+                counters = self._counters(time.perf_counter(), skips)
+                self.checkpoints.save(self.model, self.optimizer, counters, branch_point=True)
+            if self._owed:
+                row = self._log(report, skips)
         if self.world.is_main and stopping and not finished:
             self.directory.write_state("stopped")
         return row
@@ -229,34 +247,35 @@ class Student:
         warnings, self.checkpoints.warnings = self.checkpoints.warnings, []
         return warnings
 
+    def _check_weights(self) -> None:
+        """Raise if the update has made weights that are no numbers, so that they are not saved."""
+        if distributed.anywhere(not are_finite(self.parameters), self.world.device):
+            raise UserError(
+                f"{self.directory.path}: step {self.step}: its update made weights that are not finite; "
+                "lower optim.lr (the last checkpoint is intact)"
+            )
+
+    def _stop_skipping(self, skips: Skips) -> None:
+        """Raise the error of a run whose updates cannot be made any longer."""
+        starts = self.loader.windows(skips.first - 1) * self.config.data.sequence_length
+        mine = torch.tensor([int(skips.is_mine), *starts.tolist()], device=self.world.device)
+        everyones = distributed.gather(mine).tolist()
+        ranks = [rank for rank, (flag, *_) in enumerate(everyones) if flag]
+        _, *starts = everyones[ranks[0] if ranks else 0]
+        reason = advice(skips, ranks if self.world.size > 1 else [], starts)
+        raise UserError(f"{self.directory.path}: {reason}")
+
     def mark_failed(self, error: UserError) -> None:
         """Record why this run cannot continue; no steps are left for it."""
         self.error = error
         if self.world.is_main:
             self.directory.write_state("failed", error=str(error))
 
-    def _check_finite(self, report: StepReport) -> None:
-        """Stop before a broken model is logged or saved; the last checkpoint is from before the damage."""
-        loss, ce, norm = float(report.loss), float(report.ce), float(report.grad_norm)
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        where = f"{self.directory.path}: step {self.step}"
-        if math.isfinite(ce) and not math.isfinite(loss):
-            raise UserError(
-                f"{where}: the teacher's targets are not finite; try another dtype or teacher (the last "
-                "checkpoint is intact)"
-            )
-        raise UserError(
-            f"{where}: loss is {loss}, gradient norm {norm}; lower optim.lr or optim.clip (the last "
-            "checkpoint is intact)"
-        )
-
-    def _log(self, report: StepReport, *, saving: bool) -> dict[str, float]:
-        """Write a row of metrics.jsonl, the run's state and, if `saving`, a checkpoint."""
-        self._check_finite(report)
+    def _log(self, report: StepReport, skips: Skips) -> dict[str, float]:
+        """Write the row and the checkpoint that are owed, and the run's state."""
         values = self._values(report)
         now = time.perf_counter()
-        counters = self._counters(now)
+        counters = self._counters(now, skips)
         (last_step, last), self._logged = self._logged, (self.step, now)
         batch_tokens = self.config.global_batch_tokens
         row: dict[str, float] = {
@@ -265,7 +284,12 @@ class Student:
             **values,
             "tokens_per_second": round((self.step - last_step) * batch_tokens / max(now - last, 1e-9), 1),
             "seconds": round(counters.seconds, 3),
+            "skipped_steps": skips.total,
         }
+        saving = "checkpoint" in self._owed
+        self._owed.clear()
+        if saving:
+            self._check_weights()
         for part, memory in (("policy", counters.policy), ("gate", counters.gate)):
             row |= {f"{part}_{name}": value for name, value in memory.items()}
         if self.world.is_main:
@@ -290,7 +314,7 @@ class Student:
             "lr": report.lr,
         }
 
-    def _counters(self, now: float) -> Counters:
+    def _counters(self, now: float, skips: Skips) -> Counters:
         """Where the run stands, as checkpoints hold it; waits for the device."""
         return Counters(
             self.step,
@@ -298,6 +322,7 @@ class Student:
             self.teacher_tokens,
             self.policy.state(),
             {} if self.gate is None else self.gate.state(),
+            skips.total,
         )
 
     def _write_state(self, seconds: float) -> None:

@@ -30,7 +30,7 @@ def draws(steps, tokens):
 
 def end_step(gate):
     gate.sums()
-    gate.update()
+    gate.update(torch.zeros(()))
 
 
 def test_teacher_better_compares_on_the_label():
@@ -137,7 +137,7 @@ def test_contract_neither_chunks_nor_ranks_change_the_threshold(kind):
             mine.copy_(total)
             theirs.copy_(total)
         for gate in (whole, *ranks):
-            gate.update()
+            gate.update(torch.zeros(()))
     assert whole.state() == ranks[0].state() == ranks[1].state()
 
 

@@ -54,7 +54,7 @@ def test_damage_that_is_found_at_the_last_step_is_not_exported(make_config, monk
         runtime={"device": "cpu", "threads": 1, "log_every": 1000},
     )
     monkeypatch.setattr("tutelage.run.export", None)
-    with pytest.raises(UserError, match=r"step 12: loss is .*lower optim\.lr"):
+    with pytest.raises(UserError, match=r"step 2: loss is .* steps 2 to 12 .*lower optim\.lr"):
         run(config)
     assert_nothing_broken_is_saved(directory_of(config))
 
@@ -80,7 +80,7 @@ def test_a_branch_point_of_a_broken_run_is_not_kept(make_config):
         checkpoint={"every": "1M", "keep_before_decay": True},
         runtime={"device": "cpu", "log_every": 1000},
     )
-    with pytest.raises(UserError, match=r"step 6: loss is nan"):
+    with pytest.raises(UserError, match=r"step 2: loss is "):
         run(config)
     assert not list(directory_of(config).checkpoints.glob("*"))
 
