@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 # The public `save` and `load` warn in every process that is alone, and a thread cannot silence a warning.
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
-from torch.distributed.tensor import DTensor
 
 from tutelage.errors import UserError
 from tutelage.run_directory import recipe
@@ -59,9 +58,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-_PIECE_BYTES = 1 << 30
-"""Of tensors in one file; each is put together in memory before it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +209,7 @@ class Checkpoints:
 
     def _write(self, path: Path, state: dict[str, Tensor], counters: Counters) -> None:
         """Write a checkpoint with the other processes, and remove those that are not kept."""
-        writer = CheckpointWriter(path, _pieces(state), partial(self._complete, counters))
+        writer = CheckpointWriter(path, partial(self._complete, counters))
         try:
             _save_state_dict(state, writer, self._group, no_dist=self._group is None)
         except CheckpointException as error:  # the same on every process; all have stopped writing
@@ -297,15 +293,6 @@ def _check_tensors(path: Path, stored: Mapping[str, Any], state: Mapping[str, Te
             raise UserError(
                 f"{path}: it is of another model: {name} is {there} there and {here} in the model; remove it"
             )
-
-
-def _pieces(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Divide the tensors into files of about a gigabyte on each process, numbered from 1."""
-    pieces, size = {}, 0
-    for name, tensor in state.items():
-        size += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
-        pieces[name] = 1 + size // _PIECE_BYTES
-    return pieces
 
 
 def _stager(device: torch.device) -> DefaultStager:

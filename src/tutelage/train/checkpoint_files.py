@@ -1,9 +1,9 @@
 """What a checkpoint is on disk: shards as safetensors, counters and a manifest that says if it is whole.
 
     step-000000012/
-        shard-00001-model-00001-of-00001.safetensors    weights and moments that rank 0 wrote
-        counters.json                                   progress of the run
-        manifest.json                                   run, settings, layout; size and checksum of each file
+        shard-00001.safetensors    weights and moments that rank 0 wrote
+        counters.json              progress of the run
+        manifest.json              run, settings, layout; size and checksum of each file
 
 A directory is filled under a name that begins with `.partial-` and gets its own when nothing is missing.
 """
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint.filesystem import FileSystem
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, DTYPE_MAP, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
@@ -29,7 +31,6 @@ from tutelage.errors import UserError
 from tutelage.files import publish
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
@@ -42,6 +43,7 @@ BRANCH_POINT = "branch-point-"
 
 _FORMAT = 1
 _OLDER = "state.safetensors"
+_DTYPES = {dtype: name for name, dtype in DTYPE_MAP.items()}
 _READ_BYTES = 1 << 24
 _SHOWN = 3
 """Differing settings that a message shows."""
@@ -87,20 +89,29 @@ class CheckpointManifest:
             OSError: it is not there.
             ValueError: it is damaged, or of another format.
         """
-        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         try:
-            if data["format"] != _FORMAT:
-                raise ValueError(f"{MANIFEST} has format {data['format']} and not {_FORMAT}")
+            data = json.loads((path / MANIFEST).read_bytes())
+            checksum, number = data.pop("crc32"), data["format"]
             files = {name: CheckpointFile(**record) for name, record in data["files"].items()}
-            return cls(CheckpointOrigin(**data["origin"]), files)
-        except (KeyError, TypeError, AttributeError):
+            found = cls(CheckpointOrigin(**data["origin"]), files)
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{MANIFEST} is damaged") from None
+        if number != _FORMAT:
+            raise ValueError(f"{MANIFEST} has format {number} and not {_FORMAT}")
+        if checksum != _own_checksum(data):
+            raise ValueError(f"{MANIFEST} is damaged: its checksum is not the one that was written")
+        return found
 
     def write(self, path: Path) -> None:
         """Write it into the checkpoint `path`."""
         files = {name: asdict(record) for name, record in sorted(self.files.items())}
         data = {"format": _FORMAT, "origin": asdict(self.origin), "files": files}
+        data["crc32"] = _own_checksum(data)
         (path / MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _own_checksum(data: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 def checkpoint_name(step: int) -> str:
@@ -226,42 +237,55 @@ class _CountedFile(io.BufferedWriter):
         return super().write(data)
 
 
-class _CountedFiles(FileSystem):
-    """Files whose records are kept by name."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]]
+) -> CheckpointFile:
+    """Write a safetensors file and wait until it is on the disk.
 
-    def __init__(self) -> None:
-        self.records: dict[str, CheckpointFile] = {}
+    safetensors' own functions keep Python's global lock for seconds per gigabyte, which is training's too.
+    Here it is free while checksums are computed and bytes are written, and no second copy is made in memory.
 
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with _CountedFile(io.FileIO(path, mode.rstrip("b"))) as stream:
-            yield stream
-        self.records[Path(path).name] = CheckpointFile(stream.size, stream.checksum)
+    Args:
+        path: of the file.
+        tensors: parts of tensors, contiguous, by name; copied to the CPU one by one.
+        offsets: where each part begins in its tensor.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so that all are aligned
+    sharding = {name: {SAVED_OFFSETS_KEY: list(offsets[name])} for name in ordered}
+    header: dict[str, Any] = {"__metadata__": {CUSTOM_METADATA_KEY: json.dumps(sharding)}}
+    end = 0
+    for name in ordered:
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with _CountedFile(io.FileIO(path, "w")) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            file.write(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    return CheckpointFile(file.size, file.checksum)
 
 
 class CheckpointWriter(HuggingFaceStorageWriter):
     """Write the shards of all ranks, then on rank 0 the manifest; the directory appears when it is whole.
 
-    torch's safetensors writer with `save_distributed` writes nothing else: its `finish`, which is replaced
-    here, would do nothing, and the pickled `.metadata` belongs to another format.
+    torch plans who writes what; replicas are written once. Its `finish` would do nothing for this format:
+    the pickled `.metadata` belongs to another one.
     """
 
-    def __init__(
-        self, path: Path, pieces: dict[str, int], finished: Callable[[Path, dict[str, CheckpointFile]], None]
-    ) -> None:
+    def __init__(self, path: Path, finished: Callable[[Path, dict[str, CheckpointFile]], None]) -> None:
         """Prepare to write.
 
         Args:
             path: of the checkpoint; files are written to its unfinished directory.
-            pieces: number of the file, from 1, that each tensor goes to on every rank.
             finished: called on rank 0 with the unfinished directory and its files, to add what is left.
         """
         self.target = path
         self.unfinished = path.with_name(PARTIAL + path.name)
-        super().__init__(str(self.unfinished), fqn_to_index_mapping=pieces, save_distributed=True)
-        self.per_thread_copy_ahead = 0  # or a thread would wait for a stream of the wrong GPU
-        self._files = _CountedFiles()
-        self.fs = self._files
+        super().__init__(str(self.unfinished), save_distributed=True)
         self._finished = finished
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's
@@ -271,12 +295,21 @@ class CheckpointWriter(HuggingFaceStorageWriter):
             shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors; the results are its files."""
-        super().write_data(plan, planner).wait()
+        """Write this rank's tensors; the result is its file."""
+        tensors: dict[str, Tensor] = {}
+        offsets: dict[str, Sequence[int]] = {}
+        for item in plan.items:
+            tensor, data = planner.resolve_data(item), item.tensor_data
+            assert isinstance(tensor, Tensor)  # noqa: S101 - nothing else is in the state
+            assert data is not None  # noqa: S101
+            if tensor.numel():  # of a tensor with fewer rows than ranks, some have none
+                tensors[item.index.fqn], offsets[item.index.fqn] = tensor.detach(), data.chunk.offsets
         results: Future[list[WriteResult]] = Future()
-        results.set_result(
-            [WriteResult(MetadataIndex(name), file.bytes, file) for name, file in self._files.records.items()]
-        )
+        results.set_result([])
+        if tensors:
+            name = f"shard-{plan.storage_data['shard_index']:05d}.safetensors"
+            file = write_tensors(self.unfinished / name, tensors, offsets)
+            results.value().append(WriteResult(MetadataIndex(name), file.bytes, file))
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:  # noqa: ARG002 - torch's

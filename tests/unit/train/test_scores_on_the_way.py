@@ -42,7 +42,7 @@ def test_weights_are_the_same_to_the_bit_and_so_is_the_run(make_config, evaluati
     )
     assert watched.id == plain.id
     assert weights(watched) == weights(plain)
-    state = "checkpoints/step-000000012/shard-00001-model-00001-of-00001.safetensors"
+    state = "checkpoints/step-000000012/shard-00001.safetensors"
     ours, theirs = (load_file(directory.path / state) for directory in (watched, plain))
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == tensor).all() for name, tensor in theirs.items())

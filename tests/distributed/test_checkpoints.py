@@ -1,0 +1,92 @@
+"""Checkpoints are read by any number of processes, bit for bit, and a fault of one process is told by all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import sharded_checkpoints as sharded
+import torch
+import yaml
+
+from tutelage.run_directory import RunDirectory
+from tutelage.train.checkpoint import Checkpoints, Counters
+from tutelage.train.checkpoint_files import CheckpointManifest
+from tutelage.train.distributed import World
+
+pytestmark = pytest.mark.slow
+
+ALONE = World(torch.device("cpu"))
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A directory on a disk with room for less than a checkpoint, or None where none can be mounted."""
+    place = tmp_path / "full"
+    place.mkdir()
+    mount = ("mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place))
+    if os.name == "nt" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        yield None
+        return
+    yield place
+    subprocess.run(("umount", str(place)), check=True)
+
+
+@pytest.fixture
+def written(make_config, full_disk, tmp_path):
+    """What two processes, then one, then four have left; and what two said about damage and a full disk."""
+    file, directory = tmp_path / "run.yaml", tmp_path / "run-1"
+    file.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+    places = [file, directory] if full_disk is None else [file, directory, full_disk]
+    done = subprocess.run(
+        [sys.executable, sharded.__file__, *places], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tmp_path
+
+
+def resumed(config, directory):
+    """The state that one process finds, and where it goes on."""
+    model, optimizer = sharded.build(config)
+    checkpoints = Checkpoints(config, RunDirectory(directory), ALONE)
+    return checkpoints, model, optimizer, checkpoints.load(model, optimizer)
+
+
+def assert_resumes_from(config, directory, counters):
+    checkpoints, model, optimizer, found = resumed(config, directory)
+    checkpoints.close()
+    assert found == counters
+    sharded.assert_equal(sharded.state(model, optimizer), sharded.reference(config, counters.step))
+
+
+def test_two_processes_then_one_then_four(make_config, written):
+    config = make_config()
+    for processes, first, last in ((2, 0, 3), (1, 3, 5), (4, 5, 8)):
+        directory = written / f"after{processes}-1"
+        assert_resumes_from(config, directory, Counters(last))
+        # The first save held what was there when it was asked for, although training went on.
+        shutil.rmtree(directory / "checkpoints" / f"step-{last:09d}")
+        assert_resumes_from(config, directory, Counters(first + 1, 0.5, policy={"rank": 0.0}))
+
+    newest = written / "run-1" / "checkpoints" / "step-000000008"
+    manifest = CheckpointManifest.read(newest)
+    assert (manifest.origin.replicate, manifest.origin.shard) == (2, 2)
+    # Both copies of the model take part, and nothing is written twice.
+    assert len(manifest.files) == 1 + 4
+    tensors = sum(tensor.nbytes for tensor in sharded.reference(config, 8).values())
+    assert sum(file.stat().st_size for file in newest.glob("*.safetensors")) < 1.1 * tensors
+
+    assert re.search(
+        "step-000000008: cannot be resumed from .shard-00004.safetensors is damaged: .*; remove it to resume "
+        "from step-000000006, which is intact",
+        (written / "damaged-1" / "message").read_text(),
+    )
+    if (told := written / "full-message").exists():
+        assert re.search(
+            "step-000000001: cannot be written .No space left on device.; earlier checkpoints are intact;",
+            told.read_text(),
+        )
