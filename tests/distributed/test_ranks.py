@@ -41,6 +41,9 @@ def on_two_ranks(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         (directory,) = config.output.iterdir()
+        assert [line.split()[0] for line in done.stdout.splitlines()][:2] == ["run", "model"]
+        assert done.stdout.count("next ") == 1  # of two processes, one speaks
+        assert done.stderr.count(f"{directory.name}: done") == 1
         return RunDirectory(directory)
 
     return train

@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "processes": {"errors"},
     "agreement": {"errors", "files", "processes"},
+    "launch": {"errors", "processes"},
     "records": {"errors"},
     "files": {"errors"},
     "config": {"types", "errors"},
@@ -89,7 +90,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
-    | {"agreement", "processes", "provenance", "run", "run_directory"},
+    | {"agreement", "launch", "processes", "provenance", "run", "run_directory"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

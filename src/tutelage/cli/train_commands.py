@@ -17,13 +17,20 @@ def train(
         list[str] | None,
         typer.Argument(help="settings to change, and further run files", metavar="[KEY=VALUE | CONFIG]..."),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc", min=1, help="processes on this machine, one per GPU; default: parallel.processes"
+        ),
+    ] = None,
 ) -> None:
     """Train one model, with or without a teacher, and score it. After a stop the same command resumes.
 
     Several run files train together as a cohort: students that read the same batches and share a teacher,
     which then computes its targets once for all of them. Each gets the result it would have alone.
 
-    Several processes: torchrun --nproc-per-node 2 -m tutelage train RUN.yaml
+    Several GPUs: --nproc N, or processes that torchrun (`torchrun --nproc-per-node N -m tutelage train
+    RUN.yaml`) or srun started, on one machine or many.
     """
     from tutelage import agreement, processes
     from tutelage.cli.bars import RichProgress, say
@@ -32,10 +39,14 @@ def train(
     from tutelage.run import run_cohort
 
     processes.adopt_slurm()
-    overrides = [text for text in more or [] if "=" in text]
-    files = [config, *(Path(text) for text in more or [] if "=" not in text)]
+    texts = [str(config), *(more or [])]
+    overrides = [text for text in texts[1:] if "=" in text]
     with agreement.together():
-        loaded = [load(RunConfig, file, overrides) for file in files]
+        loaded = [load(RunConfig, Path(text), overrides) for text in texts if text not in overrides]
+    several = nproc or (loaded[0].parallel.processes if processes.place().size == 1 else 1)
+    if several > 1:
+        _launch(several, ["tutelage", "train", *texts])
+        return
     with RichProgress() as progress:
         directories = run_cohort(loaded, progress)
     for directory in directories:
@@ -44,6 +55,21 @@ def train(
         if directory.scores.exists():
             say("scores", directory.scores)
     say("next", f"teach a student with it: teacher={{kind: run, run: {directories[0].id}}}")
+
+
+def _launch(several: int, module: list[str]) -> None:
+    """Run the command in several processes; exit as the one that failed, and say so if it could not."""
+    from tutelage.errors import Stopped
+    from tutelage.launch import describe, launch
+
+    try:
+        failed = launch(several, module)
+    except Stopped:  # they have said so
+        raise typer.Exit(130) from None
+    for rank, status in failed.items():
+        if status < 0:
+            typer.echo(f"error: rank {rank}: {describe(status)}", err=True)
+        raise typer.Exit(status if status > 0 else 1)
 
 
 def teach(

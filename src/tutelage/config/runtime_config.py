@@ -32,6 +32,11 @@ class CheckpointConfig(Section):
 class ParallelConfig(Section):
     """Processes, one per device, as a mesh of copies of the model and of shards of each copy."""
 
+    processes: Processes = Field(
+        1,
+        description="processes of the run, each on a device of its own: what a study gives it, and what "
+        "`tutelage train` starts without --nproc, torchrun or srun",
+    )
     replicate: Processes = Field(1, description="copies of the sharded model; their gradients are summed")
     shard: Processes | Literal["auto"] = Field(
         "auto", description="processes that share one copy; auto: all that `replicate` leaves"

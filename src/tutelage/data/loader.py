@@ -68,8 +68,8 @@ class Loader:
             )
         if sequences_per_step % world_size:
             raise UserError(
-                f"{sequences_per_step} sequences per step do not divide by {world_size} ranks; "
-                f"choose a multiple of {world_size} sequences for a step, or fewer ranks"
+                f"global_batch_tokens: {sequences_per_step} sequences per step do not divide by {world_size} "
+                f"ranks; choose a multiple of {world_size} sequences for a step, or fewer ranks"
             )
         self._tokens, self._mask = split.tokens, split.mask
         self._documents = Documents(split) if documents else None

@@ -1,0 +1,99 @@
+"""Start the processes of one run on this machine through torchrun's own launcher, and say how they ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from tutelage.errors import Stopped, UserError
+from tutelage.processes import place
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_SHUTDOWN_SECONDS = 600
+"""How long processes may take to save after a signal; torchrun's own 30 seconds are few for a large model.
+
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT changes it, as it does torchrun's."""
+
+_CHANGED = ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE")
+
+
+def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
+    """Run `python -m MODULE...` in so many processes of this machine, and wait until all have ended.
+
+    Signals are passed on to them. When one ends with an error, torchrun's launcher ends the others, by
+    SIGTERM and after 30 seconds by SIGKILL.
+
+    Returns:
+        Exit status of each rank that failed, below 0 for a signal, the one that failed first before those
+        that were ended for it; empty if all ended well.
+
+    Raises:
+        Stopped: this process was asked to stop, and they have ended.
+        UserError: this process is one of several itself.
+    """
+    if place().size > 1:
+        raise UserError(
+            f"this process is one of {place().size} already (WORLD_SIZE); give the number of processes to "
+            "torchrun, to srun or to --nproc"
+        )
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - slow
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
+    from torch.distributed.launcher.api import elastic_launch  # noqa: PLC0415 - slow
+    from torch.distributed.run import config_from_args, parse_args  # noqa: PLC0415 - slow
+
+    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
+    with _as_before():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+        asked = parse_args([*options, "-m", *module])  # type: ignore[no-untyped-call]
+        config, command, arguments = config_from_args(asked)
+        if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+            config.shutdown_timeout = _SHUTDOWN_SECONDS
+        try:
+            elastic_launch(config, command)(*arguments)
+        except ChildFailedError as error:
+            found = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            return dict(sorted(found.items(), key=lambda item: item[1] == -signal.SIGTERM))
+        except SignalException:
+            raise Stopped from None
+    return {}
+
+
+def describe(status: int) -> str:
+    """Words for the exit status of a process: by which signal or with which code it ended."""
+    if status >= 0:
+        return f"its process ended with exit code {status}"
+    guess = " (out of memory?)" if status == -signal.SIGKILL else ""
+    return f"its process ended by signal {signal.Signals(-status).name}{guess}"
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Restore what the launcher changes: signal handlers and the environment; keep its log to itself.
+
+    Its log tells about every process that it ends, and would bury the one line of the process that failed.
+    """
+    environment, disabled = {name: os.environ.get(name) for name in _CHANGED}, logging.root.manager.disable
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

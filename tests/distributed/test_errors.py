@@ -1,0 +1,119 @@
+"""What goes wrong on one of several processes ends all of them, in one line that names the rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tutelage.launch import launch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def on_three_ranks(make_config, store, tmp_path, monkeypatch, capfd):
+    """What each of three ranks of `support/erring_ranks.py` saw, how they ended, and what was printed."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(store, damaged)
+    (damaged / "manifest.json").write_text("{")
+    config = make_config(global_batch_tokens=192, tokens=12 * 192).model_dump(mode="json")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parents[1] / "support")]))
+    failed = launch(3, ["erring_ranks", json.dumps(config), str(tmp_path), str(damaged)])
+    printed = capfd.readouterr()
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    return seen, failed, printed
+
+
+def test_all_processes_end_with_the_error_of_one(on_three_ranks):
+    seen, failed, printed = on_three_ranks
+    everywhere = {
+        "fine": ["", ""],
+        "alike": ["UserError", "x.yaml: wrong"],
+        "one": ["UserError", "rank 2: x.yaml: wrong"],
+        "two": ["UserError", "rank 1: wrong on 1"],
+        "stopped": ["Stopped", ""],
+        "busy": ["LockedError", "rank 0: runs/x is locked"],
+        "fine again": ["", ""],
+        "trained": ["", ""],
+    }
+    for rank, mine in enumerate(seen):
+        for name, expected in everywhere.items():
+            assert mine[name] == expected, (rank, name)
+        kind, line = mine["bug"]
+        assert kind == ("KeyError" if rank == 1 else "UserError")
+        assert rank == 1 or line == "rank 1: KeyError: 'lost'"
+        assert mine["differing"][1].startswith("other is a on rank 0 and b on rank 2;")
+        assert mine["another seed"][1].startswith("tiny: seed is 43 on rank 0 and 8 on rank 1;")
+        assert "did not answer within 2 seconds" in mine["late"][1]
+        assert mine["damaged"][1].startswith("rank 2: ")
+        assert "damaged" in mine["damaged"][1]
+        assert mine["mesh"][1] == "parallel: replicate = 2 times shard = auto does not make 3 processes"
+        assert mine["batch"][1].startswith(
+            "global_batch_tokens: 8 sequences per step do not divide by 3 ranks;"
+        )
+    assert next(iter(failed.values())) == 1
+    errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: rank 1: ZeroDivisionError: a bug"]
+    assert printed.err.count("Traceback") == 1
+
+
+@pytest.fixture
+def training(make_config, tmp_path):
+    """A run on two processes that `tutelage train --nproc 2` started, after its first steps."""
+    config = make_config(tokens=256 * 100_000)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tutelage", "train", "--nproc", "2", str(file), "checkpoint.every=1M"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(config.output.glob("*/metrics.jsonl")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    yield process, next(config.output.iterdir())
+    process.kill()
+    process.wait()
+
+
+def rank_of(pid):
+    """RANK in the environment of a process."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(one[5:]) for one in variables if one.startswith(b"RANK=")), None)
+
+
+def children(process):
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return {rank_of(pid): int(pid) for pid in text.split()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_killed_rank_is_named(training):
+    process, _ = training
+    os.kill(children(process)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: rank 1: its process ended by signal SIGKILL (out of memory?)"]
+    assert "Traceback" not in err
+    assert (process.returncode, out) == (1, "")
+
+
+def test_a_signal_is_passed_on_and_the_run_can_go_on(training):
+    process, directory = training
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.count("stopped; run the same command again to resume") == 1
+    state = json.loads((directory / "state.json").read_text())
+    assert state["status"] == "stopped"
+    assert list(directory.glob("checkpoints/step-*"))
