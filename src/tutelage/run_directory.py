@@ -53,6 +53,10 @@ def run_id(config: RunConfig) -> str:
         del fields["data"]["document_mask"]  # a run from before there was one keeps its name
     for section in (fields["model"], fields["teacher"] or {}):
         section.pop("assume_same_tokenizer", None)  # a statement about the model, no change of it
+        for placed in ("placement", "reshard_after_forward"):
+            section.pop(placed, None)  # where its weights lie
+        if section.get("dtype") == "auto":
+            del section["dtype"]  # runs from before there was a choice keep their names
         path = section.get("path")
         if path is not None:
             section["path"] = _content(path, section.get("kind"))

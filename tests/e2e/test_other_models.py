@@ -181,7 +181,13 @@ def test_an_assumption_is_written_down_wherever_it_is_made(directory, make_confi
         "output": str(tmp_path / "caches"),
     }
     cache = write_cache(validate(TeachConfig, teach, "test"))
-    assert read_cache_manifest(cache).teacher.notes == (note,)
+    manifest = read_cache_manifest(cache)
+    assert manifest.teacher.notes == (note,)
+    eager = write_cache(
+        validate(TeachConfig, teach | {"teacher": assumed | {"attn_implementation": "eager"}}, "test")
+    )
+    assert eager != cache
+    assert read_cache_manifest(eager).fingerprint != manifest.fingerprint
     student = run(
         make_config(teacher={"kind": "cache", "path": str(cache)}, objective={"alpha": 0.4}, name="cached")
     )
@@ -194,6 +200,16 @@ def test_the_assumption_does_not_change_a_runs_name(directory, make_config):
     assumed = make_config(teacher=taught | {"assume_same_tokenizer": True}, objective={"alpha": 0.4})
     eager = make_config(teacher=taught | {"attn_implementation": "eager"}, objective={"alpha": 0.4})
     assert run_id(plain) == run_id(assumed) != run_id(eager)
+
+
+def test_where_a_teachers_weights_lie_is_no_part_of_a_runs_name_but_their_dtype_is(directory, make_config):
+    plain, placed, rounded = (
+        run_id(
+            make_config(teacher={"kind": "model", "path": str(directory)} | changes, objective={"alpha": 0.4})
+        )
+        for changes in ({}, {"placement": "replicate", "reshard_after_forward": False}, {"dtype": "bfloat16"})
+    )
+    assert plain == placed != rounded
 
 
 @pytest.fixture

@@ -71,21 +71,34 @@ class LoadedModel(Section):
     )
 
 
-class _CacheableTeacher(LoadedModel):
+class _LanguageModelTeacher(LoadedModel):
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of its weights and what it computes in; auto: what the student computes in"
+    )
+    placement: Literal["shard", "replicate"] = Field(
+        "shard",
+        description="on several processes: weights divided as the student's are and gathered layer by layer, "
+        "or whole on each (more memory, no traffic: for a teacher that is small)",
+    )
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="sharded: free a layer's gathered weights once it has been run; false keeps them until "
+        "the step ends, for runs of several micro-batches with memory to spare",
+    )
     cache: CacheSettings | None = Field(
         None,
         description="compute its targets once and store them in caches/ beside the output; default: live",
     )
 
 
-class RunTeacher(_CacheableTeacher):
+class RunTeacher(_LanguageModelTeacher):
     """A teacher that is a finished run in the same output directory."""
 
     kind: Literal["run"]
     run: Name = Field(description="run id, the name of its directory")
 
 
-class ModelTeacher(_CacheableTeacher):
+class ModelTeacher(_LanguageModelTeacher):
     """A teacher that is any causal language model in Hugging Face format with the same vocabulary."""
 
     kind: Literal["model"]
@@ -138,7 +151,9 @@ class TeachConfig(CacheSettings):
         2**18, ge=1, le=2**40, description="tokens per file; a writer works on one file at a time"
     )
     batch_tokens: BatchTokens = Field(4096, description="tokens per teacher forward")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the teacher")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the teacher's weights and what it computes in"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
     threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
     runs: FilePath = Field(Path("runs"), description="directory that holds the run of a teacher of kind run")
@@ -149,6 +164,8 @@ class TeachConfig(CacheSettings):
     def _live(cls, teacher: LiveTeacher) -> LiveTeacher:
         if not isinstance(teacher, ControlTeacher) and teacher.cache is not None:
             raise ValueError("cache is for students; set format and temperature of this cache")
+        if not isinstance(teacher, ControlTeacher) and teacher.dtype != "auto":
+            raise ValueError(f"dtype = {teacher.dtype} is for students; set dtype of this cache")
         return teacher
 
     @field_validator("document_mask")

@@ -54,7 +54,7 @@ def check_directory(directory: Path) -> None:
     """
     config = read_config(directory)
     check_config(config, str(directory / "config.json"))
-    tensors = sum(_header_entries(path) for path in _weight_files(directory))
+    tensors = sum(_header_entries(path) for path in weight_files(directory))
     for section in _sections(config):
         for field in _LAYERS:
             layers = section.get(field)
@@ -152,8 +152,12 @@ def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, text] if isinstance(text, dict) else [config]
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files of a directory: those its index names, or all."""
+def weight_files(directory: Path) -> list[Path]:
+    """List the safetensors files of a directory: those its index names, or all.
+
+    Raises:
+        UserError: there are none, or the index names one that is not there.
+    """
     index = directory / "model.safetensors.index.json"
     if index.is_file() and not (directory / "model.safetensors").is_file():
         return _indexed(index)

@@ -26,8 +26,7 @@ from tutelage.objective.products import weight_and_bias
 from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
@@ -104,7 +103,7 @@ def load(
     name = str(path_or_hub_name)
     local = is_local(path_or_hub_name)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
+    with errors_of_loading(name):
         if not local:
             file = hf_hub_download(name, "config.json", revision=revision)
             check_config(read_object(Path(file)), f"{name}: config.json")
@@ -118,6 +117,23 @@ def load(
                 output_loading_info=True,
                 **chosen,
             )
+    check_names(model, report["missing_keys"], report["unexpected_keys"], name)
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(not_finite(name, key))
+    _check_logits(model, name)
+    return model
+
+
+@contextlib.contextmanager
+def errors_of_loading(name: str) -> Iterator[None]:
+    """Say in one line why transformers cannot load the model called `name`.
+
+    Raises:
+        UserError: whatever the reason is.
+    """
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a wrong field of a config can raise anything
@@ -129,24 +145,26 @@ def load(
                 "transformers knows its model_type, but not as a model of text that is read left to right"
             )
         raise UserError(f"{name}: cannot be loaded as a causal language model: {reason}") from None
-    _check_weights(model, report, name)
-    _check_logits(model, name)
-    return model
 
 
-def _check_weights(model: PreTrainedModel, report: dict[str, Any], name: str) -> None:
-    """Check that every weight comes from the files and is finite."""
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+def check_names(model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str], name: str) -> None:
+    """Check that every weight comes from the files, and that no layer is left over.
+
+    Raises:
+        UserError: naming the first of `missing`, or of `unexpected` that other layers have too.
+    """
+    if missing := sorted(missing):
         raise UserError(f"{name}: {len(missing)} weights are missing, for example {missing[0]}")
     kinds = {_kind(key) for key in model.state_dict()}
-    if more := sorted(key for key in report["unexpected_keys"] if _kind(key) in kinds):
+    if more := sorted(key for key in unexpected if _kind(key) in kinds):
         raise UserError(
             f"{name}: config.json speaks of fewer layers than there are weights, for example {more[0]}"
         )
-    for key, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise UserError(f"{name}: {key} holds numbers that are not finite (NaN or infinity)")
+
+
+def not_finite(name: str, key: str) -> str:
+    """The message that weight `key` of model `name` is damaged."""
+    return f"{name}: {key} holds numbers that are not finite (NaN or infinity)"
 
 
 def _kind(key: str) -> str:
@@ -237,7 +255,7 @@ def _check_logits(model: PreTrainedModel, name: str) -> None:
     except Exception as error:  # noqa: BLE001 - what a family needs besides tokens shows in any way
         reason = one_line(error)
         raise UserError(f"{name}: {family} cannot be run on tokens alone: {reason}") from None
-    ours = transformed(head(hidden_BTD), logit_transform(model))
+    ours = transformed(head(hidden_BTD.to(head.weight.dtype)), logit_transform(model))
     if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-5):
         raise UserError(f"{name}: {family} computes its logits in a way not known here")
     rounding = 1e-5 if hidden_BTD.dtype.itemsize > 2 else 1e-2  # noqa: PLR2004 - bytes of half precision

@@ -113,6 +113,17 @@ def materialise(root: nn.Module, device: torch.device) -> None:
     root.to_empty(device=device)
 
 
+def own_rows(weight: Tensor) -> slice:
+    """The rows of a weight of at least one dimension that this process holds: all, of one not sharded."""
+    rows = weight.shape[0]
+    if not isinstance(weight, DTensor):
+        return slice(0, rows)
+    axis, mesh = weight.placements.index(Shard(0)), weight.device_mesh
+    size, start = Shard.local_shard_size_and_offset(rows, mesh.size(axis), mesh.get_local_rank(axis))
+    start = min(start, rows)
+    return slice(start, start + size)
+
+
 @torch.no_grad()
 def fill(target: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, or this process's part of it, into a parameter or buffer.
@@ -124,8 +135,4 @@ def fill(target: Tensor, whole: Tensor) -> None:
     if not isinstance(target, DTensor):
         target.copy_(whole)
         return
-    local = target.to_local()
-    axis = target.placements.index(Shard(0))
-    mesh = target.device_mesh
-    _, start = Shard.local_shard_size_and_offset(whole.shape[0], mesh.size(axis), mesh.get_local_rank(axis))
-    local.copy_(whole.narrow(0, min(start, whole.shape[0]), local.shape[0]))
+    target.to_local().copy_(whole[own_rows(target)])

@@ -33,15 +33,16 @@ def make_teacher(config: TeacherConfig, context: TeacherContext, progress: Progr
         Stopped: on SIGINT or SIGTERM while a cache is written; finished shards stay.
     """
     if isinstance(config, RunTeacher | ModelTeacher) and config.cache is not None:
+        dtype = context.dtype if config.dtype == "auto" else config.dtype
         path = write_cache(
             TeachConfig(
                 store=context.store.path,
-                teacher=config.model_copy(update={"cache": None}),
+                teacher=config.model_copy(update={"cache": None, "dtype": "auto"}),
                 context_length=context.context_length,
                 document_mask=context.document_mask,
                 format=config.cache.format,
                 temperature=config.cache.temperature,
-                dtype=context.dtype,
+                dtype=dtype,
                 device=context.device.type,  # type: ignore[arg-type]
                 runs=context.runs,
                 output=context.runs.parent / "caches",

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tutelage.teachers.live import Teacher
 
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherContext:
     """What a teacher is built for.
@@ -37,7 +40,7 @@ class TeacherContext:
         context_length: tokens per sequence.
         device: where targets are wanted.
         document_mask: whether the documents of a sequence are kept apart.
-        dtype: compute type of a teacher whose cache is written first; others follow the training step's.
+        dtype: what a teacher of dtype auto computes in.
         objective: of the student that learns from it; None where a cache is written for any student.
     """
 
@@ -75,7 +78,8 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
         assume=config.assume_same_tokenizer,
         setting="teacher.assume_same_tokenizer",
     )
-    model = hub.load(path, revision=revision, attn_implementation=config.attn_implementation)
+    dtype = _DTYPES[context.dtype if config.dtype == "auto" else config.dtype]
+    model = hub.load(path, revision, dtype, config.attn_implementation)
     beyond = hub.check_length(model, what, context.context_length)
     if context.document_mask:
         check_documents(hub.body_and_head(model)[0], what)

@@ -9,7 +9,7 @@ import torch
 
 from tutelage.models.hub import body_and_head, logit_transform
 from tutelage.models.packed import hidden_states
-from tutelage.objective.products import weight_and_bias
+from tutelage.objective.products import HALVES, weight_and_bias
 from tutelage.types import DenseTargets
 
 if TYPE_CHECKING:
@@ -45,10 +45,17 @@ class Teacher(ABC):
 
 
 class OnlineTeacher(Teacher):
-    """A causal language model, frozen, in eval mode."""
+    """A causal language model, frozen, in eval mode.
+
+    Args:
+        model: whose weights have the dtype it computes in; of half precision, under autocast.
+        forward_flops: of its forward pass per token.
+        notes: what the user should know about it.
+    """
 
     def __init__(self, model: PreTrainedModel, forward_flops: float, notes: tuple[str, ...] = ()) -> None:
         model.eval().requires_grad_(requires_grad=False)
+        self._dtype = model.dtype
         self._body, head = body_and_head(model)
         self._weight_VE, self._bias_V = weight_and_bias(head)
         self._transform = logit_transform(model)
@@ -58,7 +65,9 @@ class OnlineTeacher(Teacher):
     @torch.no_grad()
     def targets(self, batch: Batch) -> DenseTargets:
         """Last hidden states and the output embedding; the objective forms logits chunk by chunk."""
-        hidden_BTE = hidden_states(self._body, batch)
+        half = self._dtype in HALVES
+        with torch.autocast(batch.tokens_BT.device.type, self._dtype if half else None, enabled=half):
+            hidden_BTE = hidden_states(self._body, batch)
         return DenseTargets(hidden_BTE.flatten(0, 1), self._weight_VE, self._transform, self._bias_V)
 
 

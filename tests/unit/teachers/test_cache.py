@@ -288,14 +288,14 @@ def test_a_shard_of_another_place_or_cache_is_refused(written, teaching):
 
 def test_a_cache_of_the_first_schema_version_is_refused(written):
     change_manifest(written, schema_version=1, shards=[])
-    with pytest.raises(UserError, match="schema version 1, this version reads 2; build it again") as caught:
+    with pytest.raises(UserError, match="schema version 1, this version reads 3; build it again") as caught:
         open_cache(written)
     assert one_line(caught)
 
 
 def test_another_schema_version_is_refused(written):
     change_manifest(written, schema_version=99, something_new=1)
-    with pytest.raises(UserError, match="schema version 99, this version reads 2") as caught:
+    with pytest.raises(UserError, match="schema version 99, this version reads 3") as caught:
         open_cache(written)
     assert one_line(caught)
 
@@ -336,11 +336,14 @@ def test_what_is_no_cache_is_refused(tmp_path, text):
 def test_another_store_or_length_is_refused_with_both_values(written, text, tmp_path):
     cache, store = open_cache(written), open_store(text)
     for length in (2, 16, 32):
-        cache.check_fits(store, length)
+        cache.check_fits(store, length, document_mask=False)
     for length in (24, 64):
         with pytest.raises(UserError, match=rf"sequence_length = {length}: must divide .* 32$") as caught:
-            cache.check_fits(store, length)
+            cache.check_fits(store, length, document_mask=False)
         assert one_line(caught)
+    with pytest.raises(UserError, match=r"^data.document_mask = true: .* written with .* = false") as caught:
+        cache.check_fits(store, 32, document_mask=True)
+    assert one_line(caught)
     config = StoreConfig(
         name="other",
         sources=({"kind": "corpus", "name": "kjv"},),
@@ -349,12 +352,12 @@ def test_another_store_or_length_is_refused_with_both_values(written, text, tmp_
     )
     other = open_store(build_store(config, tmp_path))
     with pytest.raises(UserError, match=f"{store.fingerprint[:16]}, .*{other.fingerprint[:16]}") as caught:
-        cache.check_fits(other, 32)
+        cache.check_fits(other, 32, document_mask=False)
     assert one_line(caught)
 
 
 def test_a_moved_store_and_a_moved_cache_fit(written, text, tmp_path):
     cache = shutil.copytree(written, tmp_path / "cache")
     store = shutil.copytree(text, tmp_path / "store")
-    open_cache(cache).check_fits(open_store(store), 32)
+    open_cache(cache).check_fits(open_store(store), 32, document_mask=False)
     assert read_cache_manifest(cache).fingerprint == read_cache_manifest(written).fingerprint

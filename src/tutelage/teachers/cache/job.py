@@ -141,8 +141,8 @@ def plan_cache(config: TeachConfig) -> CachePlan:
         "teacher": fingerprint,
         "store": store.fingerprint,
     }
-    if not isinstance(teacher, ControlTeacher) and teacher.attn_implementation is not None:
-        content["attn_implementation"] = teacher.attn_implementation
+    if (attention := _attention(teacher)) is not None:
+        content["attn_implementation"] = attention
     return CachePlan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
 
 
@@ -159,9 +159,8 @@ def load_job(plan: CachePlan) -> CacheJob:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = hub.pick_device(config.device)
-    context = TeacherContext(
-        store, config.runs, config.context_length, device, document_mask=bool(config.document_mask)
-    )
+    masked = bool(config.document_mask)
+    context = TeacherContext(store, config.runs, config.context_length, device, masked, config.dtype)
     teacher = TEACHERS[plan.teacher.kind].make(plan.teacher, context)
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
     probe = _targets(teacher, Batch(token_11, token_11, (0,)), plan)
@@ -173,6 +172,7 @@ def load_job(plan: CachePlan) -> CacheJob:
             fingerprint=plan.teacher_fingerprint,
             forward_flops=teacher.forward_flops,
             notes=teacher.notes,
+            attn_implementation=_attention(plan.teacher),
         ),
         vocab_size=store.vocab_size,
         width=probe.hidden_NE.shape[1],
@@ -200,14 +200,15 @@ def load_job(plan: CachePlan) -> CacheJob:
     return CacheJob(plan, split, documents, device, teacher, head, codec, manifest)
 
 
-@torch.no_grad()
 def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> DenseTargets:
-    """Targets without the padded rows of the teacher's head, in the compute type of the config."""
-    half = plan.config.dtype == "bfloat16"
-    with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=half):
-        targets = teacher.targets(batch)
+    """Targets without the padded rows of the teacher's head."""
+    targets = teacher.targets(batch)
     assert isinstance(targets, DenseTargets)  # noqa: S101 - what every live teacher gives
     return targets.without_padding(plan.store.vocab_size)
+
+
+def _attention(teacher: LiveTeacher) -> str | None:
+    return None if isinstance(teacher, ControlTeacher) else teacher.attn_implementation
 
 
 def _id(teacher: LiveTeacher) -> str:

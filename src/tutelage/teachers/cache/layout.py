@@ -35,6 +35,7 @@ class TeacherRecord(Record, extra="forbid"):
         fingerprint: identity of its weights: SHA-256 of a model directory, name@commit on the Hub.
         forward_flops: FLOPs of its forward pass per token.
         notes: what the user should know about it, for example what was assumed.
+        attn_implementation: how it computed attention, where that was chosen.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class TeacherRecord(Record, extra="forbid"):
     fingerprint: str
     forward_flops: float
     notes: tuple[str, ...] = ()
+    attn_implementation: str | None = None
 
 
 class Layout(Record, extra="forbid"):
@@ -127,6 +129,8 @@ class CacheManifest(Record, extra="forbid"):
             mode="json",
             include={"store", "split", "document_mask", "dtype", "format", "temperature", "seed"},
         ) | {"teacher": self.teacher.fingerprint, "context_length": self.layout.context_length}
+        if self.teacher.attn_implementation is not None:
+            content["attn_implementation"] = self.teacher.attn_implementation
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
