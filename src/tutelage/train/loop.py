@@ -9,13 +9,13 @@ from tutelage.errors import Stopped
 from tutelage.files import stop_signal
 from tutelage.progress import NullProgress, Progress
 from tutelage.train import distributed
+from tutelage.train.batches import BatchesAhead
 from tutelage.train.step import train_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tutelage.train.student import Student
-    from tutelage.types import Batch
 
 
 def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[Student], None]) -> None:
@@ -40,10 +40,10 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
         progress.note(f"resuming after step {first:,} of {last:,}")
     progress.start(stage, last, "steps", first)
     teacher = next((s.teacher for s in students if s.teacher is not None), None)
-    upcoming = _micro_batches(lead, first)
-    with stop_signal() as stop:
+    with stop_signal() as stop, _batches(lead, first) as ahead:
+        upcoming = ahead.next_step()
         for step in range(first, last):
-            batches, upcoming = upcoming, _micro_batches(lead, step + 1)
+            batches, upcoming = upcoming, ahead.next_step()
             if teacher is not None:
                 teacher.prefetch(upcoming)
             # One whose checkpoint is further along waits for the others.
@@ -71,9 +71,8 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
     progress.finish(stage)
 
 
-def _micro_batches(student: Student, step: int) -> list[Batch]:
-    """The batch of a step on this rank, in the pieces of one forward pass each."""
-    config, world = student.config, student.world
-    size = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
-    batch = student.loader.batch(step).to(world.device)
-    return [batch.rows(slice(start, start + size)) for start in range(0, len(batch.starts), size)]
+def _batches(student: Student, first: int) -> BatchesAhead:
+    """The batches of this rank, which all students of a cohort read."""
+    config = student.config
+    piece = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
+    return BatchesAhead(student.loader, first, piece, student.world.device)

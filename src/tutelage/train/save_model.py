@@ -13,6 +13,7 @@ from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTe
 from tutelage.data.store import open_store
 from tutelage.models import hub
 from tutelage.models.export import card
+from tutelage.train.layers import eagerly
 
 if TYPE_CHECKING:
     from tutelage.config.run_config import RunConfig
@@ -30,7 +31,8 @@ def export(student: Student) -> None:
     """
     directory, store = student.directory, open_store(student.config.data.store)
     text = _card(student, store)
-    difference = hub.save(student.model, directory.model, store.path, student.base, text)
+    with eagerly():
+        difference = hub.save(student.model, directory.model, store.path, student.base, text)
     directory.write_state("running", export={"largest_logit_difference": difference})
 
 

@@ -19,6 +19,7 @@ from tutelage.models.packed import check_documents
 from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.teachers.cache.reader import check_serves
+from tutelage.train.layers import prepare_layers
 from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.student import Student
 
@@ -90,6 +91,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     _check_stage(config, store)
     start = _starting_model(config, store)
     model = start.model.to(world.device)
+    notes = prepare_layers(model, config.runtime, world.device)
     steps = _steps(config, sum(p.numel() for p in model.parameters()))
     return Student(
         config=config,
@@ -108,7 +110,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
         steps=steps,
         lr=start.lr,
         base=start.base,
-        notes=start.notes,
+        notes=(*start.notes, *notes),
     )
 
 

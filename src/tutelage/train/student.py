@@ -16,6 +16,7 @@ from tutelage.models.flops import model_forward_flops, training_flops
 from tutelage.train import distributed
 from tutelage.train.checkpoint import Checkpoints, Counters
 from tutelage.train.guard import Guard, advice, are_finite
+from tutelage.train.layers import eagerly
 from tutelage.train.optim import learning_rate
 from tutelage.train.trackers import open_tracker
 
@@ -183,7 +184,8 @@ class Student:
         if self.step == 0 or self.step % max(1, every // self.config.global_batch_tokens):
             return
         began = time.perf_counter()
-        evaluate(self)
+        with eagerly():
+            evaluate(self)
         self.model.train()
         seconds = time.perf_counter() - began
         step, logged = self._logged
