@@ -8,7 +8,8 @@ logit gradient is softmax(s) minus that mixture: one softmax, one pass. The row 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from tutelage.objective.checks import check_inputs
 from tutelage.objective.divergences import DIVERGENCES
 from tutelage.objective.gates import token_stats
 from tutelage.objective.kernels import dense_rows, sparse_rows
-from tutelage.objective.products import HeadProducts, dense_logits, weight_and_bias
+from tutelage.objective.products import HeadProducts, dense_logits, transform_, weight_and_bias
 from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
 from tutelage.types import (
     IGNORE_INDEX,
@@ -31,7 +32,6 @@ from tutelage.types import (
     Rows,
     SparseTargets,
     Targets,
-    transformed,
 )
 
 if TYPE_CHECKING:
@@ -172,18 +172,18 @@ class _ChunkedObjective(torch.autograd.Function):
             for x in (hidden_ND, weight_VD, bias_V)
         )
         sums = torch.zeros(5, dtype=head.dtype, device=hidden_ND.device)
-        targets = _cut_to(plan.targets, vocab)
         dense = plan.targets is not None and not isinstance(plan.targets, SparseTargets)
         size = plan.objective.chunk_tokens or default_chunk_tokens(
             vocab, hidden_ND.device.type, dense, plan.objective
         )
-        for rows in _chunks(plan.labels_N, size):
+        chunks = list(_chunks(plan.labels_N, size))
+        largest = len(plan.labels_N[chunks[0]])
+        head = head.keeping_logits(largest)
+        teacher = _Teaching.of(plan.targets, vocab, largest)
+        for rows in chunks:
             hidden_CD = hidden_ND[rows]
             chunk_sums, gradient_CV = _chunk(
-                _logits(hidden_CD, head, bias_V, plan.transform),
-                plan.labels_N[rows],
-                None if targets is None else targets.rows(rows),
-                plan,
+                _logits(hidden_CD, head, bias_V, plan.transform), plan.labels_N[rows], teacher, rows, plan
             )
             sums += chunk_sums
             if d_hidden is not None:
@@ -192,7 +192,7 @@ class _ChunkedObjective(torch.autograd.Function):
                 head.add_to_weight(d_weight[:vocab], gradient_CV, hidden_CD)
             if d_bias is not None:
                 d_bias[:vocab] += gradient_CV.sum(0)
-            del gradient_CV  # or the next chunk's logits would stand beside it
+            del gradient_CV  # where it is not in the place of the logits, it would stand beside the next ones
         ctx.gradients = d_hidden, d_weight, d_bias
         # Copies, since a view among the outputs of a function could not be changed in place.
         loss, *metrics = (total.clone() for total in sums)
@@ -217,20 +217,33 @@ class _ChunkedObjective(torch.autograd.Function):
 
 
 def _chunks(labels_N: Tensor, size: int) -> Iterator[Rows]:
-    """Yield the tokens that have a label in chunks, at least one, so that gates are always called."""
+    """Yield the tokens that have a label in chunks, at least one, so that gates are always called.
+
+    Chunks of equal size: as few as chunks of `size` would be, but none of the heads is read for a few tokens.
+    """
     kept_K = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
     everything = len(kept_K) == len(labels_N)
+    count = max(1, math.ceil(len(kept_K) / size))
+    size = max(1, math.ceil(len(kept_K) / count))
     for start in range(0, max(1, len(kept_K)), size):
         rows = slice(start, start + size)
         yield rows if everything else kept_K[rows]
 
 
-def _cut_to(targets: Targets | None, vocab: int) -> Targets | None:
-    """Drop padded rows of the teacher's head, and convert it once to the dtype of its products."""
-    if not isinstance(targets, DenseTargets):
-        return targets
-    targets = targets.without_padding(vocab)
-    return replace(targets, head_VE=HeadProducts.of(targets.hidden_NE, targets.head_VE).weight_VD)
+@dataclass(frozen=True, slots=True)
+class _Teaching:
+    """The targets of a call, and the products of the teacher's head if it has one, made once for all chunks."""
+
+    targets: Targets
+    head: HeadProducts | None
+
+    @classmethod
+    def of(cls, targets: Targets | None, vocab: int, tokens: int) -> _Teaching | None:
+        """Leave out padded rows of the teacher's head, and make room for the logits of `tokens` tokens."""
+        if not isinstance(targets, DenseTargets):
+            return None if targets is None else cls(targets, None)
+        targets = targets.without_padding(vocab)
+        return cls(targets, HeadProducts.of(targets.hidden_NE, targets.head_VE).keeping_logits(tokens))
 
 
 def _logits(
@@ -239,11 +252,11 @@ def _logits(
     logits_CV = head.logits(hidden_CD)
     if bias_V is not None:
         logits_CV += bias_V[: logits_CV.shape[1]]
-    return transformed(logits_CV, transform)
+    return transform_(logits_CV, transform)
 
 
 def _chunk(
-    student_CV: Tensor, labels_C: Tensor, targets: Targets | None, plan: _Plan
+    student_CV: Tensor, labels_C: Tensor, teaching: _Teaching | None, rows: Rows, plan: _Plan
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss sums [5] of one chunk and the gradient of its head's output.
 
@@ -251,14 +264,16 @@ def _chunk(
     """
     objective = plan.objective
     transform_grad_CV = logit_transform_grad(student_CV, plan.transform)
-    if targets is None:
+    if teaching is None:
         ce_C, gradient_CV = _cross_entropy(student_CV, labels_C)
         ce_weight_C, kd_C = torch.ones_like(ce_C), torch.zeros_like(ce_C)
         alpha_C = kd_weight_C = teacher_ce_C = kd_C
     else:
-        teacher_CV = None
-        if not isinstance(targets, SparseTargets):
-            teacher_CV = dense_logits(targets, slice(None), student_CV.shape[1]).to(student_CV.dtype)
+        targets, teacher_CV = teaching.targets, None
+        if isinstance(targets, SparseTargets):
+            targets = targets.rows(rows)
+        else:
+            teacher_CV = dense_logits(targets, rows, student_CV.shape[1], teaching.head).to(student_CV.dtype)
         alpha_C = _alpha(student_CV, teacher_CV, labels_C, targets, plan)
         ce_weight_C, kd_weight_C = objective.weights(alpha_C)
         ce_C, d_C, teacher_ce_C, gradient_CV = _teach(
@@ -271,7 +286,7 @@ def _chunk(
         )
         kd_C = objective.kd_scale * d_C
     if transform_grad_CV is not None:
-        gradient_CV = gradient_CV * transform_grad_CV
+        gradient_CV.mul_(transform_grad_CV)
     loss_C = ce_weight_C * ce_C + kd_weight_C * kd_C
     return torch.stack([loss_C, ce_C, kd_C, teacher_ce_C, alpha_C]).sum(1), gradient_CV
 

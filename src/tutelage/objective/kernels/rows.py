@@ -1,9 +1,8 @@
 """Row kernels in torch: few passes over memory, in place, as many rows at a time as fit the cache.
 
-Both functions mix cross-entropy with forward KL and replace the student's logits by the gradient. Softmax
-reads a row once more than log-softmax would, but takes one exponential per entry instead of two, and the
-exponentials dominate the cost. The softmax's largest entry is exactly 1 / Z, because the row's maximum is
-subtracted from the logits first, and gives log Z.
+Both functions mix cross-entropy with forward KL and replace the student's logits by the gradient. They hold
+exponentials of logits minus their maximum, and their sum Z, instead of softmax or log-softmax: one
+exponential per entry and no division, because 1 / Z goes into the factors that rows are multiplied by anyway.
 """
 
 from __future__ import annotations
@@ -122,27 +121,28 @@ def _dense_block(
     teacher_BV = teacher_BV.to(s_BV.dtype)
     t_BV = teacher_BV - teacher_BV.amax(-1, keepdim=True)
     gold_logit_B1, teacher_gold_logit_B1 = s_BV.gather(1, gold_B1), t_BV.gather(1, gold_B1)
-    p_BV = t_BV.softmax(-1)
-    teacher_log_z_B1 = _log_z(p_BV)
-    teacher_ce_B1 = teacher_log_z_B1 - teacher_gold_logit_B1
-    heated = temperature != 1.0
+    p_BV = t_BV.exp()
+    z_p_B1 = _sum(p_BV)
+    teacher_ce_B1 = z_p_B1.log() - teacher_gold_logit_B1
+    q_1_BV, heated = s_BV, temperature != 1.0
     if heated:
-        q_1_BV = s_BV.softmax(-1)
-        torch.softmax(t_BV.div_(temperature), -1, out=p_BV)
-        teacher_log_z_B1 = _log_z(p_BV)
+        q_1_BV = s_BV.exp()
+        torch.exp(t_BV.div_(temperature), out=p_BV)
+        z_p_B1 = _sum(p_BV)
         s_BV.div_(temperature)
-    # nansum: an entry that is -inf on both sides is 0 * nan. A nan logit still shows, in both log Z.
-    ratio_B1 = t_BV.sub_(s_BV).mul_(p_BV).nansum(-1, keepdim=True)
-    torch.softmax(s_BV, -1, out=s_BV)
-    log_z_B1 = _log_z(s_BV)
-    kd_B1 = ratio_B1 - (teacher_log_z_B1 - log_z_B1)
+    # nansum: an entry that is -inf on both sides is 0 * nan. A nan logit still shows, in both Z.
+    ratio_B1 = t_BV.sub_(s_BV).mul_(p_BV).nansum(-1, keepdim=True) / z_p_B1
+    z_q_B1 = _sum(s_BV.exp_())
+    kd_B1 = ratio_B1 - (z_p_B1.log() - z_q_B1.log())
+    z_1_B1 = _sum(q_1_BV) if heated else z_q_B1
+    ce_B1 = z_1_B1.log() - gold_logit_B1
+    kd_weight_B1 = kd_weight_B1 / temperature
     if heated:
-        ce_B1 = _log_z(q_1_BV) - gold_logit_B1
-        s_BV.sub_(p_BV).mul_(kd_weight_B1 / temperature).addcmul_(q_1_BV, ce_weight_B1)
+        s_BV.mul_(kd_weight_B1 / z_q_B1).addcmul_(q_1_BV, ce_weight_B1 / z_1_B1)
     else:
         # CE against the label and KL against p share their softmax: cross-entropy against a mixture.
-        ce_B1 = log_z_B1 - gold_logit_B1
-        s_BV.mul_(ce_weight_B1 + kd_weight_B1).addcmul_(p_BV, kd_weight_B1, value=-1.0)
+        s_BV.mul_((ce_weight_B1 + kd_weight_B1) / z_q_B1)
+    s_BV.addcmul_(p_BV, kd_weight_B1 / z_p_B1, value=-1.0)
     s_BV.scatter_add_(1, gold_B1, -ce_weight_B1.to(s_BV.dtype))
     return torch.cat([ce_B1, kd_B1, teacher_ce_B1], 1).T
 
@@ -162,10 +162,12 @@ def _sparse_block(
     if temperature == 1.0:
         max_B1, log_z_B1, kd_B1 = _teach(s_BV, slots, ce_weight_B1, kd_weight_B1)
     else:
-        q_1_BV = s_BV.softmax(-1)
-        max_B1, log_z_B1 = s_BV.amax(-1, keepdim=True), _log_z(q_1_BV)
+        max_B1 = s_BV.amax(-1, keepdim=True)
+        q_1_BV = (s_BV - max_B1).exp_()
+        z_1_B1 = _sum(q_1_BV)
+        log_z_B1 = z_1_B1.log()
         _, _, kd_B1 = _teach(s_BV.div_(temperature), slots, torch.zeros_like(ce_weight_B1), kd_weight_B1)
-        s_BV.addcmul_(q_1_BV, ce_weight_B1)
+        s_BV.addcmul_(q_1_BV, ce_weight_B1 / z_1_B1)
     s_BV.scatter_add_(1, gold_B1, -ce_weight_B1)
     return torch.cat([(max_B1 - gold_logit_B1) + log_z_B1, kd_B1], 1).T
 
@@ -177,7 +179,8 @@ def _teach(
 
     The softmax runs over the entries that are not kept, if these form a bucket, and over all entries
     otherwise. It is then the student's distribution *given* the bucket, which is what the bucket's
-    gradient needs and which loses nothing when the bucket's mass is 1e-70.
+    gradient needs and which loses nothing when the bucket's mass is 1e-70. Its division by Z is left to the
+    factor of the rows.
 
     Returns:
         (max_B1, log_z_B1, kd_B1): log-sum-exp of the logits is max + log_z.
@@ -187,8 +190,8 @@ def _teach(
     kept_BK = s_BV.gather(1, ids_BK)
     if not slots.has_bucket:
         max_B1 = s_BV.amax(-1, keepdim=True)
-        torch.softmax(s_BV, -1, out=s_BV)
-        log_z_B1 = _log_z(s_BV)
+        z_B1 = _sum(s_BV.sub_(max_B1).exp_())
+        log_z_B1 = z_B1.log()
         log_rest_B1 = torch.zeros_like(max_B1)
     else:
         unused_BK = p_BK == 0
@@ -197,17 +200,18 @@ def _teach(
         s_BV.scatter_add_(1, ids_BK, torch.full_like(p_BK, -torch.inf).masked_fill_(unused_BK, 0.0))
         rest_max_B1 = s_BV.amax(-1, keepdim=True)
         empty_B1 = rest_max_B1 == -torch.inf
-        s_BV.index_fill_(0, empty_B1.squeeze(1).nonzero().squeeze(1), 0.0)  # softmax of all -inf is nan
-        torch.softmax(s_BV, -1, out=s_BV)
+        # -inf - -inf is nan. Where nothing is left, exponentials of 0 stand in, and the factor is 0.
+        s_BV.index_fill_(0, empty_B1.squeeze(1).nonzero().squeeze(1), 0.0)
+        z_B1 = _sum(s_BV.sub_(rest_max_B1.masked_fill(empty_B1, 0.0)).exp_())
         tail_B1 = tail_B1.masked_fill(empty_B1, 0.0)
         max_B1 = torch.maximum(rest_max_B1, kept_BK.amax(-1, keepdim=True))
-        rest_B1 = rest_max_B1 - max_B1 + _log_z(s_BV)
+        rest_B1 = rest_max_B1 - max_B1 + z_B1.log()
         log_z_B1 = torch.cat([rest_B1, kept_BK - max_B1], 1).logsumexp(-1, keepdim=True)
         log_rest_B1 = rest_B1 - log_z_B1
     log_q_BK = kept_BK - max_B1 - log_z_B1
     kd_B1 = _slot_kl(p_BK, log_q_BK).sum(-1, keepdim=True) + _slot_kl(tail_B1, log_rest_B1)
     whole_B1 = extra_B1 + kd_weight_B1 * (p_BK.sum(-1, keepdim=True) + tail_B1)
-    s_BV.mul_(whole_B1 * log_rest_B1.exp() - kd_weight_B1 * tail_B1)
+    s_BV.mul_((whole_B1 * log_rest_B1.exp() - kd_weight_B1 * tail_B1) / z_B1)
     gradient_BK = -kd_weight_B1 * p_BK
     if slots.has_bucket:  # unused slots: log q is -inf, and adds nothing
         gradient_BK.addcmul_(log_q_BK.exp(), whole_B1)
@@ -220,9 +224,8 @@ def _slot_kl(p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p == 0, 0.0, p * (p.log() - log_q))
 
 
-def _log_z(softmax_BV: Tensor) -> Tensor:
-    """Read log Z off a softmax of logits minus their maximum, whose largest entry is 1 / Z."""
-    return -softmax_BV.amax(-1, keepdim=True).log_()
+def _sum(rows_BV: Tensor) -> Tensor:
+    return rows_BV.sum(-1, keepdim=True)
 
 
 def _outputs(count: int, student_CV: Tensor) -> Tensor:
