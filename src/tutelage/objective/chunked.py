@@ -232,7 +232,7 @@ def _chunks(labels_N: Tensor, size: int) -> Iterator[Rows]:
 
 @dataclass(frozen=True, slots=True)
 class _Teaching:
-    """The targets of a call, and the products of the teacher's head if it has one, made once for all chunks."""
+    """The targets of a call and the products of the teacher's head, if it has one, for all chunks."""
 
     targets: Targets
     head: HeadProducts | None
@@ -294,7 +294,7 @@ def _chunk(
 def logit_transform_grad(student_CV: Tensor, transform: LogitTransform) -> Tensor | float | None:
     """Derivative of a logit transform, from its output; None where it is 1."""
     if transform.softcap is not None:
-        return transform.scale * (1 - (student_CV / transform.softcap) ** 2)
+        return (student_CV / transform.softcap).square_().neg_().add_(1.0).mul_(transform.scale)
     return None if transform.scale == 1.0 else transform.scale
 
 

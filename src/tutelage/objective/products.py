@@ -70,7 +70,7 @@ class HeadProducts:
         weight_VD: the head, in the dtype in which it is multiplied.
         dtype: of every result, float32 or float64.
         half: the dtype to which operands are rounded before they are multiplied; None for no rounding.
-        logits_SV: memory for the logits of up to S tokens, which every call of `logits` overwrites; None: each
+        logits_SV: memory for the logits of up to S tokens, overwritten by every call of `logits`; None: each
             call takes new memory.
     """
 
@@ -106,8 +106,8 @@ class HeadProducts:
             return self._half_product(hidden_CD.to(self.half), self.weight_VD.T)
         hidden_CD = hidden_CD.to(self.dtype)
         tokens, vocab = len(hidden_CD), len(self.weight_VD)
-        kept = self.logits_SV is not None
-        logits_CV = self.logits_SV[:tokens] if kept else hidden_CD.new_empty((tokens, vocab))
+        memory_SV = self.logits_SV
+        logits_CV = hidden_CD.new_empty((tokens, vocab)) if memory_SV is None else memory_SV[:tokens]
         if self.weight_VD.dtype == self.dtype:
             return torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
         for rows, weight_RD in self._wide_rows():
