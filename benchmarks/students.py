@@ -21,5 +21,5 @@ def opened(settings: dict[str, Any], teacher: Teacher | None = None) -> Student:
     world = distributed.start(config.runtime)
     student = open_student(config, RunDirectory(config.output / config.name), world)
     if config.teacher is not None:
-        student.learn_from(teacher or open_teacher(config, world.device))
+        student.learn_from(teacher or open_teacher(config, world))
     return student

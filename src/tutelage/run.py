@@ -193,7 +193,7 @@ def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student
     taught = [student for student in students if student.config.teacher is not None]
     if taught:
         # The teacher's cache is written here, if one is asked for.
-        teacher = open_teacher(taught[0].config, world.device, progress if world.is_main else None)
+        teacher = open_teacher(taught[0].config, world, progress if world.is_main else None)
         for student in taught:
             student.learn_from(teacher)
     if world.is_main:

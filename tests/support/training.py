@@ -39,7 +39,7 @@ def opened(config):
     world = distributed.start(config.runtime, config.parallel)
     student = open_student(config, RunDirectory(config.output / config.name), world)
     if config.teacher is not None:
-        student.learn_from(open_teacher(config, world.device))
+        student.learn_from(open_teacher(config, world))
     return student
 
 

@@ -121,7 +121,7 @@ def load(
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(not_finite(name, key))
-    _check_logits(model, name)
+    check_logits(model, name)
     return model
 
 
@@ -236,10 +236,14 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel, name: str) -> None:
+def check_logits(model: PreTrainedModel, name: str) -> None:
     """Run four tokens: an unknown config field must not give silently wrong probabilities.
 
-    The head over the hidden states must give the model's own logits, and a token must not see the next.
+    The head over the hidden states must give the model's own logits, and a token must not see the next. Where
+    processes share the weights, all of them call this within a call of the sharded root.
+
+    Raises:
+        UserError: they are not, or the model needs more than tokens; begins with `name`.
     """
     family = type(model).__name__
     try:
@@ -274,11 +278,12 @@ def check_length(model: PreTrainedModel, what: str, length: int) -> str | None:
     """Check that a model can read `length` tokens at once.
 
     Position tables have an end; rotary and linear positions can be computed beyond the trained length, with
-    worse predictions. A model without rotary positions is run on one sequence. Call this while the model
-    is on the CPU: on a GPU, a wrong index ends the process.
+    worse predictions. A model without rotary positions is run on one sequence, on the CPU: on a GPU, a wrong
+    index ends the process. One without weights, which are yet to be sharded, cannot be tried: it is taken to
+    have no positions beyond its length.
 
     Args:
-        model: on the CPU.
+        model: on the CPU, or on the meta device.
         what: begins the message.
         length: tokens.
 
@@ -291,18 +296,27 @@ def check_length(model: PreTrainedModel, what: str, length: int) -> str | None:
     limit = trained_length(model.config)
     if limit is None or length <= limit:
         return None
-    if not any("Rotary" in type(module).__name__ for module in model.modules()):
-        try:
-            model.get_decoder()(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
-        except (IndexError, RuntimeError, ValueError):
-            raise UserError(
-                f"{what}: it has {limit:,} positions, and sequences of {length:,} tokens are asked for; "
-                f"make them no longer than {limit:,}"
-            ) from None
+    rotary = any("Rotary" in type(module).__name__ for module in model.modules())
+    if not rotary and not _reads(model, length):
+        raise UserError(
+            f"{what}: it has {limit:,} positions, and sequences of {length:,} tokens are asked for; "
+            f"make them no longer than {limit:,}"
+        )
     return (
         f"{what}: it was made for sequences of {limit:,} tokens and reads {length:,} here; beyond its length "
         "its predictions can be poor"
     )
+
+
+def _reads(model: PreTrainedModel, length: int) -> bool:
+    """Whether a model runs on `length` tokens."""
+    if model.device.type == "meta":
+        return False
+    try:
+        model.get_decoder()(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def save(

@@ -11,15 +11,18 @@ from tutelage.config.teacher_config import RunTeacher
 from tutelage.data.store import token_counts
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
-from tutelage.models import hub
+from tutelage.models import hub, slices
 from tutelage.models.flops import model_forward_flops
 from tutelage.models.packed import check_documents
+from tutelage.models.sharding import Sharding
 from tutelage.teachers.cache.reader import CachedTeacher, check_serves, open_cache
 from tutelage.teachers.live import FixedTeacher, OnlineTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from torch.distributed.device_mesh import DeviceMesh
 
     from tutelage.config.objective_config import ObjectiveConfig
     from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTeacher
@@ -39,6 +42,7 @@ class TeacherContext:
         runs: directory that holds the run of a teacher of kind run; caches lie in `caches` beside it.
         context_length: tokens per sequence.
         device: where targets are wanted.
+        mesh: the processes that share the teacher; None for one.
         document_mask: whether the documents of a sequence are kept apart.
         dtype: what a teacher of dtype auto computes in.
         objective: of the student that learns from it; None where a cache is written for any student.
@@ -48,6 +52,7 @@ class TeacherContext:
     runs: Path
     context_length: int
     device: torch.device
+    mesh: DeviceMesh | None = None
     document_mask: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     objective: ObjectiveConfig | None = None
@@ -79,13 +84,26 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
         setting="teacher.assume_same_tokenizer",
     )
     dtype = _DTYPES[context.dtype if config.dtype == "auto" else config.dtype]
-    model = hub.load(path, revision, dtype, config.attn_implementation)
+    described = path, revision, dtype, config.attn_implementation
+    pending = None if context.mesh is None else slices.describe(*described)
+    model = hub.load(*described) if pending is None else pending.model
     beyond = hub.check_length(model, what, context.context_length)
-    if context.document_mask:
-        check_documents(hub.body_and_head(model)[0], what)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], context.store)
-    return OnlineTeacher(model.to(context.device), model_forward_flops(model, context.context_length), notes)
+    flops = model_forward_flops(model, context.context_length)
+    if context.mesh is None or config.placement == "replicate":
+        teacher = OnlineTeacher(model, flops, notes)
+    else:
+        sharding = Sharding(context.mesh, None, config.reshard_after_forward)
+        teacher = OnlineTeacher(model, flops, notes, sharding)
+    if pending is None:
+        model.to(context.device)
+    else:
+        pending.load(context.device)
+        teacher.use(lambda loaded: hub.check_logits(loaded, path))
+    if context.document_mask:
+        teacher.use(lambda loaded: check_documents(hub.body_and_head(loaded)[0], what))
+    return teacher
 
 
 def _unigram(_config: ControlTeacher, context: TeacherContext) -> FixedTeacher:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from tutelage.models.hub import body_and_head, logit_transform
 from tutelage.models.packed import hidden_states
+from tutelage.models.sharding import shard_model
 from tutelage.objective.products import HALVES, weight_and_bias
 from tutelage.types import DenseTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from tutelage.config.teacher_config import Format
+    from tutelage.models.sharding import Sharding
     from tutelage.types import Batch, Targets
+
+Result = TypeVar("Result")
 
 
 class Teacher(ABC):
@@ -38,6 +44,9 @@ class Teacher(ABC):
     def prefetch(self, batches: Sequence[Batch]) -> None:  # noqa: B027 - most have nothing to fetch
         """Announce the batches of the next step, so that their targets can be read meanwhile."""
 
+    def release(self) -> None:  # noqa: B027 - most hold nothing
+        """Free what the targets of a step needed; they are not valid any more."""
+
     @abstractmethod
     def targets(self, batch: Batch) -> Targets:
         """Distributions for all B*T positions of `batch`, flattened row by row, without gradient."""
@@ -45,30 +54,70 @@ class Teacher(ABC):
 
 
 class OnlineTeacher(Teacher):
-    """A causal language model, frozen, in eval mode.
+    """A causal language model, frozen, in eval mode; on each process whole, or shared by all of them.
 
     Args:
-        model: whose weights have the dtype it computes in; of half precision, under autocast.
+        model: whose weights have the dtype it computes in; of half precision, under autocast. It may be on
+            the meta device yet, to be loaded once it is sharded.
         forward_flops: of its forward pass per token.
         notes: what the user should know about it.
+        sharding: how its weights are divided over processes; None: this process has them all.
     """
 
-    def __init__(self, model: PreTrainedModel, forward_flops: float, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward_flops: float,
+        notes: tuple[str, ...] = (),
+        sharding: Sharding | None = None,
+    ) -> None:
         model.eval().requires_grad_(requires_grad=False)
         self._dtype = model.dtype
-        self._body, head = body_and_head(model)
-        self._weight_VE, self._bias_V = weight_and_bias(head)
+        self._head = body_and_head(model)[1]
         self._transform = logit_transform(model)
+        self._root = _Root(model)
+        if sharding is not None:
+            shard_model(model, sharding, self._root)
         self.forward_flops = forward_flops
         self.notes = notes
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> DenseTargets:
-        """Last hidden states and the output embedding; the objective forms logits chunk by chunk."""
+        """Last hidden states and the output embedding; the objective forms logits chunk by chunk.
+
+        A sharded head is gathered by the first micro-batch of a step and stays until `release`.
+        """
         half = self._dtype in HALVES
         with torch.autocast(batch.tokens_BT.device.type, self._dtype if half else None, enabled=half):
-            hidden_BTE = hidden_states(self._body, batch)
-        return DenseTargets(hidden_BTE.flatten(0, 1), self._weight_VE, self._transform, self._bias_V)
+            hidden_BTE = self._root(lambda model: hidden_states(model.get_decoder(), batch))
+        if isinstance(self._head, FSDPModule):  # a head that is the embedding too has come with the root
+            self._head.unshard()
+        weight_VE, bias_V = weight_and_bias(self._head)
+        return DenseTargets(hidden_BTE.flatten(0, 1), weight_VE, self._transform, bias_V)
+
+    def release(self) -> None:
+        """Free what was gathered of sharded weights: head, last norm, layers that are kept for the step."""
+        if isinstance(self._root, FSDPModule):
+            self._root.reset_iter_state()
+
+    @torch.no_grad()
+    def use(self, work: Callable[[PreTrainedModel], object]) -> None:
+        """Let a function run the model, for example to check it; all processes that share it call this."""
+        try:
+            self._root(work)
+        finally:
+            self.release()
+
+
+class _Root(nn.Module):
+    """A model of which every use is one call, around which FSDP2 gathers what belongs to no layer."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[PreTrainedModel], Result]) -> Result:
+        return work(self.model)
 
 
 class FixedTeacher(Teacher):

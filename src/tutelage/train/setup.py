@@ -114,7 +114,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     )
 
 
-def open_teacher(config: RunConfig, device: torch.device, progress: Progress | None = None) -> Teacher:
+def open_teacher(config: RunConfig, world: World, progress: Progress | None = None) -> Teacher:
     """Open the teacher of a run that has one; if its targets are to be cached, write what is missing first.
 
     Raises:
@@ -126,9 +126,10 @@ def open_teacher(config: RunConfig, device: torch.device, progress: Progress | N
         open_store(config.data.store),
         config.output,
         config.data.sequence_length,
-        device,
-        document_mask=bool(config.data.document_mask),
-        dtype="float32" if _half_dtype(config, device) is None else "bfloat16",
+        world.device,
+        world.mesh,
+        bool(config.data.document_mask),
+        "float32" if _half_dtype(config, world.device) is None else "bfloat16",
         objective=config.objective,
     )
     return make_teacher(config.teacher, context, progress)

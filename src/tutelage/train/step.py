@@ -81,6 +81,9 @@ def train_step(inputs: Sequence[StepInputs], micro_batches: Sequence[Batch]) -> 
             (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
             metrics = sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
             total.add_(torch.stack([sums.loss.detach(), *metrics]))
+    for one in inputs:
+        if one.student.teacher is not None:
+            one.student.teacher.release()
     return [_update(one, total, valid) for one, total in zip(inputs, totals, strict=True)]
 
 

@@ -25,9 +25,9 @@ from transformers.utils import logging
 from tutelage.errors import UserError
 from tutelage.models.directory import weights_fingerprint
 from tutelage.models.hub import (
-    _check_logits,
     body_and_head,
     build,
+    check_logits,
     head_logits,
     load,
     logit_transform,
@@ -276,7 +276,7 @@ def test_a_head_that_is_more_than_a_matrix_and_a_bias_is_refused():
     with pytest.raises(UserError, match="GPTJForCausalLM: it cannot teach or learn here: head"):
         body_and_head(model)
     with pytest.raises(UserError, match="some/path: GPTJForCausalLM"):
-        _check_logits(model, "some/path")
+        check_logits(model, "some/path")
 
 
 class _Doubling(LlamaForCausalLM):
@@ -289,9 +289,9 @@ class _Doubling(LlamaForCausalLM):
 
 
 def test_load_finds_out_by_trying_when_no_field_says_so(model):
-    _check_logits(model, "plain")
+    check_logits(model, "plain")
     with pytest.raises(UserError, match="odd: _Doubling computes its logits in a way not known here"):
-        _check_logits(_Doubling(model.config), "odd")
+        check_logits(_Doubling(model.config), "odd")
 
 
 def test_the_fingerprint_follows_weights_and_shape_and_nothing_else(model, saved, store, tmp_path):

@@ -159,8 +159,14 @@ def load_job(plan: CachePlan) -> CacheJob:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = hub.pick_device(config.device)
-    masked = bool(config.document_mask)
-    context = TeacherContext(store, config.runs, config.context_length, device, masked, config.dtype)
+    context = TeacherContext(
+        store,
+        config.runs,
+        config.context_length,
+        device,
+        document_mask=bool(config.document_mask),
+        dtype=config.dtype,
+    )
     teacher = TEACHERS[plan.teacher.kind].make(plan.teacher, context)
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
     probe = _targets(teacher, Batch(token_11, token_11, (0,)), plan)
