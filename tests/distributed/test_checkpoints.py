@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 
+import killed_ranks
 import pytest
 import sharded_checkpoints as sharded
 import torch
 import yaml
+from training import assert_same_weights, losses
 
 from tutelage.run_directory import RunDirectory
 from tutelage.train.checkpoint import Checkpoints, Counters
@@ -90,3 +92,16 @@ def test_two_processes_then_one_then_four(make_config, written):
             "step-000000001: cannot be written .No space left on device.; earlier checkpoints are intact;",
             told.read_text(),
         )
+
+
+def test_a_process_that_is_killed_at_random_costs_nothing_but_time(make_config, tmp_path):
+    config = make_config(tokens=40 * 256, checkpoint={"every": 2 * 256})
+    file, whole, killed = tmp_path / "run.yaml", tmp_path / "whole", tmp_path / "killed"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, killed_ranks.__file__, str(file), str(whole), str(killed), "1", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (RunDirectory(next(output.iterdir())) for output in (whole, killed))
+    assert losses(first) == losses(second)
+    assert_same_weights(first, second)
+    assert not list(second.checkpoints.glob(".*"))

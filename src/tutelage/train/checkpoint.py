@@ -148,7 +148,10 @@ class Checkpoints:
         _make_room(model, optimizer, stored)
         state = _state(model, optimizer)
         _check_tensors(path, stored, state)
-        _load_state_dict(state, reader, self._group, no_dist=self._group is None)
+        try:
+            _load_state_dict(state, reader, self._group, no_dist=self._group is None)
+        except CheckpointException as error:
+            raise _cause(error) from None
         return Counters(**read_counters(path))
 
     def save(
@@ -215,7 +218,7 @@ class Checkpoints:
         except CheckpointException as error:  # the same on every process; all have stopped writing
             if self._world.is_main:
                 shutil.rmtree(writer.unfinished, ignore_errors=True)
-            cause = error.failures[min(error.failures)][0]
+            cause = _cause(error)
             if isinstance(cause, OSError):
                 raise _NotWrittenError(
                     f"{path}: cannot be written ({cause.strerror}); earlier checkpoints are intact"
@@ -252,6 +255,11 @@ class Checkpoints:
         values = [value] * self._world.size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What went wrong on the first process that says so, the same on all of them."""
+    return error.failures[min(error.failures)][0]
 
 
 class _NotWrittenError(Exception):
