@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import sharded_checkpoints as sharded
 import torch
 import yaml
+from small_disk import small_disk
 from training import assert_same_weights, losses
 
 from tutelage.run_directory import RunDirectory
@@ -26,29 +26,17 @@ ALONE = World(torch.device("cpu"))
 
 
 @pytest.fixture
-def full_disk(tmp_path):
-    """A directory on a disk with room for less than a checkpoint, or None where none can be mounted."""
-    place = tmp_path / "full"
-    place.mkdir()
-    mount = ("mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place))
-    if os.name == "nt" or subprocess.run(mount, capture_output=True, check=False).returncode:
-        yield None
-        return
-    yield place
-    subprocess.run(("umount", str(place)), check=True)
+def start(make_config, tmp_path):
+    """A function that lets two processes, then one, then four save; further arguments go to the script."""
 
+    def call(*places):
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+        command = [sys.executable, sharded.__file__, file, *places]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
 
-@pytest.fixture
-def written(make_config, full_disk, tmp_path):
-    """What two processes, then one, then four have left; and what two said about damage and a full disk."""
-    file, directory = tmp_path / "run.yaml", tmp_path / "run-1"
-    file.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
-    places = [file, directory] if full_disk is None else [file, directory, full_disk]
-    done = subprocess.run(
-        [sys.executable, sharded.__file__, *places], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return tmp_path
+    return call
 
 
 def resumed(config, directory):
@@ -65,16 +53,17 @@ def assert_resumes_from(config, directory, counters):
     sharded.assert_equal(sharded.state(model, optimizer), sharded.reference(config, counters.step))
 
 
-def test_two_processes_then_one_then_four(make_config, written):
+def test_two_processes_then_one_then_four(make_config, start, tmp_path):
     config = make_config()
+    start(tmp_path / "run-1")
     for processes, first, last in ((2, 0, 3), (1, 3, 5), (4, 5, 8)):
-        directory = written / f"after{processes}-1"
+        directory = tmp_path / f"after{processes}-1"
         assert_resumes_from(config, directory, Counters(last))
         # The first save held what was there when it was asked for, although training went on.
         shutil.rmtree(directory / "checkpoints" / f"step-{last:09d}")
         assert_resumes_from(config, directory, Counters(first + 1, 0.5, policy={"rank": 0.0}))
 
-    newest = written / "run-1" / "checkpoints" / "step-000000008"
+    newest = tmp_path / "run-1" / "checkpoints" / "step-000000008"
     manifest = CheckpointManifest.read(newest)
     assert (manifest.origin.replicate, manifest.origin.shard) == (2, 2)
     # Both copies of the model take part, and nothing is written twice.
@@ -85,13 +74,17 @@ def test_two_processes_then_one_then_four(make_config, written):
     assert re.search(
         "step-000000008: cannot be resumed from .shard-00004.safetensors is damaged: .*; remove it to resume "
         "from step-000000006, which is intact",
-        (written / "damaged-1" / "message").read_text(),
+        (tmp_path / "damaged-1" / "message").read_text(),
     )
-    if (told := written / "full-message").exists():
-        assert re.search(
-            "step-000000001: cannot be written .No space left on device.; earlier checkpoints are intact;",
-            told.read_text(),
-        )
+
+
+def test_all_processes_say_that_a_disk_is_full(start, tmp_path):
+    with small_disk(tmp_path / "full", "300k"):
+        start("-", tmp_path / "full")
+    assert re.search(
+        "step-000000001: cannot be written .No space left on device.; earlier checkpoints are intact;",
+        (tmp_path / "message").read_text(),
+    )
 
 
 def test_a_process_that_is_killed_at_random_costs_nothing_but_time(make_config, tmp_path):

@@ -3,7 +3,8 @@
 Gradients are made up whole, by step and name, and AdamW works by element. So weights and moments after a
 step are the same bits however they are divided, and can be compared with one process that never saved.
 
-    python sharded_checkpoints.py CONFIG DIRECTORY [FULL]
+    python sharded_checkpoints.py CONFIG DIRECTORY
+    python sharded_checkpoints.py CONFIG - FULL
 
 FULL is a directory on a disk without space.
 """
@@ -149,8 +150,8 @@ def meet_full_disk(config, directory, report):
     distributed.stop()
 
 
-def main(config, directory, full):
-    """Two processes, one, and four of which two share a copy; then what can go wrong."""
+def main(config, directory):
+    """Two processes, one, and four of which two share a copy; then two that meet a flipped bit."""
     hybrid = config.model_copy(update={"parallel": ParallelConfig(replicate=2)})
     for processes, layout, steps in ((2, config, 3), (1, config, 5), (4, hybrid, 8)):
         forked_ranks.run(processes, partial(resume_and_save, layout, directory, steps))
@@ -159,13 +160,14 @@ def main(config, directory, full):
     shutil.copytree(directory, damaged)
     flip_a_bit(damaged / "checkpoints", -1)
     forked_ranks.run(2, partial(meet_damage, config, damaged, damaged / "message"))
-    if full is not None:
-        forked_ranks.run(
-            2, partial(meet_full_disk, config, full / "run-1", directory.with_name("full-message"))
-        )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    path, place, *crowded = map(Path, sys.argv[1:])
-    main(load(RunConfig, path), place, crowded[0] if crowded else None)
+    path, place, *full = map(Path, sys.argv[1:])
+    settings = load(RunConfig, path)
+    if full:
+        told = full[0].with_name("message")
+        forked_ranks.run(2, partial(meet_full_disk, settings, full[0] / "run-1", told))
+    else:
+        main(settings, place)

@@ -11,10 +11,13 @@ import pytest
 import sharded_checkpoints as sharded
 import torch
 from safetensors.torch import load_file
+from small_disk import small_disk
+from training import Notes, assert_same_weights, losses
 
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
-from tutelage.run_directory import RunDirectory
+from tutelage.run import run
+from tutelage.run_directory import RunDirectory, run_id
 from tutelage.train.checkpoint import Checkpoints, Counters
 from tutelage.train.checkpoint_files import CheckpointManifest, write_tensors
 from tutelage.train.distributed import World
@@ -211,3 +214,32 @@ def test_a_manifest_says_who_wrote_it(saved):
     assert manifest.origin.run == "run-1"
     assert (manifest.origin.replicate, manifest.origin.shard) == (1, 1)
     assert manifest.origin.recipe["model"]["shape"] == "nano-50k"
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk_keeps_the_checkpoint_before(make_config, tmp_path, policy):
+    whole = run(make_config(output=str(tmp_path / "whole")))
+    config = make_config(checkpoint={"every": 4 * 256, "on_full_disk": policy})
+    directory = RunDirectory(config.output / run_id(config))
+    refused = (
+        r"step-000000008: cannot be written \(No space left on device\); earlier checkpoints are intact; "
+    )
+    with small_disk(directory.checkpoints, "1500k") as resize:  # of which a checkpoint takes 1000k
+        told = Notes()
+        if policy == "stop":
+            with pytest.raises(UserError, match=refused + "free some space and run the same command"):
+                run(config, told)
+            assert directory.state()["status"] == "failed"
+            assert directory.state()["step"] < 12
+        else:
+            run(config, told)
+            assert re.search(refused + "training goes on, and the next checkpoint is tried", told.warnings[0])
+            assert_same_weights(directory, whole)
+        assert names(directory) == ["step-000000004"]
+        if policy == "stop":
+            resize("10m")
+            told = Notes()
+            run(config, told)
+            assert "resuming after step 4 of 12" in told.notes
+            assert_same_weights(directory, whole)
+            assert losses(directory) == losses(whole)
