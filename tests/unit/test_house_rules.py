@@ -77,7 +77,8 @@ ALLOWED: dict[str, set[str]] = {
         "run_directory",
         "train",
     },
-    "study": _BASE | {"data", "models", "progress", "records", "run", "run_directory"},
+    "study": _BASE
+    | {"agreement", "data", "launch", "models", "processes", "progress", "records", "run", "run_directory"},
     "analysis": {
         "types",
         "errors",

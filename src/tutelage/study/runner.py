@@ -118,6 +118,7 @@ def run_all(
         UserError: some runs failed; the message lists them. What finished is kept.
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
+    _check_sizes(nodes, engine)
     state, reporter = RunnerState(nodes, engine, leases, failures, cohort), StudyReporter(progress, nodes)
     with stop_signal() as stop:
         state.refresh()
@@ -136,6 +137,16 @@ def run_all(
             f"{len(state.failed)} of {len(nodes)} runs failed; the others are finished and kept\n{lines}\n"
             "`tutelage study retry DIR` lets them be tried again"
         )
+
+
+def _check_sizes(nodes: Sequence[Node], engine: Engine) -> None:
+    """Refuse runs that take more processes than the engine has devices for one run."""
+    for node in nodes:
+        if (processes := node.config.parallel.processes) > engine.largest:
+            raise UserError(
+                f"run {node.id}: parallel.processes = {processes}, but only {engine.largest} can have a "
+                "device of their own here; give --workers one per device, or use a larger machine or cluster"
+            )
 
 
 @dataclass
@@ -184,7 +195,11 @@ class RunnerState:
         return not self.tasks and len(self.finished) + len(self.failed) == len(self.nodes)
 
     def start_ready(self) -> None:
-        """Fill the engine with free runs, those on which the costliest chains of runs wait first."""
+        """Fill the engine with free runs, those on which the costliest chains of runs wait first.
+
+        One that takes several processes waits until enough are free, and those behind it wait too: smaller
+        ones would keep it waiting for ever.
+        """
         now = time.monotonic()
         ready = [
             node
@@ -196,7 +211,7 @@ class RunnerState:
             and self._is_free(node)
         ]
         ready.sort(key=lambda node: -self._weights[node.id])
-        while ready and (free := self.engine.slots - len(self.tasks)) > 0:
+        while ready and (free := self._free_slots() // ready[0].config.parallel.processes) > 0:
             together = self._together(ready, free)
             ready = [node for node in ready if node not in together]
             taken = [node for node in together if self.leases.acquire(node.id, self._recipes[node.id])]
@@ -235,6 +250,12 @@ class RunnerState:
         theirs = {node.id for node in left if self._lease(node) == "theirs"}
         return StudyProgress(self.nodes, self._ours(), theirs, set(self.finished), dict(self.failed))
 
+    def _free_slots(self) -> int:
+        """Processes that the engine has room for."""
+        return self.engine.slots - sum(
+            members[0].config.parallel.processes for members in self.tasks.values()
+        )
+
     def _ours(self) -> set[str]:
         return {node.id for members in self.tasks.values() for node in members}
 
@@ -263,7 +284,7 @@ class RunnerState:
 def cohort_key(node: Node) -> str:
     """A key that is equal for students that `check_cohort` lets train together."""
     config = node.config
-    parts = (config.teacher, config.data, config.runtime)
+    parts = (config.teacher, config.data, config.runtime, config.parallel)
     rest = [config.stage, config.global_batch_tokens, config.micro_batch_tokens, config.dtype]
     return f"{node.cell.kind} {parts} {rest}"
 

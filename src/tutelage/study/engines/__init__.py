@@ -24,6 +24,11 @@ class RunTask(Section):
     kind: Literal["runs"] = "runs"
     configs: tuple[RunConfig, ...]
 
+    @property
+    def processes(self) -> int:
+        """Processes that it takes, each on a device of its own; the runs of a cohort agree on it."""
+        return self.configs[0].parallel.processes
+
 
 class StoreTask(Section):
     """Build a token store."""
@@ -32,9 +37,15 @@ class StoreTask(Section):
     config: StoreConfig
     directory: Path
 
+    @property
+    def processes(self) -> int:
+        """Processes that it takes."""
+        return 1
+
 
 Task = RunTask | StoreTask
-_TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
+TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
+"""Reads a task from JSON."""
 
 
 class TaskOutcome(Section):
@@ -59,10 +70,14 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """Tasks that can run at the same time."""
+        """Processes that can run at the same time."""
+
+    @property
+    def largest(self) -> int:
+        """Processes that one task can have, each on a device of its own."""
 
     def start(self, key: str, task: Task) -> None:
-        """Begin a task; the caller starts at most `slots` at a time."""
+        """Begin a task; those that run have at most `slots` processes together."""
 
     def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """Outcomes of tasks that have ended, by key; returns when there is one, or after `seconds`."""
@@ -71,26 +86,12 @@ class Engine(Protocol):
         """Ask a task to stop where it can be resumed; its outcome follows."""
 
 
-def execute(task: str) -> str:
-    """Do a task, both given and answered as JSON, so that it can be sent anywhere."""
-    return _execute(_TASK.validate_json(task)).model_dump_json()
-
-
-def _execute(task: Task) -> TaskOutcome:
-    try:
-        if isinstance(task, StoreTask):
-            from tutelage.data.build import build_store  # noqa: PLC0415 - as below
-
-            return TaskOutcome(status="done", text=str(build_store(task.config, task.directory)))
-        from tutelage.run import run_cohort  # noqa: PLC0415 - torch is imported where tasks run
-
-        run_cohort(task.configs)
-    except Stopped:
+def outcome_of(error: Exception) -> TaskOutcome:
+    """The outcome of a task that ended with an error; a bug of ours is told with the end of its traceback."""
+    if isinstance(error, Stopped):
         return TaskOutcome(status="stopped")
-    except LockedError as error:
+    if isinstance(error, LockedError):
         return TaskOutcome(status="busy", text=str(error))
-    except UserError as error:
+    if isinstance(error, UserError):
         return TaskOutcome(status="failed", text=str(error))
-    except Exception:  # noqa: BLE001 - whatever it is, the other runs continue, and this is recorded
-        return TaskOutcome(status="failed", text=traceback.format_exc(limit=-3).strip())
-    return TaskOutcome(status="done")
+    return TaskOutcome(status="failed", text="".join(traceback.format_exception(error, limit=-3)).strip())

@@ -1,4 +1,4 @@
-"""Run tasks in worker processes on this machine, each on its own cores and, if there are any, its own GPU."""
+"""Run tasks in worker processes on this machine, each on its own cores and GPUs, if there are any."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import time
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from tutelage.study.engines import TaskOutcome, execute
+from tutelage.launch import describe
+from tutelage.study.engines import TaskOutcome
+from tutelage.study.engines.tasks import execute
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -33,6 +35,9 @@ class LocalEngine:
     On the CPU they are forked from a server that has imported torch and done nothing else, so a worker starts
     at once and they share that memory. CUDA does not survive a fork: with GPUs each is a fresh process.
 
+    A worker has one place: an equal share of the cores, and a GPU. A task of several processes gets a worker
+    that has as many places, starts the processes on them, and leaves when the task has ended.
+
     Args:
         workers: how many.
         gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES; worker i sees GPU i modulo their number.
@@ -40,6 +45,7 @@ class LocalEngine:
 
     def __init__(self, workers: int, gpus: list[str]) -> None:
         self.slots = workers
+        self.largest = min(workers, len(gpus)) if gpus else workers
         self._gpus = gpus
         self._workers: list[_Worker | None] = [None] * workers
         self._not_started: dict[str, TaskOutcome] = {}
@@ -52,39 +58,52 @@ class LocalEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        workers = [worker for worker in self._workers if worker is not None]
-        for worker in workers:
-            worker.ask_to_leave()
-        for worker in workers:
-            worker.end()
+        self._end(self._distinct())
 
     def start(self, key: str, task: Task) -> None:
         """See `Engine`."""
-        place = next(i for i, worker in enumerate(self._workers) if worker is None or worker.key is None)
-        worker = self._workers[place]
-        if worker is None or not worker.process.is_alive():
+        free = [i for i, worker in enumerate(self._workers) if worker is None or worker.key is None]
+        places = free[: task.processes]
+        worker = self._workers[places[0]]
+        if worker is None or not worker.process.is_alive() or len(places) > 1:
             try:
-                worker = self._workers[place] = self._new_worker(place)
+                self._end([one for one in self._distinct() if any(self._workers[i] is one for i in places)])
+                worker = self._new_worker(places)
             except (OSError, EOFError) as error:
                 text = f"its process could not be started: {type(error).__name__} {error}".rstrip()
                 self._not_started[key] = TaskOutcome(status="failed", text=text)
                 return
+            for place in places:
+                self._workers[place] = worker
         worker.start(key, task.model_dump_json())
 
-    def _new_worker(self, place: int) -> _Worker:
-        gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
-        cores = _share(place, self.slots)
+    def _new_worker(self, places: list[int]) -> _Worker:
+        gpus = [self._gpus[place % len(self._gpus)] for place in places] if self._gpus else None
+        cores = set().union(*(_share(place, self.slots) or () for place in places)) or None
+        several = len(places) > 1
         try:
-            return _Worker(self._context, cores, gpu)
+            return _Worker(self._context, cores, gpus, several=several)
         except (OSError, EOFError):  # the server that forks workers was killed; the next try starts another
-            return _Worker(self._context, cores, gpu)
+            return _Worker(self._context, cores, gpus, several=several)
+
+    def _distinct(self) -> list[_Worker]:
+        """The workers; one that has several places, once."""
+        return list({id(worker): worker for worker in self._workers if worker is not None}.values())
+
+    def _end(self, workers: list[_Worker]) -> None:
+        """Ask workers to leave, wait for them and free their places."""
+        for worker in workers:
+            worker.ask_to_leave()
+        for worker in workers:
+            worker.end()
+        self._workers = [None if any(one is gone for gone in workers) else one for one in self._workers]
 
     def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """See `Engine`."""
         if self._not_started:
             outcomes, self._not_started = self._not_started, {}
             return outcomes
-        busy = [worker for worker in self._workers if worker is not None and worker.key is not None]
+        busy = [worker for worker in self._distinct() if worker.key is not None]
         if not busy:
             time.sleep(seconds)
             return {}
@@ -95,16 +114,13 @@ class LocalEngine:
             outcome = worker.outcome()
             if outcome is not None:
                 outcomes[key] = outcome
-        for place, one in enumerate(self._workers):
-            if one is not None and one.key is None and one.is_leaving:
-                one.end()
-                self._workers[place] = None
+        self._end([one for one in self._distinct() if one.key is None and (one.is_leaving or one.several)])
         return outcomes
 
     def cancel(self, key: str) -> None:
         """See `Engine`."""
-        for worker in self._workers:
-            if worker is not None and worker.key == key:
+        for worker in self._distinct():
+            if worker.key == key:
                 worker.ask_to_leave()
 
 
@@ -115,11 +131,14 @@ class _Worker:
     process could leave locked, such as the lock inside a `multiprocessing.Event`.
     """
 
-    def __init__(self, context: _Context, cores: set[int] | None, gpu: str | None) -> None:
+    def __init__(
+        self, context: _Context, cores: set[int] | None, gpus: list[str] | None, *, several: bool
+    ) -> None:
         self.key: str | None = None
+        self.several = several
         leave, self._lifeline = context.Pipe(duplex=False)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, leave, cores, gpu), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, leave, cores, gpus), daemon=True)
         self.process.start()
         theirs.close()
         leave.close()
@@ -162,17 +181,14 @@ class _Worker:
     def _died(self) -> TaskOutcome:
         if self.is_leaving:
             return TaskOutcome(status="stopped")
-        code = self.process.exitcode or 0
-        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        guess = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return TaskOutcome(status="failed", text=f"its process ended {how}{guess}")
+        return TaskOutcome(status="failed", text=describe(self.process.exitcode or 0))
 
 
-def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpu: str | None) -> None:
+def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpus: list[str] | None) -> None:
     """Execute tasks as they arrive. Ctrl-C in a terminal reaches workers too; they leave it to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if cores is not None:
         os.sched_setaffinity(0, cores)
     leaving = threading.Event()

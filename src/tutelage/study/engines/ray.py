@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
-from tutelage.study.engines import TaskOutcome, execute
+from tutelage.study.engines import TaskOutcome
+from tutelage.study.engines.tasks import execute
 
 if TYPE_CHECKING:
     from typing import Self
@@ -60,7 +61,7 @@ class RayEngine:
             raise UserError(f"--ray-address {self._address}: {' '.join(str(error).split())}") from None
         resources = self._ray.cluster_resources()
         gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
-        self.slots = self._workers or gpus or int(resources.get("CPU", 1))
+        self.largest = self.slots = self._workers or gpus or int(resources.get("CPU", 1))
         needs = self._ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
         self._execute = needs(_execute_there)
         return self

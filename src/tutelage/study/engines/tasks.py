@@ -1,0 +1,130 @@
+"""Do a task of a study in this process, or in several on devices of their own, each `python -m` of this file.
+
+Several find the task in a directory of theirs, and leave there what is to be said of it. torch is imported
+where tasks run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.agreement import last_words
+from tutelage.errors import Stopped, UserError
+from tutelage.launch import describe, launch
+from tutelage.processes import place
+from tutelage.study.engines import TASK, RunTask, StoreTask, TaskOutcome, outcome_of
+
+if TYPE_CHECKING:
+    from tutelage.study.engines import Task
+
+_POLL_SECONDS = 1.0
+
+
+def execute(task: str) -> str:
+    """Do a task, both given and answered as JSON, so that it can be sent anywhere."""
+    return _execute(TASK.validate_json(task)).model_dump_json()
+
+
+def _execute(task: Task) -> TaskOutcome:
+    try:
+        if isinstance(task, StoreTask):
+            from tutelage.data.build import build_store  # noqa: PLC0415 - as below
+
+            return TaskOutcome(status="done", text=str(build_store(task.config, task.directory)))
+        if task.processes > 1:
+            return run_in_processes(task)
+        from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
+
+        run_cohort(task.configs)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs continue, and this is recorded
+        return outcome_of(error)
+    return TaskOutcome(status="done")
+
+
+def run_in_processes(task: RunTask) -> TaskOutcome:
+    """Start the processes of a task on this machine, wait for them and return the outcome.
+
+    Raises:
+        Stopped: this process was asked to stop; they have written checkpoints.
+    """
+    with tempfile.TemporaryDirectory(prefix="tutelage-") as name:
+        folder = Path(name)
+        write_task(folder, task.model_dump_json())
+        try:
+            failed = launch(task.processes, command(folder))
+        except Stopped:
+            return read_outcome(folder) or TaskOutcome(status="stopped")
+        outcome = read_outcome(folder)
+        for rank, status in failed.items():
+            if status < 0 or outcome is None:  # it had no time to say anything
+                return TaskOutcome(status="failed", text=f"rank {rank}: {describe(status)}")
+            break
+        return outcome or TaskOutcome(status="failed", text="its processes ended and said nothing")
+
+
+def command(folder: Path) -> list[str]:
+    """What `python -m` runs in each process."""
+    return ["tutelage.study.engines.tasks", str(folder), str(os.getpid())]
+
+
+def write_task(folder: Path, task: str) -> None:
+    """Leave a task, as JSON, for the processes."""
+    (folder / "task.json").write_text(task, encoding="utf-8")
+
+
+def read_outcome(folder: Path) -> TaskOutcome | None:
+    """What the processes said of the task; None if they could not."""
+    path = folder / "outcome.json"
+    return TaskOutcome.model_validate_json(path.read_bytes()) if path.exists() else None
+
+
+def _serve(folder: Path, parent: int) -> int:
+    """Be one of the processes, until the task has ended; return the exit status."""
+    from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the runner's
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    task = RunTask.model_validate_json((folder / "task.json").read_bytes())
+    try:
+        run_cohort(task.configs)
+    except Stopped as stopped:
+        outcome = outcome_of(stopped)
+    except Exception as error:  # noqa: BLE001 - as in `execute`
+        line = last_words(error)
+        if line is None:  # another process says it
+            return 1
+        outcome = outcome_of(error)
+        if outcome.status == "failed":
+            text = line if isinstance(error, UserError) else f"{line}\n{outcome.text}"
+            outcome = TaskOutcome(status="failed", text=text)
+        _write(folder, outcome)
+        return 1
+    else:
+        outcome = TaskOutcome(status="done")
+    if place().is_main:
+        _write(folder, outcome)
+    return 0
+
+
+def _write(folder: Path, outcome: TaskOutcome) -> None:
+    partial = folder / f"outcome-{place().rank}.json"
+    partial.write_text(outcome.model_dump_json(), encoding="utf-8")
+    partial.replace(folder / "outcome.json")
+
+
+def _follow(parent: int) -> None:
+    """Stop the run, checkpointed, when the process that started this one is gone."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(_serve(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,95 @@
+"""Runs of several processes get as many of an engine's places, and wait until they are free."""
+
+from __future__ import annotations
+
+import pytest
+
+from tutelage.errors import UserError
+from tutelage.progress import NullProgress
+from tutelage.run_directory import run_id
+from tutelage.study.cells import Cell
+from tutelage.study.engines import TaskOutcome
+from tutelage.study.engines.local import LocalEngine
+from tutelage.study.leases import Failures, Leases
+from tutelage.study.nodes import Cost, Node
+from tutelage.study.runner import RunnerState, cohort_key, run_all
+
+
+class Places:
+    """An engine that notes which runs it was given, and ends them when told to."""
+
+    def __init__(self, slots):
+        self.slots = self.largest = slots
+        self.running = {}
+
+    def start(self, key, task):
+        self.running[key] = task
+        assert sum(one.processes for one in self.running.values()) <= self.slots
+
+    def end(self, state, name):
+        key = next(key for key, task in self.running.items() if task.configs[0].name == name)
+        del self.running[key]
+        state.settle({key: TaskOutcome(status="done")})
+
+    @property
+    def names(self):
+        return [[config.name for config in task.configs] for task in self.running.values()]
+
+
+def node(make_config, name, processes, cost, kind="baseline", seed=1):
+    config = make_config(name=name, seed=seed, parallel={"processes": processes})
+    labels = {"group": "test", "student": "tiny", "teacher": None, "shape": "nano-50k"}
+    cell = Cell(name=name, kind=kind, seed=seed, tokens=1, settings={}, **labels)
+    return Node(run_id(config), cell, config, (), Cost(cost, 1, 1.0, 0.0))
+
+
+def test_a_large_run_waits_for_its_places_and_those_behind_it_wait_too(make_config, tmp_path):
+    nodes = [
+        node(make_config, "first", 2, 9.0, seed=1),
+        node(make_config, "large", 4, 8.0, seed=2),
+        node(make_config, "small", 1, 7.0, seed=3),
+        node(make_config, "last", 3, 6.0, seed=4),
+    ]
+    engine = Places(4)
+    with Leases(tmp_path, 0.2) as leases:
+        state = RunnerState(nodes, engine, leases, Failures(tmp_path, 0), cohort=1)
+        steps = []
+        for name in ("first", "large", "small", "last"):
+            state.refresh()
+            state.start_ready()
+            steps.append(engine.names)
+            engine.end(state, name)
+    assert steps == [[["first"]], [["large"]], [["small"], ["last"]], [["last"]]]
+
+
+def test_a_cohort_is_as_large_as_leaves_no_places_empty(make_config, tmp_path):
+    nodes = [node(make_config, f"s{seed}", 2, 1.0, "student", seed) for seed in range(4)]
+    engine = Places(4)
+    with Leases(tmp_path, 0.2) as leases:
+        state = RunnerState(nodes, engine, leases, Failures(tmp_path, 0), cohort=4)
+        state.refresh()
+        state.start_ready()
+    assert [len(names) for names in engine.names] == [2, 2]
+
+
+def test_runs_with_other_processes_are_no_cohort(make_config):
+    one, two = (node(make_config, "s", processes, 1.0, "student") for processes in (1, 2))
+    assert one.id == two.id  # the number does not change the result
+    assert cohort_key(one) != cohort_key(two)
+
+
+def test_a_run_that_no_machine_here_can_hold_is_refused_before_anything_runs(make_config, tmp_path):
+    nodes = [node(make_config, "large", 3, 1.0)]
+    with (
+        LocalEngine(2, []) as engine,
+        Leases(tmp_path, 0.2) as leases,
+        pytest.raises(UserError, match=r"parallel\.processes = 3, but only 2 can") as caught,
+    ):
+        run_all(nodes, engine, leases, Failures(tmp_path, 0), NullProgress())
+    assert nodes[0].id in str(caught.value)
+
+
+def test_a_run_has_no_more_processes_than_there_are_gpus():
+    assert LocalEngine(4, ["0", "1"]).largest == 2
+    assert LocalEngine(1, ["0", "1"]).largest == 1
+    assert LocalEngine(3, []).largest == 3
