@@ -1,4 +1,4 @@
-"""A study here whose runs take two processes each: a killed rank is retried, results are those of one process."""
+"""A study here whose runs take two processes each: a killed rank is retried, results are those of one."""
 
 from __future__ import annotations
 
