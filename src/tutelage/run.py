@@ -23,12 +23,15 @@ from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, 
 from tutelage.train import distributed
 from tutelage.train.checkpoint_files import BRANCH_POINT, adopt
 from tutelage.train.loop import train
+from tutelage.train.parallel import use_model
 from tutelage.train.save_model import export
 from tutelage.train.setup import check_cohort, open_student, open_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
+
+    from transformers import PreTrainedModel
 
     from tutelage.config.run_config import RunConfig
     from tutelage.train.distributed import World
@@ -181,7 +184,7 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
             progress.note(f"warning: {warning}")
     try:
         with agreement.together(parallel.timeout):
-            _export(students, world)
+            _export(students)
     except UserError as error:
         return error
     return None
@@ -223,10 +226,16 @@ def _announce(student: Student, progress: Progress) -> None:
 
 
 def _evaluate(progress: Progress, student: Student) -> None:
-    """Score a student between two steps; the last scores come from the exported model."""
-    scores = evaluate.score_run(
-        student.config, student.directory, student.model, student.step, finished=False
-    )
+    """Score a student between two steps, on all processes; the last scores come from the exported model."""
+    main = student.world.is_main
+
+    def score(model: PreTrainedModel) -> list[Score]:
+        run_and_step = student.config, student.directory, model, student.step
+        return evaluate.score_run(*run_and_step, finished=False, writes=main, meet=distributed.barrier)
+
+    scores = use_model(student.module, score)
+    if not main:
+        return
     _warn_of_loss_gap(scores, student.directory, progress)
     bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
     if bits:
@@ -234,20 +243,21 @@ def _evaluate(progress: Progress, student: Student) -> None:
         progress.note(f"step {student.step:,}, bits per byte of validation text: {values}")
 
 
-def _export(students: Sequence[Student], world: World) -> None:
+def _export(students: Sequence[Student]) -> None:
     """Write the model directories of the trained students, and mark those as failed where that fails.
+
+    All processes take part: each has a part of the weights.
 
     Raises:
         UserError: of those that could not be finished.
     """
-    if world.is_main:
-        with stop_signal():  # a directory that is begun is finished
-            for student in students:
-                if student.error is None and student.step == student.steps:
-                    try:
-                        export(student)
-                    except UserError as error:
-                        student.mark_failed(error)
+    with stop_signal():  # a directory that is begun is finished
+        for student in students:
+            if student.error is None and student.step == student.steps:
+                try:
+                    export(student)
+                except UserError as error:
+                    student.mark_failed(error)
     if errors := [student.error for student in students if student.error is not None]:
         raise UserError("\n".join(map(str, errors)))
 

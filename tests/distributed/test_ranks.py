@@ -76,7 +76,7 @@ def test_dropout_draws_other_masks_on_every_rank_and_the_same_ones_again(
 ):
     torch.manual_seed(0)
     config = OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=2,
-                       max_position_embeddings=32, word_embed_proj_dim=32, layerdrop=0.5)  # fmt: skip
+                       max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.2)  # fmt: skip
     hub.save(OPTForCausalLM(config), tmp_path / "start", store)
     first, again = (
         on_two_ranks(make_config(model={"path": str(tmp_path / "start")}, output=str(tmp_path / folder)))

@@ -36,7 +36,7 @@ from tutelage.run_directory import RunDirectory
 from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -265,9 +265,18 @@ def missing_domains(config: RunConfig, directory: RunDirectory, step: int) -> li
 
 
 def score_run(
-    config: RunConfig, directory: RunDirectory, model: PreTrainedModel, step: int, *, finished: bool
+    config: RunConfig,
+    directory: RunDirectory,
+    model: PreTrainedModel,
+    step: int,
+    *,
+    finished: bool,
+    writes: bool = True,
+    meet: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Compute and append the scores of a run that are missing after `step` steps.
+
+    Processes that share the weights of the model call this together and run the same forward passes.
 
     Args:
         config: names the domains.
@@ -275,10 +284,14 @@ def score_run(
         model: its model after `step` steps; left in eval mode.
         step: optimizer steps it has taken.
         finished: the model is the run's last, of which losses of documents and calibration are kept too.
+        writes: this process writes files; the others only compute.
+        meet: waits for the others.
 
     Returns:
         The new scores.
     """
+    if not writes:
+        meet()  # what the one that writes finds out about the texts is kept on disk for the others
     domains = missing_domains(config, directory, step)
     evaluated = EvaluatedModel(
         id=directory.id,
@@ -293,12 +306,16 @@ def score_run(
     text = training_text(config, directory.path)
     training, *targets = _run_targets(config, [own, *domains], text)
     in_domain = InDomain(model, training)
+    targets = with_contamination(targets, text, _overlap_cache(config))
+    if writes:
+        meet()
+    meet()  # all know which scores are missing, before one of them is written
     scores: list[Score] = []
-    for target in with_contamination(targets, text, _overlap_cache(config)):
+    for target in targets:
         found = score_domain(model, evaluated, target, in_domain)
         if finished:
             save_scores(evaluated, target, found)
-        else:
+        elif writes:
             add_scores(evaluated.scores, found.scores)
         scores += found.scores
     return scores

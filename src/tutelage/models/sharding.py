@@ -77,6 +77,8 @@ class Sharding:
             mp_policy=MixedPrecisionPolicy(
                 self.dtype, None if self.dtype is None else torch.float32, cast_forward_inputs=False
             ),
+            # A head that is wrapped is found by two ways.
+            ignored_params={weight for weight in module.parameters() if isinstance(weight, DTensor)},
         )
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # or the factor becomes an operation gloo lacks
@@ -136,3 +138,9 @@ def fill(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
         return
     target.to_local().copy_(whole[own_rows(target)])
+
+
+@torch.no_grad()
+def gathered(tensor: Tensor) -> Tensor:
+    """Gather a tensor on the CPU, if it is sharded; every process has to take part."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -23,7 +23,7 @@ from tutelage.models import hub
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
     from tutelage.config.runtime_config import ParallelConfig, RuntimeConfig
@@ -146,22 +146,6 @@ def sum_(tensors: Sequence[Tensor]) -> None:
         for tensor in group:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
             start += tensor.numel()
-
-
-def fill_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Give a parameter without a gradient zeros if another process has one for it.
-
-    A layer that was dropped here was perhaps not dropped there, and gradients can only be summed if every
-    process has the same ones.
-    """
-    if not dist.is_initialized():
-        return
-    missing = [int(parameter.grad is None) for parameter in parameters]
-    count = torch.tensor(missing, device=parameters[0].device)
-    dist.all_reduce(count)
-    for parameter, missing_on in zip(parameters, count.tolist(), strict=True):
-        if parameter.grad is None and missing_on < dist.get_world_size():
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def gather(values: Tensor) -> Tensor:

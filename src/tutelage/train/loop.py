@@ -27,7 +27,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
     Args:
         students: resumed from their checkpoints.
         progress: is told every step.
-        evaluate: called with a student every `eval.every` tokens, on the main process.
+        evaluate: called with a student every `eval.every` tokens, on all processes.
 
     Raises:
         Stopped: on SIGINT or SIGTERM, after writing a checkpoint of every student.

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,6 +69,8 @@ def update(
         The global norm of the gradients before clipping.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     skip = check(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr

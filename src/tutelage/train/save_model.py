@@ -7,15 +7,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
 from tutelage import provenance
 from tutelage.config.load import to_yaml
 from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTeacher, RunTeacher
 from tutelage.data.store import open_store
 from tutelage.models import hub
 from tutelage.models.export import card
+from tutelage.models.sharding import fill, gathered
 from tutelage.train.layers import eagerly
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tutelage.config.run_config import RunConfig
     from tutelage.data.store import Store
     from tutelage.train.student import Student
@@ -26,14 +33,38 @@ _HUB_KINDS = {"hub", "hub_pairs"}
 def export(student: Student) -> None:
     """Write the model directory of a trained run, and say in state.json how its logits compare.
 
+    All processes have to take part; the main one writes.
+
     Raises:
         UserError: it cannot be written, or what was written computes other logits.
     """
+    model = _whole(student.model, keep=student.world.is_main)
+    if model is None:
+        return
     directory, store = student.directory, open_store(student.config.data.store)
     text = _card(student, store)
     with eagerly():
-        difference = hub.save(student.model, directory.model, store.path, student.base, text)
+        difference = hub.save(model, directory.model, store.path, student.base, text)
     directory.write_state("running", export={"largest_logit_difference": difference})
+
+
+def _whole(model: PreTrainedModel, *, keep: bool) -> PreTrainedModel | None:
+    """Return the model, or a whole one on the CPU if it is sharded; None where it is not to be kept.
+
+    All processes have to take part.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model if keep else None
+    with torch.device("meta"):
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    if keep:
+        copy.to_empty(device="cpu").tie_weights()
+    tensors = dict(copy.named_parameters()) | dict(copy.named_buffers())
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        on_cpu = gathered(value)
+        if keep:
+            fill(tensors[name], on_cpu)
+    return copy if keep else None
 
 
 def _card(student: Student, store: Store) -> str:

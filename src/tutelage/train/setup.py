@@ -15,12 +15,15 @@ from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
 from tutelage.models.export import Base
+from tutelage.models.initial_weights import draw_weights
 from tutelage.models.packed import check_documents
 from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.teachers.cache.reader import check_serves
 from tutelage.train.layers import prepare_layers
+from tutelage.train.objective_model import ObjectiveModel
 from tutelage.train.optim import adamw, learning_rate
+from tutelage.train.parallel import place
 from tutelage.train.student import Student
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from tutelage.run_directory import RunDirectory
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
+    from tutelage.train.parallel import Draw
 
 _FALLBACK_LR = 3e-4
 """Peak learning rate of a model that is no shape of the ladder and whose config names none."""
@@ -89,18 +93,21 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     """
     store = open_store(config.data.store)
     _check_stage(config, store)
-    start = _starting_model(config, store)
-    model = start.model.to(world.device)
-    notes = prepare_layers(model, config.runtime, world.device)
-    steps = _steps(config, sum(p.numel() for p in model.parameters()))
+    start = _starting_model(config, store, world)
+    notes = prepare_layers(start.model, config.runtime, world.device)
+    steps = _steps(config, sum(p.numel() for p in start.model.parameters()))
+    half = _half_dtype(config, world.device)
+    # Processes that share the weights gather them in the compute dtype, so nothing is left to cast.
+    autocast = half if world.mesh is None else None
+    module = ObjectiveModel(start.model, config.objective, store.vocab_size, autocast)
+    place(module, world, config.parallel, half, start.draw)
     return Student(
         config=config,
         directory=directory,
         world=world,
-        model=model,
-        optimizer=adamw(model, config.optim, start.lr),
-        autocast=_half_dtype(config, world.device),
-        vocab_size=store.vocab_size,
+        module=module,
+        optimizer=adamw(start.model, config.optim, start.lr),
+        autocast=half,
         policy=make_policy(
             config.objective.alpha,
             partial(learning_rate, config.optim, 1.0, batch_tokens=config.global_batch_tokens),
@@ -170,20 +177,27 @@ def _loader(config: RunConfig, store: Store, world: World, steps: int) -> Loader
 
 @dataclass(frozen=True, slots=True)
 class _StartingModel:
-    """A student's model before training, its peak learning rate, and `base` and `notes` as in `Student`."""
+    """A student's model before training, its peak learning rate, and `base` and `notes` as in `Student`.
+
+    Attributes:
+        draw: hands over the weights where the model has none yet, because they are to be sharded.
+    """
 
     model: PreTrainedModel
     lr: float
     base: Base | None
     notes: tuple[str, ...]
+    draw: Draw | None = None
 
 
-def _starting_model(config: RunConfig, store: Store) -> _StartingModel:
+def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingModel:
     length, attention = config.data.sequence_length, config.model.attn_implementation
     if config.model.shape is not None:
         shape = shapes.find_shape(config.model.shape)
-        model = hub.build(shape, store.vocab_size, length, config.seed, attn_implementation=attention)
-        return _StartingModel(model, config.optim.lr or shape.lr, None, ())
+        drawn = shape, store.vocab_size, length, config.seed
+        device, draw = ("cpu", None) if world.mesh is None else ("meta", partial(draw_weights, *drawn))
+        model = hub.build(*drawn, device, attention)
+        return _StartingModel(model, config.optim.lr or shape.lr, None, (), draw)
     path = _start(config)
     what = f"model {path}"
     tokenizer = check_model_tokenizer(

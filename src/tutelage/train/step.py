@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.data.hashing import mixed
-from tutelage.models.packed import hidden_states
-from tutelage.objective import NotFiniteError, chunked_objective
-from tutelage.objective.gates import TokenStats
-from tutelage.objective.products import weight_and_bias
 from tutelage.train import distributed
-from tutelage.train.guard import damaged
 from tutelage.train.optim import update
-from tutelage.types import IGNORE_INDEX, StepReport
+from tutelage.train.parallel import begin_micro_batch
+from tutelage.types import IGNORE_INDEX, LossSums, StepReport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,25 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.train.student import StepInputs, Student
-    from tutelage.types import Batch, LossSums, Targets
+    from tutelage.types import Batch, Targets
 
 
 def loss_sums(student: Student, batch: Batch, targets: Targets | None, alpha: float) -> LossSums:
     """The objective on one micro-batch, summed over its valid tokens."""
-    with _autocast(student, batch):
-        hidden_BTD = hidden_states(student.body, batch)
-    hidden_ND = hidden_BTD.flatten(0, 1)
-    if student.autocast is not None:
-        hidden_ND = hidden_ND.to(student.autocast)
-    labels_N = batch.labels_BT.flatten()
-    weight_VD, bias_V = weight_and_bias(student.head)
-    objective = student.config.objective, student.gate, bias_V, student.transform, student.vocab_size
-    try:
-        return chunked_objective(hidden_ND, weight_VD, labels_N, targets, alpha, *objective)
-    except NotFiniteError as error:  # the guard skips the update; the other ranks wait for our gradients
-        if student.gate is not None and targets is not None:
-            student.gate(TokenStats(*[hidden_ND.new_zeros(0)] * 5))  # and for its counts
-        return damaged(error, (hidden_ND, weight_VD, bias_V))
+    return LossSums(*student.module(batch, targets, alpha, student.gate))
 
 
 def teacher_targets(inputs: Sequence[StepInputs], batch: Batch) -> Targets | None:
@@ -76,6 +59,7 @@ def train_step(inputs: Sequence[StepInputs], micro_batches: Sequence[Batch]) -> 
     for number, batch in enumerate(micro_batches):
         targets = teacher_targets(inputs, batch)
         for one, total in zip(inputs, totals, strict=True):
+            begin_micro_batch(one.student, last=number == len(micro_batches) - 1)
             torch.manual_seed(mixed(one.seed, number))
             sums = loss_sums(one.student, batch, targets if one.needs_teacher else None, one.alpha)
             (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
@@ -88,13 +72,11 @@ def train_step(inputs: Sequence[StepInputs], micro_batches: Sequence[Batch]) -> 
 
 
 def _update(inputs: StepInputs, totals: Tensor, valid: Tensor) -> StepReport:
-    """Sum gradients and losses over ranks, then update the student unless something is not finite."""
+    """Sum losses over ranks, then update the student unless something is not finite."""
     student = inputs.student
     own_loss = totals[0].clone()
-    distributed.fill_gradients(student.parameters)
-    gradients: list[Tensor] = [p.grad for p in student.parameters if p.grad is not None]
     gate_sums = student.gate.sums() if student.gate is not None else []
-    distributed.sum_([totals, *gate_sums, *gradients])
+    distributed.sum_([totals, *gate_sums])
     loss, ce, kd, teacher_ce, alpha = (totals / valid).unbind()
     check = partial(student.guard.check, loss, ce, own_loss)
     grad_norm = update(student.optimizer, student.parameters, inputs.lr, student.config.optim.clip, check)

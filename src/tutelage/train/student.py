@@ -11,7 +11,6 @@ import torch
 from tutelage.config.teacher_config import kd_name
 from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
-from tutelage.models import hub
 from tutelage.models.flops import model_forward_flops, training_flops
 from tutelage.train import distributed
 from tutelage.train.checkpoint import Checkpoints, Counters
@@ -34,8 +33,9 @@ if TYPE_CHECKING:
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
     from tutelage.train.guard import Skips
+    from tutelage.train.objective_model import ObjectiveModel
     from tutelage.train.trackers import Tracker
-    from tutelage.types import LogitTransform, StepReport
+    from tutelage.types import StepReport
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -46,16 +46,13 @@ class Student:
         config: its run.
         directory: where it writes.
         world: this process among all, and its device.
-        model: the model, on the device.
-        body: the part of it that maps token ids to hidden states after the final norm.
-        head: its output embedding, a linear layer with or without bias.
+        module: the model with the objective around it, on the device or sharded over the devices.
+        model: the model in it; where there are several processes its parameters are `DTensor`s.
         parameters: what the optimizer updates.
         parameter_count: all parameters, frozen ones too.
         training_flops: FLOPs per token of forward and backward.
         optimizer: AdamW.
         autocast: compute dtype when it is not float32.
-        transform: what the model does to its logits.
-        vocab_size: entries of the token store's vocabulary; the head may have more rows.
         policy: gives alpha of every step.
         gate: factor on alpha per token, or None.
         guard: skips updates that are not finite.
@@ -75,16 +72,13 @@ class Student:
     config: RunConfig
     directory: RunDirectory
     world: World
-    model: PreTrainedModel
-    body: PreTrainedModel = field(init=False)
-    head: nn.Linear = field(init=False)
+    module: ObjectiveModel
+    model: PreTrainedModel = field(init=False)
     parameters: tuple[nn.Parameter, ...] = field(init=False)
     parameter_count: int = field(init=False)
     training_flops: float = field(init=False)
     optimizer: torch.optim.Optimizer
     autocast: torch.dtype | None
-    transform: LogitTransform = field(init=False)
-    vocab_size: int
     policy: Policy
     gate: Gate | None
     guard: Guard = field(init=False)
@@ -106,8 +100,7 @@ class Student:
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.world.device)
-        self.body, self.head = hub.body_and_head(self.model)
-        self.transform = hub.logit_transform(self.model)
+        self.model = self.module.model
         self.parameters = tuple(p for p in self.model.parameters() if p.requires_grad)
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
         forward = model_forward_flops(self.model, self.config.data.sequence_length)
@@ -175,13 +168,11 @@ class Student:
     def maybe_evaluate(self, evaluate: Callable[[Student], None]) -> None:
         """Call `evaluate` between two steps if `eval.every` is due; its time is not training time.
 
-        Only the main process does; the others wait in their next step. `evaluate` must leave weights and
-        gradients as they are, and do nothing the second time: a resumed run passes the same steps again.
+        All processes do, since the model may be spread over them. `evaluate` must leave weights and gradients
+        as they are, and do nothing the second time: a resumed run passes the same steps again.
         """
         every = self.config.eval.every
-        if every is None or not self.world.is_main:
-            return
-        if self.step == 0 or self.step % max(1, every // self.config.global_batch_tokens):
+        if every is None or self.step == 0 or self.step % max(1, every // self.config.global_batch_tokens):
             return
         began = time.perf_counter()
         with eagerly():

@@ -120,5 +120,5 @@ def test_dropout_is_on_in_training(make):
     student.model.train()
     batch = student.loader.batch(0)
     with torch.no_grad():
-        twice = [student.body(input_ids=batch.tokens_BT).last_hidden_state for _ in range(2)]
+        twice = [student.model.get_decoder()(input_ids=batch.tokens_BT).last_hidden_state for _ in range(2)]
     assert not torch.equal(*twice)

@@ -68,7 +68,7 @@ def test_the_training_loss_is_the_models_own(biased, make_config, tmp_path):
     sums.loss.backward()
     probabilities = logits(biased, batch.tokens_BT).softmax(-1)
     gold = F.one_hot(batch.labels_BT.flatten(), 300)
-    gradient = student.head.bias.grad
+    gradient = student.model.get_output_embeddings().bias.grad
     torch.testing.assert_close(gradient[:300], (probabilities - gold).sum(0), rtol=1e-4, atol=1e-4)
     assert not gradient[300:].any()
 
