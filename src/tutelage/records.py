@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tutelage.errors import UserError
+from tutelage.files import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,10 +64,21 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     return [_parse(f"{path.name}, line {i}", line, kind) for i, line in enumerate(lines, start=1)]
 
 
+def write_manifest_file(directory: Path, manifest: Record) -> None:
+    """Write `directory/manifest.json` with a checksum over all its fields, `seal`."""
+    fields = manifest.model_dump(mode="json")
+    write_text(directory / "manifest.json", json.dumps(fields | {"seal": _seal(fields)}, indent=2) + "\n")
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    """SHA-256 over the fields of a manifest."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest_file(
     directory: Path, kind: type[T], *, version: int, field: str, what: str, remedy: str
 ) -> T:
-    """Read `directory/manifest.json`, which says what the directory is.
+    """Read `directory/manifest.json`, which says what the directory is, and check its seal.
 
     Args:
         directory: the directory.
@@ -75,7 +89,7 @@ def read_manifest_file(
         remedy: the command that makes one.
 
     Raises:
-        UserError: it is missing, is no such manifest, or has another schema version.
+        UserError: it is missing, damaged, is no such manifest, or has another schema version.
     """
     path = directory / "manifest.json"
     if not path.exists():
@@ -84,14 +98,22 @@ def read_manifest_file(
     try:
         text = _text(path)
         head = _parse(path.name, text, _Head)
-        if head.schema_version != version and field in (head.model_extra or {}):
+        fields = head.model_extra or {}
+        if head.schema_version != version and field in fields:
             raise UserError(
                 f"{directory}: {what} of schema version {head.schema_version}, this version reads {version}; "
                 f"build it again with `{remedy}`"
             )
-        return _parse(path.name, text, kind)
+        fields = {"schema_version": head.schema_version, **fields}
+        seal = fields.pop("seal", None)
+        manifest = _parse(path.name, json.dumps(fields), kind)
     except UnreadableError as error:
         raise UserError(f"{path}: not the manifest of a {what} ({error.reason})") from None
+    if seal != _seal(fields):
+        raise UserError(
+            f"{path}: damaged: its fields are not those that were written; delete it and run `{remedy}` again"
+        )
+    return manifest
 
 
 @cache

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "processes": {"errors"},
     "agreement": {"errors", "files", "processes"},
     "launch": {"errors", "processes"},
-    "records": {"errors"},
+    "records": {"errors", "files"},
     "files": {"errors"},
     "config": {"types", "errors"},
     "data": _BASE | {"progress", "records"},

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
-import os
 import re
 import struct
 from dataclasses import asdict
@@ -17,6 +15,7 @@ import numpy as np
 from tutelage.config.data_config import FilesSource
 from tutelage.config.load import digest
 from tutelage.data.chat import load_chat
+from tutelage.data.checked_files import CheckedFile
 from tutelage.data.sources import Mixture, describe
 from tutelage.data.store_manifest import (
     SCHEMA_VERSION,
@@ -33,8 +32,9 @@ from tutelage.data.text_files import cut_size, known_bytes
 from tutelage.data.token_text import RoundTrip, SourceBytes
 from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
-from tutelage.files import atomic_directory, free_bytes, lock, make_directory, write_text
+from tutelage.files import atomic_directory, free_bytes, lock, make_directory
 from tutelage.progress import NullProgress
+from tutelage.records import write_manifest_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,7 +112,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
             splits=splits,
         )
         check_splits(config, manifest)
-        write_text(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+        write_manifest_file(partial, manifest)
     return path
 
 
@@ -326,7 +326,7 @@ class _SplitWriter:
         self._end = np.array([tokenizer.eos_id], self._dtype).tobytes()
         self._sizes = sizes
         self._files = {
-            ending: _HashedFile(directory / f"{name}.{ending}", stack)
+            ending: CheckedFile(directory / f"{name}.{ending}", stack)
             for ending in file_endings(name, masked=masked)
         }
         self._documents = self._tokens = self._bytes = self._changed = self._spells = 0
@@ -370,24 +370,5 @@ class _SplitWriter:
             bytes=self._bytes,
             changed=self._changed,
             special_tokens_in_text=self._spells,
-            files=dict(file.finish() for file in self._files.values()),
+            files={k: v for file in self._files.values() for k, v in file.finish().items()},
         )
-
-
-class _HashedFile:
-    """A file that is written from its beginning to its end, and its SHA-256."""
-
-    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
-        self._path = path
-        self._file = stack.enter_context(path.open("wb"))
-        self._hash = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._hash.update(data)
-        self._file.write(data)
-
-    def finish(self) -> tuple[str, str]:
-        """Flush to the disk; return the file's name and checksum."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._path.name, self._hash.hexdigest()

@@ -5,7 +5,8 @@ document begun by what the tokenizer puts in front of a text, which may be nothi
 end-of-text id) and `<split>.idx` (uint64 [documents + 1, 2]: where each document begins, in tokens and in
 bytes of its text). A store of prompts and completions also has `<split>.mask` (uint8 per token: 0 in a
 prompt, 1 elsewhere), which is for stage sft. The splits that are scored have `<split>.bytes` (uint32 per
-token: bytes of the source text that it stands for; 0 for what begins and closes a document).
+token: bytes of the source text that it stands for; 0 for what begins and closes a document). Beside each of
+these lies `<file>.crc32` (`tutelage.data.checked_files`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tutelage.data.checked_files import CheckedArray, Sliced
 from tutelage.data.store_manifest import Manifest, file_endings, read_manifest
 from tutelage.errors import UserError
 
@@ -33,7 +35,7 @@ _COUNT_TOKENS = 2**24
 
 @dataclass(frozen=True, slots=True)
 class SplitView:
-    """One split, mapped from disk and read-only.
+    """One split, mapped from disk and read-only; what is read of it is checked against its checksums.
 
     Attributes:
         tokens: ids of all documents, one after the other, each begun by the store's `begin_ids` and closed by
@@ -45,10 +47,10 @@ class SplitView:
         bytes: uint32 [tokens], bytes of the source text that each token stands for; None for train.
     """
 
-    tokens: NDArray[Any]
+    tokens: Sliced
     offsets: NDArray[np.uint64]
-    mask: NDArray[np.uint8] | None = None
-    bytes: NDArray[np.uint32] | None = None
+    mask: Sliced | None = None
+    bytes: Sliced | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +86,19 @@ class Store:
         return self.manifest.begin_ids
 
     def split(self, name: Split) -> SplitView:
-        """Map the split `name`; nothing is read before it is used."""
+        """Map the split `name`; only `offsets` are read before they are used."""
+        files = self.manifest.splits[name].files
         found = {
-            ending: _mapped(self.path / f"{name}.{ending}", dtype, shape)
+            ending: CheckedArray(
+                self.path / f"{name}.{ending}", dtype, math.prod(shape), files[f"{name}.{ending}.crc32"]
+            )
             for ending, dtype, shape in _arrays(self.manifest, name)
         }
-        return SplitView(found["bin"], found["idx"], found.get("mask"), found.get("bytes"))
+        offsets = found["idx"][:].reshape(-1, 2)
+        return SplitView(found["bin"], offsets, found.get("mask"), found.get("bytes"))
 
 
-def token_counts(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
+def token_counts(tokens: Sliced, vocab_size: int) -> NDArray[np.int64]:
     """Count how often each id occurs in a split's tokens, end-of-text marks included; int64 [vocab_size]."""
     counts_V = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), _COUNT_TOKENS):  # bincount makes an int64 copy of what it is given
@@ -159,9 +165,3 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(
             f"{path}: has {found} bytes, expected {expected}; delete the store and build it again"
         )
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    if 0 in shape:  # an empty file cannot be mapped
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, mode="r", shape=shape)

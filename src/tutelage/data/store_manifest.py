@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tutelage.config.data_config import StoreConfig
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when what a build writes changes. It is part of a store's name, so old stores are not reused."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -42,7 +42,7 @@ class SplitRecord(Record, extra="forbid"):
         special_tokens_in_text: documents whose text (not a chat template) spells a special token, which is
             encoded as the letters it is.
         files: SHA-256 of each file, by name: `<split>.bin`, `<split>.idx`, in a store with prompts
-            `<split>.mask`, and of a split that is scored `<split>.bytes`.
+            `<split>.mask`, of a split that is scored `<split>.bytes`, and the `.crc32` of each of these.
     """
 
     documents: int
@@ -161,7 +161,8 @@ def read_manifest(store: Path) -> Manifest:
 def _check_complete(path: Path, manifest: Manifest) -> None:
     for name in SPLITS:
         files = manifest.splits[name].files if name in manifest.splits else {}
-        if set(files) != {f"{name}.{ending}" for ending in file_endings(name, masked=manifest.masked)}:
+        endings = [x for end in file_endings(name, masked=manifest.masked) for x in (end, f"{end}.crc32")]
+        if set(files) != {f"{name}.{ending}" for ending in endings}:
             raise UserError(
                 f"{path}: not the manifest of a token store (splits.{name} is missing or incomplete)"
             )

@@ -82,10 +82,10 @@ def marked(store: Path, split: str = "train") -> list[tuple[str, int]]:
     """Runs of equal mask, as (their text, mask)."""
     view = open_store(store).split(split)
     tokenizer = Tokenizer.from_file(str(store / "tokenizer.json"))
-    assert view.mask.shape == view.tokens.shape
-    borders = np.flatnonzero(np.diff(view.mask, prepend=2, append=2))
+    assert view.mask[:].shape == view.tokens[:].shape
+    borders = np.flatnonzero(np.diff(view.mask[:], prepend=2, append=2))
     return [
-        (tokenizer.decode(view.tokens[a:b].tolist(), skip_special_tokens=False), int(view.mask[a]))
+        (tokenizer.decode(view.tokens[a:b].tolist(), skip_special_tokens=False), int(view.mask[:][a]))
         for a, b in itertools.pairwise(borders)
     ]
 
@@ -99,7 +99,7 @@ def test_plain_pairs_are_masked_to_the_token(plain, tmp_path):
     )
     store = build_store(config(plain, pairs(rows)), tmp_path / "stores")
     assert marked(store) == [("one\n", 0), ("two<|endoftext|>", 1), ("x\n", 0), ("y<|endoftext|>", 1)]
-    assert open_store(store).split("train").mask.tolist() == [0] * 4 + [1] * 4 + [0] * 2 + [1] * 2
+    assert open_store(store).split("train").mask[:].tolist() == [0] * 4 + [1] * 4 + [0] * 2 + [1] * 2
 
 
 def test_no_token_reaches_over_the_border(plain, tmp_path):
@@ -113,7 +113,7 @@ def test_no_token_reaches_over_the_border(plain, tmp_path):
 def test_text_that_spells_the_end_is_only_text(plain, tmp_path):
     rows = write_rows(tmp_path / "a.jsonl", {"prompt": "a<|endoftext|>", "completion": "b<|im_end|>"})
     view = open_store(build_store(config(plain, pairs(rows)), tmp_path / "stores")).split("train")
-    assert np.flatnonzero(view.tokens == 0).tolist() == [len(view.tokens) - 1]
+    assert np.flatnonzero(view.tokens[:] == 0).tolist() == [len(view.tokens) - 1]
 
 
 def test_plain_text_beside_pairs_is_learned_whole(plain, tmp_path):
@@ -135,7 +135,7 @@ def test_offsets_and_splits_hold_as_for_every_store(plain, tmp_path):
         view, record = store.split(name), store.manifest.splits[name]
         assert record.documents > 10
         assert view.offsets[-1].tolist() == [record.tokens, record.bytes] == [len(view.mask), record.bytes]
-        learned = np.add.reduceat(view.mask, view.offsets[:-1, 0].astype(int), dtype=int)
+        learned = np.add.reduceat(view.mask[:], view.offsets[:-1, 0].astype(int), dtype=int)
         prompts = [text for text, mark in marked(store.path, name) if mark == 0]
         assert len(prompts) == record.documents
         assert (learned > 3).all()
@@ -182,7 +182,7 @@ def test_every_assistant_turn_is_learned_and_nothing_else(chatty, tmp_path):
     ]
     opened = open_store(store)
     marks = Tokenizer.from_file(str(store / "tokenizer.json")).get_vocab()
-    tokens = opened.split("train").tokens
+    tokens = opened.split("train").tokens[:]
     assert opened.eos_id == marks["<|im_end|>"]
     assert (tokens == marks["<|im_start|>"]).sum() == (tokens == marks["<|im_end|>"]).sum() == 5
 
@@ -195,8 +195,8 @@ def test_the_mask_is_the_one_of_transformers(tmp_path):
     theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(
         turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    assert theirs["input_ids"][:-1] == view.tokens.tolist()  # but for the line feed at the end
-    assert theirs["assistant_masks"][:-1] == view.mask.tolist()
+    assert theirs["input_ids"][:-1] == view.tokens[:].tolist()  # but for the line feed at the end
+    assert theirs["assistant_masks"][:-1] == view.mask[:].tolist()
 
 
 def test_the_store_closes_what_the_template_does_not(tmp_path):
@@ -214,7 +214,7 @@ def test_the_store_keeps_the_template_for_the_model(chatty, tmp_path):
     store = build_store(config(chatty, chat(rows)), tmp_path / "stores")
     tokenizer = AutoTokenizer.from_pretrained(store)
     ids = tokenizer.apply_chat_template(QUESTION, tokenize=True, return_dict=False)
-    assert ids[:-1] == open_store(store).split("train").tokens.tolist()  # but for the line feed at the end
+    assert ids[:-1] == open_store(store).split("train").tokens[:].tolist()  # but for the line feed at the end
     assert tokenizer.eos_token == END
 
 
@@ -263,7 +263,7 @@ def test_the_mask_is_part_of_the_fingerprint_and_of_the_checks(plain, tmp_path):
         rows = write_rows(tmp_path / "a.jsonl", row)
         stores.append(build_store(config(plain, pairs(rows, separator="")), tmp_path / "stores"))
     a, b = map(open_store, stores)
-    assert a.split("train").tokens.tolist() == b.split("train").tokens.tolist()
+    assert a.split("train").tokens[:].tolist() == b.split("train").tokens[:].tolist()
     assert a.fingerprint != b.fingerprint
     mask = a.path / "train.mask"
     mask.write_bytes(mask.read_bytes()[::-1])

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifests import change_manifest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tutelage.config.data_config import CorpusSource, FilesSource, StoreConfig, TokenizerConfig
 from tutelage.config.load import load
 from tutelage.data.build import _check_space, build_store, training_texts
+from tutelage.data.checked_files import BLOCK_BYTES
 from tutelage.data.sources import Mixture
-from tutelage.data.store import open_store, verify_store
+from tutelage.data.store import open_store, token_counts, verify_store
 from tutelage.errors import UserError
 from tutelage.progress import NullProgress
 
@@ -86,11 +88,11 @@ def test_offsets_count_tokens_and_bytes(built):
         assert view.offsets.shape == (record.documents + 1, 2)
         assert view.offsets[0].tolist() == [0, 0]
         assert view.offsets[-1].tolist() == [record.tokens, record.bytes]
-        assert view.tokens.shape == (record.tokens,)
-        assert np.flatnonzero(view.tokens == store.eos_id).tolist() == (view.offsets[1:, 0] - 1).tolist()
+        assert view.tokens[:].shape == (record.tokens,)
+        assert np.flatnonzero(view.tokens[:] == store.eos_id).tolist() == (view.offsets[1:, 0] - 1).tolist()
         sizes = [len(text.encode()) for text in texts_of(built, split)]
         assert np.diff(view.offsets[:, 1].astype(int)).tolist() == sizes
-        assert not view.tokens.flags.writeable
+        assert not view.tokens[:].flags.writeable
 
 
 def test_manifest_says_where_the_text_comes_from(built):
@@ -139,7 +141,7 @@ def test_large_vocabulary_is_stored_in_four_bytes(tmp_path):
         build_store(from_jsonl(tmp_path / "a.txt", tokenizer=ready, validation=0.0, test=0.0), tmp_path)
     )
     assert (store.manifest.dtype, store.vocab_size, store.eos_id) == ("uint32", 70_001, 70_000)
-    assert store.split("train").tokens.tolist() == [1, 69_999, 70_000]
+    assert store.split("train").tokens[:].tolist() == [1, 69_999, 70_000]
 
 
 # ------------------------------------------------------------------------------------ name and identity
@@ -185,7 +187,7 @@ def test_eval_store_shares_the_tokenizer_and_needs_no_training_text(built, tmp_p
     assert store.manifest.tokenizer_sha256 == open_store(built).manifest.tokenizer_sha256
     assert (store.path / "tokenizer.json").read_bytes() == (built / "tokenizer.json").read_bytes()
     assert store.manifest.splits["train"].documents == 0
-    assert store.split("train").tokens.shape == (0,)
+    assert store.split("train").tokens[:].shape == (0,)
     assert store.split("train").offsets.tolist() == [[0, 0]]
     assert store.manifest.splits["test"].documents > 0
 
@@ -318,8 +320,8 @@ def test_what_is_no_store(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 1}, "schema version 1, this version reads 2; build it again"),
-        ({"schema_version": 99}, "schema version 99, this version reads 2; build it again"),
+        ({"schema_version": 1}, "schema version 1, this version reads 3; build it again"),
+        ({"schema_version": 99}, "schema version 99, this version reads 3; build it again"),
         ({"schema_version": "x"}, r"not the manifest of a token store \(schema_version: "),
         ({"vocab_size": "300"}, r"not the manifest of a token store \(vocab_size: "),
         ({"surprise": 1}, r"not the manifest of a token store \(surprise: "),
@@ -327,11 +329,71 @@ def test_what_is_no_store(tmp_path):
     ],
 )
 def test_wrong_manifest_is_refused(copy, change, message):
-    path = copy / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change_manifest(copy, **change)
     with pytest.raises(UserError, match=message) as caught:
         open_store(copy)
     assert "\n" not in str(caught.value)
+
+
+def numbers_in(fields, path=()):
+    """Paths of all numbers and texts in a manifest."""
+    for key, value in fields.items() if isinstance(fields, dict) else enumerate(fields):
+        if isinstance(value, dict | list):
+            yield from numbers_in(value, (*path, key))
+        elif value is not None and not isinstance(value, bool):
+            yield (*path, key)
+
+
+def test_a_changed_field_is_found_wherever_it_is(copy):
+    file = copy / "manifest.json"
+    whole = json.loads(file.read_text())
+    paths = list(numbers_in(whole))
+    assert len(paths) > 30
+    for *parents, last in paths:
+        fields = json.loads(json.dumps(whole))
+        place = fields
+        for key in parents:
+            place = place[key]
+        place[last] = place[last] + 1 if isinstance(place[last], int | float) else f"{place[last]}x"
+        file.write_text(json.dumps(fields))
+        with pytest.raises(UserError, match=r"damaged|not the manifest|schema version"):
+            open_store(copy)
+
+
+def test_a_flipped_bit_is_found_where_it_is_read_and_only_there(tmp_path):
+    large = build_store(config(max_bytes=900_000), tmp_path)
+    store = open_store(large)
+    tokens = store.split("train").tokens
+    size = tokens[:1].itemsize
+    per_block = BLOCK_BYTES // size
+    assert len(tokens) > 3 * per_block
+    file = large / "train.bin"
+    content = bytearray(file.read_bytes())
+    content[2 * BLOCK_BYTES + 77] ^= 4
+    file.write_bytes(content)
+    tokens = open_store(large).split("train").tokens
+    assert tokens[: 2 * per_block].tobytes() == bytes(content[: 2 * BLOCK_BYTES])
+    place = 2 * per_block + 3000
+    with pytest.raises(
+        UserError, match=r"train\.bin: damaged between bytes 131,072 and 196,608 .*build it again"
+    ):
+        tokens[place : place + 5]
+    with pytest.raises(UserError, match=r"train\.bin: damaged"):
+        tokens[2 * per_block - 1 : 2 * per_block + 1]
+    assert tokens[3 * per_block :].tobytes() == bytes(content[3 * BLOCK_BYTES :])
+    with pytest.raises(UserError, match=r"train\.bin: damaged"):  # by everything that reads it all
+        token_counts(tokens, store.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["train.idx", "test.idx", "train.bin.crc32", "validation.bytes.crc32"])
+def test_damage_of_what_says_where_things_are_is_found_at_once(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name.removesuffix('.crc32')}.*: damaged"):
+        open_store(copy).split(name.split(".")[0])
+    with pytest.raises(UserError, match=rf"{name}: damaged"):
+        verify_store(copy)
 
 
 @pytest.mark.parametrize(

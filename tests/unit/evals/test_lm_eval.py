@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import yaml
+from manifests import change_manifest
 from tokenizers import Tokenizer
 
 from tutelage.data.store import open_store
@@ -186,9 +187,7 @@ def test_a_task_can_be_built_from_a_domain(evaluated, tmp_path):
 @needs_lm_eval
 def test_two_texts_of_one_name_are_refused(evaluated, store, other_store, tmp_path):
     shutil.copytree(other_store, tmp_path / "twin")
-    manifest = tmp_path / "twin" / "manifest.json"
-    text = manifest.read_text(encoding="utf-8").replace('"name": "scripture"', '"name": "speeches"', 1)
-    manifest.write_text(text, encoding="utf-8")
+    change_manifest(tmp_path / "twin", name="speeches")
     with pytest.raises(UserError, match="twin: another text of the same name is asked for"):
         run_downstream(evaluated, ["last_word", f"last_word:{tmp_path / 'twin'}"])
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from manifests import change_manifest
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.teacher_config import TeachConfig
@@ -80,7 +80,7 @@ def one_line(caught):
 
 
 def test_every_position_has_the_teachers_probability_of_the_next_token(written, text):
-    cache, tokens = open_cache(written), open_store(text).split("train").tokens.astype("int64")
+    cache, tokens = open_cache(written), open_store(text).split("train").tokens[:].astype("int64")
     layout = cache.manifest.layout
     assert layout.positions == len(tokens) - 1
     counts = torch.bincount(torch.from_numpy(tokens), minlength=300).double() + 1
@@ -257,11 +257,6 @@ def test_a_damaged_head_is_found_and_mended(teaching, tree):
 
 
 # ------------------------------------------------------------------------------------------ what is refused
-
-
-def change_manifest(path, **fields):
-    file = path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def test_an_unfinished_cache_says_how_far_it_is(written):

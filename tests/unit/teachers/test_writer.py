@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from manifests import change_manifest
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
@@ -389,8 +390,7 @@ def test_a_cache_of_other_content_under_the_same_name_is_not_touched(teaching, t
     with pytest.raises(Stopped):
         write_cache(config, Recorded(20, interrupt))
     path = plan_cache(config).path
-    file = path / "manifest.json"
-    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    change_manifest(path, seed=1)
     before = tree(path)
     with pytest.raises(UserError, match="other content"):
         write_cache(config)

@@ -8,13 +8,12 @@ import shutil
 import pytest
 from training import Notes, losses
 
-from conftest import config_maker
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
-def finished(store, tmp_path_factory):
+def finished(store, tiny_config, tmp_path_factory):
     """A finished run with scores, as (directory, function that makes its config for another output)."""
 
     def config(output):
@@ -22,7 +21,7 @@ def finished(store, tmp_path_factory):
             "domains": [{"name": "own", "store": str(store), "role": "in_domain"}],
             "max_documents": 3,
         }
-        return config_maker(store)(output, eval=evaluation | {"max_tokens": 64})
+        return tiny_config(output, eval=evaluation | {"max_tokens": 64})
 
     return run(config(tmp_path_factory.mktemp("finished"))), config
 

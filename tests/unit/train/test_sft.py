@@ -125,10 +125,10 @@ def direct_loss(model: PreTrainedModel, view: SplitView, batch: Batch) -> torch.
     """Sum of -log p over the tokens of completions, read from the store token by token."""
     logp = model(input_ids=batch.tokens_BT).logits.log_softmax(-1)
     terms = [
-        -logp[row, place, int(view.tokens[start + place + 1])]
+        -logp[row, place, int(view.tokens[:][start + place + 1])]
         for row, start in enumerate(batch.starts)
         for place in range(LENGTH)
-        if view.mask[start + place + 1]
+        if view.mask[:][start + place + 1]
     ]
     assert 0 < len(terms) < batch.labels_BT.numel()
     return torch.stack(terms).sum()

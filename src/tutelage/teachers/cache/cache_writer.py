@@ -18,9 +18,9 @@ from tutelage.files import (
     lock_when_free,
     make_directory,
     stop_signal,
-    write_text,
 )
 from tutelage.progress import NullProgress
+from tutelage.records import write_manifest_file
 from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
 from tutelage.teachers.cache.reader import file_sha256, open_cache
@@ -128,7 +128,7 @@ def _write_manifest(job: CacheJob, stop: threading.Event) -> None:
             sha256 = file_sha256(path / HEAD_FILE)
         if known is manifest or sha256 != known.head_sha256:
             manifest = known.model_copy(update={"head_sha256": sha256})
-            write_text(path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+            write_manifest_file(path, manifest)
 
 
 class ShardIndex:

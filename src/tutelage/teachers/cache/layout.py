@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 3
 """Raised when the files of a cache change. It is part of a cache's name, so old ones are not continued.
-1: the manifest listed the finished shards with a checksum of each. 2: it said nothing of a document mask."""
+1: the manifest listed the finished shards with a checksum of each. 2: it said nothing of a document
+mask and had no seal."""
 
 MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"
