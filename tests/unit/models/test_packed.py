@@ -92,8 +92,14 @@ def test_whatever_computes_attention(family, attention):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 @torch.no_grad()
 def test_flex_attention():
-    """It is compiled at its first call, by transformers."""
-    assert_apart(model_of(ALL["qwen3"](), "flex_attention"))
+    """It is compiled at its first call, by transformers, so it is called with one shape only."""
+    plain, flex = (body_and_head(model_of(ALL["qwen3"](), kind))[0] for kind in ("sdpa", "flex_attention"))
+    batch = packed()
+    found_BTD = hidden_states(flex, batch)
+    torch.testing.assert_close(found_BTD, hidden_states(plain, batch), rtol=1e-4, atol=1e-5)
+    changed_BTD = hidden_states(flex, replaced(batch, 0, slice(0, 9)))
+    assert torch.equal(changed_BTD[0, 9:], found_BTD[0, 9:])
+    assert not torch.equal(changed_BTD[0, :9], found_BTD[0, :9])
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
