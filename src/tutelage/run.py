@@ -20,6 +20,7 @@ from tutelage.files import atomic_directory, check_place, stop_signal, write_tex
 from tutelage.models import hub
 from tutelage.progress import NullProgress, Progress
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
+from tutelage.run_plan import check_fits
 from tutelage.train import distributed
 from tutelage.train.checkpoint_files import BRANCH_POINT, adopt
 from tutelage.train.loop import train
@@ -192,6 +193,9 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
 
 def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:
     """Open students and teacher; write down what is to be trained, and tell the user."""
+    for config, _ in runs:
+        if (warning := check_fits(config, world.device.type, world.size)) and world.is_main:
+            progress.note(f"warning: {warning}")
     students = [open_student(config, directory, world) for config, directory in runs]
     taught = [student for student in students if student.config.teacher is not None]
     if taught:

@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"progress", "records", "data", "models", "objective"},
     "run_directory": {"types", "errors", "files", "config", "data", "models", "teachers.cache.layout"},
+    "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
     "train": _BASE | _ROOMS | {"agreement", "progress", "processes", "provenance", "run_directory"},
     "evals": _BASE
     | {"data", "models", "progress", "provenance", "bootstrap", "records", "run_directory"}
@@ -75,10 +76,12 @@ ALLOWED: dict[str, set[str]] = {
         "processes",
         "provenance",
         "run_directory",
+        "run_plan",
         "train",
     },
     "study": _BASE
-    | {"agreement", "data", "launch", "models", "processes", "progress", "records", "run", "run_directory"},
+    | {"agreement", "data", "launch", "models", "processes", "progress", "records"}
+    | {"run", "run_directory", "run_plan"},
     "analysis": {
         "types",
         "errors",
@@ -91,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
-    | {"agreement", "launch", "processes", "provenance", "run", "run_directory"},
+    | {"agreement", "launch", "processes", "provenance", "run", "run_directory", "run_plan"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

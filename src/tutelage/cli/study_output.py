@@ -33,13 +33,18 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
         table.add_row(purpose, f"{flops:.3g}", f"{flops / total:.1%}")
     table.add_row("all", f"{total:.3g}", "")
     out.print(table)
+    _print_sizes(found["sizes"])
     memory, hours, path = found["memory"], found["time"], found["critical_path"]
     out.print()
-    too_much = "" if memory["fits"] else ": more than the device has, so it must be divided over several"
+    too_much = "" if memory["fits"] else ": more than the device has on any number of them"
     say("memory", f"{memory['bytes'] / 1e9:.3g} GB on one device at most, by {memory['run']}{too_much}")
-    say("", f"= {memory['formula']}")
+    if memory["devices"] > 1:
+        say(
+            "",
+            f"runs take up to {memory['devices']} devices: give run.parallel.processes what their row says",
+        )
     say("cache", f"{found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most")
-    say("time", f"{period(hours['wall_seconds'])} on {found['source']}, each run on one")
+    say("time", f"{period(hours['wall_seconds'])} on {found['source']}")
     say("", f"{hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted")
     say("energy", f"{found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted")
     say("path", f"{period(path['seconds'])} at least, on any number of them: {' > '.join(path['runs'])}")
@@ -49,6 +54,23 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
         say("note", note)
     for file in files:
         say("next", f"tutelage study run {file}")
+
+
+def _print_sizes(sizes: Sequence[dict[str, Any]]) -> None:
+    """Print over how many devices runs are divided, and their memory and hours."""
+    table = Table("\nsize", "\nteacher beside it", box=None, pad_edge=False)
+    for name in ("runs", "devices each", "GB on each", "hours each"):
+        table.add_column(f"\n{name}", justify="right")
+    for row in sizes:
+        table.add_row(
+            row["shape"],
+            row["teacher"] or "",
+            f"{row['runs']:,}",
+            f"{row['devices']}",
+            f"{row['bytes'] / 1e9:.3g}",
+            f"{row['hours']:,.3g}",
+        )
+    out.print(table)
 
 
 def print_status(status: Status, directory: Path) -> None:

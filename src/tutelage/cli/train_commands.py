@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from tutelage.config.run_config import RunConfig
     from tutelage.config.teacher_config import TeachConfig
+
+
+PlanOnly = Annotated[
+    bool, typer.Option("--plan", help="train nothing; say what memory, time and disk it takes, by formula")
+]
+PlannedDevice = Annotated[
+    str | None,
+    typer.Option(help="plan for h100, a100, l40s, ... which need not be here; default: this machine"),
+]
+PlannedDevices = Annotated[
+    int | None, typer.Option(min=1, help="plan for so many; default: parallel.processes")
+]
 
 
 def train(
@@ -23,6 +36,9 @@ def train(
             "--nproc", min=1, help="processes on this machine, one per GPU; default: parallel.processes"
         ),
     ] = None,
+    plan: PlanOnly = False,
+    device: PlannedDevice = None,
+    devices: PlannedDevices = None,
 ) -> None:
     """Train one model, with or without a teacher, and score it. After a stop the same command resumes.
 
@@ -31,6 +47,8 @@ def train(
 
     Several GPUs: --nproc N, or processes that torchrun (`torchrun --nproc-per-node N -m tutelage train
     RUN.yaml`) or srun started, on one machine or many.
+
+    Will it fit, and how long will it take? --plan; for devices that are not here: --device h100 --devices 8
     """
     from tutelage import agreement, processes
     from tutelage.cli.bars import RichProgress, say
@@ -43,6 +61,10 @@ def train(
     overrides = [text for text in texts[1:] if "=" in text]
     with agreement.together():
         loaded = [load(RunConfig, Path(text), overrides) for text in texts if text not in overrides]
+    if plan:
+        for one in loaded:
+            _print_plan(one, device, devices or nproc or one.parallel.processes)
+        return
     several = nproc or (loaded[0].parallel.processes if processes.place().size == 1 else 1)
     if several > 1:
         _launch(several, ["tutelage", "train", *texts])
@@ -55,6 +77,27 @@ def train(
         if directory.scores.exists():
             say("scores", directory.scores)
     say("next", f"teach a student with it: teacher={{kind: run, run: {directories[0].id}}}")
+
+
+def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
+    from tutelage.cli.bars import out, period, say, short
+    from tutelage.models.devices import Hardware
+    from tutelage.run_plan import plan_run
+
+    hardware = Hardware.named(device, devices) if device else Hardware.of_run(config.runtime.device, devices)
+    found = plan_run(config, hardware)
+    say("run", f"{config.name}: {found.steps:,} steps of {config.global_batch_tokens:,} tokens")
+    for line in found.memory_lines(remedies=not found.fits):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    student, teacher = found.flops
+    words = f"{student:.3g} FLOPs per token" + (f" and {teacher:.3g} of the teacher" if teacher else "")
+    say("speed", f"{short(found.tokens_per_second)} tokens/s on {devices} x {hardware.name} ({words})")
+    say("", f"at {hardware.device.mfu:.0%} of {hardware.device.peak_flops / 1e12:g} TFLOP/s each")
+    say("time", f"{period(found.seconds)}; start-up, scoring and waiting for disks not counted")
+    say(
+        "disk",
+        f"{found.checkpoint_bytes / 1e9:.3g} GB of checkpoints, {found.model_bytes / 1e9:.3g} GB of model",
+    )
 
 
 def _launch(several: int, module: list[str]) -> None:

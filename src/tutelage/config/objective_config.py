@@ -266,6 +266,15 @@ class TopP(Section):
 Truncation = Annotated[TopK | TopP, Field(discriminator="kind")]
 
 
+_CHUNK_BYTES = {"cpu": 38 * 2**20, "cuda": 256 * 2**20, "mps": 128 * 2**20}
+"""Size of one [chunk, V] float32 buffer. A head is read from memory once per chunk and product, so small
+chunks are slow; docs/performance.md has the trade between time and memory."""
+_DENSE = 1.6
+"""A dense teacher's head is wider and is read once more per chunk, so its chunks are larger."""
+_TEMPORARIES = 8
+"""Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
+
+
 class Objective(Section):
     """Cross-entropy, a divergence from the teacher, and how a given alpha mixes them.
 
@@ -302,6 +311,16 @@ class Objective(Section):
         """Factor on the divergence: T^2 or 1."""
         squared = self.temperature_squared and self.divergence != "hard_labels"
         return self.temperature**2 if squared else 1.0
+
+    def tokens_per_chunk(self, vocab_size: int, device: str, *, dense: bool) -> int:
+        """Tokens whose logits exist at a time: as set, or by vocabulary, device and kind of targets."""
+        if self.chunk_tokens is not None:
+            return self.chunk_tokens
+        size = _CHUNK_BYTES[device] / (4 * vocab_size)
+        nucleus = self.truncation is not None and self.truncation.kind == "top_p"
+        if self.divergence not in {"forward_kl", "hard_labels"} or nucleus:
+            return max(8, int(size / _TEMPORARIES))
+        return max(8, int(size * _DENSE if dense else size))
 
     def weights(self, alpha_N: Tensor) -> tuple[Tensor, Tensor]:
         """(weight of CE, weight of the divergence without T^2) for an alpha per token."""

@@ -1,14 +1,15 @@
-"""Kinds of devices by their data sheets (speed, memory, power), and the memory of a run on one of them."""
+"""Kinds of devices by their data sheets (speed, memory, power), and those that a run is planned for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tutelage.errors import lookup
 
-if TYPE_CHECKING:
-    from tutelage.models.shapes import ModelShape
+_USABLE = 0.9
+"""Part of a device's memory that a run may fill: CUDA, NCCL and gaps in the allocator take the rest."""
+_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,47 +63,66 @@ def recognise_device(name: str) -> Device | None:
     return next((device for key, device in DEVICES.items() if key in words), None)
 
 
-_STATE_BYTES = 16
-"""Of a trained weight: itself, its gradient and AdamW's two moments, in float32."""
-_CHUNK_BYTES = 2**28
-"""The largest [chunk, V] float32 buffer of the objective on a GPU, of the student and of its teacher each."""
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Devices of one kind, one process on each.
 
-
-def activation_values(shape: ModelShape) -> int:
-    """Values per token that a forward pass keeps for the backward pass, attention computed in blocks.
-
-    Per layer: the input of each norm and its output (4 hidden), queries, keys and values, rotated queries and
-    keys, what attention gives (3 heads + 3 kv_heads) head_dim, and in the MLP gate, its activation, up and
-    their product (4 mlp). Qwen3 also norms queries and keys. On top the last norm: 2 hidden.
+    Attributes:
+        name: of the kind, for people.
+        device: its figures.
+        devices: how many there are.
+        memory: bytes on each that a run may fill.
+        cuda: whether they are GPUs of NVIDIA's.
     """
-    attention = 3 * (shape.heads + shape.kv_heads) * shape.head_dim
-    if shape.family == "qwen3":
-        attention += (shape.heads + shape.kv_heads) * shape.head_dim
-    return shape.layers * (4 * shape.hidden + attention + 4 * shape.mlp) + 2 * shape.hidden
+
+    name: str
+    device: Device
+    devices: int
+    memory: float
+    cuda: bool
+
+    @property
+    def kind(self) -> str:
+        """Type of the device, as torch names it."""
+        return "cuda" if self.cuda else "cpu"
+
+    @classmethod
+    def named(cls, name: str, devices: int) -> Hardware:
+        """Devices of the table, which need not be here.
+
+        Raises:
+            UserError: the table has none of that name.
+        """
+        device = find_device(name)
+        return cls(name, device, devices, _USABLE * device.memory, cuda=name != "cpu")
+
+    @classmethod
+    def of_run(cls, asked: str, processes: int) -> Hardware:
+        """The devices of this machine that `runtime.device` asks for.
+
+        Raises:
+            UserError: it has none.
+        """
+        from tutelage.models.hub import pick_device  # noqa: PLC0415 - as below
+
+        return cls.here(pick_device(asked).type, processes)
+
+    @classmethod
+    def here(cls, kind: str, processes: int) -> Hardware:
+        """The devices of this machine of one of torch's types, with the memory that is free now."""
+        if kind != "cuda":
+            return cls("cpu", find_device("cpu"), processes, _available(), cuda=False)
+        import torch  # noqa: PLC0415 - the plan for devices of the table needs none
+
+        name = torch.cuda.get_device_name()
+        free, _ = torch.cuda.mem_get_info()
+        device = recognise_device(name) or replace(find_device("h100"), memory=free, summary=name)
+        return cls(name, device, processes, free, cuda=True)
 
 
-def run_memory(
-    shape: ModelShape,
-    parameters: int,
-    teacher_parameters: int,
-    micro_batch: int,
-    vocab_size: int,
-    *,
-    bf16: bool,
-) -> float:
-    """Peak bytes of a run on one device, without what the libraries take for themselves.
-
-    16 bytes per trained weight and 4 per weight of a live teacher, `activation_values` of a micro-batch in 2
-    (bf16) or 4 bytes, and one buffer of logits each for student and teacher.
-
-    Args:
-        shape: of the trained model.
-        parameters: its weights.
-        teacher_parameters: weights of the teacher that runs beside it; 0 without.
-        micro_batch: tokens of a forward pass.
-        vocab_size: width of the logits.
-        bf16: whether the forward pass is in bfloat16.
-    """
-    logits = min(4 * micro_batch * vocab_size, _CHUNK_BYTES) * (2 if teacher_parameters else 1)
-    activations = micro_batch * activation_values(shape) * (2 if bf16 else 4)
-    return _STATE_BYTES * parameters + 4.0 * teacher_parameters + activations + logits
+def _available() -> float:
+    """Bytes that processes of this machine can still take, swap included; endless where that is not known."""
+    if not _MEMINFO.is_file():
+        return float("inf")
+    fields = dict(line.split(":") for line in _MEMINFO.read_text(encoding="utf-8").splitlines())
+    return sum(1024.0 * int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree"))

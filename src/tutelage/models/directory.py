@@ -84,13 +84,25 @@ def hub_commit(name: str, revision: str | None = None) -> str:
     Raises:
         UserError: there is no such model, or the Hub cannot be reached and nothing was downloaded before.
     """
+    return _hub_config_file(name, revision).parent.name  # files lie in snapshots/<commit>/
+
+
+def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Read `config.json` of a model on the Hub; nothing else is downloaded.
+
+    Raises:
+        UserError: as `hub_commit`, or it holds no JSON object.
+    """
+    return read_object(_hub_config_file(name, revision))
+
+
+def _hub_config_file(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - only for models on the Hub
 
     try:
-        config = hf_hub_download(name, "config.json", revision=revision)
+        return Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: not found on the Hub: {one_line(error)}") from None
-    return Path(config).parent.name  # files lie in snapshots/<commit>/
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from tutelage.errors import lookup
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from transformers import LlamaConfig, Qwen3Config
 
 Family = Literal["llama", "qwen3"]
@@ -152,3 +155,33 @@ def find_shape(name: str) -> ModelShape:
         UserError: there is none; the message suggests the nearest name.
     """
     return lookup(LADDER, name, "model.shape =")
+
+
+def read_shape(config: Mapping[str, Any], name: str) -> ModelShape | None:
+    """The shape that a model's config.json describes, without its learning rate.
+
+    None for a family whose layers are not attention with rotary positions and one gated MLP, as far as the
+    fields tell: another count of weights would be wrong.
+
+    Args:
+        config: content of config.json.
+        name: of the model.
+    """
+    known = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
+    if not known <= config.keys() or config.get("num_experts") or config.get("num_local_experts"):
+        return None
+    heads = int(config["num_attention_heads"])
+    return ModelShape(
+        name=name,
+        family="qwen3" if config.get("model_type") == "qwen3" else "llama",
+        hidden=int(config["hidden_size"]),
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        mlp=int(config["intermediate_size"]),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        lr=0.0,
+        vocab_size=int(config["vocab_size"]),
+        summary=f"read from the config.json of {name}",
+    )

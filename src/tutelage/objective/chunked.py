@@ -94,24 +94,6 @@ class ObjectiveHead(nn.Module):
         return sums.loss, sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
 
 
-_CHUNK_BYTES = {"cpu": 38 * 2**20, "cuda": 256 * 2**20, "mps": 128 * 2**20}
-"""Size of one [chunk, V] float32 buffer. A head is read from memory once per chunk and product, so small
-chunks are slow; docs/performance.md has the trade between time and memory."""
-_DENSE = 1.6
-"""A dense teacher's head is wider and is read once more per chunk, so its chunks are larger."""
-_TEMPORARIES = 8
-"""Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
-
-
-def default_chunk_tokens(vocab_size: int, device: str, dense: bool, objective: Objective) -> int:
-    """Choose tokens per chunk from the vocabulary, the device, the kind of targets and the objective."""
-    size = _CHUNK_BYTES[device] / (4 * vocab_size)
-    nucleus = objective.truncation is not None and objective.truncation.kind == "top_p"
-    if objective.divergence not in {"forward_kl", "hard_labels"} or nucleus:
-        return max(8, int(size / _TEMPORARIES))
-    return max(8, int(size * _DENSE if dense else size))
-
-
 def chunked_objective(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -173,9 +155,7 @@ class _ChunkedObjective(torch.autograd.Function):
         )
         sums = torch.zeros(5, dtype=head.dtype, device=hidden_ND.device)
         dense = plan.targets is not None and not isinstance(plan.targets, SparseTargets)
-        size = plan.objective.chunk_tokens or default_chunk_tokens(
-            vocab, hidden_ND.device.type, dense, plan.objective
-        )
+        size = plan.objective.tokens_per_chunk(vocab, hidden_ND.device.type, dense=dense)
         chunks = list(_chunks(plan.labels_N, size))
         largest = len(plan.labels_N[chunks[0]])
         head = head.keeping_logits(largest)

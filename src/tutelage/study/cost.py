@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens, tokens_text
 from tutelage.config.load import digest
-from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopKFormat
+from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, RunTeacher, TopKFormat
 from tutelage.errors import UserError
-from tutelage.models.devices import find_device, run_memory
-from tutelage.models.flops import forward_flops, parameters
+from tutelage.models.devices import find_device
+from tutelage.models.flops import forward_flops
 from tutelage.models.shapes import find_shape
+from tutelage.run_plan import fewest_devices
 from tutelage.study.nodes import Cost, check_cells
 from tutelage.study.plan import load_plan
 from tutelage.study.timings import Speeds, critical_path, makespan, read_timings
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tutelage.config.run_config import RunConfig
-    from tutelage.config.study_config import StudyConfig
+    from tutelage.config.study_config import StudyConfig, TeacherSpec
     from tutelage.config.teacher_config import Format
     from tutelage.models.devices import Device
+    from tutelage.models.memory import MemoryPlan
     from tutelage.models.shapes import ModelShape
     from tutelage.study.cells import Cell
     from tutelage.study.expand import ExpandedStudy
@@ -46,7 +48,9 @@ class Work:
         cost: what is still to be computed: without the steps of another run that it starts from, and without
             the teacher where its targets are cached.
         scoring_flops: of scoring it when it is trained, at most.
-        memory: peak bytes on one device.
+        beside: shape of the teacher that runs beside it; "cached" or "control" if it computes nothing.
+        processes: devices that it takes at a time.
+        memory: peak bytes on each of them.
     """
 
     key: str
@@ -54,6 +58,8 @@ class Work:
     cell: Cell
     cost: Cost
     scoring_flops: float
+    beside: str | None
+    processes: int
     memory: float
 
     @property
@@ -87,8 +93,12 @@ class Duration:
     path_seconds: float
 
 
-def works_of(studies: Sequence[ExpandedStudy]) -> tuple[list[Work], Caches, list[str]]:
+def works_of(studies: Sequence[ExpandedStudy], device: str = "h100") -> tuple[list[Work], Caches, list[str]]:
     """Every run of `studies` once, each after what it needs; their caches; what the estimate leaves out.
+
+    Args:
+        studies: what is to be run.
+        device: name of the kind of device, whose memory says over how many a run is divided.
 
     Raises:
         UserError: a cell cannot be built; the message names it.
@@ -97,7 +107,7 @@ def works_of(studies: Sequence[ExpandedStudy]) -> tuple[list[Work], Caches, list
     flops = size = 0.0
     notes: list[str] = []
     for expanded in studies:
-        found = _Reader(expanded)
+        found = _Reader(expanded, device)
         for cell in expanded.cells:
             work = found.work(cell)
             works.setdefault(work.key, work)
@@ -112,25 +122,48 @@ def works_of(studies: Sequence[ExpandedStudy]) -> tuple[list[Work], Caches, list
 
 
 def duration(works: Sequence[Work], devices: int, speed: Speed) -> Duration:
-    """How long `works` take on `devices`, each run on one of them.
+    """How long `works` take on `devices`, or on as many as the widest run takes if these are more.
 
     Args:
         works: the runs, each after what it needs.
         devices: how many work at the same time.
-        speed: of each run.
+        speed: of each run on one device; several are taken to be as many times as fast.
     """
-    seconds = {}
-    for work in works:
-        taught = work.cell.teacher if work.cell.kind == "student" else None
-        seconds[work.key] = work.flops / speed(work.cell.shape, taught)
+    widths = {work.key: work.processes for work in works}
+    seconds = {work.key: _seconds(work, speed) for work in works}
     needs = {work.key: work.needs for work in works}
     path = critical_path(seconds, needs)
     return Duration(
-        wall=makespan(seconds, needs, devices),
-        device=sum(seconds.values()),
+        wall=makespan(seconds, needs, max([devices, *widths.values()]), widths),
+        device=sum(widths[key] * spent for key, spent in seconds.items()),
         path=path,
         path_seconds=sum(seconds[key] for key in path),
     )
+
+
+def _seconds(work: Work, speed: Speed) -> float:
+    """How long a run takes on its devices."""
+    taught = work.cell.teacher if work.cell.kind == "student" else None
+    return work.flops / speed(work.cell.shape, taught) / work.processes
+
+
+def _sizes(works: Sequence[Work], speed: Speed) -> list[dict[str, Any]]:
+    """Runs alike in shape, teacher, devices and memory: how many, on what, and hours of the longest."""
+    groups: dict[tuple[str, str | None, int, float], list[Work]] = {}
+    for work in works:
+        taught = work.beside if work.cell.kind == "student" else None
+        groups.setdefault((work.cell.shape, taught, work.processes, work.memory), []).append(work)
+    return [
+        {
+            "shape": shape,
+            "teacher": taught,
+            "runs": len(group),
+            "devices": devices,
+            "bytes": memory,
+            "hours": max(_seconds(work, speed) for work in group) / 3600,
+        }
+        for (shape, taught, devices, memory), group in groups.items()
+    ]
 
 
 def by_kind(works: Sequence[Work]) -> dict[str, tuple[int, int]]:
@@ -156,7 +189,8 @@ def by_purpose(works: Sequence[Work], caches: Caches) -> dict[str, float]:
 class _Reader:
     """Costs of the cells of one study."""
 
-    def __init__(self, expanded: ExpandedStudy) -> None:
+    def __init__(self, expanded: ExpandedStudy, device: str) -> None:
+        self._device = device
         self.study, self.teachers = expanded.study, expanded.teachers
         self._drafts = check_cells(expanded)
         self._vocab_size = _vocab_size(expanded.study)
@@ -189,7 +223,7 @@ class _Reader:
             read = str(cell.teacher), cell.needs
             length = config.data.sequence_length
             self._read[read] = max((cost.tokens, length), self._read.get(read, (0, 0)))
-        beside = None if teacher is None or cached else teacher.shape
+        processes, memory = self._memory(config, shape, teacher, vocab_size)
         scored = (1 + len(self.study.domains)) * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
             key=key,
@@ -201,16 +235,22 @@ class _Reader:
                 teacher_flops=0.0 if cached else cost.teacher_flops,
             ),
             scoring_flops=forward_flops(shape, vocab_size, config.data.sequence_length) * scored,
-            memory=run_memory(
-                shape,
-                cost.parameters,
-                0 if beside is None else parameters(find_shape(beside), vocab_size).total,
-                config.micro_batch_tokens or config.global_batch_tokens,
-                vocab_size,
-                bf16=config.dtype == "bfloat16"
-                or (config.dtype == "auto" and config.runtime.device != "cpu"),
-            ),
+            beside=None if teacher is None else _beside(teacher),
+            processes=processes,
+            memory=memory.total,
         )
+
+    def _memory(
+        self, config: RunConfig, shape: ModelShape, teacher: TeacherSpec | None, vocab_size: int
+    ) -> tuple[int, MemoryPlan]:
+        """Over how many devices a run is divided, and its memory on each."""
+        beside = None
+        if teacher is not None and isinstance(config.teacher, RunTeacher):
+            kept = config.teacher.model_copy(update={"cache": teacher.cache})
+            config = config.model_copy(update={"teacher": kept})
+            if teacher.cache is None and teacher.shape is not None:
+                beside = find_shape(teacher.shape)
+        return fewest_devices(config, shape, beside, vocab_size, self._device)
 
     def caches(self) -> Caches:
         """Cached targets of the teachers that the runs so far read from disk."""
@@ -239,6 +279,13 @@ class _Reader:
         return found
 
 
+def _beside(teacher: TeacherSpec) -> str:
+    """What computes a student's targets: a shape, a given model, or nothing that takes time."""
+    if teacher.control is not None:
+        return "control"
+    return "cached" if teacher.cache is not None else str(teacher.shape or teacher.model)
+
+
 def kept_bytes(kept: Format, vocab_size: int, width: int) -> float:
     """Bytes per token of a cache, at most: an id takes log2 V bits, a weight two bytes."""
     entry = ((vocab_size - 1).bit_length() + 16) / 8
@@ -261,10 +308,6 @@ def _vocab_size(study: StudyConfig) -> int | None:
     return load_tokenizer(tokenizer.path).vocab_size
 
 
-_FORMULA = (
-    "16 bytes per weight (float32 weight, gradient, two moments) + 4 per weight of a live teacher "
-    "+ activations of a micro-batch + a chunk of logits"
-)
 _WATTS_HOUR = 3.6e6
 
 
@@ -296,7 +339,7 @@ def forecast(studies: Sequence[ExpandedStudy], machine: Machine, directory: Path
     Raises:
         UserError: a cell cannot be built, or a device is unknown.
     """
-    works, caches, notes = works_of(studies)
+    works, caches, notes = works_of(studies, machine.device)
     if not works:
         raise UserError(f"study {studies[0].study.name}: no runs; give students, or teachers to train")
     speed, words, device = _speed(machine, directory)
@@ -313,8 +356,9 @@ def forecast(studies: Sequence[ExpandedStudy], machine: Machine, directory: Path
             "bytes": most.memory,
             "run": most.cell.name,
             "fits": most.memory <= device.memory,
-            "formula": _FORMULA,
+            "devices": max(work.processes for work in works),
         },
+        "sizes": _sizes(works, speed),
         "cache_bytes": caches.bytes,
         "source": words,
         "time": {"wall_seconds": took.wall, "device_seconds": took.device},

@@ -128,11 +128,18 @@ def critical_path(costs: Mapping[str, float], needs: Needs) -> list[str]:
     return path
 
 
-def makespan(costs: Mapping[str, float], needs: Needs, devices: int) -> float:
-    """When all is done on `devices`, each with one piece of work at a time, heaviest chain first.
+def makespan(
+    costs: Mapping[str, float], needs: Needs, devices: int, widths: Mapping[str, int] | None = None
+) -> float:
+    """When all is done on `devices`, heaviest chain first, which is the order in which a runner starts runs.
 
-    This is the order in which a runner starts runs.
+    Args:
+        costs: by name, each after what it needs.
+        needs: names of what must be finished first.
+        devices: how many there are, at least as many as the widest piece of work takes.
+        widths: devices that a piece of work takes at a time; default: one.
     """
+    widths = widths or {}
     weights = chain_weights(costs, needs)
     followers: dict[str, list[str]] = {name: [] for name in costs}
     for name, before in needs.items():
@@ -142,12 +149,14 @@ def makespan(costs: Mapping[str, float], needs: Needs, devices: int) -> float:
     ready = [(-weights[name], name) for name in costs if not missing[name]]
     heapq.heapify(ready)
     running: list[tuple[float, str]] = []
-    now = 0.0
+    now, free = 0.0, devices
     while ready or running:
-        while ready and len(running) < devices:
+        while ready and widths.get(ready[0][1], 1) <= free:
             name = heapq.heappop(ready)[1]
+            free -= widths.get(name, 1)
             heapq.heappush(running, (now + costs[name], name))
         now, ended = heapq.heappop(running)
+        free += widths.get(ended, 1)
         for name in followers[ended]:
             missing[name] -= 1
             if not missing[name]:

@@ -6,17 +6,15 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
-from tutelage.models import hub
-from tutelage.models.devices import DEVICES, activation_values, find_device, run_memory
+from tutelage.models.devices import DEVICES, find_device
 from tutelage.models.flops import forward_flops, training_flops
-from tutelage.models.shapes import LADDER, find_shape
+from tutelage.models.shapes import find_shape
 from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
 from tutelage.study.expand import expand
 from tutelage.study.presets import demo_study, load_study
@@ -118,34 +116,43 @@ def test_what_cannot_be_run_is_named_before_anything_runs():
         works_of([expand(validate(StudyConfig, raw, "t"))])
 
 
-@pytest.mark.parametrize("name", ["nano-150k", "qwen3-0.15b"])
-def test_activations_are_what_autograd_keeps(name):
-    """Storages that the backward pass holds, weights and the loss left out."""
-    shape, tokens = LADDER[name], 64
-    model = hub.build(shape, 300, tokens, seed=1)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if tensor.is_floating_point() and storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    body, _ = hub.body_and_head(model)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = body(torch.zeros(1, tokens, dtype=torch.long))
-    held = sum(size for size, _ in kept.values()) / 4 / tokens
-    assert hidden is not None
-    assert activation_values(shape) == pytest.approx(held, rel=0.2)
-
-
-def test_memory_counts_state_teacher_and_micro_batch():
-    shape = find_shape("nano-150k")
-    alone = run_memory(shape, 1000, 0, 1, 300, bf16=False)
-    assert alone == 16 * 1000 + 4 * activation_values(shape) + 4 * 300
-    assert run_memory(shape, 1000, 500, 1, 300, bf16=False) == alone + 4 * 500 + 4 * 300
+def test_a_device_can_work():
     assert all(device.mfu <= 1 and device.memory > 1e9 for device in DEVICES.values())
+
+
+def test_a_run_larger_than_a_device_is_divided_and_takes_as_many_at_a_time():
+    study = load_study("paper/mixing")
+    works, _, _ = works_of([expand(study)], "h100")
+    processes = {work.cell.shape: work.processes for work in works}
+    limit = 0.9 * DEVICES["h100"].memory
+    assert all(work.memory <= limit for work in works)
+    assert processes["llama-0.7b"] == processes["llama-1.7b"] == 1
+    assert processes["llama-8b"] > 1  # 16 bytes per weight are 128 GB
+    smaller, _, _ = works_of([expand(study)], "l40s")
+    assert sum(work.processes for work in smaller) > sum(work.processes for work in works)
+    took = duration(works, 64, lambda *_: 1e15)
+    assert took.device == pytest.approx(sum(work.flops for work in works) / 1e15)
+    assert took.wall >= took.device / 64
+    asked, _, _ = works_of(
+        [expand(load_study("paper/mixing", ["run.parallel={processes: 8, replicate: 2, shard: 4}"]))], "h100"
+    )
+    assert {work.processes for work in asked} == {8}
+
+
+def test_pieces_that_take_several_devices_share_them():
+    costs, needs = {"a": 4.0, "b": 2.0, "c": 2.0}, {"a": [], "b": [], "c": []}
+    assert makespan(costs, needs, 2, {"a": 2}) == 6  # a alone, then b beside c
+    assert makespan(costs, needs, 3, {"a": 2}) == 4  # b and then c beside a
+    assert makespan(costs, needs, 4, {"a": 2}) == 4
+
+
+def test_the_plan_of_a_study_says_what_each_size_takes():
+    found = forecast([expand(load_study("paper/mixing"))], Machine("h100", 64, None, None), None)
+    assert sum(row["runs"] for row in found["sizes"]) == found["total_runs"]
+    assert max(row["devices"] for row in found["sizes"]) == found["memory"]["devices"]
+    assert max(row["bytes"] for row in found["sizes"]) == found["memory"]["bytes"]
+    hours = sum(row["runs"] * row["hours"] * row["devices"] for row in found["sizes"])
+    assert hours * 3600 == pytest.approx(found["time"]["device_seconds"])
 
 
 def test_time_energy_and_cost_follow_from_the_device():

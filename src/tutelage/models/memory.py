@@ -1,0 +1,250 @@
+"""Memory of a training run on one device, by formula and by part. No torch.
+
+The parts are those that stand together when the most is needed: during the objective, when all activations
+of a micro-batch exist; in the first layers of the backward pass; while the teacher runs; or at the update.
+Left out: what the libraries take for themselves, and what an allocator leaves unused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tutelage.models.flops import parameters
+
+if TYPE_CHECKING:
+    from tutelage.models.shapes import ModelShape
+
+_FLOAT, _HALF = 4, 2
+_ROWS = 6 * 2**20
+"""Bytes of the block of rows that the CPU's kernels work on, with its temporaries."""
+Recomputation = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What the memory of a training step depends on.
+
+    Attributes:
+        shape: of the student.
+        vocab_size: rows of its head.
+        micro_batch: tokens of a forward pass of one process.
+        micro_batches: forward passes of one process per step.
+        chunk: tokens whose logits the objective holds at a time.
+        half: whether the forward pass is computed in half precision; weights, moments and sums are float32.
+        replicate: copies of the model.
+        shards: processes that share one copy; 1: each holds all of it.
+        reshard: whether gathered weights of a layer are freed between forward and backward pass.
+        recomputation: of activations in the backward pass.
+        mask_length: tokens of a sequence if attention is given a mask that keeps documents apart, else 0.
+        teacher: that runs beside the student; None without one, and where its targets are cached.
+        teacher_bytes: of one of its weights, and of a value in its forward pass.
+        teacher_shards: processes that share its weights.
+        teacher_reshards: whether its gathered weights of a layer are freed when it has been run.
+        dense: whether targets come as hidden states, whose logits are formed chunk by chunk.
+        target_bytes: of a token's targets that are read from a cache.
+        target_width: of the hidden states that a cache holds, whose head is in memory; 0 if it holds none.
+        cuda: whether the head's products are made as on CUDA: half precision, results in float32.
+    """
+
+    shape: ModelShape
+    vocab_size: int
+    micro_batch: int
+    micro_batches: int
+    chunk: int
+    half: bool = False
+    replicate: int = 1
+    shards: int = 1
+    reshard: bool = True
+    recomputation: Recomputation = "none"
+    mask_length: int = 0
+    teacher: ModelShape | None = None
+    teacher_bytes: int = _FLOAT
+    teacher_shards: int = 1
+    teacher_reshards: bool = True
+    dense: bool = False
+    target_bytes: float = 0.0
+    target_width: int = 0
+    cuda: bool = False
+
+    @property
+    def meshed(self) -> bool:
+        """Whether there are several processes, which FSDP2 wraps the model for."""
+        return self.replicate * self.shards > 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a value in the forward pass."""
+        return _HALF if self.half else _FLOAT
+
+
+def kept_bytes_of_layer(shape: ModelShape, *, half: bool, cast: bool, mask_length: int = 0) -> int:
+    """Bytes per token that a decoder layer keeps for its backward pass, attention computed in blocks.
+
+    Kept are, per norm, its input, the normalised input and its output; rotated queries and keys, values, what
+    attention gives and its log-sum-exp; in the MLP gate, its activation, up and their product. Qwen3 also
+    norms queries and keys. Norms keep their input in float32 in any case.
+
+    Args:
+        shape: of the model.
+        half: whether matrix products are in half precision.
+        cast: whether they are by autocast, where the residual stream is float32 and each product keeps its
+            own copy of its input; else the weights are in half precision too.
+        mask_length: as in `Footprint`; with a mask each layer keeps its own copy of it in the compute dtype,
+            and keys and values once per query head.
+    """
+    b = _HALF if half else _FLOAT
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide = _FLOAT if cast or not half else _HALF
+    inputs = 5 * _HALF if half and cast else 2 * b
+    norms = shape.hidden * (2 * _FLOAT + 2 * wide + inputs) + 2 * _FLOAT
+    attention = 2 * b * (queries + keys) + _FLOAT * shape.heads
+    if shape.family == "qwen3":
+        attention += (b + _FLOAT) * (queries + keys) + _FLOAT * (shape.heads + shape.kv_heads)
+    if mask_length:
+        attention += b * (mask_length + 2 * (queries - keys))
+    return norms + attention + 4 * b * shape.mlp
+
+
+def _kept_when_recomputed(shape: ModelShape, half: bool, recomputation: Recomputation) -> int:
+    """Bytes per token that a recomputed layer keeps: its input, and with `selective` its products."""
+    wide = _HALF if half else _FLOAT
+    if recomputation == "full":
+        return wide * shape.hidden
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    products = 2 * queries + 2 * keys + 2 * shape.hidden + 2 * shape.mlp
+    return wide * (shape.hidden + products) + _FLOAT * shape.heads
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on each device by part, when the most is needed.
+
+    Attributes:
+        parts: by name, largest first; none of them is 0.
+        moment: when that is.
+    """
+
+    parts: dict[str, float]
+    moment: str
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+def plan_memory(run: Footprint) -> MemoryPlan:
+    """The parts of a run's memory at the moment when they are largest together."""
+    moments = {
+        "objective": _at_objective(run),
+        "backward pass": _in_backward(run),
+        "update": _at_update(run),
+    }
+    if run.teacher is not None:
+        moments["teacher's forward pass"] = _in_teacher(run)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {name: float(size) for name, size in moments[moment].items() if size}
+    return MemoryPlan(dict(sorted(parts.items(), key=lambda item: -item[1])), moment)
+
+
+def _state(run: Footprint, *, gradients: bool) -> dict[str, float]:
+    """Weights and moments of the student, the weights of the teacher, and the batch."""
+    weights = parameters(run.shape, run.vocab_size).total / run.shards
+    parts = {"weights": _FLOAT * weights, "moments": 2 * _FLOAT * weights}
+    if gradients:
+        parts["gradients"] = _FLOAT * weights
+    if run.teacher is not None:
+        taught = parameters(run.teacher, run.vocab_size).total / run.teacher_shards
+        parts["teacher"] = run.teacher_bytes * taught
+    targets = run.target_bytes * run.micro_batch
+    parts["cache"] = targets + _FLOAT * run.vocab_size * run.target_width
+    parts["batches"] = 3 * 8 * run.micro_batch * run.micro_batches + run.micro_batch * run.mask_length
+    return parts
+
+
+def _activations(run: Footprint) -> float:
+    """Bytes that are kept of a micro-batch when its forward pass ends."""
+    shape, cast = run.shape, run.half and not run.meshed
+    layer = _layer_bytes(run)
+    if run.recomputation != "none":
+        layer = _kept_when_recomputed(shape, run.half and not cast, run.recomputation)
+    wide = run.bytes if run.meshed else _FLOAT
+    last = shape.hidden * (_FLOAT + 2 * wide + (_HALF if cast else 0))
+    kept = float(run.micro_batch * (shape.layers * layer + last))
+    if cast:  # a copy of each matrix, which its backward pass needs
+        kept += _HALF * _layer_weights(run.shape) * shape.layers
+    return kept
+
+
+def _layer_bytes(run: Footprint) -> int:
+    """Bytes per token that a layer of the student keeps if nothing is recomputed."""
+    cast = run.half and not run.meshed
+    return kept_bytes_of_layer(run.shape, half=run.half, cast=cast, mask_length=run.mask_length)
+
+
+def _layer_weights(shape: ModelShape) -> float:
+    """Weights of one decoder layer."""
+    return (parameters(shape, 0).non_embedding - shape.hidden) / shape.layers
+
+
+def _gathered(run: Footprint) -> float:
+    """Bytes of gathered weights: the head, and two layers or all of them."""
+    if not run.meshed:
+        return 0.0
+    head = run.vocab_size * run.shape.hidden
+    layers = 2 if run.reshard else run.shape.layers
+    return run.bytes * (head + layers * _layer_weights(run.shape))
+
+
+def _at_objective(run: Footprint) -> dict[str, float]:
+    head, teacher = run.vocab_size * run.shape.hidden, run.teacher
+    chunk = _FLOAT * min(run.chunk, run.micro_batch) * run.vocab_size
+    logits = chunk * (2 if run.dense else 1) + (0 if run.cuda else _ROWS)
+    gradients = _FLOAT * (head + run.micro_batch * run.shape.hidden)
+    if run.cuda and run.half:
+        # The logits' gradient is two addends in half precision; each product is as large as the head.
+        logits = max(logits, 2 * chunk)
+        gradients += _FLOAT * head + (0 if run.meshed else _HALF * head)
+    if teacher is not None:
+        logits += run.teacher_bytes * run.micro_batch * teacher.hidden
+        if run.teacher_shards > 1:
+            logits += run.teacher_bytes * run.vocab_size * teacher.hidden  # its head, whole
+    return _state(run, gradients=run.micro_batches > 1) | {
+        "activations": _activations(run),
+        "objective": logits + gradients,
+        "gathered layers": _gathered(run),
+    }
+
+
+def _in_backward(run: Footprint) -> dict[str, float]:
+    shape, head = run.shape, run.vocab_size * run.shape.hidden
+    layer = _layer_weights(shape)
+    passing = run.micro_batch * (3 * run.bytes * shape.mlp + 2 * _FLOAT * shape.hidden)
+    if run.recomputation != "none":
+        passing += run.micro_batch * _layer_bytes(run)
+    arriving = float(_FLOAT * head)
+    if run.meshed:  # a gradient before and while it is reduced, of the head or of two layers
+        arriving = (run.bytes + _FLOAT) * max(head, 2 * layer)
+    return _state(run, gradients=run.micro_batches > 1) | {
+        "activations": _activations(run) + passing,
+        "gathered layers": _gathered(run),
+        "objective": arriving,
+    }
+
+
+def _at_update(run: Footprint) -> dict[str, float]:
+    return _state(run, gradients=True) | {"gathered layers": 0 if run.reshard else _gathered(run)}
+
+
+def _in_teacher(run: Footprint) -> dict[str, float]:
+    teacher = run.teacher
+    assert teacher is not None  # noqa: S101 - asked for only if there is one
+    passing = run.teacher_bytes * run.micro_batch * (3 * teacher.mlp + 3 * teacher.hidden)
+    layers = 0.0
+    if run.teacher_shards > 1:
+        layers = run.teacher_bytes * _layer_weights(teacher) * (2 if run.teacher_reshards else teacher.layers)
+    return _state(run, gradients=run.micro_batches > 1) | {
+        "activations": passing,
+        "gathered layers": layers,
+    }
