@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
+from tutelage.config.base import Name
 from tutelage.errors import UserError
 from tutelage.records import Record, read_manifest_file
 from tutelage.types import Split
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 3
 """Raised when what a build writes changes. It is part of a store's name, so old stores are not reused."""
+
+Count = Annotated[int, Field(ge=0, le=2**60)]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -45,11 +48,11 @@ class SplitRecord(Record, extra="forbid"):
             `<split>.mask`, of a split that is scored `<split>.bytes`, and the `.crc32` of each of these.
     """
 
-    documents: int
-    tokens: int
-    bytes: int
-    changed: int
-    special_tokens_in_text: int
+    documents: Count
+    tokens: Count
+    bytes: Count
+    changed: Count
+    special_tokens_in_text: Count
     files: dict[str, str]
 
 
@@ -112,13 +115,13 @@ class Manifest(Record, extra="forbid"):
     """
 
     schema_version: int
-    name: str
+    name: Name
     created: str
     config: dict[str, JsonValue]
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
     dtype: Literal["uint16", "uint32"]
-    eos_id: int
-    begin_ids: tuple[int, ...]
+    eos_id: Count
+    begin_ids: tuple[Count, ...]
     tokenizer_sha256: str
     sources: tuple[SourceRecord, ...]
     ended_by: int | Literal["max_bytes"] | None

@@ -326,6 +326,9 @@ def test_what_is_no_store(tmp_path):
         ({"vocab_size": "300"}, r"not the manifest of a token store \(vocab_size: "),
         ({"surprise": 1}, r"not the manifest of a token store \(surprise: "),
         ({"splits": {}}, r"not the manifest of a token store \(splits\.train is missing"),
+        ({"name": "../../ESCAPED"}, r"not the manifest of a token store \(name: "),
+        ({"vocab_size": 0}, r"not the manifest of a token store \(vocab_size: "),
+        ({"begin_ids": [-1]}, r"not the manifest of a token store \(begin_ids\.0: "),
     ],
 )
 def test_wrong_manifest_is_refused(copy, change, message):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -314,6 +316,27 @@ def test_a_damaged_manifest_is_one_line(written, damage):
     with pytest.raises(UserError, match=r"manifest.json: not the manifest of a teacher cache") as caught:
         open_cache(written)
     assert one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("positions", 0), ("positions", -5), ("context_length", 0), ("contexts_per_shard", 0)],
+)
+def test_sizes_that_make_no_sense_are_one_line(written, field, value):
+    layout = json.loads((written / "manifest.json").read_text())["layout"]
+    change_manifest(written, layout=layout | {field: value})
+    with pytest.raises(UserError, match=rf"not the manifest of a teacher cache \(layout\.{field}") as caught:
+        open_cache(written)
+    assert one_line(caught)
+
+
+def test_a_cache_that_claims_to_be_immense_is_refused_at_once(written):
+    layout = json.loads((written / "manifest.json").read_text())["layout"]
+    change_manifest(written, layout=layout | {"positions": 10**15})
+    began = time.process_time()
+    with pytest.raises(UserError, match="shards done; run the same `tutelage teach`"):
+        open_cache(written)
+    assert time.process_time() - began < 1
 
 
 def test_what_is_no_cache_is_refused(tmp_path, text):

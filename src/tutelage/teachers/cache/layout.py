@@ -11,6 +11,9 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
+from tutelage.config.base import MOST_TOKENS, BatchTokens, Length
 from tutelage.config.teacher_config import Format
 from tutelage.records import Record, read_manifest_file
 from tutelage.types import LogitTransform
@@ -59,9 +62,9 @@ class Layout(Record, extra="forbid"):
         contexts_per_shard: blocks per shard.
     """
 
-    positions: int
-    context_length: int
-    contexts_per_shard: int
+    positions: int = Field(ge=1, le=MOST_TOKENS)
+    context_length: Length
+    contexts_per_shard: int = Field(ge=1, le=MOST_TOKENS)
 
     @property
     def blocks(self) -> int:
@@ -108,15 +111,15 @@ class CacheManifest(Record, extra="forbid"):
 
     schema_version: int
     teacher: TeacherRecord
-    vocab_size: int
-    width: int
+    vocab_size: int = Field(ge=1, le=2**24)
+    width: int = Field(ge=0, le=2**24)
     transform: LogitTransform
     document_mask: bool
     dtype: Literal["float32", "bfloat16"]
     store: str
     split: Literal["train"]
     layout: Layout
-    batch_tokens: int
+    batch_tokens: BatchTokens
     format: Format
     temperature: float
     seed: int

@@ -167,11 +167,12 @@ def open_cache(path: Path) -> Cache:
     manifest = read_cache_manifest(path)
     layout = manifest.layout
     present = {file.name for file in (path / "shards").glob("*.bin")}
-    files = [path / layout.file(shard) for shard in range(layout.shards)]
-    missing = [file for file in files if file.name not in present]
-    if missing:
+    files = (path / layout.file(shard) for shard in range(layout.shards))
+    missing = next((file for file in files if file.name not in present), None)  # few are there to be passed
+    if missing is not None:
+        known = sum(file.removesuffix(".bin").isdecimal() for file in present)
         raise UserError(
-            f"{missing[0]}: missing, {layout.shards - len(missing)} of {layout.shards} shards done; "
+            f"{missing}: missing, {known} of {layout.shards} shards done; "
             "run the same `tutelage teach` again, which computes just what is missing"
         )
     sizes = [ShardFile(path, manifest, shard).bytes for shard in range(layout.shards)]
