@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def opened(settings: dict[str, Any], teacher: Teacher | None = None) -> Student:
     """The student of a run before its first step, with `teacher` if there is one, else its config's."""
     config = validate(RunConfig, settings, "benchmark")
-    world = distributed.start(config.runtime)
+    world = distributed.start(config.runtime, config.parallel)
     student = open_student(config, RunDirectory(config.output / config.name), world)
     if config.teacher is not None:
         student.learn_from(teacher or open_teacher(config, world))

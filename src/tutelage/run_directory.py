@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import contextlib
     from collections.abc import Mapping
 
-_TAIL_BYTES = 2048
+_TAIL_BYTES = 8192
 """More than a row of metrics.jsonl has."""
 
 

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from tutelage.cli.main import app, main
+from tutelage.train.metrics import MEASURED
 
 RUN = {
     "name": "tiny",
@@ -42,7 +43,7 @@ def run_file(tmp_path, store):
 
 def metrics(directory: Path):
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in {"seconds", "tokens_per_second"}} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 @pytest.mark.slow

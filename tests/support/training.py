@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tutelage.progress import NullProgress
 from tutelage.run_directory import RunDirectory
 from tutelage.train import distributed
+from tutelage.train.metrics import MEASURED
 from tutelage.train.setup import open_student, open_teacher
 
 
@@ -19,8 +20,7 @@ def rows(directory):
 
 
 def losses(directory):
-    timing = {"seconds", "tokens_per_second"}
-    return [{key: value for key, value in row.items() if key not in timing} for row in rows(directory)]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows(directory)]
 
 
 def weights(directory):

@@ -25,11 +25,19 @@ _FORMATS = {
     "running": "running {}",
     "loss": "loss {:.3f}",
     "ce": "ce {:.3f}",
+    "kd": "{} {:.3f}",
     "alpha": "alpha {:.2f}",
     "bytes_per_token": "{:.2f} bytes/token",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
+    "data_wait": "waits {:.0%}",
+    "skipped_steps": "{} skipped",
+    "peak_memory_gib": "{:.1f} GiB",
 }
-"""Format of each figure that is shown."""
+"""Format of each figure that is shown, in their order: what matters most is seen in a narrow terminal too."""
+
+_NOTABLE = {"data_wait": 0.05, "skipped_steps": 1}
+"""Figures that are shown from some value on."""
 
 
 def period(seconds: float) -> str:
@@ -149,11 +157,14 @@ def _measured(task: Task) -> str:
     if unit in ("tokens", "bytes") and "tokens_per_second" not in figures and _speed(task) > 0:
         parts.append(f"{_amount(_speed(task), None, unit)}/s")
     untaught = figures.get("alpha") == 0
-    for name, value in figures.items():
-        if name == "kd" or name.startswith("kd_"):
-            parts += [] if untaught else [f"{name} {value:.3f}"]
-        elif name in _FORMATS and not (untaught and name == "alpha"):
-            parts.append(_FORMATS[name].format(value))
+    kd = next((name for name in figures if name == "kd" or name.startswith("kd_")), None)
+    for name, text in _FORMATS.items():
+        if untaught and name in ("kd", "alpha"):
+            continue
+        if name == "kd" and kd is not None:
+            parts.append(text.format(kd, figures[kd]))
+        elif name in figures and figures[name] >= _NOTABLE.get(name, figures[name]):
+            parts.append(text.format(figures[name]))
     return " · ".join(part for part in parts if part)
 
 

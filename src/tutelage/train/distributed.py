@@ -157,10 +157,13 @@ def gather(values: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any process, so that all leave the loop at the same step."""
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is set on any process, so that all leave the loop at the same step.
+
+    The processes ask each other on the CPU: a GPU that is behind with its work is not waited for.
+    """
     if not dist.is_initialized():
         return flag
-    count = torch.tensor(int(flag), device=device)
+    count = torch.tensor(int(flag))
     dist.all_reduce(count)
     return bool(count)

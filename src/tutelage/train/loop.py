@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,17 @@ from tutelage.files import stop_signal
 from tutelage.progress import NullProgress, Progress
 from tutelage.train import distributed
 from tutelage.train.batches import BatchesAhead
+from tutelage.train.out_of_memory import memory_errors_to_user_errors
+from tutelage.train.profiler import profiled
 from tutelage.train.step import train_step
+from tutelage.train.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Sequence
 
     from tutelage.train.student import Student
+    from tutelage.types import Batch
 
 
 def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[Student], None]) -> None:
@@ -40,7 +46,14 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
         progress.note(f"resuming after step {first:,} of {last:,}")
     progress.start(stage, last, "steps", first)
     teacher = next((s.teacher for s in students if s.teacher is not None), None)
-    with stop_signal() as stop, _batches(lead, first) as ahead:
+    runtime = lead.config.runtime
+    place = lead.directory.path / "profile"
+    with (
+        memory_errors_to_user_errors(students),
+        stop_signal() as stop,
+        _batches(lead, first) as ahead,
+        profiled(runtime.profile, last - first, place, lead.world, progress) as step_profiler,
+    ):
         upcoming = ahead.next_step()
         for step in range(first, last):
             batches, upcoming = upcoming, ahead.next_step()
@@ -50,25 +63,52 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
             due = [student for student in students if student.has_steps_left and student.step == step]
             for student in due:
                 student.maybe_evaluate(evaluate)
-            inputs = [student.step_inputs() for student in due]
-            reports = train_step(inputs, batches)
-            progress.advance(stage, step + 1)
-            broken = any(student.checkpoints.has_failed for student in due)
-            stopping = distributed.anywhere(stop.is_set() or broken, lead.world.device)
-            rows = [
-                one.student.finish_step(one, report, stopping=stopping)
-                for one, report in zip(inputs, reports, strict=True)
-            ]
-            if rows and rows[0] is not None:
-                progress.describe(stage, rows[0])
+            taken = partial(progress.advance, stage, step + 1)
+            row, stopping = _take_step(due, batches, ahead.waited, stop, taken)
+            step_profiler()
+            if row is not None:
+                progress.describe(stage, row)
             for warning in chain.from_iterable(student.take_warnings() for student in due):
                 progress.note(f"warning: {warning}")
             left = any(student.has_steps_left for student in students)
-            if stopping and left and distributed.anywhere(stop.is_set(), lead.world.device):
+            if stopping and left and distributed.anywhere(stop.is_set()):
                 raise Stopped
             if not left:
                 break
     progress.finish(stage)
+
+
+def _take_step(
+    due: Sequence[Student],
+    batches: Sequence[Batch],
+    waited: float,
+    stop: threading.Event,
+    taken: Callable[[], None],
+) -> tuple[dict[str, float] | None, bool]:
+    """Let students take a step, and log and save it where that is due.
+
+    Args:
+        due: the students.
+        batches: micro-batches of this rank.
+        waited: seconds that passed until they were there.
+        stop: set if the run is to end after this step.
+        taken: called when the step is taken.
+
+    Returns:
+        The first student's row of metrics.jsonl, if it wrote one; whether all are stopping.
+    """
+    inputs = [student.step_inputs() for student in due]
+    watch = Stopwatch(batches[0].tokens_BT.device, running=any(student.logs_next for student in due))
+    reports = train_step(inputs, batches, watch)
+    taken()
+    broken = any(student.checkpoints.has_failed for student in due)
+    stopping = distributed.anywhere(stop.is_set() or broken)
+    rows = []
+    for number, (one, report) in enumerate(zip(inputs, reports, strict=True)):
+        one.student.log.meter.wait(waited)
+        parts = partial(watch.seconds, number)
+        rows.append(one.student.finish_step(one, report, stopping=stopping, parts=parts))
+    return (rows[0] if rows else None), stopping
 
 
 def _batches(student: Student, first: int) -> BatchesAhead:

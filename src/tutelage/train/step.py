@@ -15,6 +15,7 @@ from tutelage.data.hashing import mixed
 from tutelage.train import distributed
 from tutelage.train.optim import update
 from tutelage.train.parallel import begin_micro_batch
+from tutelage.train.stopwatch import BACKWARD, OPTIMIZER, TEACHER, Stopwatch
 from tutelage.types import IGNORE_INDEX, LossSums, StepReport
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def teacher_targets(inputs: Sequence[StepInputs], batch: Batch) -> Targets | Non
     return None
 
 
-def train_step(inputs: Sequence[StepInputs], micro_batches: Sequence[Batch]) -> list[StepReport]:
+def train_step(
+    inputs: Sequence[StepInputs], micro_batches: Sequence[Batch], watch: Stopwatch | None = None
+) -> list[StepReport]:
     """Update every student once from all micro-batches of all ranks.
 
     The number of valid tokens over micro-batches and ranks is the only denominator, so neither
@@ -52,23 +55,33 @@ def train_step(inputs: Sequence[StepInputs], micro_batches: Sequence[Batch]) -> 
     Args:
         inputs: one per student; they share one teacher (or have none) and one compute dtype.
         micro_batches: of this rank.
+        watch: takes the times of the step's parts.
     """
+    watch = watch or Stopwatch(micro_batches[0].tokens_BT.device, running=False)
     valid = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
     distributed.sum_([valid])
     totals = [torch.zeros(5, device=valid.device) for _ in inputs]
-    for number, batch in enumerate(micro_batches):
-        targets = teacher_targets(inputs, batch)
-        for one, total in zip(inputs, totals, strict=True):
-            begin_micro_batch(one.student, last=number == len(micro_batches) - 1)
-            torch.manual_seed(mixed(one.seed, number))
-            sums = loss_sums(one.student, batch, targets if one.needs_teacher else None, one.alpha)
-            (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
-            metrics = sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
-            total.add_(torch.stack([sums.loss.detach(), *metrics]))
+    watch.lap("start")
+    with watch.follow(one.student.module.head for one in inputs):
+        for number, batch in enumerate(micro_batches):
+            targets = teacher_targets(inputs, batch)
+            watch.lap(TEACHER)
+            for owner, (one, total) in enumerate(zip(inputs, totals, strict=True)):
+                begin_micro_batch(one.student, last=number == len(micro_batches) - 1)
+                torch.manual_seed(mixed(one.seed, number))
+                sums = loss_sums(one.student, batch, targets if one.needs_teacher else None, one.alpha)
+                (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
+                metrics = sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
+                total.add_(torch.stack([sums.loss.detach(), *metrics]))
+                watch.lap(BACKWARD, owner)
     for one in inputs:
         if one.student.teacher is not None:
             one.student.teacher.release()
-    return [_update(one, total, valid) for one, total in zip(inputs, totals, strict=True)]
+    reports = []
+    for owner, (one, total) in enumerate(zip(inputs, totals, strict=True)):
+        reports.append(_update(one, total, valid))
+        watch.lap(OPTIMIZER, owner)
+    return reports
 
 
 def _update(inputs: StepInputs, totals: Tensor, valid: Tensor) -> StepReport:

@@ -17,10 +17,10 @@ from tutelage.train.checkpoint import Checkpoints, Counters
 from tutelage.train.guard import Guard, advice, are_finite
 from tutelage.train.layers import eagerly
 from tutelage.train.optim import learning_rate
-from tutelage.train.trackers import open_tracker
+from tutelage.train.run_log import RunFacts, RunLog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from tutelage.train.distributed import World
     from tutelage.train.guard import Skips
     from tutelage.train.objective_model import ObjectiveModel
-    from tutelage.train.trackers import Tracker
     from tutelage.types import StepReport
 
 
@@ -66,6 +65,7 @@ class Student:
         step: optimizer steps taken.
         teacher_tokens: tokens the teacher has been run on.
         error: why it cannot be trained further.
+        log: what it writes down.
         checkpoints: where it resumes from.
     """
 
@@ -93,13 +93,13 @@ class Student:
     teacher_tokens: int = 0
     error: UserError | None = None
     checkpoints: Checkpoints = field(init=False)
-    _trackers: list[Tracker] = field(default_factory=list)
-    _start: float = 0.0
-    _logged: tuple[int, float] = (0, 0.0)
+    log: RunLog = field(init=False)
     _owed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.world.device)
+        dtype = torch.float32 if self.autocast is None else self.autocast
+        self.log = RunLog(self.config, self.directory, self.world, dtype)
         self.model = self.module.model
         self.parameters = tuple(p for p in self.model.parameters() if p.requires_grad)
         self.parameter_count = sum(p.numel() for p in self.model.parameters())
@@ -135,21 +135,17 @@ class Student:
             self.gate.load(counters.gate)
         self.cohort, self.step, self.teacher_tokens = cohort, counters.step, counters.teacher_tokens
         self.guard.load(counters.skipped)
-        if self.world.is_main:
-            self.directory.keep_metrics_until(self.step)
-            if self.step:  # a lost state.json is made again from the checkpoint
-                self._write_state(counters.seconds)
-            settings = self.config.model_dump(mode="json")
-            for name in self.config.runtime.trackers:
-                self._trackers.append(open_tracker(name, self.directory.path, settings))
+        teacher_flops, retained = 0.0, None
+        if self.teacher is not None:
+            teacher_flops, retained = self.teacher.forward_flops, self.teacher.retained
+        kd = kd_name(self.config.objective, retained)
+        facts = RunFacts(self.steps, self.parameter_count, self.training_flops, teacher_flops, kd, cohort)
         self.model.train()
-        now = time.perf_counter()
-        self._start, self._logged = now - counters.seconds, (self.step, now)
+        self.log.open(facts, counters)
 
     def close(self) -> None:
         """Close the trackers, and wait for the checkpoint that is being written."""
-        for tracker in self._trackers:
-            tracker.close()
+        self.log.close()
         try:
             self.checkpoints.close()
         except UserError as error:
@@ -178,12 +174,22 @@ class Student:
         with eagerly():
             evaluate(self)
         self.model.train()
-        seconds = time.perf_counter() - began
-        step, logged = self._logged
-        self._start, self._logged = self._start + seconds, (step, logged + seconds)
+        self.log.meter.pause(time.perf_counter() - began)
+
+    @property
+    def logs_next(self) -> bool:
+        """Whether the next step is to have a row of metrics.jsonl."""
+        step = self.step + 1
+        due = step % self.config.runtime.log_every == 0 or self.checkpoints.is_due(step)
+        return bool(self._owed) or due or step == self.steps
 
     def finish_step(
-        self, inputs: StepInputs, report: StepReport, *, stopping: bool
+        self,
+        inputs: StepInputs,
+        report: StepReport,
+        *,
+        stopping: bool,
+        parts: Callable[[], Mapping[str, float]] = dict,
     ) -> dict[str, float] | None:
         """Count a step that was taken; log and save where that is due, and at the end.
 
@@ -194,18 +200,24 @@ class Student:
             inputs: of the step.
             report: what came out of it.
             stopping: the run is interrupted after this step, so it is saved.
+            parts: gives the seconds of the step's parts; asked only for a row.
 
         Returns:
             The row of metrics.jsonl, if one was written.
         """
         try:
-            return self._finish_step(inputs, report, stopping=stopping)
+            return self._finish_step(inputs, report, parts, stopping=stopping)
         except UserError as error:
             self.mark_failed(error)
             return None
 
     def _finish_step(
-        self, inputs: StepInputs, report: StepReport, *, stopping: bool
+        self,
+        inputs: StepInputs,
+        report: StepReport,
+        parts: Callable[[], Mapping[str, float]],
+        *,
+        stopping: bool,
     ) -> dict[str, float] | None:
         config, batch_tokens = self.config, self.config.global_batch_tokens
         self.policy.observe(self.step, report.ce, report.teacher_ce)
@@ -227,22 +239,23 @@ class Student:
         if skips is not None and skips.in_a_row == 0:
             if branches:
                 self._check_weights()
-                counters = self._counters(time.perf_counter(), skips)
+                counters = self._counters(skips)
                 self.checkpoints.save(self.model, self.optimizer, counters, branch_point=True)
             if self._owed:
-                row = self._log(report, skips)
+                row = self._write(report, skips, parts())
         if self.world.is_main and stopping and not finished:
             self.directory.write_state("stopped")
         return row
 
     def take_warnings(self) -> list[str]:
-        """What the user should know about checkpoints that could not be written, once."""
-        warnings, self.checkpoints.warnings = self.checkpoints.warnings, []
+        """What the user should know of the training and of checkpoints that could not be written, once."""
+        warnings = [*self.checkpoints.warnings, *self.log.warnings]
+        self.checkpoints.warnings, self.log.warnings = [], []
         return warnings
 
     def _check_weights(self) -> None:
         """Raise if the update has made weights that are no numbers, so that they are not saved."""
-        if distributed.anywhere(not are_finite(self.parameters), self.world.device):
+        if distributed.anywhere(not are_finite(self.parameters)):
             raise UserError(
                 f"{self.directory.path}: step {self.step}: its update made weights that are not finite; "
                 "lower optim.lr (the last checkpoint is intact)"
@@ -264,75 +277,27 @@ class Student:
         if self.world.is_main:
             self.directory.write_state("failed", error=str(error))
 
-    def _log(self, report: StepReport, skips: Skips) -> dict[str, float]:
-        """Write the row and the checkpoint that are owed, and the run's state."""
-        values = self._values(report)
-        now = time.perf_counter()
-        counters = self._counters(now, skips)
-        (last_step, last), self._logged = self._logged, (self.step, now)
-        batch_tokens = self.config.global_batch_tokens
-        row: dict[str, float] = {
-            "step": self.step,
-            "tokens": self.step * batch_tokens,
-            **values,
-            "tokens_per_second": round((self.step - last_step) * batch_tokens / max(now - last, 1e-9), 1),
-            "seconds": round(counters.seconds, 3),
-            "skipped_steps": skips.total,
-        }
+    def _write(self, report: StepReport, skips: Skips, parts: Mapping[str, float]) -> dict[str, float]:
+        """Write the row and the checkpoint that are owed."""
         saving = "checkpoint" in self._owed
         self._owed.clear()
         if saving:
             self._check_weights()
-        for part, memory in (("policy", counters.policy), ("gate", counters.gate)):
-            row |= {f"{part}_{name}": value for name, value in memory.items()}
-        if self.world.is_main:
-            self.directory.append_metrics(row)
-            self._write_state(counters.seconds)
-            for tracker in self._trackers:
-                tracker.log(row)
+        counters = self._counters(skips)
+        row = self.log.write(report, counters, parts)
         if saving:
             self.checkpoints.save(self.model, self.optimizer, counters)
         return row
 
-    def _values(self, report: StepReport) -> dict[str, float]:
-        """Read what a step reported (this waits for the device), by the names of metrics.jsonl."""
-        retained = None if self.teacher is None else self.teacher.retained
-        return {
-            "loss": float(report.loss),
-            "ce": float(report.ce),
-            kd_name(self.config.objective, retained): float(report.kd),
-            "teacher_ce": float(report.teacher_ce),
-            "grad_norm": float(report.grad_norm),
-            "alpha": float(report.alpha),
-            "lr": report.lr,
-        }
-
-    def _counters(self, now: float, skips: Skips) -> Counters:
+    def _counters(self, skips: Skips) -> Counters:
         """Where the run stands, as checkpoints hold it; waits for the device."""
         return Counters(
             self.step,
-            now - self._start,
+            self.log.meter.seconds,
             self.teacher_tokens,
             self.policy.state(),
             {} if self.gate is None else self.gate.state(),
             skips.total,
-        )
-
-    def _write_state(self, seconds: float) -> None:
-        """Record progress and cost in state.json."""
-        tokens = self.step * self.config.global_batch_tokens
-        teacher_flops = 0.0 if self.teacher is None else self.teacher.forward_flops
-        self.directory.write_state(
-            "running",
-            step=self.step,
-            steps=self.steps,
-            tokens=tokens,
-            seconds=round(seconds, 3),
-            tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-            parameters=self.parameter_count,
-            train_flops=self.training_flops * tokens,
-            teacher_flops=teacher_flops * self.teacher_tokens,
-            cohort=self.cohort,
         )
 
 

@@ -1,0 +1,162 @@
+"""What a run writes down while it trains: rows of metrics.jsonl, state.json, trackers, warnings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tutelage.train.alarms import LossBand, Stragglers
+from tutelage.train.metrics import Meter
+from tutelage.train.trackers import open_tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from tutelage.config.run_config import RunConfig
+    from tutelage.run_directory import RunDirectory
+    from tutelage.train.checkpoint import Counters
+    from tutelage.train.distributed import World
+    from tutelage.train.trackers import Tracker
+    from tutelage.types import StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What is known of a run before its first step.
+
+    Attributes:
+        steps: in its budget.
+        parameters: of the model, frozen ones too.
+        training_flops: operations per token of the student's forward and backward pass.
+        teacher_flops: operations per token of the teacher's forward pass; 0 without, or with cached targets.
+        kd: name of the divergence in rows.
+        cohort: students that train together.
+    """
+
+    steps: int
+    parameters: int
+    training_flops: float
+    teacher_flops: float
+    kd: str
+    cohort: int
+
+
+class RunLog:
+    """The log of one run. Every process calls every method; the first one writes.
+
+    Args:
+        config: of the run.
+        directory: where it writes.
+        world: this process among all.
+        dtype: compute dtype.
+
+    Attributes:
+        meter: the run's clock.
+        warnings: what the user should know and has not been told; whoever shows them empties the list.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, world: World, dtype: torch.dtype) -> None:
+        self.meter = Meter(world, config.global_batch_tokens, dtype)
+        self.warnings: list[str] = []
+        self._config, self._directory, self._is_main = config, directory, world.is_main
+        self._facts = RunFacts(0, 0, 0.0, 0.0, "kd", 1)
+        self._trackers: list[Tracker] = []
+        self._losses, self._stragglers = LossBand(), Stragglers()
+        self._skipped = 0
+
+    def open(self, facts: RunFacts, counters: Counters) -> None:
+        """Go on where a checkpoint stands: drop later rows, open the trackers, start the clock.
+
+        Raises:
+            UserError: a tracker's package is not installed.
+        """
+        self._facts, self._skipped = facts, counters.skipped
+        if self._is_main:
+            self._directory.keep_metrics_until(counters.step)
+            if counters.step:  # a lost state.json is made again from the checkpoint
+                self._write_state(counters, [])
+            settings = self._config.model_dump(mode="json")
+            for name in self._config.runtime.trackers:
+                self._trackers.append(open_tracker(name, self._directory.path, settings))
+        self.meter.start(counters.step, counters.teacher_tokens, counters.seconds)
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
+
+    def write(self, report: StepReport, counters: Counters, parts: Mapping[str, float]) -> dict[str, float]:
+        """Write a row and the run's state, and look for what deserves a warning; waits for the device.
+
+        Args:
+            report: of the newest step.
+            counters: where the run stands.
+            parts: seconds of the parts of that step; empty if they were not measured.
+
+        Returns:
+            The row.
+        """
+        facts, tokens = self._facts, counters.step * self._config.global_batch_tokens
+        values = {
+            "loss": float(report.loss),
+            "ce": float(report.ce),
+            facts.kd: float(report.kd),
+            "teacher_ce": float(report.teacher_ce),
+            "grad_norm": float(report.grad_norm),
+            "alpha": float(report.alpha),
+            "lr": report.lr,
+        }
+        flops = facts.training_flops, facts.teacher_flops
+        row: dict[str, float] = {
+            "step": counters.step,
+            "tokens": tokens,
+            **values,
+            **self.meter.measure(counters.step, counters.teacher_tokens, flops, parts),
+            "tokens_per_parameter": round(tokens / facts.parameters, 6),
+            "skipped_steps": counters.skipped,
+        }
+        for part, memory in (("policy", counters.policy), ("gate", counters.gate)):
+            row |= {f"{part}_{name}": value for name, value in memory.items()}
+        if self._is_main:
+            self._directory.append_metrics(row)
+            for tracker in self._trackers:
+                tracker.log(row)
+            self._write_state(counters, self._look_at(row, parts))
+        return row
+
+    def _look_at(self, row: Mapping[str, float], parts: Mapping[str, float]) -> list[str]:
+        """Sentences for what begins to be wrong with a row."""
+        step = int(row["step"])
+        found = [self._losses.check(step, row["loss"])]
+        if parts:
+            per_step = self._config.global_batch_tokens / max(row["tokens_per_second"], 1e-9)
+            found.append(self._stragglers.check(step, self.meter.own_seconds, per_step))
+        newly, self._skipped = int(row["skipped_steps"]) - self._skipped, int(row["skipped_steps"])
+        if newly:
+            found.append(
+                f"step {step:,}: {newly} updates since the last row were skipped, because a loss or a "
+                f"gradient was not finite; {self._skipped} in all"
+            )
+        return [text for text in found if text is not None]
+
+    def _write_state(self, counters: Counters, warnings: list[str]) -> None:
+        """Record progress, cost and new warnings in state.json."""
+        facts, tokens = self._facts, counters.step * self._config.global_batch_tokens
+        self.warnings += [f"{self._directory.id}: {text}" for text in warnings]
+        self._directory.write_state(
+            "running",
+            step=counters.step,
+            steps=facts.steps,
+            tokens=tokens,
+            seconds=round(counters.seconds, 3),
+            tokens_per_second=round(tokens / max(counters.seconds, 1e-9), 1),
+            parameters=facts.parameters,
+            train_flops=facts.training_flops * tokens,
+            teacher_flops=facts.teacher_flops * counters.teacher_tokens,
+            cohort=facts.cohort,
+            peak_flops=self.meter.peak,
+            peak_source=self.meter.peak_source,
+            warnings=[*self._directory.state().get("warnings", []), *warnings],
+        )

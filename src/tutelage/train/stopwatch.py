@@ -1,0 +1,98 @@
+"""Time the parts of a training step: teacher, forward pass, objective, backward pass, optimizer.
+
+On a GPU the marks are events in its queue, which are read when a row of the log waits for the device anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    Mark = float | torch.cuda.Event
+
+TEACHER, FORWARD, OBJECTIVE, BACKWARD, OPTIMIZER = PARTS = (
+    "teacher",
+    "forward",
+    "objective",
+    "backward",
+    "optimizer",
+)
+"""Of a step, besides the wait for data."""
+
+
+class Stopwatch:
+    """Laps of one training step. A part takes from the mark before it to its own.
+
+    Several students may take the step together: what belongs to one of them has its place among them as
+    owner, what they share has none.
+
+    Args:
+        device: that the step is computed on.
+        running: whether to measure at all; otherwise nothing here costs anything.
+    """
+
+    def __init__(self, device: torch.device, *, running: bool) -> None:
+        self._device = device
+        self._running = running
+        self._marks: list[tuple[str, int | None, Mark]] = []
+
+    def lap(self, part: str, owner: int | None = None) -> None:
+        """Say that a part has ended; the first call only starts the watch."""
+        if self._running:
+            self._marks.append((part, owner, self._now()))
+
+    @contextlib.contextmanager
+    def follow(self, heads: Iterator[nn.Module]) -> Iterator[None]:
+        """Mark the ends of the forward pass and of the objective around the calls of each student's head.
+
+        Weights that are gathered for a call are so before the mark, so the objective is this process's own
+        computation, without a message.
+        """
+        with contextlib.ExitStack() as hooks:
+            for owner, head in enumerate(heads if self._running else ()):
+                lap = partial(self._hooked, owner)
+                hooks.callback(head.register_forward_pre_hook(partial(lap, FORWARD)).remove)
+                hooks.callback(head.register_forward_hook(partial(lap, OBJECTIVE)).remove)
+            yield
+
+    def seconds(self, owner: int) -> dict[str, float]:
+        """Seconds of each part of one student's step, and of those it shares; waits for the device.
+
+        Empty if the watch was not running.
+        """
+        found: dict[str, float] = defaultdict(float)
+        for (_, _, before), (part, whose, mark) in zip(self._marks, self._marks[1:], strict=False):
+            if whose in (owner, None):
+                found[part] += _between(before, mark)
+        return dict(found)
+
+    def _hooked(self, owner: int, part: str, *_: object) -> None:
+        self.lap(part, owner)
+
+    def _now(self) -> Mark:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            return event
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def _between(before: Mark, after: Mark) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        assert isinstance(before, float) and isinstance(after, float)  # noqa: S101, PT018 - of one device
+        return after - before
+    after.synchronize()
+    milliseconds: float = before.elapsed_time(after)
+    return milliseconds / 1e3
