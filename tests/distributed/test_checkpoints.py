@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import killed_ranks
 import pytest
@@ -21,6 +22,8 @@ from tutelage.train.checkpoint_files import CheckpointManifest
 from tutelage.train.distributed import World
 
 pytestmark = pytest.mark.slow
+
+RESTARTED = str(Path(__file__).parents[1] / "support" / "restarted_rank.py")
 
 ALONE = World(torch.device("cpu"))
 
@@ -87,14 +90,23 @@ def test_all_processes_say_that_a_disk_is_full(start, tmp_path):
     )
 
 
-def test_a_process_that_is_killed_at_random_costs_nothing_but_time(make_config, tmp_path):
+def test_killed_processes_cost_nothing_but_time(make_config, tmp_path):
     config = make_config(tokens=40 * 256, checkpoint={"every": 2 * 256})
     file, whole, killed = tmp_path / "run.yaml", tmp_path / "whole", tmp_path / "killed"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, killed_ranks.__file__, str(file), str(whole), str(killed), "1", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (RunDirectory(next(output.iterdir())) for output in (whole, killed))
-    assert losses(first) == losses(second)
-    assert_same_weights(first, second)
-    assert not list(second.checkpoints.glob(".*"))
+
+    launcher = [*(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node", "2", "--max-restarts", "1")]  # fmt: skip
+    command = [*launcher, RESTARTED, "train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search("resuming after step [68] of 40", done.stderr)  # the last save may have been under way
+
+    first, *others = (RunDirectory(next(output.iterdir())) for output in (whole, killed, config.output))
+    for other in others:
+        assert losses(first) == losses(other)
+        assert_same_weights(first, other)
+        assert not list(other.checkpoints.glob(".*"))
