@@ -1,9 +1,9 @@
 """Kill a process of a run of two, and start both again until the run is finished.
 
-    python killed_ranks.py CONFIG WHOLE KILLED SEED KILLS
+    python killed_ranks.py CONFIG WHOLE KILLED RELAY SEED KILLS
 
 trains CONFIG in the output directory WHOLE without a fault, then in KILLED: it dies once half-way through a
-checkpoint, and then so many times wherever it is.
+checkpoint, and then so many times wherever it is. In RELAY two processes begin, one goes on and four finish.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 
 import forked_ranks
 import torch
+from training import StopAt
 
 from tutelage import processes
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
+from tutelage.errors import Stopped
 from tutelage.run import run
 from tutelage.train import checkpoint_files
 from tutelage.train.checkpoint_files import write_tensors
@@ -33,7 +35,7 @@ def rows(output):
 
 def kill_one(children, output, chance):
     """Let the run go on for a few rows and a moment, then kill one process; whether that met it at work."""
-    start, more = rows(output), chance.randrange(1, 6)
+    start, more = rows(output), chance.randrange(1, 5)
     deadline = time.monotonic() + 60
     while rows(output) < start + more:
         assert time.monotonic() < deadline, "the run stalled"
@@ -79,7 +81,24 @@ def main(config, whole, killed, seed, kills):
     forked_ranks.run(2, partial(run, config))
 
 
+def stop_after(config, step):
+    try:
+        run(config, StopAt(step))
+    except Stopped:
+        return
+    raise AssertionError("it was not stopped")
+
+
+def relay(config):
+    """Two processes begin, one goes on, and four finish."""
+    forked_ranks.run(2, partial(stop_after, config, 8))
+    forked_ranks.run(1, partial(stop_after, config, 16))
+    forked_ranks.run(4, partial(run, config))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    path, first, second, *numbers = sys.argv[1:]
-    main(load(RunConfig, Path(path)), Path(first), Path(second), *map(int, numbers))
+    path, *places = map(Path, sys.argv[1:5])
+    settings = load(RunConfig, path)
+    main(settings, *places[:2], *map(int, sys.argv[5:]))
+    relay(settings.model_copy(update={"output": places[2]}))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 import sys
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,12 +33,14 @@ from tutelage.run_directory import RunDirectory
 from tutelage.train import distributed
 from tutelage.train.checkpoint import Checkpoints, Counters
 from tutelage.train.optim import adamw
+from tutelage.train.save_model import whole_model
 
 VOCABULARY, CONTEXT = 301, 32  # an odd number of rows: the shards differ in size
 
 
-def build(config, mesh=None):
-    model = hub.build(shapes.find_shape(config.model.shape), VOCABULARY, CONTEXT, config.seed)
+def build(config, mesh=None, **changes):
+    shape = replace(shapes.find_shape(config.model.shape), **changes)
+    model = hub.build(shape, VOCABULARY, CONTEXT, config.seed)
     model.model.norm.weight.requires_grad_(False)  # a frozen weight has no moments
     if mesh is not None:
         shard_model(model, Sharding(mesh, None, reshard_after_forward=True))
@@ -123,6 +126,18 @@ def resume_and_save(config, directory, steps):
     distributed.stop()
 
 
+def export(config, directory, **changes):
+    """Train two steps and write the model, from whichever processes there are."""
+    world = distributed.start(config.runtime, config.parallel)
+    model, optimizer = build(config, world.mesh, **changes)
+    train(model, optimizer, range(2))
+    found = whole_model(model, keep=world.is_main)
+    assert (found is not None) == world.is_main
+    if found is not None:
+        hub.save(found, directory, config.data.store)
+    distributed.stop()
+
+
 def meet_damage(config, directory, report):
     """Try to resume from a directory that holds a flipped bit; every process is to say the same."""
     world = distributed.start(config.runtime, config.parallel)
@@ -156,6 +171,10 @@ def main(config, directory):
     for processes, layout, steps in ((2, config, 3), (1, config, 5), (4, hybrid, 8)):
         forked_ranks.run(processes, partial(resume_and_save, layout, directory, steps))
         shutil.copytree(directory, directory.with_name(f"after{processes}-1"))
+    for tied in (True, False):
+        for processes, layout in ((1, config), (2, config), (4, hybrid)):
+            place = directory.with_name(f"{'tied' if tied else 'untied'}-on-{processes}")
+            forked_ranks.run(processes, partial(export, layout, place, tied=tied))
     damaged = directory.with_name("damaged-1")
     shutil.copytree(directory, damaged)
     flip_a_bit(damaged / "checkpoints", -1)

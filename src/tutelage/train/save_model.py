@@ -38,7 +38,7 @@ def export(student: Student) -> None:
     Raises:
         UserError: it cannot be written, or what was written computes other logits.
     """
-    model = _whole(student.model, keep=student.world.is_main)
+    model = whole_model(student.model, keep=student.world.is_main)
     if model is None:
         return
     directory, store = student.directory, open_store(student.config.data.store)
@@ -48,10 +48,11 @@ def export(student: Student) -> None:
     directory.write_state("running", export={"largest_logit_difference": difference})
 
 
-def _whole(model: PreTrainedModel, *, keep: bool) -> PreTrainedModel | None:
+def whole_model(model: PreTrainedModel, *, keep: bool) -> PreTrainedModel | None:
     """Return the model, or a whole one on the CPU if it is sharded; None where it is not to be kept.
 
-    All processes have to take part.
+    All processes have to take part. Devices hold one whole tensor at a time; the machine of the process that
+    keeps the model needs room for all of them twice, because what is written is read again.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model if keep else None
