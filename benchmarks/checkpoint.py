@@ -1,8 +1,8 @@
 """What a checkpoint costs training: seconds that it waits, and seconds in the background.
 
 One process, one CPU thread; the state is weights and two moments in float32 (12 bytes per parameter). Beside
-it the checksums before a resume, and how long Python's lock, which training needs, is held by safetensors' own
-function and by ours.
+it the checksums before a resume, and how long Python's lock, which training needs, is held by safetensors'
+own function and by ours.
 
     python benchmarks/checkpoint.py [--shape nano-20m]
 """
