@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tutelage.models import hub
+from tutelage.models.sharding import fill, materialise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tutelage.models.shapes import ModelShape
+
+
+def fill_model(
+    model: PreTrainedModel, shape: ModelShape, vocab_size: int, context: int, seed: int, device: torch.device
+) -> None:
+    """Give a model on the meta device, sharded or not, memory on `device` and what `hub.build` draws for it.
+
+    Args:
+        model: `hub.build` of the same arguments on the meta device, sharded since.
+        shape: as in `hub.build`.
+        vocab_size: as in `hub.build`.
+        context: as in `hub.build`.
+        seed: as in `hub.build`.
+        device: where it is trained.
+    """
+    materialise(model, device)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    draw_weights(shape, vocab_size, context, seed, lambda name, value: fill(tensors[name], value))
 
 
 def draw_weights(

@@ -91,8 +91,8 @@ def shard_model(
     """Shard a model in place, whose parameters keep their names and become `DTensor`s.
 
     A model on the meta device stays there until `materialise`. Every forward pass has to begin with a call
-    of the root. An embedding that is the head too is gathered by the root's call and stays until the end of
-    the backward pass, so that both uses are gathered and reduced once.
+    of the root. An embedding that is the head too is gathered by the root's call and
+    stays until the end of the backward pass, so that both uses are gathered and reduced once.
 
     Args:
         model: what to shard.
@@ -110,9 +110,12 @@ def shard_model(
     sharding.apply(root or model, reshard_after_forward=False)
 
 
-def materialise(root: nn.Module, device: torch.device) -> None:
-    """Give the parameters and buffers of a sharded module on the meta device memory, without values."""
-    root.to_empty(device=device)
+def materialise(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a model on the meta device, sharded or not, memory on another, without values; ties are kept."""
+    model.to_empty(device=device)
+    for target, source in model.all_tied_weights_keys.items():
+        parent, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(source))
 
 
 def own_rows(weight: Tensor) -> slice:

@@ -35,7 +35,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from tutelage.errors import UserError, one_line
 from tutelage.models.directory import check_config, is_local, read_object, weight_files
 from tutelage.models.hub import body_and_head, check_names, errors_of_loading, not_finite
-from tutelage.models.sharding import own_rows
+from tutelage.models.sharding import materialise, own_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -111,10 +111,7 @@ class PendingModel:
                 process, wherever the damage lies.
         """
         model = self.model
-        model.to_empty(device=device)
-        for target, source in model.all_tied_weights_keys.items():
-            parent, _, leaf = target.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, model.get_parameter(source))
+        materialise(model, device)
         weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
         filled: dict[int, str] = {}  # by identity: tied names are one tensor
         twice: list[tuple[str, str]] = []  # names of one weight that the files hold under both

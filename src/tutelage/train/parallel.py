@@ -8,20 +8,17 @@ import torch
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from tutelage.errors import UserError
-from tutelage.models.sharding import Sharding, fill, materialise, shard_model
+from tutelage.models.sharding import Sharding, shard_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tutelage.config.runtime_config import ParallelConfig
     from tutelage.train.distributed import World
     from tutelage.train.objective_model import ObjectiveModel, Result
     from tutelage.train.student import Student
-
-    Draw = Callable[[Callable[[str, Tensor], None]], None]
 
 _LAYERDROP = ("layerdrop", "decoder_layerdrop")
 """Config fields with the probability that a layer is left out of a forward pass."""
@@ -32,16 +29,16 @@ def place(
     world: World,
     parallel: ParallelConfig,
     dtype: torch.dtype | None,
-    draw: Draw | None,
+    fill: Callable[[torch.device], object] | None,
 ) -> None:
     """Bring a student to the device, or its shards to the devices of all processes, in place.
 
     Args:
-        module: the student, on the CPU or, if its weights are yet to be drawn, on the meta device.
+        module: the student, on the CPU, or on the meta device if its weights are to come once it is sharded.
         world: this process among all.
         parallel: whether gathered weights are kept between forward and backward pass.
         dtype: compute dtype where it is not that of the weights.
-        draw: hands over the weights of a student on the meta device, one whole tensor after the other.
+        fill: gives a student on the meta device weights on another.
 
     Raises:
         UserError: several processes cannot train a model of this family together.
@@ -53,10 +50,8 @@ def place(
     sharding = Sharding(world.mesh, dtype, parallel.reshard_after_forward)
     shard_model(module.model, sharding, root=module, head=module.head)
     register_fsdp_forward_method(module, "use")
-    if draw is not None:
-        materialise(module, world.device)
-        tensors = dict(module.model.named_parameters()) | dict(module.model.named_buffers())
-        draw(lambda name, value: fill(tensors[name], value))
+    if fill is not None:
+        fill(world.device)
 
 
 def _check_same_layers(model: PreTrainedModel) -> None:

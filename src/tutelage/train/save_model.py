@@ -17,7 +17,7 @@ from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTe
 from tutelage.data.store import open_store
 from tutelage.models import hub
 from tutelage.models.export import card
-from tutelage.models.sharding import fill, gathered
+from tutelage.models.sharding import fill, gathered, materialise
 from tutelage.train.layers import eagerly
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def whole_model(model: PreTrainedModel, *, keep: bool) -> PreTrainedModel | None
     with torch.device("meta"):
         copy = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
     if keep:
-        copy.to_empty(device="cpu").tie_weights()
+        materialise(copy, torch.device("cpu"))
     tensors = dict(copy.named_parameters()) | dict(copy.named_buffers())
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         on_cpu = gathered(value)

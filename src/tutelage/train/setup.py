@@ -13,9 +13,9 @@ from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
-from tutelage.models import hub, shapes
+from tutelage.models import hub, shapes, slices
 from tutelage.models.export import Base
-from tutelage.models.initial_weights import draw_weights
+from tutelage.models.initial_weights import fill_model
 from tutelage.models.packed import check_documents
 from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
@@ -23,11 +23,11 @@ from tutelage.teachers.cache.reader import check_serves
 from tutelage.train.layers import prepare_layers
 from tutelage.train.objective_model import ObjectiveModel
 from tutelage.train.optim import adamw, learning_rate
-from tutelage.train.parallel import place
+from tutelage.train.parallel import place, use_model
 from tutelage.train.student import Student
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from tutelage.run_directory import RunDirectory
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
-    from tutelage.train.parallel import Draw
 
 _FALLBACK_LR = 3e-4
 """Peak learning rate of a model that is no shape of the ladder and whose config names none."""
@@ -100,7 +99,9 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     # Processes that share the weights gather them in the compute dtype, so nothing is left to cast.
     autocast = half if world.mesh is None else None
     module = ObjectiveModel(start.model, config.objective, store.vocab_size, autocast)
-    place(module, world, config.parallel, half, start.draw)
+    place(module, world, config.parallel, half, start.fill)
+    if start.check is not None:
+        use_model(module, start.check)
     return Student(
         config=config,
         directory=directory,
@@ -180,14 +181,16 @@ class _StartingModel:
     """A student's model before training, its peak learning rate, and `base` and `notes` as in `Student`.
 
     Attributes:
-        draw: hands over the weights where the model has none yet, because they are to be sharded.
+        fill: gives a model on the meta device weights on another, once it is sharded; None: it has them.
+        check: refuses a model that cannot be trained as it is to be; needs its weights.
     """
 
     model: PreTrainedModel
     lr: float
     base: Base | None
     notes: tuple[str, ...]
-    draw: Draw | None = None
+    fill: Callable[[torch.device], object] | None = None
+    check: Callable[[PreTrainedModel], None] | None = None
 
 
 def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingModel:
@@ -195,9 +198,9 @@ def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingM
     if config.model.shape is not None:
         shape = shapes.find_shape(config.model.shape)
         drawn = shape, store.vocab_size, length, config.seed
-        device, draw = ("cpu", None) if world.mesh is None else ("meta", partial(draw_weights, *drawn))
-        model = hub.build(*drawn, device, attention)
-        return _StartingModel(model, config.optim.lr or shape.lr, None, (), draw)
+        model = hub.build(*drawn, "cpu" if world.mesh is None else "meta", attention)
+        fill = None if world.mesh is None else partial(fill_model, model, *drawn)
+        return _StartingModel(model, config.optim.lr or shape.lr, None, (), fill)
     path = _start(config)
     what = f"model {path}"
     tokenizer = check_model_tokenizer(
@@ -208,15 +211,23 @@ def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingM
         assume=config.model.assume_same_tokenizer,
         setting="model.assume_same_tokenizer",
     )
-    model = hub.load(path, config.model.revision, torch.float32, attention)
+    described = path, config.model.revision, torch.float32, attention
+    pending = None if world.mesh is None else slices.describe(*described)
+    model = hub.load(*described) if pending is None else pending.model
     model.get_input_embeddings().padding_idx = None  # nothing is padded here, so no token may stand still
     beyond = hub.check_length(model, what, length)
-    if config.data.document_mask:
-        check_documents(hub.body_and_head(model)[0], what)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
     base = Base(tokenizer.directory, tokenizer=tokenizer.is_the_stores)
-    return _StartingModel(model, config.optim.lr or _FALLBACK_LR, base, notes)
+
+    def check(loaded: PreTrainedModel) -> None:
+        if pending is not None:  # else that was done when it was loaded
+            hub.check_logits(loaded, path)
+        if config.data.document_mask:
+            check_documents(hub.body_and_head(loaded)[0], what)
+
+    loads = None if pending is None else pending.load
+    return _StartingModel(model, config.optim.lr or _FALLBACK_LR, base, notes, loads, check)
 
 
 def _start(config: RunConfig) -> str:
