@@ -30,14 +30,14 @@ _KEPT = {
     _ATEN.bmm.default,
     _ATEN.baddbmm.default,
     _ATEN.linear.default,
-    _ATEN._grouped_mm.default,  # noqa: SLF001 - the operators have no other names
-    _ATEN._scaled_dot_product_flash_attention.default,  # noqa: SLF001
+    _ATEN._scaled_dot_product_flash_attention.default,  # noqa: SLF001 - the operators have no other names
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001
     _ATEN._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
     _ATEN._scaled_dot_product_cudnn_attention.default,  # noqa: SLF001
     torch.ops.higher_order.flex_attention,
 }
-"""Matrix products and attention: their results are kept, everything else is cheap to compute again."""
+"""Matrix products and attention: their results are kept, everything else is cheap to compute again. Products
+of experts (`_grouped_mm`) are not among them: models add biases to their results in place."""
 
 _KEPT_NAMESPACES = {"flash_attn", "flash_attn_2", "flash_attn_3"}
 """Of FlashAttention's own operators, which exist once its package is imported."""
@@ -109,7 +109,8 @@ def compile_layers(model: PreTrainedModel, runtime: RuntimeConfig, device: torch
     try:
         _try_compiler(device)
     except Exception as error:  # noqa: BLE001 - a missing compiler or a broken one shows in any way
-        reason = f"torch.compile does not work on {device.type} here ({one_line(error)})"
+        first_line = one_line(error).partition(" Set TORCH")[0]
+        reason = f"torch.compile does not work on {device.type} here ({first_line})"
         if runtime.compile == "auto":
             return (f"{reason}; training goes on without it",)
         raise UserError(
