@@ -20,10 +20,11 @@ from tutelage.files import atomic_directory, check_place, stop_signal, write_tex
 from tutelage.models import hub
 from tutelage.progress import NullProgress, Progress
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
-from tutelage.run_plan import check_fits
+from tutelage.run_plan import check_fits, out_of_memory
 from tutelage.train import distributed
 from tutelage.train.checkpoint_files import BRANCH_POINT, adopt
 from tutelage.train.loop import train
+from tutelage.train.out_of_memory import LackOfMemoryError
 from tutelage.train.parallel import use_model
 from tutelage.train.save_model import export
 from tutelage.train.setup import check_cohort, open_student, open_teacher
@@ -179,7 +180,11 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
             for student in students:
                 closing.callback(student.close)
                 student.resume(cohort=len(students))
-        train(students, progress, partial(_evaluate, progress))
+        try:
+            train(students, progress, partial(_evaluate, progress))
+        except LackOfMemoryError as error:
+            table = out_of_memory(runs[0][0], world.device.type, world.size)
+            raise UserError("\n".join([str(error), *table])) from error
     for student in students:
         for warning in student.take_warnings():
             progress.note(f"warning: {warning}")

@@ -212,13 +212,19 @@ def check_fits(config: RunConfig, kind: str, processes: int) -> str | None:
     return _explain(config, plan, refuse=plan.least > plan.hardware.memory)
 
 
-def out_of_memory(config: RunConfig, kind: str, processes: int) -> str:
-    """What to tell the user of a run that has run out of memory: the plan's table and what to turn."""
+def out_of_memory(config: RunConfig, kind: str, processes: int) -> list[str]:
+    """What to tell the user of a run that has run out of memory: the plan's table and what to turn.
+
+    Args:
+        config: the run.
+        kind: type of the device, as torch names it.
+        processes: of the run.
+    """
     try:
-        plan = plan_run(config, Hardware.here(kind, processes))
-    except UserError as error:
-        return f"run {config.name}: out of memory; lower micro_batch_tokens ({error})"
-    return "\n".join([f"run {config.name}: out of memory on {kind}", *plan.memory_lines(remedies=True)])
+        plan = plan_run(config, Hardware.here(kind, processes, free=False))
+    except UserError as error:  # of a model of another family
+        return [f"turn: a smaller micro_batch_tokens; there is no plan of this run ({error})"]
+    return plan.memory_lines(remedies=True)
 
 
 def _explain(config: RunConfig, plan: RunPlan, *, refuse: bool) -> str:

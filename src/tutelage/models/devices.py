@@ -108,16 +108,22 @@ class Hardware:
         return cls.here(pick_device(asked).type, processes)
 
     @classmethod
-    def here(cls, kind: str, processes: int) -> Hardware:
-        """The devices of this machine of one of torch's types, with the memory that is free now."""
+    def here(cls, kind: str, processes: int, *, free: bool = True) -> Hardware:
+        """The devices of this machine of one of torch's types, with the memory that is free now.
+
+        Args:
+            kind: the type.
+            processes: how many there are.
+            free: False to count all memory of a GPU.
+        """
         if kind != "cuda":
             return cls("cpu", find_device("cpu"), processes, _available(), cuda=False)
         import torch  # noqa: PLC0415 - the plan for devices of the table needs none
 
         name = torch.cuda.get_device_name()
-        free, _ = torch.cuda.mem_get_info()
-        device = recognise_device(name) or replace(find_device("h100"), memory=free, summary=name)
-        return cls(name, device, processes, free, cuda=True)
+        memory = torch.cuda.mem_get_info()[0 if free else 1]
+        device = recognise_device(name) or replace(find_device("h100"), memory=memory, summary=name)
+        return cls(name, device, processes, memory, cuda=True)
 
 
 def _available() -> float:

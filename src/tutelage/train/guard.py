@@ -67,6 +67,7 @@ class Guard:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._late = device.type == "cuda"
         self._total = torch.zeros((), device=device)
         self._in_a_row = torch.zeros((), device=device)
         self._first = torch.zeros(4, device=device)
@@ -98,7 +99,7 @@ class Guard:
         """
         arrived, self._step = (self._arriving.read(), self._step), step
         self._arriving.send(self._total, self._in_a_row, *self._first)
-        if wait or not self._total.is_cuda:
+        if wait or not self._late:
             arrived = self._arriving.read(), step
         values, of = arrived
         if values is None:

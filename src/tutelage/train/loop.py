@@ -11,7 +11,7 @@ from tutelage.files import stop_signal
 from tutelage.progress import NullProgress, Progress
 from tutelage.train import distributed
 from tutelage.train.batches import BatchesAhead
-from tutelage.train.out_of_memory import memory_errors_to_user_errors
+from tutelage.train.out_of_memory import memory_errors_named
 from tutelage.train.profiler import profiled
 from tutelage.train.step import train_step
 from tutelage.train.stopwatch import Stopwatch
@@ -49,7 +49,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
     runtime = lead.config.runtime
     place = lead.directory.path / "profile"
     with (
-        memory_errors_to_user_errors(students),
+        memory_errors_named(students),
         stop_signal() as stop,
         _batches(lead, first) as ahead,
         profiled(runtime.profile, last - first, place, lead.world, progress) as step_profiler,

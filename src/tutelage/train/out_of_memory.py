@@ -1,4 +1,4 @@
-"""Say in one line what a run needed when a device's memory was not enough, and what to turn."""
+"""Say in one line that a device's memory was not enough for a run, and what was in it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ _SIGNS = ("out of memory", "not enough memory", "can't allocate memory")
 """Of the messages of torch's allocators, which are plain RuntimeErrors on the CPU."""
 
 
+class LackOfMemoryError(UserError):
+    """The memory of a device was not enough; whoever knows the run's plan adds what to turn."""
+
+
 @contextlib.contextmanager
-def memory_errors_to_user_errors(students: Sequence[Student]) -> Iterator[None]:
-    """Turn a failed allocation in the block into a `UserError` about the run of `students`."""
+def memory_errors_named(students: Sequence[Student]) -> Iterator[None]:
+    """Raise a failed allocation in the block as a `LackOfMemoryError` about the run of `students`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise UserError(_explained(students)) from error
+        raise LackOfMemoryError(_explained(students)) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -40,7 +44,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _explained(students: Sequence[Student]) -> str:
-    """What is known to be in memory, and the settings that take less."""
+    """What is known to be in memory."""
     lead = students[0]
     device = lead.world.device
     parameters = [parameter for student in students for parameter in student.model.parameters()]
@@ -49,32 +53,15 @@ def _explained(students: Sequence[Student]) -> str:
         "gradients": _size(p.grad for p in parameters if p.grad is not None),
         "moments": _size(t for s in students for state in s.optimizer.state.values() for t in state.values()),
     }
-    held = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
-    most = f"{_gib(peak_memory(device))} at most"
+    held = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
+    most = f"{_gb(peak_memory(device))} at most"
     if device.type == "cuda":
-        most += f" of {_gib(torch.cuda.get_device_properties(device).total_memory)}"
+        most += f" of {_gb(torch.cuda.get_device_properties(device).total_memory)}"
+    many = f"; {len(students)} students train together, fewer take less" if len(students) > 1 else ""
     return (
         f"{lead.directory.path}: step {lead.step + 1}: out of memory on {device}: {most}, of which {held}; "
-        f"the rest is activations, logits and teacher; {'; or '.join(_remedies(lead, len(students)))}"
+        f"the rest is activations, logits and teacher{many}"
     )
-
-
-def _remedies(student: Student, cohort: int) -> list[str]:
-    """What to turn, most effective first."""
-    config = student.config
-    length = config.data.sequence_length
-    micro = config.micro_batch_tokens or config.global_batch_tokens
-    found = []
-    if micro > length:
-        found.append(f"lower micro_batch_tokens ({micro:,} now, {length:,} at least; the result is the same)")
-    if config.runtime.activation_checkpointing != "full":
-        found.append("set runtime.activation_checkpointing: full")
-    if student.teacher is not None and student.teacher.forward_flops:
-        found.append("cache the teacher's targets (teacher.cache)")
-    if cohort > 1:
-        found.append("train fewer students together")
-    found.append("start more processes, each with its own device, which share the weights (torchrun)")
-    return found
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
@@ -83,5 +70,5 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in held)
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -192,6 +192,24 @@ def test_weights_that_are_no_numbers_are_not_saved(make_config, monkeypatch):
     assert not list(directory_of(config).checkpoints.glob("step-*"))
 
 
+def test_a_gpu_answers_one_step_late_unless_it_is_waited_for():
+    guard = Guard(torch.device("cpu"))
+    guard._late = True  # as on CUDA
+    good, bad = torch.tensor(2.0), torch.tensor(NAN)
+    seen = []
+    for step, loss in enumerate((good, bad, bad, good, bad), 1):
+        guard.check(loss, loss, loss, good)
+        seen.append(guard.newest(step, wait=step == 5))
+    assert seen[0] is None
+    assert [(one.step, one.total, one.in_a_row) for one in seen[1:]] == [
+        (1, 0, 0),
+        (2, 1, 1),
+        (3, 2, 2),
+        (5, 3, 1),
+    ]
+    assert (seen[3].first, seen[4].first) == (2, 5)
+
+
 def test_adamw_is_fused_where_the_guard_skips_on_the_device(make_config):
     student = opened(make_config())
     assert adamw(student.model, student.config.optim, 1e-3).defaults["fused"] is True
