@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tutelage.config.base import Name, Section, Threads, TokenCount, refuse_alike
 
@@ -50,6 +50,12 @@ class ParallelConfig(Section):
         600, ge=1, le=86_400, description="seconds that a process waits for the others before all are ended"
     )
 
+    @model_validator(mode="after")
+    def _make_a_mesh(self) -> ParallelConfig:
+        if self.processes > 1:
+            self.mesh(self.processes)
+        return self
+
     def mesh(self, processes: int) -> tuple[int, int]:
         """(replicate, shard) for a number of processes.
 
@@ -59,8 +65,7 @@ class ParallelConfig(Section):
         shard = processes // self.replicate if self.shard == "auto" else self.shard
         if self.replicate * shard != processes:
             raise ValueError(
-                f"parallel: replicate = {self.replicate} times shard = {self.shard} does not make "
-                f"{processes} processes"
+                f"replicate = {self.replicate} times shard = {self.shard} does not make {processes} processes"
             )
         return self.replicate, shard
 

@@ -72,7 +72,7 @@ def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> World:
         try:
             shape = parallel.mesh(place.size)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"parallel: {error}") from None
         device = _own_device(device, place)
     with agreement.together(parallel.timeout):
         mesh = _join(device, place, shape, timedelta(seconds=parallel.timeout))

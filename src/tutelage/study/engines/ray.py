@@ -1,4 +1,4 @@
-"""Run tasks on a Ray cluster (extra `ray`), each on cores and a GPU of any node.
+"""Run tasks on a Ray cluster (extra `ray`), each on cores and GPUs of any nodes.
 
 Tasks travel as JSON text. The study's directory must be the same on every node, as on a cluster's file
 system.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
-from tutelage.study.engines import TaskOutcome
+from tutelage.study.engines import TaskOutcome, ray_train
 from tutelage.study.engines.tasks import execute
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class RayEngine:
             _check_listens("--ray-address" if address is not None else "RAY_ADDRESS", asked)
         self._address, self._workers, self._device = address, workers, device
         self._running: dict[Any, str] = {}
+        self._boards: dict[str, Any] = {}
         self._cancelled: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -64,6 +65,7 @@ class RayEngine:
         self.largest = self.slots = self._workers or gpus or int(resources.get("CPU", 1))
         needs = self._ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
         self._execute = needs(_execute_there)
+        self._on_gpus = gpus > 0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +75,15 @@ class RayEngine:
 
     def start(self, key: str, task: Task) -> None:
         """See `Engine`."""
-        self._running[self._execute.remote(task.model_dump_json(), os.getcwd())] = key  # noqa: PTH109 - text
+        text, folder = task.model_dump_json(), os.getcwd()  # noqa: PTH109 - text
+        if task.processes == 1:
+            self._running[self._execute.remote(text, folder)] = key
+            return
+        ray_train.check_installed()
+        free = self._ray.remote(num_cpus=0, max_retries=0)  # the processes take what they need
+        board = self._boards[key] = self._ray.remote(num_cpus=0)(ray_train.Board).remote()
+        running = free(ray_train.train_there).remote(text, folder, board, on_gpus=self._on_gpus)
+        self._running[running] = key
 
     def wait(self, seconds: float) -> dict[str, TaskOutcome]:
         """See `Engine`."""
@@ -88,10 +98,14 @@ class RayEngine:
         for task, name in self._running.items():
             if name == key and key not in self._cancelled:
                 self._cancelled.add(key)
-                self._ray.cancel(task, force=False)  # Ctrl-C in the worker, which checkpoints
+                if key in self._boards:
+                    self._boards[key].stop.remote()
+                else:
+                    self._ray.cancel(task, force=False)  # Ctrl-C in the worker, which checkpoints
 
     def _outcome(self, task: Any, key: str) -> TaskOutcome:  # noqa: ANN401 - a reference of Ray's
         errors = self._ray.exceptions
+        self._boards.pop(key, None)
         try:
             return TaskOutcome.model_validate_json(self._ray.get(task))
         except errors.RayError as error:
