@@ -103,8 +103,9 @@ def last_words(error: Exception) -> str | None:
     if lost:
         time.sleep(_LOST_SECONDS)
     first = str(place.rank)
-    with contextlib.suppress(Exception):  # the store may be gone as well
-        first = meeting_place().compare_set("failed", "", first).decode()
+    if meeting_place.cache_info().currsize:  # one that never found the others does not look for them again
+        with contextlib.suppress(Exception):  # the store may be gone as well
+            first = meeting_place().compare_set("failed", "", first).decode()
     if first != str(place.rank):
         return None
     if lost:

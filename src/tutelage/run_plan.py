@@ -117,7 +117,7 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
     try:
         steps = config.steps(weights)
     except ValueError as error:
-        raise UserError(f"run {config.name}: {error}") from None
+        raise UserError(f"run {config.name}: parallel: {error}") from None
     length = config.data.sequence_length
     return RunPlan(
         hardware=hardware,
@@ -153,7 +153,7 @@ def footprint(
     try:
         replicas, shards = config.parallel.mesh(hardware.devices)
     except ValueError as error:
-        raise UserError(f"run {config.name}: {error}") from None
+        raise UserError(f"run {config.name}: parallel: {error}") from None
     share = max(config.data.sequence_length, config.global_batch_tokens // hardware.devices)
     micro = min(config.micro_batch_tokens or share, share)
     masked = config.data.document_mask and config.model.attn_implementation in _MASKED

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tutelage import agreement, processes
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
 from tutelage.models import hub
 
 if TYPE_CHECKING:
@@ -84,17 +84,20 @@ def _join(
 ) -> DeviceMesh:
     """Make the process group and the mesh; a message that takes longer than `wait` ends the process."""
     on_cuda = device.type == "cuda"
-    if not dist.is_initialized():
-        dist.init_process_group(
-            # Checkpoints that are written in the background exchange messages on the CPU.
-            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            timeout=wait,
-            store=PrefixStore(f"group {next(_GROUPS)}", agreement.meeting_place()),
-            rank=place.rank,
-            world_size=place.size,
-            device_id=device if on_cuda else None,
-        )
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group(
+                # Checkpoints that are written in the background exchange messages on the CPU.
+                "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+                timeout=wait,
+                store=PrefixStore(f"group {next(_GROUPS)}", agreement.meeting_place()),
+                rank=place.rank,
+                world_size=place.size,
+                device_id=device if on_cuda else None,
+            )
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
+    except dist.DistError as error:  # two processes on one GPU, for example
+        raise UserError(f"the processes cannot exchange messages: {one_line(error)}") from None
     for group in mesh.get_all_groups():  # new groups take torch's own timeout, not that of all processes
         _set_pg_timeout(wait, group)
     return mesh
