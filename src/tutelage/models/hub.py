@@ -341,8 +341,8 @@ def save(
         The largest difference between the logits of the directory and those of `model`, on 64 tokens.
 
     Raises:
-        UserError: a tokenizer file is missing, the directory cannot be written, or what was written computes
-            other logits.
+        UserError: a tokenizer file is missing, the directory cannot be written, or what was written has
+            another weight or computes other logits.
     """
     check_tokenizer_files(store)
     with atomic_directory(directory) as partial:
@@ -360,11 +360,19 @@ def save(
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float:
-    """Compute the largest difference of logits between a model and its written directory."""
+    """Compare all weights of a model and its written directory, to the bit, and their logits.
+
+    Returns:
+        The largest difference of the logits.
+    """
     try:
         again = load(written, attn_implementation=model.config._attn_implementation).to(model.device)  # noqa: SLF001
     except UserError as error:
         raise UserError(str(error).replace(str(written), f"{directory} (as it would be written)")) from None
+    if (name := _changed_weight(model, again)) is not None:
+        raise UserError(
+            f"{directory}: what was written is not the model in memory: {name} is not what it was"
+        )
     length = min(_COMPARED, trained_length(model.config) or _COMPARED)
     tokens_BT = (torch.arange(length, device=model.device) * 7919).unsqueeze(
         0
@@ -381,12 +389,17 @@ def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float
     return difference
 
 
-def _cause(model: PreTrainedModel, again: PreTrainedModel) -> str:
-    """Name the first weight or config field that writing and reading changed."""
+def _changed_weight(model: PreTrainedModel, again: PreTrainedModel) -> str | None:
+    """Name the first weight that writing and reading changed."""
     weights = again.state_dict()
     for name, weight in model.state_dict().items():
         if name not in weights or not torch.equal(weight, weights[name]):
-            return f"{name} is not what it was"
+            return name
+    return None
+
+
+def _cause(model: PreTrainedModel, again: PreTrainedModel) -> str:
+    """Name the first config field that writing and reading changed."""
     own, read = computing(model.config.to_dict()), computing(again.config.to_dict())
     for field in own:
         if own[field] != read.get(field):

@@ -36,7 +36,7 @@ def export(student: Student) -> None:
     All processes have to take part; the main one writes.
 
     Raises:
-        UserError: it cannot be written, or what was written computes other logits.
+        UserError: it cannot be written, or what was written has another weight or computes other logits.
     """
     model = whole_model(student.model, keep=student.world.is_main)
     if model is None:
