@@ -300,7 +300,11 @@ class RunConfig(Section):
             notes.append(
                 f"tokens = {asked:,}: {trained:,} are trained, {steps:,} whole batches of {batch:,} tokens"
             )
-        for field, every in (("eval.every", self.eval.every), ("checkpoint.every", self.checkpoint.every)):
+        for field, every in (
+            ("eval.every", self.eval.every),
+            ("checkpoint.every", self.checkpoint.every),
+            ("checkpoint.keep_every", self.checkpoint.keep_every),
+        ):
             if every is not None and every % batch and every < trained:
                 whole = max(1, every // batch) * batch
                 notes.append(f"{field} = {every:,}: every {whole:,} tokens, in whole batches of {batch:,}")

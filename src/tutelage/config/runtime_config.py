@@ -17,9 +17,15 @@ class CheckpointConfig(Section):
     every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
     keep: int = Field(2, ge=1, le=10**6, description="newest checkpoints to keep")
     keep_every: TokenCount | None = Field(
-        None, description="keep those every so many tokens for good; default: only the newest"
+        None,
+        description="tokens between checkpoints that are kept for good, written too if none is due; "
+        "default: only the newest are kept",
     )
-    asynchronous: bool = Field(default=True, description="write from a copy in memory while training goes on")
+    asynchronous: bool = Field(
+        default=True,
+        description="write from a copy in memory (12 bytes per parameter, divided by parallel.shard) while "
+        "training goes on",
+    )
     on_full_disk: Literal["stop", "continue"] = Field(
         "stop", description="if one cannot be written: end the run, or train on and try again at the next"
     )
