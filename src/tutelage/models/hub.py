@@ -391,9 +391,10 @@ def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float
 
 def _changed_weight(model: PreTrainedModel, again: PreTrainedModel) -> str | None:
     """Name the first weight that writing and reading changed."""
-    weights = again.state_dict()
-    for name, weight in model.state_dict().items():
-        if name not in weights or not torch.equal(weight, weights[name]):
+    own: dict[str, Tensor] = model.state_dict()
+    read: dict[str, Tensor] = again.state_dict()
+    for name, weight in own.items():
+        if name not in read or not torch.equal(weight, read[name]):
             return name
     return None
 
