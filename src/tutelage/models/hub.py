@@ -370,9 +370,7 @@ def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float
     except UserError as error:
         raise UserError(str(error).replace(str(written), f"{directory} (as it would be written)")) from None
     if (name := _changed_weight(model, again)) is not None:
-        raise UserError(
-            f"{directory}: what was written is not the model in memory: {name} is not what it was"
-        )
+        raise UserError(f"{directory}: what was written is not the model in memory: {name} has changed")
     length = min(_COMPARED, trained_length(model.config) or _COMPARED)
     tokens_BT = (torch.arange(length, device=model.device) * 7919).unsqueeze(
         0
@@ -391,12 +389,9 @@ def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float
 
 def _changed_weight(model: PreTrainedModel, again: PreTrainedModel) -> str | None:
     """Name the first weight that writing and reading changed."""
-    own: dict[str, Tensor] = model.state_dict()
-    read: dict[str, Tensor] = again.state_dict()
-    for name, weight in own.items():
-        if name not in read or not torch.equal(weight, read[name]):
-            return name
-    return None
+    own, read = model.state_dict(), again.state_dict()
+    changed = (name for name in own if name not in read or not torch.equal(own[name], read[name]))
+    return next(changed, None)
 
 
 def _cause(model: PreTrainedModel, again: PreTrainedModel) -> str:
