@@ -360,11 +360,7 @@ def save(
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float:
-    """Compare all weights of a model and its written directory, to the bit, and their logits.
-
-    Returns:
-        The largest difference of the logits.
-    """
+    """Compare all weights with those written, to the bit; return the largest difference of logits."""
     try:
         again = load(written, attn_implementation=model.config._attn_implementation).to(model.device)  # noqa: SLF001
     except UserError as error:
