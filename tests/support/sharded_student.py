@@ -16,21 +16,26 @@ from pathlib import Path
 import forked_ranks
 import pytest
 import torch
+from families import FAMILIES, VOCAB
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
-from tutelage.models.sharding import gathered
+from tutelage.models.sharding import Sharding, gathered, shard_model
+from tutelage.objective import Objective
 from tutelage.run_directory import RunDirectory
 from tutelage.train import distributed
+from tutelage.train.objective_model import ObjectiveModel
 from tutelage.train.parallel import use_model
 from tutelage.train.setup import open_student, open_teacher
 from tutelage.train.step import train_step
+from tutelage.types import Batch
 
 STEPS, LENGTH, SEQUENCES = 3, 32, 8
 _ODD = shapes.ModelShape("odd", "llama", 36, 2, 3, 1, 12, 50, False, 1e-3, 301, "sizes that nothing divides")
@@ -43,18 +48,21 @@ SHAPES = {
 }
 ACCUMULATED = {"micro_batch_tokens": LENGTH}
 HALF = {"dtype": "bfloat16"}
+RUNTIME = {"device": "cpu", "threads": 1}
+RECOMPUTED = {"runtime": RUNTIME | {"activation_checkpointing": "full"}}
+SEPARATE = {"document_mask": True}
 RESHARD, KEEP = {"reshard_after_forward": True}, {"reshard_after_forward": False}
 
 
-def make_config(folder, store, model, **changes):
+def make_config(folder, store, model, *, document_mask=False, **changes):
     settings = {
         "name": "student",
         "model": {"path": str(folder / model)} if (folder / model).exists() else {"shape": model},
-        "data": {"store": str(store), "sequence_length": LENGTH},
+        "data": {"store": str(store), "sequence_length": LENGTH, "document_mask": document_mask},
         "tokens": STEPS * SEQUENCES * LENGTH,
         "global_batch_tokens": SEQUENCES * LENGTH,
         "optim": {"lr": 1e-3, "eps": 1e-6, "warmup": 0.0},
-        "runtime": {"device": "cpu", "threads": 1},
+        "runtime": RUNTIME,
         "teacher": {"kind": "unigram"},
         "objective": {"alpha": 0.4},
         "output": str(folder / "runs"),
@@ -135,6 +143,9 @@ def cases(size):
             yield "llama", {}, layout
             yield "qwen3-tied", ACCUMULATED, layout | KEEP
             yield "llama", ACCUMULATED | HALF, layout
+    # What else is done to a layer, inside what is sharded.
+    yield "llama", ACCUMULATED | RECOMPUTED, {}
+    yield "qwen3-tied", SEPARATE, {}
 
 
 EXACT, ROUNDED = (2e-6, 2e-5), (5e-3, 3e-3)
@@ -144,8 +155,9 @@ EXACT, ROUNDED = (2e-6, 2e-5), (5e-3, 3e-3)
 def compare(make, expected, size):
     for model, settings, layout in cases(size):
         found = result(make(model, **settings, parallel=layout))
-        half = "dtype" in settings
-        assert_near(found, expected[model, half], ROUNDED if half else EXACT, (model, settings, layout))
+        kind = next((kind for kind in ("dtype", "document_mask") if kind in settings), "")
+        tolerance = ROUNDED if kind == "dtype" else EXACT
+        assert_near(found, expected[model, kind], tolerance, (model, settings, layout))
 
 
 def check_memory(make):
@@ -225,6 +237,35 @@ def check_cohort(make):
             assert torch.equal(weights(student)[name], weight), name
 
 
+def check_families():
+    """Gradients of every family, over two processes with other tokens each, are those of the whole batch."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
+    for family, settings in FAMILIES.items():
+        whole, sharded = (_family(settings()) for _ in range(2))
+        shard_model(sharded.model, Sharding(mesh, None, reshard_after_forward=True), sharded, sharded.head)
+        for rank in range(dist.get_world_size()):
+            _backward(whole, rank)
+        _backward(sharded, dist.get_rank())
+        for name, weight in whole.model.named_parameters():
+            found = gathered(sharded.model.get_parameter(name).grad)
+            torch.testing.assert_close(
+                found, weight.grad, rtol=1e-4, atol=1e-6, msg=lambda text, at=(family, name): f"{at}: {text}"
+            )
+
+
+def _family(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    return ObjectiveModel(model, Objective(), VOCAB)
+
+
+def _backward(module, rank):
+    """Dropout and tokens are those of a rank."""
+    torch.manual_seed(rank)
+    tokens = torch.randint(VOCAB, (2, LENGTH))
+    module(Batch(tokens, tokens.roll(-1, 1), (0, 1)), None, 0.0)[0].backward()
+
+
 def check_refusals(make):
     with pytest.raises(UserError, match=r"layerdrop = 0\.5: .*set it to 0") as caught:
         opened(make("layerdrop"))
@@ -233,10 +274,12 @@ def check_refusals(make):
 
 def work(make, expected):
     compare(make, expected, int(distributed.processes.place().size))
-    if dist.get_world_size() == 4:
+    if dist.get_world_size() == 2:
+        check_families()
+    else:
         check_memory(make)
         check_traffic(make)
-        check_use(make, {model: expected[model, False] for model in SHAPES})
+        check_use(make, {model: expected[model, ""] for model in SHAPES})
         check_cohort(make)
         check_refusals(make)
     distributed.stop()
@@ -248,8 +291,9 @@ def main(folder, store):
     folder = Path(folder)
     write_starts(folder, Path(store))
     make = partial(make_config, folder, store)
-    expected = {(model, False): result(make(model)) for model in (*SHAPES, "gpt2")}
-    expected["llama", True] = result(make("llama", **HALF))
+    expected = {(model, ""): result(make(model)) for model in (*SHAPES, "gpt2")}
+    expected["llama", "dtype"] = result(make("llama", **HALF))
+    expected["qwen3-tied", "document_mask"] = result(make("qwen3-tied", **SEPARATE))
     for size in (2, 4):
         forked_ranks.run(size, partial(work, make, expected))
 

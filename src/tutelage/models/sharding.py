@@ -82,6 +82,8 @@ class Sharding:
         )
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # or the factor becomes an operation gloo lacks
+        # What one process has used another need not have: zeros are sent, so that all send the same.
+        sharded.set_reduce_scatter_unused_params(True, recurse=False)
         return sharded
 
 
