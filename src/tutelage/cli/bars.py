@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -35,6 +35,11 @@ _FORMATS = {
     "peak_memory_gib": "{:.1f} GiB",
 }
 """Format of each figure that is shown, in their order: what matters most is seen in a narrow terminal too."""
+
+_WIDE = 100
+"""Columns of a terminal from which on bars have their full length."""
+_END = 9
+"""Last characters of a name that are kept: a dash and the run's hash."""
 
 _NOTABLE = {"data_wait": 0.05, "skipped_steps": 1}
 """Figures that are shown from some value on."""
@@ -74,8 +79,8 @@ class RichProgress:
     def __init__(self) -> None:
         self._prints = processes.place().is_main
         self._bars = Bars(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=12),
+            _Name(),
+            BarColumn(bar_width=12 if err.width >= _WIDE else 6),
             _TimeLeft(),
             _Measured(),
             console=err,
@@ -128,6 +133,17 @@ class RichProgress:
         task = next(task for task in self._bars.tasks if task.id == place)
         self._bars.remove_task(place)
         return task
+
+
+class _Name(ProgressColumn):
+    """Name of a stage; a long one loses its middle, so that it leaves room in a narrow terminal."""
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        name, room = task.description, max(_END + 9, err.width * 3 // 10)
+        if len(name) > room:
+            name = f"{name[: room - _END - 1]}…{name[-_END:]}"
+        return Text(name, no_wrap=True)
 
 
 class _Measured(ProgressColumn):

@@ -245,13 +245,14 @@ def test_the_essentials_fit_a_narrow_terminal(monkeypatch, taught):
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr(bars, "err", screen)
     row = rows(run(taught()))[-1]
-    with bars.RichProgress() as progress:
-        progress.start("student-8b4c1f02", 12_000, "steps")
-        progress.advance("student-8b4c1f02", 1234)
-        progress.describe("student-8b4c1f02", row)
-    drawn = [line for line in screen.file.getvalue().splitlines() if "student-8b4c1f02" in line][-1]
-    for part in ("1,234/12,000", f"loss {row['loss']:.3f}", "left"):
-        assert part in drawn
+    for name in ("student-8b4c1f02", "qwen3-0.6b-strong-alpha0.4-s43-8b4c1f02"):
+        with bars.RichProgress() as progress:
+            progress.start(name, 95_367, "steps")
+            progress.advance(name, 1234)
+            progress.describe(name, row)
+        drawn = [line for line in screen.file.getvalue().splitlines() if "-8b4c1f02" in line][-1]
+        for part in (name[:7], "1,234/95,367", f"loss {row['loss']:.3f}", "left"):
+            assert part in drawn
 
 
 def test_the_clock_of_a_gpu_is_read_from_its_events(monkeypatch):
