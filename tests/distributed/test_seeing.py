@@ -36,7 +36,8 @@ def found(tmp_path_factory, tiny_config):
     runtime = {"device": "cpu", "threads": 1, "log_every": 1000, "max_skipped_steps": 1}
     config = tiny_config(folder / "runs", name="stops", runtime=runtime)
     cases["stops"] = {"config": config, "rank": 1, "steps": [2, 4, 5, 6], "what": "loss"}
-    config = tiny_config(folder / "runs", name="slow")
+    runtime = {"device": "cpu", "threads": 1, "log_every": 1, "profile": 1}
+    config = tiny_config(folder / "runs", name="slow", runtime=runtime)
     cases["slow"] = {"config": config, "rank": 1, "steps": [], "seconds": 0.2}
     file = folder / "cases.json"
     texts = [case | {"config": case["config"].model_dump(mode="json")} for case in cases.values()]
@@ -97,5 +98,16 @@ def test_a_slow_rank_is_named_once(found):
     row = rows(RunDirectory(Path(case["directory"])))[5]
     assert row["data_wait"] > 0.5
     assert row["tokens_per_second_per_device"] == pytest.approx(row["tokens_per_second"] / 2, rel=1e-3)
-    expected = row["tokens_per_second"] * 1.0
-    assert row["mfu"] < expected / state["peak_flops"] * state["train_flops"] / state["tokens"]
+    per_token = state["train_flops"] / state["tokens"]
+    expected = per_token * row["tokens_per_second"] / (2 * state["peak_flops"])
+    assert row["mfu"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_every_rank_writes_its_trace(found):
+    folder = Path(found["slow"]["directory"]) / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json", "rank-1.json"]
+    for path in folder.iterdir():
+        names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
+        assert any(name.startswith("ProfilerStep#") for name in names)
+        assert any("allgather" in name or "all_gather" in name for name in names)
+    assert sum("rank-0.json" in note for note in found["slow"]["notes"]) == 1

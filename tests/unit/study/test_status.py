@@ -35,6 +35,9 @@ def nodes(store, other_store, tmp_path):
         directory.path.mkdir(parents=True)
         seconds = (node.cost.total) / speed
         directory.write_state(status, seconds=seconds, step=5, steps=10)
+        if status == "done":
+            directory.model.mkdir()
+            (directory.model / "config.json").touch()
         directory.append_metrics({"step": 5, "tokens": 10_000, "loss": 3.25, "tokens_per_second": 500.0})
     failures = Failures(tmp_path, 1)
     failures.add(found[4].id, "too hot", 0)
