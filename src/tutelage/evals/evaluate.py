@@ -30,7 +30,8 @@ from tutelage.evals.score_files import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, save_scores, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
 from tutelage.files import lock, make_directory
-from tutelage.models.hub import check_length, load, pick_device
+from tutelage.models.hub import load, pick_device
+from tutelage.models.lengths import check_length
 from tutelage.progress import counter
 from tutelage.run_directory import RunDirectory
 from tutelage.types import SCORING_VERSION, scoring_version

@@ -14,7 +14,7 @@ from tutelage.errors import UserError, one_line
 from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
 from tutelage.models.directory import weights_fingerprint
-from tutelage.models.hub import trained_length
+from tutelage.models.lengths import trained_length
 from tutelage.run_directory import RunDirectory
 from tutelage.types import TOKENIZER_FILES, Score
 

@@ -22,6 +22,7 @@ from tutelage.errors import UserError, one_line
 from tutelage.files import atomic_directory
 from tutelage.models.directory import check_config, computing, is_local, read_object
 from tutelage.models.export import Base, check_tokenizer_files, complete
+from tutelage.models.lengths import trained_length
 from tutelage.objective.products import weight_and_bias
 from tutelage.types import LogitTransform, transformed
 
@@ -29,28 +30,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from tutelage.models.shapes import ModelShape
 
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
-_DIVISORS = ("logits_scaling",)  # Granite
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite; Inkling
 _SOFTCAPS = (
     "final_logit_softcapping",
     "logits_soft_cap",
     "output_logit_soft_cap",
 )  # Gemma 2; RecurrentGemma; xLSTM
 """Config fields of what a family does to its logits after the head; absent, None or 1 means nothing."""
-
-_LENGTHS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "context_length",
-    "seq_length",
-    "n_ctx",
-)  # most; GPT-2; MPT; RWKV; early BLOOM; CTRL
-"""Config fields with the length a model was made for, in tokens."""
 
 _COMPARED = 64
 """Tokens on which a written directory is compared with the model."""
@@ -231,6 +222,8 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
         scale *= settings.get(field) or 1.0
     for field in _DIVISORS:
         scale /= settings.get(field) or 1.0
+    if base := settings.get("dim_model_base"):  # MiniCPM 3
+        scale *= base / settings["hidden_size"]
     caps = [settings[field] for field in _SOFTCAPS if settings.get(field)]
     return LogitTransform(scale, caps[0] if caps else None)
 
@@ -250,7 +243,9 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
         body, head = body_and_head(model)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    tokens_BT = torch.arange(4, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
+    rows = head.weight.shape[0]
+    # From the middle, because families treat ids at both ends differently, such as that of padding.
+    tokens_BT = (torch.arange(4, device=head.weight.device) + rows // 2).unsqueeze(0) % rows
     other_BT = torch.cat([tokens_BT[:, :-1], tokens_BT[:, :1]], 1)
     try:
         hidden_BTD = body(input_ids=tokens_BT, use_cache=False).last_hidden_state
@@ -259,64 +254,15 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
     except Exception as error:  # noqa: BLE001 - what a family needs besides tokens shows in any way
         reason = one_line(error)
         raise UserError(f"{name}: {family} cannot be run on tokens alone: {reason}") from None
-    ours = transformed(head(hidden_BTD.to(head.weight.dtype)), logit_transform(model))
-    if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-5):
+    known = hidden_BTD.shape[-1] == head.weight.shape[1]
+    if known:
+        ours = transformed(head(hidden_BTD.to(head.weight.dtype)), logit_transform(model)).float()
+        known = ours.shape == theirs.shape and torch.allclose(ours, theirs.float(), rtol=1e-3, atol=1e-5)
+    if not known:
         raise UserError(f"{name}: {family} computes its logits in a way not known here")
     rounding = 1e-5 if hidden_BTD.dtype.itemsize > 2 else 1e-2  # noqa: PLR2004 - bytes of half precision
     if change_BTD[:, :-1].float().norm() > rounding * hidden_BTD.float().norm():
         raise UserError(f"{name}: {family} lets tokens see later ones, so it is no causal language model")
-
-
-def trained_length(config: PretrainedConfig) -> int | None:
-    """Read the trained sequence length from a config; None where a family has none (Mamba, BLOOM)."""
-    settings = config.get_text_config(decoder=True).to_dict()
-    return next((int(settings[field]) for field in _LENGTHS if settings.get(field)), None)
-
-
-@torch.no_grad()
-def check_length(model: PreTrainedModel, what: str, length: int) -> str | None:
-    """Check that a model can read `length` tokens at once.
-
-    Position tables have an end; rotary and linear positions can be computed beyond the trained length, with
-    worse predictions. A model without rotary positions is run on one sequence, on the CPU: on a GPU, a wrong
-    index ends the process. One without weights, which are yet to be sharded, cannot be tried: it is taken to
-    have no positions beyond its length.
-
-    Args:
-        model: on the CPU, or on the meta device.
-        what: begins the message.
-        length: tokens.
-
-    Returns:
-        A note for the user if the length is beyond what the model was made for, else None.
-
-    Raises:
-        UserError: the model has no positions there.
-    """
-    limit = trained_length(model.config)
-    if limit is None or length <= limit:
-        return None
-    rotary = any("Rotary" in type(module).__name__ for module in model.modules())
-    if not rotary and not _reads(model, length):
-        raise UserError(
-            f"{what}: it has {limit:,} positions, and sequences of {length:,} tokens are asked for; "
-            f"make them no longer than {limit:,}"
-        )
-    return (
-        f"{what}: it was made for sequences of {limit:,} tokens and reads {length:,} here; beyond its length "
-        "its predictions can be poor"
-    )
-
-
-def _reads(model: PreTrainedModel, length: int) -> bool:
-    """Whether a model runs on `length` tokens."""
-    if model.device.type == "meta":
-        return False
-    try:
-        model.get_decoder()(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
-    except (IndexError, RuntimeError, ValueError):
-        return False
-    return True
 
 
 def save(

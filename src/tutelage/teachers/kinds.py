@@ -13,6 +13,7 @@ from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub, slices
 from tutelage.models.flops import model_forward_flops
+from tutelage.models.lengths import check_length
 from tutelage.models.packed import check_documents
 from tutelage.models.sharding import Sharding
 from tutelage.teachers.cache.reader import CachedTeacher, check_serves, open_cache
@@ -87,7 +88,7 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
     described = path, revision, dtype, config.attn_implementation
     pending = None if context.mesh is None else slices.describe(*described)
     model = hub.load(*described) if pending is None else pending.model
-    beyond = hub.check_length(model, what, context.context_length)
+    beyond = check_length(model, what, context.context_length)
     notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], context.store)
     flops = model_forward_flops(model, context.context_length)

@@ -37,8 +37,7 @@ def teacher_targets(inputs: Sequence[StepInputs], batch: Batch) -> Targets | Non
     for one in inputs:
         if one.needs_teacher:
             assert one.student.teacher is not None  # noqa: S101 - what needs_teacher says
-            with _autocast(one.student, batch):
-                return one.student.teacher.targets(batch)
+            return one.student.teacher.targets(batch)
     return None
 
 
@@ -96,8 +95,3 @@ def _update(inputs: StepInputs, totals: Tensor, valid: Tensor) -> StepReport:
     if student.gate is not None:
         student.gate.update(student.guard.skipped)
     return StepReport(loss, ce, kd, teacher_ce, grad_norm, alpha, inputs.lr)
-
-
-def _autocast(student: Student, batch: Batch) -> torch.autocast:
-    device = batch.tokens_BT.device.type
-    return torch.autocast(device, dtype=student.autocast, enabled=student.autocast is not None)

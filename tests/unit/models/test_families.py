@@ -6,7 +6,8 @@ import transformers as hf
 from families import FAMILIES, GROUPED, POSITIONS, SMALL, VOCAB
 
 from tutelage.errors import UserError
-from tutelage.models.hub import body_and_head, check_length, load, logit_transform, trained_length
+from tutelage.models.hub import body_and_head, load, logit_transform
+from tutelage.models.lengths import check_length, trained_length
 from tutelage.models.sharding import decoder_layers
 from tutelage.types import transformed
 

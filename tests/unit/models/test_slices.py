@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 import transformers as hf
+from families import FAMILIES, GROUPED
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
-from test_families import FAMILIES, GROUPED, written
+from test_families import written
 
 from tutelage.errors import UserError
 from tutelage.models import hub, slices

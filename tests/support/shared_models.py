@@ -1,21 +1,27 @@
-"""Teachers of several families on a mesh, against the same teachers whole. Started by torchrun.
+"""Models that processes share, against the same models whole, and whole runs on several processes.
 
-python sharded_teacher.py DIRECTORY REPLICATE: DIRECTORY holds a Hugging Face directory per family.
+python shared_models.py families DIRECTORY: it holds a Hugging Face directory per family.
+python shared_models.py runs FILE: a line per run, how many processes and its config as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
 
+import forked_ranks
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from tutelage.config.run_config import RunConfig
 from tutelage.models import hub, slices
 from tutelage.models.sharding import Sharding
 from tutelage.objective.products import dense_logits
+from tutelage.run import run
 from tutelage.teachers.live import OnlineTeacher
 from tutelage.types import Batch
 
@@ -66,21 +72,28 @@ def check(directory, mesh, dtype):
     assert torch.equal(logits(teacher, its_batch), expected)
 
 
-def main(folder, replicate):
-    torch.set_num_threads(1)
+def check_families(folder, replicate, dtypes):
     dist.init_process_group("gloo")
-    shape = int(replicate), dist.get_world_size() // int(replicate)
+    shape = replicate, dist.get_world_size() // replicate
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     for directory in sorted(Path(folder).iterdir()):
         try:
-            check(directory, mesh, None)
-            check(directory, mesh, torch.bfloat16)
+            for dtype in dtypes:
+                check(directory, mesh, dtype)
         except Exception as error:
-            raise AssertionError(f"{directory.name}: {error}") from error
-        if dist.get_rank() == 0:
-            print(directory.name, flush=True)
-    dist.barrier()
+            raise AssertionError(f"{directory.name} on {shape}: {error}") from error
     dist.destroy_process_group()
+
+
+def main(what, path):
+    torch.set_num_threads(1)
+    if what == "families":
+        forked_ranks.run(2, partial(check_families, path, 1, [torch.bfloat16]))
+        forked_ranks.run(4, partial(check_families, path, 2, [None]))
+        return
+    for line in Path(path).read_text().splitlines():
+        processes, config = json.loads(line)
+        forked_ranks.run(processes, partial(run, RunConfig.model_validate_json(config)))
 
 
 if __name__ == "__main__":
