@@ -152,3 +152,20 @@ def test_gates_take_no_gradient_and_stay_on_the_device():
     values = torch.rand(8, requires_grad=True)
     assert not gate(stats(student_entropy=values.detach())).requires_grad
     assert all(isinstance(total, torch.Tensor) and not total.requires_grad for total in gate.sums())
+
+
+@pytest.mark.parametrize("kind", ["student_entropy", "teacher_entropy"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_step_that_is_skipped_moves_no_threshold(kind, bad):
+    """Numbers that are not finite reach a gate on CUDA, where the objective does not look at its inputs."""
+    gate = make(kind)
+    for values in draws(3, 40):
+        step_of(gate, stats(**dict.fromkeys(("ce", "student_entropy", "teacher_entropy"), values + 0.01)))
+    before = gate.state()
+    gate(stats(ce=[1.0, bad, 2.0], student_entropy=[bad, 1.0, 2.0], teacher_entropy=[bad, 1.0, 2.0]))
+    gate.sums()
+    gate.update(torch.ones(()))
+    assert gate.state() == before
+    gate(stats(ce=[1.0], student_entropy=[5.0], teacher_entropy=[5.0]))
+    end_step(gate)
+    assert gate.state() != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from training import StopAt, assert_same_weights, losses, opened, rows, weights
 from tutelage.errors import Stopped, UserError
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import RunDirectory, run_id
+from tutelage.teachers.live import OnlineTeacher
 from tutelage.train.guard import Guard
 from tutelage.train.optim import adamw, update
 
@@ -171,6 +173,50 @@ def test_policies_and_gates_forget_a_step_that_is_not_finite(make_config, object
     assert all(map(math.isfinite, memory))
     for path in directory.checkpoints.glob("*/counters.json"):
         json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+OBJECTIVES = [
+    None,
+    {"alpha": 0.5},
+    {"alpha": 0.5, "gate": {"kind": "student_entropy", "keep": 0.5}},
+    {"alpha": 0.5, "gate": {"kind": "teacher_entropy", "drop": 0.3}},
+    {"alpha": 0.5, "divergence": "jsd"},
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_numbers_that_go_through_the_kernels_unchecked_end_alike(
+    make_config, monkeypatch, tmp_path, objective
+):
+    """On a GPU nothing looks at the objective's inputs; NaN goes through all of it. So here, for once."""
+    more = {}
+    if objective is not None:
+        teacher = run(make_config(name="teacher", tokens=512))
+        more = {"teacher": {"kind": "model", "path": str(teacher.model)}, "objective": objective}
+    with poisoned(5):
+        checked = run(make_config(**more))
+    monkeypatch.setattr("tutelage.objective.chunked.check_inputs", lambda *_: None)
+    with poisoned(5):
+        unchecked = run(make_config(**more, output=str(tmp_path / "unchecked")))
+    assert rows(unchecked)[-1]["skipped_steps"] == 1
+    assert_same_weights(checked, unchecked)
+    assert losses(checked) == losses(unchecked)
+
+
+def test_an_unchecked_teacher_that_is_not_finite_is_named(make_config, monkeypatch):
+    teacher = run(make_config(name="teacher", tokens=512))
+    config = make_config(teacher={"kind": "model", "path": str(teacher.model)}, objective={"alpha": 0.5})
+    monkeypatch.setattr("tutelage.objective.chunked.check_inputs", lambda *_: None)
+    targets = OnlineTeacher.targets
+
+    def broken(self, batch):
+        found = targets(self, batch)
+        return dataclasses.replace(found, hidden_NE=found.hidden_NE * NAN)
+
+    monkeypatch.setattr(OnlineTeacher, "targets", broken)
+    with pytest.raises(UserError, match=r"step 1: the teacher's targets are not finite.* steps 1 to 11 "):
+        run(config)
+    assert not list(directory_of(config).checkpoints.glob("step-*"))
 
 
 def test_weights_that_are_no_numbers_are_not_saved(make_config, monkeypatch):
