@@ -77,10 +77,10 @@ def main():
     }
     (folder / f"{RANK}.json").write_text(json.dumps(seen))
 
-    def step(inputs, batches):
+    def step(inputs, batches, watch):
         if RANK == 1 and inputs[0].student.step == 3:
             raise ZeroDivisionError("a bug")
-        return real(inputs, batches)
+        return real(inputs, batches, watch)
 
     real, loop.train_step = loop.train_step, step
     try:
