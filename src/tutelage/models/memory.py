@@ -189,12 +189,23 @@ def _layer_weights(shape: ModelShape) -> float:
 
 
 def _gathered(run: Footprint) -> float:
-    """Bytes of gathered weights: the head, and two layers or all of them."""
+    """Bytes of gathered weights: the head, and the group that is gathered next (or all) with its buffer."""
     if not run.meshed:
         return 0.0
-    head = run.vocab_size * run.shape.hidden
-    layers = 2 if run.reshard else run.shape.layers
-    return run.bytes * (head + layers * _layer_weights(run.shape))
+    head, layer = run.vocab_size * run.shape.hidden, _layer_weights(run.shape)
+    if run.reshard:
+        return run.bytes * (head + max(head, 2 * layer))
+    return run.bytes * (parameters(run.shape, run.vocab_size).total + head)
+
+
+def _unreduced(run: Footprint) -> float:
+    """Bytes of gradients between micro-batches that are not shards yet.
+
+    Those of the head, which is reduced once per step, and the buffer that the embedding was reduced from.
+    """
+    if run.micro_batches == 1 or run.shards == 1:
+        return 0.0
+    return 2.0 * _FLOAT * run.vocab_size * run.shape.hidden
 
 
 def _at_objective(run: Footprint) -> dict[str, float]:
@@ -212,7 +223,7 @@ def _at_objective(run: Footprint) -> dict[str, float]:
             logits += run.teacher_bytes * run.vocab_size * teacher.hidden  # its head, whole
     return _state(run, gradients=run.micro_batches > 1) | {
         "activations": _activations(run),
-        "objective": logits + gradients,
+        "objective": logits + gradients + _unreduced(run),
         "gathered layers": _gathered(run),
     }
 
@@ -225,7 +236,7 @@ def _in_backward(run: Footprint) -> dict[str, float]:
         passing += run.micro_batch * _layer_bytes(run)
     arriving = float(_FLOAT * head)
     if run.meshed:  # a gradient before and while it is reduced, of the head or of two layers
-        arriving = (run.bytes + _FLOAT) * max(head, 2 * layer)
+        arriving = (run.bytes + _FLOAT) * max(head, 2 * layer) + _unreduced(run)
     return _state(run, gradients=run.micro_batches > 1) | {
         "activations": _activations(run) + passing,
         "gathered layers": _gathered(run),
