@@ -1,4 +1,4 @@
-"""The memory of real training steps on tensors without values, and with FSDP2 on processes that are not there.
+"""The memory of real training steps on tensors without values, and on processes that are not there.
 
 `FakeTensorMode` computes shapes only, torch's `fake` process group sends nothing, and torch's trackers follow
 every storage of one rank. What runs is the step of `tutelage.train`, from the sharding to AdamW.
@@ -20,8 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tutelage.models import hub
-from tutelage.models.sharding import Sharding
 from tutelage.models.shapes import find_shape
+from tutelage.models.sharding import Sharding
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers.live import OnlineTeacher
 from tutelage.train.distributed import MESH_AXES, World
@@ -57,7 +57,7 @@ class Values(TorchDispatchMode):
 
 
 class NoModules:
-    """Stands in for the part of `MemTracker` that tells modules apart, which a run of micro-batches confuses."""
+    """Stands in for the part of `MemTracker` that tells modules apart, which micro-batches confuse."""
 
     is_bw = False
     parents = frozenset({"Global"})
@@ -82,34 +82,34 @@ class OneProcess(MemTracker):
         self.track_external(module, optimizer)
 
 
-def built(shape, vocab_size, config):
-    """A model on the meta device."""
+def meta_model(shape, vocab_size, config):
+    """A model without memory."""
     length, attention = config.data.sequence_length, config.model.attn_implementation
     return hub.build(find_shape(shape), vocab_size, length, 1, "meta", attention)
 
 
-def give_memory(module, dtype=torch.float32):
-    """Replace tensors on the meta device by fake ones on the CPU; `to` and `to_empty` cannot in a fake mode."""
+def give_memory(module, device, dtype=torch.float32):
+    """Give tensors on the meta device memory and some values; `to_empty` cannot in a fake mode."""
     made = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.device.type == "meta":
                     if id(tensor) not in made:
-                        new = torch.empty_like(tensor, device=CPU, dtype=dtype)
+                        new = torch.empty_like(tensor, device=device, dtype=dtype).normal_(std=0.02)
                         if isinstance(tensor, torch.nn.Parameter):
                             new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
                         made[id(tensor)] = new, tensor
                     tensors[name] = made[id(tensor)][0]
 
 
-def open_fake(config, vocab_size, world, teacher=None):
-    """The student of a run whose weights have no values, and its teacher, a shape."""
-    half = _half_dtype(config, CPU)
-    model = built(config.model.shape, vocab_size, config)
-    prepare_layers(model, config.runtime, CPU)
+def open_steps(config, vocab_size, world, teacher=None):
+    """The student of a run with random weights, and its teacher, a shape."""
+    half = _half_dtype(config, world.device)
+    model = meta_model(config.model.shape, vocab_size, config)
+    prepare_layers(model, config.runtime, world.device)
     module = ObjectiveModel(model, config.objective, vocab_size, half if world.mesh is None else None)
-    give_memory(module)
+    give_memory(module, world.device)
     if world.mesh is not None:
         place(module, world, config.parallel, half, None)
     student = Student(
@@ -128,8 +128,8 @@ def open_fake(config, vocab_size, world, teacher=None):
         notes=(),
     )
     if teacher is not None:
-        taught = built(teacher, vocab_size, config)
-        give_memory(taught, half or torch.float32)
+        taught = meta_model(teacher, vocab_size, config)
+        give_memory(taught, world.device, half or torch.float32)
         shared = world.mesh is not None and config.teacher.placement == "shard"
         sharding = Sharding(world.mesh, None, config.teacher.reshard_after_forward) if shared else None
         student.teacher = OnlineTeacher(taught, 0.0, (), sharding)
@@ -137,51 +137,56 @@ def open_fake(config, vocab_size, world, teacher=None):
     return student
 
 
-def empty_batches(config, processes):
-    """The micro-batches of a step of one process, zeros."""
+def take_steps(student, count=2):
+    """Train on batches of zeros."""
+    config, world = student.config, student.world
     length = config.data.sequence_length
-    share = config.global_batch_tokens // processes // length
+    share = config.global_batch_tokens // world.size // length
     piece = min(share, (config.micro_batch_tokens or config.global_batch_tokens) // length)
-    tokens = torch.zeros((piece, length), dtype=torch.long)
+    tokens = torch.zeros((piece, length), dtype=torch.long, device=world.device)
     positions = torch.zeros_like(tokens) if config.data.document_mask else None
-    return [Batch(tokens, tokens, tuple(range(piece)), positions) for _ in range(share // piece)]
+    batches = [Batch(tokens, tokens, tuple(range(piece)), positions) for _ in range(share // piece)]
+    for _ in range(count):
+        train_step([StepInputs(student, 0.0 if student.teacher is None else ALPHA, LR)], batches)
 
 
 @contextlib.contextmanager
-def world_of(config, processes):
+def world_of(config, processes, device):
     """The world of rank 0, with a process group in which nobody else is."""
     if processes == 1:
-        yield World(CPU)
+        yield World(device)
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
-        mesh = init_device_mesh("cpu", config.parallel.mesh(processes), mesh_dim_names=MESH_AXES)
+        mesh = init_device_mesh(device.type, config.parallel.mesh(processes), mesh_dim_names=MESH_AXES)
         axes = {axis: mesh[axis] for axis in MESH_AXES}
         # A part of a mesh is found by looking at values, which is for outside the fake mode.
         with mock.patch.object(DeviceMesh, "__getitem__", lambda _, axis: axes[axis]):
-            yield World(CPU, size=processes, mesh=mesh)
+            yield World(device, size=processes, mesh=mesh)
     finally:
         dist.destroy_process_group()
 
 
-def traced(config, vocab_size, processes=1, teacher=None):
+def traced(config, vocab_size, processes=1, teacher=None, device=CPU):
     """Peak bytes of two steps on one process, and what they consist of by torch's own names."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        world = stack.enter_context(world_of(config, processes))
-        # transformers would take fake tensors for an export and give every layer a mask of its own.
-        stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", return_value=False))
-        # DTensor asks for shapes in a fake mode of its own, or what it makes there would be counted as memory.
-        sharding = "torch.distributed.tensor._sharding_prop.detect_fake_mode"
-        stack.enter_context(mock.patch(sharding, return_value=None))
-        stack.enter_context(mock.patch("tutelage.objective.chunked.check_inputs"))
+        world = stack.enter_context(world_of(config, processes, device))
+        for name, answer in (
+            # transformers would take fake tensors for an export and give every layer a mask of its own.
+            ("transformers.masking_utils.is_tracing", False),
+            # DTensor asks for shapes in a fake mode of its own, or what it makes there would be counted.
+            ("torch.distributed.tensor._sharding_prop.detect_fake_mode", None),
+            ("tutelage.objective.chunked.check_inputs", None),
+        ):
+            stack.enter_context(mock.patch(name, return_value=answer))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(Values(mask=bool(config.data.document_mask)))
-        student = open_fake(config, vocab_size, world, teacher)
+        student = open_steps(config, vocab_size, world, teacher)
         kind = OneProcess if world.mesh is None else FSDPMemTracker
         tracker = kind(student.module, student.optimizer)
-        if teacher is not None:
+        if teacher is not None and world.mesh is None:
             tracker.track_external(student.teacher._root)
 
         def begin(student, *, last):
@@ -190,9 +195,7 @@ def traced(config, vocab_size, processes=1, teacher=None):
 
         stack.enter_context(mock.patch("tutelage.train.step.begin_micro_batch", begin))
         with tracker:
-            batches = empty_batches(config, processes)
-            for _ in range(2):
-                train_step([StepInputs(student, ALPHA if teacher else 0.0, LR)], batches)
+            take_steps(student)
         (peak,) = tracker.get_tracker_snapshot("peak").values()
         names = {name if isinstance(name, str) else name.value: size for name, size in peak.items()}
         return names.pop("Total"), names

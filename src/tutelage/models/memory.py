@@ -138,7 +138,8 @@ def plan_memory(run: Footprint) -> MemoryPlan:
     """The parts of a run's memory at the moment when they are largest together."""
     moments = {
         "objective": _at_objective(run),
-        "backward pass": _in_backward(run),
+        "head's backward pass": _in_head(run),
+        "layers' backward pass": _in_layers(run),
         "update": _at_update(run),
     }
     if run.teacher is not None:
@@ -194,7 +195,7 @@ def _gathered(run: Footprint) -> float:
         return 0.0
     head, layer = run.vocab_size * run.shape.hidden, _layer_weights(run.shape)
     if run.reshard:
-        return run.bytes * (head + max(head, 2 * layer))
+        return run.bytes * (head + max(head if run.micro_batches == 1 else 0, 2 * layer))
     return run.bytes * (parameters(run.shape, run.vocab_size).total + head)
 
 
@@ -228,15 +229,29 @@ def _at_objective(run: Footprint) -> dict[str, float]:
     }
 
 
-def _in_backward(run: Footprint) -> dict[str, float]:
-    shape, head = run.shape, run.vocab_size * run.shape.hidden
-    layer = _layer_weights(shape)
-    passing = run.micro_batch * (3 * run.bytes * shape.mlp + 2 * _FLOAT * shape.hidden)
+def _in_head(run: Footprint) -> dict[str, float]:
+    """Where the backward pass begins: the head's gradient in float32, and what it is reduced from."""
+    head = float(run.vocab_size * run.shape.hidden)
+    arriving = _FLOAT * head
+    if run.meshed:
+        arriving += run.bytes * head + _unreduced(run)
+    return _state(run, gradients=run.micro_batches > 1) | {
+        "activations": _activations(run) + _FLOAT * run.micro_batch * run.shape.hidden,
+        "gathered layers": _gathered(run),
+        "objective": arriving,
+    }
+
+
+def _in_layers(run: Footprint) -> dict[str, float]:
+    """In the first layer of the backward pass: its temporary values, which its gradients take the place of."""
+    shape, layer = run.shape, _layer_weights(run.shape)
+    passing = float(run.micro_batch * (3 * run.bytes * shape.mlp + 2 * _FLOAT * shape.hidden))
     if run.recomputation != "none":
         passing += run.micro_batch * _layer_bytes(run)
-    arriving = float(_FLOAT * head)
-    if run.meshed:  # a gradient before and while it is reduced, of the head or of two layers
-        arriving = (run.bytes + _FLOAT) * max(head, 2 * layer) + _unreduced(run)
+    arriving = _FLOAT * run.vocab_size * shape.hidden if run.micro_batches == 1 else 0.0
+    if run.meshed:
+        passing = max(passing, (run.bytes + _FLOAT) * 2 * layer)
+        arriving = _unreduced(run)
     return _state(run, gradients=run.micro_batches > 1) | {
         "activations": _activations(run) + passing,
         "gathered layers": _gathered(run),

@@ -1,0 +1,110 @@
+"""The formula of the memory plan, torch's trackers on tensors without values, and real memory: one number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_steps import open_steps, take_steps, traced
+
+from tutelage.config.load import to_yaml
+from tutelage.models.devices import Hardware, find_device
+from tutelage.models.memory import plan_memory
+from tutelage.models.shapes import find_shape
+from tutelage.run_plan import footprint
+from tutelage.train.distributed import World
+
+SCRIPT = Path(__file__).parents[2] / "support" / "measured_steps.py"
+TINY = {"shape": "nano-2m", "vocab": 4096, "batch": 4096, "micro": 1024, "teacher": "nano-2m"}
+MID = {"shape": "nano-20m", "vocab": 8192, "batch": 2048, "micro": None, "dtype": "bfloat16"}
+HALF = {"shape": "nano-20m", "vocab": 8192, "batch": 8192, "micro": 1024, "dtype": "bfloat16"}
+
+
+@pytest.fixture
+def run(make_config):
+    """The config of a case."""
+
+    def make(case, **sections):
+        batch = case["batch"]
+        if case.get("teacher"):
+            sections |= {"teacher": {"kind": "model", "path": "x"}, "objective": {"alpha": 0.4}}
+        base = make_config().data.store
+        mask = sections.pop("mask", False)
+        sections["data"] = {"store": str(base), "sequence_length": 256, "document_mask": mask}
+        return make_config(
+            model={"shape": case["shape"]},
+            tokens=100 * batch,
+            global_batch_tokens=batch,
+            micro_batch_tokens=case["micro"],
+            dtype=case.get("dtype", "float32"),
+            **sections,
+        )
+
+    return make
+
+
+def by_formula(config, case, processes=1, kind="cpu"):
+    teacher = case.get("teacher")
+    hardware = Hardware("here", find_device("cpu"), processes, 1e12, cuda=kind == "cuda")
+    taught = None if teacher is None else find_shape(teacher)
+    return plan_memory(footprint(config, find_shape(case["shape"]), taught, case["vocab"], hardware)).total
+
+
+def measured(config, case, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), str(file), str(case["vocab"])]
+    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [*command, *([case["teacher"]] if case.get("teacher") else [])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | limits,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", [TINY, MID], ids=["tiny", "mid"])
+def test_trace_and_formula_are_what_a_process_takes(case, run, tmp_path):
+    config = run(case)
+    bytes_taken = measured(config, case, tmp_path)
+    total, _ = traced(config, case["vocab"], teacher=case.get("teacher"))
+    assert total == pytest.approx(bytes_taken, rel=0.1)
+    assert by_formula(config, case) == pytest.approx(total, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "sections"),
+    [
+        (HALF | {"micro": 2048, "teacher": "nano-6m"}, {"parallel": {"replicate": 2}}),
+        (HALF | {"micro": 2048}, {"parallel": {"reshard_after_forward": False}}),
+        (HALF | {"dtype": "float32"}, {"runtime": {"activation_checkpointing": "full"}, "mask": True}),
+    ],
+    ids=["hybrid-taught", "keep-gathered", "recomputed-masked"],
+)
+def test_the_formula_is_what_a_process_of_four_takes(case, sections, run):
+    config = run(case, **sections)
+    total, parts = traced(config, case["vocab"], 4, case.get("teacher"))
+    assert by_formula(config, case, 4) == pytest.approx(total, rel=0.12)
+    if "teacher" not in case:
+        assert parts["OptState"] == pytest.approx(2 * parts["Sharded Param"], rel=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", [TINY, MID], ids=["tiny", "mid"])
+def test_trace_and_formula_are_what_a_gpu_allocates(case, run):
+    config, device = run(case), torch.device("cuda", 0)
+    torch.cuda.reset_peak_memory_stats()
+    take_steps(open_steps(config, case["vocab"], World(device), case.get("teacher")))
+    allocated = torch.cuda.max_memory_allocated()
+    total, _ = traced(config, case["vocab"], teacher=case.get("teacher"), device=device)
+    assert total == pytest.approx(allocated, rel=0.1)
+    assert by_formula(config, case, kind="cuda") == pytest.approx(total, rel=0.15)
