@@ -243,7 +243,7 @@ def _in_head(run: Footprint) -> dict[str, float]:
 
 
 def _in_layers(run: Footprint) -> dict[str, float]:
-    """In the first layer of the backward pass: its temporary values, which its gradients take the place of."""
+    """In the first layer of the backward pass: its temporary values, whose place gradients take."""
     shape, layer = run.shape, _layer_weights(run.shape)
     passing = float(run.micro_batch * (3 * run.bytes * shape.mlp + 2 * _FLOAT * shape.hidden))
     if run.recomputation != "none":

@@ -117,7 +117,9 @@ def works_of(studies: Sequence[ExpandedStudy], device: str = "h100") -> tuple[li
         name = expanded.study.name
         notes += [f"{name}: {text}" for text in dict.fromkeys(found.rounded)]
         if given:
-            notes.append(f"{name}: forward passes of given models are not counted: {', '.join(given)}")
+            notes.append(
+                f"{name}: forward passes and memory of given models are left out: {', '.join(given)}"
+            )
     return list(works.values()), Caches(flops, size), notes
 
 

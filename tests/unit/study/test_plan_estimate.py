@@ -17,7 +17,7 @@ from tutelage.models.flops import forward_flops, training_flops
 from tutelage.models.shapes import find_shape
 from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
 from tutelage.study.expand import expand
-from tutelage.study.presets import demo_study, load_study
+from tutelage.study.presets import demo_study, load_study, preset_names
 from tutelage.study.timings import Speeds, Timing, chain_weights, critical_path, estimate_error, makespan
 
 DEMO = demo_study(2, "100K", quick=False)
@@ -121,11 +121,10 @@ def test_a_device_can_work():
 
 
 def test_a_run_larger_than_a_device_is_divided_and_takes_as_many_at_a_time():
-    study = load_study("paper/mixing")
+    study = load_study("paper/mixing", ["run.parallel.processes=1"])
     works, _, _ = works_of([expand(study)], "h100")
     processes = {work.cell.shape: work.processes for work in works}
-    limit = 0.9 * DEVICES["h100"].memory
-    assert all(work.memory <= limit for work in works)
+    assert all(work.memory <= 0.9 * DEVICES["h100"].memory for work in works)
     assert processes["llama-0.7b"] == processes["llama-1.7b"] == 1
     assert processes["llama-8b"] > 1  # 16 bytes per weight are 128 GB
     smaller, _, _ = works_of([expand(study)], "l40s")
@@ -133,10 +132,13 @@ def test_a_run_larger_than_a_device_is_divided_and_takes_as_many_at_a_time():
     took = duration(works, 64, lambda *_: 1e15)
     assert took.device == pytest.approx(sum(work.flops for work in works) / 1e15)
     assert took.wall >= took.device / 64
-    asked, _, _ = works_of(
-        [expand(load_study("paper/mixing", ["run.parallel={processes: 8, replicate: 2, shard: 4}"]))], "h100"
-    )
-    assert {work.processes for work in asked} == {8}
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("paper/")])
+def test_every_run_of_the_paper_fits_on_the_devices_that_its_file_gives_it(name):
+    works, _, _ = works_of([expand(load_study(name))], "h100")
+    assert {work.processes for work in works} == {8}
+    assert all(work.memory <= 0.9 * DEVICES["h100"].memory for work in works)
 
 
 def test_pieces_that_take_several_devices_share_them():
