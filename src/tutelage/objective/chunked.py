@@ -147,12 +147,17 @@ class _ChunkedObjective(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         vocab = len(weight_VD[: plan.vocab_size])
         head = HeadProducts.of(hidden_ND, weight_VD[:vocab])
+        # The first chunk overwrites the weight's, which saves a pass over it.
         d_hidden, d_weight, d_bias = (
-            torch.zeros_like(x, dtype=head.dtype)
-            if plan.wants_gradient and x is not None and x.requires_grad
-            else None
-            for x in (hidden_ND, weight_VD, bias_V)
+            new(x, dtype=head.dtype) if plan.wants_gradient and x is not None and x.requires_grad else None
+            for x, new in (
+                (hidden_ND, torch.zeros_like),
+                (weight_VD, torch.empty_like),
+                (bias_V, torch.zeros_like),
+            )
         )
+        if d_weight is not None:
+            d_weight[vocab:] = 0
         sums = torch.zeros(5, dtype=head.dtype, device=hidden_ND.device)
         dense = plan.targets is not None and not isinstance(plan.targets, SparseTargets)
         size = plan.objective.tokens_per_chunk(vocab, hidden_ND.device.type, dense=dense)
@@ -160,7 +165,7 @@ class _ChunkedObjective(torch.autograd.Function):
         largest = len(plan.labels_N[chunks[0]])
         head = head.keeping_logits(largest)
         teacher = _Teaching.of(plan.targets, vocab, largest)
-        for rows in chunks:
+        for number, rows in enumerate(chunks):
             hidden_CD = hidden_ND[rows]
             chunk_sums, gradient_CV = _chunk(
                 _logits(hidden_CD, head, bias_V, plan.transform), plan.labels_N[rows], teacher, rows, plan
@@ -169,7 +174,7 @@ class _ChunkedObjective(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[rows] = head.to_hidden(gradient_CV)
             if d_weight is not None:
-                head.add_to_weight(d_weight[:vocab], gradient_CV, hidden_CD)
+                head.add_to_weight(d_weight[:vocab], gradient_CV, hidden_CD, first=number == 0)
             if d_bias is not None:
                 d_bias[:vocab] += gradient_CV.sum(0)
             del gradient_CV  # where it is not in the place of the logits, it would stand beside the next ones

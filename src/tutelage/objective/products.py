@@ -128,14 +128,18 @@ class HeadProducts:
         return d_hidden_CD
 
     @torch.no_grad()
-    def add_to_weight(self, d_weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
-        """Add gradient.T @ hidden to `d_weight_VD`, in place."""
+    def add_to_weight(
+        self, d_weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool = False
+    ) -> None:
+        """Add gradient.T @ hidden to `d_weight_VD`, in place; if it is the `first`, overwrite what is there."""
         if self.half is not None:
+            if first:
+                d_weight_VD.zero_()
             addends, scale = _halved(gradient_CV, self.half)
             for part_CV in addends:
                 d_weight_VD += self._half_product(part_CV.T, hidden_CD.to(self.half)).mul_(scale)
         else:
-            d_weight_VD.addmm_(gradient_CV.T, hidden_CD.to(self.dtype))
+            d_weight_VD.addmm_(gradient_CV.T, hidden_CD.to(self.dtype), beta=0 if first else 1)
 
     def _wide_rows(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.weight_VD), UPCAST_ROWS):
