@@ -52,7 +52,7 @@ class Timed:
     """A teacher that adds up how long its caller waits."""
 
     def __init__(self, teacher: Any) -> None:  # noqa: ANN401 - a Teacher
-        self.prefetch, self.forward_flops = teacher.prefetch, 0.0
+        self.prefetch, self.release, self.forward_flops = teacher.prefetch, teacher.release, 0.0
         self._targets: Callable[[Batch], Targets] = teacher.targets
         self.waited = 0.0
 

@@ -8,7 +8,6 @@ Every comparison of the parent's `EXPECTED` runs in forked processes; what diffe
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from families import FAMILIES, VOCAB
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from traffic import Traffic
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from tutelage.config.load import validate
@@ -176,19 +175,6 @@ def check_memory(make):
             assert weight.grad is None
         held = sum(weight.to_local().numel() for weight in student.parameters)
         assert held <= student.parameter_count / shard * 1.02 + 300, (held, student.parameter_count)
-
-
-class Traffic(TorchDispatchMode):
-    """Counts collectives by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            self.calls[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def check_traffic(make):
