@@ -131,7 +131,7 @@ class HeadProducts:
     def add_to_weight(
         self, d_weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool = False
     ) -> None:
-        """Add gradient.T @ hidden to `d_weight_VD`, in place; if it is the `first`, overwrite what is there."""
+        """Add gradient.T @ hidden to `d_weight_VD`, in place; the `first` overwrites what is there."""
         if self.half is not None:
             if first:
                 d_weight_VD.zero_()
