@@ -22,7 +22,7 @@ from tutelage.progress import NullProgress, Progress
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
 from tutelage.run_plan import check_fits, out_of_memory
 from tutelage.train import distributed
-from tutelage.train.checkpoint_files import BRANCH_POINT, adopt
+from tutelage.train.checkpoint_files import BRANCH_POINT, adopt, damage
 from tutelage.train.loop import train
 from tutelage.train.out_of_memory import LackOfMemoryError
 from tutelage.train.parallel import use_model
@@ -324,6 +324,11 @@ def _copy_branch_point(student: Student) -> None:
         raise UserError(
             f"runtime.branch_from {other.id}: {other.path} has no checkpoint from where its decay "
             "begins; train it with checkpoint.keep_before_decay: true, or drop runtime.branch_from"
+        )
+    if (reason := damage(found)) is not None:
+        raise UserError(
+            f"runtime.branch_from {other.id}: {found} cannot be started from ({reason}); remove {other.path} "
+            "and train that run again, or drop runtime.branch_from"
         )
     ours, theirs = _before_decay(config), _before_decay(other.config())
     for field, value in ours.items():

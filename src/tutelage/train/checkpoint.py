@@ -152,7 +152,13 @@ class Checkpoints:
             _load_state_dict(state, reader, self._group, no_dist=self._group is None)
         except CheckpointException as error:
             raise _cause(error) from None
-        return Counters(**read_counters(path))
+        try:
+            return Counters(**read_counters(path))
+        except TypeError as error:
+            raise UserError(
+                f"{path}: another version of tutelage wrote {COUNTERS} ({error}); go on with that one, or "
+                f"remove {path.name}"
+            ) from None
 
     def save(
         self,

@@ -76,6 +76,12 @@ def test_what_is_no_branch_point_is_refused(make_config):
         run(budget(make_config, 16, short, seed=44))
     with pytest.raises(UserError, match="decays later than this run does"):
         run(budget(make_config, 4, short))
+    [shard] = (short.output / run_id(short)).glob("checkpoints/branch-point-*/*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"cannot be started from \(shard-00001\.safetensors is damaged"):
+        run(config)
+    shard.write_bytes(content)
     assert run(config).is_done()
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 import sharded_checkpoints as sharded
@@ -18,6 +19,7 @@ from tutelage.errors import UserError
 from tutelage.models import hub, shapes
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory, run_id
+from tutelage.train import checkpoint
 from tutelage.train.checkpoint import Checkpoints, Counters
 from tutelage.train.checkpoint_files import CheckpointManifest, write_tensors
 from tutelage.train.distributed import World
@@ -176,6 +178,14 @@ def test_the_format_before_this_one_is_refused(make_config, directory):
     (old / "state.safetensors").write_bytes(b"")
     (old / "counters.json").write_text('{"step": 4}')
     with pytest.raises(UserError, match=r"an older version of tutelage wrote it.*; remove it to train from"):
+        read(make_config(), directory)
+
+
+def test_counters_of_another_version_are_refused(make_config, directory, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "asdict", lambda counters: asdict(counters) | {"novel": 1})
+        write(make_config(), directory, (2,))
+    with pytest.raises(UserError, match=r"another version of tutelage wrote counters\.json .*'novel'"):
         read(make_config(), directory)
 
 
