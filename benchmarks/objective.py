@@ -5,7 +5,11 @@ included, from the same inputs: float32, T=1, student width 512, teacher width 1
 its own. Its first run gives the peak memory above the inputs and is checked against float64; the later ones
 are timed, in turn with the matrix products that the method cannot do without.
 
-    python benchmarks/objective.py [--quick] [--shape 2048x50304] [--repeats 3] [--json FILE] [--only T ...]
+Each method is measured twice: with the allocator as it is installed, where large tensors are new memory each
+time, and with memory kept (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000). Claim no more than the
+smaller lead. Without options: the methods nearest to ours at one shape, in about five minutes.
+
+    python benchmarks/objective.py [--full] [--shape 2048x50304] [--repeats 2] [--json FILE] [--only T ...]
 
 Peers that are not installed are skipped; benchmarks/peers.txt says how to install them.
 """
@@ -24,14 +28,23 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from losses.methods import GROUP_CE, GROUP_SPARSE, METHODS, Method, products
 from losses.problem import load_sparse, load_truth, make_problem, save_truth, sparse_targets, tiny_problem
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 SHAPES = ("512x8000", "2048x50304", "2048x128256")
+SHORT_SHAPE, SHORT = "1024x50304", ("plain torch", "TRL GKD", "chunk 512", "ours")
+INSTALLED, KEPT = "as installed", "memory kept"
+ALLOCATORS: dict[str, dict[str, str]] = {
+    INSTALLED: {},
+    KEPT: {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
+}
 WRONG = 1e-3
 """Relative error from which a loss is called wrong; float32 itself is near 1e-6."""
 
@@ -79,7 +92,7 @@ def measure(method: Method, shape: tuple[int, int], repeats: int, folder: Path) 
 
 
 def in_own_process(index: int, shape: str, repeats: int, folder: Path) -> Row:
-    """The row of one method, or what kept it from running."""
+    """The row of one method with either allocator, or what kept it from running."""
     method = METHODS[index]
     row: Row = {"name": method.name, "group": method.group}
     if method.package:
@@ -88,56 +101,60 @@ def in_own_process(index: int, shape: str, repeats: int, folder: Path) -> Row:
         except PackageNotFoundError:
             return row | {"failed": f"not installed: pip install --no-deps {method.package}"}
     command = [sys.executable, __file__, "--shape", shape, "--repeats", str(repeats)]
-    # Threads that wait must sleep, or CPU time would count the waiting.
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        [*command, "--worker", str(index), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return row | {"failed": done.stderr.strip().splitlines()[-1]}
-    return row | json.loads(done.stdout.splitlines()[-1])
+    for allocator, settings in ALLOCATORS.items():
+        # Threads that wait must sleep, or CPU time would count the waiting.
+        done = subprocess.run(
+            [*command, "--worker", str(index), str(folder)],
+            env=os.environ | {"OMP_WAIT_POLICY": "passive"} | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return row | {"failed": done.stderr.strip().splitlines()[-1]}
+        row[allocator] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def fastest_chunks(rows: list[Row]) -> list[Row]:
-    """Of methods that differ only in their chunk size, the one with the least CPU time."""
+    """Of methods that differ only in their chunk size, the one with the least CPU time, memory kept."""
     best: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = row["group"], row["name"].split(", chunk ")[0]
-        if key not in best or ratio(row) < ratio(best[key]):
+        if key not in best or ratio(row, KEPT) < ratio(best[key], KEPT):
             best[key] = row
     return list(best.values())
 
 
-def ratio(row: Row) -> float:
+def ratio(row: Row, allocator: str) -> float:
     """CPU time over that of the bare products right after it: the machine's other load falls on both."""
     if "failed" in row:
         return float("inf")
-    return statistics.median(x / y for x, y in zip(row["cpu_s"], row["products_cpu_s"], strict=True))
+    found = row[allocator]
+    return statistics.median(x / y for x, y in zip(found["cpu_s"], found["products_cpu_s"], strict=True))
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: times, ratios, memory and errors."""
-    our_ce = next(ratio(row) for row in rows if row["group"] == GROUP_CE and row["name"] == "ours")
+    """Markdown: times, ratios and memory with either allocator, and errors."""
+    our_ce = next(row for row in rows if row["group"] == GROUP_CE and row["name"] == "ours")
     lines = [
-        "| loss | method | CPU s | wall s | x products | peak MiB | loss error | gradient error |",
-        "|---|---|---|---|---|---|---|---|",
+        "| loss | method | CPU s | kept | x products | kept | peak MiB | kept | loss error | gradient |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in fastest_chunks(rows):
         name = f"{row['name']} ({row['version']})" if "version" in row else row["name"]
         if "failed" in row:
-            lines.append(f"| {row['group']} | {name} | {row['failed']} | | | | | |")
+            lines.append(f"| {row['group']} | {name} | {row['failed']} | | | | | | | |")
             continue
-        times = [f"{statistics.median(row[part]):.2f}" for part in ("cpu_s", "wall_s")]
-        factor = f"{ratio(row):.2f}"
-        if row["group"] == GROUP_SPARSE:
-            factor += f" ({ratio(row) / our_ce:.2f} x our CE)"
-        errors = [shown(row[part]) for part in ("loss_error", "gradient_error")]
-        cells = [row["group"], name, *times, factor, f"{row['peak_mib']:.0f}", *errors]
-        lines.append(f"| {' | '.join(cells)} |")
+        times, factors, peaks = [], [], []
+        for allocator in ALLOCATORS:
+            times.append(f"{statistics.median(row[allocator]['cpu_s']):.2f}")
+            factors.append(f"{ratio(row, allocator):.2f}")
+            if row["group"] == GROUP_SPARSE:
+                factors[-1] += f" ({ratio(row, allocator) / ratio(our_ce, allocator):.2f} x our CE)"
+            peaks.append(f"{row[allocator]['peak_mib']:.0f}")
+        errors = [shown(row[INSTALLED][part]) for part in ("loss_error", "gradient_error")]
+        lines.append(f"| {' | '.join([row['group'], name, *times, *factors, *peaks, *errors])} |")
     return "\n".join(lines)
 
 
@@ -146,7 +163,7 @@ def shown(error: float) -> str:
     return f"{error:.0e}" if error < WRONG else f"**wrong: {error:.1g}**"
 
 
-def measure_all(shape: str, repeats: int, only: list[str]) -> list[Row]:
+def measure_all(shape: str, repeats: int, only: Sequence[str]) -> list[Row]:
     """Every method at one shape, one process after the other."""
     tokens, vocab = (int(part) for part in shape.split("x"))
     rows = []
@@ -168,14 +185,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help=f"only {SHAPES[0]}")
+    parser.add_argument("--full", action="store_true", help=f"every method at {', '.join(SHAPES)}")
     parser.add_argument("--shape", action="append", help="TOKENSxVOCABULARY; repeat for several")
-    parser.add_argument("--repeats", type=int, default=3, help="least number of timed runs of each method")
-    parser.add_argument("--only", nargs="+", default=[""], help="methods whose 'group: name' contains one")
+    parser.add_argument("--repeats", type=int, default=2, help="least number of timed runs of each method")
+    parser.add_argument("--only", nargs="+", help="methods whose 'group: name' contains one")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    shapes = arguments.shape or (SHAPES[:1] if arguments.quick else SHAPES)
+    shapes = arguments.shape or (SHAPES if arguments.full else (SHORT_SHAPE,))
+    only = arguments.only or (SHORT if shapes == (SHORT_SHAPE,) else ("",))
     if arguments.worker:
         index, folder = int(arguments.worker[0]), Path(arguments.worker[1])
         tokens, vocab = (int(part) for part in shapes[0].split("x"))
@@ -187,7 +205,7 @@ def main() -> None:
     print(f"median of at least {arguments.repeats} runs")
     rows = []
     for shape in shapes:
-        found = measure_all(shape, arguments.repeats, arguments.only)
+        found = measure_all(shape, arguments.repeats, only)
         print(f"\nN x V = {shape}\n\n{table(found)}", flush=True)
         rows += found
     if arguments.json:

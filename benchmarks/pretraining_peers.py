@@ -35,7 +35,7 @@ import torch
 from torch.nn import functional as F
 
 from bare_products import Recording
-from objective import high_water_mib
+from objective import ALLOCATORS, high_water_mib
 from students import opened
 from tutelage.config.data_config import StoreConfig
 from tutelage.data.build import build_store
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-ALLOCATORS: dict[str, dict[str, str]] = {"as installed": {}, "memory kept": KEPT}
 LR, BETAS, WEIGHT_DECAY, CLIP, LAST = 1e-3, (0.9, 0.95), 0.1, 1.0, 10_000
 SAME = 1e-4
 """Largest relative difference of losses that rounding explains after some updates."""
