@@ -163,7 +163,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--vocab", type=int, default=128256, help="at least 4096, for 64 ids a token")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--teacher-width", type=int, default=4096)
     parser.add_argument("--method", choices=METHODS, help="measure only this, in this process")
