@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import loading_memory
 import pytest
 import shared_models
 from tiny_families import tiny_model
@@ -96,3 +97,12 @@ def assert_alike(first, second):
                 assert a[key] == pytest.approx(b[key], rel=1e-5), key
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert_same_weights(first, second, rtol=1e-3, atol=2e-4)
+
+
+def test_a_process_never_holds_more_than_its_slices_and_a_weight(tmp_path):
+    command = [sys.executable, loading_memory.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["whole"] > 0.9 * found["size"] > 100  # MiB
+    assert found["quarter"] < 0.5 * found["size"]

@@ -83,6 +83,7 @@ _OF_A_FAMILY: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "glm4_moe_lite": _MLA,
     "glm_moe_dsa": _MLA | _INDEXED,
+    "gemma4_text": {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

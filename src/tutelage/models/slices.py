@@ -136,7 +136,11 @@ class PendingModel:
         self._check(weights, filled, unexpected, twice, _anywhere(damaged, list(weights), device))
         for weight in weights.values():
             weight._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001 - so it is left alone
-        model.initialize_weights()  # what is in no file: positions, and the like
+        try:
+            model.initialize_weights()  # what is in no file: positions, and the like
+        except Exception as error:  # noqa: BLE001 - what a family does there is its own
+            family, reason = type(model).__name__, one_line(error)
+            raise UserError(f"{self.name}: processes cannot share a {family}: {reason}") from None
         return model.eval()
 
     def _check(

@@ -29,7 +29,7 @@ from tutelage.data.build import build_store
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.directory import weights_fingerprint
-from tutelage.models.export import Base, with_scores
+from tutelage.models.export import Base, for_older_readers, with_scores
 from tutelage.models.shapes import find_shape
 from tutelage.run import run
 
@@ -408,3 +408,13 @@ def test_scores_replace_those_that_were_there_and_leave_the_rest():
     assert "| a\\|b | test | ce | 1.25 |  |" in once
     assert with_scores(once, [row]) == once
     assert with_scores("my own card\n", [row]) == "my own card\n"
+
+
+def test_rotary_positions_per_kind_of_layer_get_older_fields_only_where_an_older_reader_knows_them():
+    kinds = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}
+    gemma, mellum = (
+        for_older_readers({"model_type": kind, "rope_parameters": kinds})
+        for kind in ("gemma3_text", "mellum")
+    )
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (5e5, 1e4)
+    assert mellum == {"model_type": "mellum", "rope_parameters": kinds}
