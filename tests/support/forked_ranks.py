@@ -56,7 +56,7 @@ def wait(children, seconds=120):
     return [*codes.values()]
 
 
-def run(size, work):
+def run(size, work, seconds=120):
     """Run `work` on some processes, all of which must succeed."""
-    codes = wait(start(size, work))
+    codes = wait(start(size, work), seconds)
     assert codes == [0] * size, codes

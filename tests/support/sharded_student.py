@@ -147,7 +147,7 @@ def cases(size):
     yield "qwen3-tied", SEPARATE, {}
 
 
-EXACT, ROUNDED = (2e-6, 2e-5), (5e-3, 3e-3)
+EXACT, COMPILED, ROUNDED = (2e-6, 2e-5), (2e-5, 5e-5), (5e-3, 3e-3)
 """Largest relative difference of losses and norms, and largest difference of weights after three steps."""
 
 
@@ -157,6 +157,26 @@ def compare(make, expected, size):
         kind = next((kind for kind in ("dtype", "document_mask") if kind in settings), "")
         tolerance = ROUNDED if kind == "dtype" else EXACT
         assert_near(found, expected[model, kind], tolerance, (model, settings, layout))
+
+
+def with_layers(store, recompute, compiled):
+    return ACCUMULATED | {
+        "data": {"store": str(store), "sequence_length": LENGTH, "document_mask": True},
+        "runtime": {
+            "device": "cpu",
+            "threads": 1,
+            "activation_checkpointing": recompute,
+            "compile": compiled,
+        },
+    }
+
+
+def compare_compiled(make, store, expected):
+    """Compiled layers that recompute, of documents kept apart, give what plain ones give in one process."""
+    settings = with_layers(store, "selective", compiled=True)
+    for layout in ({"replicate": 1} | RESHARD, {"replicate": 1} | KEEP, {"replicate": 2}):
+        found = result(make("llama", **settings, parallel=layout))
+        assert_near(found, expected, COMPILED, (settings, layout))
 
 
 def check_memory(make):
@@ -258,10 +278,11 @@ def check_refusals(make):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def work(make, expected):
+def work(make, store, expected):
     compare(make, expected, int(distributed.processes.place().size))
     if dist.get_world_size() == 2:
         check_families()
+        compare_compiled(make, store, expected["compiled"])
     else:
         check_memory(make)
         check_traffic(make)
@@ -280,8 +301,9 @@ def main(folder, store):
     expected = {(model, ""): result(make(model)) for model in (*SHAPES, "gpt2")}
     expected["llama", "dtype"] = result(make("llama", **HALF))
     expected["qwen3-tied", "document_mask"] = result(make("qwen3-tied", **SEPARATE))
+    expected["compiled"] = result(make("llama", **with_layers(store, "none", compiled=False)))
     for size in (2, 4):
-        forked_ranks.run(size, partial(work, make, expected))
+        forked_ranks.run(size, partial(work, make, store, expected), seconds=300)
 
 
 if __name__ == "__main__":
