@@ -1,8 +1,8 @@
 """What a document mask, recomputed activations and compiled layers cost a training step, and save.
 
 CPU time: all settings in this process in turn, one thread, the median over rounds and of the ratios to the
-plain step within a round. Memory: one process per setting, the rise of its high-water mark in a step above
-what it held before (weights; moments and gradients rise with the step).
+plain step within a round. Memory: one process per setting, the rise of its high-water mark in its first step
+above what it held before, which is the weights; not of compiled layers, whose first step runs the compiler.
 
     python benchmarks/layers.py [--shape nano-2m] [--length 1024] [--sequences 4] [--rounds 5] [--compile]
 """
@@ -88,8 +88,6 @@ def peak(name: str, store: str, arguments: argparse.Namespace) -> None:
     short = argparse.Namespace(**vars(arguments) | {"shape": "nano-20k", "length": 64, "sequences": 1})
     step(student_of(name, store, short))
     student = student_of(name, store, arguments)
-    if (SETTINGS | COMPILED)[name].get("compile"):
-        step(student)  # compiling takes memory of its own
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
     step(student)
@@ -135,7 +133,7 @@ def main() -> None:
                     text=True,
                 ).stdout
             )
-            for name in names
+            for name in SETTINGS
         }
     batch = arguments.length * arguments.sequences
     print(f"{arguments.shape}, {arguments.sequences} x {arguments.length} = {batch} tokens a step, float32")
@@ -143,7 +141,8 @@ def main() -> None:
     for name in names:
         ratio = statistics.median(t / b for b, t in zip(base, times[name][1:], strict=True))
         median = statistics.median(times[name][1:])
-        print(f"| {name} | {median:.2f} | {ratio:.2f} | {memory[name]:.0f} |")
+        mebibytes = f"{memory[name]:.0f}" if name in memory else ""
+        print(f"| {name} | {median:.2f} | {ratio:.2f} | {mebibytes} |")
 
 
 if __name__ == "__main__":
