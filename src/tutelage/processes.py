@@ -67,7 +67,7 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     SLURM_STEP_NUM_TASKS above 1, or WORLD_SIZE already.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks in ("", "1") or "WORLD_SIZE" in environment:
+    if tasks in ("", "1") or environment.get("WORLD_SIZE"):
         return
     job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")

@@ -1,4 +1,7 @@
-"""What goes wrong on one of several processes ends all of them, in one line that names the rank."""
+"""What goes wrong on one of several processes ends all of them, in one line that names the rank.
+
+Also: tasks that `srun` started are such processes, without torchrun.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,3 +121,31 @@ def test_a_signal_is_passed_on_and_the_run_can_go_on(training):
     state = json.loads((directory / "state.json").read_text())
     assert state["status"] == "stopped"
     assert list(directory.glob("checkpoints/step-*"))
+
+
+def test_tasks_of_srun_train_together_without_torchrun(make_config, tmp_path):
+    config = make_config()
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tutelage", "train", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | slurm
+            | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": str(port), "WORLD_SIZE": ""},
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [task.communicate(timeout=240) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], printed
+    (directory,) = config.output.iterdir()
+    assert json.loads((directory / "state.json").read_text())["status"] == "done"
+    assert f"run      {directory}" in printed[0][0]
+    assert f"{directory.name}: done" in printed[0][1]
+    assert printed[1] == ("", "")

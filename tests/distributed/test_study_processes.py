@@ -8,8 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from training import assert_same_weights, rows
 
 from tutelage.progress import NullProgress
 from tutelage.run_directory import run_id
@@ -80,8 +79,9 @@ def test_runs_of_two_processes_survive_a_kill_and_equal_those_of_one(make_config
     ]
     for two, one in zip(results[2], results[1], strict=True):
         assert two.id == one.id
-        ours, theirs = (load_file(each.directory.model / "model.safetensors") for each in (two, one))
-        for name, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
+        losses = ([row["loss"] for row in rows(each.directory)] for each in (two, one))
+        assert next(losses) == pytest.approx(next(losses), rel=1e-5)
+        # AdamW divides by the root of a moment that is nearly 0 for an entry here and there.
+        assert_same_weights(two.directory, one.directory, rtol=1e-3, atol=2e-3)
         states = [json.loads((each.directory.path / "state.json").read_text()) for each in (two, one)]
         assert [state["status"] for state in states] == ["done", "done"]
