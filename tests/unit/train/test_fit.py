@@ -1,0 +1,91 @@
+"""`train --plan`, and the check before step 1: what cannot fit is refused, what may fit is not."""
+
+from __future__ import annotations
+
+import pytest
+from training import Notes
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tutelage.errors import UserError
+from tutelage.models.devices import Hardware
+from tutelage.models.flops import parameters
+from tutelage.models.shapes import read_shape
+from tutelage.run import run
+from tutelage.run_plan import check_fits, out_of_memory, plan_run
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Set the memory that is free on every device of this machine."""
+
+    def set_to(size):
+        found = Hardware.here("cpu", 1)
+        here = Hardware(found.name, found.device, found.devices, size, found.cuda)
+        monkeypatch.setattr(Hardware, "here", lambda *_, **__: here)
+
+    return set_to
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_written(make_config, free):
+    config = make_config()
+    least = plan_run(config, Hardware.here("cpu", 1)).least
+    free(0.9 * least)
+    with pytest.raises(
+        UserError, match=r"run tiny: it needs .* GB on each device, and .* GB are free"
+    ) as caught:
+        run(config)
+    table = str(caught.value)
+    for part in ("weights", "objective", "activations", "each device", "turn: "):
+        assert part in table
+    assert not list(config.output.glob("*/model"))
+    assert not list(config.output.glob("*/checkpoints"))
+
+
+def test_what_may_fit_is_trained_with_a_warning(make_config, free):
+    config = make_config()
+    plan = plan_run(config, Hardware.here("cpu", 1))
+    assert plan.least < plan.memory.total
+    free((plan.least + plan.memory.total) / 2)
+    notes = Notes()
+    assert run(config, notes).is_done()
+    assert [note for note in notes.warnings if "it may need" in note and "turn: " in note]
+
+
+def test_what_fits_is_not_spoken_of(make_config, free):
+    config = make_config()
+    free(1.1 * plan_run(config, Hardware.here("cpu", 1)).memory.total)
+    assert check_fits(config, "cpu", 1) is None
+
+
+def test_a_run_out_of_memory_gets_the_table(make_config):
+    lines = out_of_memory(make_config(), "cpu", 1)
+    assert any(line.startswith("weights") for line in lines)
+    assert any(line.startswith("turn: ") for line in lines)
+
+
+def test_the_command_plans_for_devices_that_are_not_here(command, store, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{shape: llama-8b}}\ndata: {{store: {store}, sequence_length: 4096}}\n"
+        "tokens: 50B\nglobal_batch_tokens: 1048576\nmicro_batch_tokens: 4096\n"
+    )
+    code, out, _ = command("train", "run.yaml", "--plan", "--device", "h100")
+    assert code == 0
+    assert "GB too much" in out
+    assert "turn: 2 processes" in out or "turn: 4 processes" in out
+    code, out, _ = command("train", "run.yaml", "--plan", "--device", "h100", "--devices", "8")
+    assert code == 0
+    assert "fits" in out
+    assert "8 x h100" in out
+    assert not (tmp_path / "runs").exists()
+    code, _, err = command("train", "run.yaml", "--plan", "--device", "h10")
+    assert code == 2
+    assert "did you mean 'h100'" in err
+
+
+@pytest.mark.parametrize("change", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
+def test_a_shape_is_read_from_the_config_of_a_model(change):
+    config = LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         vocab_size=320, **change)  # fmt: skip
+    shape = read_shape(config.to_dict(), "somewhere")
+    model = AutoModelForCausalLM.from_config(config)
+    assert parameters(shape, 320).total == sum(p.numel() for p in model.parameters())
