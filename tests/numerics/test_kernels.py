@@ -3,13 +3,14 @@
 The truth knows nothing of softmax identities: a loss is sum_g P_g (log P_g - log Q_g) over groups of
 entries, dL/dq is written down per group, and the softmax's full Jacobian takes it to the logits.
 
-In a process started with TRITON_INTERPRET=1 the same tests run over the Triton kernels, at small shapes;
-`test_the_triton_kernels_pass_too` starts that process.
+In a process started with TRITON_INTERPRET=1 the same tests run over the Triton kernels, at small shapes,
+and in one started with TUTELAGE_KERNELS=triton on a GPU. `test_the_triton_kernels_pass_too` starts both.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -26,12 +27,38 @@ from tutelage.objective import kernels as dispatch
 from tutelage.objective.kernels import rows
 from tutelage.types import IGNORE_INDEX
 
-TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and os.environ.get(dispatch.VARIABLE) == "triton" and not INTERPRETED
+TRITON = INTERPRETED or ON_GPU
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def on_gpu(function, kernel):
+    """Row kernels for CPU tensors, by way of a GPU: every call takes another of these block sizes."""
+    blocks = itertools.cycle([c for c in kernel.configs if c.kwargs["BLOCK"] in (1024, 8192, 16384)])
+
+    def call(logits, *rest):
+        kernel.configs = [next(blocks)]  # to time them for every vocabulary would take minutes
+        moved = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="cuda")
+        moved.copy_(logits)
+        outputs = function(moved, *(x.cuda() if isinstance(x, torch.Tensor) else x for x in rest))
+        logits.copy_(moved)
+        return tuple(output.cpu() for output in outputs)
+
+    return call
+
+
 if TRITON:
-    from tutelage.objective.kernels import triton_rows
+    from tutelage.objective.kernels import triton_kernels, triton_rows
 
     DENSE, SPARSE = triton_rows.dense_rows, triton_rows.sparse_rows
     SHAPES = [(1, 2), (3, 150)]
+    if ON_GPU:
+        DENSE, SPARSE = (
+            on_gpu(DENSE, triton_kernels.dense_kernel),
+            on_gpu(SPARSE, triton_kernels.sparse_kernel),
+        )
+        SHAPES = [(1, 2), (37, 53), (5, 20_011)]
 else:
     DENSE, SPARSE = rows.dense_rows, rows.sparse_rows
     SHAPES = [(1, 2), (37, 53), (129, 257)]
@@ -660,8 +687,8 @@ if TRITON:  # defined only in the process that can run it
 
     def test_the_triton_kernels_compile_into_one_graph(fresh_choice, monkeypatch):
         monkeypatch.setenv(dispatch.VARIABLE, "triton")
-        student, teacher, *rest = problem((3, 70), torch.float32)
-        targets = sparse_targets(teacher, 4, 2.0)
+        student, teacher, *rest = (x.to(DEVICE) for x in problem((3, 70), torch.float32))
+        targets = [x.to(DEVICE) for x in sparse_targets(teacher.cpu(), 4, 2.0)]
 
         def both(logits):
             a, b = logits.clone(), logits.clone()
@@ -669,7 +696,7 @@ if TRITON:  # defined only in the process that can run it
             sparse = dispatch.sparse_rows(b, *targets, *rest, 2.0, "other_bucket")
             return (*dense, *sparse, a, b)
 
-        dispatch.kernels_for("cpu")
+        dispatch.kernels_for(DEVICE)
         compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(student), both(student))
 
@@ -684,11 +711,22 @@ if TRITON:  # defined only in the process that can run it
 @torch_only
 @needs_triton
 @pytest.mark.slow
-def test_the_triton_kernels_pass_too():
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"TRITON_INTERPRET": "1"},
+        pytest.param(
+            {dispatch.VARIABLE: "triton"},
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+    ids=["interpreted", "gpu"],
+)
+def test_the_triton_kernels_pass_too(setting):
     """A process of its own: triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | setting,
         capture_output=True,
         text=True,
         check=False,

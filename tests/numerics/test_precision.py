@@ -6,6 +6,9 @@ two softmaxes, and logits rounded to bfloat16 put it wrong by 8 to 49%.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 from divergence_definitions import definition
@@ -19,6 +22,7 @@ from tutelage.objective.sparse import most_probable
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets
 
 N, D, V = 40, 128, 32000
+DEVICE = "cpu"
 LIMIT = 0.003
 OVERLAPS = (0.88, 0.95, 0.98)
 
@@ -71,11 +75,13 @@ def truth(hidden, head, teacher, alpha, objective, sparse=None):
 
 
 def found(function, hidden, head, targets, alpha, objective):
-    h, w = (x.clone().requires_grad_() for x in (hidden, head))
-    sums = function(h, w, LABELS, targets, alpha, objective)
+    h, w = (x.clone().to(DEVICE).requires_grad_() for x in (hidden, head))
+    given = {field.name: getattr(targets, field.name) for field in dataclasses.fields(targets)}
+    moved = {name: x.to(DEVICE) for name, x in given.items() if isinstance(x, torch.Tensor)}
+    sums = function(h, w, LABELS.to(DEVICE), dataclasses.replace(targets, **moved), alpha, objective)
     sums.loss.backward()
     assert (h.grad.dtype, w.grad.dtype) == (hidden.dtype, head.dtype)
-    return sums.kd, h.grad, w.grad
+    return sums.kd.cpu(), h.grad.cpu(), w.grad.cpu()
 
 
 def assert_near(measured, expected):
@@ -87,9 +93,19 @@ def logits_of(taught, head):
     return taught.double() @ head.double().T
 
 
-@pytest.fixture(params=["as here", "as on cuda"])
+@pytest.fixture(
+    params=[
+        "as here",
+        "as on cuda",
+        pytest.param(
+            "on a gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ]
+)
 def arithmetic(request, monkeypatch):
-    """The products of this machine, and those of CUDA with its roundings, by way of float32."""
+    """The products of this machine, those of CUDA with its roundings by way of float32, and a GPU's own."""
+    if request.param == "on a gpu":
+        monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
     if request.param == "as on cuda":
 
         def of(hidden_ND, weight_VD):
