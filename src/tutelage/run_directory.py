@@ -164,8 +164,14 @@ class RunDirectory:
         return (self.model / "config.json").is_file() and isinstance(self.state().get("step"), int)
 
     def is_done(self) -> bool:
-        """Whether the run is trained and scored, and its model is still there."""
-        return self.state().get("status") == "done" and self.is_trained()
+        """Whether the run is trained and scored, so that nothing is left to do.
+
+        A lost model is made again from the last checkpoint. Without both this is a copy of results from
+        another machine, and done as it is.
+        """
+        if self.state().get("status") != "done":
+            return False
+        return self.is_trained() or not any(self.checkpoints.glob("step-*"))
 
     def write_state(self, status: str, **fields: object) -> None:
         """Update state.json: `status` is running, stopped, done or failed; other fields stay."""

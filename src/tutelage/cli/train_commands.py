@@ -73,7 +73,10 @@ def train(
         directories = run_cohort(loaded, progress)
     for directory in directories:
         say("run", directory.path)
-        say("model", directory.model)
+        say(
+            "model",
+            directory.model if directory.is_trained() else "not here: these are results of another machine",
+        )
         if directory.scores.exists():
             say("scores", directory.scores)
     say("next", f"teach a student with it: teacher={{kind: run, run: {directories[0].id}}}")

@@ -40,7 +40,6 @@ DAMAGE = {
     "state gone": lambda path: (path / "state.json").unlink(),
     "model gone": lambda path: shutil.rmtree(path / "model"),
     "model and state gone": lambda path: (shutil.rmtree(path / "model"), (path / "state.json").unlink()),
-    "model and checkpoints gone": lambda path: [shutil.rmtree(path / x) for x in ("model", "checkpoints")],
     "scores gone": lambda path: (path / "scores.jsonl").unlink(),
     "provenance torn": lambda path: (
         shutil.rmtree(path / "model"),
@@ -85,6 +84,8 @@ def test_done_is_what_the_files_say(finished, tmp_path):
     shutil.rmtree(copy.model)
     assert not copy.is_trained()
     assert not copy.is_done()
+    shutil.rmtree(copy.checkpoints)
+    assert copy.is_done()  # as runs are that were copied without their weights
     assert copy.last_metrics()
     (copy.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\xff\n')
     assert copy.last_metrics() == {}
