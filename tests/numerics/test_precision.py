@@ -233,11 +233,11 @@ def test_products_of_any_shape_and_dtype():
                 products.append(HeadProducts(weight, torch.float32, dtype))
             for head in products:
                 d_weight = torch.ones(rows, 7, dtype=head.dtype)
-                head.add_to_weight(d_weight, gradient, hidden)
+                head.add_to_weight(d_weight, head.rounded(gradient), hidden)
                 wide = [x.double() for x in (hidden, weight, gradient)]
                 for mine, true in (
                     (head.logits(hidden), wide[0] @ wide[1].T),
-                    (head.to_hidden(gradient), wide[2] @ wide[1]),
+                    (head.to_hidden(head.rounded(gradient)), wide[2] @ wide[1]),
                     (d_weight, 1 + wide[2].T @ wide[0]),
                 ):
                     assert mine.dtype == head.dtype
@@ -253,8 +253,8 @@ def test_a_gradient_of_any_size_survives_half_precision(size):
     for dtype in (torch.bfloat16, torch.float16):
         head = HeadProducts(weight.to(dtype), torch.float32, dtype)
         true = gradient.double() @ weight.to(dtype).double()
-        assert float((head.to_hidden(gradient).double() - true).norm() / true.norm()) < 1e-3
-        assert not head.to_hidden(torch.zeros_like(gradient)).any()
+        assert float((head.to_hidden(head.rounded(gradient)).double() - true).norm() / true.norm()) < 1e-3
+        assert not head.to_hidden(head.rounded(torch.zeros_like(gradient))).any()
 
 
 @pytest.mark.parametrize("kind", ["none", "logits", "hidden", "sparse"])

@@ -215,9 +215,9 @@ def _at_objective(run: Footprint) -> dict[str, float]:
     logits = chunk * (2 if run.dense else 1) + (0 if run.cuda else _ROWS)
     gradients = _FLOAT * (head + run.micro_batch * run.shape.hidden)
     if run.cuda and run.half:
-        # The logits' gradient is two addends in half precision; each product is as large as the head.
+        # The logits' gradient stands beside its two addends in half precision.
         logits = max(logits, 2 * chunk)
-        gradients += _FLOAT * head + (0 if run.meshed else _HALF * head)
+        gradients += 0 if run.meshed else _HALF * head
     if teacher is not None:
         logits += run.teacher_bytes * run.micro_batch * teacher.hidden
         if run.teacher_shards > 1:

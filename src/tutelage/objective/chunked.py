@@ -171,12 +171,15 @@ class _ChunkedObjective(torch.autograd.Function):
                 _logits(hidden_CD, head, bias_V, plan.transform), plan.labels_N[rows], teacher, rows, plan
             )
             sums += chunk_sums
-            if d_hidden is not None:
-                d_hidden[rows] = head.to_hidden(gradient_CV)
-            if d_weight is not None:
-                head.add_to_weight(d_weight[:vocab], gradient_CV, hidden_CD, first=number == 0)
             if d_bias is not None:
                 d_bias[:vocab] += gradient_CV.sum(0)
+            if plan.wants_gradient:
+                gradient = head.rounded(gradient_CV)
+                if d_hidden is not None:
+                    d_hidden[rows] = head.to_hidden(gradient)
+                if d_weight is not None:
+                    head.add_to_weight(d_weight[:vocab], gradient, hidden_CD, first=number == 0)
+                del gradient
             del gradient_CV  # where it is not in the place of the logits, it would stand beside the next ones
         ctx.gradients = d_hidden, d_weight, d_bias
         # Copies, since a view among the outputs of a function could not be changed in place.

@@ -7,7 +7,8 @@ which is this difference, is off by half. So operands may be in half precision, 
 On CUDA, matrices of half precision are multiplied as they are, and their products are summed and returned in
 float32 (`out_dtype`). A float32 operand beside one of half precision is rounded to it first, as autocast
 does; the gradient of the logits, whose sums cancel, enters bfloat16 products as two addends that hold 16 of
-its bits. Elsewhere nothing is rounded: operands are brought to float32, some rows of the head at a time.
+its bits, stacked so that one product adds both. Elsewhere nothing is rounded: operands are brought to
+float32, some rows of the head at a time.
 """
 
 from __future__ import annotations
@@ -63,6 +64,19 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitGradient:
+    """The gradient of logits, as it enters products.
+
+    Attributes:
+        addends_AV: [C, V], or [2 C, V] for two addends, one below the other.
+        scale: 0-d factor of what is made of them; None for 1.
+    """
+
+    addends_AV: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HeadProducts:
     """A head that multiplies hidden states to logits, and gradients of logits back.
 
@@ -115,31 +129,50 @@ class HeadProducts:
         return logits_CV
 
     @torch.no_grad()
-    def to_hidden(self, gradient_CV: Tensor) -> Tensor:
+    def rounded(self, gradient_CV: Tensor) -> LogitGradient:
+        """The gradient of logits for `to_hidden` and `add_to_weight`, in the dtype of their operands."""
+        return LogitGradient(gradient_CV) if self.half is None else _halved(gradient_CV, self.half)
+
+    @torch.no_grad()
+    def to_hidden(self, gradient: LogitGradient) -> Tensor:
         """The product gradient @ weight, [C, D]: from the gradient of logits to that of hidden states."""
+        addends_AV = gradient.addends_AV
         if self.half is not None:
-            addends, scale = _halved(gradient_CV, self.half)
-            return sum(self._half_product(part_CV, self.weight_VD) for part_CV in addends) * scale
+            product_AD = self._half_product(addends_AV, self.weight_VD)
+            if gradient.scale is not None:
+                return product_AD.mul_(gradient.scale)
+            high_CD, low_CD = product_AD.chunk(2)
+            return high_CD.add_(low_CD)
         if self.weight_VD.dtype == self.dtype:
-            return gradient_CV @ self.weight_VD
-        d_hidden_CD = gradient_CV.new_zeros((len(gradient_CV), self.weight_VD.shape[1]))
+            return addends_AV @ self.weight_VD
+        d_hidden_CD = addends_AV.new_zeros((len(addends_AV), self.weight_VD.shape[1]))
         for rows, weight_RD in self._wide_rows():
-            d_hidden_CD.addmm_(gradient_CV[:, rows], weight_RD)
+            d_hidden_CD.addmm_(addends_AV[:, rows], weight_RD)
         return d_hidden_CD
 
     @torch.no_grad()
     def add_to_weight(
-        self, d_weight_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, *, first: bool = False
+        self, d_weight_VD: Tensor, gradient: LogitGradient, hidden_CD: Tensor, *, first: bool = False
     ) -> None:
         """Add gradient.T @ hidden to `d_weight_VD`, in place; the `first` overwrites what is there."""
-        if self.half is not None:
-            if first:
-                d_weight_VD.zero_()
-            addends, scale = _halved(gradient_CV, self.half)
-            for part_CV in addends:
-                d_weight_VD += self._half_product(part_CV.T, hidden_CD.to(self.half)).mul_(scale)
+        addends_AV = gradient.addends_AV
+        if self.half is None:
+            d_weight_VD.addmm_(addends_AV.T, hidden_CD.to(self.dtype), beta=0 if first else 1)
+            return
+        hidden_CD = hidden_CD.to(self.half)
+        if gradient.scale is None:
+            hidden_AD = torch.cat([hidden_CD, hidden_CD])
+            if d_weight_VD.is_cuda:  # summed where it lies: a product apart would be read and written again
+                beta, wide = (0 if first else 1), torch.float32
+                torch.addmm(d_weight_VD, addends_AV.T, hidden_AD, wide, beta=beta, out=d_weight_VD)
+                return
+            product_VD = self._half_product(addends_AV.T, hidden_AD)
         else:
-            d_weight_VD.addmm_(gradient_CV.T, hidden_CD.to(self.dtype), beta=0 if first else 1)
+            product_VD = self._half_product(addends_AV.T, hidden_CD).mul_(gradient.scale)
+        if first:
+            d_weight_VD.copy_(product_VD)
+        else:
+            d_weight_VD += product_VD
 
     def _wide_rows(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.weight_VD), UPCAST_ROWS):
@@ -153,18 +186,22 @@ class HeadProducts:
         return left.float() @ right.float()
 
 
-def _halved(gradient_CV: Tensor, half: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Matrices in half precision whose sum, times a 0-d power of two, is the gradient.
+def _halved(gradient_CV: Tensor, half: torch.dtype) -> LogitGradient:
+    """The gradient in half precision: two addends of bfloat16, or scaled by a power of two for float16.
 
     bfloat16 has the range of float32 but 8 bits, and rounding errors stay where the gradient itself cancels:
     the rows of a head have a common part, which adds nothing because a gradient of logits sums to zero.
     """
     if half == torch.bfloat16:
-        high_CV = gradient_CV.to(half)
-        return [high_CV, (gradient_CV - high_CV).to(half)], gradient_CV.new_ones(())
+        tokens, vocab = gradient_CV.shape
+        addends_AV = gradient_CV.new_empty((2 * tokens, vocab), dtype=half)
+        high_CV, low_CV = addends_AV.view(2, tokens, vocab).unbind()
+        high_CV.copy_(gradient_CV)
+        torch.sub(gradient_CV, high_CV, out=low_CV)
+        return LogitGradient(addends_AV)
     exponent = _LARGEST_EXPONENT - torch.frexp(gradient_CV.abs().amax()).exponent
     scale = torch.ldexp(gradient_CV.new_ones(()), -exponent)
-    return [torch.ldexp(gradient_CV, exponent).to(half)], scale
+    return LogitGradient(torch.ldexp(gradient_CV, exponent).to(half), scale)
 
 
 def transform_(logits: Tensor, transform: LogitTransform) -> Tensor:

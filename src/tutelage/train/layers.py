@@ -71,7 +71,10 @@ def recompute(model: PreTrainedModel, runtime: RuntimeConfig) -> None:
     if kind == "selective":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     try:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:  # its name before transformers 5.23
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     except ValueError as error:
         raise UserError(
             f"runtime.activation_checkpointing = {kind}: {one_line(error)} Set it to none, or choose another "
