@@ -71,16 +71,22 @@ def recompute(model: PreTrainedModel, runtime: RuntimeConfig) -> None:
     if kind == "selective":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     try:
-        if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-        else:  # its name before transformers 5.23
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        _enable(model, settings)
     except ValueError as error:
         raise UserError(
             f"runtime.activation_checkpointing = {kind}: {one_line(error)} Set it to none, or choose another "
             "model"
         ) from None
     model.disable_input_require_grads()  # only adapters on frozen weights need them
+
+
+def _enable(model: PreTrainedModel, settings: dict[str, object]) -> None:
+    """Call the method that lets layers recompute; in transformers 5.17 it has another name."""
+    try:
+        enable = partial(model.activation_checkpointing_enable, activation_checkpointing_kwargs=settings)
+    except AttributeError:
+        enable = partial(model.gradient_checkpointing_enable, gradient_checkpointing_kwargs=settings)
+    enable()
 
 
 def _policy(_context: object, operator: object, *_args: object, **_settings: object) -> CheckpointPolicy:
