@@ -41,7 +41,11 @@ def rows_of(scores, domain="scripture"):
 def test_a_run_and_its_model_have_equal_scores_from_any_directory(
     trained, other_store, tutelage, command, monkeypatch, tmp_path
 ):
-    """In two processes and two directories; the run's configuration names its store relatively."""
+    """In two processes and two directories; the run's configuration names its store relatively.
+
+    With equal numbers of threads, which decide how many rows a kernel takes at a time and so the last digit.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     home, abroad = trained.path.parent.parent, tmp_path / "abroad"
     abroad.mkdir()
     copy = shutil.copytree(trained.model, home / "copy")
