@@ -13,6 +13,7 @@ import pytest
 import torch
 from divergence_definitions import definition
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective
 from tutelage.objective import chunked as chunked_module
@@ -243,6 +244,16 @@ def test_products_of_any_shape_and_dtype():
                     assert mine.dtype == head.dtype
                     rounding = 3e-4 if head.half == torch.float16 else 2e-5
                     assert float((mine.double() - true).norm() / true.norm()) < rounding
+
+
+def test_a_sum_of_half_products_can_be_traced():
+    """As torch.compile and memory trackers do; torch itself cannot trace `addmm` with `out_dtype`."""
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(rows, 7, dtype=torch.bfloat16) for rows in (5, 9))
+        head, d_weight = HeadProducts(weight, torch.float32, torch.bfloat16), torch.empty(9, 7)
+        gradient = head.rounded(torch.empty(5, 9))
+        head.add_to_weight(d_weight, gradient, hidden)
+        assert head.to_hidden(gradient).shape == hidden.shape
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-5, 1.0, 1e4])

@@ -196,6 +196,6 @@ def traced(config, vocab_size, processes=1, teacher=None, device=CPU):
         stack.enter_context(mock.patch("tutelage.train.step.begin_micro_batch", begin))
         with tracker:
             take_steps(student)
-        (peak,) = tracker.get_tracker_snapshot("peak").values()
+        peak = tracker.get_tracker_snapshot("peak")[device]
         names = {name if isinstance(name, str) else name.value: size for name, size in peak.items()}
         return names.pop("Total"), names

@@ -162,13 +162,9 @@ class HeadProducts:
         hidden_CD = hidden_CD.to(self.half)
         if gradient.scale is None:
             hidden_AD = torch.cat([hidden_CD, hidden_CD])
-            if d_weight_VD.is_cuda:  # summed where it lies: a product apart would be read and written again
-                beta, wide = (0 if first else 1), torch.float32
-                torch.addmm(d_weight_VD, addends_AV.T, hidden_AD, wide, beta=beta, out=d_weight_VD)
-                return
-            product_VD = self._half_product(addends_AV.T, hidden_AD)
-        else:
-            product_VD = self._half_product(addends_AV.T, hidden_CD).mul_(gradient.scale)
+            _add_half_product(d_weight_VD, addends_AV.T, hidden_AD, first)
+            return
+        product_VD = self._half_product(addends_AV.T, hidden_CD).mul_(gradient.scale)
         if first:
             d_weight_VD.copy_(product_VD)
         else:
@@ -184,6 +180,25 @@ class HeadProducts:
         if left.is_cuda:
             return torch.mm(left, right, out_dtype=torch.float32)
         return left.float() @ right.float()
+
+
+@torch.library.custom_op("tutelage::add_half_product", mutates_args=("sum_MN",))
+def _add_half_product(sum_MN: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """Add a product of two matrices in half precision to float32 sums; the `first` overwrites them.
+
+    On CUDA it is summed where it lies: a product apart would be written, read and added. An operator of its
+    own, since torch 2.11 cannot trace `addmm` with `out_dtype`. On the CPU, for tests, it is converted first.
+    """
+    beta = 0 if first else 1
+    if sum_MN.is_cuda:
+        torch.addmm(sum_MN, left, right, torch.float32, beta=beta, out=sum_MN)
+    else:
+        sum_MN.addmm_(left.float(), right.float(), beta=beta)
+
+
+@_add_half_product.register_fake
+def _writes_in_place(*_: object) -> None:
+    """No-op: the operator returns nothing, so the compiler needs no shapes."""
 
 
 def _halved(gradient_CV: Tensor, half: torch.dtype) -> LogitGradient:

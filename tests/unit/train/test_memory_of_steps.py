@@ -101,7 +101,8 @@ def test_the_formula_is_what_a_process_of_four_takes(case, sections, run):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", [TINY, MID], ids=["tiny", "mid"])
 def test_trace_and_formula_are_what_a_gpu_allocates(case, run):
-    config, device = run(case), torch.device("cuda", 0)
+    # Compiled layers keep about two thirds of what these count, so nothing is compiled.
+    config, device = run(case, runtime={"compile": False}), torch.device("cuda", 0)
     torch.cuda.reset_peak_memory_stats()
     take_steps(open_steps(config, case["vocab"], World(device), case.get("teacher")))
     allocated = torch.cuda.max_memory_allocated()
