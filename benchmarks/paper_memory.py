@@ -15,11 +15,10 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
@@ -79,14 +78,10 @@ def config_of(shape: str, teacher: str | None, processes: int, store: Path) -> R
     return validate(RunConfig, merged(study, own), "benchmark")
 
 
-def sparse_in_place(student_CV: Tensor, *_: object) -> tuple[Tensor, ...]:
-    """Take the memory of Triton's sparse rows: the gradient in the place of the logits."""
-    return tuple(torch.zeros_like(student_CV.mul_(1.0)[:, 0]) for _ in range(2))
-
-
-def dense_in_place(student_CV: Tensor, *_: object) -> tuple[Tensor, ...]:
-    """Take the memory of Triton's dense rows: the gradient in the place of the logits."""
-    return tuple(torch.zeros_like(student_CV.mul_(1.0)[:, 0]) for _ in range(3))
+def in_place(numbers: int, student_CV: Tensor, *_: object) -> tuple[Tensor, ...]:
+    """Take the memory of Triton's rows: the gradient in the place of the logits, a few numbers per row."""
+    student_CV.mul_(1.0)
+    return tuple(student_CV.new_zeros(len(student_CV)) for _ in range(numbers))
 
 
 def compare(shape: str, teacher: str | None, processes: int, store: Path) -> tuple[float, float]:
@@ -96,8 +91,11 @@ def compare(shape: str, teacher: str | None, processes: int, store: Path) -> tup
     vocab_size = student.vocab_size or 0
     hardware = Hardware("cpu", find_device("cpu"), processes, 1e12, cuda=False)
     plan = plan_memory(footprint(config, student, taught, vocab_size, hardware))
-    rows = "tutelage.objective.chunked."
-    with mock.patch(f"{rows}sparse_rows", sparse_in_place), mock.patch(f"{rows}dense_rows", dense_in_place):
+    room = "tutelage.objective.chunked"
+    with (
+        mock.patch(f"{room}.sparse_rows", partial(in_place, 2)),
+        mock.patch(f"{room}.dense_rows", partial(in_place, 3)),
+    ):
         total, _ = traced(config, vocab_size, processes, teacher)
     return total, plan.total
 

@@ -109,9 +109,8 @@ def _flush(path: Path) -> None:
     """Wait until a file, or the names in a directory, would survive a power cut."""
     if path.is_dir() and os.name == "nt":  # which flushes names by itself and opens no directories
         return
-    number = os.open(
-        path, os.O_RDONLY if path.is_dir() else os.O_RDWR
-    )  # Windows flushes only what may be written
+    # Windows flushes only files that may be written.
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(number)
     finally:

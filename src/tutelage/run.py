@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
     Run = tuple[RunConfig, RunDirectory]
 
-_SCORING_SECONDS = 86_400
-"""How long the other processes wait while the first scores the runs of a cohort of which one failed."""
+_ALONE_SECONDS = 86_400
+"""How long the other processes wait while the first writes and compares models, or scores them."""
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> RunDirectory:
@@ -95,7 +95,7 @@ def run_cohort(configs: Sequence[RunConfig], progress: Progress | None = None) -
                 _mark_failed(left, error)
             raise
     if failed is not None:
-        with agreement.together(_SCORING_SECONDS):  # a process that ends with an error ends all of them
+        with agreement.together(_ALONE_SECONDS):  # a process that ends with an error ends all of them
             pass
         raise failed
     return [directory for _, directory in runs]
@@ -189,7 +189,7 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
         for warning in student.take_warnings():
             progress.note(f"warning: {warning}")
     try:
-        with agreement.together(parallel.timeout):
+        with agreement.together(_ALONE_SECONDS):
             _export(students)
     except UserError as error:
         return error

@@ -15,7 +15,14 @@ from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.config.teacher_config import ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.files import lock, make_directory, no_links, write_json, write_text
+from tutelage.files import (
+    lock,
+    make_directory,
+    no_links,
+    os_errors_to_user_errors,
+    write_json,
+    write_text,
+)
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
@@ -161,7 +168,7 @@ class RunDirectory:
 
     def is_trained(self) -> bool:
         """Whether the model is there, and known after how many steps; it is left to score it."""
-        return (self.model / "config.json").is_file() and isinstance(self.state().get("step"), int)
+        return self._has_model(self.state())
 
     def is_done(self) -> bool:
         """Whether the run is trained and scored, so that nothing is left to do.
@@ -169,9 +176,13 @@ class RunDirectory:
         A lost model is made again from the last checkpoint. Without both this is a copy of results from
         another machine, and done as it is.
         """
-        if self.state().get("status") != "done":
+        state = self.state()
+        if state.get("status") != "done":
             return False
-        return self.is_trained() or not any(self.checkpoints.glob("step-*"))
+        return self._has_model(state) or not any(self.checkpoints.glob("step-*"))
+
+    def _has_model(self, state: Mapping[str, Any]) -> bool:
+        return (self.model / "config.json").is_file() and isinstance(state.get("step"), int)
 
     def write_state(self, status: str, **fields: object) -> None:
         """Update state.json: `status` is running, stopped, done or failed; other fields stay."""
@@ -202,8 +213,9 @@ class RunDirectory:
             ) from None
 
     def append_metrics(self, row: Mapping[str, object]) -> None:
-        """Add one row to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8", opener=no_links) as file:
+        """Add one row to metrics.jsonl. Raises `UserError` if that is not allowed."""
+        path = self.path / "metrics.jsonl"
+        with os_errors_to_user_errors(path), open(path, "a", encoding="utf-8", opener=no_links) as file:
             file.write(json.dumps(row) + "\n")
 
     def last_metrics(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
     if memory["devices"] > 1:
         say(
             "",
-            f"runs take up to {memory['devices']} devices: give run.parallel.processes what their row says",
+            f"runs take up to {memory['devices']} devices each; run.parallel.processes must say so",
         )
     say("cache", f"{found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most")
     say("time", f"{period(hours['wall_seconds'])} on {found['source']}")

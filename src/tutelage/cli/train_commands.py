@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tutelage.config.run_config import RunConfig
     from tutelage.config.teacher_config import TeachConfig
 
@@ -51,11 +53,14 @@ def train(
     Will it fit, and how long will it take? --plan; for devices that are not here: --device h100 --devices 8
     """
     from tutelage import agreement, processes
-    from tutelage.cli.bars import RichProgress, say
     from tutelage.config.load import load
     from tutelage.config.run_config import RunConfig
-    from tutelage.run import run_cohort
+    from tutelage.errors import UserError
 
+    if not plan and (device is not None or devices is not None):
+        raise UserError(
+            "--device and --devices say what to --plan for; to train, set runtime.device=... and --nproc"
+        )
     processes.adopt_slurm()
     texts = [str(config), *(more or [])]
     overrides = [text for text in texts[1:] if "=" in text]
@@ -69,8 +74,15 @@ def train(
     if several > 1:
         _launch(several, ["tutelage", "train", *texts])
         return
+    _train(loaded)
+
+
+def _train(configs: Sequence[RunConfig]) -> None:
+    from tutelage.cli.bars import RichProgress, say
+    from tutelage.run import run_cohort  # seconds of torch, which a wrong setting above does not wait for
+
     with RichProgress() as progress:
-        directories = run_cohort(loaded, progress)
+        directories = run_cohort(configs, progress)
     for directory in directories:
         say("run", directory.path)
         say(

@@ -82,6 +82,15 @@ def test_the_command_plans_for_devices_that_are_not_here(command, store, tmp_pat
     assert "did you mean 'h100'" in err
 
 
+@pytest.mark.parametrize("option", [("--device", "cpu"), ("--devices", "2")])
+def test_a_device_to_plan_for_is_none_to_train_on(command, store, tmp_path, option):
+    (tmp_path / "run.yaml").write_text(f"model: {{shape: nano-20k}}\ndata: {{store: {store}}}\ntokens: 20K\n")
+    code, _, err = command("train", "run.yaml", *option)
+    assert code == 2
+    assert "say what to --plan for; to train, set runtime.device" in err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("change", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
 def test_a_shape_is_read_from_the_config_of_a_model(change):
     config = LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
