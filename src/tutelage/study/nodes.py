@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens
@@ -79,6 +80,8 @@ class Node:
         config: the run.
         needs: run ids to be finished first.
         cost: estimate of its cost.
+        replicate: place of its seed in a study whose seeds have teachers of their own, each a whole
+            repetition of the study; else 0.
     """
 
     id: str
@@ -86,6 +89,7 @@ class Node:
     config: RunConfig
     needs: tuple[str, ...]
     cost: Cost
+    replicate: int = 0
 
     @property
     def directory(self) -> RunDirectory:
@@ -126,7 +130,7 @@ def bind(expanded: ExpandedStudy, stores: Stores, output: Path, vocab_size: int)
     return [binder.node(cell) for cell in expanded.cells]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Binder:
     study: StudyConfig
     teachers: Mapping[str, TeacherSpec]
@@ -144,8 +148,15 @@ class _Binder:
             config = config.model_copy(update={"tokens": cost.tokens})
         config = pinned(config)
         needs = tuple(self.nodes[name].id for name in cell.needs)
-        node = self.nodes[cell.name] = Node(run_id(config), cell, config, needs, cost)
+        replicate = self._replicates.get(cell.seed, 0)
+        node = self.nodes[cell.name] = Node(run_id(config), cell, config, needs, cost, replicate)
         return node
+
+    @cached_property
+    def _replicates(self) -> dict[int, int]:
+        """Place of each seed, of students and teachers, where every seed has teachers of its own."""
+        pairs = enumerate(zip(self.study.seeds, self.study.teacher_seeds, strict=False))
+        return {seed: place for place, pair in pairs for seed in pair}
 
     def _places(self, cell: Cell) -> dict[str, Any]:
         """The settings that name directories: stores, output, models and teachers."""

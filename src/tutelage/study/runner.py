@@ -197,6 +197,9 @@ class RunnerState:
     def start_ready(self) -> None:
         """Fill the engine with free runs, those on which the costliest chains of runs wait first.
 
+        Of a study in replicates the first goes before the second, and so on, so that whenever it is stopped
+        there are as many whole ones as the time allowed.
+
         One that takes several processes waits until enough are free, and those behind it wait too: smaller
         ones would keep it waiting for ever.
         """
@@ -210,7 +213,7 @@ class RunnerState:
             and self.not_before.get(node.id, 0.0) <= now
             and self._is_free(node)
         ]
-        ready.sort(key=lambda node: -self._weights[node.id])
+        ready.sort(key=lambda node: (node.replicate, -self._weights[node.id]))
         while ready and (free := self._free_slots() // ready[0].config.parallel.processes) > 0:
             together = self._together(ready, free)
             ready = [node for node in ready if node not in together]

@@ -121,6 +121,28 @@ def test_announced_claims_that_no_run_can_decide_are_known_before_anything_is_bu
     assert "post_training" in missing_of(demo)[18]
 
 
+def test_the_replication_leaves_nothing_open_before_its_first_run():
+    study = load_study("replication")
+    plan = draft_of(expand(study))
+    assert plan.claims == (*range(1, 17), *range(18, 25))
+    assert [claim for claim in plan.claims if claim in missing_of(plan)] == []
+    old = load_study("mini")
+    assert not {*study.seeds, *study.teacher_seeds} & {*old.seeds, old.teacher_seed}
+    constants = {}
+    for run in plan.runs:
+        if run.kind == "student" and run.constant:
+            constants.setdefault((run.student, run.teacher), set()).add(run.alpha)
+    tested = {teacher.name: teacher.tested_alpha for teacher in plan.teachers}
+    free = [pair for pair, own in constants.items() if len(own) > 1 and tested[pair[1]] not in own]
+    assert free == []
+
+
+def test_seeds_with_teachers_of_their_own_are_replicates_in_the_order_of_the_file(nodes):
+    places = {(node.cell.kind, node.cell.seed): node.replicate for node in nodes}
+    for kind, first in (("teacher", 1043), ("baseline", 43), ("student", 43)):
+        assert [places[kind, first + i] for i in range(2)] == [0, 1]
+
+
 @pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("paper/")])
 def test_the_papers_presets_can_decide_what_they_announce(name):
     plan = draft_of(expand(load_study(name)))

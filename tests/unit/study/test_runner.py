@@ -16,7 +16,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.progress import NullProgress
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
-from tutelage.study.engines import StoreTask
+from tutelage.study.engines import StoreTask, TaskOutcome
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.leases import Failures, Leases, ask_to_stop
 from tutelage.study.nodes import Cost, Node
@@ -102,6 +102,37 @@ def test_runs_wait_for_what_they_need_and_failures_stop_only_dependants(make_con
     with pytest.raises(UserError, match="2 of 4"):  # tried again, and broken again
         run(nodes, tmp_path, retries=0)
     assert len(failures.attempted()) == 1
+
+
+class Instant:
+    """An engine that writes down which run it was given, and says at once that it is done."""
+
+    slots = largest = 1
+
+    def __init__(self):
+        self.started = []
+
+    def start(self, key, task):
+        self.key = key
+        self.started.append(task.configs[0].name)
+
+    def wait(self, seconds):
+        return {self.key: TaskOutcome(status="done")}
+
+
+def test_one_replicate_is_run_before_the_next_and_the_longest_chain_of_each_first(make_config, tmp_path):
+    nodes = []
+    for seed, place in ((44, 1), (43, 0)):
+        teacher = node(make_config(name=f"teacher-{place}", seed=seed))
+        others = [
+            node(make_config(name=f"alone-{place}", seed=seed)),
+            taught(make_config, teacher, seed / 100),
+        ]
+        nodes += [dataclasses.replace(one, replicate=place) for one in (*others[:1], teacher, *others[1:])]
+    engine = Instant()
+    with Leases(tmp_path, 0.2) as leases:
+        run_all(nodes, engine, leases, Failures(tmp_path, 1), Recorded())
+    assert engine.started == ["teacher-0", "alone-0", "alpha-0.43", "teacher-1", "alone-1", "alpha-0.44"]
 
 
 @pytest.mark.slow
