@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from pydantic_core import ErrorDetails
+
 _Entry = TypeVar("_Entry")
 
 
@@ -35,6 +37,54 @@ def one_line(error: Exception, limit: int = 300) -> str:
         return text
     sentences = text[:limit].rpartition(". ")[0]
     return f"{sentences or text[:limit].rpartition(' ')[0]} ..."
+
+
+def shown(value: object, longest: int) -> str:
+    """Show any value in one line of at most `longest` characters, texts in quotes."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = "a number of more than 4300 digits"
+    return shortened(text, longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """Put a text on one line of at most `longest` characters that every terminal and file can hold."""
+    line = " ".join(text.encode(errors="backslashreplace").decode().split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
+
+
+_WORDS = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "none_required": "nothing (null)",
+    **dict.fromkeys(("string_type", "string_unicode", "path_type"), "text"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type"), "a section of settings (key: value)"
+    ),
+    "is_instance_of": "a {class}",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt:,}",
+    "greater_than_equal": "at least {ge:,}",
+    "less_than": "less than {lt:,}",
+    "less_than_equal": "at most {le:,}",
+    "too_short": "a list of {min_length:,} or more, not of {actual_length:,}",
+    "too_long": "a list of at most {max_length:,}",
+    "string_too_short": "text of at least {min_length:,} characters",
+    "string_too_long": "text of at most {max_length:,} characters",
+    "string_pattern_mismatch": "letters, digits, '.', '_' and '-', and begin with a letter or digit",
+}
+"""What a value must be, by pydantic's name of the error, with fields of the error's context."""
+
+
+def in_words(detail: ErrorDetails) -> str:
+    """Say in a user's words what pydantic finds wrong with a value."""
+    if detail["type"] in _WORDS:
+        return "must be " + _WORDS[detail["type"]].format_map(detail.get("ctx", {}))
+    return " ".join(detail["msg"].removeprefix("Value error, ").split())
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

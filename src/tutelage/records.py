@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, in_words
 from tutelage.files import write_text
 
 if TYPE_CHECKING:
@@ -137,5 +137,5 @@ def _parse(where: str, text: str, kind: type[T]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise UnreadableError(where, f"{field + ': ' if field else ''}{first['msg']}") from None
+        raise UnreadableError(where, f"{field + ': ' if field else ''}{in_words(first)}") from None
     return record

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens
-from tutelage.config.load import WrongSettingsError, digest, load
+from tutelage.config.load import digest, load
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.config.teacher_config import ModelTeacher
+from tutelage.config.wrong_settings import WrongSettingsError
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.files import (

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tutelage.config.wrong_settings import wrong_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -94,7 +96,7 @@ def _canonical(budget: object) -> object:
         budget = int(budget)
     if isinstance(budget, bool) or not isinstance(budget, int | str):
         raise ValueError(  # noqa: TRY004 - what pydantic takes
-            f"{budget!r} is not a token budget; write a number, '50M', '1.5B' or '20x'"
+            "not a token budget; write a number, '50M', '1.5B' or '20x'"
         )
     if isinstance(budget, str) and budget.endswith("x"):
         parse_tokens(budget, parameters=1)
@@ -147,6 +149,19 @@ TokenCount = Annotated[int, BeforeValidator(_canonical_count, json_schema_input_
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values cannot be changed after loading."""
+    """Base of every section: unknown keys are refused, values cannot be changed after loading.
+
+    Raises:
+        UserError: made in Python from values that do not fit; a line for each field.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:  # noqa: ANN401 - any setting
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise wrong_settings(type(self), error, type(self).__name__) from None
+
+    # Sections inside are validated by pydantic itself, which names the whole path of what is wrong.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

@@ -14,24 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tutelage.config.wrong_settings import wrong_settings
 from tutelage.config.yaml_text import LARGEST_TEXT, fitted, parse
-from tutelage.errors import UserError, suggestion
+from tutelage.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pydantic_core import ErrorDetails
-
 Model = TypeVar("Model", bound=BaseModel)
-_LONGEST_VALUE, _LONGEST_LINE, _MOST_LINES = 80, 400, 20
-
-
-class WrongSettingsError(UserError):
-    """Settings that do not fit a config; `fields` has the dotted name of each, once."""
-
-    def __init__(self, message: str, fields: Sequence[str]) -> None:
-        super().__init__(message)
-        self.fields = fields
 
 
 def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
@@ -139,89 +129,13 @@ def validate(kind: type[Model], data: object, where: str) -> Model:
         WrongSettingsError: naming `where`, the field, the value and what is allowed.
     """
     try:
-        return kind.model_validate_json(json.dumps(fitted(data, kind), default=str))
+        text = json.dumps(fitted(data, kind), default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: no settings ({one_line(error)})") from None
+    try:
+        return kind.model_validate_json(text)
     except ValidationError as error:
-        lines = [_short(_explain(kind, detail), _LONGEST_LINE) for detail in error.errors()]
-        schema = kind.model_json_schema()
-        fields = dict.fromkeys(_locate(schema, detail["loc"])[0] for detail in error.errors())
-        message = "\n".join(f"{where}: {line}" for line in lines[:_MOST_LINES])
-        raise WrongSettingsError(message, [*fields]) from None
-
-
-def _short(text: str, longest: int) -> str:
-    """Shorten a text to one line of at most `longest` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= longest else f"{line[: longest - 3]}..."
-
-
-def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
-    """Word one pydantic error in one line."""
-    schema = kind.model_json_schema()
-    field, _ = _locate(schema, detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        _, section = _locate(schema, detail["loc"][:-1])
-        allowed = sorted(section.get("properties", {}))
-        hint = suggestion(str(detail["loc"][-1]), allowed)
-        return f"{field}: unknown setting; {hint}allowed: {', '.join(allowed)}"
-    if detail["type"] == "missing":
-        return f"{field}: required but not given"
-    message, value = detail["msg"].removeprefix("Value error, "), detail["input"]
-    if isinstance(value, int | float | str) and field != _WHOLE:
-        return f"{field} = {_short(repr(value), _LONGEST_VALUE)}: {message}"
-    return f"{field}: {message}"
-
-
-_WHOLE = "(whole file)"
-
-
-def _locate(schema: dict[str, Any], location: Sequence[int | str]) -> tuple[str, dict[str, Any]]:
-    """The dotted path a user would write for an error's location, and the schema of that place.
-
-    pydantic puts the tag of a union's member into the location ("teacher.run.path" for teacher.path where
-    kind is "run"); the user never wrote the tag as a key, so it is followed but not shown.
-    """
-    node, shown = schema, []
-    for part in location:
-        node = _resolve(schema, node)
-        members = [_resolve(schema, choice) for choice in node.get("oneOf", node.get("anyOf", []))]
-        tagged = [member for member in members if part in _tags(member)]
-        if tagged:
-            node = tagged[0]
-            continue
-        shown.append(str(part))
-        inner = [member for member in [node, *members] if part in member.get("properties", {})]
-        if inner:
-            node = inner[0]["properties"][part]
-        else:
-            node = node.get("items", node.get("additionalProperties", {})) or _named(node)
-            node = node if isinstance(node, dict) else {}
-    node = _resolve(schema, node)
-    sections = [_resolve(schema, choice) for choice in node.get("anyOf", [])]
-    return ".".join(shown) or _WHOLE, next((s for s in sections if "properties" in s), node)
-
-
-def _named(node: dict[str, Any]) -> dict[str, Any]:
-    """The schema of every entry of a mapping whose keys must match a pattern; {} of anything else."""
-    return next(iter(node.get("patternProperties", {}).values()), {})
-
-
-def _tags(member: dict[str, Any]) -> list[object]:
-    """Values of `kind` or `policy` that select this member of a union."""
-    properties = member.get("properties", {})
-    found: list[object] = []
-    for name in ("kind", "policy"):
-        value = properties.get(name, {})
-        found += [*value.get("enum", []), *([value["const"]] if "const" in value else [])]
-    return found
-
-
-def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    if len(node.get("anyOf", [])) == 2 and {"type": "null"} in node["anyOf"]:  # noqa: PLR2004 - Optional[X]
-        (node,) = (choice for choice in node["anyOf"] if choice != {"type": "null"})
-        return _resolve(schema, node)
-    return node
+        raise wrong_settings(kind, error, where) from None
 
 
 def digest(data: object) -> str:

@@ -342,6 +342,8 @@ class ObjectiveConfig(Objective):
     def _number_is_constant(cls, alpha: object) -> object:
         if isinstance(alpha, int | float) and not isinstance(alpha, bool):
             return {"policy": "constant", "value": alpha}
+        if not isinstance(alpha, dict | Section):
+            raise ValueError("write a number, 0.4, or a policy with its settings")  # noqa: TRY004 - pydantic's
         return alpha
 
     @property

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from tutelage.config.base import Budget, Fraction, Name, Seed, slug
 from tutelage.config.load import digest, merged
 from tutelage.config.run_config import RunConfig
-from tutelage.errors import UserError, unknown
+from tutelage.errors import UserError, in_words, shown, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,8 +67,8 @@ def own_value(axis: str, value: object, where: str) -> Any:  # noqa: ANN401 - a 
     try:
         return _OWN_TYPES[axis].validate_python(value, strict=True)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {axis} = {value!r:.80}: {reason}") from None
+        reason = in_words(error.errors()[0])
+        raise UserError(f"{where}: {axis} = {shown(value, 80)}: {reason}") from None
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:

@@ -133,8 +133,10 @@ def run_all(
     reporter.show(state.progress())
     if state.failed:
         lines = "\n".join(f"  {run}: {reason}" for run, reason in state.failed.items())
+        finished = len(nodes) - len(state.failed)
+        rest = f"; the other {finished} are finished and kept" if finished else ""
         raise UserError(
-            f"{len(state.failed)} of {len(nodes)} runs failed; the others are finished and kept\n{lines}\n"
+            f"{len(state.failed)} of {len(nodes)} runs failed{rest}\n{lines}\n"
             "`tutelage study retry DIR` lets them be tried again"
         )
 

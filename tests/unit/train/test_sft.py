@@ -279,7 +279,7 @@ def test_the_stage_is_part_of_a_fine_tuned_runs_id(make_sft):
 def test_fine_tuning_needs_a_model(make_sft):
     with pytest.raises(UserError, match=r"stage = sft continues from a trained model; give model\.path"):
         make_sft(model={"shape": "nano-50k"})
-    with pytest.raises(UserError, match="stage = 'finetune': Input should be 'pretrain' or 'sft'"):
+    with pytest.raises(UserError, match="stage = 'finetune': must be 'pretrain' or 'sft'"):
         make_sft(stage="finetune")
 
 
