@@ -1,37 +1,69 @@
 """Pretrain language models with a teacher, and measure which teacher, how much of it, and whether it pays.
 
-Importing the package costs nothing; each public name is loaded when it is first used.
+In Python: `import tutelage as tt`, then `tt.run("student.yaml")` and so on; docs/how-to/python.md shows what
+there is. Importing the package costs nothing: each public name is loaded when it is first used. Type checkers
+and editors read the same names in `__init__.pyi`.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
 __version__ = version("tutelage")
 
 _HOME = {
     "Batch": "tutelage.types",
     "DenseTargets": "tutelage.types",
+    "LogitTargets": "tutelage.types",
+    "LogitTransform": "tutelage.types",
     "LossSums": "tutelage.types",
-    "Objective": "tutelage.objective",
+    "Objective": "tutelage.config.objective_config",
+    "ObjectiveHead": "tutelage.objective",
     "RunConfig": "tutelage.config.run_config",
     "Score": "tutelage.types",
+    "SparseTargets": "tutelage.types",
+    "Stopped": "tutelage.errors",
     "StoreConfig": "tutelage.config.data_config",
     "StudyConfig": "tutelage.config.study_config",
+    "TopK": "tutelage.config.objective_config",
+    "TopP": "tutelage.config.objective_config",
     "UserError": "tutelage.errors",
     "build_store": "tutelage.data.build",
     "chunked_objective": "tutelage.objective",
     "open_store": "tutelage.data.store",
     "reference_objective": "tutelage.objective",
     "run": "tutelage.run",
+    "weight_and_bias": "tutelage.objective",
 }
+_ROOMS = ["objective"]
+"""Packages inside this one that are reached as attributes: `tt.objective.make_gate`."""
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - strings, which ruff cannot see in a dict
+__all__ = ["__version__", *_HOME, *_ROOMS]  # noqa: PLE0604 - strings, which ruff cannot see in a dict
 
 
 def __getattr__(name: str) -> object:
     """Load a public name from its home (PEP 562), so that `import tutelage` imports no torch."""
+    if name in _ROOMS:
+        return import_module(f"tutelage.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'tutelage' has no attribute {name!r}")
     return vars(import_module(_HOME[name]))[name]
+
+
+def __dir__() -> list[str]:
+    """Names for completion."""
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `tutelage.run` the function, which importing the module of that name would overwrite."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

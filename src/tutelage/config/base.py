@@ -38,7 +38,8 @@ def _possible(path: Path) -> Path:
 
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
-FilePath = Annotated[Path, AfterValidator(_possible)]
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(_possible)]
+"""A path; a string counts as one, in Python too."""
 
 MOST_TOKENS = 10**15
 _BUDGET = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d\d?)?)(K|M|B|T|x)?")

@@ -14,10 +14,10 @@ DOCUMENT_LIMIT = 2**23
 
 class _Source(Section):
     weight: float | None = Field(
-        None, ge=1e-9, le=1e9, description="share of bytes in the mixture; default: take all"
+        default=None, ge=1e-9, le=1e9, description="share of bytes in the mixture; default: take all"
     )
     on_bad_row: Literal["stop", "skip"] = Field(
-        "stop",
+        default="stop",
         description="a row without usable text (no valid UTF-8 or JSON, no such field, another type, half of "
         "a surrogate pair, too long): end the build and name it, or leave it out and count it",
     )
@@ -29,9 +29,13 @@ class _Paths(_Source):
 
 class _OnHub(_Source):
     path: str = Field(description="name on the Hub, or a local directory that `datasets` can load")
-    subset: str | None = Field(None, description="configuration of the data set, for example 'sample-10BT'")
-    split: str = Field("train", description="split of the data set")
-    revision: str | None = Field(None, description="commit or tag; pin it to make the store reproducible")
+    subset: str | None = Field(
+        default=None, description="configuration of the data set, for example 'sample-10BT'"
+    )
+    split: str = Field(default="train", description="split of the data set")
+    revision: str | None = Field(
+        default=None, description="commit or tag; pin it to make the store reproducible"
+    )
 
 
 class CorpusSource(_Source):
@@ -45,9 +49,9 @@ class FilesSource(_Paths):
     """Local text: .txt, .md, .jsonl or .parquet, each also as .gz or .zst (not parquet)."""
 
     kind: Literal["files"]
-    field: str = Field("text", description="field (jsonl) or column (parquet) that holds the text")
+    field: str = Field(default="text", description="field (jsonl) or column (parquet) that holds the text")
     document_bytes: Annotated[int, Field(ge=256, le=DOCUMENT_LIMIT // 2)] | Literal["auto", "file"] = Field(
-        "auto",
+        default="auto",
         description="of .txt and .md: cut them between paragraphs into documents of about this many bytes; "
         "auto: where there are fewer than 200 files, cut those longer than 8 KiB into about 200 documents in "
         "all (of 512 bytes to 8 KiB), else only what is longer than 1 MiB; file: every file is one document",
@@ -58,23 +62,26 @@ class HubSource(_OnHub):
     """A Hugging Face data set, streamed (extra `hub`)."""
 
     kind: Literal["hub"]
-    field: str = Field("text", description="column that holds the text")
+    field: str = Field(default="text", description="column that holds the text")
 
 
 class _Pairs(_Source):
     template: Literal["plain", "chat"] = Field(
-        "plain", description="plain: prompt, separator, completion; chat: the tokenizer's own chat template"
+        default="plain",
+        description="plain: prompt, separator, completion; chat: the tokenizer's own chat template",
     )
     separator: str = Field(
-        "\n", description="plain only: ends every prompt, so that the model sees where it is to begin"
+        default="\n", description="plain only: ends every prompt, so that the model sees where it is to begin"
     )
 
 
 class _PairFields(_Pairs):
-    prompt: str = Field("prompt", description="field that holds what is asked")
-    completion: str = Field("completion", description="field that holds the answer, which is what is learned")
+    prompt: str = Field(default="prompt", description="field that holds what is asked")
+    completion: str = Field(
+        default="completion", description="field that holds the answer, which is what is learned"
+    )
     messages: str | None = Field(
-        None,
+        default=None,
         description="instead of the two: field with a list of {role, content}; assistant turns are learned",
     )
 
@@ -114,12 +121,14 @@ Source = Annotated[TextSource | PairSource, Field(discriminator="kind")]
 class TokenizerConfig(Section):
     """A tokenizer that is trained on the train split, or an existing one."""
 
-    vocab_size: int = Field(512, ge=257, le=1_000_000, description="size of a byte-level BPE trained here")
+    vocab_size: int = Field(
+        default=512, ge=257, le=1_000_000, description="size of a byte-level BPE trained here"
+    )
     sample_bytes: Bytes | None = Field(
-        None, description="train the tokenizer on about this much text; default: 4000 per entry"
+        default=None, description="train the tokenizer on about this much text; default: 4000 per entry"
     )
     path: FilePath | None = Field(
-        None, description="use this tokenizer.json, directory or Hub name, and train none"
+        default=None, description="use this tokenizer.json, directory or Hub name, and train none"
     )
 
 
@@ -129,11 +138,13 @@ class StoreConfig(Section):
     name: Name = Field(description="readable part of the directory name")
     sources: tuple[Source, ...] = Field(min_length=1, description="where the text comes from")
     tokenizer: TokenizerConfig = TokenizerConfig()
-    validation: Fraction = Field(0.05, description="fraction of documents, by hash, held out for choices")
-    test: Fraction = Field(0.05, description="fraction of documents, by hash, held out for reports")
-    max_bytes: Bytes | None = Field(None, description="stop after this much text, in bytes of UTF-8")
+    validation: Fraction = Field(
+        default=0.05, description="fraction of documents, by hash, held out for choices"
+    )
+    test: Fraction = Field(default=0.05, description="fraction of documents, by hash, held out for reports")
+    max_bytes: Bytes | None = Field(default=None, description="stop after this much text, in bytes of UTF-8")
     special_tokens_in_text: Literal["text", "refuse"] = Field(
-        "text",
+        default="text",
         description="what to do with text that spells a special token, such as <|endoftext|>: encode it as "
         "the letters it is and count it, or refuse it (other programs may read the token)",
     )

@@ -35,14 +35,19 @@ Rule = Annotated[dict[str, JsonValue], ReadAs(_Named)]
 class Grid(Section):
     """Points of a grid: one of product, zip, chain and cross, without those that `exclude` matches."""
 
-    product: Axes | None = Field(None, description="every combination of the axes' values")
+    product: Axes | None = Field(default=None, description="every combination of the axes' values")
     zip: Axes | None = Field(
-        None, description="the axes' values side by side: first with first, second with second"
+        default=None, description="the axes' values side by side: first with first, second with second"
     )
-    chain: tuple[Grid, ...] | None = Field(None, description="points of several grids, one after another")
-    cross: tuple[Grid, ...] | None = Field(None, description="combinations of the points of several grids")
+    chain: tuple[Grid, ...] | None = Field(
+        default=None, description="points of several grids, one after another"
+    )
+    cross: tuple[Grid, ...] | None = Field(
+        default=None, description="combinations of the points of several grids"
+    )
     exclude: tuple[Rule, ...] = Field(
-        (), description="drop points whose axes have these values; a list stands for any of its entries"
+        default=(),
+        description="drop points whose axes have these values; a list stands for any of its entries",
     )
 
     @model_validator(mode="after")

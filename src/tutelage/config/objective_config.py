@@ -119,7 +119,7 @@ class TwoPhaseAlpha(Section):
     policy: Literal["two_phase"]
     first: Fraction = Field(description="alpha before the switch")
     second: Fraction = Field(description="alpha from the switch on")
-    switch: Inside = Field(0.5, description="fraction of the run at which alpha changes")
+    switch: Inside = Field(default=0.5, description="fraction of the run at which alpha changes")
 
     def at(self, progress: float) -> float:
         """Return `first` before the switch, `second` from there on."""
@@ -164,8 +164,8 @@ class SaltAlpha(Section):
 
 
 class _Bounded(Section):
-    cap: Inside = Field(0.9, description="largest alpha")
-    floor: Fraction = Field(0.1, description="smallest alpha")
+    cap: Inside = Field(default=0.9, description="largest alpha")
+    floor: Fraction = Field(default=0.1, description="smallest alpha")
 
     @model_validator(mode="after")
     def _ordered(self) -> _Bounded:
@@ -183,18 +183,28 @@ class GapDrivenAlpha(_Bounded):
     """Alpha in proportion to the student's gap to the teacher."""
 
     policy: Literal["gap_driven"]
-    scale: float = Field(0.5, ge=1e-6, le=1e6, description="gap in nats per token that asks for alpha 1")
-    window: int = Field(20, ge=1, le=10**9, description="steps over which cross-entropies are averaged")
+    scale: float = Field(
+        default=0.5, ge=1e-6, le=1e6, description="gap in nats per token that asks for alpha 1"
+    )
+    window: int = Field(
+        default=20, ge=1, le=10**9, description="steps over which cross-entropies are averaged"
+    )
 
 
 class PrequentialAlpha(_Bounded):
     """Alpha from a bet between teacher and student, settled on label-only probe steps."""
 
     policy: Literal["prequential"]
-    floor: Inside = Field(0.1, description="smallest alpha outside probes; above 0, or it could not recover")
-    period: int = Field(50, ge=3, le=10**9, description="steps from one probe to the next")
-    probe: int = Field(5, ge=2, description="label-only steps (alpha 0) at the beginning of each period")
-    rate: float = Field(5.0, gt=0, le=1e6, description="change of the log-odds per nat and scored step")
+    floor: Inside = Field(
+        default=0.1, description="smallest alpha outside probes; above 0, or it could not recover"
+    )
+    period: int = Field(default=50, ge=3, le=10**9, description="steps from one probe to the next")
+    probe: int = Field(
+        default=5, ge=2, description="label-only steps (alpha 0) at the beginning of each period"
+    )
+    rate: float = Field(
+        default=5.0, gt=0, le=1e6, description="change of the log-odds per nat and scored step"
+    )
 
     @model_validator(mode="after")
     def _room_to_teach(self) -> PrequentialAlpha:
@@ -227,14 +237,14 @@ class StudentEntropyGate(Section):
     """Teach only the tokens about which the student is most uncertain."""
 
     kind: Literal["student_entropy"]
-    keep: Inside = Field(0.2, description="fraction of tokens that are taught")
+    keep: Inside = Field(default=0.2, description="fraction of tokens that are taught")
 
 
 class TeacherEntropyGate(Section):
     """Do not teach the tokens about which the teacher is most certain."""
 
     kind: Literal["teacher_entropy"]
-    drop: Inside = Field(0.15, description="fraction of tokens that are not taught")
+    drop: Inside = Field(default=0.15, description="fraction of tokens that are not taught")
 
 
 class TeacherConfidenceGate(Section):
@@ -266,7 +276,8 @@ class TopP(Section):
 Truncation = Annotated[TopK | TopP, Field(discriminator="kind")]
 
 
-_CHUNK_BYTES = {"cpu": 38 * 2**20, "cuda": 256 * 2**20, "mps": 128 * 2**20}
+_CHUNK_BYTES = {"cpu": 38 * 2**20, "mps": 128 * 2**20}
+_ACCELERATOR_BYTES = 256 * 2**20
 """Size of one [chunk, V] float32 buffer. A head is read from memory once per chunk and product, so small
 chunks are slow; docs/performance.md has the trade between time and memory."""
 _DENSE = 1.6
@@ -284,20 +295,26 @@ class Objective(Section):
 
     divergence: Literal[
         "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hard_labels"
-    ] = Field("forward_kl", description="D; forward_kl is KL(teacher || student)")
+    ] = Field(default="forward_kl", description="D; forward_kl is KL(teacher || student)")
     mixing: Literal["convex", "keep_full_ce", "keep_full_kd"] = Field(
-        "convex", description="convex, or CE + alpha D (keep_full_ce), or (1 - alpha) CE + D (keep_full_kd)"
+        default="convex",
+        description="convex, or CE + alpha D (keep_full_ce), or (1 - alpha) CE + D (keep_full_kd)",
     )
-    temperature: Temperature = Field(1.0, description="T, divides both models' logits inside D")
-    temperature_squared: bool = Field(True, description="multiply D, value and gradient, by T^2")
+    temperature: Temperature = Field(default=1.0, description="T, divides both models' logits inside D")
+    temperature_squared: bool = Field(default=True, description="multiply D, value and gradient, by T^2")
     tail: Literal["other_bucket", "renormalise", "none"] = Field(
-        "other_bucket", description="teacher mass outside sparse targets: one bucket, spread, or left out"
+        default="other_bucket",
+        description="teacher mass outside sparse targets: one bucket, spread, or left out",
     )
-    truncation: Truncation | None = Field(None, description="truncate the teacher; default: all of it")
-    jsd_beta: Inside = Field(0.5, description="weight of the teacher in jsd's mixture")
-    skew: Inside = Field(0.1, description="weight of the other model in the skewed divergences' mixture")
+    truncation: Truncation | None = Field(
+        default=None, description="truncate the teacher; default: all of it"
+    )
+    jsd_beta: Inside = Field(default=0.5, description="weight of the teacher in jsd's mixture")
+    skew: Inside = Field(
+        default=0.1, description="weight of the other model in the skewed divergences' mixture"
+    )
     chunk_tokens: int | None = Field(
-        None, ge=1, le=2**30, description="tokens per head+loss chunk; default: by V"
+        default=None, ge=1, le=2**30, description="tokens per head+loss chunk; default: by V"
     )
 
     @model_validator(mode="after")
@@ -316,7 +333,7 @@ class Objective(Section):
         """Tokens whose logits exist at a time: as set, or by vocabulary, device and kind of targets."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
-        size = _CHUNK_BYTES[device] / (4 * vocab_size)
+        size = _CHUNK_BYTES.get(device, _ACCELERATOR_BYTES) / (4 * vocab_size)
         nucleus = self.truncation is not None and self.truncation.kind == "top_p"
         if self.divergence not in {"forward_kl", "hard_labels"} or nucleus:
             return max(8, int(size / _TEMPORARIES))
@@ -333,9 +350,9 @@ class ObjectiveConfig(Objective):
     """(1 - alpha) CE + alpha T^2 D(teacher, student), means over valid tokens (arXiv 2605.23857)."""
 
     alpha: AlphaConfig = Field(
-        ConstantAlpha(value=0.0), description="a number, or a policy with its settings"
+        default=ConstantAlpha(value=0.0), description="a number, or a policy with its settings"
     )
-    gate: GateConfig | None = Field(None, description="factor on alpha per token; default: 1")
+    gate: GateConfig | None = Field(default=None, description="factor on alpha per token; default: 1")
 
     @field_validator("alpha", mode="before")
     @classmethod

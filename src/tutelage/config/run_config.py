@@ -39,12 +39,16 @@ from tutelage.types import Role
 class ModelConfig(LoadedModel):
     """The student: a shape of the ladder with random weights, or a model to continue from."""
 
-    shape: Name | None = Field(None, description="name of a shape; `tutelage models` lists them")
-    path: str | None = Field(None, description="Hugging Face directory or Hub name to continue training")
-    revision: str | None = Field(
-        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+    shape: Name | None = Field(default=None, description="name of a shape; `tutelage models` lists them")
+    path: str | None = Field(
+        default=None, description="Hugging Face directory or Hub name to continue training"
     )
-    run: Name | None = Field(None, description="finished run in the same output directory to continue from")
+    revision: str | None = Field(
+        default=None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+    )
+    run: Name | None = Field(
+        default=None, description="finished run in the same output directory to continue from"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
@@ -57,10 +61,10 @@ class RunData(Section):
     """The training tokens and their order."""
 
     store: FilePath = Field(description="token store written by `tutelage data build`")
-    seed: Seed = Field(42, description="seed of the order; runs to compare share it")
-    sequence_length: Length = Field(128, description="tokens per packed sequence")
+    seed: Seed = Field(default=42, description="seed of the order; runs to compare share it")
+    sequence_length: Length = Field(default=128, description="tokens per packed sequence")
     document_mask: bool | None = Field(
-        None,
+        default=None,
         validate_default=True,
         description="keep the documents of a packed sequence apart: each is read as if it were alone, by "
         "student and teacher; default: on for sequences of 1,024 tokens or more",
@@ -77,16 +81,20 @@ class EvalDomain(Section):
 
     name: Name = Field(description="name in tables and figures")
     store: FilePath = Field(description="token store; its validation and test splits are scored")
-    role: Role = Field("out_of_domain", description="is this the training distribution?")
+    role: Role = Field(default="out_of_domain", description="is this the training distribution?")
 
 
 class EvalConfig(Section):
     """Scoring at the end of a run and during it."""
 
-    every: TokenCount | None = Field(None, description="tokens between scorings; default: only at the end")
+    every: TokenCount | None = Field(
+        default=None, description="tokens between scorings; default: only at the end"
+    )
     domains: tuple[EvalDomain, ...] = ()
-    max_documents: int = Field(200, ge=1, le=10**9, description="documents per domain and split")
-    max_tokens: int = Field(4096, ge=1, le=10**9, description="tokens per document, from its beginning")
+    max_documents: int = Field(default=200, ge=1, le=10**9, description="documents per domain and split")
+    max_tokens: int = Field(
+        default=4096, ge=1, le=10**9, description="tokens per document, from its beginning"
+    )
 
     @model_validator(mode="after")
     def _something(self) -> EvalConfig:
@@ -119,22 +127,30 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=1e30,
         description="peak learning rate; default: the shape's tuned one, 1e-5 in stage sft",
     )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW beta1, beta2")
-    eps: float = Field(1e-8, ge=1e-30, le=1, description="AdamW epsilon")
-    weight_decay: float = Field(0.1, ge=0, le=1e3, description="on matrices only, not on norms and biases")
-    clip: float = Field(1.0, ge=1e-30, le=1e30, description="largest global gradient norm")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW beta1, beta2")
+    eps: float = Field(default=1e-8, ge=1e-30, le=1, description="AdamW epsilon")
+    weight_decay: float = Field(
+        default=0.1, ge=0, le=1e3, description="on matrices only, not on norms and biases"
+    )
+    clip: float = Field(default=1.0, ge=1e-30, le=1e30, description="largest global gradient norm")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        default="cosine", description="shape after the warm-up"
+    )
     warmup: Warmup = Field(
-        0.05,
+        default=0.05,
         description="linear warm-up: fraction of the steps, or tokens ('2M'); default in stage sft: 0.01",
     )
-    decay: Fraction = Field(0.2, description="fraction of steps of linear decay at the end (wsd only)")
-    final_lr: Fraction = Field(0.1, description="learning rate at the last step, as a fraction of the peak")
+    decay: Fraction = Field(
+        default=0.2, description="fraction of steps of linear decay at the end (wsd only)"
+    )
+    final_lr: Fraction = Field(
+        default=0.1, description="learning rate at the last step, as a fraction of the peak"
+    )
 
     @model_validator(mode="after")
     def _phases_fit(self) -> OptimConfig:
@@ -186,30 +202,34 @@ NOT_THE_RESULT = {"name", "eval", "checkpoint", "parallel", "runtime", "output",
 class RunConfig(Section):
     """One training run. Its directory is `<output>/<name>-<hash8>`; same config, same directory."""
 
-    name: Name = Field("run", description="readable part of the directory name; not part of the hash")
+    name: Name = Field(default="run", description="readable part of the directory name; not part of the hash")
     stage: Literal["pretrain", "sft"] = Field(
-        "pretrain",
+        default="pretrain",
         description="sft: fine-tune model.path, loss on completions only; the store is one of pairs",
     )
-    seed: Seed = Field(43, description="seed of the initial weights and of dropout")
+    seed: Seed = Field(default=43, description="seed of the initial weights and of dropout")
     model: ModelConfig
     data: RunData
     tokens: Budget = Field(description="training tokens: a number, '50M' or '20x' (per parameter)")
-    global_batch_tokens: BatchTokens = Field(1024, description="tokens per optimizer step, over all ranks")
+    global_batch_tokens: BatchTokens = Field(
+        default=1024, description="tokens per optimizer step, over all ranks"
+    )
     micro_batch_tokens: BatchTokens | None = Field(
-        None, description="tokens per forward; default: all at once (decides which units dropout drops)"
+        default=None,
+        description="tokens per forward; default: all at once (decides which units dropout drops)",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32"
+        default="auto",
+        description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32",
     )
-    optim: OptimConfig = Field(OptimConfig(), validate_default=True)
-    teacher: TeacherConfig | None = Field(None, description="no teacher: plain cross-entropy")
+    optim: OptimConfig = Field(default=OptimConfig(), validate_default=True)
+    teacher: TeacherConfig | None = Field(default=None, description="no teacher: plain cross-entropy")
     objective: ObjectiveConfig = ObjectiveConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    output: FilePath = Field(Path("runs"), description="directory that holds run directories")
+    output: FilePath = Field(default=Path("runs"), description="directory that holds run directories")
 
     @field_validator("optim")
     @classmethod

@@ -14,10 +14,10 @@ Processes = Annotated[int, Field(ge=1, le=65_536)]
 class CheckpointConfig(Section):
     """Checkpoints, from which a stopped run resumes."""
 
-    every: TokenCount = Field(100_000_000, description="tokens between checkpoints")
-    keep: int = Field(2, ge=1, le=10**6, description="newest checkpoints to keep")
+    every: TokenCount = Field(default=100_000_000, description="tokens between checkpoints")
+    keep: int = Field(default=2, ge=1, le=10**6, description="newest checkpoints to keep")
     keep_every: TokenCount | None = Field(
-        None,
+        default=None,
         description="tokens between checkpoints that are kept for good, written too if none is due; "
         "default: only the newest are kept",
     )
@@ -27,7 +27,8 @@ class CheckpointConfig(Section):
         "training goes on",
     )
     on_full_disk: Literal["stop", "continue"] = Field(
-        "stop", description="if one cannot be written: end the run, or train on and try again at the next"
+        default="stop",
+        description="if one cannot be written: end the run, or train on and try again at the next",
     )
     keep_before_decay: bool = Field(
         default=False,
@@ -39,13 +40,15 @@ class ParallelConfig(Section):
     """Processes, one per device, as a mesh of copies of the model and of shards of each copy."""
 
     processes: Processes = Field(
-        1,
+        default=1,
         description="processes of the run, each on a device of its own: what a study gives it, and what "
         "`tutelage train` starts without --nproc, torchrun or srun",
     )
-    replicate: Processes = Field(1, description="copies of the sharded model; their gradients are summed")
+    replicate: Processes = Field(
+        default=1, description="copies of the sharded model; their gradients are summed"
+    )
     shard: Processes | Literal["auto"] = Field(
-        "auto", description="processes that share one copy; auto: all that `replicate` leaves"
+        default="auto", description="processes that share one copy; auto: all that `replicate` leaves"
     )
     reshard_after_forward: bool = Field(
         default=True,
@@ -53,7 +56,10 @@ class ParallelConfig(Section):
         "backward pass: less memory, more traffic",
     )
     timeout: int = Field(
-        600, ge=1, le=86_400, description="seconds that a process waits for the others before all are ended"
+        default=600,
+        ge=1,
+        le=86_400,
+        description="seconds that a process waits for the others before all are ended",
     )
 
     @model_validator(mode="after")
@@ -79,28 +85,33 @@ class ParallelConfig(Section):
 class RuntimeConfig(Section):
     """Device, memory, speed and logging. Nothing here changes the result, up to rounding."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
-    threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="auto: cuda, mps, then cpu"
+    )
+    threads: Threads | None = Field(default=None, description="CPU threads; default: torch's own choice")
     compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile of every decoder layer; auto: on cuda"
+        default="auto", description="torch.compile of every decoder layer; auto: on cuda"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none",
+        default="none",
         description="recompute activations in the backward pass instead of keeping them: of every layer, or "
         "(selective) all but those of matrix products and attention",
     )
     max_skipped_steps: int = Field(
-        10,
+        default=10,
         ge=0,
         le=10**9,
         description="updates that may be skipped in a row because a loss or gradient is not finite",
     )
     profile: int = Field(
-        0, ge=0, le=1000, description="steps to record with torch's profiler, after ten of warm-up; 0: none"
+        default=0,
+        ge=0,
+        le=1000,
+        description="steps to record with torch's profiler, after ten of warm-up; 0: none",
     )
-    log_every: int = Field(20, ge=1, le=10**9, description="steps between rows of metrics.jsonl")
+    log_every: int = Field(default=20, ge=1, le=10**9, description="steps between rows of metrics.jsonl")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="also send the rows there (extra `trackers`)"
+        default=(), description="also send the rows there (extra `trackers`)"
     )
 
     @field_validator("trackers")
@@ -110,7 +121,7 @@ class RuntimeConfig(Section):
         return trackers
 
     branch_from: Name | None = Field(
-        None,
+        default=None,
         description="shorter run with checkpoint.keep_before_decay in the same output directory, to "
         "start from: it has computed the same steps up to its decay",
     )

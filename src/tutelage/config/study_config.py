@@ -27,19 +27,20 @@ class TeacherSpec(Section):
     With a grid this is one teacher per point; axes are fields of this section or settings of a run.
     """
 
-    description: str = Field("", description="a few words for tables")
-    shape: Name | None = Field(None, description="shape of a trained teacher")
-    tokens: Budget | None = Field(None, description="its training tokens")
+    description: str = Field(default="", description="a few words for tables")
+    shape: Name | None = Field(default=None, description="shape of a trained teacher")
+    tokens: Budget | None = Field(default=None, description="its training tokens")
     seed: Seed | None = Field(
-        None, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
+        default=None, description="weights and data order; default: teacher_seed, or each of teacher_seeds"
     )
-    model: str | None = Field(None, description="or: a model directory or Hub name")
-    control: Literal["unigram", "uniform"] | None = Field(None, description="or: kind of control")
+    model: str | None = Field(default=None, description="or: a model directory or Hub name")
+    control: Literal["unigram", "uniform"] | None = Field(default=None, description="or: kind of control")
     corpus: StoreConfig | None = Field(
-        None, description="trained on this text instead, in the study's tokens; for cross-corpus teachers"
+        default=None,
+        description="trained on this text instead, in the study's tokens; for cross-corpus teachers",
     )
     cache: CacheSettings | None = Field(
-        None, description="compute targets once for all students, in caches/; default: live"
+        default=None, description="compute targets once for all students, in caches/; default: live"
     )
     branch_from_shorter: bool = Field(
         default=False,
@@ -47,12 +48,12 @@ class TeacherSpec(Section):
         "begins; needs optim.schedule wsd and a warm-up in tokens",
     )
     tested_alpha: Fraction | None = Field(
-        None,
+        default=None,
         description="constant alpha at which claims about this teacher are tested, fixed before anything is "
         "run; default: chosen on the first third of the seeds, which are then not tested",
     )
-    run: RunSettings = Field({}, description="settings of its run, as in a run file")
-    grid: Grid | None = Field(None, description="one teacher per point")
+    run: RunSettings = Field(default={}, description="settings of its run, as in a run file")
+    grid: Grid | None = Field(default=None, description="one teacher per point")
 
 
 class StudentSpec(Section):
@@ -63,13 +64,13 @@ class StudentSpec(Section):
     any setting of a run by its dotted path.
     """
 
-    description: str = Field("", description="what this group is to show")
-    shape: Name | None = Field(None, description="shape, where it is no axis")
-    tokens: Budget | None = Field(None, description="training tokens, where they are no axis")
-    seeds: tuple[Seed, ...] = Field((), description="default: the study's")
-    run: RunSettings = Field({}, description="settings of these runs, as in a run file")
+    description: str = Field(default="", description="what this group is to show")
+    shape: Name | None = Field(default=None, description="shape, where it is no axis")
+    tokens: Budget | None = Field(default=None, description="training tokens, where they are no axis")
+    seeds: tuple[Seed, ...] = Field(default=(), description="default: the study's")
+    run: RunSettings = Field(default={}, description="settings of these runs, as in a run file")
     grid: Grid = Field(description="points of the group")
-    then: tuple[Name, ...] = Field((), description="stages of `post_training` that follow each run")
+    then: tuple[Name, ...] = Field(default=(), description="stages of `post_training` that follow each run")
 
 
 class DomainSpec(Section):
@@ -77,7 +78,9 @@ class DomainSpec(Section):
 
     source: Source
     role: Role = "out_of_domain"
-    max_bytes: Bytes | None = Field(None, description="read no more text than this, in bytes of UTF-8")
+    max_bytes: Bytes | None = Field(
+        default=None, description="read no more text than this, in bytes of UTF-8"
+    )
 
 
 class PostTraining(Section):
@@ -85,7 +88,7 @@ class PostTraining(Section):
 
     corpus: StoreConfig = Field(description="prompts and completions, in the study's tokens")
     tokens: Budget = Field(description="training tokens")
-    run: RunSettings = Field({}, description="settings of its runs, as in a run file; stage is sft")
+    run: RunSettings = Field(default={}, description="settings of its runs, as in a run file; stage is sft")
 
 
 class StudyConfig(Section):
@@ -94,30 +97,33 @@ class StudyConfig(Section):
     name: Name
     title: str = Field(description="headline of the report")
     corpus: StoreConfig = Field(description="training text; its held-out part is the in-domain test")
-    in_domain: Name = Field("in-domain", description="name of the held-out part in tables")
+    in_domain: Name = Field(default="in-domain", description="name of the held-out part in tables")
     domains: dict[Name, DomainSpec] = Field(min_length=1, description="out-of-domain texts, by name")
     teachers: dict[Pattern, TeacherSpec] = Field(description="teachers by name; a grid makes several")
     students: dict[Name, StudentSpec] = Field(description="groups of students; none: only teachers are made")
-    teacher_seed: Seed = Field(42, description="weights and data order of every teacher")
+    teacher_seed: Seed = Field(default=42, description="weights and data order of every teacher")
     seeds: tuple[Seed, ...] = Field(min_length=1, description="a seed sets student weights and data order")
     teacher_seeds: tuple[Seed, ...] = Field(
-        (),
+        default=(),
         description="one for each of `seeds`, whose students learn from teachers of that seed; so intervals "
         "contain what another training of the teachers would change; default: teacher_seed for all",
     )
     baselines: int = Field(
-        1,
+        default=1,
         ge=1,
         le=100,
         description="untaught runs per student and seed, of other initial weights on the same batches; gains "
         "are against their mean",
     )
-    post_training: dict[Name, PostTraining] = Field({}, description="stages that may follow a run, by name")
-    claims: tuple[Annotated[int, Field(ge=1, le=24)], ...] = Field(
-        (), description="numbers of the claims tested as pre-registered, with Holm's correction over them"
+    post_training: dict[Name, PostTraining] = Field(
+        default={}, description="stages that may follow a run, by name"
     )
-    run: RunSettings = Field({}, description="settings of every run, as in a run file")
-    notes: tuple[str, ...] = Field((), description="what a reader of the report must know")
+    claims: tuple[Annotated[int, Field(ge=1, le=24)], ...] = Field(
+        default=(),
+        description="numbers of the claims tested as pre-registered, with Holm's correction over them",
+    )
+    run: RunSettings = Field(default={}, description="settings of every run, as in a run file")
+    notes: tuple[str, ...] = Field(default=(), description="what a reader of the report must know")
 
     @model_validator(mode="after")
     def _replicates(self) -> StudyConfig:

@@ -19,21 +19,21 @@ class TopKFormat(Section):
 
     kind: Literal["topk"]
     k: int = Field(ge=1, le=1_000_000, description="ids per position")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="stop earlier once their mass reaches this")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="stop earlier once their mass reaches this")
 
 
 class MultinomialFormat(Section):
     """Draws with replacement, as ids and counts: random-sampling KD (arXiv 2503.16870)."""
 
     kind: Literal["sample_multinomial"]
-    draws: int = Field(50, ge=1, le=4095, description="draws per position")
+    draws: int = Field(default=50, ge=1, le=4095, description="draws per position")
 
 
 class MinVarianceFormat(Section):
     """Large probabilities exactly, small ones sampled at one common value, with least variance."""
 
     kind: Literal["sample_min_variance"] = "sample_min_variance"
-    ids: int = Field(16, ge=1, le=1000, description="ids per position")
+    ids: int = Field(default=16, ge=1, le=1000, description="ids per position")
 
 
 class HiddenFormat(Section):
@@ -41,7 +41,7 @@ class HiddenFormat(Section):
 
     kind: Literal["hidden"]
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
-        "float16", description="of the stored states; int8 has one scale per position"
+        default="float16", description="of the stored states; int8 has one scale per position"
     )
 
 
@@ -53,8 +53,10 @@ Format = Annotated[
 class CacheSettings(Section):
     """Format and temperature of targets that are computed once for all students of a teacher."""
 
-    format: Format = Field(MinVarianceFormat(), description="what is stored of each distribution")
-    temperature: Temperature = Field(1.0, description="T of the stored probabilities; hidden serves every T")
+    format: Format = Field(default=MinVarianceFormat(), description="what is stored of each distribution")
+    temperature: Temperature = Field(
+        default=1.0, description="T of the stored probabilities; hidden serves every T"
+    )
 
 
 class LoadedModel(Section):
@@ -63,7 +65,8 @@ class LoadedModel(Section):
     attn_implementation: (
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
     ) = Field(
-        None, description="how attention is computed; default: what transformers chooses for the family"
+        default=None,
+        description="how attention is computed; default: what transformers chooses for the family",
     )
     assume_same_tokenizer: bool = Field(
         default=False,
@@ -73,10 +76,11 @@ class LoadedModel(Section):
 
 class _LanguageModelTeacher(LoadedModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of its weights and what it computes in; auto: what the student computes in"
+        default="auto",
+        description="of its weights and what it computes in; auto: what the student computes in",
     )
     placement: Literal["shard", "replicate"] = Field(
-        "shard",
+        default="shard",
         description="on several processes: weights divided as the student's are and gathered layer by layer, "
         "or whole on each (more memory, no traffic: for a teacher that is small)",
     )
@@ -86,7 +90,7 @@ class _LanguageModelTeacher(LoadedModel):
         "the step ends, for runs of several micro-batches with memory to spare",
     )
     cache: CacheSettings | None = Field(
-        None,
+        default=None,
         description="compute its targets once and store them in caches/ beside the output; default: live",
     )
 
@@ -104,7 +108,7 @@ class ModelTeacher(_LanguageModelTeacher):
     kind: Literal["model"]
     path: str = Field(description="directory or Hub name")
     revision: str | None = Field(
-        None, description="commit or tag on the Hub; default: what main is when the run is asked for"
+        default=None, description="commit or tag on the Hub; default: what main is when the run is asked for"
     )
 
 
@@ -133,31 +137,36 @@ TeacherConfig = Annotated[
 class TeachConfig(CacheSettings):
     """One teacher cache. It lands in `<output>/<name>-<hash8>`; same config, same directory."""
 
-    name: Name = Field("cache", description="readable part of the directory name")
+    name: Name = Field(default="cache", description="readable part of the directory name")
     store: FilePath = Field(description="token store whose training split the teacher reads")
     teacher: LiveTeacher
     context_length: Length = Field(
-        128, description="tokens the teacher sees; students use this sequence length or a divisor of it"
+        default=128,
+        description="tokens the teacher sees; students use this sequence length or a divisor of it",
     )
     document_mask: bool | None = Field(
-        None,
+        default=None,
         validate_default=True,
         description="keep the documents of a context apart, as `data.document_mask` of the students does; "
         "default: on for contexts of 1,024 tokens or more",
     )
-    seed: Seed = Field(0, description="seed of the sampler")
+    seed: Seed = Field(default=0, description="seed of the sampler")
     compress: bool = Field(default=False, description="zstd per block, where it makes the block smaller")
     shard_tokens: int = Field(
-        2**18, ge=1, le=2**40, description="tokens per file; a writer works on one file at a time"
+        default=2**18, ge=1, le=2**40, description="tokens per file; a writer works on one file at a time"
     )
-    batch_tokens: BatchTokens = Field(4096, description="tokens per teacher forward")
+    batch_tokens: BatchTokens = Field(default=4096, description="tokens per teacher forward")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the teacher's weights and what it computes in"
+        default="float32", description="of the teacher's weights and what it computes in"
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, then cpu")
-    threads: Threads | None = Field(None, description="CPU threads; default: torch's own choice")
-    runs: FilePath = Field(Path("runs"), description="directory that holds the run of a teacher of kind run")
-    output: FilePath = Field(Path("caches"), description="directory of caches")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="auto: cuda, mps, then cpu"
+    )
+    threads: Threads | None = Field(default=None, description="CPU threads; default: torch's own choice")
+    runs: FilePath = Field(
+        default=Path("runs"), description="directory that holds the run of a teacher of kind run"
+    )
+    output: FilePath = Field(default=Path("caches"), description="directory of caches")
 
     @field_validator("teacher")
     @classmethod

@@ -3,9 +3,10 @@
 from tutelage.config.objective_config import Objective, TopK, TopP
 from tutelage.objective.alpha import Policy, make_policy
 from tutelage.objective.checks import NotFiniteError
-from tutelage.objective.chunked import chunked_objective
+from tutelage.objective.chunked import ObjectiveHead, chunked_objective
 from tutelage.objective.divergences import DIVERGENCES, Divergence
 from tutelage.objective.gates import GATES, Gate, TokenStats, make_gate
+from tutelage.objective.products import weight_and_bias
 from tutelage.objective.reference import reference_objective
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Gate",
     "NotFiniteError",
     "Objective",
+    "ObjectiveHead",
     "Policy",
     "TokenStats",
     "TopK",
@@ -23,4 +25,5 @@ __all__ = [
     "make_gate",
     "make_policy",
     "reference_objective",
+    "weight_and_bias",
 ]

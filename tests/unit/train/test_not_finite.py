@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_damage_that_is_found_at_the_last_step_is_not_exported(make_config, monk
         checkpoint={"every": "1M"},
         runtime={"device": "cpu", "threads": 1, "log_every": 1000},
     )
-    monkeypatch.setattr("tutelage.run.export", None)
+    monkeypatch.setattr(sys.modules["tutelage.run"], "export", None)
     with pytest.raises(UserError, match=r"step 2: loss is .* steps 2 to 12 .*lower optim\.lr"):
         run(config)
     assert_nothing_broken_is_saved(directory_of(config))

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.integer[Any]]
 
-_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "mps": 64 * 2**20}
+_ACCELERATOR_BYTES = 256 * 2**20
 """Size of the one [rows, V] float32 tensor of logits; a few temporaries of this size stand beside it."""
 
 
@@ -130,7 +131,7 @@ def logit_chunks(
     """
     if len(targets.head_VE) < vocab_size:
         raise ValueError(f"head of {len(targets.head_VE)} rows: smaller than the vocabulary of {vocab_size}")
-    size = max(1, _CHUNK_BYTES[labels_N.device.type] // (4 * vocab_size))
+    size = max(1, _CHUNK_BYTES.get(labels_N.device.type, _ACCELERATOR_BYTES) // (4 * vocab_size))
     for start in range(0, len(labels_N), size):
         rows = slice(start, min(start + size, len(labels_N)))
         logits_CV = dense_logits(targets, rows, vocab_size)
