@@ -36,6 +36,7 @@ _LOST_SECONDS = 3.0
 """How long a process that lost another waits for the launcher to end it, or for the other's last words."""
 
 _PRINT_SECONDS = 1.0
+_WAIT_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _MEETINGS = itertools.count()
 _Word = dict[str, Any]
@@ -154,10 +155,14 @@ def _meet(place: Place, said: _Word, seconds: float) -> _Word:
 
 def _read(store: Store, key: str, rank: int, left: float, seconds: float) -> _Word:
     """What a process said, which may take it until `left` of the `seconds` are over."""
-    from torch.distributed import DistError  # noqa: PLC0415 - as above
+    from torch.distributed import DistError, DistStoreError  # noqa: PLC0415 - as above
 
+    deadline = time.monotonic() + left
     try:
-        store.wait([key], timedelta(seconds=max(left, 0.001)))
+        while time.monotonic() < deadline and not store.check([key]):
+            with contextlib.suppress(DistStoreError):  # not yet: a signal to stop is seen between two waits
+                store.wait([key], timedelta(seconds=_WAIT_SECONDS))
+        store.wait([key], timedelta(milliseconds=1))
         word: _Word = json.loads(store.get(key))
     except (DistError, RuntimeError) as error:
         raise UserError(

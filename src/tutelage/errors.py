@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """Work was stopped by Ctrl-C or SIGTERM; what was done is on disk and the same call resumes it."""
+    """Work was stopped by Ctrl-C or a signal; what was done is on disk and the same call resumes it."""
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""Write files so that they appear whole or not at all, lock what one process may work on, catch Ctrl-C."""
+"""Write files so that they appear whole or not at all, lock what one process may work on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
-import threading
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -289,19 +287,3 @@ def _marker_lock(path: Path, what: str) -> Iterator[None]:
 def _busy(what: str, record: bytes) -> str:
     process, host, *_ = [*record.decode(errors="replace").split(), "unknown", "unknown"]
     return f"{what}: process {process} on {host} is already working on it"
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT and SIGTERM set. Outside the main thread nothing sets it."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: event.set()) for number in signals]
-    try:
-        yield event
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)

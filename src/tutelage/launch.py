@@ -27,8 +27,8 @@ _CHANGED = ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE")
 def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
     """Run `python -m MODULE...` in so many processes of this machine, and wait until all have ended.
 
-    Signals are passed on to them. When one ends with an error, torchrun's launcher ends the others, by
-    SIGTERM and after 30 seconds by SIGKILL.
+    Signals that are not ignored here are passed on to them. When one ends with an error, torchrun's launcher
+    ends the others, by SIGTERM and after 30 seconds by SIGKILL.
 
     Returns:
         Exit status of each rank that failed, below 0 for a signal, the one that failed first before those
@@ -53,6 +53,8 @@ def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
         asked = parse_args([*options, "-m", *module])  # type: ignore[no-untyped-call]
         config, command, arguments = config_from_args(asked)
+        handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        config.signals_to_handle = ",".join(number.name for number in handled)
         if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
             config.shutdown_timeout = _SHUTDOWN_SECONDS
         try:

@@ -16,11 +16,12 @@ from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import evaluate
 from tutelage.evals.contamination import anchored
-from tutelage.files import atomic_directory, check_place, stop_signal, write_text
+from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
 from tutelage.progress import NullProgress, Progress
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
 from tutelage.run_plan import check_fits, out_of_memory
+from tutelage.stopping import stop_signal
 from tutelage.train import distributed
 from tutelage.train.checkpoint_files import BRANCH_POINT, adopt, damage
 from tutelage.train.loop import train
@@ -70,7 +71,13 @@ def run_cohort(configs: Sequence[RunConfig], progress: Progress | None = None) -
         UserError: as `run`, or the runs cannot share batches and teacher; the message names the field.
         Stopped: as `run`.
     """
-    progress = progress or NullProgress()
+    try:
+        return _run_cohort(configs, progress or NullProgress())
+    except KeyboardInterrupt:
+        raise Stopped from None
+
+
+def _run_cohort(configs: Sequence[RunConfig], progress: Progress) -> list[RunDirectory]:
     is_main = processes.place().is_main
     with contextlib.ExitStack() as locks:
         with agreement.together(configs[0].parallel.timeout) as facts:
@@ -87,12 +94,14 @@ def run_cohort(configs: Sequence[RunConfig], progress: Progress | None = None) -
             distributed.stop()
             if is_main:
                 _score([run for run in left if run[1].is_trained()], progress)
-        except Stopped:
+        except (Stopped, KeyboardInterrupt):
             distributed.stop()
+            if is_main:
+                _mark_ended(left, "stopped")
             raise
         except BaseException as error:
             if is_main:
-                _mark_failed(left, error)
+                _mark_ended(left, "failed", error=f"{type(error).__name__}: {error}")
             raise
     if failed is not None:
         with agreement.together(_ALONE_SECONDS):  # a process that ends with an error ends all of them
@@ -150,7 +159,7 @@ def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
                 _mark_scored(config, directory)
             progress.note(f"{directory.path} is finished; nothing to do")
         else:
-            if (directory.path / "state.json").exists() and not directory.state():
+            if directory.has_begun() and not directory.state():
                 progress.note(f"{directory.path / 'state.json'} is damaged: the run is read as unfinished")
             left[directory.id] = config, directory
     return list(left.values())
@@ -180,6 +189,9 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
             for student in students:
                 closing.callback(student.close)
                 student.resume(cohort=len(students))
+            if world.is_main:
+                for student in students:
+                    _announce(student, progress)
         try:
             train(students, progress, partial(_evaluate, progress))
         except LackOfMemoryError as error:
@@ -197,7 +209,7 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
 
 
 def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:
-    """Open students and teacher; write down what is to be trained, and tell the user."""
+    """Open students and teacher; a run that branches from another gets its checkpoint."""
     for config, _ in runs:
         if (warning := check_fits(config, world.device.type, world.size)) and world.is_main:
             progress.note(f"warning: {warning}")
@@ -211,7 +223,6 @@ def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student
     if world.is_main:
         for student in students:
             _copy_branch_point(student)
-            _announce(student, progress)
     return students
 
 
@@ -259,8 +270,9 @@ def _export(students: Sequence[Student]) -> None:
 
     Raises:
         UserError: of those that could not be finished.
+        Stopped: the signal to stop came meanwhile; they are finished.
     """
-    with stop_signal():  # a directory that is begun is finished
+    with stop_signal() as stop:  # a directory that is begun is finished
         for student in students:
             if student.error is None and student.step == student.steps:
                 try:
@@ -269,6 +281,8 @@ def _export(students: Sequence[Student]) -> None:
                     student.mark_failed(error)
     if errors := [student.error for student in students if student.error is not None]:
         raise UserError("\n".join(map(str, errors)))
+    if stop.is_set():
+        raise Stopped
 
 
 def _score(runs: Sequence[Run], progress: Progress) -> None:
@@ -302,11 +316,11 @@ def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
         directory.write_state("done", evaluations=known | mine)
 
 
-def _mark_failed(runs: Sequence[Run], error: BaseException) -> None:
-    """Record the error in every run that is neither done nor failed for a reason of its own."""
+def _mark_ended(runs: Sequence[Run], status: str, error: str | None = None) -> None:
+    """Record how it ended in every run that has begun and has no end of its own: done, or failed."""
     for _, directory in runs:
-        if directory.state().get("status") not in {"done", "failed"}:
-            directory.write_state("failed", error=f"{type(error).__name__}: {error}")
+        if directory.has_begun() and directory.state().get("status") not in {"done", "failed"}:
+            directory.write_state(status, error=error)
 
 
 def _copy_branch_point(student: Student) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -30,8 +31,7 @@ from tutelage.models.shapes import find_shape
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 _TAIL_BYTES = 8192
 """More than a row of metrics.jsonl has."""
@@ -158,10 +158,25 @@ class RunDirectory:
         """Per-document losses behind the scores."""
         return self.path / "documents.parquet"
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the run for this process; a second process gets a `UserError`."""
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; a second process gets a `UserError`.
+
+        A run that leaves nothing behind, because it never began, leaves no directory either.
+        """
+        empty = [self.path] if self.path.parent.exists() else [self.path, self.path.parent]
         make_directory(self.path)
-        return lock(self.path / "lock", str(self.path))
+        try:
+            with lock(self.path / "lock", str(self.path)):
+                yield
+        finally:
+            for place in empty:
+                with contextlib.suppress(OSError):  # it holds something
+                    place.rmdir()
+
+    def has_begun(self) -> bool:
+        """Whether the run was ever set up to its first step; until then it leaves no trace."""
+        return (self.path / "state.json").exists()
 
     def state(self) -> dict[str, Any]:
         """Contents of state.json; empty before the run has started, and where they cannot be read."""

@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "bootstrap": set(),
     "progress": set(),
     "processes": {"errors"},
+    "stopping": set(),
     "agreement": {"errors", "files", "processes"},
     "launch": {"errors", "processes"},
     "records": {"errors", "files"},
@@ -59,10 +60,12 @@ ALLOWED: dict[str, set[str]] = {
     "data": _BASE | {"progress", "records"},
     "models": {"types", "errors", "files", "objective.products"},
     "objective": {"types", "errors", "config"},
-    "teachers": _BASE | {"progress", "records", "data", "models", "objective"},
+    "teachers": _BASE | {"progress", "records", "stopping", "data", "models", "objective"},
     "run_directory": {"types", "errors", "files", "config", "data", "models", "teachers.cache.layout"},
     "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
-    "train": _BASE | _ROOMS | {"agreement", "progress", "processes", "provenance", "run_directory"},
+    "train": _BASE
+    | _ROOMS
+    | {"agreement", "progress", "processes", "provenance", "run_directory", "stopping"},
     "evals": _BASE
     | {"data", "models", "progress", "provenance", "bootstrap", "records", "run_directory"}
     | {"teachers.cache.layout"},
@@ -77,10 +80,11 @@ ALLOWED: dict[str, set[str]] = {
         "provenance",
         "run_directory",
         "run_plan",
+        "stopping",
         "train",
     },
     "study": _BASE
-    | {"agreement", "data", "launch", "models", "processes", "progress", "records"}
+    | {"agreement", "data", "launch", "models", "processes", "progress", "records", "stopping"}
     | {"run", "run_directory", "run_plan"},
     "analysis": {
         "types",
@@ -94,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
-    | {"agreement", "launch", "processes", "provenance", "run", "run_directory", "run_plan"},
+    | {"agreement", "launch", "processes", "provenance", "run", "run_directory", "run_plan", "stopping"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,14 +11,29 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from tutelage import processes
+from tutelage.cli.streams import silence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
     from typing import Self
 
-out = Console()
-err = Console(stderr=True)
+
+class _Terminal(Console):
+    """A console on which what it is given stands as it is, and whose reader may leave while work goes on."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        # Square brackets and colons in a path are no markup and no emoji.
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more; the work is done to its end."""
+        self.quiet = True
+        silence(sys.stderr if self.stderr else sys.stdout)
+
+
+out = _Terminal()
+err = _Terminal(stderr=True)
 
 _FORMATS = {
     "done": "{} done",
@@ -66,7 +82,7 @@ def short(number: float) -> str:
 def say(label: str, text: object) -> None:
     """Print a line of a command's result: what it is, and the value or path; once for all processes."""
     if processes.place().is_main:
-        out.print(f"{label:<8} {text}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"{label:<8} {text}", soft_wrap=True)
 
 
 class RichProgress:
@@ -124,7 +140,7 @@ class RichProgress:
     def note(self, text: str) -> None:
         """Print a line above the bars."""
         if self._prints:
-            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._bars.console.print(text, soft_wrap=True)
 
     def _remove(self, stage: str) -> Task | None:
         if stage not in self._tasks:

@@ -97,7 +97,6 @@ def data_show(store: Annotated[Path, typer.Argument(help="token store directory"
 
 def _sources_table(manifest: Manifest) -> Table:
     """Tabulate what was taken of each source of a token store, and why rows were left out."""
-    from rich.markup import escape
     from rich.table import Table
 
     from tutelage.data.store_manifest import source_name
@@ -111,7 +110,7 @@ def _sources_table(manifest: Manifest) -> Table:
         wanted = "all" if record.weight is None else f"{record.weight / weights:.1%}"
         taken = (f"{record.documents:,}", f"{record.bytes:,}", f"{record.bytes / total:.1%}", wanted)
         dropped = (f"{count:,}" for count in record.dropped.values())
-        table.add_row(escape(source_name(record.source)), *taken, *dropped)
+        table.add_row(source_name(record.source), *taken, *dropped)
     return table
 
 

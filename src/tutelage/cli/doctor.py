@@ -182,9 +182,9 @@ def doctor() -> None:
 
     checks = examine()
     for check in checks:
-        mark = "[green]ok[/green] " if check.ok else "[yellow]--[/yellow] "
-        out.print(f"{mark} {check.name:<22}", end="")
-        out.print(check.detail + (f"  ->  {check.fix}" if check.fix else ""), highlight=False, markup=False)
+        out.print("ok" if check.ok else "--", style="green" if check.ok else "yellow", end="  ")
+        out.print(f"{check.name:<22}", end="")
+        out.print(check.detail + (f"  ->  {check.fix}" if check.fix else ""))
     broken = [check.name for check in checks if check.required and not check.ok]
     say("next", f"mend {', '.join(broken)}" if broken else "everything needed works: `tutelage demo`")
     raise typer.Exit(int(bool(broken)))

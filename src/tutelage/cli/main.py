@@ -13,10 +13,12 @@ from tutelage.cli.data_commands import data_app
 from tutelage.cli.doctor import doctor
 from tutelage.cli.eval_commands import eval_app
 from tutelage.cli.reference_commands import models, schema
+from tutelage.cli.streams import flush_streams, prepare_streams
 from tutelage.cli.study_commands import demo, report, study_app
 from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
 from tutelage.processes import place
+from tutelage.stopping import interruptible
 
 app = typer.Typer(
     name="tutelage",
@@ -40,8 +42,10 @@ def main() -> None:
 
     Of several processes only one prints it: the first, or the one that alone has the error, with its rank.
     """
+    prepare_streams()
     try:
-        app()
+        with interruptible():
+            app()
     except Stopped:
         if place().is_main:
             sys.stderr.write("\nstopped; run the same command again to resume\n")
@@ -52,6 +56,8 @@ def main() -> None:
             raise
         _complain(wrong or error)
         sys.exit(1 if wrong is None else 2)
+    finally:
+        flush_streams()
 
 
 def _wrong_input(error: Exception) -> UserError | None:

@@ -98,7 +98,7 @@ def print_status(status: Status, directory: Path) -> None:
 def _print_runs(status: Status, directory: Path) -> None:
     order = ("done", "running", "stopped", "failed", "waiting")
     counts = ", ".join(f"{status.counts[word]} {word}" for word in order if status.counts.get(word))
-    out.print(f"{status.name}: {counts} of {sum(status.counts.values())} runs", highlight=False)
+    out.print(f"{status.name}: {counts} of {sum(status.counts.values())} runs")
     if status.active:
         table = Table("run", "by", box=None, pad_edge=False)
         for name in ("done", "loss", "tokens/s", "left"):

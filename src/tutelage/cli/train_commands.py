@@ -103,7 +103,7 @@ def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
     found = plan_run(config, hardware)
     say("run", f"{config.name}: {found.steps:,} steps of {config.global_batch_tokens:,} tokens")
     for line in found.memory_lines(remedies=not found.fits):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     student, teacher = found.flops
     words = f"{student:.3g} FLOPs per token" + (f" and {teacher:.3g} of the teacher" if teacher else "")
     say("speed", f"{short(found.tokens_per_second)} tokens/s on {devices} x {hardware.name} ({words})")
@@ -191,7 +191,7 @@ def _print_estimate(config: TeachConfig) -> None:
         )
     out.print(table)
     for kind in dict.fromkeys(row.format.kind for row in found.formats):
-        out.print(f"{kind}: {FORMATS[kind].exactness}", highlight=False, style="dim")
+        out.print(f"{kind}: {FORMATS[kind].exactness}", style="dim")
     out.print()
     say("tokens", f"{found.tokens:,}")
     say("teacher", f"{found.teacher_flops:.3g} FLOPs in forward passes")

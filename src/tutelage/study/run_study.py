@@ -11,7 +11,8 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
-from tutelage.files import lock_when_free, make_directory, stop_signal
+from tutelage.files import lock_when_free, make_directory
+from tutelage.stopping import stop_signal
 from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases, is_silent, living_runners
 from tutelage.study.nodes import Node, Stores, bind, check_cells

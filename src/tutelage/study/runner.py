@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from tutelage.config.load import digest
 from tutelage.errors import Stopped, UserError
-from tutelage.files import stop_signal
 from tutelage.run_directory import evaluation_id
+from tutelage.stopping import stop_signal
 from tutelage.study.engines import RunTask
 from tutelage.study.timings import chain_weights
 

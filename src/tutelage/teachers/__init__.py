@@ -30,7 +30,7 @@ def make_teacher(config: TeacherConfig, context: TeacherContext, progress: Progr
     Raises:
         UserError: it does not exist, is unfinished, has another tokenizer or vocabulary, cannot give what the
             objective asks for, or the disk is full.
-        Stopped: on SIGINT or SIGTERM while a cache is written; finished shards stay.
+        Stopped: on a signal to stop while a cache is written; finished shards stay.
     """
     if isinstance(config, RunTeacher | ModelTeacher) and config.cache is not None:
         dtype = context.dtype if config.dtype == "auto" else config.dtype

@@ -7,8 +7,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from tutelage.errors import Stopped
-from tutelage.files import stop_signal
 from tutelage.progress import NullProgress, Progress
+from tutelage.stopping import stop_signal
 from tutelage.train import distributed
 from tutelage.train.batches import BatchesAhead
 from tutelage.train.out_of_memory import memory_errors_named
@@ -36,7 +36,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
         evaluate: called with a student every `eval.every` tokens, on all processes.
 
     Raises:
-        Stopped: on SIGINT or SIGTERM, after writing a checkpoint of every student.
+        Stopped: on a signal to stop, after writing a checkpoint of every student.
     """
     lead = students[0]
     progress = progress if lead.world.is_main else NullProgress()
@@ -71,7 +71,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
             for warning in chain.from_iterable(student.take_warnings() for student in due):
                 progress.note(f"warning: {warning}")
             left = any(student.has_steps_left for student in students)
-            if stopping and left and distributed.anywhere(stop.is_set()):
+            if stopping and distributed.anywhere(stop.is_set()):
                 raise Stopped
             if not left:
                 break

@@ -10,7 +10,7 @@ from tutelage.train.metrics import Meter
 from tutelage.train.trackers import open_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -76,7 +76,7 @@ class RunLog:
         if self._is_main:
             self._directory.keep_metrics_until(counters.step)
             if counters.step:  # a lost state.json is made again from the checkpoint
-                self._write_state(counters, [])
+                self.record(counters)
             settings = self._config.model_dump(mode="json")
             for name in self._config.runtime.trackers:
                 self._trackers.append(open_tracker(name, self._directory.path, settings))
@@ -123,7 +123,7 @@ class RunLog:
             self._directory.append_metrics(row)
             for tracker in self._trackers:
                 tracker.log(row)
-            self._write_state(counters, self._look_at(row, parts))
+            self.record(counters, self._look_at(row, parts))
         return row
 
     def _look_at(self, row: Mapping[str, float], parts: Mapping[str, float]) -> list[str]:
@@ -141,8 +141,10 @@ class RunLog:
             )
         return [text for text in found if text is not None]
 
-    def _write_state(self, counters: Counters, warnings: list[str]) -> None:
-        """Record progress, cost and new warnings in state.json."""
+    def record(self, counters: Counters, warnings: Sequence[str] = ()) -> None:
+        """Write progress, cost and new warnings to state.json."""
+        if not self._is_main:
+            return
         facts, tokens = self._facts, counters.step * self._config.global_batch_tokens
         self.warnings += [f"{self._directory.id}: {text}" for text in warnings]
         self._directory.write_state(

@@ -128,7 +128,7 @@ def open_teacher(config: RunConfig, world: World, progress: Progress | None = No
 
     Raises:
         UserError: as `make_teacher`.
-        Stopped: on SIGINT or SIGTERM while a cache is written; finished shards stay.
+        Stopped: on a signal to stop while a cache is written; finished shards stay.
     """
     assert config.teacher is not None  # noqa: S101 - asked for only if there is one
     context = TeacherContext(

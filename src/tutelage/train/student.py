@@ -227,7 +227,9 @@ class Student:
         if self.step % config.runtime.log_every == 0:
             self._owed.add("row")
         if stopping or finished or self.checkpoints.is_due(self.step):
-            self._owed |= {"row", "checkpoint"}
+            self._owed.add("checkpoint")
+        if finished or self.checkpoints.is_due(self.step):
+            self._owed.add("row")
         branches = config.checkpoint.keep_before_decay and self.step == config.optim.decay_start(
             self.steps, batch_tokens
         )
@@ -243,8 +245,6 @@ class Student:
                 self.checkpoints.save(self.model, self.optimizer, counters, branch_point=True)
             if self._owed:
                 row = self._write(report, skips, parts())
-        if self.world.is_main and stopping and not finished:
-            self.directory.write_state("stopped")
         return row
 
     def take_warnings(self) -> list[str]:
@@ -277,15 +277,18 @@ class Student:
         if self.world.is_main:
             self.directory.write_state("failed", error=str(error))
 
-    def _write(self, report: StepReport, skips: Skips, parts: Mapping[str, float]) -> dict[str, float]:
-        """Write the row and the checkpoint that are owed."""
-        saving = "checkpoint" in self._owed
-        self._owed.clear()
-        if saving:
+    def _write(self, report: StepReport, skips: Skips, parts: Mapping[str, float]) -> dict[str, float] | None:
+        """Write the row and the checkpoint that are owed; at a stop that is a checkpoint alone."""
+        owed, self._owed = self._owed, set()
+        if "checkpoint" in owed:
             self._check_weights()
         counters = self._counters(skips)
-        row = self.log.write(report, counters, parts)
-        if saving:
+        row = None
+        if "row" in owed:
+            row = self.log.write(report, counters, parts)
+        else:
+            self.log.record(counters)
+        if "checkpoint" in owed:
             self.checkpoints.save(self.model, self.optimizer, counters)
         return row
 

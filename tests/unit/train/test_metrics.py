@@ -153,7 +153,7 @@ def test_a_resumed_run_counts_on(taught):
     with pytest.raises(Stopped):
         run(config, StopAt(5))
     found = rows(run(config))
-    assert [row["step"] for row in found] == [3, 4, 5, 6, 8, 9, 12]
+    assert [row["step"] for row in found] == [3, 4, 6, 8, 9, 12]
     seconds = [row["seconds"] for row in found]
     assert seconds == sorted(seconds)
     speeds = [row[name] for row in found for name in ("mfu", "tokens_per_second")]

@@ -63,9 +63,9 @@ def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], 
                     lines.append(([label.format(domain=name)], _cells(found)))
     _print(["domain"], models, lines, caption + _fit_errors(test.values()), console)
     for line in _apart_notes((row["run"], row["domain"], row["version"]) for row in test.values()):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     for line in _overlap_notes(test, models, domains):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def print_tasks(scores: Sequence[Score], what: str, unit: str, console: Console) -> None:
@@ -88,7 +88,7 @@ def print_tasks(scores: Sequence[Score], what: str, unit: str, console: Console)
         lines.append(([domain, metric], [_task_cell(score, row) for score in row]))
     _print([what, "metric"], models, lines, caption, console)
     for line in _apart_notes((score.run, score.domain, score.version) for score in scores):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _apart_notes(scored: Iterable[tuple[str, str, str]]) -> list[str]:

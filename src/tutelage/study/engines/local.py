@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from tutelage.launch import describe
+from tutelage.stopping import leave_signals_to_parent
 from tutelage.study.engines import TaskOutcome
 from tutelage.study.engines.tasks import execute
 
@@ -65,7 +66,7 @@ class LocalEngine:
         free = [i for i, worker in enumerate(self._workers) if worker is None or worker.key is None]
         places = free[: task.processes]
         worker = self._workers[places[0]]
-        if worker is None or not worker.process.is_alive() or len(places) > 1:
+        if worker is None or worker.is_gone() or len(places) > 1:
             try:
                 self._end([one for one in self._distinct() if any(self._workers[i] is one for i in places)])
                 worker = self._new_worker(places)
@@ -107,7 +108,7 @@ class LocalEngine:
         if not busy:
             time.sleep(seconds)
             return {}
-        wait([part for worker in busy for part in (worker.connection, worker.process.sentinel)], seconds)
+        wait([worker.connection for worker in busy], seconds)
         outcomes = {}
         for worker in busy:
             key = str(worker.key)
@@ -127,8 +128,9 @@ class LocalEngine:
 class _Worker:
     """A process that executes one task after another until it is asked to leave.
 
-    It leaves when a pipe to it is closed, here or by this process's death. Nothing is shared that a killed
-    process could leave locked, such as the lock inside a `multiprocessing.Event`.
+    It leaves when a pipe to it is closed, here or by this process's death, and is gone when its own end of
+    the connection is: the server that forked it, which `Process` asks, may be dead before it. Nothing is
+    shared that a killed process could leave locked, such as the lock inside a `multiprocessing.Event`.
     """
 
     def __init__(
@@ -158,24 +160,30 @@ class _Worker:
     def outcome(self) -> TaskOutcome | None:
         """How the task ended; None while it runs."""
         try:
-            if self.connection.poll():
-                outcome = TaskOutcome.model_validate_json(self.connection.recv_bytes())
-            elif self.process.is_alive():
+            if not self.connection.poll():
                 return None
-            else:
-                outcome = self._died()
+            outcome = TaskOutcome.model_validate_json(self.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             self.process.join()
             outcome = self._died()
         self.key = None
         return outcome
 
+    def is_gone(self) -> bool:
+        """Whether the process of a worker without a task has ended."""
+        try:
+            return self.connection.poll() and not self.connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return True
+
     def end(self) -> None:
         """Wait for the process, which was asked to leave or has died."""
-        self.process.join(_GRACE_SECONDS)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while self.connection.poll(max(0.0, deadline - time.monotonic())):
+                self.connection.recv_bytes()  # the outcome of a task that nobody waits for any longer
+            os.kill(int(self.process.pid or 0), signal.SIGKILL)
+        self.process.join()
         self.connection.close()
 
     def _died(self) -> TaskOutcome:
@@ -185,8 +193,8 @@ class _Worker:
 
 
 def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpus: list[str] | None) -> None:
-    """Execute tasks as they arrive. Ctrl-C in a terminal reaches workers too; they leave it to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Execute tasks as they arrive. What a terminal sends reaches workers too; it is the parent's matter."""
+    leave_signals_to_parent()
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if cores is not None:

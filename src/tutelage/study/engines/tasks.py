@@ -19,6 +19,7 @@ from tutelage.agreement import last_words
 from tutelage.errors import Stopped, UserError
 from tutelage.launch import describe, launch
 from tutelage.processes import place
+from tutelage.stopping import interruptible, leave_signals_to_parent
 from tutelage.study.engines import TASK, RunTask, StoreTask, TaskOutcome, outcome_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ _POLL_SECONDS = 1.0
 
 def execute(task: str) -> str:
     """Do a task, both given and answered as JSON, so that it can be sent anywhere."""
-    return _execute(TASK.validate_json(task)).model_dump_json()
+    with interruptible():
+        return _execute(TASK.validate_json(task)).model_dump_json()
 
 
 def _execute(task: Task) -> TaskOutcome:
@@ -43,6 +45,8 @@ def _execute(task: Task) -> TaskOutcome:
         from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
 
         run_cohort(task.configs)
+    except KeyboardInterrupt:
+        return TaskOutcome(status="stopped")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other runs continue, and this is recorded
         return outcome_of(error)
     return TaskOutcome(status="done")
@@ -89,11 +93,12 @@ def _serve(folder: Path, parent: int) -> int:
     """Be one of the processes, until the task has ended; return the exit status."""
     from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the runner's
+    leave_signals_to_parent()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     task = RunTask.model_validate_json((folder / "task.json").read_bytes())
     try:
-        run_cohort(task.configs)
+        with interruptible():
+            run_cohort(task.configs)
     except Stopped as stopped:
         outcome = outcome_of(stopped)
     except Exception as error:  # noqa: BLE001 - as in `execute`

@@ -17,10 +17,10 @@ from tutelage.files import (
     lock,
     lock_when_free,
     make_directory,
-    stop_signal,
 )
 from tutelage.progress import NullProgress
 from tutelage.records import write_manifest_file
+from tutelage.stopping import stop_signal
 from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
 from tutelage.teachers.cache.reader import file_sha256, open_cache
@@ -54,7 +54,7 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
 
     Raises:
         UserError: something in the input is wrong, or the disk is full; finished shards stay.
-        Stopped: on SIGINT or SIGTERM, after the current batch; finished shards stay.
+        Stopped: on a signal to stop, after the current batch; finished shards stay.
     """
     progress = progress or NullProgress()
     plan = plan_cache(config)

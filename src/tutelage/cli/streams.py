@@ -1,0 +1,76 @@
+"""Standard streams that cannot harm work: closed ones, readers that left, encodings of few characters."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+_PLAIN = {
+    "·": "-",
+    "…": "...",
+    "±": "+-",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "²": "^2",
+    "\N{EN DASH}": "-",
+    "—": "-",
+    "→": "->",
+    "≥": ">=",
+    "≤": "<=",
+    "━": "-",
+}
+"""What stands for a character that an encoding does not have; for any other, a question mark."""
+
+
+def prepare_streams() -> None:
+    """Make the standard streams of a command such that printing does not fail for the terminal's sake.
+
+    A descriptor that is closed is opened on nothing: else the next file that is opened would get its number,
+    and whatever a library prints would be written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    codecs.register_error("plain", _plainly)
+    sys.stdout = sys.stdout or _nothing()
+    sys.stderr = sys.stderr or _nothing()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _nothing() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - for as long as the process lives
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """Write what an encoding cannot say in other characters."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wrong = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in wrong), error.end
+
+
+def silence(stream: TextIO) -> None:
+    """Send what is still written to `stream`, whose reader has left, to nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def flush_streams() -> None:
+    """Write what is left to be written, and no traceback at the end of the process if nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            silence(stream)

@@ -1,0 +1,60 @@
+"""Stop on Ctrl-C, SIGTERM and SIGHUP: between two steps of work, or at once where nothing is half done.
+
+A signal that is ignored when the process starts, as `nohup` has SIGHUP ignored, stays so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+_OF_TERMINALS = [signal.SIGINT]
+if sys.platform != "win32":
+    _OF_TERMINALS.append(signal.SIGHUP)  # it was closed
+_SIGNALS = [*_OF_TERMINALS, signal.SIGTERM]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt, so that it cleans up."""
+    with _handled(signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """Yield an event that the signals set, for work that ends where it can be resumed."""
+    event = threading.Event()
+    with _handled(lambda *_: event.set()):
+        yield event
+
+
+def leave_signals_to_parent() -> None:
+    """Ignore what a terminal sends to all of its processes, in one whose parent says when it is to stop."""
+    for number in _OF_TERMINALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handle the signals while the block runs. Outside the main thread they are left to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, handler)
+        for number in _SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
