@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tutelage.config.base import Bytes, FilePath, Fraction, Name, Section
 
 DOCUMENT_LIMIT = 2**23
 """Largest document in bytes. One document is tokenised at once, so this bounds the memory of a build."""
+
+
+Kind = Literal["text", "html", "csv", "tsv", "jsonl", "parquet"]
+"""What a file is: text as a whole, a page, or rows."""
+
+
+def _known_encoding(name: str) -> str:
+    """Return the one name that Python has for an encoding."""
+    try:
+        "".encode(name)
+        return codecs.lookup(name).name
+    except (LookupError, UnicodeError):
+        raise ValueError(f"{name!r} is no encoding; write for example latin-1, cp1252 or utf-16") from None
+
+
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return pattern
 
 
 class _Source(Section):
@@ -24,7 +47,17 @@ class _Source(Section):
 
 
 class _Paths(_Source):
-    paths: tuple[str, ...] = Field(min_length=1, description="files or glob patterns")
+    paths: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        min_length=1, description="files, glob patterns, and directories, which are read with all in them"
+    )
+    format: Kind | None = Field(
+        default=None, description="read all files as this; default: each by its ending, compressed or not"
+    )
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = Field(
+        default=None,
+        description="encoding of the text, for example latin-1, where no byte order mark says it; default: "
+        "UTF-8, or what a page of HTML says of itself",
+    )
 
 
 class _OnHub(_Source):
@@ -46,16 +79,45 @@ class CorpusSource(_Source):
 
 
 class FilesSource(_Paths):
-    """Local text: .txt, .md, .jsonl or .parquet, each also as .gz or .zst (not parquet)."""
+    """Local text: .txt, .md, .html, .csv, .tsv, .jsonl, also compressed (.gz, .zst, .xz, .bz2), .parquet."""
 
     kind: Literal["files"]
-    field: str = Field(default="text", description="field (jsonl) or column (parquet) that holds the text")
+    field: str = Field(
+        default="text", description="field (jsonl) or column (csv, parquet) that holds the text"
+    )
+    cut_at: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of text and html: what stands between documents, such as <|endoftext|>; it is left out",
+    )
+    cut_before: Annotated[str, AfterValidator(_regular)] | None = Field(
+        default=None,
+        min_length=1,
+        description="of text and html: a document begins with each line whose beginning matches this regular "
+        "expression, for example 'CHAPTER [IVXL]+'",
+    )
     document_bytes: Annotated[int, Field(ge=256, le=DOCUMENT_LIMIT // 2)] | Literal["auto", "file"] = Field(
         default="auto",
-        description="of .txt and .md: cut them between paragraphs into documents of about this many bytes; "
+        description="of text and html: cut it between paragraphs into documents of about this many bytes; "
         "auto: where there are fewer than 200 files, cut those longer than 8 KiB into about 200 documents in "
-        "all (of 512 bytes to 8 KiB), else only what is longer than 1 MiB; file: every file is one document",
+        "all (of 512 bytes to 8 KiB), else, and after cut_at or cut_before, only what is longer than 1 MiB; "
+        "file: every file is one document",
     )
+
+    @model_validator(mode="after")
+    def _cut_in_one_way(self) -> FilesSource:
+        if self.cut_at is not None and self.cut_before is not None:
+            raise ValueError("cut_at and cut_before are two ways to cut the same text; keep one")
+        if self.is_cut and self.document_bytes == "file":
+            raise ValueError(
+                "document_bytes: file asks for no cuts, cut_at and cut_before for some; keep one"
+            )
+        return self
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether marks in the text say where documents begin or end."""
+        return self.cut_at is not None or self.cut_before is not None
 
 
 class HubSource(_OnHub):
@@ -102,7 +164,7 @@ class CorpusPairs(_Pairs):
 
 
 class FilePairs(_Paths, _PairFields):
-    """Prompts and completions in local .jsonl (also .gz, .zst) or .parquet files, for stage sft."""
+    """Prompts and completions in local .jsonl, .csv or .tsv (also compressed) or .parquet files, for sft."""
 
     kind: Literal["pairs"]
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tutelage.config.data_config import FilesSource
+from tutelage.config.data_config import FilePairs, FilesSource
 from tutelage.config.load import digest
 from tutelage.data.chat import load_chat
 from tutelage.data.checked_files import CheckedFile
+from tutelage.data.cutting import cut_size
+from tutelage.data.find_files import known_bytes, passed_over
 from tutelage.data.sources import Mixture, describe
 from tutelage.data.store_manifest import (
     SCHEMA_VERSION,
@@ -28,7 +30,6 @@ from tutelage.data.store_manifest import (
     read_manifest,
     rows_left_out,
 )
-from tutelage.data.text_files import cut_size, known_bytes
 from tutelage.data.token_text import RoundTrip, SourceBytes
 from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
@@ -166,6 +167,11 @@ def _source_records(
             source=identity,
             weight=source.weight,
             document_bytes=cut_size(source) if isinstance(source, FilesSource) else None,
+            files_left_out=(
+                passed_over(source.paths, source.format)
+                if isinstance(source, FilesSource | FilePairs)
+                else {}
+            ),
             left=left,
             **asdict(tally),
         )

@@ -192,7 +192,7 @@ def _rows(source: PairSource) -> Iterator[Row]:
             for number, pair in enumerate(find_pairs(source.name).documents(), 1):
                 yield f"corpus {source.name}, pair {number}", pair
         case FilePairs():
-            yield from file_rows(source.paths, _fields(source))
+            yield from file_rows(source, _fields(source))
         case HubPairs():
             yield from hub_rows(source)
 

@@ -1,4 +1,4 @@
-"""Read rows and texts from .jsonl and .parquet files, text files and data sets of the Hugging Face Hub.
+"""Read rows and texts from files of every kind and from data sets of the Hugging Face Hub.
 
 What is wrong with a file raises `UserError`. What is wrong with one row is yielded in its place, as a
 `BadRowError`, because the caller may want the other rows.
@@ -6,21 +6,15 @@ What is wrong with a file raises `UserError`. What is wrong with one row is yiel
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 from typing import TYPE_CHECKING
 
 from tutelage.config.data_config import DOCUMENT_LIMIT
-from tutelage.data.text_files import (
-    LINE_LIMIT,
-    MARK,
-    cut_size,
-    file_documents,
-    find,
-    is_text,
-    lines,
-    not_utf8,
-    plain_name,
-)
+from tutelage.data.cutting import cut_size, file_documents, is_text
+from tutelage.data.find_files import find, kind_in
+from tutelage.data.text_files import LINE_LIMIT, MARK, lines, not_decoded
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,9 +23,9 @@ if TYPE_CHECKING:
 
     from pyarrow import RecordBatch
 
-    from tutelage.config.data_config import FilesSource, HubPairs, HubSource
+    from tutelage.config.data_config import FilePairs, FilesSource, HubPairs, HubSource, Kind
 
-_ENDINGS = ".txt, .md and .jsonl (each also .gz or .zst) and .parquet"
+_DELIMITERS: dict[Kind, str] = {"csv": ",;\t", "tsv": "\t"}
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 2**22
 
@@ -53,12 +47,20 @@ def file_texts(source: FilesSource) -> Iterator[Text]:
     Raises:
         UserError: a file is missing, empty, damaged or not text.
     """
-    size = cut_size(source)
-    for path in find(source.paths):
-        if is_text(path):
-            yield from file_documents(path, source, size)
+    size, last_part, texts = cut_size(source), 0, 0
+    for path in find(source.paths, source.format):
+        if is_text(path, source):
+            texts += 1
+            for part, document in file_documents(path, source, size):
+                last_part = max(last_part, part)
+                yield document
         else:
-            yield from _texts(_rows_of(path, (source.field,)), source.field)
+            yield from _texts(_rows_of(path, source, (source.field,)), source.field)
+    if source.is_cut and last_part == 0:
+        mark = f"cut_at: {source.cut_at!r}" if source.cut_at else f"cut_before: {source.cut_before!r}"
+        raise UserError(
+            f"{', '.join(source.paths)}: {mark} cuts none of the {texts} text files; mend it, or leave it out"
+        )
 
 
 def hub_texts(source: HubSource) -> Iterator[Text]:
@@ -66,22 +68,18 @@ def hub_texts(source: HubSource) -> Iterator[Text]:
     return _texts(hub_rows(source), source.field)
 
 
-def file_rows(names: Sequence[str], fields: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of .jsonl and .parquet files, in order.
+def file_rows(source: FilePairs, fields: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of the files of `source`, in order.
 
     Args:
-        names: paths and patterns.
-        fields: what the caller will use; of a parquet file only these columns are read.
+        source: paths and patterns.
+        fields: what the caller will use; of a parquet or csv file only these columns are read.
 
     Raises:
         UserError: as `file_texts`; or a file has no fields. A .jsonl row may still lack some.
     """
-    for path in find(names):
-        if is_text(path):
-            raise UserError(
-                f"{path}: text has no fields; prompts and completions come from .jsonl or .parquet"
-            )
-        yield from _rows_of(path, fields)
+    for path in find(source.paths, source.format):
+        yield from _rows_of(path, source, fields)
 
 
 def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
@@ -162,18 +160,23 @@ def value_of(row: object, field: str, where: str) -> object:
     return row[field]
 
 
-def _rows_of(path: Path, fields: Sequence[str]) -> Iterator[Row]:
-    if plain_name(path).endswith(".jsonl"):
-        yield from _json_rows(path)
-    elif path.name.endswith(".parquet"):
-        yield from _parquet_rows(path, fields)
-    else:
-        raise UserError(f"{path}: unknown kind of file; {_ENDINGS} can be read")
+def _rows_of(path: Path, source: FilesSource | FilePairs, fields: Sequence[str]) -> Iterator[Row]:
+    match kind_in(path, source):
+        case "jsonl":
+            yield from _json_rows(path, source.encoding)
+        case "csv" | "tsv" as kind:
+            yield from _csv_rows(path, kind, source.encoding, fields)
+        case "parquet":
+            yield from _parquet_rows(path, fields)
+        case _:
+            raise UserError(
+                f"{path}: text has no fields; prompts and completions come from .jsonl, .csv or .parquet"
+            )
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, encoding: str | None) -> Iterator[Row]:
     """Yield one row per line; an empty line is no row."""
-    for number, line in enumerate(lines(path), 1):
+    for number, line in enumerate(lines(path, encoding), 1):
         where = f"{path}: line {number}"
         if line is None:
             limit = f"longer than {LINE_LIMIT:,} bytes, which is the most that can be read"
@@ -182,11 +185,60 @@ def _json_rows(path: Path) -> Iterator[Row]:
             yield where, _parsed(line.rstrip(b"\r\n"), where)
 
 
+def _csv_rows(path: Path, kind: Kind, encoding: str | None, fields: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a table whose first row names the columns; an empty line is no row.
+
+    What is wrong with the quotation marks is wrong with the file: nobody can say where the next row begins.
+    """
+    csv.field_size_limit(DOCUMENT_LIMIT)  # the module has one limit for all its readers, of 128 KiB
+    texts = _csv_lines(path, encoding)
+    first = next(texts, "")
+    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in _DELIMITERS[kind]}
+    fitting = (mark for mark, names in headers.items() if set(fields) <= set(names))
+    reader = csv.reader(
+        itertools.chain([first], texts), delimiter=next(fitting, _DELIMITERS[kind][0]), strict=True
+    )
+    number = 1
+    try:
+        names = next(reader, [])
+        _check_columns(path, names, fields)
+        for row in reader:
+            where, number = f"{path}: line {number + 1}", reader.line_num
+            if row and len(row) != len(names):
+                yield (
+                    where,
+                    BadRowError(f"{where}: {len(row)} fields, and {len(names)} columns in the first line"),
+                )
+            elif row:
+                yield where, {field: row[names.index(field)] for field in fields}
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: line {number + 1}: not valid {kind.upper()}: {error}; inside a field a "
+            "quotation mark is doubled, and the field is quoted"
+        ) from None
+
+
+def _csv_lines(path: Path, encoding: str | None) -> Iterator[str]:
+    for number, line in enumerate(lines(path, encoding, as_text=True), 1):
+        if line is None:
+            raise UserError(
+                f"{path}: line {number}: longer than {LINE_LIMIT:,} bytes, the most that can be read"
+            )
+        yield line.decode()
+
+
+def _check_columns(path: Path, names: Sequence[str], fields: Sequence[str]) -> None:
+    for field in fields:
+        if names.count(field) != 1:
+            several = "no column" if field not in names else f"{names.count(field)} columns"
+            raise UserError(f"{path}: {several} '{field}'; it has: {', '.join(names)}")
+
+
 def _parsed(line: bytes, where: str) -> object:
     try:
         row: object = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        return BadRowError(not_utf8(where, error))
+        return BadRowError(not_decoded(where, error))
     except json.JSONDecodeError as error:
         return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
@@ -214,10 +266,7 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
         names = file.schema_arrow.names
-        for field in fields:
-            if names.count(field) != 1:
-                several = "no column" if field not in names else f"{names.count(field)} columns"
-                raise UserError(f"{path}: {several} '{field}'; it has: {', '.join(names)}")
+        _check_columns(path, names, fields)
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
         # a batch is decoded at once, so it has fewer rows where rows are long
@@ -238,4 +287,4 @@ def _parquet_row(batch: RecordBatch, place: int, where: str) -> object:
     try:
         return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:
-        return BadRowError(not_utf8(where, error))
+        return BadRowError(not_decoded(where, error))

@@ -24,9 +24,9 @@ from tutelage.config.data_config import (
 )
 from tutelage.data.chat import Piece, read_pairs
 from tutelage.data.corpora import find_corpus, find_pairs
+from tutelage.data.find_files import find
 from tutelage.data.row_readers import BadRowError, file_texts, hub_texts
 from tutelage.data.store_manifest import Left
-from tutelage.data.text_files import find
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def describe(source: Source) -> dict[str, JsonValue]:
         case CorpusPairs():
             return {"kind": source.kind, **find_pairs(source.name).identity()}
         case FilesSource() | FilePairs():
-            files: list[JsonValue] = [_file_identity(path) for path in find(source.paths)]
+            files: list[JsonValue] = [_file_identity(path) for path in find(source.paths, source.format)]
             return {"kind": source.kind, "files": files}
         case HubSource() | HubPairs():
             fixed: dict[str, JsonValue] = source.model_dump(

@@ -81,6 +81,7 @@ class SourceRecord(Record, extra="forbid"):
         dropped: rows left out, by reason: null, blank, duplicate, bad.
         first_bad: error of the first bad one.
         document_bytes: about how long the documents are that text files were cut into; None: no cuts.
+        files_left_out: files of its directories that were not read, by ending or reason.
         left: the rest when another source ended the mixture; None where nothing was left or it is not known.
     """
 
@@ -91,6 +92,7 @@ class SourceRecord(Record, extra="forbid"):
     dropped: dict[str, int]
     first_bad: str | None
     document_bytes: int | None
+    files_left_out: dict[str, int] = Field(default_factory=dict)
     left: Left | None
 
 
@@ -243,8 +245,8 @@ def check_splits(config: StoreConfig, manifest: Manifest) -> None:
     if empty:
         raise UserError(
             f"store {config.name}: split '{empty[0]}' is empty: its share is {shares[empty[0]]:.2g}, and the "
-            f"documents are {documents:,}; add text, raise the share or set it to 0, or cut .txt files into "
-            f"more documents (document_bytes){known}"
+            f"documents are {documents:,}; cut text into more of them (document_bytes: 512, cut_at or "
+            f"cut_before of its source), add text, raise the share, or set it to 0{known}"
         )
 
 
@@ -262,7 +264,10 @@ def _of_source(number: str, record: SourceRecord) -> Iterator[str]:
         yield f"{name}: {left_out}"
     if record.documents == 0:
         yield f"{name}: nothing was taken of it"
-    elif record.document_bytes is not None:
+    if record.files_left_out:
+        counts = ", ".join(f"{count:,} {what}" for what, count in record.files_left_out.items())
+        yield f"{name}: files of its directories that were not read: {counts}"
+    if record.documents and record.document_bytes is not None:
         yield f"{name}: long text files are cut into documents of about {record.document_bytes:,} bytes"
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tutelage.config.data_config import DOCUMENT_LIMIT, FilesSource, StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
+from tutelage.data.cutting import documents_of
 from tutelage.data.sources import Mixture
 from tutelage.data.store import open_store
-from tutelage.data.text_files import documents_of
 from tutelage.errors import UserError
 
 WORDS = ("the", "of", "king", "word", "time", "people", "great", "day", "night", "house", "good", "élan")
@@ -100,7 +100,7 @@ def test_without_paragraphs_it_is_cut_between_lines_words_or_characters(tmp_path
         ("🤗" * 9000, r"🤗"),
     ):
         path.write_bytes(text.encode())
-        found = [document.decode() for document in documents_of(path, 1001, 0)]
+        found = [document.decode() for document in documents_of(path, [path.read_bytes()], 1001, 0)]
         assert "".join(found) == text
         assert len(found) >= 10
         assert all(re.search(f"{ends}$", document) for document in found[:-1])
@@ -118,7 +118,7 @@ def test_nothing_is_lost_or_added(tmp_path_factory, parts, size):
     text = "".join(parts) or "x"
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_bytes(text.encode())
-    found = list(documents_of(path, size, 0))
+    found = list(documents_of(path, [path.read_bytes()], size, 0))
     assert b"".join(found).decode() == text
     assert max(map(len, found)) <= 2 * size + 4
     assert all(document.decode() for document in found)
@@ -135,7 +135,7 @@ def test_a_file_too_long_for_one_document_is_refused(tmp_path):
 def test_an_empty_split_is_refused_with_advice(tmp_path):
     (tmp_path / "a.txt").write_text("one short document")
     with pytest.raises(
-        UserError, match=r"split 'validation' is empty: its share is 0.05, .* set it to 0, or cut"
+        UserError, match=r"split 'validation' is empty: its share is 0.05, .*; cut text into more of them"
     ):
         build_store(config(tmp_path / "a.txt"), tmp_path)
     with pytest.raises(UserError, match=r"split 'test' is empty: its share is 0.5"):

@@ -29,9 +29,9 @@ def texts_of(*sources, **limits) -> list[str]:
 # ------------------------------------------------------------------------------------- reading files
 
 
-def test_text_file_is_one_document_with_its_line_ends(tmp_path):
+def test_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_bytes("één\r\ntwo\n".encode())
-    assert texts_of(files(tmp_path / "a.txt")) == ["één\r\ntwo\n"]
+    assert texts_of(files(tmp_path / "a.txt")) == ["één\ntwo\n"]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -100,7 +100,7 @@ def test_a_name_with_brackets_is_a_name(tmp_path):
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: damaged compressed file"),
         ("a.txt.gz", gzip.compress(b"one" * 99, mtime=0)[:-9], r"a\.txt\.gz: damaged compressed file"),
         ("a.txt.zst", b"plain", r"a\.txt\.zst: damaged compressed file"),
-        ("a.docx", b"one", r"a\.docx: unknown kind of file; \.txt, \.md and \.jsonl "),
+        ("a.docx", b"one", r"a\.docx: unknown kind of file; \.txt, \.md, "),
     ],
 )
 def test_bad_file_is_named(tmp_path, name, content, message):
@@ -115,7 +115,7 @@ def test_missing_files(tmp_path):
         texts_of(files(tmp_path / "gone.txt"))
     with pytest.raises(UserError, match=r"\*\.txt: no such file"):
         texts_of(files(tmp_path / "*.txt"))
-    with pytest.raises(UserError, match=r"is a directory; name its files, for example .*/\*\.txt"):
+    with pytest.raises(UserError, match=r"no file in this directory can be read; it has: none; \.txt, "):
         texts_of(files(tmp_path))
 
 
