@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, load
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
-from tutelage.config.teacher_config import ModelTeacher
+from tutelage.config.teacher_config import CacheTeacher, ModelTeacher, RunTeacher
 from tutelage.config.wrong_settings import WrongSettingsError
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -28,6 +28,7 @@ from tutelage.files import (
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
+from tutelage.names import completed, find, find_run_id, look_up
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
@@ -91,15 +92,64 @@ def recipe(config: RunConfig) -> dict[str, Any]:
     return fields
 
 
+def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
+    """Return the config with the names of stores, runs and caches replaced by their paths and ids.
+
+    Args:
+        config: of a run.
+        planning: whether its token stores need not be there yet.
+
+    Raises:
+        UserError: nothing is called so, or several are.
+    """
+    base, runs = config.output.parent, config.output
+    model, teacher, start = config.model, config.teacher, config.runtime.branch_from
+
+    def store(path: Path, what: str) -> Path:
+        return look_up("store", path, what, base) or path if planning else find("store", path, what, base)
+
+    if model.run is not None:
+        model = model.model_copy(update={"run": find_run_id(model.run, runs, "model.run")})
+    elif model.path is not None:
+        model = model.model_copy(update={"path": _local(model.path, "model.path")})
+    if isinstance(teacher, RunTeacher):
+        teacher = teacher.model_copy(update={"run": find_run_id(teacher.run, runs, "teacher.run")})
+    elif isinstance(teacher, ModelTeacher):
+        teacher = teacher.model_copy(update={"path": _local(teacher.path, "teacher.path")})
+    elif isinstance(teacher, CacheTeacher):
+        teacher = teacher.model_copy(update={"path": find("cache", teacher.path, "teacher.path", base)})
+    if start is not None:
+        start = find_run_id(start, runs, "runtime.branch_from")
+    domains = tuple(
+        domain.model_copy(update={"store": store(domain.store, f"store of eval.domains {domain.name}")})
+        for domain in config.eval.domains
+    )
+    return config.model_copy(
+        update={
+            "model": model,
+            "teacher": teacher,
+            "data": config.data.model_copy(update={"store": store(config.data.store, "data.store")}),
+            "eval": config.eval.model_copy(update={"domains": domains}),
+            "runtime": config.runtime.model_copy(update={"branch_from": start}),
+        }
+    )
+
+
+def _local(path: str, what: str) -> str:
+    """The path of a model with names in it completed; a Hub name stays as it is."""
+    return path if Path(path).exists() else str(completed(Path(path), what))
+
+
 def pinned(config: RunConfig) -> RunConfig:
-    """Return the config with models on the Hub fixed to the commits that their names stand for now.
+    """Return the config with names replaced, and models on the Hub fixed to what they are now.
 
     A branch moves; without its commit, the same config would train from or with other weights one day and
     land in the same directory.
 
     Raises:
-        UserError: the Hub has no such model, or cannot be reached and nothing was downloaded before.
+        UserError: as `named`, or the Hub has no such model, or cannot be reached and nothing was downloaded.
     """
+    config = named(config)
     changes: dict[str, Any] = {}
     if config.model.path is not None and not Path(config.model.path).exists():
         commit = _commit(config.model.path, config.model.revision)

@@ -28,7 +28,7 @@ from tutelage.models.flops import forward_flops, parameters, training_flops
 from tutelage.models.memory import Footprint, plan_memory
 from tutelage.models.memory_remedies import least_memory, remedies
 from tutelage.models.shapes import find_shape, read_shape
-from tutelage.run_directory import RunDirectory
+from tutelage.run_directory import RunDirectory, named
 
 if TYPE_CHECKING:
     from tutelage.config.run_config import RunConfig
@@ -109,6 +109,7 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
         UserError: the sizes of its models or of its vocabulary are not known here, or the processes do not
             fit the mesh that it asks for.
     """
+    config = named(config, planning=True)
     shape = _student_shape(config)
     vocab_size = _vocabulary(config, shape)
     teacher = _teacher_shape(config)

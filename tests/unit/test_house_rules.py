@@ -54,20 +54,21 @@ ALLOWED: dict[str, set[str]] = {
     "stopping": set(),
     "agreement": {"errors", "files", "processes"},
     "launch": {"errors", "processes"},
+    "names": {"errors"},
     "records": {"errors", "files"},
     "files": {"errors"},
     "config": {"types", "errors"},
-    "data": _BASE | {"progress", "records"},
+    "data": _BASE | {"names", "progress", "records"},
     "models": {"types", "errors", "files", "objective.products"},
     "objective": {"types", "errors", "config"},
-    "teachers": _BASE | {"progress", "records", "stopping", "data", "models", "objective"},
-    "run_directory": {"types", "errors", "files", "config", "data", "models", "teachers.cache.layout"},
+    "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
+    "run_directory": _BASE | {"data", "models", "names", "teachers.cache.layout"},
     "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
     "train": _BASE
     | _ROOMS
     | {"agreement", "progress", "processes", "provenance", "run_directory", "stopping"},
     "evals": _BASE
-    | {"data", "models", "progress", "provenance", "bootstrap", "records", "run_directory"}
+    | {"data", "models", "names", "progress", "provenance", "bootstrap", "records", "run_directory"}
     | {"teachers.cache.layout"},
     "run": _BASE
     | {
@@ -98,7 +99,8 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
-    | {"agreement", "launch", "processes", "provenance", "run", "run_directory", "run_plan", "stopping"},
+    | {"agreement", "launch", "names", "processes", "provenance", "run", "run_directory", "run_plan"}
+    | {"stopping"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tutelage.errors import UserError
+from tutelage.names import find
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +56,9 @@ def data_build(
     with RichProgress() as progress:
         path = build_store(settings, output, progress)
     data_show(path)
-    say("next", f"put 'data: {{store: {path}}}' into a run file")
+    say(
+        "next", f"put 'data: {{store: {settings.name}}}' into a run file, or {path.name} if there are several"
+    )
 
 
 def _store_config(config: Path | None, corpus: str | None, overrides: list[str]) -> StoreConfig:
@@ -80,6 +83,7 @@ def data_show(store: Annotated[Path, typer.Argument(help="token store directory"
     from tutelage.data.store import open_store
     from tutelage.data.store_manifest import remarks
 
+    store = find("store", store, "store")
     opened = open_store(store)
     out.print(_sources_table(opened.manifest))
     table = Table("split", box=None)

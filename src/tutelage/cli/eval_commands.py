@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tutelage.errors import UserError, suggestion
+from tutelage.names import find
 
 if TYPE_CHECKING:
     from tutelage.types import Score
@@ -36,11 +37,13 @@ eval_app = typer.Typer(
     cls=EvalGroup, no_args_is_help=True, help="Score models: on texts, on tasks, token by token, by probes."
 )
 
-Models = Annotated[list[str], typer.Argument(help="run directories, model directories or Hub names")]
+Models = Annotated[
+    list[str], typer.Argument(help="names or directories of runs, model directories or Hub names")
+]
 Domains = Annotated[list[str] | None, typer.Option(help="this domain; may be repeated")]
 Suite = Annotated[str | None, typer.Option(help="offline or paper (needs the Hub)")]
 NamedStores = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=DIR", help="this token store; may be repeated")
+    list[str] | None, typer.Option(metavar="NAME=STORE", help="this token store; may be repeated")
 ]
 Output = Annotated[Path, typer.Option(help="token stores, and scores of models that are not runs")]
 MaxDocuments = Annotated[int | None, typer.Option(min=1, help="of each text's split; default: 50")]
@@ -124,7 +127,7 @@ def tasks(
 
 @eval_app.command("tokens")
 def tokens(
-    student: Annotated[str, typer.Argument(help="run directory, model directory or Hub name")],
+    student: Annotated[str, typer.Argument(help="name or directory of a run, model directory or Hub name")],
     teacher: Annotated[str, typer.Option(help="the student's teacher")],
     baseline: Annotated[str, typer.Option(help="the same student without a teacher")],
     sorter: Annotated[
@@ -183,6 +186,7 @@ def probe(
 
     found = find_models(model, output)
     judge = find_model(teacher, output) if teacher else None
+    store = find("store", store, "--store") if store else None
     scores = [row for one in found for row in run_probes(one, store=store, teacher=judge, device=device)]
     files = [
         (name, path) for one in found for name, path in (("samples", one.samples), ("scores", one.scores))

@@ -12,6 +12,7 @@ import typer
 
 from tutelage.errors import UserError
 from tutelage.files import LockedError, lock
+from tutelage.names import find
 
 if TYPE_CHECKING:
     from tutelage.config.study_config import StudyConfig
@@ -33,7 +34,7 @@ File = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. seeds=[43,44]", metavar="[KEY=VALUE]...")
 ]
-Directory = Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")]
+Directory = Annotated[Path, typer.Argument(help="directory of a study, or its name, e.g. demo")]
 
 
 @study_app.command("plan")
@@ -198,6 +199,7 @@ def study_status(directory: Directory) -> None:
     from tutelage.cli.study_output import print_status
     from tutelage.study.status import read_status
 
+    directory = find("study", directory, "study")
     print_status(read_status(directory), directory)
 
 
@@ -207,6 +209,7 @@ def study_stop(directory: Directory) -> None:
     from tutelage.cli.bars import say
     from tutelage.study.status import stop_study
 
+    directory = find("study", directory, "study")
     asked, left = stop_study(directory)
     still = f"; {left} still at it: look again with `tutelage study status {directory}`" if left else ""
     say("asked", f"{asked} runner{'s' * (asked != 1)} to stop{still}")
@@ -223,6 +226,7 @@ def study_retry(
     from tutelage.cli.bars import say
     from tutelage.study.status import retry_runs
 
+    directory = find("study", directory, "study")
     for cleared in retry_runs(directory, run or []) or ["nothing had failed"]:
         say("again", cleared)
     say("marks", directory / "queue" / "failures")
@@ -258,7 +262,7 @@ def demo(
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(help="directory of a study, e.g. tutelage-demo")],
+    directory: Directory,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="print the table of verdicts as Markdown, and write nothing")
     ] = False,
@@ -271,6 +275,7 @@ def report(
     from tutelage.cli.bars import out, say
     from tutelage.study.results import load_results
 
+    directory = find("study", directory, "study")
     study = judge_study(load_results(directory))
     if as_markdown:
         sys.stdout.write(markdown(study.findings))

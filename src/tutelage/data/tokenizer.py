@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from tutelage.errors import UserError, one_line
 from tutelage.files import write_json
+from tutelage.names import completed
 from tutelage.types import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -42,11 +43,13 @@ _NAME_PARTS = 2
 def find_tokenizer(path: Path) -> Path:
     """Return `path`, or the directory into which the tokenizer of that name on the Hub was downloaded.
 
-    A path that exists on this machine is preferred to a Hub name that is spelled the same.
+    A path that exists on this machine is preferred to a Hub name that is spelled the same; its parts may be
+    names (`tutelage.names`).
 
     Raises:
         UserError: there is neither, or the Hub cannot be reached and nothing was downloaded before.
     """
+    path = completed(path, "tokenizer.path")
     if path.exists() or path.is_absolute() or len(path.parts) != _NAME_PARTS or ".." in path.parts:
         return path
     found = download_tokenizer(f"tokenizer.path = {path.as_posix()}", path.as_posix(), None)

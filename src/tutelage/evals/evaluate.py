@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.config.base import refuse_alike
@@ -32,12 +31,14 @@ from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, wi
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import load, pick_device
 from tutelage.models.lengths import check_length
+from tutelage.names import find
 from tutelage.progress import counter
 from tutelage.run_directory import RunDirectory
 from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ def select(
     Args:
         domains: names.
         suite: "offline" or "paper"; None adds no suite where domains or stores are named.
-        stores: "NAME=DIRECTORY".
+        stores: "NAME=STORE", a directory or its name.
 
     Raises:
         UserError: a domain or suite is unknown, or a store has no name.
@@ -91,13 +92,13 @@ def select(
         name, _, path = text.partition("=")
         if not name or not path:
             raise UserError(
-                f"--store {text}: write NAME=DIRECTORY, for example held-out=stores/speeches-1a2b3c4d"
+                f"--store {text}: write NAME=STORE, for example held-out=stores/speeches-1a2b3c4d"
             )
         if name in paths:
             raise UserError(f"--store {name}: given twice, for {paths[name]} and {path}; rename one")
         if not _NAME.fullmatch(name):
             raise UserError(f"--store {text}: a name has letters, digits, '.', '_' and '-' only")
-        paths[name] = Path(path)
+        paths[name] = find("store", path, f"--store {name}")
     chosen |= {name: find_domain(name) for name in domains}
     for name in paths:
         if name in chosen:

@@ -15,6 +15,7 @@ from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
 from tutelage.models.directory import weights_fingerprint
 from tutelage.models.lengths import trained_length
+from tutelage.names import completed, look_up
 from tutelage.run_directory import RunDirectory
 from tutelage.types import TOKENIZER_FILES, Score
 
@@ -110,20 +111,21 @@ def find_model(argument: str, output: Path) -> EvaluatedModel:
     """Find the model that `argument` names; a model on the Hub is downloaded.
 
     Args:
-        argument: a run directory, a Hugging Face model directory, or a name on the Hub.
+        argument: a run directory or its name, a Hugging Face model directory, or a name on the Hub.
         output: the scores of models that are not runs go to `<output>/<id>`.
 
     Raises:
-        UserError: there is no such model, it has no weights, or the run has not finished training.
+        UserError: there is no such model, it has no weights, or the run has not finished training; or
+            several runs are called so.
     """
     path = Path(argument).expanduser()
+    if not path.exists():
+        path = look_up("run", path, "model") or completed(path, "model")
     if path.is_dir():
         is_run = (path / "config.yaml").exists() or (path / "state.json").exists()
         return _run(path) if is_run else _model(path, path.resolve().name, output)
     if path.exists() or argument.startswith((".", "/", "~")) or not _HUB_NAME.match(argument):
-        raise UserError(
-            f"{argument}: no such directory; give a run directory, a model directory or a Hub name"
-        )
+        raise UserError(f"{argument}: no such directory or run; give a run, a model directory or a Hub name")
     return _model(_downloaded(argument), argument.rsplit("/", 1)[-1], output)
 
 

@@ -21,7 +21,7 @@ from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError, suggestion
-from tutelage.evals.domains import check_sources, domain_store, find_domain
+from tutelage.evals.domains import DOMAINS, check_sources, domain_store, find_domain
 from tutelage.evals.evaluated_model import check_tokenizer
 from tutelage.evals.lm_eval_tasks import (
     KINDS,
@@ -36,6 +36,7 @@ from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import ScoreEstimate
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import pick_device
+from tutelage.names import look_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -164,9 +165,11 @@ def _built(evaluated: EvaluatedModel, task: str, stores: Path) -> BuiltTask:
 
 def _text(evaluated: EvaluatedModel, task: str, where: str, stores: Path) -> Store:
     """The token store whose test split a task is built from."""
-    if Path(where).is_dir() and where:
-        return open_store(Path(where))
     if where:
+        is_domain = where in DOMAINS and not Path(where).is_dir()
+        path = None if is_domain else look_up("store", Path(where), f"task {task}")
+        if path is not None:
+            return open_store(path)
         domain = find_domain(where)
         check_sources({where: domain})
         return domain_store(where, domain, evaluated.model, stores)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.config.load import digest
-from tutelage.config.teacher_config import ControlTeacher, ModelTeacher
+from tutelage.config.teacher_config import ControlTeacher, ModelTeacher, RunTeacher
 from tutelage.data.documents import Documents, positions_of
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.directory import identify
+from tutelage.names import find, find_run_id
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
@@ -129,7 +130,11 @@ def plan_cache(config: TeachConfig) -> CachePlan:
     Raises:
         UserError: store or teacher is missing.
     """
-    store, teacher = open_store(config.store), config.teacher
+    teacher = config.teacher
+    if isinstance(teacher, RunTeacher):
+        teacher = teacher.model_copy(update={"run": find_run_id(teacher.run, config.runs, "teacher.run")})
+    config = config.model_copy(update={"store": find("store", config.store, "store"), "teacher": teacher})
+    store = open_store(config.store)
     if isinstance(teacher, ControlTeacher):
         fingerprint = f"{teacher.kind} of {store.fingerprint}"
     else:

@@ -1,0 +1,199 @@
+"""Find stores, runs, caches and studies by their names, so that nobody has to type the hash of a directory.
+
+A path stays what it is. Where it does not exist, its last part may be a name: that of the directory without
+its hash, or as much of its beginning as no other has. A name alone is looked up in the working directory and
+in `stores`, `data`, `runs` and `caches` there; that of a run in a config in the config's `output`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from tutelage.errors import UserError, suggestion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+Kind = Literal["store", "run", "cache", "study"]
+
+_PLACES: dict[Kind, tuple[str, ...]] = {
+    "store": ("", "stores", "data"),
+    "run": ("", "runs"),
+    "cache": ("", "caches"),
+    "study": ("",),
+}
+_PLURAL: dict[Kind, str] = {"store": "stores", "run": "runs", "cache": "caches", "study": "studies"}
+_HASH = re.compile(r"-[0-9a-f]{8}$")
+_STUDY = "tutelage-"
+"""What `tutelage study run` puts before a study's name."""
+_MOST_LISTED = 12
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The kind of a directory by the files that are in it; None for any other."""
+    if (path / "plan.json").is_file():
+        return "study"
+    if (path / "config.yaml").is_file() or (path / "state.json").is_file():
+        return "run"
+    if (path / "manifest.json").is_file():
+        return "cache" if (path / "shards").is_dir() else "store"
+    return None
+
+
+def find(kind: Kind, path: Path | str, what: str, base: Path | None = None) -> Path:
+    """The directory that a path or name stands for, or the path as it is, if it has several parts or exists.
+
+    Args:
+        kind: of the directory.
+        path: as the user wrote it.
+        what: the argument or setting, for messages.
+        base: another directory with `stores`, `runs` and so on to look in.
+
+    Raises:
+        UserError: several are called so; the message lists them with the settings in which they differ. Or
+            it is a mere name, and nothing is called so.
+    """
+    path = Path(path)
+    found = look_up(kind, path, what, base)
+    if found is None and len(path.parts) == 1 and path.name and not path.exists():
+        raise _unknown(what, path.name, kind, _folders(kind, base))
+    return path if found is None else found
+
+
+def look_up(kind: Kind, path: Path, what: str, base: Path | None = None) -> Path | None:
+    """As `find`; None where nothing is called so."""
+    if kind_of(path) == kind:
+        return path
+    if path.name in {"", ".."}:
+        return None
+    folders = _folders(kind, base) if len(path.parts) == 1 else [completed(path.parent, what)]
+    found = _called(path.name, (kind,), folders)
+    if len(found) > 1:
+        raise _ambiguous(what, path.name, kind, found)
+    return found[0] if found else None
+
+
+def _folders(kind: Kind, base: Path | None) -> list[Path]:
+    """Where a name alone is looked up."""
+    return [root / place for root in dict.fromkeys((Path(), base or Path())) for place in _PLACES[kind]]
+
+
+def find_run_id(name: str, runs: Path, what: str) -> str:
+    """The id of the run in the directory `runs` that is called `name`.
+
+    An id of a run that is not there stays as it is: the runs of a study have ids before they exist.
+
+    Raises:
+        UserError: several are called so, or none.
+    """
+    if (runs / name).is_dir():
+        return name
+    found = _called(name, ("run",), [runs])
+    if len(found) > 1:
+        raise _ambiguous(what, name, "run", found)
+    if not found and not _HASH.search(name):
+        raise _unknown(what, name, "run", [runs])
+    return found[0].name if found else name
+
+
+def completed(path: Path, what: str) -> Path:
+    """The path with each part that does not exist taken for a name; as it is if nothing is called so.
+
+    Raises:
+        UserError: several are called so.
+    """
+    found = Path()
+    for part in path.parts:
+        if (found / part).exists():
+            found /= part
+            continue
+        called = _called(part, tuple(_PLACES), [found])
+        if len(called) > 1:
+            raise _ambiguous(what, part, "run", called)
+        if not called:
+            return path
+        (found,) = called
+    return found
+
+
+def _called(name: str, kinds: Sequence[Kind], folders: Sequence[Path]) -> list[Path]:
+    """Directories called `name`: by their whole name, else without their hash, else by the beginning."""
+    found = {path.resolve(): path for folder in folders for path in _beginning(name, folder)}
+    paths = [path for path in found.values() if kind_of(path) in kinds]
+    for same in (lambda path: path.name == name, lambda path: name in _short(path.name)):
+        if chosen := [path for path in paths if same(path)]:
+            return chosen
+    return paths
+
+
+def _beginning(name: str, folder: Path) -> Iterator[Path]:
+    """Directories in `folder` that are called `name`, or so and more."""
+    try:
+        entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:  # no such folder, or none that may be read
+        return
+    for entry in entries:
+        if any(one.startswith(name) for one in (entry, *_short(entry))):
+            yield folder / entry
+
+
+def _short(name: str) -> tuple[str, str]:
+    """A directory's name as people say it: a run, store or cache without its hash, a study without prefix."""
+    return _HASH.sub("", name), name.removeprefix(_STUDY)
+
+
+def _ambiguous(what: str, name: str, kind: Kind, found: Sequence[Path]) -> UserError:
+    lines = [f"{what} = {name}: {len(found)} {_PLURAL[kind]} are called so; write more of the name"]
+    for path, differs in zip(found, differences([settings(path) for path in found]), strict=True):
+        words = ", ".join(f"{key} {value}" for key, value in differs.items())
+        lines.append(f"  {path}{'  ' if words else ''}{words:.200}")
+    rest = [f"  and {len(lines) - 1 - _MOST_LISTED} more"] if len(lines) - 1 > _MOST_LISTED else []
+    return UserError("\n".join(lines[: _MOST_LISTED + 1] + rest))
+
+
+def _unknown(what: str, name: str, kind: Kind, folders: Sequence[Path]) -> UserError:
+    known = [path.name for folder in folders for path in _beginning("", folder) if kind_of(path) == kind]
+    near = suggestion(name, [short for one in known for short in (_HASH.sub("", one), one)])
+    there = f"there: {', '.join(known[:_MOST_LISTED])}" if known else f"there are no {_PLURAL[kind]}"
+    places = ", ".join(dict.fromkeys(f"{folder}{os.sep}" for folder in folders))
+    return UserError(f"{what} = {name}: no {kind} is called so in {places}; {near}{there}")
+
+
+def settings(path: Path) -> dict[str, object]:
+    """The settings that a directory was made with, by dotted name; none where they cannot be read.
+
+    Names, and where it was computed and put, are left out: they do not change what it holds.
+    """
+    file = path / ("config.yaml" if kind_of(path) == "run" else "manifest.json")
+    try:
+        read = yaml.load(file.read_bytes(), _LOADER)  # noqa: S506 - a safe loader; JSON is YAML
+    except (OSError, yaml.YAMLError):
+        return {}
+    read = read if isinstance(read, dict) else {}
+    return dict(_flat(read.get("config", read)))
+
+
+_APART = {"name", "output", "parallel", "runtime", "checkpoint", "files", "created"}
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if above == "" and key in _APART:
+            continue
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def differences(many: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Of each mapping the entries that are not the same in all of them."""
+    keys = dict.fromkeys(key for one in many for key in one)
+    differ = [key for key in keys if any(one.get(key) != many[0].get(key) for one in many)]
+    return [{key: one[key] for key in differ if one.get(key) is not None} for one in many]
