@@ -184,7 +184,7 @@ def test_a_run_is_the_same_by_name_and_by_path(make_config, store, tmp_path, mon
     assert found.eval.domains[0].store == Path("stores", store.name)
     assert named(found) == found
     assert validate(RunConfig, yaml.safe_load(to_yaml(found)), "x") == found
-    with pytest.raises(UserError, match="teacher.run = wea: 2 runs are called so"):
+    with pytest.raises(UserError, match=r"teacher.run = wea: 2 runs are called so"):
         run_id(written("speeches", "wea", "spe"))
     branch = {"optim": {"schedule": "wsd", "warmup": "1K"}, "runtime": {"branch_from": "weaker"}}
     assert named(make_config(output=str(runs), **branch)).runtime.branch_from == "weaker-87654321"

@@ -58,7 +58,7 @@ def test_an_unfinished_run_says_how_far_it_is(make_config):
     with pytest.raises(Stopped):
         run(config, Stop())
     (path,) = config.output.iterdir()
-    with pytest.raises(UserError, match=r"has not finished training \(running, step 4 of 12\)"):
+    with pytest.raises(UserError, match=r"has not finished training \(stopped, step 4 of 12\)"):
         find_model(str(path), path)
 
 
