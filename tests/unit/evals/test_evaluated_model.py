@@ -100,9 +100,7 @@ def test_a_directory_that_is_no_model_is_refused(directory, tmp_path, damage, me
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "no where", "a/b/c"])
 def test_a_path_that_is_not_there_is_said(name, tmp_path):
-    with pytest.raises(
-        UserError, match="no such directory or run; give a run, a model directory or a Hub"
-    ):
+    with pytest.raises(UserError, match="no such directory or run; give a run, a model directory or a Hub"):
         find_model(name, tmp_path)
 
 
