@@ -19,15 +19,15 @@ from tutelage.errors import UserError, suggestion
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-Kind = Literal["store", "run", "cache", "study"]
+DirectoryKind = Literal["store", "run", "cache", "study"]
 
-_PLACES: dict[Kind, tuple[str, ...]] = {
+_PLACES: dict[DirectoryKind, tuple[str, ...]] = {
     "store": ("", "stores", "data"),
     "run": ("", "runs"),
     "cache": ("", "caches"),
     "study": ("",),
 }
-_PLURAL: dict[Kind, str] = {"store": "stores", "run": "runs", "cache": "caches", "study": "studies"}
+_PLURAL: dict[DirectoryKind, str] = {"store": "stores", "run": "runs", "cache": "caches", "study": "studies"}
 _HASH = re.compile(r"-[0-9a-f]{8}$")
 _STUDY = "tutelage-"
 """What `tutelage study run` puts before a study's name."""
@@ -35,7 +35,7 @@ _MOST_LISTED = 12
 _LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
-def kind_of(path: Path) -> Kind | None:
+def kind_of(path: Path) -> DirectoryKind | None:
     """The kind of a directory by the files that are in it; None for any other."""
     if (path / "plan.json").is_file():
         return "study"
@@ -46,7 +46,7 @@ def kind_of(path: Path) -> Kind | None:
     return None
 
 
-def find(kind: Kind, path: Path | str, what: str, base: Path | None = None) -> Path:
+def find(kind: DirectoryKind, path: Path | str, what: str, base: Path | None = None) -> Path:
     """The directory that a path or name stands for, or the path as it is, if it has several parts or exists.
 
     Args:
@@ -66,7 +66,7 @@ def find(kind: Kind, path: Path | str, what: str, base: Path | None = None) -> P
     return path if found is None else found
 
 
-def look_up(kind: Kind, path: Path, what: str, base: Path | None = None) -> Path | None:
+def look_up(kind: DirectoryKind, path: Path, what: str, base: Path | None = None) -> Path | None:
     """As `find`; None where nothing is called so."""
     if kind_of(path) == kind:
         return path
@@ -79,7 +79,7 @@ def look_up(kind: Kind, path: Path, what: str, base: Path | None = None) -> Path
     return found[0] if found else None
 
 
-def _folders(kind: Kind, base: Path | None) -> list[Path]:
+def _folders(kind: DirectoryKind, base: Path | None) -> list[Path]:
     """Where a name alone is looked up."""
     return [root / place for root in dict.fromkeys((Path(), base or Path())) for place in _PLACES[kind]]
 
@@ -122,7 +122,7 @@ def completed(path: Path, what: str) -> Path:
     return found
 
 
-def _called(name: str, kinds: Sequence[Kind], folders: Sequence[Path]) -> list[Path]:
+def _called(name: str, kinds: Sequence[DirectoryKind], folders: Sequence[Path]) -> list[Path]:
     """Directories called `name`: by their whole name, else without their hash, else by the beginning."""
     found = {path.resolve(): path for folder in folders for path in _beginning(name, folder)}
     paths = [path for path in found.values() if kind_of(path) in kinds]
@@ -148,7 +148,7 @@ def _short(name: str) -> tuple[str, str]:
     return _HASH.sub("", name), name.removeprefix(_STUDY)
 
 
-def _ambiguous(what: str, name: str, kind: Kind, found: Sequence[Path]) -> UserError:
+def _ambiguous(what: str, name: str, kind: DirectoryKind, found: Sequence[Path]) -> UserError:
     lines = [f"{what} = {name}: {len(found)} {_PLURAL[kind]} are called so; write more of the name"]
     for path, differs in zip(found, differences([settings(path) for path in found]), strict=True):
         words = ", ".join(f"{key} {value}" for key, value in differs.items())
@@ -157,7 +157,7 @@ def _ambiguous(what: str, name: str, kind: Kind, found: Sequence[Path]) -> UserE
     return UserError("\n".join(lines[: _MOST_LISTED + 1] + rest))
 
 
-def _unknown(what: str, name: str, kind: Kind, folders: Sequence[Path]) -> UserError:
+def _unknown(what: str, name: str, kind: DirectoryKind, folders: Sequence[Path]) -> UserError:
     known = [path.name for folder in folders for path in _beginning("", folder) if kind_of(path) == kind]
     near = suggestion(name, [short for one in known for short in (_HASH.sub("", one), one)])
     there = f"there: {', '.join(known[:_MOST_LISTED])}" if known else f"there are no {_PLURAL[kind]}"
