@@ -1,9 +1,15 @@
-"""Read JSON files as strict records, with one exception for everything that is wrong with a file."""
+"""Read JSON files as strict records, and check their seals; one exception says what is wrong.
+
+An object that tutelage writes ends with `seal`, a checksum over its other fields, and its text is a function
+of them, so that a flipped bit shows wherever it is. A row of a file that grows ends with `crc32`, over itself
+and all rows before it. What has neither was written by an older version, and is read without a check.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,9 +19,13 @@ from tutelage.errors import UserError, in_words
 from tutelage.files import write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 T = TypeVar("T")
+
+_SEAL, _ROW = "seal", "crc32"
+"""Fields with the checksum of an object, and of a row."""
 
 
 class UnreadableError(Exception):
@@ -47,14 +57,19 @@ class _Head(Record, extra="allow"):
 
 def read_model(path: Path, kind: type[T]) -> T:
     """Read a JSON file as one record. Raises `UnreadableError`."""
-    return _parse(path.name, _text(path), kind)
+    text = _text(path)
+    _unsealed(path.name, text)
+    return _parse(path.name, text, kind)
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
     """Read a JSON Lines file, one record per line and at least one. Raises `UnreadableError`."""
-    lines = _text(path).splitlines()
+    text = _text(path)
+    lines = text.splitlines()
     if not lines:
         raise UnreadableError(path.name, "empty")
+    if damaged := _ROW in lines[0] and checked_rows(text)[1]:
+        raise UnreadableError(f"{path.name}, line {damaged[0]}", "damaged: it is not what was written")
     try:
         records: list[T] = _adapter(list[kind]).validate_json(f"[{','.join(lines)}]", strict=True)  # type: ignore[valid-type]
     except ValidationError:
@@ -64,14 +79,87 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     return [_parse(f"{path.name}, line {i}", line, kind) for i, line in enumerate(lines, start=1)]
 
 
+def row_text(fields: Mapping[str, Any], before: int) -> str:
+    """The line of a row of a file that grows; `before` is the checksum of the row above, 0 without one."""
+    return json.dumps({**fields, _ROW: zlib.crc32(json.dumps(fields).encode(), before)}) + "\n"
+
+
+def split_row(line: bytes | str) -> tuple[dict[str, Any], int]:
+    """The fields of a row and its checksum; empty if it is no row, 0 if it has no checksum."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}, 0
+    if not isinstance(row, dict):
+        return {}, 0
+    crc32 = row.pop(_ROW, 0)
+    return row, crc32 if isinstance(crc32, int) else 0
+
+
+def checked_rows(text: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file that grows that are as they were written, and the numbers of its other lines.
+
+    A row after one that cannot be read counts as damaged too.
+    """
+    rows, damaged, before = [], [], 0
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        row, crc32 = split_row(line)
+        unchecked = bool(row) and not before and line.endswith("\n")
+        if line == row_text(row, before) if crc32 else unchecked:
+            rows.append(row)
+        else:
+            damaged.append(number)
+        before = crc32
+    return rows, damaged
+
+
+def write_sealed(path: Path, fields: Mapping[str, Any]) -> None:
+    """Replace `path` by a JSON object with its seal."""
+    write_text(path, sealed(fields))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a JSON object, and check its seal if it has one. Raises `UnreadableError`."""
+    fields = _unsealed(path.name, _text(path))
+    if fields is None:
+        raise UnreadableError(path.name, "no JSON object")
+    return fields
+
+
+def sealed(fields: Mapping[str, Any]) -> str:
+    """The text of a JSON object, the last field of which is a checksum over the others."""
+    return json.dumps({**fields, _SEAL: _seal(fields)}, indent=2) + "\n"
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a JSON file has a seal. Raises `UnreadableError`, also if the seal is not that of the file."""
+    text = _text(path)
+    fields = _unsealed(path.name, text)
+    return fields is not None and text == sealed(fields)
+
+
+def _unsealed(where: str, text: str) -> dict[str, Any] | None:
+    """The fields of an object without its seal, which is checked; None if it is no object."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(where, f"no JSON ({error})") from None
+    if not isinstance(fields, dict):
+        return None
+    if _SEAL in fields:
+        del fields[_SEAL]
+        if text != sealed(fields):
+            raise UnreadableError(where, "damaged: it is not what was written")
+    return fields
+
+
 def write_manifest_file(directory: Path, manifest: Record) -> None:
-    """Write `directory/manifest.json` with a checksum over all its fields, `seal`."""
-    fields = manifest.model_dump(mode="json")
-    write_text(directory / "manifest.json", json.dumps(fields | {"seal": _seal(fields)}, indent=2) + "\n")
+    """Write `directory/manifest.json` with its seal."""
+    write_sealed(directory / "manifest.json", manifest.model_dump(mode="json"))
 
 
-def _seal(fields: dict[str, Any]) -> str:
-    """SHA-256 over the fields of a manifest."""
+def _seal(fields: Mapping[str, Any]) -> str:
+    """SHA-256 over the fields of an object."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -105,14 +193,12 @@ def read_manifest_file(
                 f"build it again with `{remedy}`"
             )
         fields = {"schema_version": head.schema_version, **fields}
-        seal = fields.pop("seal", None)
+        fields.pop(_SEAL, None)
         manifest = _parse(path.name, json.dumps(fields), kind)
     except UnreadableError as error:
         raise UserError(f"{path}: not the manifest of a {what} ({error.reason})") from None
-    if seal != _seal(fields):
-        raise UserError(
-            f"{path}: damaged: its fields are not those that were written; delete it and run `{remedy}` again"
-        )
+    if text != sealed(fields):
+        raise UserError(f"{path}: damaged: it is not what was written; delete it and run `{remedy}` again")
     return manifest
 
 

@@ -159,8 +159,8 @@ def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
                 _mark_scored(config, directory)
             progress.note(f"{directory.path} is finished; nothing to do")
         else:
-            if directory.has_begun() and not directory.state():
-                progress.note(f"{directory.path / 'state.json'} is damaged: the run is read as unfinished")
+            for line in directory.damaged_records():
+                progress.note(line)
             left[directory.id] = config, directory
     return list(left.values())
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutelage.checksums import check_file, checked_write
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, load
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
@@ -22,13 +22,20 @@ from tutelage.files import (
     make_directory,
     no_links,
     os_errors_to_user_errors,
-    write_json,
     write_text,
 )
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
 from tutelage.names import completed, find, find_run_id, look_up
+from tutelage.records import (
+    UnreadableError,
+    checked_rows,
+    read_sealed,
+    row_text,
+    split_row,
+    write_sealed,
+)
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
@@ -230,7 +237,7 @@ class RunDirectory:
 
     def state(self) -> dict[str, Any]:
         """Contents of state.json; empty before the run has started, and where they cannot be read."""
-        return _read_object(self.path / "state.json")
+        return _read(self.path / "state.json")
 
     def is_trained(self) -> bool:
         """Whether the model is there, and known after how many steps; it is left to score it."""
@@ -245,7 +252,9 @@ class RunDirectory:
         state = self.state()
         if state.get("status") != "done":
             return False
-        return self._has_model(state) or not any(self.checkpoints.glob("step-*"))
+        if self._has_model(state):
+            return self.scores.exists() or not any(state.get("evaluations", {}).values())
+        return not any(self.checkpoints.glob("step-*"))
 
     def _has_model(self, state: Mapping[str, Any]) -> bool:
         return (self.model / "config.json").is_file() and isinstance(state.get("step"), int)
@@ -253,25 +262,31 @@ class RunDirectory:
     def write_state(self, status: str, **fields: object) -> None:
         """Update state.json: `status` is running, stopped, done or failed; other fields stay."""
         state = self.state() | {"error": None} | fields | {"status": status}
-        write_json(self.path / "state.json", state)
+        write_sealed(self.path / "state.json", state)
 
     def write_config(self, text: str, provenance: Mapping[str, object]) -> None:
         """Record what runs and where. `sessions` lists every earlier start of the same run."""
-        write_text(self.path / "config.yaml", text)
+        with checked_write(self.path / "config.yaml") as partial:
+            partial.write_text(text, encoding="utf-8")
         path = self.path / "provenance.json"
-        earlier = _read_object(path)
+        earlier = _read(path)
         sessions = [*earlier.pop("sessions", []), earlier] if earlier else []
-        write_json(path, {**provenance, "sessions": sessions})
+        write_sealed(path, {**provenance, "sessions": sessions})
 
     def config(self) -> RunConfig:
         """Read config.yaml, as the run was last started.
 
         Raises:
-            UserError: it is missing, or another version of tutelage wrote it.
+            UserError: it is missing or damaged, or another version of tutelage wrote it.
         """
         path = self.path / "config.yaml"
         try:
+            check_file(path)
             return load(RunConfig, path)
+        except UnreadableError as error:
+            raise UserError(
+                f"{self.path}: {error}; `tutelage train` with the run's settings writes it again"
+            ) from None
         except WrongSettingsError as error:
             raise UserError(
                 f"{path}: written by another version of tutelage (this one does not read its "
@@ -281,20 +296,23 @@ class RunDirectory:
     def append_metrics(self, row: Mapping[str, object]) -> None:
         """Add one row to metrics.jsonl. Raises `UserError` if that is not allowed."""
         path = self.path / "metrics.jsonl"
+        before = split_row(self._last_line())[1]
         with os_errors_to_user_errors(path), open(path, "a", encoding="utf-8", opener=no_links) as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(row_text(row, before))
 
     def last_metrics(self) -> dict[str, float]:
         """The newest whole row of metrics.jsonl; empty before there is one."""
+        return split_row(self._last_line())[0]
+
+    def _last_line(self) -> bytes:
+        """The last whole line of metrics.jsonl; empty before there is one."""
         try:
             with (self.path / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 lines = file.read().split(b"\n")
         except FileNotFoundError:
-            return {}
-        if len(lines) < 2:  # noqa: PLR2004 - a whole row and what follows its end
-            return {}
-        return _parsed(lines[-2])
+            return b""
+        return lines[-2] if len(lines) > 1 else b""
 
     def recent_ce(self) -> float | None:
         """Mean training loss of the last rows of metrics.jsonl, in nats per token; None without rows.
@@ -302,38 +320,53 @@ class RunDirectory:
         At most ten rows, and of a short history its last quarter, so that a loss that still falls fast is
         not averaged over its fall.
         """
-        losses = [row["ce"] for row in self._metrics() if isinstance(row.get("ce"), float)]
+        losses = [row["ce"] for row in self._metrics()[0] if isinstance(row.get("ce"), float)]
         last = losses[-max(1, min(10, len(losses) // 4)) :]
         return sum(last) / len(last) if last else None
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop rows after `step`, which a resumed run is about to write again (and any torn last line)."""
+    def keep_metrics_until(self, step: int) -> str | None:
+        """Drop rows after `step`, which a resumed run is about to write again, and damaged ones.
+
+        Returns:
+            A sentence if rows are lost.
+        """
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            rows = [row for row in self._metrics() if isinstance(row.get("step"), int)]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        if not path.exists():
+            return f"{path}: missing; the rows of {step:,} steps are lost" if step else None
+        rows, damaged = self._metrics()
+        text, before = "", 0
+        for row in rows:
+            if isinstance(row.get("step"), int) and row["step"] <= step:
+                line = row_text(row, before)
+                text, before = text + line, split_row(line)[1]
+        write_text(path, text)
+        return (
+            f"{path}: damaged; {len(damaged)} lines from line {damaged[0]} are left out" if damaged else None
+        )
 
-    def _metrics(self) -> list[dict[str, Any]]:
-        """Every row of metrics.jsonl that can be read."""
+    def _metrics(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """The rows of metrics.jsonl that are what was written, and the numbers of its other whole lines."""
         try:
-            lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
+            text = (self.path / "metrics.jsonl").read_bytes()
         except FileNotFoundError:
-            return []
-        return [row for row in map(_parsed, lines) if row]
+            return [], []
+        return checked_rows(text[: text.rfind(b"\n") + 1].decode(errors="replace"))
+
+    def damaged_records(self) -> list[str]:
+        """A line for each JSON file of the run that is there and cannot be read."""
+        return [
+            f"{self.path / name} is damaged: {consequence}"
+            for name, consequence in (
+                ("state.json", "the run is read as unfinished"),
+                ("provenance.json", "what it says of earlier sessions is lost"),
+            )
+            if (self.path / name).exists() and not _read(self.path / name)
+        ]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if there is no such file or it is damaged."""
     try:
-        return _parsed(path.read_bytes())
-    except FileNotFoundError:
+        return read_sealed(path)
+    except UnreadableError:
         return {}
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object; empty if it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -12,4 +12,4 @@ def change_manifest(directory, **changes):
     fields = json.loads(file.read_text()) | changes
     fields.pop("seal", None)
     seal = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    file.write_text(json.dumps(fields | {"seal": seal}, indent=2))
+    file.write_text(json.dumps(fields | {"seal": seal}, indent=2) + "\n")

@@ -56,19 +56,21 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"errors", "processes"},
     "names": {"errors"},
     "records": {"errors", "files"},
+    "checksums": {"errors", "files", "records"},
     "files": {"errors"},
     "config": {"types", "errors"},
-    "data": _BASE | {"names", "progress", "records"},
-    "models": {"types", "errors", "files", "objective.products"},
+    "data": _BASE | {"checksums", "names", "progress", "records"},
+    "models": {"types", "errors", "files", "checksums", "objective.products"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
-    "run_directory": _BASE | {"data", "models", "names", "teachers.cache.layout"},
+    "run_directory": _BASE | {"checksums", "records", "data", "models", "names", "teachers.cache.layout"},
     "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
     "train": _BASE
     | _ROOMS
-    | {"agreement", "progress", "processes", "provenance", "run_directory", "stopping"},
+    | {"agreement", "checksums", "progress", "processes", "provenance", "run_directory", "stopping"},
     "evals": _BASE
-    | {"data", "models", "names", "progress", "provenance", "bootstrap", "records", "run_directory"}
+    | {"data", "models", "names", "progress", "provenance", "bootstrap", "checksums", "records"}
+    | {"run_directory"}
     | {"teachers.cache.layout"},
     "run": _BASE
     | {
@@ -85,7 +87,8 @@ ALLOWED: dict[str, set[str]] = {
         "train",
     },
     "study": _BASE
-    | {"agreement", "data", "launch", "models", "processes", "progress", "records", "stopping"}
+    | {"agreement", "checksums", "data", "launch", "models", "processes", "progress", "records"}
+    | {"stopping"}
     | {"run", "run_directory", "run_plan"},
     "analysis": {
         "types",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tutelage.checksums import refuse_damage
 from tutelage.data.checked_files import CheckedArray, Sliced
 from tutelage.data.store_manifest import Manifest, file_endings, read_manifest
 from tutelage.errors import UserError
@@ -107,12 +108,14 @@ def token_counts(tokens: Sliced, vocab_size: int) -> NDArray[np.int64]:
 
 
 def open_store(path: Path) -> Store:
-    """Open a token store and check that its files have the right sizes.
+    """Open a token store; check its tokenizer, and that its other files have the right sizes.
 
     Raises:
-        UserError: it is no token store, has another schema version, or a file is missing or cut short.
+        UserError: it is no token store, has another schema version, its tokenizer is damaged, or a file is
+            missing or cut short.
     """
     manifest = read_manifest(path)
+    refuse_damage(path)
     for name in manifest.splits:
         for ending, dtype, shape in _arrays(manifest, name):
             _check_size(path / f"{name}.{ending}", dtype.itemsize * math.prod(shape))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tutelage.checksums import refuse_damage, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import write_json
 from tutelage.names import completed
@@ -103,6 +104,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no JSON object.
     """
+    refuse_damage(path.parent, path.name)
     if not path.is_file():
         return {}
     try:
@@ -133,6 +135,7 @@ def tokenizer_json(path: Path) -> str:
         UserError: there is none, it cannot be read, or the files cannot be converted.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
+    refuse_damage(file.parent, file.name)
     if not file.is_file() and has_tokenizer(path):
         return _converted(path)
     try:
@@ -213,7 +216,7 @@ class TextTokenizer:
         return tokenizer
 
     def save(self, directory: Path, named: Mapping[str, str] | None = None) -> None:
-        """Write tokenizer.json as it is here, and what transformers needs beside it to load it.
+        """Write tokenizer.json as it is here, what transformers needs beside it to load it, and checksums.
 
         A single token that begins every text is named as `bos_token`, so that lm-eval begins with it too.
 
@@ -232,6 +235,7 @@ class TextTokenizer:
                 **({"bos_token": self.begin[0]} if len(self.begin) == 1 else {}),
             },
         )
+        write_checksums(directory)
 
     def encoder(self, *, markup: bool = False) -> Callable[[Sequence[str]], list[bytes]]:
         """A function from texts to their ids as bytes of `dtype`, without what begins or ends documents.

@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,12 +25,13 @@ from tutelage.data.hashing import splitmix64
 from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.errors import UserError
-from tutelage.files import make_directory, write_json
+from tutelage.files import make_directory
+from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers.cache.layout import read_cache_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -219,17 +220,28 @@ def trained_on(
     keys: list[DomainSplit] = [(name, split) for name in domains for split in SCORED]
     fingerprints = sorted(store.fingerprint for store in training)
     identity = [fingerprints, {name: store.fingerprint for name, store in domains.items()}]
-    path = cache / f"trained-on-{digest(identity)}.json"
-    if not path.exists():
+
+    def find() -> list[list[int]]:
         views = {key: domains[key[0]].split(key[1]) for key in keys}
         lengths = np.unique(np.concatenate([_lengths(view) for view in views.values()]))
         known = {key: dict(_digests(view, lengths)) for key, view in views.items()}
         wanted = {found for digests in known.values() for found in digests.values()}
         trained = (found for store in training for _, found in _digests(store.split("train"), lengths))
         there = wanted.intersection(trained)
-        places = [[i for i, found in known[key].items() if found in there] for key in keys]
-        write_json(make_directory(cache) / path.name, places)
-    return dict(zip(keys, map(frozenset, json.loads(path.read_text(encoding="utf-8"))), strict=True))
+        return [[i for i, found in known[key].items() if found in there] for key in keys]
+
+    places = _kept(cache / f"trained-on-{digest(identity)}.json", find)
+    return dict(zip(keys, map(frozenset, places), strict=True))
+
+
+def _kept(path: Path, find: Callable[[], list[Any]]) -> list[Any]:
+    """What was found before and is kept in a file; where there is none, or a damaged one, find it."""
+    try:
+        found: list[Any] = read_sealed(path)["found"]
+    except UnreadableError:
+        found = find()
+        write_sealed(make_directory(path.parent) / path.name, {"found": found})
+    return found
 
 
 def _lengths(view: SplitView) -> Ints:
@@ -264,11 +276,11 @@ def copied_grams(
         for tokens_N in group:
             identity.update(tokens_N.tobytes() + b"\0")
         identity.update(b"\1")
-    path = cache / f"copied-grams-{identity.hexdigest()[:16]}.json"
-    if not path.exists():
-        counts = _count(training, list(texts.values()))
-        write_json(make_directory(cache) / path.name, [[x.tolist() for x in pair] for pair in counts])
-    read = json.loads(path.read_text(encoding="utf-8"))
+
+    def find() -> list[list[list[int]]]:
+        return [[x.tolist() for x in pair] for pair in _count(training, list(texts.values()))]
+
+    read = _kept(cache / f"copied-grams-{identity.hexdigest()[:16]}.json", find)
     return {key: (np.array(n), np.array(m)) for key, (n, m) in zip(texts, read, strict=True)}
 
 

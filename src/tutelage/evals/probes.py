@@ -6,8 +6,8 @@ its test split is the text.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from tutelage.evals.evaluated_model import check_tokenizer
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import NextTokenModel, ScoreEstimate, ratio
 from tutelage.evals.windows import FORWARD_TOKENS, read_documents, window_batches
-from tutelage.files import lock, make_directory, write_json, write_text
+from tutelage.files import lock, make_directory, write_text
 from tutelage.models.hub import body_and_head, load, pick_device
+from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.types import COPYING, PLAIN
 
 if TYPE_CHECKING:
@@ -285,8 +286,9 @@ def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedMode
     new = min(_NEW_TOKENS, room - prompt)
     version = version_of([store.fingerprint, evaluated.id, evaluated.step, prompt, new, _PROMPTS, _DRAWS])
     path = evaluated.output / "samples.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["version"] == version:
-        return
+    with contextlib.suppress(UnreadableError):  # written again
+        if read_sealed(path)["version"] == version:
+            return
     tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
     samples = []
     for tokens_N in _excerpts(store, prompt + new):
@@ -299,7 +301,8 @@ def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedMode
         samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
     title = f"{evaluated.id}, step {evaluated.step}"
     write_text(evaluated.samples, _page(title, samples))
-    write_json(path, {"version": version, "model": evaluated.id, "step": evaluated.step, "samples": samples})
+    about = {"version": version, "model": evaluated.id, "step": evaluated.step}
+    write_sealed(path, about | {"samples": samples})
 
 
 def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:

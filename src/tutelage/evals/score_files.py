@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from tutelage.checksums import CARD, check_file, checked_write
 from tutelage.config.load import digest
 from tutelage.errors import UserError
-from tutelage.files import atomic_write, write_json, write_text
 from tutelage.models import export
-from tutelage.records import UnreadableError, read_lines
+from tutelage.records import UnreadableError, read_lines, read_sealed, write_sealed
 from tutelage.types import SCORING_VERSION, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 
@@ -29,14 +30,26 @@ def read_scores(path: Path) -> list[Score]:
     """All scores in a file; none if it is empty or does not exist.
 
     Raises:
-        UserError: a line is not a `Score`.
+        UserError: the file is damaged, or a line is not a `Score`.
     """
     if not path.exists() or path.stat().st_size == 0:
         return []
+    with _again(path):
+        scores = read_lines(path, Score)
+        check_file(path)
+    return scores
+
+
+@contextlib.contextmanager
+def _again(path: Path) -> Iterator[None]:
+    """Say what to do about a file of an evaluation that is damaged; what is in the three belongs together."""
     try:
-        return read_lines(path, Score)
+        yield
     except UnreadableError as error:
-        raise UserError(f"{path.parent}: {error}; delete the line or the file, and evaluate again") from None
+        raise UserError(
+            f"{path.parent}: {error}; delete scores.jsonl, documents.parquet and calibration.json there, and "
+            "evaluate again"
+        ) from None
 
 
 def known_scores(path: Path, version: str, step: int) -> list[Score]:
@@ -54,14 +67,18 @@ def add_scores(path: Path, scores: Iterable[Score]) -> None:
     rows += map(asdict, new.values())
     if not rows:
         return
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    card = path.parent / "model" / export.FILE
+    with _again(path), checked_write(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    card = path.parent / "model" / CARD
     if card.is_file():
         last = max(row["step"] for row in rows)
         finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
         latest = {row["domain"]: row["version"] for row in finished}
         finished = [row for row in finished if row["version"] == latest[row["domain"]]]
-        write_text(card, export.with_scores(card.read_text(encoding="utf-8"), finished))
+        # A damaged listing is told of where the model is used.
+        with contextlib.suppress(UnreadableError), checked_write(card) as partial:
+            text = export.with_scores(card.read_text(encoding="utf-8"), finished)
+            partial.write_text(text, encoding="utf-8")
 
 
 def _key(score: Score) -> tuple[str, str, str, str, int]:
@@ -74,13 +91,16 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
     if frame.is_empty():
         return
     frames = [frame]
-    if path.exists():
-        frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti"))
-    with atomic_write(path) as partial:
-        pl.concat(frames, how="diagonal_relaxed").write_parquet(partial)
+    with _again(path):
+        if path.exists():
+            check_file(path)
+            frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti"))
+        with checked_write(path) as partial:
+            pl.concat(frames, how="diagonal_relaxed").write_parquet(partial)
 
 
 def add_calibration(path: Path, domain: str, version: str, record: dict[str, Any]) -> None:
     """Add the fit and the reliability curves behind one version of a domain's scores."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, known | {domain: known.get(domain, {}) | {version: record}})
+    with _again(path):
+        known = read_sealed(path) if path.exists() else {}
+    write_sealed(path, known | {domain: known.get(domain, {}) | {version: record}})

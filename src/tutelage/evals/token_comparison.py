@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from tutelage.checksums import write_checksums
 from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
@@ -104,15 +105,15 @@ def compare_tokens(
     directory /= f"{store.manifest.name}-{split}-{digest(settings)}"
     if directory.is_dir():
         return directory
-    make_directory(directory.parent)
-    place = directory.parent / f".{directory.name}.lock"
+    place = make_directory(directory.parent) / f".{directory.name}.lock"
     with lock(place, str(directory)), atomic_directory(directory) as partial:
         tokens = _read(roles, store, documents, settings["context"], device, progress)
         counts = {"documents": len(documents), "tokens": len(tokens), "vocab_size": store.vocab_size}
         tokens.write_parquet(partial / "tokens.parquet")
         summarise(tokens, settings["context"]).write_parquet(partial / "summary.parquet")
-        about = {"text": store.manifest.name, "notes": notes}
-        write_json(partial / "comparison.json", ids | counts | settings | about)
+        settings |= {"text": store.manifest.name, "notes": notes}
+        write_json(partial / "comparison.json", ids | counts | settings)
+        write_checksums(partial)
     return directory
 
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError, one_line
 
 _SIZES = (
@@ -47,11 +48,12 @@ _MAX_HEADER = 100_000_000  # the library's own bound
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory that cannot be a causal language model with plain weights.
+    """Refuse a directory that cannot be a causal language model with plain weights, or has been damaged.
 
     Raises:
         UserError: naming the file, the field and its value.
     """
+    refuse_damage(directory)
     config = read_config(directory)
     check_config(config, str(directory / "config.json"))
     tensors = sum(_header_entries(path) for path in weight_files(directory))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tokenizers import Tokenizer
 
+from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError
 from tutelage.models.directory import read_object
 from tutelage.types import TOKENIZER_FILES
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-FILE = "README.md"
 _SCORES = "## Scores\n"
 _UNSCORED = "Not scored yet; `tutelage eval score` does it and writes the table here."
 
@@ -138,6 +138,7 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
         UserError: a tokenizer file is missing or damaged.
     """
     for source in (store, *([base.directory] if base is not None and base.tokenizer else [])):
+        refuse_damage(source, *TOKENIZER_FILES)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, directory / name)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
+from tutelage.checksums import CARD, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import atomic_directory
 from tutelage.models.directory import check_config, computing, is_local, read_object
@@ -300,7 +301,8 @@ def save(
             model.generation_config = own
         complete(partial, store, base, trained_length(model.config))
         if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / CARD).write_text(card, encoding="utf-8")
+        write_checksums(partial)
         return _difference(model, partial, directory)
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tutelage.errors import UserError
 from tutelage.files import make_directory, write_json
-from tutelage.records import Record, UnreadableError, read_model
+from tutelage.records import Record, UnreadableError, read_model, sealed, write_sealed
 
 if TYPE_CHECKING:
     from typing import Self
@@ -74,7 +74,7 @@ class Failures:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         attempt = Attempt(time=now, host=socket.gethostname(), error=error, step=step)
         path = make_directory(self._directory) / f"{run}.json"
-        write_json(path, {"attempts": [one.model_dump() for one in [*_attempts(path), attempt]]})
+        write_sealed(path, {"attempts": [one.model_dump() for one in [*_attempts(path), attempt]]})
 
     def attempted(self) -> set[str]:
         """Runs with a failed attempt."""
@@ -224,7 +224,7 @@ class Leases:
         lease = _Lease(owner=self.token, state="held", recipe=recipe)
         try:
             with self._path(run, number).open("x", encoding="utf-8") as file:
-                file.write(lease.model_dump_json())
+                file.write(sealed(lease.model_dump()))
         except FileExistsError:
             return False
         self._newest[run] = number
@@ -235,7 +235,7 @@ class Leases:
         """End a lease of ours: the run is finished, or free again."""
         number, lease = self._read[run]
         ended = lease.model_copy(update={"state": "done" if done else "released"})
-        write_json(self._path(run, number), ended.model_dump())
+        write_sealed(self._path(run, number), ended.model_dump())
         self._read[run] = number, ended
 
     def is_asked_to_stop(self) -> bool:
@@ -253,7 +253,7 @@ class Leases:
         runner = Runner(
             host=socket.gethostname(), machine=_machine(), pid=os.getpid(), beat=beat, time=time.time()
         )
-        write_json(self._runners / f"{self.token}.json", runner.model_dump())
+        write_sealed(self._runners / f"{self.token}.json", runner.model_dump())
 
     def _path(self, run: str, number: int) -> Path:
         return self._leases / f"{run}.{number}.json"

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from tutelage.config.base import Fraction, Name, Section
 from tutelage.config.load import validate
 from tutelage.errors import UserError
-from tutelage.files import write_json
+from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import evaluation_id
 from tutelage.study.cells import RunLabels
 from tutelage.study.nodes import Cost, check_cells
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     Planned = tuple[Cell, "PlanRun"]
 
+
+_REMEDY = "`tutelage study run` writes it again"
 
 SCHEMA: Final = 3
 """Version of the format of `plan.json`. 2: an arm was a sentence, a shape a rung."""
@@ -161,26 +163,23 @@ def load_plan(directory: Path) -> Plan:
     """
     path = directory / "plan.json"
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the directory of a study") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if isinstance(data, dict) and data.get("schema") != SCHEMA:
+        data = read_sealed(path)
+    except UnreadableError as error:
+        remedy = "give the directory of a study" if not path.exists() else _REMEDY
+        raise UserError(f"{path}: {error.reason}; {remedy}") from None
+    if data.get("schema") != SCHEMA:
         raise UserError(
-            f"{path}: schema = {data.get('schema')!r}: of another version, this one reads {SCHEMA}; "
-            "`tutelage study run` writes it again"
+            f"{path}: schema = {data.get('schema')!r}: of another version, this one reads {SCHEMA}; {_REMEDY}"
         )
     try:
-        return Plan.model_validate_json(text)
+        return Plan.model_validate_json(json.dumps(data))
     except ValidationError:
         return validate(Plan, data, str(path))  # which says what is wrong, and where
 
 
 def save_plan(directory: Path, plan: Plan) -> None:
     """Write `directory/plan.json`, which `load_plan` reads back."""
-    write_json(directory / "plan.json", plan.model_dump(mode="json", by_alias=True))
+    write_sealed(directory / "plan.json", plan.model_dump(mode="json", by_alias=True))
 
 
 def plan_of(expanded: ExpandedStudy, nodes: Sequence[Node]) -> Plan:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
+from tutelage.checksums import check_file
 from tutelage.records import UnreadableError, read_lines
 from tutelage.types import COPYING, SCORING_VERSION, Score, scoring_version
 
@@ -141,7 +142,11 @@ def _scores(
     fields = {name: attrgetter(name) for name in schema}
     for run in runs:
         try:
-            found = _made_alike(read_lines(directory / run / "scores.jsonl", Score))
+            path = directory / run / "scores.jsonl"
+            found = read_lines(path, Score)
+            check_file(path)
+            check_file(path.with_name("documents.parquet"))
+            found = _made_alike(found)
             _check_lines(run, found)
         except UnreadableError as error:
             problems[run] = str(error)

@@ -10,6 +10,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 from scipy import special
 
+from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def read_token_comparison(directory: Path) -> TokenComparison:
         UserError: a file is missing or is not what the evaluation writes.
     """
     try:
+        refuse_damage(directory)
         facts = json.loads((directory / "comparison.json").read_text(encoding="utf-8"))
         groups = pl.read_parquet(directory / "summary.parquet")
         return TokenComparison(

@@ -25,12 +25,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
+from tutelage.checksums import FileSum
 from tutelage.errors import UserError
 from tutelage.run_directory import recipe
 from tutelage.train.checkpoint_files import (
     BRANCH_POINT,
     COUNTERS,
-    CheckpointFile,
     CheckpointManifest,
     CheckpointOrigin,
     CheckpointWriter,
@@ -233,11 +233,11 @@ class Checkpoints:
         if self._world.is_main:
             self._remove_old()
 
-    def _complete(self, counters: Counters, path: Path, files: dict[str, CheckpointFile]) -> None:
+    def _complete(self, counters: Counters, path: Path, files: dict[str, FileSum]) -> None:
         """Add counters and manifest to the shards of all processes."""
         text = json.dumps(asdict(counters)).encode()
         (path / COUNTERS).write_bytes(text)
-        files[COUNTERS] = CheckpointFile(len(text), zlib.crc32(text))
+        files[COUNTERS] = FileSum(len(text), zlib.crc32(text))
         CheckpointManifest(self._origin, files).write(path)
 
     def _remove_old(self) -> None:

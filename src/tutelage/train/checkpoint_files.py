@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from tutelage.checksums import FileSum, difference
 from tutelage.errors import UserError
 from tutelage.files import publish
 
@@ -44,17 +45,8 @@ BRANCH_POINT = "branch-point-"
 _FORMAT = 1
 _OLDER = "state.safetensors"
 _DTYPES = {dtype: name for name, dtype in DTYPE_MAP.items()}
-_READ_BYTES = 1 << 24
 _SHOWN = 3
 """Differing settings that a message shows."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointFile:
-    """Size of a file and CRC-32 of its content; computing it costs about a second per gigabyte."""
-
-    bytes: int
-    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +71,7 @@ class CheckpointManifest:
     """Contents of manifest.json."""
 
     origin: CheckpointOrigin
-    files: dict[str, CheckpointFile]
+    files: dict[str, FileSum]
 
     @classmethod
     def read(cls, path: Path) -> CheckpointManifest:
@@ -90,28 +82,29 @@ class CheckpointManifest:
             ValueError: it is damaged, or of another format.
         """
         try:
-            data = json.loads((path / MANIFEST).read_bytes())
-            checksum, number = data.pop("crc32"), data["format"]
-            files = {name: CheckpointFile(**record) for name, record in data["files"].items()}
+            text = (path / MANIFEST).read_text(encoding="utf-8")
+            data = json.loads(text)
+            number = data["format"]
+            files = {name: FileSum(**record) for name, record in data["files"].items()}
             found = cls(CheckpointOrigin(**data["origin"]), files)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{MANIFEST} is damaged") from None
         if number != _FORMAT:
             raise ValueError(f"{MANIFEST} has format {number} and not {_FORMAT}")
-        if checksum != _own_checksum(data):
-            raise ValueError(f"{MANIFEST} is damaged: its checksum is not the one that was written")
+        if text != found._text():
+            raise ValueError(f"{MANIFEST} is damaged: it is not what was written")
         return found
 
     def write(self, path: Path) -> None:
         """Write it into the checkpoint `path`."""
+        (path / MANIFEST).write_text(self._text(), encoding="utf-8")
+
+    def _text(self) -> str:
+        """All of the file, which ends with a checksum of the rest."""
         files = {name: asdict(record) for name, record in sorted(self.files.items())}
         data = {"format": _FORMAT, "origin": asdict(self.origin), "files": files}
-        data["crc32"] = _own_checksum(data)
-        (path / MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def _own_checksum(data: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+        data["crc32"] = zlib.crc32(json.dumps(data, sort_keys=True).encode())
+        return json.dumps(data, indent=1) + "\n"
 
 
 def checkpoint_name(step: int) -> str:
@@ -192,28 +185,12 @@ def damage(path: Path, part: slice = slice(None)) -> str | None:
         return "an older version of tutelage wrote it, in a format that this one does not read"
     try:
         records = [*CheckpointManifest.read(path).files.items()][part]
-        found = (_file_damage(path / name, record) for name, record in records)
-        return next((reason for reason in found if reason is not None), None)
+        found = ((name, difference(path / name, record)) for name, record in records)
+        return next((f"{name} {reason}" for name, reason in found if reason is not None), None)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
         return " ".join(str(error).split())
-
-
-def _file_damage(file: Path, record: CheckpointFile) -> str | None:
-    if (size := file.stat().st_size) != record.bytes:
-        return f"{file.name} has {size:,} bytes and not {record.bytes:,}"
-    if _checksum(file) != record.crc32:
-        return f"{file.name} is damaged: its checksum is not the one that was written"
-    return None
-
-
-def _checksum(file: Path) -> int:
-    checksum = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def damaged(path: Path, reason: str, earlier: Sequence[Path]) -> UserError:
@@ -237,9 +214,7 @@ class _CountedFile(io.BufferedWriter):
         return super().write(data)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]]
-) -> CheckpointFile:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]]) -> FileSum:
     """Write a safetensors file and wait until it is on the disk.
 
     safetensors' own functions keep Python's global lock for seconds per gigabyte, which is training's too.
@@ -266,7 +241,7 @@ def write_tensors(
             file.write(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    return CheckpointFile(file.size, file.checksum)
+    return FileSum(file.size, file.checksum)
 
 
 class CheckpointWriter(HuggingFaceStorageWriter):
@@ -276,7 +251,7 @@ class CheckpointWriter(HuggingFaceStorageWriter):
     the pickled `.metadata` belongs to another one.
     """
 
-    def __init__(self, path: Path, finished: Callable[[Path, dict[str, CheckpointFile]], None]) -> None:
+    def __init__(self, path: Path, finished: Callable[[Path, dict[str, FileSum]], None]) -> None:
         """Prepare to write.
 
         Args:

@@ -35,9 +35,10 @@ MEASURED = frozenset(
         "seconds_objective",
         "seconds_backward",
         "seconds_optimizer",
+        "crc32",
     }
 )
-"""Fields of a row that depend on the machine and its load, and not on config and data alone."""
+"""Fields of a row that depend on the machine and its load too, and not on config and data alone."""
 
 _TRIAL = 512
 _TRIALS = 5

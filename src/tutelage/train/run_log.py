@@ -74,7 +74,8 @@ class RunLog:
         """
         self._facts, self._skipped = facts, counters.skipped
         if self._is_main:
-            self._directory.keep_metrics_until(counters.step)
+            lost = self._directory.keep_metrics_until(counters.step)
+            self.warnings += [] if lost is None else [lost]
             if counters.step:  # a lost state.json is made again from the checkpoint
                 self.record(counters)
             settings = self._config.model_dump(mode="json")

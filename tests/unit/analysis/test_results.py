@@ -7,6 +7,7 @@ import pytest
 from synthetic_study import write_study
 
 from tutelage.errors import UserError
+from tutelage.records import read_sealed, write_sealed
 from tutelage.study.plan import save_plan
 from tutelage.study.results import load_plan, load_results
 from tutelage.types import SCORING_VERSION
@@ -73,7 +74,7 @@ def test_no_plan_is_a_user_error(tmp_path):
     ],
 )
 def test_a_wrong_plan_is_a_user_error(study, change, message):
-    edit_json(study / "plan.json", **change)
+    write_sealed(study / "plan.json", read_sealed(study / "plan.json") | change)
 
     with pytest.raises(UserError, match=message):
         load_plan(study)
@@ -92,10 +93,10 @@ def test_a_wrong_plan_is_a_user_error(study, change, message):
     ],
 )
 def test_a_wrong_run_in_the_plan_is_a_user_error(study, change, message):
-    plan = json.loads((study / "plan.json").read_text())
+    plan = read_sealed(study / "plan.json")
     row = next(row for row in plan["runs"] if row["run"] == RUN)
     row |= change
-    (study / "plan.json").write_text(json.dumps(plan))
+    write_sealed(study / "plan.json", plan)
 
     with pytest.raises(UserError, match=message):
         load_plan(study)
@@ -292,9 +293,9 @@ def test_a_stage_may_come_after_more_than_a_hundred_runs_without_one(tmp_path):
     study = write_study(
         tmp_path / "study", range(43, 98), gains={("weak", 0.2): (0.0, 1.0)}, documents=2, points=2
     )
-    plan = json.loads((study / "plan.json").read_text())
+    plan = read_sealed(study / "plan.json")
     stage = {"run": "late", "kind": "after", "stage": "answers", "after": "baseline-43", "baseline": None}
     plan["runs"].append(plan["runs"][1] | stage)
-    (study / "plan.json").write_text(json.dumps(plan))
+    write_sealed(study / "plan.json", plan)
 
     assert load_results(study).unfinished["run"].to_list() == ["late"]

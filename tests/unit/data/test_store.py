@@ -291,7 +291,7 @@ def test_wrong_size_is_found_at_opening(copy, name, change):
         open_store(copy)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "test.bin", "train.idx", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["train.bin", "test.bin", "train.idx"])
 def test_one_flipped_bit_is_found_by_verify(copy, name):
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -301,11 +301,11 @@ def test_one_flipped_bit_is_found_by_verify(copy, name):
         verify_store(copy)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["train.bin", "tokenizer.json", "tokenizer_config.json"])
 def test_missing_file_is_named(copy, name):
     (copy / name).unlink()
-    with pytest.raises(UserError, match=rf"{name}: cannot be read \(No such file"):
-        verify_store(copy)
+    with pytest.raises(UserError, match=rf"{name}: (cannot be read \(No such file|missing)"):
+        open_store(copy)
 
 
 def test_what_is_no_store(tmp_path):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -8,6 +7,7 @@ import time
 import pytest
 
 from tutelage.errors import UserError
+from tutelage.records import read_sealed, write_sealed
 from tutelage.study.leases import Failures, Leases, ask_to_stop, is_gone, read_runner, runners
 
 BEAT = 0.05
@@ -27,7 +27,7 @@ with Leases(Path(sys.argv[1]), 0.05) as leases:
 def elsewhere(directory, token, **changes):
     """Make a runner look like one on another machine, whose processes cannot be seen from here."""
     path = directory / "queue" / "runners" / f"{token}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": "another"} | changes))
+    write_sealed(path, read_sealed(path) | {"machine": "another"} | changes)
     return path
 
 

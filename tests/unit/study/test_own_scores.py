@@ -19,6 +19,7 @@ from tutelage.data.build import build_store
 from tutelage.data.corpora import find_corpus
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
+from tutelage.records import read_sealed, write_sealed
 from tutelage.study.results import load_results
 
 
@@ -97,7 +98,7 @@ def test_runs_that_were_scored_otherwise_are_named_in_one_line_with_the_remedy(s
     """As of another machine with other settings: two of three."""
     for kind in ("teacher", "student"):
         path = runs_of(study)[kind] / "state.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations": {}}))
+        write_sealed(path, read_sealed(path) | {"evaluations": {}})
     results = load_results(study)
     assert len(results.problems) == 1
     assert "and 1 more runs: scored by other rules or settings" in results.problems[0]
@@ -106,10 +107,10 @@ def test_runs_that_were_scored_otherwise_are_named_in_one_line_with_the_remedy(s
 
 
 def test_a_plan_of_an_older_version_is_one_line_with_the_remedy(study, tutelage):
-    plan = json.loads((study / "plan.json").read_text())
+    plan = read_sealed(study / "plan.json")
     for run in plan["runs"]:
         del run["evaluation"]
-    (study / "plan.json").write_text(json.dumps(plan))
+    write_sealed(study / "plan.json", plan)
     with pytest.raises(UserError, match=r"plan\.json: by an older version.*tutelage study run FILE --output"):
         load_results(study)
     complaint = tutelage("report", study, check=2).stderr
