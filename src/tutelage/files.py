@@ -95,15 +95,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         try:
             yield partial
             partial.chmod(mode)  # some libraries make files that only their owner may read
-            _flush(partial)
+            flush(partial)
             partial.replace(path)
-            _flush(path.parent)
+            flush(path.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the names in a directory, would survive a power cut."""
     if path.is_dir() and os.name == "nt":  # which flushes names by itself and opens no directories
         return
@@ -153,7 +153,7 @@ def publish(partial: Path, path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
     partial.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def flush_directory(path: Path) -> None:
@@ -169,8 +169,8 @@ def flush_directory(path: Path) -> None:
         for file in (Path(folder) / name for name in names):
             if not file.is_symlink():
                 file.chmod(mode)
-                _flush(file)
-        _flush(Path(folder))
+                flush(file)
+        flush(Path(folder))
 
 
 _NO_LINK = os.O_NOFOLLOW if sys.platform != "win32" else 0

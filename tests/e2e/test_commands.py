@@ -201,7 +201,7 @@ def test_schema_validates_what_the_loader_accepts(tutelage, tmp_path, run_file):
     for kind in ("run", "store", "study"):
         tutelage("schema", kind, "--output", tmp_path / f"{kind}.json")
     schema = json.loads((tmp_path / "run.json").read_text())
-    jsonschema.validate(yaml.safe_load(run_file.read_text()), schema)
+    jsonschema.validate(yaml.safe_load(run_file.read_text()) | {"objective": {"alpha": 0.4}}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"modell": {}}, schema)
 

@@ -354,7 +354,7 @@ class ObjectiveConfig(Objective):
     )
     gate: GateConfig | None = Field(default=None, description="factor on alpha per token; default: 1")
 
-    @field_validator("alpha", mode="before")
+    @field_validator("alpha", mode="before", json_schema_input_type=Fraction | AlphaConfig)
     @classmethod
     def _number_is_constant(cls, alpha: object) -> object:
         if isinstance(alpha, int | float) and not isinstance(alpha, bool):

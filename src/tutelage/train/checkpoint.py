@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from tutelage.checksums import FileSum
 from tutelage.errors import UserError
+from tutelage.files import flush
 from tutelage.run_directory import recipe
 from tutelage.train.checkpoint_files import (
     BRANCH_POINT,
@@ -234,7 +235,9 @@ class Checkpoints:
             self._remove_old()
 
     def _complete(self, counters: Counters, path: Path, files: dict[str, FileSum]) -> None:
-        """Add counters and manifest to the shards of all processes."""
+        """Add counters and manifest to the shards of all processes; their steps' rows are flushed first."""
+        for rows in self._directory.parent.glob("metrics.jsonl"):
+            flush(rows)
         text = json.dumps(asdict(counters)).encode()
         (path / COUNTERS).write_bytes(text)
         files[COUNTERS] = FileSum(len(text), zlib.crc32(text))
