@@ -1,0 +1,71 @@
+"""Hooks of the site (mkdocs.yml): README and its neighbours become pages, and links between them and docs/ hold.
+
+Every page is written for GitHub, where a link is relative to the file it stands in. Here README.md, LAB.md,
+CONTRIBUTING.md and CHANGELOG.md, which lie beside docs/, move into it.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mkdocs.structure.files import File
+from pymdownx.slugs import slugify
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+BESIDE = {"README.md": "index.md"} | {
+    name: name for name in ("LAB.md", "CONTRIBUTING.md", "CHANGELOG.md")
+}
+"""Files of the repository's root that are pages, and what they are called there."""
+
+_LINK = re.compile(r"(\]\(|<img src=\")(?![a-z]+:|#|/)([^)#\s\"]+)")
+_FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
+_LIST = re.compile(r"^((?![-*] |\d+\. |\s|$).+\n)(?=(?:[-*]|\d+\.) )", re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Name headings as GitHub does, so that a link to one holds on both."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie beside docs/."""
+    root = Path(config.docs_dir).parent
+    for name, page in BESIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(root / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Point links at pages, and let lists begin without an empty line, as GitHub does."""
+    if page.file.src_uri == "reference/cli.md":
+        return markdown + _commands()
+    places = {page: name for name, page in BESIDE.items()}
+    source = places.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    parts = _FENCE.split(markdown)
+    parts[::2] = [_LIST.sub(r"\1\n", _LINK.sub(lambda m: m[1] + _moved(m[2], source), p)) for p in parts[::2]]
+    return "".join(parts)
+
+
+def _moved(link: str, source: str) -> str:
+    """Return a link from the page that the file `source` became to the page that its target became."""
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    place = BESIDE.get(target, target.removeprefix("docs/"))
+    start = BESIDE.get(source, source.removeprefix("docs/"))
+    return posixpath.relpath(place, posixpath.dirname(start) or ".")
+
+
+def _commands() -> str:
+    """Describe every command, as typer does, below the page's own heading."""
+    command = [sys.executable, "-m", "typer", "tutelage.cli.main", "utils", "docs", "--name", "tutelage"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "\n" + re.sub(r"^# .*\n", "", done.stdout, count=1)
