@@ -9,7 +9,7 @@ DEV_PINS := tests/torchtitan.txt
 # longest (e2e) come first and no process waits for them at the end.
 TEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help demo test test-slow test-all check bench clean
+.PHONY: help demo docs test test-slow test-all check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,7 +27,10 @@ test-slow: .venv/.dev  ## run the tests that take more than ten seconds each
 test-all: .venv/.dev  ## run every test
 	$(TEST) $(ARGS)
 
-check: .venv/.dev  ## lint, format, types, house rules
+docs: .venv/.dev  ## build the documentation as a site, site/index.html, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: .venv/.dev docs  ## lint, format, types, house rules, links of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,7 +40,7 @@ bench: .venv/.dev  ## run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:  ## remove the environment and caches; runs are kept
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

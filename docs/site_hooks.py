@@ -1,4 +1,4 @@
-"""Hooks of the site (mkdocs.yml): README and its neighbours become pages, and links between them and docs/ hold.
+"""Hooks of the site (mkdocs.yml): README and its neighbours become pages, to which links from docs/ hold.
 
 Every page is written for GitHub, where a link is relative to the file it stands in. Here README.md, LAB.md,
 CONTRIBUTING.md and CHANGELOG.md, which lie beside docs/, move into it.
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from mkdocs.structure.files import File
 from pymdownx.slugs import slugify
 
+import tutelage
+
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-BESIDE = {"README.md": "index.md"} | {
-    name: name for name in ("LAB.md", "CONTRIBUTING.md", "CHANGELOG.md")
-}
+BESIDE = {"README.md": "index.md"} | {name: name for name in ("LAB.md", "CONTRIBUTING.md", "CHANGELOG.md")}
 """Files of the repository's root that are pages, and what they are called there."""
 
 _LINK = re.compile(r"(\]\(|<img src=\")(?![a-z]+:|#|/)([^)#\s\"]+)")
@@ -33,7 +33,7 @@ _LIST = re.compile(r"^((?![-*] |\d+\. |\s|$).+\n)(?=(?:[-*]|\d+\.) )", re.MULTIL
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Name headings as GitHub does, so that a link to one holds on both."""
-    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
+    config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
     return config
 
 
@@ -47,8 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Point links at pages, and let lists begin without an empty line, as GitHub does."""
-    if page.file.src_uri == "reference/cli.md":
-        return markdown + _commands()
+    generated = {"reference/cli.md": _commands, "reference/python.md": _public_names}
+    if page.file.src_uri in generated:
+        return markdown + generated[page.file.src_uri]()
     places = {page: name for name, page in BESIDE.items()}
     source = places.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     parts = _FENCE.split(markdown)
@@ -68,4 +69,20 @@ def _commands() -> str:
     """Describe every command, as typer does, below the page's own heading."""
     command = [sys.executable, "-m", "typer", "tutelage.cli.main", "utils", "docs", "--name", "tutelage"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return "\n" + re.sub(r"^# .*\n", "", done.stdout, count=1)
+    lists = re.compile(
+        r"\*\*Commands\*\*:\n\n(?:\* .*\n)+"
+    )  # of which each entry is cut short, and follows below
+    return "\n" + lists.sub("", done.stdout.partition("\n")[2])
+
+
+def _public_names() -> str:
+    """Ask mkdocstrings for every public name, those of one home together."""
+    homes: dict[str, list[str]] = {}
+    for name, home in tutelage._HOME.items():  # noqa: SLF001 - its `__all__` does not say where names are from
+        homes.setdefault(home, []).append(name)
+    return "".join(
+        f"\n## {home}\n" + "".join(f"\n::: {home}.{name}\n" for name in names)
+        for home, names in sorted(
+            homes.items(), key=lambda place: (place[0].startswith("tutelage.config"), place[0])
+        )
+    )
