@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 from functools import cache
@@ -32,7 +33,8 @@ class LockedError(UserError):
 
 _FORBIDDEN = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
-    errno.ELOOP,  # a symbolic link where a file of ours belongs
+    # a symbolic link, a hard link or a pipe where a file of ours belongs
+    *(errno.ELOOP, errno.EMLINK, errno.ENXIO),
 }
 
 
@@ -62,10 +64,35 @@ def _errno(error: Exception) -> int:
 
 
 def make_directory(path: Path) -> Path:
-    """Create `path` and its parents; return it. Raises `UserError` if that is not allowed."""
+    """Create `path` and its parents; return it.
+
+    A link on the way to another disk is followed if this user or the system's made it.
+
+    Raises:
+        UserError: that is not allowed, or there is a link of another user, who chose where it leads.
+    """
+    if sys.platform != "win32":
+        for place in (path, *path.parents):
+            if place.is_symlink() and place.lstat().st_uid not in {0, os.geteuid()}:
+                raise UserError(f"{place}: a link that another user made; remove it or choose another output")
     with os_errors_to_user_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def own_directory(path: Path) -> Path:
+    """As `make_directory`, for a directory that only we fill: one that is a link is refused."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link; remove it, so that nothing is written where it leads")
+    return make_directory(path)
+
+
+def remove(path: Path) -> None:
+    """Remove what is at `path`, if anything: a directory with all that is in it; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_place(path: Path) -> None:
@@ -135,7 +162,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     make_directory(path.parent)
     for leftover in path.parent.glob(f".partial-{glob.escape(path.name)}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(leftover)
     with os_errors_to_user_errors(path):
         partial = path.with_name(f".partial-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
         partial.mkdir()
@@ -150,8 +178,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def publish(partial: Path, path: Path) -> None:
     """Give a directory that is complete its name, for good once this returns; an older `path` is replaced."""
     flush_directory(partial)
-    if path.exists():
-        shutil.rmtree(path)
+    remove(path)
     partial.replace(path)
     flush(path.parent)
 
@@ -173,12 +200,20 @@ def flush_directory(path: Path) -> None:
         flush(Path(folder))
 
 
-_NO_LINK = os.O_NOFOLLOW if sys.platform != "win32" else 0
+_NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK if sys.platform != "win32" else 0
 
 
 def no_links(path: str, flags: int) -> int:
-    """An `opener` for `open` that refuses a symbolic link, which somebody else may have put there."""
-    return os.open(path, flags | _NO_LINK, 0o666)
+    """An `opener` for `open` that refuses what somebody else may have put there to be written through.
+
+    That is a link, symbolic or hard, or something that is no file. A pipe is not waited for.
+    """
+    number = os.open(path, flags | _NO_LINK, 0o666)
+    found = os.fstat(number)
+    if found.st_nlink > 1 or not stat.S_ISREG(found.st_mode):
+        os.close(number)
+        raise OSError(errno.EMLINK if found.st_nlink > 1 else errno.ENXIO, "no file of its own", path)
+    return number
 
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}

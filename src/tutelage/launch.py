@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,28 @@ from tutelage.processes import place
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _SHUTDOWN_SECONDS = 600
 """How long processes may take to save after a signal; torchrun's own 30 seconds are few for a large model.
 
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT changes it, as it does torchrun's."""
 
-_CHANGED = ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE")
+_JOIN_SECONDS = 600
+_LOOPBACK = "127.0.0.1"
+_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
+_BACKEND = "tutelage-loopback"
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""On which interfaces gloo and NCCL listen."""
+
+_CHANGED = ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE", *_INTERFACES)
 
 
 def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
     """Run `python -m MODULE...` in so many processes of this machine, and wait until all have ended.
 
+    They listen on loopback alone: torch's store would take words, some of which it unpickles, from anyone.
     Signals that are not ignored here are passed on to them. When one ends with an error, torchrun's launcher
     ends the others, by SIGTERM and after 30 seconds by SIGKILL.
 
@@ -45,11 +56,15 @@ def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
         )
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - slow
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry  # noqa: PLC0415 - slow
     from torch.distributed.launcher.api import elastic_launch  # noqa: PLC0415 - slow
     from torch.distributed.run import config_from_args, parse_args  # noqa: PLC0415 - slow
 
-    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
+    rendezvous_handler_registry.register(_BACKEND, _meet_on_loopback)
+    options = ["--rdzv-backend", _BACKEND, "--rdzv-endpoint", _LOOPBACK, "--nproc-per-node", str(processes)]
     with _as_before():
+        for name in _INTERFACES:
+            os.environ.setdefault(name, _INTERFACE)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
         asked = parse_args([*options, "-m", *module])  # type: ignore[no-untyped-call]
         config, command, arguments = config_from_args(asked)
@@ -65,6 +80,26 @@ def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
         except SignalException:
             raise Stopped from None
     return {}
+
+
+def _meet_on_loopback(parameters: RendezvousParameters) -> RendezvousHandler:
+    """Make the launcher's meeting place: torch's static one, with a store that listens on loopback alone."""
+    from torch.distributed import TCPStore  # noqa: PLC0415 - slow
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import (  # noqa: PLC0415 - slow
+        StaticTCPRendezvous,
+    )
+
+    class Meeting(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return _BACKEND
+
+    with socket.create_server((_LOOPBACK, 0)) as listening:
+        port = listening.getsockname()[1]
+        handler = Meeting(_LOOPBACK, port, 0, 1, parameters.run_id, _JOIN_SECONDS)
+        handler._store = TCPStore(  # noqa: SLF001 - left to itself, it listens on every interface
+            _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+    return handler
 
 
 def describe(status: int) -> str:

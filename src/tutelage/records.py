@@ -209,6 +209,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:  # noqa: ANN401 - a type, or a list
 
 
 def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UnreadableError(path.name, "no file")
     try:
         return path.read_bytes().decode("utf-8")  # half the time of read_text
     except FileNotFoundError:

@@ -280,6 +280,8 @@ class RunDirectory:
             UserError: it is missing or damaged, or another version of tutelage wrote it.
         """
         path = self.path / "config.yaml"
+        if path.is_fifo():  # which would be waited for
+            raise UserError(f"{path}: is no file")
         try:
             check_file(path)
             return load(RunConfig, path)
@@ -306,12 +308,12 @@ class RunDirectory:
 
     def _last_line(self) -> bytes:
         """The last whole line of metrics.jsonl; empty before there is one."""
-        try:
-            with (self.path / "metrics.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                lines = file.read().split(b"\n")
-        except FileNotFoundError:
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
             return b""
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
         return lines[-2] if len(lines) > 1 else b""
 
     def recent_ce(self) -> float | None:
@@ -331,7 +333,7 @@ class RunDirectory:
             A sentence if rows are lost.
         """
         path = self.path / "metrics.jsonl"
-        if not path.exists():
+        if not path.is_file():
             return f"{path}: missing; the rows of {step:,} steps are lost" if step else None
         rows, damaged = self._metrics()
         text, before = "", 0
@@ -346,10 +348,10 @@ class RunDirectory:
 
     def _metrics(self) -> tuple[list[dict[str, Any]], list[int]]:
         """The rows of metrics.jsonl that are what was written, and the numbers of its other whole lines."""
-        try:
-            text = (self.path / "metrics.jsonl").read_bytes()
-        except FileNotFoundError:
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
             return [], []
+        text = path.read_bytes()
         return checked_rows(text[: text.rfind(b"\n") + 1].decode(errors="replace"))
 
     def damaged_records(self) -> list[str]:

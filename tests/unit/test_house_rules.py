@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "files",
         "bootstrap",
+        "records",
         "study.results",
         "study.plan",
         "study.token_tables",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 
@@ -19,6 +20,14 @@ from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
 from tutelage.processes import place
 from tutelage.stopping import interruptible
+
+_UNLESS_ASKED = {
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # asks a service of the Hub to unpickle weights
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "USE_HUB_KERNELS": "0",  # compiled code from the Hub
+}
+"""What libraries do by themselves unless these are set, which they read when they are imported."""
 
 app = typer.Typer(
     name="tutelage",
@@ -42,6 +51,8 @@ def main() -> None:
 
     Of several processes only one prints it: the first, or the one that alone has the error, with its rank.
     """
+    for name, value in _UNLESS_ASKED.items():
+        os.environ.setdefault(name, value)
     prepare_streams()
     try:
         with interruptible():

@@ -114,7 +114,10 @@ def study_run(
     ] = "local",
     ray_address: Annotated[
         str | None,
-        typer.Option(help="of a running Ray cluster; default: the one of this machine, or a new one"),
+        typer.Option(
+            help="of a running Ray cluster, or auto for the one of this machine; default: RAY_ADDRESS, or a "
+            "new one that only this machine can reach"
+        ),
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="further attempts at a run that failed")] = 1,
     cohort: Annotated[

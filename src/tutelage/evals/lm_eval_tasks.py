@@ -233,12 +233,18 @@ def _write_task(name: str, items: Sequence[Item], config: Mapping[str, Any], out
     }
     metadata = {"version": _FORMAT, "sha256": digest}
     whole = {"task": name, **source, **_COMMON, **config, "metadata": metadata}
-    text, file = yaml.safe_dump(whole, sort_keys=False), directory / f"{name}.yaml"
-    if not file.exists() or file.read_text(encoding="utf-8") != text:  # a moved directory has old paths
+    files = {"items.jsonl": lines, f"{name}.yaml": yaml.safe_dump(whole, sort_keys=False)}
+    if _texts_in(directory) != files:  # it was moved, so paths are old, or somebody changed it
         with atomic_directory(directory) as partial:
-            write_text(partial / "items.jsonl", lines)
-            write_text(partial / file.name, text)
+            for file, text in files.items():
+                write_text(partial / file, text)
     return BuiltTask(name, directory)
+
+
+def _texts_in(directory: Path) -> dict[str, str | None]:
+    """The text of every file in a directory by name, None for what is no file; lm-eval reads all of them."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return {path.name: path.read_text(encoding="utf-8") if path.is_file() else None for path in paths}
 
 
 def continuation_items(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[Item]:

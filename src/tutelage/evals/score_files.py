@@ -32,7 +32,7 @@ def read_scores(path: Path) -> list[Score]:
     Raises:
         UserError: the file is damaged, or a line is not a `Score`.
     """
-    if not path.exists() or path.stat().st_size == 0:
+    if not path.is_file() or path.stat().st_size == 0:
         return []
     with _again(path):
         scores = read_lines(path, Score)
@@ -92,7 +92,7 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
         return
     frames = [frame]
     with _again(path):
-        if path.exists():
+        if path.is_file():
             check_file(path)
             frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti"))
         with checked_write(path) as partial:
@@ -102,5 +102,5 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
 def add_calibration(path: Path, domain: str, version: str, record: dict[str, Any]) -> None:
     """Add the fit and the reliability curves behind one version of a domain's scores."""
     with _again(path):
-        known = read_sealed(path) if path.exists() else {}
+        known = read_sealed(path) if path.is_file() else {}
     write_sealed(path, known | {domain: known.get(domain, {}) | {version: record}})

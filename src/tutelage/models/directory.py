@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"),
@@ -29,6 +32,14 @@ _SIZES = (
     ),
 )
 """Fields that count something, under the names of the families."""
+
+_IMPLEMENTATIONS = tuple(
+    f"{prefix}{what}_implementation{suffix}"
+    for what in ("attn", "experts")
+    for prefix in ("", "_")
+    for suffix in ("", "_internal")
+)
+"""Fields that choose how transformers computes; a name with a slash makes it load a kernel from the Hub."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NO_COMPUTATION = (
@@ -140,8 +151,8 @@ def check_config(config: dict[str, Any], where: str) -> None:
     """Check the fields of a config.json that every family shares; `where` begins the message.
 
     Raises:
-        UserError: a size is no positive integer, the weights are quantized, or the model is an
-            encoder-decoder.
+        UserError: a size is no positive integer, the weights are quantized, attention or experts are to be
+            computed by code on the Hub, or the model is an encoder-decoder.
     """
     for section in _sections(config):
         for field in _SIZES:
@@ -156,8 +167,23 @@ def check_config(config: dict[str, Any], where: str) -> None:
             f"{where}: quantization_config.quant_method = {method!r}: quantized weights cannot be used here; "
             "give a model whose weights are plain floating-point numbers"
         )
+    for field in _IMPLEMENTATIONS:
+        for value in _values_of(config, field):
+            if "/" in json.dumps(value):
+                raise UserError(
+                    f"{where}: {field} = {value!r}: names code on the Hub, which is never run; remove it"
+                )
     if config.get("is_encoder_decoder") is True:
         raise UserError(f"{where}: is_encoder_decoder = true: it is no causal language model")
+
+
+def _values_of(part: object, field: str) -> Iterator[object]:
+    """The values of `field` in a config and in all its sections."""
+    if isinstance(part, dict):
+        if field in part:
+            yield part[field]
+        for inner in part.values():
+            yield from _values_of(inner, field)
 
 
 def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ A directory is filled under a name that begins with `.partial-` and gets its own
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from torch.futures import Future
 
 from tutelage.checksums import FileSum, difference
 from tutelage.errors import UserError
-from tutelage.files import publish
+from tutelage.files import publish, remove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,8 @@ class CheckpointManifest:
             OSError: it is not there.
             ValueError: it is damaged, or of another format.
         """
+        if (path / MANIFEST).is_fifo():  # which would be waited for
+            raise ValueError(f"{MANIFEST} is damaged")
         try:
             text = (path / MANIFEST).read_text(encoding="utf-8")
             data = json.loads(text)
@@ -120,7 +123,8 @@ def all_checkpoints(directory: Path) -> list[Path]:
 def remove_unfinished(directory: Path) -> None:
     """Remove what a killed session left unfinished."""
     for path in directory.glob(f"{PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(path)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -267,7 +271,7 @@ class CheckpointWriter(HuggingFaceStorageWriter):
         """Remove what is left of an attempt that failed."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            remove(self.unfinished)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors; the result is its file."""

@@ -90,9 +90,8 @@ def test_tables_and_figures_are_accessible(report):
 def test_figures_are_files_with_their_numbers(report):
     folder = report.parent / "figures"
 
-    assert {file.name for file in folder.iterdir()} == {
-        f"{n}.{s}" for n in FIGURES for s in ("svg", "png", "csv")
-    }
+    names = {f"{n}.{s}" for n in FIGURES for s in ("svg", "png", "csv")}
+    assert {file.name for file in folder.iterdir()} == names | {".files.json"}
     for name in FIGURES:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert text_of(folder / f"{name}.svg") in text_of(report)
@@ -138,6 +137,28 @@ def test_the_same_files_give_the_same_page(report, tmp_path):
 
     assert again.read_bytes() == report.read_bytes()
     assert {file: file.read_bytes() for place in places for file in place.iterdir()} == before
+
+
+def test_only_files_of_an_earlier_report_are_removed(report, tmp_path):
+    copy = shutil.copytree(report.parent, tmp_path / "study")
+    figures, tables = copy / "figures", copy / "tables"
+    users = [figures / "mine.svg", figures / "paper" / "fig1.csv", figures / "alpha-edited.png"]
+    users += [tables / "a.csv", copy / "outside.txt"]
+    for file in users:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    (figures / "tokens-9-old.svg").write_text("of an earlier report")
+    listed = ["tokens-9-old.svg", "alpha.svg", "../outside.txt", "", ".."]
+    (figures / ".files.json").write_text(json.dumps(listed))
+
+    report_of(copy)
+
+    assert [file.read_text() for file in users] == ["mine"] * len(users)
+    assert not (figures / "tokens-9-old.svg").exists()
+    assert text_of(figures / "alpha.svg") == text_of(report.parent / "figures" / "alpha.svg")
+    (figures / ".files.json").write_text("damaged")
+    report_of(copy)
+    assert (figures / ".files.json").read_bytes() == (report.parent / "figures" / ".files.json").read_bytes()
 
 
 def test_one_seed_is_shown_grey_and_not_judged_on_page_figures_and_tables(tmp_path):

@@ -201,6 +201,18 @@ def test_load_never_runs_a_directorys_own_code(saved):
     assert not (saved / "ran").exists()
 
 
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["evil/kernel", "evil/kernel@main:run", {"": "evil/kernel"}])
+@pytest.mark.parametrize("section", [None, "text_config"])
+def test_load_takes_no_kernel_from_the_hub(saved, field, value, section):
+    """With the package `kernels` such a name would be downloaded and run, without asking."""
+    config = json.loads((saved / "config.json").read_text())
+    more = {field: value} if section is None else {section: {field: value}}
+    (saved / "config.json").write_text(json.dumps(config | more))
+    with pytest.raises(UserError, match=f"{field} = .*names code on the Hub"):
+        load(saved)
+
+
 def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="no spaces allowed: cannot be loaded"):
         load("no spaces allowed")

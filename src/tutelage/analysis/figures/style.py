@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import altair as alt
@@ -16,11 +17,11 @@ import vl_convert
 from altair.utils.schemapi import debug_mode
 
 from tutelage.analysis.words import NO_TEACHER
-from tutelage.files import atomic_directory
+from tutelage.files import atomic_write, own_directory, write_json, write_text
+from tutelage.records import UnreadableError, read_model
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
 
     from tutelage.analysis.verdicts import PairFinding
 
@@ -95,7 +96,10 @@ class Figure:
 
 
 def save_all(figures: Sequence[Figure], directory: Path) -> dict[str, str]:
-    """Replace `directory` by name.svg, name.png (white background) and name.csv of every figure.
+    """Write name.svg, name.png (white background) and name.csv of every figure to `directory`.
+
+    Those of an earlier report that are not written again are removed; other files stay. .files.json says
+    which are ours.
 
     Returns:
         SVG text by figure name; the same charts always give the same text.
@@ -104,16 +108,32 @@ def save_all(figures: Sequence[Figure], directory: Path) -> dict[str, str]:
         UserError: the directory cannot be written.
     """
     drawings: dict[str, str] = {}
-    with atomic_directory(directory) as partial:
-        for figure in figures:
-            spec = figure.chart.to_dict(validate=False) | {"config": _CONFIG}
-            drawings[figure.name] = vl_convert.vegalite_to_svg(spec)
-            (partial / f"{figure.name}.svg").write_text(drawings[figure.name], encoding="utf-8")
-            page = drawings[figure.name].replace(">", _WHITE, 1)  # inside the svg element, under all else
-            page = _FAINT_LINE.sub(r"\1 stroke-opacity=", page)
-            (partial / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(page, scale=_PNG_SCALE))
-            figure.data.write_csv(partial / f"{figure.name}.csv")
+    listing = own_directory(directory) / ".files.json"
+    ours = {f"{figure.name}.{kind}" for figure in figures for kind in ("svg", "png", "csv")}
+    earlier = _listed(listing) - ours
+    write_json(listing, sorted(ours | earlier))  # if this process is killed, the next knows them all
+    for figure in figures:
+        spec = figure.chart.to_dict(validate=False) | {"config": _CONFIG}
+        drawings[figure.name] = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+        write_text(directory / f"{figure.name}.svg", drawings[figure.name])
+        page = drawings[figure.name].replace(">", _WHITE, 1)  # inside the svg element, under all else
+        page = _FAINT_LINE.sub(r"\1 stroke-opacity=", page)
+        with atomic_write(directory / f"{figure.name}.png") as partial:
+            partial.write_bytes(vl_convert.svg_to_png(page, scale=_PNG_SCALE))
+        write_text(directory / f"{figure.name}.csv", figure.data.write_csv())
+    for path in (directory / name for name in earlier):
+        if path.is_file():
+            path.unlink()
+    write_json(listing, sorted(ours))
     return drawings
+
+
+def _listed(path: Path) -> set[str]:
+    """The files of an earlier report; none where the list is missing or damaged."""
+    try:
+        return {name for name in read_model(path, list[str]) if Path(name).name == name}
+    except UnreadableError:
+        return set()
 
 
 def inline(data: pl.DataFrame) -> alt.InlineData:

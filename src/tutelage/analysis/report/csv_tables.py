@@ -10,7 +10,7 @@ import polars as pl
 from tutelage.analysis.report.report_rows import policy_tables
 from tutelage.analysis.report.report_table import estimate_record
 from tutelage.analysis.words import effect, is_judged
-from tutelage.files import make_directory, write_text
+from tutelage.files import own_directory, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ def save_tables(study: JudgedStudy, directory: Path) -> None:
     Gains are percent fewer bits per byte than without a teacher, intervals are 95%; see
     docs/explanation/verdicts-and-claims.md.
     """
-    make_directory(directory)
+    own_directory(directory)
     tables = {
         "gains": pl.DataFrame(_gains(study.findings), infer_schema_length=None),
         "pairs": pl.DataFrame(_pairs(study.findings), infer_schema_length=None),

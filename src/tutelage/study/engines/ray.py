@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
     from tutelage.study.engines import Task
 
-_NO_PLACES = {"auto", "local", ""}
+_HERE = {None, "", "local"}
+"""Addresses that stand for a cluster that is started here and ends with the study."""
+_PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray then uses loopback for all its servers, as on those systems; it reads this when it is imported."""
 _CLIENT_PORT = 10001
 _ANSWER_SECONDS = 5.0
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -33,7 +36,8 @@ class RayEngine:
     """An `Engine` on a Ray cluster.
 
     Args:
-        address: of the cluster; None: the one that RAY_ADDRESS or this machine knows, else a new one here.
+        address: of the cluster; "auto": the one that runs on this machine; None: that of RAY_ADDRESS, else a
+            new one here, whose servers only this machine can reach.
         workers: tasks at the same time; None: as many as the cluster has GPUs, or CPUs, now.
         device: `runtime.device` of the runs: with cpu a task takes a core, otherwise a GPU if there is one.
 
@@ -42,29 +46,34 @@ class RayEngine:
     """
 
     def __init__(self, address: str | None, workers: int | None, device: str) -> None:
+        asked = os.environ.get("RAY_ADDRESS") if address is None else address
+        self._options: dict[str, Any] = {"address": asked}
+        self._is_here = asked in _HERE
+        if self._is_here:
+            os.environ.update(_PRIVATE)
+            self._options = {"address": "local", "include_dashboard": False}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray  # noqa: PLC0415 - an extra
         except ImportError:
             raise UserError("--engine ray needs Ray: pip install 'tutelage[ray]'") from None
         self._ray = ray
-        asked = os.environ.get("RAY_ADDRESS") if address is None else address
-        if asked is not None and asked not in _NO_PLACES:
+        if asked is not None and asked not in {*_HERE, "auto"}:
             _check_listens("--ray-address" if address is not None else "RAY_ADDRESS", asked)
-        self._address, self._workers, self._device = address, workers, device
+        self._workers, self._device = workers, device
         self._running: dict[Any, str] = {}
         self._boards: dict[str, Any] = {}
         self._cancelled: set[str] = set()
 
     def __enter__(self) -> Self:
         try:
-            self._ray.init(address=self._address, logging_level="ERROR", log_to_driver=False)
+            self._ray.init(**self._options, logging_level="ERROR", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"--ray-address {self._address}: {' '.join(str(error).split())}") from None
+            where = self._options["address"]
+            raise UserError(f"--ray-address {where}: {' '.join(str(error).split())}") from None
         resources = self._ray.cluster_resources()
         gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
         self.largest = self.slots = self._workers or gpus or int(resources.get("CPU", 1))
-        needs = self._ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)
-        self._execute = needs(_execute_there)
         self._on_gpus = gpus > 0
         return self
 
@@ -76,8 +85,10 @@ class RayEngine:
     def start(self, key: str, task: Task) -> None:
         """See `Engine`."""
         text, folder = task.model_dump_json(), os.getcwd()  # noqa: PTH109 - text
-        if task.processes == 1:
-            self._running[self._execute.remote(text, folder)] = key
+        if task.processes == 1 or self._is_here:  # Ray Train's processes would listen on every interface
+            size = task.processes
+            needs = self._ray.remote(num_cpus=size, num_gpus=size if self._on_gpus else 0, max_retries=0)
+            self._running[needs(_execute_there).remote(text, folder)] = key
             return
         ray_train.check_installed()
         free = self._ray.remote(num_cpus=0, max_retries=0)  # the processes take what they need
