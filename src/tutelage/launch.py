@@ -84,7 +84,7 @@ def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
 
 def _meet_on_loopback(parameters: RendezvousParameters) -> RendezvousHandler:
     """Make the launcher's meeting place: torch's static one, with a store that listens on loopback alone."""
-    from torch.distributed import TCPStore  # noqa: PLC0415 - slow
+    from torch._C._distributed_c10d import TCPStore  # noqa: PLC0415 - slow
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import (  # noqa: PLC0415 - slow
         StaticTCPRendezvous,
     )
