@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -11,6 +12,18 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _Entry = TypeVar("_Entry")
+
+
+_CONTROL = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What would move a terminal's cursor, end a line or cannot be written; a file's name can hold it."""
+
+
+_BEGINNING, _END = 500, 295
+
+
+def _both_ends(line: str) -> str:
+    """Leave out the middle of a long line: what is wrong is at one end, the remedy at the other."""
+    return line if len(line) <= _BEGINNING + _END else f"{line[:_BEGINNING]} ... {line[-_END:]}"
 
 
 class UserError(Exception):
@@ -24,6 +37,10 @@ class UserError(Exception):
     """
 
     shared = False
+
+    def __init__(self, message: str) -> None:
+        plain = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], message)
+        super().__init__("\n".join(map(_both_ends, plain.split("\n"))))
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_DIGITS = 6
 _FIRST_PORT, _PORTS = 15_000, 10_000
 """Ports that Slurm jobs meet at: as many as here, chosen by job and step."""
 
@@ -65,15 +66,17 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
 
     A batch script's own commands, an array job and what torchrun started stay as they are: they have no
     SLURM_STEP_NUM_TASKS above 1, or WORLD_SIZE already.
+
+    Raises:
+        UserError: a variable that srun sets is missing or no number.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks in ("", "1") or environment.get("WORLD_SIZE"):
         return
-    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job, step = (_of_slurm(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
-    environment["WORLD_SIZE"] = tasks
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    rank, local_rank = (_of_slurm(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+    environment.update({"WORLD_SIZE": tasks, "RANK": str(rank), "LOCAL_RANK": str(local_rank)})
     environment.setdefault("MASTER_ADDR", first_node(nodes))
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + (job * 7 + step) % _PORTS))
 
@@ -86,10 +89,17 @@ def first_node(nodes: str) -> str:
     return "".join(part for part in found.groups() if part)
 
 
+def _of_slurm(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text:.80}: it must be a whole number, as srun sets it")
+    return int(text)
+
+
 def _number(name: str, missing: int) -> int:
     text = os.environ.get(name, "")
     if not text:
         return missing
-    if not text.isdecimal() or (name == "WORLD_SIZE" and text.strip("0") == ""):
-        raise UserError(f"{name}={text}: it must be a whole number, as torchrun sets it")
+    if not text.isdecimal() or len(text) > _DIGITS or (name == "WORLD_SIZE" and int(text) == 0):
+        raise UserError(f"{name}={text:.80}: it must be a whole number, as torchrun sets it")
     return int(text)

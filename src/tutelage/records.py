@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from tutelage.errors import UserError, in_words
+from tutelage.errors import UserError, in_words, shortened, shown
 from tutelage.files import write_text
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
+_LARGEST_RECORDS = 2**28
+LARGEST_JSON = 2**25
+"""Bytes of the largest file that is read as JSON; as Python's objects it can take thirty times as much."""
 
 _SEAL, _ROW = "seal", "crc32"
 """Fields with the checksum of an object, and of a row."""
@@ -38,6 +42,49 @@ class UnreadableError(Exception):
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
         self.reason = reason
+
+
+def parse_json(text: str | bytes) -> Any:  # noqa: ANN401 - any JSON
+    """Parse JSON that a user or another program wrote.
+
+    Raises:
+        ValueError: it is no JSON, not UTF-8, nested too deep, or an object has a key twice, of which json
+            itself would silently keep the last; the message is one line.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(twice, 80)} is given twice")
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that must hold a JSON object, which a user or another program wrote.
+
+    Raises:
+        UserError: it cannot be read, is too large, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_JSON + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(text) > LARGEST_JSON:
+        raise UserError(f"{path}: larger than {LARGEST_JSON:,} bytes, the most that is read as JSON")
+    try:
+        found = parse_json(text.decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {shortened(str(error), 200)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object but a {type(found).__name__}")
+    return found
 
 
 class Record(BaseModel):
@@ -212,6 +259,8 @@ def _text(path: Path) -> str:
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UnreadableError(path.name, "no file")
     try:
+        if (size := path.stat().st_size) > _LARGEST_RECORDS:
+            raise UnreadableError(path.name, f"{size:,} bytes; at most {_LARGEST_RECORDS:,} are read")
         return path.read_bytes().decode("utf-8")  # half the time of read_text
     except FileNotFoundError:
         raise UnreadableError(path.name, "no such file") from None

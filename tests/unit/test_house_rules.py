@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "config": {"types", "errors"},
     "data": _BASE | {"checksums", "names", "progress", "records"},
-    "models": {"types", "errors", "files", "checksums", "objective.products"},
+    "models": {"types", "errors", "files", "checksums", "records", "objective.products"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
     "run_directory": _BASE | {"checksums", "records", "data", "models", "names", "teachers.cache.layout"},

@@ -54,6 +54,7 @@ def test_torchruns_variables_are_read(environment):
         ({"LOCAL_RANK": "", "MASTER_PORT": ""}, "not LOCAL_RANK, MASTER_PORT:"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "9" * 5000}, "RANK=9"),
         ({"RANK": "8"}, "RANK=8 must be less than WORLD_SIZE=8"),
     ],
 )
@@ -80,6 +81,12 @@ def test_tasks_of_srun_become_processes():
     next_step = SRUN | {"SLURM_STEP_ID": "3"}
     adopt_slurm(next_step)
     assert next_step["MASTER_PORT"] != other["MASTER_PORT"]
+
+
+@pytest.mark.parametrize("wrong", [{"SLURM_PROCID": ""}, {"SLURM_JOB_ID": "7_1"}])
+def test_a_variable_of_srun_that_is_no_number_is_named(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        adopt_slurm(SRUN | wrong)
 
 
 def test_what_is_set_stays():

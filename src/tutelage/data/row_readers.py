@@ -15,18 +15,20 @@ from tutelage.config.data_config import DOCUMENT_LIMIT
 from tutelage.data.cutting import cut_size, file_documents, is_text
 from tutelage.data.find_files import find, kind_in
 from tutelage.data.text_files import LINE_LIMIT, MARK, lines, not_decoded
-from tutelage.errors import UserError
+from tutelage.errors import UserError, shortened
+from tutelage.records import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from pyarrow import RecordBatch
+    from pyarrow.parquet import FileMetaData
 
     from tutelage.config.data_config import FilePairs, FilesSource, HubPairs, HubSource, Kind
 
 _DELIMITERS: dict[Kind, str] = {"csv": ",;\t", "tsv": "\t"}
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 64  # no more, because a value that is stored once can be repeated in all of them
 _BATCH_BYTES = 2**22
 
 
@@ -236,24 +238,14 @@ def _check_columns(path: Path, names: Sequence[str], fields: Sequence[str]) -> N
 
 def _parsed(line: bytes, where: str) -> object:
     try:
-        row: object = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        row: object = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRowError(not_decoded(where, error))
     except json.JSONDecodeError as error:
         return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return BadRowError(f"{where}: not valid JSON: {' '.join(str(error).split())}")
+    except ValueError as error:
+        return BadRowError(f"{where}: not valid JSON: {shortened(str(error), 200)}")
     return row
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make an object of a row; json itself would silently keep the last of several values."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
-    return found
 
 
 def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
@@ -270,8 +262,12 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
         # a batch is decoded at once, so it has fewer rows where rows are long
-        total = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        size = min(_BATCH_ROWS, max(1, _BATCH_BYTES * file.metadata.num_rows // max(1, total)))
+        longest = _mean_row(file.metadata, fields)
+        if longest > LINE_LIMIT:
+            raise UserError(
+                f"{path}: rows of {longest:,.0f} bytes, longer than {LINE_LIMIT:,}, the most that can be read"
+            )
+        size = max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1, longest))))
         number = 0
         for batch in file.iter_batches(batch_size=size, columns=list(fields)):
             for place in range(batch.num_rows):
@@ -280,6 +276,16 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
                 yield where, _parquet_row(batch, place, where)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())})") from None
+
+
+def _mean_row(metadata: FileMetaData, fields: Sequence[str]) -> float:
+    """Bytes of a row in the fields that are read: the mean of the row group where it is largest."""
+    longest = 0.0
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        columns = (group.column(i) for i in range(group.num_columns))
+        read = (one for one in columns if one.path_in_schema.split(".")[0] in fields)
+        longest = max(longest, sum(one.total_uncompressed_size for one in read) / max(1, group.num_rows))
+    return longest
 
 
 def _parquet_row(batch: RecordBatch, place: int, where: str) -> object:

@@ -20,10 +20,11 @@ from tutelage.checksums import refuse_damage, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import write_json
 from tutelage.names import completed
+from tutelage.records import parse_json, read_object
 from tutelage.types import TOKENIZER_FILES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,6 +33,8 @@ END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # by which byte fallback spells what it has no word for
 _WORD_START = re.compile(r"(?= \S)")
+_LONGEST_WORD = 1024
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 _CACHE_BYTES = 256_000_000
 _BYTES_PER_WORD = 200  # of a dictionary entry, besides its characters
 _WITHOUT_JSON = (("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",), ("spiece.model",))
@@ -105,15 +108,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         UserError: it is no JSON object.
     """
     refuse_damage(path.parent, path.name)
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON object ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: not a JSON object, but {type(settings).__name__}")
-    return settings
+    return read_object(path) if path.is_file() else {}
 
 
 def token_content(token: object) -> str | None:
@@ -265,8 +260,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in _short_words(text)), trainer)
     return _wrapped(tokenizer.to_str(), tokenizer, END_OF_TEXT)
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """Yield a text in parts without very long words: the trainer takes the square of a word's length."""
+    begin = 0
+    for word in _LONG_WORD.finditer(text):
+        yield text[begin : word.end()]
+        begin = word.end()
+    yield text[begin:]
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
@@ -285,6 +289,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     text = tokenizer_json(path)
     try:
         tokenizer = Tokenizer.from_str(text)
+        parse_json(text)
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
         raise UserError(f"tokenizer {file}: not a tokenizer.json ({one_line(error)})") from None
     named = token_content(read_settings(path / "tokenizer_config.json").get("eos_token"))

@@ -161,6 +161,8 @@ def _run(path: Path) -> EvaluatedModel:
         )
     weights_fingerprint(directory.model)
     config = directory.config()
+    if not all(isinstance(state.get(field), int) for field in ("step", "tokens")):
+        raise UserError(f"{path / 'state.json'}: damaged: it does not say how far the run was trained")
     return EvaluatedModel(
         id=directory.id,
         model=directory.model,

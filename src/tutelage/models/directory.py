@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError, one_line
+from tutelage.records import LARGEST_JSON, parse_json, read_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,6 @@ _NO_COMPUTATION = (
 
 _ROPE_OF_OLD = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct")
 _LENGTH_BYTES = 8
-_MAX_HEADER = 100_000_000  # the library's own bound
 
 
 def check_directory(directory: Path) -> None:
@@ -128,23 +128,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory}: no config.json, so this is no Hugging Face model directory")
     return read_object(path)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that must hold a JSON object.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object but a {type(found).__name__}")
-    return found
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
@@ -228,14 +211,14 @@ def _header_entries(path: Path) -> int:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or length > min(_MAX_HEADER, size - _LENGTH_BYTES):
+        if size < _LENGTH_BYTES or length > min(LARGEST_JSON, size - _LENGTH_BYTES):
             raise UserError(f"{path}: damaged: {size:,} bytes are too few for its header")
         header = file.read(length)
     try:
-        tensors = json.loads(header)
+        tensors = parse_json(header)
         tensors.pop("__metadata__", None)
         ends = [int(tensor["data_offsets"][1]) for tensor in tensors.values()]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged: its header is no list of tensors") from None
     expected = _LENGTH_BYTES + length + max(ends, default=0)
     if size != expected:

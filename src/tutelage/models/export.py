@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError
-from tutelage.models.directory import read_object
+from tutelage.records import read_object
 from tutelage.types import TOKENIZER_FILES
 
 if TYPE_CHECKING:

@@ -21,10 +21,11 @@ from transformers.utils import logging
 from tutelage.checksums import CARD, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import atomic_directory
-from tutelage.models.directory import check_config, computing, is_local, read_object
+from tutelage.models.directory import check_config, computing, is_local
 from tutelage.models.export import Base, check_tokenizer_files, complete
 from tutelage.models.lengths import trained_length
 from tutelage.objective.products import weight_and_bias
+from tutelage.records import read_object
 from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:

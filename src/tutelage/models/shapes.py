@@ -167,8 +167,12 @@ def read_shape(config: Mapping[str, Any], name: str) -> ModelShape | None:
         config: content of config.json.
         name: of the model.
     """
-    known = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
-    if not known <= config.keys() or config.get("num_experts") or config.get("num_local_experts"):
+    known = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    optional = (config.get(field) or 1 for field in ("num_key_value_heads", "head_dim"))
+    sizes = [*(config.get(field) for field in known), *optional]  # a list has one size per layer
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None
+    if config.get("num_experts") or config.get("num_local_experts"):
         return None
     heads = int(config["num_attention_heads"])
     return ModelShape(

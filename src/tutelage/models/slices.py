@@ -33,9 +33,10 @@ from transformers.core_model_loading import (
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from tutelage.errors import UserError, one_line
-from tutelage.models.directory import check_config, is_local, read_object, weight_files
+from tutelage.models.directory import check_config, is_local, weight_files
 from tutelage.models.hub import body_and_head, check_names, errors_of_loading, not_finite
 from tutelage.models.sharding import materialise, own_rows
+from tutelage.records import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -401,7 +401,11 @@ def test_damage_of_what_says_where_things_are_is_found_at_once(copy, name):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"\xff", "cannot be read"), (b"[1]", "Input"), (b'{"schema_version": 1, "teacher": {}}', "name: ")],
+    [
+        (b"\xff", "cannot be read"),
+        (b"[1]", "must be a section"),
+        (b'{"schema_version": 1, "teacher": {}}', "name: "),
+    ],
 )
 def test_another_manifest_is_refused(copy, content, reason):
     (copy / "manifest.json").write_bytes(content)

@@ -1,15 +1,12 @@
-"""Any value in any field of any settings file: taken, or refused in one line per field, at once."""
+"""Values that would break the work of a settings file later are refused when it is read."""
 
 from __future__ import annotations
 
-import copy
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from any_settings import changed
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load, to_yaml, validate
@@ -19,9 +16,6 @@ from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.study.cost import works_of
 from tutelage.study.expand import expand
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 RUN = """
 {name: a, stage: pretrain, seed: 1, model: {shape: nano-50k}, data: {store: s, seed: 1, sequence_length: 32},
@@ -61,45 +55,6 @@ run: {data: {sequence_length: 32}, global_batch_tokens: 256, checkpoint: {every:
   eval: {max_documents: 2, max_tokens: 64}, runtime: {device: cpu, threads: 1, log_every: 1}}}
 """
 KINDS: dict[type, str] = {RunConfig: RUN, StoreConfig: STORE, TeachConfig: TEACH, StudyConfig: STUDY}
-EXTREMES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 10**6, 10**9, 2**63, 2**64, 10**400),
-    *(0.0, -0.5, 0.5, 1.0, 1.5, 1e-320, 1e300, float("nan"), float("inf"), -float("inf")),
-    *(
-        "",
-        "x",
-        "no",
-        "1e3",
-        "40K",
-        "20x",
-        "a/b",
-        "../../etc",
-        "\x00",
-        "a\nb",
-        "x" * 5000,
-        "\ud800",
-        "{a}",
-        "{",
-    ),
-    *("2020-13-45", "[x]", "*", [], [1], [[1, 2]], ["a", "a"], [None] * 5, [1e9] * 3),
-    *({}, {"a": 1}, {"kind": "run"}, {"kind": 5}, {"policy": None}, {"": ""}),
-]
-
-
-def places(node: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield at
-    for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
-        yield from places(node[key], (*at, key))  # type: ignore[index]
-
-
-def changed(tree: Any, at: tuple[Any, ...], value: object) -> Any:
-    if not at:
-        return value
-    tree = copy.deepcopy(tree)
-    inner = tree
-    for key in at[:-1]:
-        inner = inner[key]
-    inner[at[-1]] = value
-    return tree
 
 
 def numbers(tree: Any) -> Any:
@@ -112,7 +67,6 @@ def numbers(tree: Any) -> Any:
 
 
 TREES = {kind: numbers(yaml.safe_load(text)) for kind, text in KINDS.items()}
-FIELDS = [(kind, at) for kind, tree in TREES.items() for at in places(tree)]
 
 
 def read(kind: type, tree: object) -> None:
@@ -123,18 +77,6 @@ def read(kind: type, tree: object) -> None:
         assert validate(kind, yaml.safe_load(to_yaml(config)), "again") == config
 
 
-def tried(kind: type, tree: object) -> None:
-    """Either a configuration that survives a round trip, or a plan, or short lines; and that soon."""
-    began = time.process_time()
-    try:
-        read(kind, tree)
-    except UserError as error:
-        lines = str(error).splitlines()
-        assert 1 <= len(lines) <= 20
-        assert all(line.startswith(("file.yaml: ", "study ")) and len(line) < 1000 for line in lines)
-    assert time.process_time() - began < 3
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_files_are_right_to_begin_with(kind, tmp_path):
     path = tmp_path / "file.yaml"
@@ -142,39 +84,6 @@ def test_the_files_are_right_to_begin_with(kind, tmp_path):
     assert load(kind, path) == validate(kind, TREES[kind], "file.yaml")
     if kind is StudyConfig:
         assert works_of([expand(load(kind, path))])[0]
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(field=st.sampled_from(FIELDS), value=st.sampled_from(EXTREMES))
-def test_an_extreme_value(field, value):
-    kind, at = field
-    tried(kind, changed(TREES[kind], at, value))
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(field=st.sampled_from(FIELDS), value=anything)
-def test_any_value(field, value):
-    kind, at = field
-    tried(kind, changed(TREES[kind], at, value))
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(text=st.text(alphabet="abn:{}[],*&!|>-'\"#%@? \n0123.eE~<", max_size=60))
-def test_any_text_as_a_file(text, tmp_path_factory):
-    path = tmp_path_factory.mktemp("any") / "file.yaml"
-    path.write_text(text)
-    for kind in KINDS:
-        try:
-            load(kind, path)
-        except UserError as error:
-            assert str(error).startswith(str(path))  # noqa: PT017 - being taken would be right as well
 
 
 @pytest.mark.parametrize(
