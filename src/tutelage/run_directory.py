@@ -57,9 +57,8 @@ def run_id(config: RunConfig) -> str:
         UserError: as `pinned`, or a directory is no model.
     """
     config = pinned(config)
-    fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
+    fields = recipe(config)
     store = open_store(config.data.store)
-    fields["data"]["store"] = store.fingerprint
     if config.model.shape is not None:
         shape = find_shape(config.model.shape)
         fields["tokens"] = parse_tokens(config.tokens, parameters(shape, store.vocab_size).total)
@@ -94,8 +93,11 @@ def _content(path: str, kind: str | None) -> str:
 
 def recipe(config: RunConfig) -> dict[str, Any]:
     """The settings that decide a run's result, as they are written; the token store by its content."""
-    fields = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
+    fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
     fields["data"]["store"] = open_store(config.data.store).fingerprint
+    for added in ("label_smoothing", "z_loss"):  # a run from before there were these keeps its name
+        if not fields["objective"][added]:
+            del fields["objective"][added]
     return fields
 
 

@@ -123,13 +123,13 @@ class DenseTargets:
     Attributes:
         hidden_NE: teacher hidden states for N tokens, of the teacher's own width E.
         head_VE: the teacher's output embedding.
-        transform: applied to its logits.
+        transform: applied to its logits; None: they are as the head gives them.
         bias_V: the bias of its head (Phi, GPT-J); None for none.
     """
 
     hidden_NE: Tensor
     head_VE: Tensor
-    transform: LogitTransform = PLAIN
+    transform: LogitTransform | None = None  # no object, which torch.compile could not build by itself
     bias_V: Tensor | None = None
 
     def rows(self, rows: Rows) -> DenseTargets:
@@ -210,16 +210,39 @@ Targets = DenseTargets | LogitTargets | SparseTargets
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLosses:
+    """Losses of each of the N tokens, in nats, without gradients; 0 where a token has no label.
+
+    Attributes:
+        loss_N: the mixed objective, the token's weight in it.
+        ce_N: cross-entropy of the student on the label.
+        kd_N: T^2 times the divergence from the teacher, as in `LossSums`.
+        teacher_ce_N: cross-entropy of the teacher on the label at T=1; 0 without a teacher.
+        effective_alpha_N: alpha times the gate.
+        entropy_N: entropy of the student's distribution at T=1.
+    """
+
+    loss_N: Tensor
+    ce_N: Tensor
+    kd_N: Tensor
+    teacher_ce_N: Tensor
+    effective_alpha_N: Tensor
+    entropy_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LossSums:
     """Sums over valid tokens as 0-d tensors on the training device, float32 or wider; losses in nats.
 
     Attributes:
-        loss: the mixed objective; the only one that carries a gradient.
+        loss: the mixed objective, weights of tokens, label smoothing and z-loss included; the only one that
+            carries a gradient.
         ce: cross-entropy of the student on the labels.
         kd: T^2 times the divergence from the teacher (T^2 only if the objective asks for it). A KL of two
             distributions only where targets are not samples: see `tutelage.config.teacher_config.kd_name`.
         teacher_ce: cross-entropy of the teacher on the labels at T=1; 0 without a teacher.
         effective_alpha: alpha times the gate; over the number of tokens, the mean effective alpha.
+        tokens: the same for each token; None unless asked for.
     """
 
     loss: Tensor
@@ -227,6 +250,7 @@ class LossSums:
     kd: Tensor
     teacher_ce: Tensor
     effective_alpha: Tensor
+    tokens: TokenLosses | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective
-from tutelage.objective import chunked as chunked_module
 from tutelage.objective.chunked import ObjectiveHead
+from tutelage.objective.chunks import chunks_of
 from tutelage.objective.products import UPCAST_ROWS, HeadProducts, wide_dtype
 from tutelage.objective.sparse import most_probable
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets
@@ -315,9 +315,9 @@ def test_what_a_ignored_token_holds_does_not_matter():
 
 def test_chunks_of_a_whole_batch_are_slices():
     """Where nothing is ignored nothing is copied."""
-    rows = list(chunked_module._chunks(torch.tensor([3, 4, 5]), 2))
+    rows = list(chunks_of(torch.tensor([3, 4, 5]), 2))
     assert rows == [slice(0, 2), slice(2, 4)]
-    some = list(chunked_module._chunks(torch.tensor([3, IGNORE_INDEX, 5]), 1))
+    some = list(chunks_of(torch.tensor([3, IGNORE_INDEX, 5]), 1))
     assert [x.tolist() for x in some] == [[0], [2]]
-    none = list(chunked_module._chunks(torch.full((3,), IGNORE_INDEX), 2))
+    none = list(chunks_of(torch.full((3,), IGNORE_INDEX), 2))
     assert [x.tolist() for x in none] == [[]]  # for the gates, whose counts every rank sums

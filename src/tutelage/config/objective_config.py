@@ -290,7 +290,8 @@ class Objective(Section):
     """Cross-entropy, a divergence from the teacher, and how a given alpha mixes them.
 
     T^2 keeps the gradient of the divergence from shrinking as T grows (Hinton et al., arXiv 1503.02531). The
-    divergence `hard_labels` is forward KL from the teacher's argmax, at T=1 and without T^2.
+    divergence `hard_labels` is forward KL from the teacher's argmax, at T=1 and without T^2. Label smoothing
+    changes CE alone; the z-loss is added whatever alpha is.
     """
 
     divergence: Literal[
@@ -312,6 +313,18 @@ class Objective(Section):
     jsd_beta: Inside = Field(default=0.5, description="weight of the teacher in jsd's mixture")
     skew: Inside = Field(
         default=0.1, description="weight of the other model in the skewed divergences' mixture"
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the label's mass spread evenly over the vocabulary in CE (arXiv 1512.00567)",
+    )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="weight of log(Z)^2, Z the student's sum of exp(logits); 1e-4 in PaLM (arXiv 2204.02311)",
     )
     chunk_tokens: int | None = Field(
         default=None, ge=1, le=2**30, description="tokens per head+loss chunk; default: by V"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor, nn
 
+from tutelage.config.objective_config import Objective
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets, Targets
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tutelage.config.objective_config import Objective
 
 
 class NotFiniteError(ValueError):
@@ -30,6 +25,53 @@ _MASS_TOLERANCE = 1e-3
 _IDS = {"labels", "targets.ids"}
 
 
+def check_types(
+    hidden_ND: object, weight_VD: object, labels_N: object, targets: object, alpha: object, objective: object
+) -> None:
+    """Raise TypeError, with what to give instead, if an argument is of another kind: the likely mistakes."""
+    named = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
+    if isinstance(targets, DenseTargets):
+        named |= {"targets.hidden_NE": targets.hidden_NE, "targets.head_VE": targets.head_VE}
+    elif targets is not None and not isinstance(targets, LogitTargets | SparseTargets):
+        raise TypeError(
+            f"targets is a {type(targets).__name__}: give LogitTargets(logits), DenseTargets(hidden states, "
+            "head weight), SparseTargets(ids, probabilities, ...), or None without a teacher"
+        )
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}: {_remedy(value)}")
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective is a {type(objective).__name__}: give an Objective, "
+            f"{_AS_OBJECTIVE.get(type(objective), 'Objective(temperature=2.0)')}"
+        )
+    if isinstance(alpha, Tensor):
+        raise TypeError(
+            f"alpha is a tensor {tuple(alpha.shape)}: must be one number; weigh the loss of each token by "
+            "token_weights_N, or its teaching by a gate"
+        )
+    numbers: dict[str, object] = {"alpha": alpha}
+    if isinstance(targets, SparseTargets):
+        numbers["targets.temperature"] = targets.temperature
+    for name, value in numbers.items():
+        if isinstance(value, str) or value is None:
+            raise TypeError(f"{name} {value!r}: must be a number")
+
+
+_AS_OBJECTIVE: dict[type, str] = {dict: "Objective(**settings)", str: "Objective(divergence=...)"}
+
+
+def _remedy(value: object) -> str:
+    if isinstance(value, nn.Module):
+        return "must be a tensor; weight_and_bias(head) takes weight and bias from a head"
+    if isinstance(value, tuple | list):
+        return (
+            f"must be one tensor and not {len(value)}; of a model's hidden_states take the last, [-1], which "
+            "is after the final norm"
+        )
+    return "must be a tensor"
+
+
 def check_inputs(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -39,6 +81,7 @@ def check_inputs(
     objective: Objective,
     bias_V: Tensor | None = None,
     vocab_size: int | None = None,
+    token_weights_N: Tensor | None = None,
 ) -> None:
     """Raise ValueError if shapes, types, devices or values of the inputs do not fit together.
 
@@ -51,19 +94,16 @@ def check_inputs(
         raise ValueError(
             f"alpha {alpha}, mixing {objective.mixing}: needs teacher targets, but targets is None"
         )
-    if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:  # noqa: PLR2004 - two axes
-        raise ValueError(f"hidden {tuple(hidden_ND.shape)}: must be [tokens, {weight_VD.shape[1]}]")
-    n = hidden_ND.shape[0]
-    if labels_N.shape != (n,) or labels_N.dtype != torch.int64:
-        raise ValueError(
-            f"labels {labels_N.dtype} {tuple(labels_N.shape)}: must be int64 [{n}], one per token"
-        )
+    n = _check_student(hidden_ND, weight_VD, labels_N)
     rows = weight_VD.shape[0]
     vocab = rows if vocab_size is None else vocab_size
     if not isinstance(vocab, int) or isinstance(vocab, bool) or not 1 <= vocab <= rows:
         raise ValueError(f"vocab_size {vocab}: must be a whole number from 1 to the student's {rows} rows")
     tensors = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
     tensors |= _bias("bias", bias_V, weight_VD)
+    if token_weights_N is not None:
+        tensors |= {"token_weights": token_weights_N}
+        _check_token_weights(token_weights_N, n)
     if isinstance(targets, DenseTargets):
         tensors |= {"targets.hidden": targets.hidden_NE, "targets.head": targets.head_VE}
         tensors |= _bias("targets.bias", targets.bias_V, targets.head_VE)
@@ -81,6 +121,23 @@ def check_inputs(
         _check_values(tensors, vocab, targets, objective)
 
 
+def _check_student(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> int:
+    """Check the student's shapes; return the number of tokens."""
+    if weight_VD.ndim != 2:  # noqa: PLR2004 - two axes
+        raise ValueError(f"weight {tuple(weight_VD.shape)}: must be [vocabulary, width], as nn.Linear has it")
+    if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:  # noqa: PLR2004 - two axes
+        raise ValueError(
+            f"hidden {tuple(hidden_ND.shape)}: must be [tokens, {weight_VD.shape[-1]}], a row per token; of "
+            "states per sequence, .flatten(0, 1)"
+        )
+    n = hidden_ND.shape[0]
+    if labels_N.shape != (n,) or labels_N.dtype != torch.int64:
+        raise ValueError(
+            f"labels {labels_N.dtype} {tuple(labels_N.shape)}: must be int64 [{n}], one per token"
+        )
+    return n
+
+
 def _bias(name: str, bias_V: Tensor | None, weight_VD: Tensor) -> dict[str, Tensor]:
     """The bias of a head by its name, if there is one."""
     if bias_V is None:
@@ -90,6 +147,13 @@ def _bias(name: str, bias_V: Tensor | None, weight_VD: Tensor) -> dict[str, Tens
             f"{name} {tuple(bias_V.shape)}: must be [{weight_VD.shape[0]}], one per row of its head"
         )
     return {name: bias_V}
+
+
+def _check_token_weights(weights_N: Tensor, n: int) -> None:
+    if weights_N.shape != (n,):
+        raise ValueError(f"token_weights {tuple(weights_N.shape)}: must be [{n}], one per token")
+    if weights_N.requires_grad:
+        raise ValueError("token_weights: would get no gradient; give token_weights.detach()")
 
 
 def _check_rows(name: str, tensor: Tensor, n: int) -> None:

@@ -254,4 +254,4 @@ def dense_logits(
         logits_NV = head.logits(targets.hidden_NE[rows])
     if targets.bias_V is not None:
         logits_NV += targets.bias_V[:vocab_size]
-    return transform_(logits_NV, targets.transform)
+    return logits_NV if targets.transform is None else transform_(logits_NV, targets.transform)

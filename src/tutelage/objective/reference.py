@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from tutelage.objective.checks import check_inputs
+from tutelage.objective.checks import check_inputs, check_types
 from tutelage.objective.divergences import DIVERGENCES
 from tutelage.objective.gates import token_stats
 from tutelage.objective.products import dense_logits, wide_dtype
 from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
-from tutelage.types import IGNORE_INDEX, PLAIN, LogitTransform, LossSums, SparseTargets, Targets, transformed
+from tutelage.types import (
+    IGNORE_INDEX,
+    PLAIN,
+    LogitTransform,
+    LossSums,
+    SparseTargets,
+    Targets,
+    TokenLosses,
+    transformed,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,51 +45,52 @@ def reference_objective(
     bias_V: Tensor | None = None,
     transform: LogitTransform = PLAIN,
     vocab_size: int | None = None,
+    token_weights_N: Tensor | None = None,
+    *,
+    per_token: bool = False,
 ) -> LossSums:
-    """Sum the objective over valid tokens, holding all [N, V] logits.
+    """Sum the objective over valid tokens, holding all [N, V] logits; arguments as in `chunked_objective`.
 
     Hidden states and heads are multiplied in float32, whatever their dtype; nothing given is written to.
-
-    Args:
-        hidden_ND: student hidden states after the final norm.
-        weight_VD: the student's output embedding.
-        labels_N: next-token ids, `IGNORE_INDEX` where there is no loss.
-        targets: the teacher's distributions for the same tokens; None only with alpha 0.
-        alpha: weight of the divergence, in [0, 1].
-        objective: divergence, temperature, mixing.
-        gate: factor on alpha per token; None for 1.
-        bias_V: the bias of the student's head; None for none.
-        transform: of the student's logits, applied after the head.
-        vocab_size: entries of the common vocabulary; later rows of either head are padding and take no
-            probability. None: all rows.
-
-    Raises:
-        ValueError: naming the argument, its value and what would be right.
     """
-    check_inputs(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, vocab_size)
-    valid_N = labels_N != IGNORE_INDEX
+    check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective)
+    given = labels_N, targets, alpha, objective
+    check_inputs(hidden_ND, weight_VD, *given, bias_V, vocab_size, token_weights_N)
     dtype = wide_dtype(hidden_ND, weight_VD)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         logits_NV = hidden_ND.to(dtype) @ weight_VD[:vocab_size].to(dtype).T
     if bias_V is not None:
         logits_NV = logits_NV + bias_V[:vocab_size]
     logits_NV = transformed(logits_NV, transform)
-    ce_N = F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE_INDEX)
-    if targets is None:
-        loss = ce_N.sum()
-        return LossSums(loss, loss.detach().clone(), *(torch.zeros_like(loss) for _ in range(3)))
-    teacher_NV = None
-    if not isinstance(targets, SparseTargets):
-        teacher_NV = dense_logits(targets, slice(None), vocab_size).to(logits_NV.dtype)
-    d_N, teacher_ce_N = _divergence(logits_NV, teacher_NV, labels_N, targets, objective)
-    alpha_N = torch.full_like(ce_N, alpha)
-    if gate is not None:
-        alpha_N = alpha_N * gate(token_stats(gate, logits_NV, teacher_NV, targets, ce_N, teacher_ce_N))
-    ce_weight_N, kd_weight_N = objective.weights(alpha_N)
-    kd_N = objective.kd_scale * d_N
-    loss_N = ce_weight_N * ce_N + kd_weight_N * kd_N
-    sums = [x[valid_N].sum() for x in (loss_N, ce_N, kd_N, teacher_ce_N, alpha_N)]
-    return LossSums(sums[0], *(x.detach() for x in sums[1:]))
+    ce_N, smoothed_ce_N = (
+        F.cross_entropy(logits_NV, labels_N, reduction="none", label_smoothing=smoothing)
+        for smoothing in (0.0, objective.label_smoothing)
+    )
+    kd_N, teacher_ce_N, alpha_N = (torch.zeros_like(ce_N) for _ in range(3))
+    ce_weight_N, kd_weight_N = torch.ones_like(ce_N), alpha_N
+    if targets is not None:
+        teacher_NV = None
+        if not isinstance(targets, SparseTargets):
+            teacher_NV = dense_logits(targets, slice(None), vocab_size).to(logits_NV.dtype)
+        d_N, teacher_ce_N = _divergence(logits_NV, teacher_NV, labels_N, targets, objective)
+        kd_N = objective.kd_scale * d_N
+        alpha_N = torch.full_like(ce_N, alpha)
+        if gate is not None:
+            alpha_N = alpha_N * gate(token_stats(gate, logits_NV, teacher_NV, targets, ce_N, teacher_ce_N))
+        ce_weight_N, kd_weight_N = objective.weights(alpha_N)
+    loss_N = ce_weight_N * smoothed_ce_N + kd_weight_N * kd_N
+    if objective.z_loss:
+        loss_N = loss_N + objective.z_loss * logits_NV.logsumexp(-1).square()
+    if token_weights_N is not None:
+        loss_N = token_weights_N * loss_N
+    entropy_N = torch.special.entr(logits_NV.softmax(-1)).sum(-1)
+    losses = [
+        torch.where(labels_N == IGNORE_INDEX, 0.0, x)
+        for x in (loss_N, ce_N, kd_N, teacher_ce_N, alpha_N, entropy_N)
+    ]
+    loss, ce, kd, teacher_ce, effective_alpha = (x.sum() for x in losses[:5])
+    tokens = TokenLosses(*(x.detach() for x in losses)) if per_token else None
+    return LossSums(loss, ce.detach(), kd.detach(), teacher_ce.detach(), effective_alpha.detach(), tokens)
 
 
 def _divergence(

@@ -95,9 +95,10 @@ class _Head(ObjectiveHead):
         targets: Targets | None,
         alpha: float,
         gate: Gate | None = None,
+        token_weights_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         try:
-            return super().forward(hidden_ND, labels_N, targets, alpha, gate)
+            return super().forward(hidden_ND, labels_N, targets, alpha, gate, token_weights_N)
         except NotFiniteError as error:  # the guard skips the update; the other ranks wait for our gradients
             if gate is not None and targets is not None:
                 gate(TokenStats(*[hidden_ND.new_zeros(0)] * 5))  # and for its counts

@@ -20,7 +20,7 @@ from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
 from tutelage.teachers.cache.shard import INDEX_BYTES, packed
 from tutelage.teachers.kinds import TEACHERS, TeacherContext, locate
-from tutelage.types import Batch, DenseTargets
+from tutelage.types import PLAIN, Batch, DenseTargets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -187,7 +187,7 @@ def load_job(plan: CachePlan) -> CacheJob:
         ),
         vocab_size=store.vocab_size,
         width=probe.hidden_NE.shape[1],
-        transform=probe.transform,
+        transform=probe.transform or PLAIN,
         store=store.fingerprint,
         split="train",
         layout=Layout(
