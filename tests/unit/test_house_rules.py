@@ -101,10 +101,19 @@ ALLOWED: dict[str, set[str]] = {
         "study.token_tables",
     },
     "__main__": {"cli"},
+    "verify": {
+        "errors",
+        "checksums",
+        "records",
+        "data.store",
+        "run_directory",
+        "teachers.cache.reader",
+        "train.checkpoint_files",
+    },
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
-    | {"agreement", "launch", "names", "processes", "provenance", "run", "run_directory", "run_plan"}
-    | {"stopping"},
+    | {"agreement", "launch", "names", "processes", "progress", "provenance", "run", "run_directory"}
+    | {"run_plan", "stopping", "verify"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

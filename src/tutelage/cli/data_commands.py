@@ -1,4 +1,4 @@
-"""The commands `tutelage data`: list, build, show, verify."""
+"""The commands `tutelage data`: list, build, show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tutelage.config.data_config import StoreConfig
     from tutelage.data.store_manifest import Manifest
 
-data_app = typer.Typer(no_args_is_help=True, help="Turn text into token stores; look at them; check them.")
+data_app = typer.Typer(no_args_is_help=True, help="Turn text into token stores; look at them.")
 
 
 @data_app.command("list")
@@ -116,21 +116,3 @@ def _sources_table(manifest: Manifest) -> Table:
         dropped = (f"{count:,}" for count in record.dropped.values())
         table.add_row(source_name(record.source), *taken, *dropped)
     return table
-
-
-@data_app.command("verify")
-def data_verify(
-    directory: Annotated[Path, typer.Argument(help="token store or teacher cache")],
-) -> None:
-    """Recompute every checksum of a token store or a teacher cache."""
-    from tutelage.cli.bars import say
-
-    if (directory / "shards").is_dir():
-        from tutelage.teachers.cache.reader import verify_cache
-
-        verify_cache(directory)
-    else:
-        from tutelage.data.store import verify_store
-
-        verify_store(directory)
-    say("intact", f"{directory}: every file is as it was written")

@@ -13,7 +13,7 @@ from tutelage.agreement import is_loss, last_words
 from tutelage.cli.data_commands import data_app
 from tutelage.cli.doctor import doctor
 from tutelage.cli.eval_commands import eval_app
-from tutelage.cli.reference_commands import models, schema
+from tutelage.cli.reference_commands import models, schema, verify
 from tutelage.cli.streams import flush_streams, prepare_streams
 from tutelage.cli.study_commands import demo, report, study_app
 from tutelage.cli.train_commands import teach, train
@@ -39,7 +39,7 @@ app = typer.Typer(
     "it pays.\n\n"
     "Start with `tutelage demo`: minutes on a laptop, real text, no account.",
 )
-for command in (demo, report, train, teach, models, doctor, schema):
+for command in (demo, report, train, teach, models, doctor, schema, verify):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")

@@ -1,4 +1,4 @@
-"""The commands `tutelage models` and `tutelage schema`: what config files can say."""
+"""The commands `tutelage models`, `schema`, `verify`: what configs can say, whether all is as written."""
 
 from __future__ import annotations
 
@@ -62,3 +62,32 @@ def schema(
     write_text(output, text)
     say("schema", output)
     say("next", f"put '# yaml-language-server: $schema={output}' on top of a file")
+
+
+def verify(
+    path: Annotated[
+        Path, typer.Argument(help="token store, teacher cache, run, study, model, or a directory of such")
+    ],
+) -> None:
+    """Read everything in full and compare it with its checksums; exit code 1 if something is wrong."""
+    from tutelage import verify as checks
+    from tutelage.cli.bars import RichProgress, say
+    from tutelage.names import completed
+    from tutelage.progress import counter
+
+    path = completed(path, "path")
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    wrong = right = 0
+    with RichProgress() as progress:
+        progress.start(path.name, size, "bytes")
+        for finding in checks.verify(path, counter(progress, path.name)):
+            wrong, right = wrong + (finding.wrong is not None), right + (finding.wrong is None)
+            if finding.wrong is None:
+                say("intact", f"{finding.path}: {finding.what}")
+            else:
+                say("wrong", f"{finding.path}: {finding.wrong}")
+        progress.finish(path.name)
+    if wrong:
+        say("next", f"{wrong} wrong, {right} intact: do what the lines say, then verify again")
+        raise typer.Exit(1)
+    say("next", f"nothing to do: all {right} are as they were written")

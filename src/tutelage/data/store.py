@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tutelage.checksums import refuse_damage
+from tutelage.checksums import LISTING, listed, refuse_damage
 from tutelage.data.checked_files import CheckedArray, Sliced
 from tutelage.data.store_manifest import Manifest, file_endings, read_manifest
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tutelage.types import Split
 
 _COUNT_TOKENS = 2**24
+_READ_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,8 @@ def open_store(path: Path) -> Store:
     return Store(path, manifest)
 
 
-def verify_store(path: Path) -> Store:
-    """Open a token store and recompute every checksum.
+def verify_store(path: Path, advance: Callable[[int], None] = lambda _: None) -> Store:
+    """Open a token store and recompute every checksum; `advance` is told the bytes as they are read.
 
     Raises:
         UserError: as `open_store`, or the content of a file has changed; the message names the file.
@@ -134,8 +135,12 @@ def verify_store(path: Path) -> Store:
         expected |= record.files
     for name, checksum in expected.items():
         try:
+            digest = hashlib.sha256()
             with (path / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                while block := file.read(_READ_BYTES):
+                    digest.update(block)
+                    advance(len(block))
+            found = digest.hexdigest()
         except OSError as error:
             raise UserError(f"{path / name}: cannot be read ({error.strerror})") from None
         if found != checksum:
@@ -143,6 +148,10 @@ def verify_store(path: Path) -> Store:
                 f"{path / name}: damaged (sha256 {found[:16]}, expected {checksum[:16]}); "
                 f"delete {path} and build it again"
             )
+    if listed(path).keys() != {"tokenizer.json", "tokenizer_config.json"}:
+        raise UserError(
+            f"{path / LISTING}: missing; the tokenizer is used unchecked, or build the store again"
+        )
     return store
 
 

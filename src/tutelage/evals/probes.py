@@ -16,6 +16,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from tokenizers import Tokenizer
 
+from tutelage.checksums import checked_write
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
@@ -23,7 +24,7 @@ from tutelage.evals.evaluated_model import check_tokenizer
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import NextTokenModel, ScoreEstimate, ratio
 from tutelage.evals.windows import FORWARD_TOKENS, read_documents, window_batches
-from tutelage.files import lock, make_directory, write_text
+from tutelage.files import lock, make_directory
 from tutelage.models.hub import body_and_head, load, pick_device
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.types import COPYING, PLAIN
@@ -300,7 +301,8 @@ def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedMode
         texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
         samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
     title = f"{evaluated.id}, step {evaluated.step}"
-    write_text(evaluated.samples, _page(title, samples))
+    with contextlib.suppress(UnreadableError), checked_write(evaluated.samples) as partial:
+        partial.write_text(_page(title, samples), encoding="utf-8")
     about = {"version": version, "model": evaluated.id, "step": evaluated.step}
     write_sealed(path, about | {"samples": samples})
 

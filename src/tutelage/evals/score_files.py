@@ -13,7 +13,7 @@ from tutelage.checksums import CARD, check_file, checked_write
 from tutelage.config.load import digest
 from tutelage.errors import UserError
 from tutelage.models import export
-from tutelage.records import UnreadableError, read_lines, read_sealed, write_sealed
+from tutelage.records import UnreadableError, read_lines, read_sealed
 from tutelage.types import SCORING_VERSION, Score
 
 if TYPE_CHECKING:
@@ -102,5 +102,10 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
 def add_calibration(path: Path, domain: str, version: str, record: dict[str, Any]) -> None:
     """Add the fit and the reliability curves behind one version of a domain's scores."""
     with _again(path):
-        known = read_sealed(path) if path.is_file() else {}
-    write_sealed(path, known | {domain: known.get(domain, {}) | {version: record}})
+        known = {}
+        if path.is_file():
+            check_file(path)
+            known = read_sealed(path)
+        with checked_write(path) as partial:
+            record = known.get(domain, {}) | {version: record}
+            partial.write_text(json.dumps(known | {domain: record}, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from tutelage.teachers.live import Teacher
 from tutelage.types import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import torch
@@ -179,8 +179,8 @@ def open_cache(path: Path) -> Cache:
     return Cache(path, manifest, sum(sizes))
 
 
-def verify_cache(path: Path) -> Cache:
-    """Open a teacher cache and recompute every checksum.
+def verify_cache(path: Path, advance: Callable[[int], None] = lambda _: None) -> Cache:
+    """Open a teacher cache and recompute every checksum; `advance` is told the bytes as they are read.
 
     Raises:
         UserError: as `open_cache`, or something is damaged; the message names file and tokens.
@@ -192,6 +192,7 @@ def verify_cache(path: Path) -> Cache:
         file.check_index()
         for block in cache.manifest.layout.blocks_of(shard):
             file.block(block, check=True)
+        advance(file.bytes)
     return cache
 
 

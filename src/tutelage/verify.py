@@ -1,0 +1,213 @@
+"""Read stores, caches, runs and studies in full, and say of everything in them if it is as it was written.
+
+What a directory is shows in the files that are in it. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tutelage.checksums import CARD, LISTING, difference, listed
+from tutelage.data.store import verify_store
+from tutelage.errors import UserError
+from tutelage.records import UnreadableError, checked_rows, is_sealed, read_sealed, split_row
+from tutelage.run_directory import RunDirectory
+from tutelage.teachers.cache.reader import verify_cache
+from tutelage.train.checkpoint_files import BRANCH_POINT, damage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+_RECORDS = ("state.json", "provenance.json", "plan.json", "samples.json")
+_FOLDERS = ("leases", "failures", "overlap")
+"""Names of JSON files that have a seal, and of directories in which all have one."""
+_RUN, _STORE = ("state.json", "config.yaml", "metrics.jsonl"), ("manifest.json", "train.bin", "train.idx")
+_SCORES = ("scores.jsonl", "documents.parquet", "calibration.json")
+_AGAIN = "the same `tutelage train` or `tutelage study run`"
+_EDITED = f"if it was changed on purpose, delete the {LISTING} beside it"
+_REMEDIES = {
+    "state.json": f"{_AGAIN} makes it again from the last checkpoint",
+    "config.yaml": f"{_AGAIN} writes it again",
+    "provenance.json": "what is in it is lost; no result depends on it; delete it, or train the run again",
+    "metrics.jsonl": "the curve is lost, the model is not; train the run again to have it back",
+    "plan.json": "`tutelage study run` writes it again",
+    LISTING: "delete it to use the files beside it unchecked, or have them made again",
+    **dict.fromkeys(_SCORES, f"delete {', '.join(_SCORES)} there, and evaluate again"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found out about a file, or about a directory that is right or wrong as a whole.
+
+    Attributes:
+        path: of it.
+        what: it is, in words.
+        wrong: what is wrong with it and what to do; None: it is as it was written.
+    """
+
+    path: Path
+    what: str
+    wrong: str | None = None
+
+
+def verify(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
+    """Read everything below a directory.
+
+    Args:
+        path: a token store, teacher cache, run, study, model or evaluation, or a directory of such.
+        advance: called with the bytes read since the last call.
+
+    Raises:
+        UserError: there is nothing in it that can be verified.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    found = 0
+    for finding in _walk(path, advance, set()):
+        found += 1
+        yield finding
+    if not found:
+        raise UserError(f"{path}: holds no token store, teacher cache, run, study or model")
+
+
+def _walk(path: Path, advance: Callable[[int], None], seen: set[Path]) -> Iterator[Finding]:
+    if path.resolve() in seen:  # a link upwards
+        return
+    seen.add(path.resolve())
+    if path.name.startswith(("step-", f"{BRANCH_POINT}step-")):
+        reason = damage(path)
+        advance(sum(file.stat().st_size for file in path.iterdir()))
+        remedy = f"; delete it; {_AGAIN} goes on from the one before, or makes what is missing again"
+        yield Finding(path, "checkpoint", None if reason is None else reason + remedy)
+    elif (path / "shards").is_dir():
+        yield _whole(path, "teacher cache", lambda: verify_cache(path, advance))
+    elif _has(path, _STORE):
+        yield _whole(path, "token store", lambda: verify_store(path, advance))
+    else:
+        if _has(path, _RUN):
+            yield from _run(RunDirectory(path))
+        if _has(path, ("plan.json", "queue")):
+            yield from _study(path)
+        yield from _listed(path, advance)
+        yield from _records(path, advance)
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _walk(child, advance, seen)
+
+
+def _has(path: Path, names: Sequence[str]) -> bool:
+    return any((path / name).exists() for name in names)
+
+
+def _whole(path: Path, what: str, check: Callable[[], object]) -> Finding:
+    """Verify what is built as a whole, and mended by one command."""
+    try:
+        check()
+    except UserError as error:
+        return Finding(path, what, str(error).removeprefix(f"{path}: "))
+    return Finding(path, what)
+
+
+def _listed(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
+    """Compare the files of a directory with its listing."""
+    try:
+        known = listed(path)
+    except UnreadableError as error:
+        yield Finding(path / LISTING, "checksums", f"{error.reason}")
+        return
+    needed = [name for name in ("config.yaml", *_SCORES) if (path / name).exists()]
+    if any(path.glob("*.safetensors")):
+        needed += ["config.json", "model.safetensors"]
+    unknown = [name for name in needed if name not in known and (path / name).exists()]
+    for name in unknown:
+        yield Finding(
+            path / name, "file", f"no checksum in {LISTING}: it cannot be compared; {_remedy(name)}"
+        )
+    wrong = False
+    for name, sums in sorted(known.items()):
+        reason = difference(path / name, *sums)
+        advance(sums[-1].bytes)
+        if reason is not None:
+            wrong = True
+            yield Finding(path / name, "file", f"{reason.removeprefix('is ')}; {_remedy(name)}")
+    if known and not wrong and not unknown:
+        yield Finding(path, f"{len(known)} files")
+
+
+def _remedy(name: str) -> str:
+    if name == CARD:
+        return f"it is for people, and used for nothing; {_EDITED}"
+    return _REMEDIES.get(name, f"delete the directory and have it made again by {_AGAIN}; {_EDITED}")
+
+
+def _records(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
+    """Check the seals of JSON files, and the rows of metrics.jsonl."""
+    whole = path.name in _FOLDERS
+    files = sorted(path.glob("*.json")) if whole else [path / name for name in _RECORDS]
+    files = [file for file in files if file.exists()]
+    wrong = False
+    for file in files:
+        advance(file.stat().st_size)
+        try:
+            reason = None if is_sealed(file) else "no checksum: it cannot be compared"
+        except UnreadableError as error:
+            reason = error.reason
+        if reason is not None:
+            wrong = True
+            remedy = _REMEDIES.get(file.name, "delete it; it is made again where it is needed")
+            yield Finding(file, "record", f"{reason}; {remedy}")
+    if files and not wrong:
+        yield Finding(path, f"{len(files)} records")
+
+
+def _run(run: RunDirectory) -> Iterator[Finding]:
+    """Check what a run must have by what its state says."""
+    state = run.state()
+    for name in ("state.json", "config.yaml", "provenance.json"):
+        if not (run.path / name).exists():
+            yield Finding(run.path / name, "record", f"missing; {_REMEDIES[name]}")
+    if state.get("status") == "done" and not run.is_done():
+        yield Finding(run.path, "run", f"its model or scores are missing; {_AGAIN} makes them again")
+    reason = _wrong_metrics(run.path / "metrics.jsonl", state)
+    if reason is not None:
+        yield Finding(run.path / "metrics.jsonl", "rows", f"{reason}; {_REMEDIES['metrics.jsonl']}")
+    elif state:
+        yield Finding(run.path / "metrics.jsonl", "rows")
+
+
+def _wrong_metrics(path: Path, state: Mapping[str, object]) -> str | None:
+    """Why the log of a run is not what was written; a last line without an end is of a kill."""
+    if not path.exists():
+        return "missing" if state.get("step") else None
+    data = path.read_bytes()
+    text = data.decode(errors="replace")
+    done = state.get("status") == "done"
+    lines = text if done else text[: text.rfind("\n") + 1]
+    rows, damaged = checked_rows(lines)
+    if damaged:
+        return f"damaged in line {damaged[0]}: it is not what was written"
+    if not all(split_row(line)[1] for line in lines.splitlines()):
+        return "no checksums: it cannot be compared"
+    last = rows[-1]["step"] if rows else 0
+    if done and last != state.get("step"):
+        return f"its last row is of step {last}, and the run's last step was {state.get('step')}"
+    return None
+
+
+def _study(path: Path) -> Iterator[Finding]:
+    """Check that a study has its plan, and that runs that were finished are there."""
+    if not (path / "plan.json").exists():
+        yield Finding(path / "plan.json", "plan", f"missing; {_REMEDIES['plan.json']}")
+    for file in sorted((path / "queue" / "leases").glob("*.json")):
+        try:
+            is_done = read_sealed(file).get("state") == "done"
+        except UnreadableError:  # named among the records
+            continue
+        run = RunDirectory(path / "runs" / file.stem.rpartition(".")[0])
+        if is_done and not run.is_done():
+            yield Finding(
+                run.path, "run", "it was finished, and is not any more; `tutelage study run` mends it"
+            )

@@ -1,0 +1,161 @@
+"""Flips, truncations and deletions in everything that a finished study has on disk."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tiny_study import run_tiny, tiny_study
+
+from tutelage.data.store import open_store
+from tutelage.data.store_manifest import SPLITS
+from tutelage.data.tokenizer import load_tokenizer
+from tutelage.errors import UserError
+from tutelage.evals.score_files import read_scores
+from tutelage.models import hub
+from tutelage.run_directory import RunDirectory
+from tutelage.study.leases import Failures
+from tutelage.study.results import load_results
+from tutelage.teachers.cache.reader import open_cache
+from tutelage.train.checkpoint_files import damage
+from tutelage.verify import verify
+
+PLACES = 2
+"""Random bytes that are flipped in each file."""
+
+TEACHER = {"shape": "nano-20k", "tokens": "4K", "cache": {"format": {"kind": "hidden"}}}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("verified") / "study"
+    run_tiny(tiny_study(teachers={"weak": TEACHER}), directory)
+    run = next((directory / "runs").iterdir()).name
+    Failures(directory, 1).add(run, "the machine went away", 4)
+    return directory
+
+
+def wrong(path):
+    return [f"{one.path}: {one.wrong}" for one in verify(path, lambda _: None) if one.wrong is not None]
+
+
+def files_of(study):
+    """What is read again; locks are not."""
+    paths = sorted(path for path in study.rglob("*") if path.is_file())
+    return [path for path in paths if path.name != "lock" and path.suffix != ".lock"]
+
+
+def part_of(study, file):
+    """The store, cache or run that a file is in, or the study."""
+    names = file.relative_to(study).parts
+    return study / names[0] / names[1] if names[0] in {"data", "runs", "caches"} else study
+
+
+def damages(content, rng):
+    """The content with a bit flipped, at several places, and cut short."""
+    for place in {0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(PLACES))}:
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.randrange(8)
+        yield f"byte {place}", bytes(changed)
+    for length in (0, len(content) - 1, rng.randrange(len(content))):
+        yield f"cut to {length}", content[:length]
+    yield "deleted", None
+
+
+def replaced(file, content):
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_a_study_that_nothing_happened_to_is_intact(study):
+    assert wrong(study) == []
+    assert {one.what for one in verify(study, lambda _: None)} >= {
+        "token store",
+        "teacher cache",
+        "checkpoint",
+        "rows",
+    }
+
+
+def of_store(path):
+    store = open_store(path)
+    views = [store.split(name) for name in SPLITS]
+    read = [part[:].tobytes() for v in views for part in (v.tokens, v.offsets, v.bytes) if part is not None]
+    return store.manifest.model_dump(), load_tokenizer(path), read
+
+
+def of_cache(path):
+    cache = open_cache(path)
+    layout = cache.manifest.layout
+    starts = range(0, layout.positions - 31, 32)
+    rows = [cache.read([start], 32).hidden_NE.numpy().tobytes() for start in starts]
+    return cache.manifest.model_dump(), rows, cache.head()[0].numpy().tobytes()
+
+
+def of_run(path):
+    run = RunDirectory(path)
+    weights = {name: weight.numpy().tobytes() for name, weight in hub.load(run.model).state_dict().items()}
+    (newest,) = run.checkpoints.glob("step-*")
+    if (reason := damage(newest)) is not None:
+        raise UserError(f"{newest}: {reason}")
+    return weights, load_tokenizer(run.model), run.config(), read_scores(run.scores)
+
+
+def of_study(path):
+    results = load_results(path)
+    frames = (results.scores, results.documents, results.curves, results.runs)
+    unfinished = [f"state.json of {run}" for run in results.unfinished["run"]]
+    return results.plan, [frame.rows() for frame in frames], [*results.problems, *unfinished]
+
+
+USES = {"data": of_store, "caches": of_cache, "runs": of_run}
+
+
+def used(study, file):
+    """What a study's report and a use of the damaged part see, and what they complain of."""
+    kind = file.relative_to(study).parts[0]
+    seen = []
+    for use, path in ((of_study, study), (USES.get(kind, of_study), part_of(study, file))):
+        try:
+            seen.append(use(path))
+        except UserError as error:
+            seen.append(str(error))
+    assert not any("\n" in one for one in seen if isinstance(one, str))
+    return seen
+
+
+def names(seen, file):
+    """Whether one line speaks of a file; of a checkpoint, block or manifest at least of what it is in."""
+    lines = [line for line in seen if isinstance(line, str)]
+    lines += [line for one in seen if not isinstance(one, str) for line in one[-1] if isinstance(line, str)]
+    return any(file.name.removesuffix(".crc32") in line for line in lines)
+
+
+NOT_MISSED = {"overlap", "queue"}
+"""What is in them is found out again where it is needed; a finished run is finished by its own files."""
+
+
+@pytest.mark.slow
+def test_whatever_is_damaged_is_named_or_changes_nothing(study):
+    rng = random.Random(15)  # noqa: S311
+    wrongly, pristine = [], {}
+    for file in files_of(study):
+        content, where = file.read_bytes(), file.relative_to(study)
+        part = part_of(study, file)
+        if part not in pristine:
+            pristine[part] = used(study, file)
+        for what, changed in damages(content, rng) if content else ():
+            replaced(file, changed)
+            if changed is not None or where.parts[0] not in NOT_MISSED:
+                found = wrong(part)
+                if not any(file.name in line for line in found):
+                    wrongly.append(f"verify: {where}: {what}: {found}")
+            seen = used(study, file)
+            if seen != pristine[part] and not names(seen, file):
+                wrongly.append(f"use: {where}: {what}: {[str(one)[:200] for one in seen]}")
+            file.write_bytes(content)
+    assert not wrongly, "\n".join(wrongly)
+    assert wrong(study) == []
