@@ -260,6 +260,17 @@ def lock_when_free(path: Path, what: str, wait: Callable[[], bool]) -> Iterator[
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock `path` now; one that was killed does not."""
+    try:
+        with path.open("r+b") as file:
+            return not lock_descriptor(file.fileno(), blocking=False)
+    except FileNotFoundError:
+        return False
+    except OSError:  # no locks here, or another's file: what exists is taken for held
+        return True
+
+
 @cache
 def _has_locks(directory: Path) -> bool:
     """Whether files in `directory` can be locked, tried on a file that nobody else opens."""

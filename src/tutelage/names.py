@@ -79,6 +79,24 @@ def look_up(kind: DirectoryKind, path: Path, what: str, base: Path | None = None
     return found[0] if found else None
 
 
+def find_any(name: str) -> Path:
+    """The one directory of any kind that is called `name`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    path = Path(name)
+    if kind_of(path) is not None:
+        return path
+    found = [found for kind in _PLACES if (found := look_up(kind, path, "name")) is not None]
+    if len(found) > 1:
+        listed = ", ".join(f"{one} (a {kind_of(one)})" for one in found)
+        raise UserError(f"{name}: {len(found)} directories are called so: {listed}; write the path")
+    if not found:
+        raise UserError(f"{name}: no store, run, cache or study is called so here, nor has that path")
+    return found[0]
+
+
 def _folders(kind: DirectoryKind, base: Path | None) -> list[Path]:
     """Where a name alone is looked up."""
     return [root / place for root in dict.fromkeys((Path(), base or Path())) for place in _PLACES[kind]]

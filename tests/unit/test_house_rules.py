@@ -55,11 +55,12 @@ ALLOWED: dict[str, set[str]] = {
     "agreement": {"errors", "files", "processes"},
     "launch": {"errors", "processes"},
     "names": {"errors"},
+    "installed": set(),
     "records": {"errors", "files"},
     "checksums": {"errors", "files", "records"},
     "files": {"errors"},
     "config": {"types", "errors"},
-    "data": _BASE | {"checksums", "names", "progress", "records"},
+    "data": _BASE | {"checksums", "installed", "names", "progress", "records"},
     "models": {"types", "errors", "files", "checksums", "records", "objective.products"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
@@ -67,10 +68,11 @@ ALLOWED: dict[str, set[str]] = {
     "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
     "train": _BASE
     | _ROOMS
-    | {"agreement", "checksums", "progress", "processes", "provenance", "run_directory", "stopping"},
+    | {"agreement", "checksums", "installed", "progress", "processes", "provenance"}
+    | {"run_directory", "stopping"},
     "evals": _BASE
     | {"data", "models", "names", "progress", "provenance", "bootstrap", "checksums", "records"}
-    | {"run_directory"}
+    | {"installed", "run_directory"}
     | {"teachers.cache.layout"},
     "run": _BASE
     | {
@@ -88,7 +90,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "study": _BASE
     | {"agreement", "checksums", "data", "launch", "models", "processes", "progress", "records"}
-    | {"stopping"}
+    | {"installed", "stopping"}
     | {"run", "run_directory", "run_plan"},
     "analysis": {
         "types",
@@ -113,7 +115,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "analysis"}
     | {"agreement", "launch", "names", "processes", "progress", "provenance", "run", "run_directory"}
-    | {"run_plan", "stopping", "verify"},
+    | {"installed", "run_plan", "stopping", "verify"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""
 

@@ -1,4 +1,4 @@
-"""The commands `tutelage data`: list, build, show."""
+"""The commands `tutelage data`: list, build; `show` is `tutelage show`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tutelage.cli.show_commands import show, show_store
 from tutelage.errors import UserError
-from tutelage.names import find
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tutelage.config.data_config import StoreConfig
-    from tutelage.data.store_manifest import Manifest
 
 data_app = typer.Typer(no_args_is_help=True, help="Turn text into token stores; look at them.")
+data_app.command("show")(show)
 
 
 @data_app.command("list")
@@ -55,7 +53,7 @@ def data_build(
     settings = _store_config(config, corpus, overrides or [])
     with RichProgress() as progress:
         path = build_store(settings, output, progress)
-    data_show(path)
+    show_store(path)
     say(
         "next", f"put 'data: {{store: {settings.name}}}' into a run file, or {path.name} if there are several"
     )
@@ -72,47 +70,3 @@ def _store_config(config: Path | None, corpus: str | None, overrides: list[str])
     return validate(
         StoreConfig, {"name": corpus, "sources": [{"name": corpus, "kind": "corpus"}]}, "--corpus"
     )
-
-
-@data_app.command("show")
-def data_show(store: Annotated[Path, typer.Argument(help="token store directory")]) -> None:
-    """Print what a token store holds, what was left out of it, and what else is unusual about it."""
-    from rich.table import Table
-
-    from tutelage.cli.bars import out, say
-    from tutelage.data.store import open_store
-    from tutelage.data.store_manifest import remarks
-
-    store = find("store", store, "store")
-    opened = open_store(store)
-    out.print(_sources_table(opened.manifest))
-    table = Table("split", box=None)
-    for column in ("documents", "tokens", "bytes", "bytes/token"):
-        table.add_column(column, justify="right")
-    for name, split in opened.manifest.splits.items():
-        ratio = split.bytes / split.tokens if split.tokens else 0.0
-        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}")
-    table.caption = f"vocabulary {opened.vocab_size:,} · fingerprint {opened.fingerprint[:16]}"
-    out.print(table)
-    for line in remarks(opened.manifest):
-        say("note", line)
-    say("store", store)
-
-
-def _sources_table(manifest: Manifest) -> Table:
-    """Tabulate what was taken of each source of a token store, and why rows were left out."""
-    from rich.table import Table
-
-    from tutelage.data.store_manifest import source_name
-
-    table = Table("source", box=None)
-    for column in ("documents", "bytes", "share", "wanted", *manifest.sources[0].dropped):
-        table.add_column(column, justify="right", no_wrap=True)
-    total = sum(record.bytes for record in manifest.sources)
-    weights = sum(record.weight or 0.0 for record in manifest.sources)
-    for record in manifest.sources:
-        wanted = "all" if record.weight is None else f"{record.weight / weights:.1%}"
-        taken = (f"{record.documents:,}", f"{record.bytes:,}", f"{record.bytes / total:.1%}", wanted)
-        dropped = (f"{count:,}" for count in record.dropped.values())
-        table.add_row(source_name(record.source), *taken, *dropped)
-    return table

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tutelage.installed import install_extra, install_package
 from tutelage.provenance import PACKAGES, cpu_model, installed
 
 if TYPE_CHECKING:
@@ -23,15 +24,14 @@ if TYPE_CHECKING:
     from tutelage.data.corpora import Corpus
 
 _OPTIONAL = {
-    "datasets": "pip install 'tutelage[hub]'",
-    "lm_eval": "pip install 'tutelage[eval]'",
-    "ray": "pip install 'tutelage[ray]'",
-    "tensorboard": "pip install 'tutelage[trackers]'",
-    "wandb": "pip install 'tutelage[trackers]'",
-    "trackio": "pip install 'tutelage[trackers]'",
-    "triton": "comes with torch's CUDA build on Linux; nothing else needs it",
+    "datasets": "hub",
+    "lm_eval": "eval",
+    "ray": "ray",
+    "tensorboard": "trackers",
+    "wandb": "trackers",
+    "trackio": "trackers",
 }
-"""How to install each optional module."""
+"""The extra that brings each optional module."""
 
 _DISK_BYTES = 2 * 10**9
 _IMPORT_SECONDS = 120
@@ -69,9 +69,10 @@ def examine() -> list[Check]:
         *_devices(),
         _disk(),
         *_corpora(),
-        _works("tokenizer training", _train_tokenizer, "pip install --force-reinstall tokenizers"),
-        _works("figures", _draw, "pip install --force-reinstall vl-convert-python"),
-        *(_optional(module, fix) for module, fix in _OPTIONAL.items()),
+        _works("tokenizer training", _train_tokenizer, install_package("--force-reinstall tokenizers")),
+        _works("figures", _draw, install_package("--force-reinstall vl-convert-python")),
+        *(_optional(module, install_extra(extra)) for module, extra in _OPTIONAL.items()),
+        _optional("triton", "comes with torch's CUDA build on Linux; nothing else needs it"),
     ]
 
 
@@ -84,7 +85,7 @@ def _python() -> Check:
 def _package(name: str) -> Check:
     found = installed(name)
     if found is None:
-        return Check(name, False, "not installed", f"pip install {name}")
+        return Check(name, False, "not installed", install_package(name))
     return Check(name, True, found)
 
 
@@ -98,7 +99,7 @@ def _devices() -> list[Check]:
                 "cpu",
                 False,
                 f"torch cannot be imported: {_line(error)}",
-                "pip install --force-reinstall torch",
+                install_package("--force-reinstall torch"),
             )
         ]
     processor = (

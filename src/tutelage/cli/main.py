@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
@@ -14,6 +15,7 @@ from tutelage.cli.data_commands import data_app
 from tutelage.cli.doctor import doctor
 from tutelage.cli.eval_commands import eval_app
 from tutelage.cli.reference_commands import models, schema, verify
+from tutelage.cli.show_commands import runs, show
 from tutelage.cli.streams import flush_streams, prepare_streams
 from tutelage.cli.study_commands import demo, report, study_app
 from tutelage.cli.train_commands import teach, train
@@ -39,8 +41,28 @@ app = typer.Typer(
     "it pays.\n\n"
     "Start with `tutelage demo`: minutes on a laptop, real text, no account.",
 )
-for command in (demo, report, train, teach, models, doctor, schema, verify):
+for command in (demo, report, train, teach, runs, show, models, doctor, schema, verify):
     app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    """Print what is installed and from where, and end, if that is asked."""
+    if asked:
+        from tutelage.installed import describe
+
+        typer.echo(describe())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="print the version")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
 app.add_typer(eval_app, name="eval")

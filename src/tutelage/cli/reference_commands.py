@@ -66,16 +66,17 @@ def schema(
 
 def verify(
     path: Annotated[
-        Path, typer.Argument(help="token store, teacher cache, run, study, model, or a directory of such")
+        Path, typer.Argument(help="store, cache, run or study (or its name), model, or a directory of such")
     ],
 ) -> None:
     """Read everything in full and compare it with its checksums; exit code 1 if something is wrong."""
     from tutelage import verify as checks
     from tutelage.cli.bars import RichProgress, say
-    from tutelage.names import completed
+    from tutelage.names import completed, find_any
     from tutelage.progress import counter
 
     path = completed(path, "path")
+    path = path if path.exists() else find_any(str(path))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     wrong = right = 0
     with RichProgress() as progress:

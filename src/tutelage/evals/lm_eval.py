@@ -35,6 +35,7 @@ from tutelage.evals.lm_eval_tasks import (
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import ScoreEstimate
 from tutelage.files import lock, make_directory
+from tutelage.installed import install_extra
 from tutelage.models.hub import pick_device
 from tutelage.names import look_up
 
@@ -138,7 +139,7 @@ def _check_installed() -> None:
         import lm_eval  # noqa: F401, PLC0415
     except ImportError as error:
         raise UserError(
-            f"downstream tasks: the package '{error.name}' is missing; run: pip install 'tutelage[eval]'"
+            f"downstream tasks: the package '{error.name}' is missing; run: {install_extra('eval')}"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tutelage.errors import UserError
+from tutelage.installed import install_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,5 +84,5 @@ def open_tracker(name: str, directory: Path, config: dict[str, Any]) -> Tracker:
         return TRACKERS[name](directory, config)
     except ImportError as error:
         raise UserError(
-            f"runtime.trackers: {name} needs a package ({error}); pip install 'tutelage[trackers]'"
+            f"runtime.trackers: {name} needs a package ({error}); {install_extra('trackers')}"
         ) from None

@@ -160,7 +160,7 @@ def test_data_set_errors(dataset):
 
 def test_missing_extra_gives_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"'datasets' is missing; run: pip install 'tutelage\[hub\]'"):
+    with pytest.raises(UserError, match=r"'datasets' is missing; run: .* install .*\[hub\]'"):
         texts_of(HubSource(kind="hub", path="any"))
 
 

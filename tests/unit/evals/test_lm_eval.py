@@ -165,7 +165,7 @@ def test_analogies_are_the_files_and_each_has_one_right_answer(tmp_path):
 
 def test_a_missing_package_comes_with_its_command(evaluated, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"'lm_eval' is missing; run: pip install 'tutelage\[eval\]'"):
+    with pytest.raises(UserError, match=r"'lm_eval' is missing; run: .* install .*\[eval\]'"):
         run_downstream(evaluated, BOTH)
 
 

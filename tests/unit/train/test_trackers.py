@@ -42,5 +42,5 @@ def test_missing_package_is_said_with_its_remedy(tmp_path, monkeypatch):
         raise ModuleNotFoundError("No module named 'wandb'")
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", absent)
-    with pytest.raises(UserError, match=r"pip install 'tutelage\[trackers\]'"):
+    with pytest.raises(UserError, match=r"install .*\[trackers\]'"):
         trackers.open_tracker("wandb", tmp_path, {})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tutelage.errors import UserError
+from tutelage.installed import install_extra
 from tutelage.study.engines import TaskOutcome, ray_train
 from tutelage.study.engines.tasks import execute
 
@@ -56,7 +57,7 @@ class RayEngine:
         try:
             import ray  # noqa: PLC0415 - an extra
         except ImportError:
-            raise UserError("--engine ray needs Ray: pip install 'tutelage[ray]'") from None
+            raise UserError(f"--engine ray needs Ray: {install_extra('ray')}") from None
         self._ray = ray
         if asked is not None and asked not in {*_HERE, "auto"}:
             _check_listens("--ray-address" if address is not None else "RAY_ADDRESS", asked)

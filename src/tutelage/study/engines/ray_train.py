@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import UserError, one_line
+from tutelage.installed import install_extra
 from tutelage.launch import describe
 from tutelage.study.engines import RunTask, TaskOutcome
 from tutelage.study.engines.tasks import command, read_outcome, write_task
@@ -58,7 +59,7 @@ def check_installed() -> None:
         import ray.train.torch  # noqa: F401, PLC0415 - an extra
     except ImportError as error:
         raise UserError(
-            f"parallel.processes above 1 on a Ray cluster needs Ray Train: pip install 'tutelage[ray]' "
+            f"parallel.processes above 1 on a Ray cluster needs Ray Train: {install_extra('ray')} "
             f"({one_line(error, 100)})"
         ) from None
 

@@ -1,0 +1,222 @@
+"""The commands `tutelage runs` and `tutelage show`: what lies on the disk, and what it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tutelage.errors import UserError
+from tutelage.names import differences, find_any, kind_of, look_up, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from tutelage.data.store_manifest import Manifest
+
+_LONGEST_VALUE = 48
+
+
+def runs(
+    directory: Annotated[
+        Path, typer.Argument(help="directory of runs, or a study or its name", metavar="[DIR]")
+    ] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead")] = False,
+) -> None:
+    """List runs, newest first: how far they are, their scores, and the settings in which they differ."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from tutelage.cli.bars import out, say
+
+    found = read_runs(directory)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    for row in found:
+        out.print(Text(f"{row['run']}  {_how_far(row)}", style="bold"), highlight=False)
+        for words in filter(
+            None, (row["error"], _scores_text(row["scores"]), _settings_text(row["differs"]))
+        ):
+            out.print(Padding(Text(str(words)), (0, 0, 0, 2), expand=False), highlight=False)
+    say("runs", f"{len(found)} in {directory}")
+
+
+def read_runs(directory: Path) -> list[dict[str, Any]]:
+    """What `tutelage runs` prints, as plain data.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    study = directory if directory.is_dir() else look_up("study", directory, "directory of runs")
+    if study is None:
+        raise UserError(f"{directory}: no such directory; `tutelage train` puts runs into runs/")
+    folder = study / "runs" if kind_of(study) == "study" else study
+    paths = [path for path in folder.iterdir() if kind_of(path) == "run"]
+    paths.sort(
+        key=lambda path: (path / "state.json").stat().st_mtime if (path / "state.json").exists() else 0
+    )
+    rows = [_row(path) for path in reversed(paths)]
+    for row, differs in zip(rows, differences([settings(Path(row["path"])) for row in rows]), strict=True):
+        row["differs"] = differs
+    return rows
+
+
+def _row(path: Path) -> dict[str, Any]:
+    """State and scores of one run: bits per byte of its last step, on the test split, by text."""
+    from tutelage.evals.score_files import read_scores
+    from tutelage.files import is_locked
+    from tutelage.run_directory import RunDirectory
+
+    directory = RunDirectory(path)
+    state = directory.state()
+    status = state.get("status", "not started")
+    if status == "running" and not is_locked(path / "lock"):
+        status = "killed"
+    error = state.get("error") if status == "failed" else None
+    try:
+        scores = read_scores(directory.scores)
+    except UserError as unreadable:
+        scores, error = [], str(unreadable)
+    last = max((score.step for score in scores), default=0)
+    wanted = ("bits_per_byte", "test", last)
+    return {
+        "run": directory.id,
+        "path": str(path),
+        "state": status,
+        "step": state.get("step", 0),
+        "steps": state.get("steps"),
+        "changed": (path / "state.json").stat().st_mtime if state else None,
+        "error": error,
+        "scores": {
+            score.domain: score.value for score in scores if (score.metric, score.split, score.step) == wanted
+        },
+    }
+
+
+def _how_far(row: dict[str, Any]) -> str:
+    from tutelage.cli.bars import period
+
+    steps = f"{row['step']:,}" + ("" if row["steps"] is None else f" of {row['steps']:,}") + " steps"
+    age = "" if row["changed"] is None else f", {period(max(0.0, time.time() - row['changed']))} ago"
+    return f"{row['state']}, {steps}{age}"
+
+
+def _scores_text(scores: dict[str, float]) -> str:
+    return (
+        "bits per byte: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        if scores
+        else ""
+    )
+
+
+def _settings_text(values: dict[str, object]) -> str:
+    texts = ((key, str(value)) for key, value in values.items())
+    return ", ".join(
+        f"{key} {text if len(text) <= _LONGEST_VALUE else f'{text[: _LONGEST_VALUE - 3]}...'}"
+        for key, text in texts
+    )
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="name or directory of a store, run, cache or study")],
+    only_path: Annotated[bool, typer.Option("--path", help="print its directory and nothing else")] = False,
+) -> None:
+    """Say what a store, run, cache or study is; with --path where it lies, for scripts."""
+    path = find_any(name)
+    if only_path:
+        sys.stdout.write(f"{path}\n")
+        return
+    printers: dict[str, Callable[[Path], None]] = {
+        "store": show_store,
+        "run": _show_run,
+        "cache": _show_cache,
+        "study": _show_study,
+    }
+    printers[str(kind_of(path))](path)
+
+
+def _show_run(path: Path) -> None:
+    from tutelage.cli.bars import say
+    from tutelage.run_directory import RunDirectory
+
+    row, directory = _row(path), RunDirectory(path)
+    say("run", f"{row['run']}: {_how_far(row)}")
+    for label, words in (("error", row["error"]), ("scores", _scores_text(row["scores"]))):
+        if words:
+            say(label, words)
+    say(
+        "settings", _settings_text({key: value for key, value in settings(path).items() if value is not None})
+    )
+    say("model", directory.model if directory.is_trained() else "not yet: `tutelage train` goes on")
+    say("path", path)
+
+
+def _show_cache(path: Path) -> None:
+    from tutelage.cli.bars import say
+    from tutelage.teachers.cache.layout import read_cache_manifest
+
+    manifest = read_cache_manifest(path)
+    layout = manifest.layout
+    done = sum(1 for shard in range(layout.shards) if (path / layout.file(shard)).is_file())
+    say("cache", f"{path.name}: {layout.positions:,} tokens, {done} of {layout.shards} files written")
+    say("teacher", f"{manifest.teacher.kind} {manifest.teacher.id}")
+    say("format", _settings_text(manifest.format.model_dump(mode="json")))
+    say("contexts", f"of {layout.context_length} tokens, temperature {manifest.temperature:g}")
+    say("text", f"token store of fingerprint {manifest.store[:16]}, split {manifest.split}")
+    say("path", path)
+
+
+def _show_study(path: Path) -> None:
+    from tutelage.cli.study_output import print_status
+    from tutelage.study.status import read_status
+
+    print_status(read_status(path), path)
+
+
+def show_store(path: Path) -> None:
+    """Print what a token store holds, what was left out of it, and what else is unusual about it."""
+    from rich.table import Table
+
+    from tutelage.cli.bars import out, say
+    from tutelage.data.store import open_store
+    from tutelage.data.store_manifest import remarks
+
+    opened = open_store(path)
+    out.print(_sources_table(opened.manifest))
+    table = Table("split", box=None)
+    for column in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(column, justify="right")
+    for name, split in opened.manifest.splits.items():
+        ratio = split.bytes / split.tokens if split.tokens else 0.0
+        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}")
+    table.caption = f"vocabulary {opened.vocab_size:,} · fingerprint {opened.fingerprint[:16]}"
+    out.print(table)
+    for line in remarks(opened.manifest):
+        say("note", line)
+    say("store", path)
+
+
+def _sources_table(manifest: Manifest) -> Table:
+    """Tabulate what was taken of each source of a token store, and why rows were left out."""
+    from rich.table import Table
+
+    from tutelage.data.store_manifest import source_name
+
+    table = Table("source", box=None)
+    for column in ("documents", "bytes", "share", "wanted", *manifest.sources[0].dropped):
+        table.add_column(column, justify="right", no_wrap=True)
+    total = sum(record.bytes for record in manifest.sources)
+    weights = sum(record.weight or 0.0 for record in manifest.sources)
+    for record in manifest.sources:
+        wanted = "all" if record.weight is None else f"{record.weight / weights:.1%}"
+        taken = (f"{record.documents:,}", f"{record.bytes:,}", f"{record.bytes / total:.1%}", wanted)
+        dropped = (f"{count:,}" for count in record.dropped.values())
+        table.add_row(source_name(record.source), *taken, *dropped)
+    return table
