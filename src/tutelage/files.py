@@ -31,8 +31,12 @@ class LockedError(UserError):
     """Another process holds the lock; the message names it and its machine."""
 
 
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}")
+"""Names that `atomic_write` writes under."""
+
 _FORBIDDEN = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
+    errno.EISDIR,
     # a symbolic link, a hard link or a pipe where a file of ours belongs
     *(errno.ELOOP, errno.EMLINK, errno.ENXIO),
 }
@@ -76,7 +80,10 @@ def make_directory(path: Path) -> Path:
             if place.is_symlink() and place.lstat().st_uid not in {0, os.geteuid()}:
                 raise UserError(f"{place}: a link that another user made; remove it or choose another output")
     with os_errors_to_user_errors(path):
+        new = [place for place in (path, *path.parents) if not place.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for place in new:  # a file that is flushed is lost all the same where its directory's name is
+            flush(place.parent)
     return path
 
 
@@ -128,6 +135,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed writers left of files in `directory`, which the caller holds with `lock`."""
+    for path in directory.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -23,7 +23,7 @@ from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, 
 from tutelage.run_plan import check_fits, out_of_memory
 from tutelage.stopping import stop_signal
 from tutelage.train import distributed
-from tutelage.train.checkpoint_files import BRANCH_POINT, adopt, damage
+from tutelage.train.checkpoint_files import BRANCH_POINT, adopt, checkpoint_name, damage
 from tutelage.train.loop import train
 from tutelage.train.out_of_memory import LackOfMemoryError
 from tutelage.train.parallel import use_model
@@ -319,7 +319,7 @@ def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
 def _mark_ended(runs: Sequence[Run], status: str, error: str | None = None) -> None:
     """Record how it ended in every run that has begun and has no end of its own: done, or failed."""
     for _, directory in runs:
-        if directory.has_begun() and directory.state().get("status") not in {"done", "failed"}:
+        if directory.status() in ("running", "stopped"):
             directory.write_state(status, error=error)
 
 
@@ -330,10 +330,10 @@ def _copy_branch_point(student: Student) -> None:
         UserError: the other has none, computes something else, or decays later than this run does.
     """
     config, directory = student.config, student.directory
-    if config.runtime.branch_from is None or any(directory.checkpoints.glob("step-*")):
+    if config.runtime.branch_from is None or directory.saved():
         return
     other = RunDirectory(config.output / config.runtime.branch_from)
-    found = next(other.checkpoints.glob(f"{BRANCH_POINT}step-*"), None)
+    step, found = next(iter(other.saved(BRANCH_POINT).items()), (0, None))
     if found is None:
         raise UserError(
             f"runtime.branch_from {other.id}: {other.path} has no checkpoint from where its decay "
@@ -351,13 +351,12 @@ def _copy_branch_point(student: Student) -> None:
                 f"runtime.branch_from {other.id}: it is no beginning of this run: {field} is "
                 f"{theirs[field]} there and {value} here"
             )
-    name = found.name.removeprefix(BRANCH_POINT)
-    if int(name.removeprefix("step-")) > config.optim.decay_start(student.steps, config.global_batch_tokens):
+    if step > config.optim.decay_start(student.steps, config.global_batch_tokens):
         raise UserError(
             f"runtime.branch_from {other.id}: it decays later than this run does; choose a shorter one"
         )
     write_text(directory.path / "metrics.jsonl", (other.path / "metrics.jsonl").read_text(encoding="utf-8"))
-    with atomic_directory(directory.checkpoints / name) as partial_directory:
+    with atomic_directory(directory.checkpoints / checkpoint_name(step)) as partial_directory:
         shutil.copytree(found, partial_directory, dirs_exist_ok=True)
         adopt(partial_directory, directory.id, recipe(config))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutelage.checksums import check_file, checked_write
 from tutelage.config.base import parse_tokens
@@ -18,10 +19,12 @@ from tutelage.config.wrong_settings import WrongSettingsError
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.files import (
+    flush,
     lock,
     make_directory,
     no_links,
     os_errors_to_user_errors,
+    remove_leftovers,
     write_text,
 )
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
@@ -40,6 +43,8 @@ from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+RunStatus = Literal["not started", "running", "stopped", "failed", "done"]
 
 _TAIL_BYTES = 8192
 """More than a row of metrics.jsonl has."""
@@ -227,6 +232,8 @@ class RunDirectory:
         make_directory(self.path)
         try:
             with lock(self.path / "lock", str(self.path)):
+                for folder in (self.path, self.model):
+                    remove_leftovers(folder)
                 yield
         finally:
             for place in empty:
@@ -236,6 +243,26 @@ class RunDirectory:
     def has_begun(self) -> bool:
         """Whether the run was ever set up to its first step; until then it leaves no trace."""
         return (self.path / "state.json").exists()
+
+    def status(self) -> RunStatus:
+        """Where the run stands, in a word; "running" is also one that was killed.
+
+        One that has lost its model, or its state, is stopped: the next start goes on from a checkpoint.
+        """
+        word = self.state().get("status")
+        if word == "done" and self.is_done():
+            return "done"
+        if word in ("running", "failed"):
+            return "running" if word == "running" else "failed"
+        return "stopped" if self.has_begun() else "not started"
+
+    def saved(self, prefix: str = "") -> dict[int, Path]:
+        """The checkpoints `<prefix>step-N` by step, oldest first; what has another name is none."""
+        if not self.checkpoints.is_dir():
+            return {}
+        name = re.compile(re.escape(prefix) + "step-([0-9]{1,18})")
+        matches = [(name.fullmatch(path.name), path) for path in self.checkpoints.iterdir() if path.is_dir()]
+        return dict(sorted((int(match[1]), path) for match, path in matches if match is not None))
 
     def state(self) -> dict[str, Any]:
         """Contents of state.json; empty before the run has started, and where they cannot be read."""
@@ -256,7 +283,7 @@ class RunDirectory:
             return False
         if self._has_model(state):
             return self.scores.exists() or not any(state.get("evaluations", {}).values())
-        return not any(self.checkpoints.glob("step-*"))
+        return not self.saved()
 
     def _has_model(self, state: Mapping[str, Any]) -> bool:
         return (self.model / "config.json").is_file() and isinstance(state.get("step"), int)
@@ -303,6 +330,12 @@ class RunDirectory:
         before = split_row(self._last_line())[1]
         with os_errors_to_user_errors(path), open(path, "a", encoding="utf-8", opener=no_links) as file:
             file.write(row_text(row, before))
+
+    def flush_log(self) -> None:
+        """Wait until the rows of metrics.jsonl and the names in the directory would survive a power cut."""
+        log = self.path / "metrics.jsonl"
+        for path in (log, self.path) if log.is_file() else (self.path,):
+            flush(path)
 
     def last_metrics(self) -> dict[str, float]:
         """The newest whole row of metrics.jsonl; empty before there is one."""

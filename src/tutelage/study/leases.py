@@ -93,9 +93,10 @@ class Failures:
     def clear(self, run: str) -> bool:
         """Forget the attempts at a run; False if it has none."""
         path = self._directory / f"{run}.json"
-        exists = path.exists()
+        if not path.is_file():
+            return False
         path.unlink(missing_ok=True)
-        return exists
+        return True
 
     def _refresh(self) -> None:
         found = {}

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from tutelage.errors import UserError
 from tutelage.records import Record, UnreadableError, read_lines, read_model
+from tutelage.run_directory import RunDirectory
 from tutelage.study.plan import Plan, PlanRun, load_plan
 from tutelage.study.score_tables import OTHERWISE, Evaluations, read_evaluations
 from tutelage.study.token_tables import TokenComparison, read_token_comparisons
@@ -283,13 +284,9 @@ def _reported(problems: list[str], run: str, consequence: str) -> Iterator[None]
 
 def _progress(path: Path) -> dict[str, object]:
     """Status of a run and, if it is done, its costs."""
-    file = path / "state.json"
-    try:
+    file, status = path / "state.json", RunDirectory(path).status()
+    if status == "not started":
+        return {"status": status}
+    if status == "done":
         return read_model(file, _Done).model_dump()
-    except UnreadableError:
-        if not file.exists():
-            return {"status": "not started"}
-        status = read_model(file, _Status)
-        if status.status == "done":
-            raise
-        return status.model_dump()
+    return read_model(file, _Status).model_dump() | {"status": status}

@@ -307,5 +307,4 @@ def _part_done(node: Node) -> float:
 
 def _checkpoint(node: Node) -> int:
     """The step from which the run would resume."""
-    steps = [path.name.removeprefix("step-") for path in node.directory.checkpoints.glob("step-*")]
-    return max(map(int, steps), default=0)
+    return max(node.directory.saved(), default=0)

@@ -79,7 +79,8 @@ def read_status(directory: Path, retries: int = 1) -> Status:
         place = RunDirectory(directory / "runs" / run.run)
         state = place.state()
         owner = leases.owner(run.run)
-        if place.is_done():
+        standing = place.status()
+        if standing == "done":
             word = "done"
         elif owner is not None:
             word = "running"
@@ -87,7 +88,7 @@ def read_status(directory: Path, retries: int = 1) -> Status:
         elif run.run in marked:
             word = "failed"
         else:
-            word = "stopped" if state else "waiting"
+            word = "waiting" if standing == "not started" else "stopped"
         counts[word] += 1
         if word != "done":
             left.append(run.run)

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from tutelage.checksums import FileSum
 from tutelage.errors import UserError
-from tutelage.files import flush
 from tutelage.run_directory import recipe
 from tutelage.train.checkpoint_files import (
     BRANCH_POINT,
@@ -35,7 +34,6 @@ from tutelage.train.checkpoint_files import (
     CheckpointManifest,
     CheckpointOrigin,
     CheckpointWriter,
-    all_checkpoints,
     check_origin,
     checkpoint_name,
     damage,
@@ -95,7 +93,7 @@ class Checkpoints:
     def __init__(self, config: RunConfig, directory: RunDirectory, world: World) -> None:
         """Name the place of the checkpoints; nothing is read or written."""
         self.warnings: list[str] = []
-        self._directory = directory.checkpoints
+        self._directory = directory
         self._settings = config.checkpoint
         self._world = world
         self._every = max(1, config.checkpoint.every // config.global_batch_tokens)
@@ -134,8 +132,9 @@ class Checkpoints:
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         if self._world.is_main:
-            remove_unfinished(self._directory)
-        found = self._from_main(all_checkpoints(self._directory))
+            remove_unfinished(self._directory.checkpoints)
+            self._remove_old()
+        found = self._from_main([*self._directory.saved().values()])
         if not found:
             return Counters()
         path = found[-1]
@@ -177,7 +176,9 @@ class Checkpoints:
             UserError: as `wait`.
         """
         self.wait()
-        path = self._directory / ((BRANCH_POINT if branch_point else "") + checkpoint_name(counters.step))
+        path = self._directory.checkpoints / (
+            (BRANCH_POINT if branch_point else "") + checkpoint_name(counters.step)
+        )
         state = {name: tensor.contiguous() for name, tensor in _state(model, optimizer).items()}
         if self._settings.asynchronous:
             self._stager = self._stager or _stager(self._world.device)
@@ -236,8 +237,7 @@ class Checkpoints:
 
     def _complete(self, counters: Counters, path: Path, files: dict[str, FileSum]) -> None:
         """Add counters and manifest to the shards of all processes; their steps' rows are flushed first."""
-        for rows in self._directory.parent.glob("metrics.jsonl"):
-            flush(rows)
+        self._directory.flush_log()
         text = json.dumps(asdict(counters)).encode()
         (path / COUNTERS).write_bytes(text)
         files[COUNTERS] = FileSum(len(text), zlib.crc32(text))
@@ -245,8 +245,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Remove all but the newest checkpoints and those that are kept for good."""
-        for path in all_checkpoints(self._directory)[: -self._settings.keep]:
-            step = int(path.name.removeprefix("step-"))
+        for step, path in [*self._directory.saved().items()][: -self._settings.keep]:
             if self._keep_every is None or step % self._keep_every != 0:
                 remove_checkpoint(path)
 

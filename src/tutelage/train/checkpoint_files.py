@@ -115,11 +115,6 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def all_checkpoints(directory: Path) -> list[Path]:
-    """Finished checkpoints below `directory`, oldest first; branch points are not among them."""
-    return sorted(directory.glob("step-*"))
-
-
 def remove_unfinished(directory: Path) -> None:
     """Remove what a killed session left unfinished."""
     for path in directory.glob(f"{PARTIAL}*"):

@@ -103,7 +103,7 @@ def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
 
 
 def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_path, monkeypatch):
-    screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+    screen = Console(file=io.StringIO(), force_terminal=True, width=160, highlight=False)
     monkeypatch.setattr("tutelage.cli.bars.err", screen)
     with RichProgress() as progress:
         StudyReporter(progress, nodes).show(
