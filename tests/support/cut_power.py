@@ -33,7 +33,7 @@ from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.train.metrics import MEASURED
 
 VOLATILE = {"seconds", "tokens_per_second", "peak_flops", "warnings", "export", "seal"}
-"""Fields of state.json that are measured; `export`, a comparison, is not made again where the model is there."""
+"""Fields of state.json that are measured; `export` is not measured again where the model is there."""
 
 
 class Steps(NullProgress):
