@@ -15,6 +15,7 @@ import stat
 import sys
 import tempfile
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,9 +138,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
             raise
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove what killed writers left of files in `directory`, which the caller holds with `lock`."""
-    for path in directory.glob(".*"):
+def remove_leftovers(*directories: Path) -> None:
+    """Remove what killed writers left of files in directories that the caller holds with `lock`."""
+    for path in chain.from_iterable(directory.glob(".*") for directory in directories):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tutelage.checksums import check_file, checked_write
 from tutelage.config.base import parse_tokens
@@ -43,8 +43,6 @@ from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-RunStatus = Literal["not started", "running", "stopped", "failed", "done"]
 
 _TAIL_BYTES = 8192
 """More than a row of metrics.jsonl has."""
@@ -232,29 +230,22 @@ class RunDirectory:
         make_directory(self.path)
         try:
             with lock(self.path / "lock", str(self.path)):
-                for folder in (self.path, self.model):
-                    remove_leftovers(folder)
+                remove_leftovers(self.path, self.model)
                 yield
         finally:
             for place in empty:
                 with contextlib.suppress(OSError):  # it holds something
                     place.rmdir()
 
-    def has_begun(self) -> bool:
-        """Whether the run was ever set up to its first step; until then it leaves no trace."""
-        return (self.path / "state.json").exists()
-
-    def status(self) -> RunStatus:
-        """Where the run stands, in a word; "running" is also one that was killed.
+    def status(self) -> str:
+        """Where the run stands: "not started", "running" (or killed), "stopped", "failed" or "done".
 
         One that has lost its model, or its state, is stopped: the next start goes on from a checkpoint.
         """
         word = self.state().get("status")
-        if word == "done" and self.is_done():
-            return "done"
-        if word in ("running", "failed"):
-            return "running" if word == "running" else "failed"
-        return "stopped" if self.has_begun() else "not started"
+        if word in ("running", "failed") or (word == "done" and self.is_done()):
+            return str(word)
+        return "stopped" if (self.path / "state.json").exists() else "not started"
 
     def saved(self, prefix: str = "") -> dict[int, Path]:
         """The checkpoints `<prefix>step-N` by step, oldest first; what has another name is none."""

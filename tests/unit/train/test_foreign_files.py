@@ -68,14 +68,12 @@ def test_other_names_are_no_checkpoints_and_stay(stopped, tmp_path):
     assert not list(directory.path.glob(".state*")) + list(directory.path.glob(".config*"))
 
 
-@pytest.mark.parametrize(
-    "name", ["state.json", "metrics.jsonl", "config.yaml", "checkpoints", "model", "lock"]
-)
+@pytest.mark.parametrize("name", ["state.json", "metrics.jsonl", "config.yaml", "checkpoints", "lock"])
 def test_something_else_in_the_place_of_a_file_is_named(stopped, tmp_path, name):
     cut, _, config = stopped
     shutil.copytree(cut.path.parent, tmp_path / "runs")
     place = tmp_path / "runs" / cut.id / name
-    if name in ("checkpoints", "model"):
+    if name == "checkpoints":
         shutil.rmtree(place, ignore_errors=True)
         place.write_text("mine")
     else:
