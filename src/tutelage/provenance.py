@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/\s@]+@"), "***@"),
+    (re.compile(r"(?i)((?:token|secret|password|api[_-]?key)\s*[=:]\s*)[^\s&]+"), r"\1***"),
+    (re.compile(r"\b(?:hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{16,}"), "***"),
+)
+"""Patterns of what is secret, and what is shown instead."""
 
 PACKAGES = ("tutelage", "torch", "transformers", "tokenizers", "numpy")
 
@@ -24,8 +32,8 @@ def collect(device: str) -> dict[str, Any]:
         device: torch device of the run, for example "cpu" or "cuda:0".
 
     Returns:
-        JSON values: `time` (UTC, ISO 8601), `command` (arguments of this process), `commit` and `dirty`
-        (of the source tree, None when tutelage does not run from a git checkout), `versions`,
+        JSON values: `time` (UTC, ISO 8601), `command` (arguments of this process, without secrets), `commit`
+        and `dirty` (of the source tree, None when tutelage does not run from a git checkout), `versions`,
         `platform`, `cpu` (model), `cpus` (logical), `threads` (torch's, None before torch is imported)
         and `device` (with its name).
     """
@@ -33,7 +41,7 @@ def collect(device: str) -> dict[str, Any]:
     cpu = cpu_model()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(sys.argv),
+        "command": command(),
         "commit": commit,
         "dirty": dirty,
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
@@ -43,6 +51,19 @@ def collect(device: str) -> dict[str, Any]:
         "threads": _threads(),
         "device": f"{device} ({_accelerator(device) or cpu or platform.machine()})",
     }
+
+
+def command() -> list[str]:
+    """The arguments of this process, the program first, as they may be shown to others."""
+    return [without_secrets(argument) for argument in sys.argv]
+
+
+def without_secrets(text: str) -> str:
+    """Take out passwords in addresses, values of settings that are secrets, tokens, and who the user is."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
+    return text if len(home) < 2 else re.sub(rf"{re.escape(home)}(?=/|$)", "~", text)  # noqa: PLR2004 - "/"
 
 
 @functools.cache

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Words = Annotated[str, Field(pattern="^[^\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\ufffe\uffff]*$")]
+"""Text for people, without the characters that a terminal obeys and that no figure can hold."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Range that torch, numpy and the data order all accept."""
 

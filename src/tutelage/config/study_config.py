@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tutelage.config.base import Budget, Bytes, Fraction, Name, Section, Seed, refuse_alike
+from tutelage.config.base import Budget, Bytes, Fraction, Name, Section, Seed, Words, refuse_alike
 from tutelage.config.data_config import Source, StoreConfig
 from tutelage.config.grid import Grid
 from tutelage.config.run_config import RunConfig
@@ -95,7 +95,7 @@ class StudyConfig(Section):
     """Teachers, students, and the grids that pair them; all comparisons are paired by seed."""
 
     name: Name
-    title: str = Field(description="headline of the report")
+    title: Words = Field(description="headline of the report")
     corpus: StoreConfig = Field(description="training text; its held-out part is the in-domain test")
     in_domain: Name = Field(default="in-domain", description="name of the held-out part in tables")
     domains: dict[Name, DomainSpec] = Field(min_length=1, description="out-of-domain texts, by name")

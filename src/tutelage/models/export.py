@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SCORES = "## Scores\n"
+_MARKUP = re.compile(r"[\\`*\[\]|]")
 _UNSCORED = "Not scored yet; `tutelage eval score` does it and writes the table here."
 
 
@@ -55,7 +57,7 @@ def card(
         "## Data",
         _table(("source", "licence", "documents"), sources),
         "Whoever publishes this model chooses its licence (`license` above) with those of the data in mind.",
-        f"## Config\n\n```yaml\n{config.strip()}\n```",
+        f"## Config\n\n{_fenced(config.strip())}",
         f"{_SCORES}\n{_UNSCORED}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -91,7 +93,20 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    line = " ".join(text.split())
+    is_code = line.count("`") == 2 and line[0] == line[-1] == "`"  # noqa: PLR2004 - one at each end
+    return line.replace("|", "\\|") if is_code else plain(line)
+
+
+def plain(text: str) -> str:
+    """Escape text so that Markdown shows it as it is: no HTML, links, code or emphasis."""
+    return _MARKUP.sub(r"\\\g<0>", text).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _fenced(text: str) -> str:
+    """A block of YAML within a fence that nothing in it can close."""
+    fence = max(("`" * 3, *(found + "`" for found in re.findall("`{3,}", text))), key=len)
+    return f"{fence}yaml\n{text}\n{fence}"
 
 
 _NEEDED = ("tokenizer.json", "tokenizer_config.json")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from tutelage.config.base import Fraction, Name, Section
+from tutelage.config.base import Fraction, Name, Section, Words
 from tutelage.config.load import validate
 from tutelage.errors import UserError
 from tutelage.records import UnreadableError, read_sealed, write_sealed
@@ -39,8 +39,8 @@ SCHEMA: Final = 3
 class PlanStudent(Section):
     """A student setting: what a baseline and the students compared with it have in common."""
 
-    name: str = Field(description="name in tables and figures")
-    shape: str = Field(description="name in the ladder")
+    name: Words = Field(description="name in tables and figures")
+    shape: Words = Field(description="name in the ladder")
     tokens: int = Field(ge=1, description="training tokens of each run")
     parameters: int = Field(ge=1, description="parameters, embeddings included")
 
@@ -48,9 +48,9 @@ class PlanStudent(Section):
 class PlanTeacher(Section):
     """One teacher, or a control in a teacher's place."""
 
-    name: str = Field(description="name in tables and figures")
+    name: Words = Field(description="name in tables and figures")
     control: bool = Field(description="true if it knows nothing of the context, like the unigram")
-    description: str = Field(description="what it is, in a few words")
+    description: Words = Field(description="what it is, in a few words")
     shape: str | None = Field(None, description="its shape; null for controls and given models")
     tokens: int | None = Field(None, description="its training tokens, where the study trains it")
     parameters: int | None = Field(None, description="parameters, embeddings included, where known")
@@ -114,7 +114,7 @@ class Plan(Section):
 
     schema_version: Literal[3] = Field(SCHEMA, alias="schema", description="version of this file's format")
     name: Name
-    title: str = Field(description="heading of the report")
+    title: Words = Field(description="heading of the report")
     seeds: tuple[int, ...] = Field(min_length=1, description="seeds of the student runs")
     students: tuple[PlanStudent, ...]
     teachers: tuple[PlanTeacher, ...]
@@ -122,7 +122,7 @@ class Plan(Section):
     in_domain: Name = Field(description="the domain that is the training distribution")
     runs: tuple[PlanRun, ...]
     claims: tuple[int, ...] = Field((), description="numbers of the pre-registered claims")
-    notes: tuple[str, ...] = Field((), description="remarks for the report")
+    notes: tuple[Words, ...] = Field((), description="remarks for the report")
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:

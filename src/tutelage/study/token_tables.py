@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from polars.exceptions import PolarsError
@@ -58,7 +58,7 @@ def read_token_comparison(directory: Path) -> TokenComparison:
     """
     try:
         refuse_damage(directory)
-        facts = json.loads((directory / "comparison.json").read_text(encoding="utf-8"))
+        facts = _facts(directory / "comparison.json")
         groups = pl.read_parquet(directory / "summary.parquet")
         return TokenComparison(
             student=facts["student"],
@@ -77,6 +77,13 @@ def read_token_comparison(directory: Path) -> TokenComparison:
             f"{directory}: no finished token comparison ({type(error).__name__}: {reason}); delete it "
             "and evaluate again"
         ) from None
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not all(one.isprintable() for one in facts.values() if isinstance(one, str)):
+        raise ValueError("a name holds characters that cannot be shown")  # of a terminal, or in no figure
+    return facts
 
 
 def _with_intervals(groups: pl.DataFrame) -> pl.DataFrame:

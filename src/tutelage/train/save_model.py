@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from tutelage.config.load import to_yaml
 from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTeacher, RunTeacher
 from tutelage.data.store import open_store
 from tutelage.models import hub
-from tutelage.models.export import card
+from tutelage.models.export import card, plain
 from tutelage.models.sharding import fill, gathered, materialise
 from tutelage.train.layers import eagerly
 
@@ -95,10 +94,10 @@ def _card(student: Student, store: Store) -> str:
         "seeds": f"weights {config.seed}, data {config.data.seed}",
         "token store": f"{store.manifest.name}, {store.fingerprint[:16]}",
         "tokenizer": f"{store.vocab_size:,} ids, {store.manifest.tokenizer_sha256[:16]}",
-        "command": f"`{shlex.join(['tutelage', *sys.argv[1:]])}`",
+        "command": "`" + shlex.join(["tutelage", *provenance.command()[1:]]).replace("`", "'") + "`",
         "made with": provenance.code(),
     }
-    notes = "".join(f"\n\nNote: {note}." for note in student.notes)
+    notes = "".join(f"\n\nNote: {plain(note)}." for note in student.notes)
     summary = (
         "A language model pretrained" if config.stage == "pretrain" else "A language model fine-tuned"
     ) + f" with [tutelage](https://arxiv.org/abs/2605.23857), run `{student.directory.id}`.{notes}"
@@ -106,7 +105,9 @@ def _card(student: Student, store: Store) -> str:
         (_source(record.source), str(record.source.get("licence") or "not known"), f"{record.documents:,}")
         for record in store.manifest.sources
     ]
-    return card(student.directory.id, front, summary, facts, sources, to_yaml(config))
+    return card(
+        student.directory.id, front, summary, facts, sources, provenance.without_secrets(to_yaml(config))
+    )
 
 
 def _origin(config: RunConfig) -> str:

@@ -2,6 +2,7 @@ import html
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -375,3 +376,59 @@ def test_token_comparisons_left_in_the_study_are_shown_and_damaged_ones_named(tm
     problems = words[words.index("Result files that could not be used") :]
     assert "no finished token comparison" in problems
     assert "mechanism: token comparisons by an older version, which are not read" in problems
+
+
+MARKUP = (
+    '"><img src="http://127.0.0.1:{port}/i" onerror="document.title=1"></td></table></svg></title></style>'
+    "<script>console.error(1); fetch('http://127.0.0.1:{port}/s')</script>"
+    '<a href="javascript:console.error(2)">x</a>[y](javascript:1)\'); alert(1);//'
+)
+
+
+def spoiled(value, text, keys):
+    """JSON with `text` after each string under one of `keys`."""
+    if isinstance(value, dict):
+        return {
+            key: one + text if key in keys and isinstance(one, str) else spoiled(one, text, keys)
+            for key, one in value.items()
+        }
+    return [spoiled(one, text, keys) for one in value] if isinstance(value, list) else value
+
+
+def spoil(study, text):
+    """Put `text` into all that a study says in words."""
+    plan = json.loads(text_of(study / "plan.json"))
+    free = {"title", "description", "shape", "student", "teacher", "group"}
+    spoiled_plan = spoiled(plan, text, free)
+    spoiled_plan["notes"] = [text]
+    spoiled_plan.pop("seal", None)  # whoever is hostile makes another
+    for kind in ("students", "teachers"):
+        spoiled_plan[kind] = [one | {"name": one["name"] + text} for one in spoiled_plan[kind]]
+    (study / "plan.json").write_text(json.dumps(spoiled_plan))
+    for file in study.glob("runs/*/provenance.json"):
+        record = json.loads(text_of(file))
+        record.pop("seal", None)
+        file.write_text(json.dumps(record | {"device": text, "command": [text], "commit": text}))
+
+
+@pytest.mark.browser
+def test_a_hostile_study_makes_a_page_that_runs_and_requests_nothing(tmp_path):
+    study = write_study(tmp_path / "study")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        spoil(study, MARKUP.replace("{port}", str(server.getsockname()[1])))
+        page = report_of(study)
+        done = chromium(page, tmp_path / "profile", "--dump-dom", "--virtual-time-budget=3000")
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert "CONSOLE" not in done.stderr  # nor was anything stopped by the policy alone
+    assert not re.findall(r"<(?:script|img|a href=.javascript)", done.stdout)
+    assert "default-src 'none'" in done.stdout
+
+
+def test_names_that_a_terminal_obeys_are_refused(tmp_path):
+    study = write_study(tmp_path / "study")
+    spoil(study, "\x1b]0;owned\x07")
+    with pytest.raises(UserError, match=r"plan\.json") as caught:
+        report_of(study)
+    assert "\x1b" not in str(caught.value)
