@@ -105,3 +105,18 @@ def test_code_is_one_line_with_versions_and_commit():
     assert ("commit" in text) == (commit is not None)
     assert commit is None or commit[:12] in text
     assert "\n" not in text
+
+
+def test_what_is_secret_is_not_recorded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    shown = {
+        "https://ann:word@host/x": "https://***@host/x",
+        "a.api_key=1234": "a.api_key=***",
+        "hf_abcdefghijklmnopqrstuv": "***",
+        "store=/home/ann/s": "store=~/s",
+        "/home/anna/s": "/home/anna/s",
+        "tokens=200K": "tokens=200K",
+    }
+    assert {text: provenance.without_secrets(text) for text in shown} == shown
+    monkeypatch.setattr("sys.argv", ["/home/ann/bin/tutelage", *shown])
+    assert provenance.collect("cpu")["command"] == ["~/bin/tutelage", *shown.values()]

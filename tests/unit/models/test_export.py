@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from tutelage.data.build import build_store
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.directory import weights_fingerprint
-from tutelage.models.export import Base, for_older_readers, with_scores
+from tutelage.models.export import Base, card, for_older_readers, with_scores
 from tutelage.models.shapes import find_shape
 from tutelage.run import run
 
@@ -421,3 +422,12 @@ def test_rotary_positions_per_kind_of_layer_get_older_fields_only_where_an_older
     )
     assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (5e5, 1e4)
     assert mellum == {"model_type": "mellum", "rope_parameters": kinds}
+
+
+def test_a_card_shows_markup_of_data_as_text():
+    evil = "</td><script>x</script>[y](javascript:1)|`z`"
+    text = card("m", {}, "s", {"a": evil}, [(evil, evil, "1")], "name: |\n  ```\n  <script>\n  ````\n")
+    page = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text.split("---\n\n", 1)[1])
+    assert "<script" not in page
+    assert "<a href" not in page
+    assert page.count("<pre>") == 1
