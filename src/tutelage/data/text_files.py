@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from tutelage.config.data_config import Kind
 
 LINE_LIMIT = 2**26
-"""Bytes of the longest line of a .jsonl or .csv file, and of the longest page of HTML, that is read."""
+"""Bytes of the longest line of a .jsonl or .csv file that is read."""
+
+PAGE_LIMIT = 2**24
+"""Bytes of the longest page of HTML that is read: its tree can need 85 times as much memory."""
 
 MARK = "\ufeff"
 """The byte order mark of Unicode."""
@@ -233,9 +236,9 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
     page = bytearray()
     for block in blocks:
         page += block
-        if len(page) > LINE_LIMIT:
+        if len(page) > PAGE_LIMIT:
             raise UserError(
-                f"{path}: a page longer than {LINE_LIMIT:,} bytes, which is the most that can be read"
+                f"{path}: a page longer than {PAGE_LIMIT:,} bytes, which is the most that can be read"
             )
     text: str = extract_plain_text(page.decode(), preserve_formatting=True, skip_elements=["svg", "img"])
     return text.encode()

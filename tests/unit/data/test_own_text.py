@@ -246,7 +246,7 @@ def test_a_page_in_xhtml_says_its_encoding_too(tmp_path):
 def test_a_page_without_text_is_a_blank_document_and_one_that_is_too_long_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.html").write_text("<script>draw()</script>")
     assert texts(tmp_path / "a.html") == [""]
-    monkeypatch.setattr("tutelage.data.text_files.LINE_LIMIT", 10)
+    monkeypatch.setattr("tutelage.data.text_files.PAGE_LIMIT", 10)
     with pytest.raises(UserError, match=r"a\.html: a page longer than 10 bytes"):
         texts(tmp_path / "a.html")
 
