@@ -102,6 +102,8 @@ ALLOWED: dict[str, set[str]] = {
         "study.plan",
         "study.token_tables",
     },
+    "api": {"types", "errors", "names", "progress", "records", "config", "data", "run", "run_directory"}
+    | {"study", "analysis"},
     "__main__": {"cli"},
     "verify": {
         "errors",

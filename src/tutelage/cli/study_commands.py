@@ -66,6 +66,7 @@ def study_plan(
     """
     from tutelage.cli.study_output import print_forecast
     from tutelage.study.cost import Machine, forecast
+    from tutelage.study.engines.local import study_device
     from tutelage.study.expand import expand
     from tutelage.study.presets import load_study
 
@@ -133,6 +134,7 @@ def study_run(
     Stopped or killed, the same command resumes. Several of them, also on machines that share the directory,
     share the work: each run is done once, and what a killed one had begun is taken over.
     """
+    from tutelage.study.engines.local import default_cohort, local_engine, study_device
     from tutelage.study.presets import load_study
     from tutelage.study.run_study import RunnerOptions
 
@@ -145,28 +147,6 @@ def study_run(
     else:
         chosen = local_engine(study, workers)
     run_and_report(study, directory, chosen, RunnerOptions(retries, cohort or default_cohort(study)))
-
-
-def local_engine(study: StudyConfig, workers: int | None) -> Engine:
-    """Choose worker processes: one per GPU if the study may use GPUs, else one per core."""
-    from tutelage.study.engines.local import LocalEngine, default_workers, visible_gpus
-
-    gpus = visible_gpus() if study_device(study) != "cpu" else []
-    return LocalEngine(workers or len(gpus) or default_workers(), gpus)
-
-
-def default_cohort(study: StudyConfig) -> int:
-    """Number of students to train together: 6 on the CPU, else 1.
-
-    Six students of a teacher three times their size take 0.73 of the time on the CPU (LAB.md). On a GPU they
-    may not fit into its memory, so there the user decides.
-    """
-    return 6 if study_device(study) == "cpu" else 1
-
-
-def study_device(study: StudyConfig) -> str:
-    """Return `runtime.device` of the study's runs."""
-    return str(study.run.get("runtime", {}).get("device", "auto"))
 
 
 def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options: RunnerOptions) -> None:
@@ -257,6 +237,7 @@ def demo(
     scores them in and out of domain, prints the verdicts and writes report.html. Interrupt it and run it
     again: it resumes. With one seed it shows the numbers and does not judge them.
     """
+    from tutelage.study.engines.local import default_cohort, local_engine
     from tutelage.study.presets import demo_study
     from tutelage.study.run_study import RunnerOptions
 

@@ -39,6 +39,32 @@ def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     return validate(kind, raw, " on ".join(map(str, files)))
 
 
+def taken(
+    kind: type[Model], given: Model | Mapping[str, Any] | Path | str, overrides: Sequence[str]
+) -> Model:
+    """Take a config from Python: the path of its file, its settings as a mapping, or the object itself.
+
+    Raises:
+        UserError: as `load`, or it is something else.
+    """
+    if isinstance(given, str | Path):
+        return load(kind, Path(given), overrides)
+    if isinstance(given, kind):
+        if not overrides:
+            return given
+        raw = given.model_dump(mode="json")
+    elif isinstance(given, dict):
+        raw = given
+    else:
+        raise UserError(
+            f"a {type(given).__name__} is no {kind.__name__}: give one, a dict of its settings, or the path "
+            "of a file"
+        )
+    for text in overrides:
+        raw = _overridden(raw, text)
+    return validate(kind, raw, kind.__name__)
+
+
 def _overridden(settings: dict[str, Any], text: str) -> dict[str, Any]:
     """Apply one override, such as `optim.lr=1e-3`, or `sources.0.weight=2` inside a list."""
     dotted, equals, value = text.partition("=")

@@ -25,15 +25,13 @@ CsvRow = dict[str, Any]
 _TEXT_FIELDS = ("n", "deviation", "least", "most", "low", "high")
 
 
-def save_tables(study: JudgedStudy, directory: Path) -> None:
-    """Write `gains.csv`, `pairs.csv`, `claims.csv`, `policies.csv` and `scores.csv` to `directory`.
+def tables_of(study: JudgedStudy) -> dict[str, pl.DataFrame]:
+    """The tables gains, pairs, claims, policies and scores.
 
-    A table without rows is no file: `policies.csv` needs arms that are no constants.
     Gains are percent fewer bits per byte than without a teacher, intervals are 95%; see
     docs/explanation/verdicts-and-claims.md.
     """
-    own_directory(directory)
-    tables = {
+    return {
         "gains": pl.DataFrame(_gains(study.findings), infer_schema_length=None),
         "pairs": pl.DataFrame(_pairs(study.findings), infer_schema_length=None),
         "claims": pl.DataFrame(_claims(study.claims), infer_schema_length=None),
@@ -42,7 +40,15 @@ def save_tables(study: JudgedStudy, directory: Path) -> None:
         ),
         "scores": _scores(study.results),
     }
-    for name, table in tables.items():
+
+
+def save_tables(study: JudgedStudy, directory: Path) -> None:
+    """Write `gains.csv`, `pairs.csv`, `claims.csv`, `policies.csv` and `scores.csv` to `directory`.
+
+    A table without rows is no file: `policies.csv` needs arms that are no constants.
+    """
+    own_directory(directory)
+    for name, table in tables_of(study).items():
         path = directory / f"{name}.csv"
         if table.is_empty():
             path.unlink(missing_ok=True)  # of an earlier report
