@@ -37,7 +37,7 @@ class FileSum:
 
 
 class _Listing(Record):
-    """What a file may be, by its path; two while one replaces the other."""
+    """What a file may be, by its path: what was written last, and before."""
 
     files: dict[str, tuple[FileSum, ...]]
 
@@ -84,16 +84,19 @@ def write_checksums(directory: Path) -> None:
 def checked_write(path: Path) -> Iterator[Path]:
     """Replace a file as `atomic_write` does, and list it; one process at a time may write in a directory.
 
+    The old content stays listed beside the new one, so that whenever the power is cut, the file is listed.
+
     Raises:
-        UnreadableError: the listing is damaged.
+        UserError: the listing is damaged, or the file cannot be written.
     """
-    known = listed(path.parent)
+    try:
+        known = listed(path.parent)
+    except UnreadableError as error:
+        raise UserError(f"{path.parent}: {error}") from None
     with atomic_write(path) as partial:
         yield partial
         new = file_sum(partial)
-        # The old one too, so that whenever the power is cut, the file is one of those listed.
         _write(path.parent, known | {path.name: (*known.get(path.name, ())[-1:], new)})
-    _write(path.parent, known | {path.name: (new,)})
 
 
 def listed(directory: Path) -> dict[str, tuple[FileSum, ...]]:

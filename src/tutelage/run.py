@@ -6,6 +6,7 @@ Open the students, open the teacher (write its cache if asked), train, export, s
 from __future__ import annotations
 
 import contextlib
+import glob
 import shutil
 from functools import partial
 from typing import TYPE_CHECKING
@@ -157,6 +158,8 @@ def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
         ):
             if processes.place().is_main:
                 _mark_scored(config, directory)
+                if directory.mend_config(to_yaml(anchored(config))):
+                    progress.note(f"{directory.path / 'config.yaml'} was missing or damaged: written again")
             progress.note(f"{directory.path} is finished; nothing to do")
         else:
             for line in directory.damaged_records():
@@ -229,7 +232,7 @@ def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student
 def _announce(student: Student, progress: Progress) -> None:
     """Write config.yaml, provenance.json and state.json, and tell the user what to know before training."""
     config, directory = student.config, student.directory
-    notes = [*student.notes, *evaluate.domain_notes(config, directory)]
+    notes = [*student.notes, *evaluate.domain_notes(config, directory), *_changed_inputs(config, directory)]
     record = provenance.collect(str(student.world.device)) | {"notes": notes}
     directory.write_config(to_yaml(anchored(config)), record)
     for note in notes:
@@ -243,6 +246,17 @@ def _announce(student: Student, progress: Progress) -> None:
     for text in config.rounding(student.steps, student.parameter_count):
         progress.note(text)
     directory.write_state("running", parameters=student.parameter_count, steps=student.steps)
+
+
+def _changed_inputs(config: RunConfig, directory: RunDirectory) -> Iterator[str]:
+    """A sentence for each run of the same settings, whose inputs must have had other content."""
+    text = to_yaml(anchored(config)).encode()
+    for other in sorted(directory.path.parent.glob(f"{glob.escape(config.name)}-*/config.yaml")):
+        if other.parent != directory.path and other.read_bytes() == text:
+            yield (
+                f"{other.parent} has the same settings: the token store, or the model that it names as start "
+                "or teacher, has changed since, so this is another run"
+            )
 
 
 def _evaluate(progress: Progress, student: Student) -> None:

@@ -273,7 +273,9 @@ class RunDirectory:
         if state.get("status") != "done":
             return False
         if self._has_model(state):
-            return self.scores.exists() or not any(state.get("evaluations", {}).values())
+            evaluations = state.get("evaluations")
+            scored = isinstance(evaluations, dict) and any(evaluations.values())
+            return self.scores.exists() or not scored
         return not self.saved()
 
     def _has_model(self, state: Mapping[str, Any]) -> bool:
@@ -286,12 +288,25 @@ class RunDirectory:
 
     def write_config(self, text: str, provenance: Mapping[str, object]) -> None:
         """Record what runs and where. `sessions` lists every earlier start of the same run."""
-        with checked_write(self.path / "config.yaml") as partial:
-            partial.write_text(text, encoding="utf-8")
+        self._write_config(text)
         path = self.path / "provenance.json"
         earlier = _read(path)
         sessions = [*earlier.pop("sessions", []), earlier] if earlier else []
         write_sealed(path, {**provenance, "sessions": sessions})
+
+    def mend_config(self, text: str) -> bool:
+        """Write config.yaml again if it is missing or damaged; return whether it was."""
+        path = self.path / "config.yaml"
+        with contextlib.suppress(UnreadableError):
+            if path.exists():
+                check_file(path)
+                return False
+        self._write_config(text)
+        return True
+
+    def _write_config(self, text: str) -> None:
+        with checked_write(self.path / "config.yaml") as partial:
+            partial.write_text(text, encoding="utf-8")
 
     def config(self) -> RunConfig:
         """Read config.yaml, as the run was last started.

@@ -191,7 +191,7 @@ def _wrong_metrics(path: Path, state: Mapping[str, object]) -> str | None:
         return f"damaged in line {damaged[0]}: it is not what was written"
     if not all(split_row(line)[1] for line in lines.splitlines()):
         return "no checksums: it cannot be compared"
-    last = rows[-1]["step"] if rows else 0
+    last = rows[-1].get("step") if rows else 0
     if done and last != state.get("step"):
         return f"its last row is of step {last}, and the run's last step was {state.get('step')}"
     return None

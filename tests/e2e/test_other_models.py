@@ -293,6 +293,7 @@ def test_a_tokenizer_of_more_ids_than_rows_is_refused(store, make_config, tmp_pa
     hub.save(hub.build(shapes.find_shape("nano-50k"), 300, 32, seed=9), tmp_path / "model", store)
     tokenizer["added_tokens"].append(dict(tokenizer["added_tokens"][0], id=300, content="<|more|>"))
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "model" / "checksums.json").unlink()
     taught = {"teacher": {"kind": "model", "path": str(tmp_path / "model")}, "objective": {"alpha": 0.4}}
     for changes in (taught, {"model": {"path": str(tmp_path / "model")}, "optim": {"lr": 1e-3}}):
         with pytest.raises(UserError, match="its tokenizer has 301 ids, the model knows 300"):
@@ -304,6 +305,7 @@ def test_a_superset_of_the_vocabulary_is_fine(store, make_config, tmp_path):
     hub.save(hub.build(shapes.find_shape("nano-50k"), 310, 32, seed=9), tmp_path / "model", store)
     tokenizer["added_tokens"].append(dict(tokenizer["added_tokens"][0], id=300, content="<|more|>"))
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "model" / "checksums.json").unlink()
     taught = {"teacher": {"kind": "model", "path": str(tmp_path / "model")}, "objective": {"alpha": 0.4}}
     done = run(make_config(**taught))
     assert json.loads((done.path / "provenance.json").read_text())["notes"] == []

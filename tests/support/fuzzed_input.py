@@ -50,7 +50,7 @@ def prepare(folder: Path) -> None:
     shutil.copytree(
         folder / "store",
         folder / "chat",
-        ignore=shutil.ignore_patterns("*.bin*", "*.idx*", "*.bytes*", "manifest.json"),
+        ignore=shutil.ignore_patterns("*.bin*", "*.idx*", "*.bytes*", "manifest.json", "checksums.json"),
     )
     named = json.loads((folder / "chat" / "tokenizer_config.json").read_text())
     named["chat_template"] = (

@@ -301,7 +301,7 @@ def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedMode
         texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
         samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
     title = f"{evaluated.id}, step {evaluated.step}"
-    with contextlib.suppress(UnreadableError), checked_write(evaluated.samples) as partial:
+    with checked_write(evaluated.samples) as partial:
         partial.write_text(_page(title, samples), encoding="utf-8")
     about = {"version": version, "model": evaluated.id, "step": evaluated.step}
     write_sealed(path, about | {"samples": samples})

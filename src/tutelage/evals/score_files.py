@@ -67,7 +67,7 @@ def add_scores(path: Path, scores: Iterable[Score]) -> None:
     rows += map(asdict, new.values())
     if not rows:
         return
-    with _again(path), checked_write(path) as partial:
+    with checked_write(path) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     card = path.parent / "model" / CARD
     if card.is_file():
@@ -75,8 +75,7 @@ def add_scores(path: Path, scores: Iterable[Score]) -> None:
         finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
         latest = {row["domain"]: row["version"] for row in finished}
         finished = [row for row in finished if row["version"] == latest[row["domain"]]]
-        # A damaged listing is told of where the model is used.
-        with contextlib.suppress(UnreadableError), checked_write(card) as partial:
+        with checked_write(card) as partial:
             text = export.with_scores(card.read_text(encoding="utf-8"), finished)
             partial.write_text(text, encoding="utf-8")
 

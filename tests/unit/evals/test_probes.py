@@ -232,6 +232,7 @@ def test_a_store_with_another_tokenizer_is_refused(evaluated_models, store, tmp_
     strange = dataclasses.replace(evaluated_models[0], model=tmp_path / "model")
     tokenizer = json.loads((strange.model / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["normalizer"] = {"type": "Lowercase"}
+    (strange.model / "checksums.json").unlink()
     (strange.model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(
         UserError, match=r"has the ids of .*speeches.* but other normalizer, so .*; build the"

@@ -431,6 +431,7 @@ def test_models_of_another_tokenizer_are_refused(measure, evaluated_models, stor
     model = tmp_path / "other"
     save(load(evaluated_models["teacher"].model), model, store)
     write_json(model / "tokenizer.json", other)
+    (model / "checksums.json").unlink()
     with pytest.raises(
         UserError, match=r"teacher other-.*its tokenizer differs from that of .*: id \d+ is .* must share one"
     ):
@@ -450,6 +451,7 @@ def test_damaged_weights_are_refused(measure, evaluated_models, store, tmp_path)
     weights = load_file(evaluated_models["student"].model / "model.safetensors")
     weights["model.embed_tokens.weight"][40:] = math.nan
     shutil.copytree(evaluated_models["student"].model, tmp_path / "nan")
+    (tmp_path / "nan" / "checksums.json").unlink()
     save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.embed_tokens\.weight holds numbers that are not finite"):
         measure(student=find_model(str(tmp_path / "nan"), tmp_path))

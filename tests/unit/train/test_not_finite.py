@@ -92,7 +92,7 @@ def test_models_with_weights_that_are_no_numbers_are_refused_before_compute(
     make_config, tmp_path, value, part
 ):
     model = tmp_path / "broken"
-    shutil.copytree(run(make_config()).model, model)
+    shutil.copytree(run(make_config()).model, model, ignore=shutil.ignore_patterns("checksums.json"))
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][-1, 0] = value  # of one rare token
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -109,7 +109,7 @@ def test_models_with_weights_that_are_no_numbers_are_refused_before_compute(
 def test_a_teacher_that_overflows_is_named(make_config, tmp_path):
     """Finite weights whose hidden states are not: the student is not to blame."""
     model = tmp_path / "loud"
-    shutil.copytree(run(make_config()).model, model)
+    shutil.copytree(run(make_config()).model, model, ignore=shutil.ignore_patterns("checksums.json"))
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"].fill_(3e38)
     weights["model.embed_tokens.weight"].mul_(100)
