@@ -1,15 +1,14 @@
 """Read JSON files as strict records, and check their seals; one exception says what is wrong.
 
 An object that tutelage writes ends with `seal`, a checksum over its other fields, and its text is a function
-of them, so that a flipped bit shows wherever it is. A row of a file that grows ends with `crc32`, over itself
-and all rows before it. What has neither was written by an older version, and is read without a check.
+of them, so that a flipped bit shows wherever it is. What has none was written by an older version, and is
+read without a check.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tutelage.errors import UserError, in_words, shortened, shown
 from tutelage.files import write_text
+from tutelage.row_files import CHECKSUM, checked_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +28,8 @@ _LARGEST_RECORDS = 2**28
 LARGEST_JSON = 2**25
 """Bytes of the largest file that is read as JSON; as Python's objects it can take thirty times as much."""
 
-_SEAL, _ROW = "seal", "crc32"
-"""Fields with the checksum of an object, and of a row."""
+_SEAL = "seal"
+"""Field with the checksum of an object."""
 
 
 class UnreadableError(Exception):
@@ -115,7 +115,7 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     lines = text.splitlines()
     if not lines:
         raise UnreadableError(path.name, "empty")
-    if damaged := _ROW in lines[0] and checked_rows(text)[1]:
+    if damaged := CHECKSUM in lines[0] and checked_rows(text)[1]:
         raise UnreadableError(f"{path.name}, line {damaged[0]}", "damaged: it is not what was written")
     try:
         records: list[T] = _adapter(list[kind]).validate_json(f"[{','.join(lines)}]", strict=True)  # type: ignore[valid-type]
@@ -124,40 +124,6 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     if len(records) == len(lines):
         return records
     return [_parse(f"{path.name}, line {i}", line, kind) for i, line in enumerate(lines, start=1)]
-
-
-def row_text(fields: Mapping[str, Any], before: int) -> str:
-    """The line of a row of a file that grows; `before` is the checksum of the row above, 0 without one."""
-    return json.dumps({**fields, _ROW: zlib.crc32(json.dumps(fields).encode(), before)}) + "\n"
-
-
-def split_row(line: bytes | str) -> tuple[dict[str, Any], int]:
-    """The fields of a row and its checksum; empty if it is no row, 0 if it has no checksum."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}, 0
-    if not isinstance(row, dict):
-        return {}, 0
-    crc32 = row.pop(_ROW, 0)
-    return row, crc32 if isinstance(crc32, int) else 0
-
-
-def checked_rows(text: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a file that grows that are as they were written, and the numbers of its other lines.
-
-    A row after one that cannot be read counts as damaged too.
-    """
-    rows, damaged, before = [], [], 0
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        row, crc32 = split_row(line)
-        unchecked = bool(row) and not before and line.endswith("\n")
-        if line == row_text(row, before) if crc32 else unchecked:
-            rows.append(row)
-        else:
-            damaged.append(number)
-        before = crc32
-    return rows, damaged
 
 
 def write_sealed(path: Path, fields: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,7 @@ from tutelage.files import (
     flush,
     lock,
     make_directory,
-    no_links,
-    os_errors_to_user_errors,
     remove_leftovers,
-    write_text,
 )
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
@@ -33,19 +29,14 @@ from tutelage.models.shapes import find_shape
 from tutelage.names import completed, find, find_run_id, look_up
 from tutelage.records import (
     UnreadableError,
-    checked_rows,
     read_sealed,
-    row_text,
-    split_row,
     write_sealed,
 )
+from tutelage.row_files import append_row, keep_rows, last_row, whole_rows
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-_TAIL_BYTES = 8192
-"""More than a row of metrics.jsonl has."""
 
 
 def run_id(config: RunConfig) -> str:
@@ -332,10 +323,15 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, object]) -> None:
         """Add one row to metrics.jsonl. Raises `UserError` if that is not allowed."""
-        path = self.path / "metrics.jsonl"
-        before = split_row(self._last_line())[1]
-        with os_errors_to_user_errors(path), open(path, "a", encoding="utf-8", opener=no_links) as file:
-            file.write(row_text(row, before))
+        append_row(self.path / "metrics.jsonl", row)
+
+    def last_metrics(self) -> dict[str, float]:
+        """The newest whole row of metrics.jsonl; empty before there is one."""
+        return last_row(self.path / "metrics.jsonl")
+
+    def keep_metrics_until(self, step: int) -> str | None:
+        """Drop the rows of metrics.jsonl after `step`, and damaged ones; a sentence if rows are lost."""
+        return keep_rows(self.path / "metrics.jsonl", step)
 
     def flush_log(self) -> None:
         """Wait until the rows of metrics.jsonl and the names in the directory would survive a power cut."""
@@ -343,57 +339,19 @@ class RunDirectory:
         for path in (log, self.path) if log.is_file() else (self.path,):
             flush(path)
 
-    def last_metrics(self) -> dict[str, float]:
-        """The newest whole row of metrics.jsonl; empty before there is one."""
-        return split_row(self._last_line())[0]
-
-    def _last_line(self) -> bytes:
-        """The last whole line of metrics.jsonl; empty before there is one."""
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return b""
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
-        return lines[-2] if len(lines) > 1 else b""
-
     def recent_ce(self) -> float | None:
         """Mean training loss of the last rows of metrics.jsonl, in nats per token; None without rows.
 
         At most ten rows, and of a short history its last quarter, so that a loss that still falls fast is
         not averaged over its fall.
         """
-        losses = [row["ce"] for row in self._metrics()[0] if isinstance(row.get("ce"), float)]
+        losses = [
+            row["ce"]
+            for row in whole_rows(self.path / "metrics.jsonl")[0]
+            if isinstance(row.get("ce"), float)
+        ]
         last = losses[-max(1, min(10, len(losses) // 4)) :]
         return sum(last) / len(last) if last else None
-
-    def keep_metrics_until(self, step: int) -> str | None:
-        """Drop rows after `step`, which a resumed run is about to write again, and damaged ones.
-
-        Returns:
-            A sentence if rows are lost.
-        """
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return f"{path}: missing; the rows of {step:,} steps are lost" if step else None
-        rows, damaged = self._metrics()
-        text, before = "", 0
-        for row in rows:
-            if isinstance(row.get("step"), int) and row["step"] <= step:
-                line = row_text(row, before)
-                text, before = text + line, split_row(line)[1]
-        write_text(path, text)
-        return (
-            f"{path}: damaged; {len(damaged)} lines from line {damaged[0]} are left out" if damaged else None
-        )
-
-    def _metrics(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """The rows of metrics.jsonl that are what was written, and the numbers of its other whole lines."""
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return [], []
-        text = path.read_bytes()
-        return checked_rows(text[: text.rfind(b"\n") + 1].decode(errors="replace"))
 
     def damaged_records(self) -> list[str]:
         """A line for each JSON file of the run that is there and cannot be read."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from tutelage.checksums import CARD, LISTING, difference, listed
 from tutelage.data.store import verify_store
 from tutelage.errors import UserError
-from tutelage.records import UnreadableError, checked_rows, is_sealed, read_sealed, split_row
+from tutelage.records import UnreadableError, is_sealed, read_sealed
+from tutelage.row_files import checked_rows, split_row
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers.cache.reader import verify_cache
 from tutelage.train.checkpoint_files import BRANCH_POINT, damage

@@ -56,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"errors", "processes"},
     "names": {"errors"},
     "installed": set(),
-    "records": {"errors", "files"},
+    "row_files": {"files"},
+    "records": {"errors", "files", "row_files"},
     "checksums": {"errors", "files", "records"},
     "files": {"errors"},
     "config": {"types", "errors"},
@@ -64,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"types", "errors", "files", "checksums", "records", "objective.products"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
-    "run_directory": _BASE | {"checksums", "records", "data", "models", "names", "teachers.cache.layout"},
+    "run_directory": _BASE
+    | {"checksums", "records", "row_files", "data", "models", "names", "teachers.cache.layout"},
     "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
     "train": _BASE
     | _ROOMS
@@ -109,6 +111,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "checksums",
         "records",
+        "row_files",
         "data.store",
         "run_directory",
         "teachers.cache.reader",
