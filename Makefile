@@ -9,7 +9,7 @@ DEV_PINS := tests/torchtitan.txt
 # longest (e2e) come first and no process waits for them at the end.
 TEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help demo docs test test-slow test-all check bench clean
+.PHONY: help reference demo docs test test-slow test-all check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,6 +35,9 @@ check: .venv/.dev docs  ## lint, format, types, house rules, links of the docume
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/unit/test_house_rules.py
+
+reference: .venv/.core  ## write docs/reference from the models of the settings
+	for kind in run store study cache; do $(BIN)/tutelage schema $$kind --markdown --output docs/reference/$$kind.md; done
 
 bench: .venv/.dev  ## run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -39,6 +39,7 @@ _HOME = {
     "load_scores": "tutelage.api",
     "open_study": "tutelage.api",
     "chunked_objective": "tutelage.objective",
+    "find_run": "tutelage.run_directory",
     "open_store": "tutelage.api",
     "reference_objective": "tutelage.objective",
     "run": "tutelage.api",

@@ -20,6 +20,7 @@ from tutelage.objective import chunked_objective as chunked_objective
 from tutelage.objective import reference_objective as reference_objective
 from tutelage.objective import weight_and_bias as weight_and_bias
 from tutelage.run_directory import RunDirectory as RunDirectory
+from tutelage.run_directory import find_run as find_run
 from tutelage.types import Batch as Batch
 from tutelage.types import DenseTargets as DenseTargets
 from tutelage.types import LogitTargets as LogitTargets

@@ -371,3 +371,12 @@ def _read(path: Path) -> dict[str, Any]:
         return read_sealed(path)
     except UnreadableError:
         return {}
+
+
+def find_run(name: Path | str) -> RunDirectory:
+    """The run that has this name, this beginning of a name, this id or this path, in `runs` or here.
+
+    Raises:
+        UserError: there is none, or there are several; the message lists them with what differs.
+    """
+    return RunDirectory(find("run", name, "run"))

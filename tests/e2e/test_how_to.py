@@ -1,4 +1,4 @@
-"""Every how-to is run: its blocks in order, in an empty directory, as a reader would."""
+"""README and every how-to are followed in one directory, in two orders: their blocks as they stand."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import warm_commands
+from warm_commands import install
 
-PAGES = sorted((Path(__file__).parents[2] / "docs" / "how-to").glob("*.md"))
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/how-to/*.md"))]
 NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
 NEEDS = {"evaluate": "lm_eval", "loss-in-hugging-face-trainer": "accelerate"}
 TITAN = """
@@ -44,43 +48,80 @@ for theirs, ours in zip(*gradients):
 """
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of every block of a page that is to be followed, in order."""
+    return re.findall(
+        r"^```(bash|python|yaml)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
-def run(command: str, folder: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+def run(command: str, folder: Path, more: Path | None = None) -> None:
+    places = [*([more] if more else []), Path(sys.executable).parent, os.environ["PATH"]]
+    environment = os.environ | {"PATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A folder with commands that need not load torch."""
+    place = tmp_path_factory.mktemp("warm")
+    install(place / "bin", place / "socket")
+    server = subprocess.Popen(
+        [sys.executable, warm_commands.__file__, str(place / "socket")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (place / "socket").exists():
+        assert server.poll() is None
+        time.sleep(0.1)
+    yield place / "bin"
+    server.kill()
+    server.wait()
+
+
+def follow(page: Path, folder: Path, warm: Path) -> None:
+    """Do what a page says from its first block to its last, as a reader would."""
+    together = []
+    for language, text in blocks(page):
+        name = NAMED.match(text)
+        if name:
+            file = folder / name[1]
+            assert not file.exists() or file.read_text(encoding="utf-8") == text, (
+                f"{page.name}: {file.name} is taken"
+            )
+            file.write_text(text, encoding="utf-8")
+        elif language == "python":
+            together.append(text)
+        else:
+            assert language == "bash", "a YAML block starts with its file name"
+            lines = [line for line in text.splitlines() if not line.startswith("make ")]
+            run("\n".join(["set -e", *lines]), folder, warm)
+    if together:
+        (folder / "page.py").write_text("\n".join(together), encoding="utf-8")
+        run("python page.py", folder, warm)
 
 
 def test_pages_are_found():
-    assert len(PAGES) >= 3
+    assert len(PAGES) >= 10
+    assert [len(blocks(page)) > 3 for page in PAGES if page.stem in {"README", "evaluate", "sft"}] == [
+        True
+    ] * 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_blocks_run_in_order(page, tmp_path):
-    if page.stem in NEEDS:
-        pytest.importorskip(NEEDS[page.stem])
-    together = []
-    for text in blocks(page, "python"):
-        compile(text, page.name, "exec")
-        if name := NAMED.match(text):
-            (tmp_path / name[1]).write_text(text, encoding="utf-8")
-        else:
-            together.append(text)
-    if together:
-        (tmp_path / "page.py").write_text("\n".join(together), encoding="utf-8")
-        run(f"{sys.executable} page.py", tmp_path)
-    for text in blocks(page, "yaml"):
-        name = NAMED.match(text)
-        assert name, "a YAML block starts with its file name"
-        (tmp_path / name[1]).write_text(text, encoding="utf-8")
-    run("set -e\n" + "\n".join(blocks(page, "bash")), tmp_path)
+@pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
+def test_all_pages_in_one_directory(order, tmp_path, warm):
+    for page in PAGES[::order]:
+        if page.stem not in NEEDS or importlib.util.find_spec(NEEDS[page.stem]):
+            follow(page, tmp_path, warm)
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/model/model.safetensors")}
+    assert len(again) > 10
+    follow(PAGES[0], tmp_path, warm)
+    assert all(
+        path.stat().st_mtime_ns == then for path, then in again.items()
+    )  # a second time nothing is done
 
 
 @pytest.mark.skipif(
@@ -88,7 +129,7 @@ def test_blocks_run_in_order(page, tmp_path):
 )
 def test_tutored_loss_is_torchtitans_own_at_alpha_0(tmp_path):
     page = next(page for page in PAGES if page.stem == "loss-in-torchtitan")
-    (text,) = (text for text in blocks(page, "python") if text.startswith("# tutored_loss.py"))
+    (text,) = (text for _, text in blocks(page) if text.startswith("# tutored_loss.py"))
     (tmp_path / "tutored_loss.py").write_text(text, encoding="utf-8")
     (tmp_path / "compare.py").write_text(TITAN, encoding="utf-8")
     run(f"{sys.executable} compare.py", tmp_path)

@@ -37,7 +37,7 @@ def data_list() -> None:
 @data_app.command("build")
 def data_build(
     config: Annotated[
-        Path | None, typer.Argument(help="store file (YAML); `tutelage schema store` describes it")
+        Path | None, typer.Argument(help="store file (YAML); `tutelage init store` writes one")
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -14,7 +14,7 @@ from tutelage.agreement import is_loss, last_words
 from tutelage.cli.data_commands import data_app
 from tutelage.cli.doctor import doctor
 from tutelage.cli.eval_commands import eval_app
-from tutelage.cli.reference_commands import models, schema, verify
+from tutelage.cli.reference_commands import init, models, schema, verify
 from tutelage.cli.show_commands import runs, show
 from tutelage.cli.streams import flush_streams, prepare_streams
 from tutelage.cli.study_commands import demo, report, study_app
@@ -41,7 +41,7 @@ app = typer.Typer(
     "it pays.\n\n"
     "Start with `tutelage demo`: minutes on a laptop, real text, no account.",
 )
-for command in (demo, report, train, teach, runs, show, models, doctor, schema, verify):
+for command in (demo, report, train, teach, runs, show, init, models, doctor, schema, verify):
     app.command()(command)
 
 

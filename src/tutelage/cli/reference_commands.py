@@ -1,19 +1,18 @@
-"""The commands `tutelage models`, `schema`, `verify`: what configs can say, whether all is as written."""
+"""The commands `tutelage init`, `models`, `schema`, `verify`: what configs can say, if all is as written."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path  # noqa: TC003 - typer reads it
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from tutelage.errors import lookup
+from tutelage.errors import UserError, unknown
 from tutelage.files import write_text
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+_Kind = Annotated[str, typer.Argument(help="run, store, study or cache")]
 
 
 def models() -> None:
@@ -39,29 +38,57 @@ def models() -> None:
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="run, store, study or teach")],
+    kind: _Kind,
     output: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="a page of reference instead of JSON schema")
+    ] = False,
 ) -> None:
-    """Write the JSON schema of a config file, for editors and as reference."""
+    """Write what a config file can say: its JSON schema, for editors, or a page for people."""
     from tutelage.cli.bars import say
-    from tutelage.config.data_config import StoreConfig
-    from tutelage.config.run_config import RunConfig
-    from tutelage.config.study_config import StudyConfig
-    from tutelage.config.teacher_config import TeachConfig
+    from tutelage.cli.settings_pages import model_of, reference
 
-    kinds: dict[str, type[BaseModel]] = {
-        "run": RunConfig,
-        "store": StoreConfig,
-        "study": StudyConfig,
-        "teach": TeachConfig,
-    }
-    text = json.dumps(lookup(kinds, kind, "schema").model_json_schema(), indent=2) + "\n"
+    kind = _known(kind)
+    text = reference(kind) if as_markdown else json.dumps(model_of(kind).model_json_schema(), indent=2) + "\n"
     if output is None:
         sys.stdout.write(text)
         return
     write_text(output, text)
     say("schema", output)
-    say("next", f"put '# yaml-language-server: $schema={output}' on top of a file")
+    if not as_markdown:
+        say("next", f"put '# yaml-language-server: $schema={output}' on top of a file")
+
+
+def init(
+    kind: _Kind,
+    file: Annotated[Path | None, typer.Argument(help="default: KIND.yaml; never overwritten")] = None,
+) -> None:
+    """Write a config file that is valid as it stands, with every other setting in a comment."""
+    from tutelage.cli.bars import say
+    from tutelage.cli.settings_pages import template
+
+    kind = _known(kind)
+    place = file or Path(f"{kind}.yaml")
+    text = template(kind, str(place))
+    try:
+        with place.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise UserError(f"{place}: exists and is left as it is; name another file") from None
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written ({error.strerror})") from None
+    say("file", place)
+    say("next", f"read it, change it, then: {text.splitlines()[1].partition(': ')[2]}")
+
+
+def _known(kind: str) -> str:
+    """The kind of file that is meant; a cache is also called by the command that makes it."""
+    from tutelage.cli.settings_pages import KINDS
+
+    kind = {"teach": "cache"}.get(kind, kind)
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    return kind
 
 
 def verify(

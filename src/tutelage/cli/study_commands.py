@@ -27,9 +27,7 @@ study_app = typer.Typer(
 
 File = Annotated[
     str,
-    typer.Argument(
-        help="study file (YAML); `tutelage schema study` describes it; or a preset: demo, mini, ..."
-    ),
+    typer.Argument(help="study file (YAML); `tutelage init study` writes one; or a preset: demo, mini, ..."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. seeds=[43,44]", metavar="[KEY=VALUE]...")

@@ -27,7 +27,7 @@ PlannedDevices = Annotated[
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="run file (YAML); `tutelage schema run` describes it")],
+    config: Annotated[Path, typer.Argument(help="run file (YAML); `tutelage init run` writes one")],
     more: Annotated[
         list[str] | None,
         typer.Argument(help="settings to change, and further run files", metavar="[KEY=VALUE | CONFIG]..."),
@@ -131,7 +131,7 @@ def _launch(several: int, module: list[str]) -> None:
 
 
 def teach(
-    config: Annotated[Path, typer.Argument(help="cache file (YAML); `tutelage schema teach` describes it")],
+    config: Annotated[Path, typer.Argument(help="cache file (YAML); `tutelage init cache` writes one")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="settings to change, e.g. format.ids=24", metavar="[KEY=VALUE]..."),

@@ -24,10 +24,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Range that torch, numpy and the data order all accept."""
 
 Threads = Annotated[int, Field(ge=1, le=1024)]
-Bytes = Annotated[int, Field(ge=1, le=2**60)]
-Length = Annotated[int, Field(ge=2, le=2**20)]
+Bytes = Annotated[int, Field(ge=1, le=2**60, json_schema_extra={"unit": "bytes"})]
+Length = Annotated[int, Field(ge=2, le=2**20, json_schema_extra={"unit": "tokens"})]
 """Tokens of one sequence."""
-BatchTokens = Annotated[int, Field(ge=2, le=2**30)]
+BatchTokens = Annotated[int, Field(ge=2, le=2**30, json_schema_extra={"unit": "tokens"})]
 
 
 def _possible(path: Path) -> Path:

@@ -187,7 +187,9 @@ class TokenizerConfig(Section):
         default=512, ge=257, le=1_000_000, description="size of a byte-level BPE trained here"
     )
     sample_bytes: Bytes | None = Field(
-        default=None, description="train the tokenizer on about this much text; default: 4000 per entry"
+        default=None,
+        examples=[2_000_000],
+        description="train the tokenizer on about this much text; default: 4000 per entry",
     )
     path: FilePath | None = Field(
         default=None, description="use this tokenizer.json, directory or Hub name, and train none"
@@ -204,7 +206,9 @@ class StoreConfig(Section):
         default=0.05, description="fraction of documents, by hash, held out for choices"
     )
     test: Fraction = Field(default=0.05, description="fraction of documents, by hash, held out for reports")
-    max_bytes: Bytes | None = Field(default=None, description="stop after this much text, in bytes of UTF-8")
+    max_bytes: Bytes | None = Field(
+        default=None, examples=[100_000_000], description="stop after this much text, in bytes of UTF-8"
+    )
     special_tokens_in_text: Literal["text", "refuse"] = Field(
         default="text",
         description="what to do with text that spells a special token, such as <|endoftext|>: encode it as "

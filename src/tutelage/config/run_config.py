@@ -88,9 +88,9 @@ class EvalConfig(Section):
     """Scoring at the end of a run and during it."""
 
     every: TokenCount | None = Field(
-        default=None, description="tokens between scorings; default: only at the end"
+        default=None, examples=["20M"], description="tokens between scorings; default: only at the end"
     )
-    domains: tuple[EvalDomain, ...] = ()
+    domains: tuple[EvalDomain, ...] = Field(default=(), description="texts to score")
     max_documents: int = Field(default=200, ge=1, le=10**9, description="documents per domain and split")
     max_tokens: int = Field(
         default=4096, ge=1, le=10**9, description="tokens per document, from its beginning"
@@ -128,6 +128,7 @@ class OptimConfig(Section):
 
     lr: float | None = Field(
         default=None,
+        examples=[0.001],
         gt=0,
         le=1e30,
         description="peak learning rate; default: the shape's tuned one, 1e-5 in stage sft",
@@ -216,6 +217,7 @@ class RunConfig(Section):
     )
     micro_batch_tokens: BatchTokens | None = Field(
         default=None,
+        examples=[512],
         description="tokens per forward; default: all at once (decides which units dropout drops)",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

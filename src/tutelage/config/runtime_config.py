@@ -18,6 +18,7 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1, le=10**6, description="newest checkpoints to keep")
     keep_every: TokenCount | None = Field(
         default=None,
+        examples=["1B"],
         description="tokens between checkpoints that are kept for good, written too if none is due; "
         "default: only the newest are kept",
     )

@@ -76,8 +76,8 @@ class StudentSpec(Section):
 class DomainSpec(Section):
     """A text outside the training distribution."""
 
-    source: Source
-    role: Role = "out_of_domain"
+    source: Source = Field(description="where it comes from")
+    role: Role = Field(default="out_of_domain", description="is it the training distribution?")
     max_bytes: Bytes | None = Field(
         default=None, description="read no more text than this, in bytes of UTF-8"
     )
@@ -94,7 +94,7 @@ class PostTraining(Section):
 class StudyConfig(Section):
     """Teachers, students, and the grids that pair them; all comparisons are paired by seed."""
 
-    name: Name
+    name: Name = Field(description="of the study and, without --output, of its directory: tutelage-NAME")
     title: Words = Field(description="headline of the report")
     corpus: StoreConfig = Field(description="training text; its held-out part is the in-domain test")
     in_domain: Name = Field(default="in-domain", description="name of the held-out part in tables")

@@ -139,7 +139,7 @@ class TeachConfig(CacheSettings):
 
     name: Name = Field(default="cache", description="readable part of the directory name")
     store: FilePath = Field(description="token store whose training split the teacher reads")
-    teacher: LiveTeacher
+    teacher: LiveTeacher = Field(description="whose targets are kept")
     context_length: Length = Field(
         default=128,
         description="tokens the teacher sees; students use this sequence length or a divisor of it",
