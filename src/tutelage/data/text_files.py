@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 import zstandard
 
 from tutelage.errors import UserError
+from tutelage.installed import install_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -231,7 +232,7 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
         from resiliparse.extract.html2text import extract_plain_text  # noqa: PLC0415 - an extra
     except ImportError:
         raise UserError(
-            f"{path}: the package 'resiliparse' is missing; run: pip install 'tutelage[html]'"
+            f"{path}: the package 'resiliparse' is missing; run: {install_extra('html')}"
         ) from None
     page = bytearray()
     for block in blocks:
