@@ -118,10 +118,13 @@ def test_announced_claims_are_the_family_of_the_headline(tmp_path):
     findings, outcomes = study.findings, study.claims
     said = headline.headline(findings, outcomes)
 
-    supported_texts = [one.text for one in outcomes if one.announced and one.answer == "supported"]
-    assert said[0].startswith("Supported: " if supported_texts else "None of the announced claims")
-    assert all(text in said[0] for text in supported_texts)
-    assert not EFFECTS.search("".join(said[1:]).replace("±", ""))
+    assert not EFFECTS.search("".join(said).replace("±", ""))
+    assert headline.decided(study.announced) == {
+        answer.capitalize(): [f"{one.text} (claim {one.number})" for one in own]
+        for answer in ("supported", "contradicted")
+        if (own := [one for one in outcomes if one.announced and one.answer == answer])
+    }
+    assert "Contradicted" in headline.decided(study.announced)
 
 
 def test_pairs_share_a_seed(tmp_path):

@@ -144,6 +144,7 @@ def learning_curves(study: JudgedStudy, pairs: Sequence[PairFinding], suffix: st
             "each teacher at its best alpha.",
             chart=chart,
             data=data,
+            folded=True,
         )
     ]
 
@@ -185,6 +186,7 @@ def cost(results: Results) -> Figure:
         spoken="Stacked bars of FLOPs per run for each kind of run.",
         chart=chart,
         data=data,
+        folded=True,
     )
 
 
@@ -226,13 +228,13 @@ def _of_student(
     drawn = []
     if constants:
         drawn.append(heat_map(constants, suffix))
+    if shown:
+        drawn.append(domain_gains(study.findings, shown, suffix))
     if constants and sum(not pair.teacher.control for pair in pairs) <= _FEW_TEACHERS:
         drawn.append(alpha_curves(constants, key, suffix))
     drawn.append(trade_off(verdicts, whole, suffix))
     if len([pair for pair in pairs if pair.best and pair.relation]) >= _ENOUGH_FOR_A_CURVE:
         drawn.append(strength_curves(pairs, suffix))
-    if shown:
-        drawn.append(domain_gains(study.findings, shown, suffix))
     if any(v.fitted for v in verdicts):
         drawn.append(calibration(study, verdicts, whole, suffix))
     if study.results.curves.height:

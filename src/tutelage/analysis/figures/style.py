@@ -85,6 +85,7 @@ class Figure:
         spoken: the figure in a sentence or two, for readers who cannot see it.
         chart: the Altair chart.
         data: the numbers behind it.
+        folded: whether a page shows its title alone until it is asked for.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Figure:
     spoken: str
     chart: alt.TopLevelMixin
     data: pl.DataFrame
+    folded: bool = False
 
 
 def save_all(figures: Sequence[Figure], directory: Path) -> dict[str, str]:

@@ -76,11 +76,11 @@ def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
     """Answer to: does this teacher help this student? One paragraph per student.
 
     It counts only what survives a correction for everything it looks at. Where the study announced claims,
-    they are that family: the first paragraph says which are supported, and the others only show numbers.
+    they are that family, which `decided` lists, and the paragraphs only show numbers.
     """
     students = list(dict.fromkeys(pair.student.name for pair in findings.pairs))
-    announced = [claim for claim in claims if claim.announced]
-    answers = [_claimed(announced)] if announced else []
+    announced = any(claim.announced for claim in claims)
+    answers = []
     for student in students:
         pairs = [pair for pair in findings.pairs if pair.student.name == student]
         if len(students) == 1 or any(pair.best is not None for pair in pairs):
@@ -91,10 +91,14 @@ def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
     return answers
 
 
-def _claimed(announced: Sequence[ClaimResult]) -> str:
-    """The answer of a study that said beforehand what it would test."""
-    texts = [f"{one.text} (claim {one.number})" for one in announced if one.answer == "supported"]
-    return f"Supported: {' '.join(texts)}" if texts else "None of the announced claims is supported."
+def decided(announced: Sequence[ClaimResult]) -> dict[str, list[str]]:
+    """The announced claims that are supported, and those that are contradicted, as sentences."""
+    found: dict[str, list[str]] = {}
+    for answer in ("supported", "contradicted"):
+        texts = [f"{one.text} (claim {one.number})" for one in announced if one.answer == answer]
+        if texts:
+            found[answer.capitalize()] = texts
+    return found
 
 
 def tally(claims: Sequence[ClaimResult]) -> str:
@@ -117,7 +121,7 @@ def _best(pairs: Sequence[PairFinding]) -> list[Verdict]:
 def _shown(pairs: Sequence[PairFinding], name: str) -> str:
     """Numbers of one student, without a word on whether they are more than noise."""
     best = _best(pairs)
-    return f"{name}{_numbers(best)}." if best else f"{name}{_NO_REAL}"
+    return f"{name or 'Gains: '}{_numbers(best)}." if best else f"{name}{_NO_REAL}"
 
 
 def _answer(pairs: Sequence[PairFinding], effects: Mapping[tuple[int, Side], str], name: str) -> str:

@@ -63,6 +63,7 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
         style=resources.files("tutelage.analysis.report").joinpath("report.css").read_text(encoding="utf-8"),
         plan=results.plan,
         tally=headline.tally(study.claims),
+        decided=headline.decided(study.announced),
         headline=headline.headline(findings, study.claims),
         students=[_student(results, findings, name, drawn) for name in students],
         undrawn=students[_MOST_DRAWN:],

@@ -74,21 +74,21 @@ def verdict_table(verdicts: Sequence[Verdict], label: str, *, fitted: bool) -> R
     columns = (
         Column("teacher", style="row"),
         Column("alpha"),
+        Column("in words", style="words"),
         *_GAINS[: 3 if fitted else 2],
         Column("texts as a sample too", style="nowrap"),
-        Column("interval"),
+        Column("interval", style="interval"),
         Column("evaluation noise, in and out", style="nowrap"),
-        Column("in words", style="words"),
     )
     rows: list[list[TableCell | str]] = [
         [
             v.teacher or words.NO_TEACHER,
             words.arm(v),
+            words.verdict(v),
             *gain_cells(v, fitted=fitted),
             _texts(v.texts.get("raw")),
             words.interval_name(v),
             ", ".join(_half(v.noise.get(("raw", side))) for side in ("in_domain", "out_of_domain")),
-            words.verdict(v),
         ]
         for v in verdicts
     ]
@@ -164,6 +164,7 @@ def pair_row(pair: PairFinding) -> PageRow:
         "arm": None if pair.best is None else words.arm(pair.best),
         "gains": [] if pair.best is None else gain_cells(pair.best),
         "words": "" if pair.best is None else words.verdict(pair.best),
+        "n": 0 if pair.best is None else pair.best.n_seeds,
     }
 
 
