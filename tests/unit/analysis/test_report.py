@@ -44,9 +44,9 @@ def test_the_page_says_answer_numbers_and_limits_in_this_order(report):
     words = visible(text_of(report))
     parts = [
         "Does a teacher help this student? Out of domain yes, but no more than smoothing does",
-        "weak 0.4 -1.20% -1.45 to -0.95 +3.30% +3.05 to +3.55 +1.65% +1.40 to +1.90 helps out of domain,",
-        "hurts in domain weak-to-strong 1.768 bits per byte (+6.0%) by size and tokens weak-to-strong",
-        "strong 0.2 +1.00% +0.75 to +1.25 +1.40% +1.15 to +1.65 +0.70% +0.45 to +0.95 -4.61 to +7.41",
+        "weak helps out of domain, hurts in domain n = 3 0.4 -1.20% -1.45 to -0.95 +3.30% +3.05 to +3.55",
+        "+1.65% +1.40 to +1.90 weak-to-strong 1.768 bits per byte (+6.0%) by size and tokens weak-to-strong",
+        "strong 0.2 helps in and out of domain +1.00% +0.75 to +1.25 +1.40% +1.15 to +1.65 +0.70% +0.45 to +0.95 -4.61 to +7.41",
         "without one text: +0.9% to +1.9% t, 3 seeds, one teacher",
         "Bars are 95% intervals (n = 3 seeds; paired t over seeds)",
         "fables out of domain 3.203 +2.8% +1.4% +1.6% +0.8% +2.9% +0.0%",
@@ -54,6 +54,7 @@ def test_the_page_says_answer_numbers_and_limits_in_this_order(report):
         "tiny 2M from weak 0.4 -1.20% -1.45 to -0.95 +3.30% +3.05 to +3.55 1.25 0.34 none none",
         "tiny 2M 3 1.652 0.10% 3.403 0.10%",
         "student of weak 6 2M 4.56e+12 1.14e+12 100 20K",
+        "Claims that were not announced (3)",
         "What these numbers can and cannot show The seed is the replicate",
         "commit 0123abc with uncommitted changes device cpu",
         "Nothing: every planned run is done and every result file could be read.",
@@ -168,7 +169,7 @@ def test_one_seed_is_shown_grey_and_not_judged_on_page_figures_and_tables(tmp_pa
     page = text_of(report)
     words = visible(page)
 
-    row = "weak 0.2 -0.60% one seed +1.70% one seed +0.85% one seed one seed without one text: +1.2% to +2.2%"
+    row = "weak 0.2 one seed: not judged -0.60% one seed +1.70% one seed +0.85% one seed one seed without one text: +1.2% to +2.2%"
     assert f"{row} none, 1 seed" in words
     assert "one seed: not judged" in words
     assert not re.search(r'class="(helps|hurts|unclear)"', page)
@@ -236,7 +237,7 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
     assert "student-unigram-0.2-43 not started" in words
     assert "student-weak-0.2-44: scores.jsonl, line 1" in words
     assert (
-        "hurts in domain not measured by size and tokens weak-to-strong (0.34x parameters, 1x tokens)"
+        "not measured by size and tokens weak-to-strong (0.34x parameters, 1x tokens)"
         in words
     )
     assert "unigram no student of this teacher is finished control a teacher" in words
