@@ -46,7 +46,8 @@ def test_the_page_says_answer_numbers_and_limits_in_this_order(report):
         "Does a teacher help this student? Out of domain yes, but no more than smoothing does",
         "weak helps out of domain, hurts in domain n = 3 0.4 -1.20% -1.45 to -0.95 +3.30% +3.05 to +3.55",
         "+1.65% +1.40 to +1.90 weak-to-strong 1.768 bits per byte (+6.0%) by size and tokens weak-to-strong",
-        "strong 0.2 helps in and out of domain +1.00% +0.75 to +1.25 +1.40% +1.15 to +1.65 +0.70% +0.45 to +0.95 -4.61 to +7.41",
+        "strong 0.2 helps in and out of domain +1.00% +0.75 to +1.25 +1.40% +1.15 to +1.65 +0.70%",
+        "+0.45 to +0.95 -4.61 to +7.41",
         "without one text: +0.9% to +1.9% t, 3 seeds, one teacher",
         "Bars are 95% intervals (n = 3 seeds; paired t over seeds)",
         "fables out of domain 3.203 +2.8% +1.4% +1.6% +0.8% +2.9% +0.0%",
@@ -169,7 +170,8 @@ def test_one_seed_is_shown_grey_and_not_judged_on_page_figures_and_tables(tmp_pa
     page = text_of(report)
     words = visible(page)
 
-    row = "weak 0.2 one seed: not judged -0.60% one seed +1.70% one seed +0.85% one seed one seed without one text: +1.2% to +2.2%"
+    row = "weak 0.2 one seed: not judged -0.60% one seed +1.70% one seed +0.85% one seed"
+    row += " one seed without one text: +1.2% to +2.2%"
     assert f"{row} none, 1 seed" in words
     assert "one seed: not judged" in words
     assert not re.search(r'class="(helps|hurts|unclear)"', page)
