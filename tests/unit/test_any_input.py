@@ -27,6 +27,8 @@ def test_hostile_input_is_used_or_refused(cases):
     assert not found["failures"], "\n".join(f"{what}: {how}" for what, how in found["failures"].items())
     assert len(found["cases"]) == FAMILIES
     assert sum(found["cases"].values()) >= cases
-    refused = sum(found["refused"].values())
-    assert cases / 3 < refused < sum(found["cases"].values())  # both happen, or the cases would be idle
+    for family, tried in found["cases"].items():  # both happen, or the cases would be idle
+        refused = found["refused"].get(family, 0)
+        assert refused, family
+        assert refused < tried or family in {"yaml", "plans", "indexes", "weights"} or tried < 20, family
     assert found["grown"] < 2**30

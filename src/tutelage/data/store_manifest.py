@@ -125,7 +125,7 @@ class Manifest(Record, extra="forbid"):
     eos_id: Count
     begin_ids: tuple[Count, ...]
     tokenizer_sha256: str
-    sources: tuple[SourceRecord, ...]
+    sources: tuple[SourceRecord, ...] = Field(min_length=1)
     ended_by: int | Literal["max_bytes"] | None
     changed_example: str | None
     splits: dict[Split, SplitRecord]
@@ -164,6 +164,8 @@ def read_manifest(store: Path) -> Manifest:
 
 
 def _check_complete(path: Path, manifest: Manifest) -> None:
+    if isinstance(manifest.ended_by, int) and manifest.ended_by not in range(len(manifest.sources)):
+        raise UserError(f"{path}: not the manifest of a token store (ended_by names no source)")
     for name in SPLITS:
         files = manifest.splits[name].files if name in manifest.splits else {}
         endings = [x for end in file_endings(name, masked=manifest.masked) for x in (end, f"{end}.crc32")]
@@ -185,7 +187,7 @@ def source_name(source: dict[str, JsonValue]) -> str:
             return f"{first} and {len(more)} more" if more else first
         case {"name": str(name)}:
             return name
-    return str(source["kind"])
+    return str(source.get("kind"))
 
 
 def remarks(manifest: Manifest) -> list[str]:
@@ -199,7 +201,7 @@ def remarks(manifest: Manifest) -> list[str]:
             f"{spelled:,} documents spell a special token of the tokenizer: text here, the token itself to "
             "other programs that encode them"
         )
-    match manifest.config["tokenizer"]:
+    match manifest.config.get("tokenizer"):
         case {"path": None, "vocab_size": int(wanted)} if manifest.vocab_size < wanted:
             lines.append(
                 f"the tokenizer has {manifest.vocab_size:,} entries of the {wanted:,} that were asked for "
@@ -273,7 +275,7 @@ def _of_source(number: str, record: SourceRecord) -> Iterator[str]:
 
 def _of_mixture(manifest: Manifest) -> Iterator[str]:
     if manifest.ended_by == "max_bytes":
-        yield f"reading ended at max_bytes = {manifest.config['max_bytes']:,}; what comes after was not read"
+        yield f"reading ended at max_bytes = {manifest.config.get('max_bytes')}; what comes after was not read"
     elif manifest.ended_by is not None:
         ended = manifest.ended_by
         rest = [

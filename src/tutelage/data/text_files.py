@@ -266,9 +266,9 @@ def lines(path: Path, encoding: str | None = None, *, as_text: bool = False) -> 
         stream = io.BufferedReader(_Blocks(blocks), _BLOCK)
         while line := stream.readline(LINE_LIMIT):
             if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+                yield None  # before the rest is read, which the caller may not want
                 while (rest := stream.readline(_SKIP_BLOCK)) and not rest.endswith(b"\n"):
                     pass
-                yield None
             else:
                 yield line.removeprefix(codecs.BOM_UTF8)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.config.objective_config import TopK
 from tutelage.config.teacher_config import CacheTeacher
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
@@ -93,6 +94,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     """
     store = open_store(config.data.store)
     _check_stage(config, store)
+    _check_truncation(config, store)
     start = _starting_model(config, store, world)
     notes = prepare_layers(start.model, config.runtime, world.device)
     steps = _steps(config, sum(p.numel() for p in start.model.parameters()))
@@ -155,6 +157,16 @@ def _check_stage(config: RunConfig, store: Store) -> None:
         raise UserError(
             f"stage = pretrain: {store.path} holds prompts, which carry no loss; set stage: sft and "
             "model.path, or use a store of plain text"
+        )
+
+
+def _check_truncation(config: RunConfig, store: Store) -> None:
+    """Refuse to keep more of the teacher's tokens than there are."""
+    truncation = config.objective.truncation
+    if isinstance(truncation, TopK) and truncation.k > store.vocab_size:
+        raise UserError(
+            f"objective.truncation.k = {truncation.k:,}: {store.path} has a vocabulary of "
+            f"{store.vocab_size:,}; keep fewer, or drop objective.truncation"
         )
 
 

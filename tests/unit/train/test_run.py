@@ -149,6 +149,13 @@ def test_scores_of_all_domains_are_written_once(make_config, store, other_store)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {
+                "teacher": {"kind": "unigram"},
+                "objective": {"alpha": 0.5, "truncation": {"kind": "top_k", "k": 301}},
+            },
+            "objective.truncation.k = 301: .* has a vocabulary of 300",
+        ),
         ({"tokens": 100}, "less than one batch"),
         (
             {"teacher": {"kind": "run", "run": "nobody-12345678"}, "objective": {"alpha": 0.5}},
