@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from manifests import change_manifest
 
-from tutelage.cli.data_commands import data_show
+from tutelage.cli.show_commands import show_store
 from tutelage.config.load import to_yaml, validate
 from tutelage.config.run_config import RunConfig
 from tutelage.data.store import open_store, verify_store
@@ -44,7 +44,7 @@ def manifests_of(tried: Tried) -> dict[str, Any]:  # noqa: PLR0915 - families sh
     }
 
     def read_store(path: Path) -> None:
-        data_show(path)
+        show_store(path)
         view = open_store(path).split("train")
         view.tokens[0:64]
         verify_store(path)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tutelage.cli.data_commands import data_show
+from tutelage.cli.show_commands import show_store
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.data.build import build_store
@@ -89,7 +89,7 @@ def rows_of(tried: Tried) -> dict[str, Any]:
             "max_bytes": 1000,
             "tokenizer": {"path": str(tokenizer)},
         }
-        data_show(build_store(validate(StoreConfig, config, "s.yaml"), output))
+        show_store(build_store(validate(StoreConfig, config, "s.yaml"), output))
 
     @given(
         text=lines,

@@ -212,8 +212,8 @@ def _sources_table(manifest: Manifest) -> Table:
     table = Table("source", box=None)
     for column in ("documents", "bytes", "share", "wanted", *manifest.sources[0].dropped):
         table.add_column(column, justify="right", no_wrap=True)
-    total = sum(record.bytes for record in manifest.sources)
-    weights = sum(record.weight or 0.0 for record in manifest.sources)
+    total = sum(record.bytes for record in manifest.sources) or 1
+    weights = sum(record.weight or 0.0 for record in manifest.sources) or 1.0
     for record in manifest.sources:
         wanted = "all" if record.weight is None else f"{record.weight / weights:.1%}"
         taken = (f"{record.documents:,}", f"{record.bytes:,}", f"{record.bytes / total:.1%}", wanted)

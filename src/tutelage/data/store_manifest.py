@@ -275,7 +275,9 @@ def _of_source(number: str, record: SourceRecord) -> Iterator[str]:
 
 def _of_mixture(manifest: Manifest) -> Iterator[str]:
     if manifest.ended_by == "max_bytes":
-        yield f"reading ended at max_bytes = {manifest.config.get('max_bytes')}; what comes after was not read"
+        limit = manifest.config.get("max_bytes")
+        shown = f"{limit:,}" if isinstance(limit, int) else limit
+        yield f"reading ended at max_bytes = {shown}; what comes after was not read"
     elif manifest.ended_by is not None:
         ended = manifest.ended_by
         rest = [
