@@ -11,8 +11,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "support" / "peak_memory.py"
 
 
-def peak_mib(function: str, targets: str, divergence: str = "forward_kl") -> float:
-    command = [sys.executable, str(SCRIPT), function, targets, divergence]
+def peak_mib(function: str, targets: str, divergence: str = "forward_kl", *more: str) -> float:
+    command = [sys.executable, str(SCRIPT), function, targets, divergence, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -24,6 +24,12 @@ def peak_mib(function: str, targets: str, divergence: str = "forward_kl") -> flo
 )
 def test_peak_memory_is_a_few_chunks(targets, divergence):
     assert peak_mib("chunked_objective", targets, divergence) < 150
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_smoothing_z_loss_weights_and_losses_per_token_hold_no_logits_either():
+    assert peak_mib("chunked_objective", "dense", "forward_kl", "smooth") < 150
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Print how many MiB an objective needs at its peak, by the process's own high-water mark.
 
-python peak_memory.py chunked_objective|reference_objective dense|sparse DIVERGENCE
+python peak_memory.py chunked_objective|reference_objective dense|sparse DIVERGENCE [smooth]
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ def arguments(kind, n, d, v, k):
     return hidden, head, torch.randint(0, v, (n,)), targets
 
 
-def main(function, kind, divergence):
+def main(function, kind, divergence, smooth=""):
     torch.set_num_threads(1)
-    loss, objective = FUNCTIONS[function], Objective(divergence=divergence)
-    loss(*arguments(kind, 8, 8, 16, 2), 0.5, objective).loss.backward()  # load every library first
+    loss, objective, more = FUNCTIONS[function], Objective(divergence=divergence), {}
+    if smooth:
+        objective = Objective(divergence=divergence, label_smoothing=0.1, z_loss=1e-4)
+        more = {"per_token": True}
+    loss(*arguments(kind, 8, 8, 16, 2), 0.5, objective, **more).loss.backward()  # load every library first
     large = arguments(kind, 2048, 64, 50304, 64)
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew
     before = high_water_mark()
-    loss(*large, 0.5, objective).loss.backward()
+    if smooth:
+        more["token_weights_N"] = torch.ones(len(large[0]))
+    loss(*large, 0.5, objective, **more).loss.backward()
     print(high_water_mark() - before)
 
 

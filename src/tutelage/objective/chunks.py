@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tutelage.config.objective_config import Objective
     from tutelage.objective.gates import Gate
 
-_ENTRIES = 2**22
+_ENTRIES, _ACCELERATOR_ENTRIES = 2**20, 2**24
 """Logits that a pass over rows, besides those of the kernels, takes at a time: it makes copies of them."""
 
 
@@ -246,7 +246,8 @@ class _Smoothing:
 
 def _by_rows(function: Callable[[Tensor], Tensor], logits_CV: Tensor) -> Tensor:
     """Apply a function of logits to some rows at a time."""
-    size = max(1, _ENTRIES // logits_CV.shape[1])
+    entries = _ENTRIES if logits_CV.device.type == "cpu" else _ACCELERATOR_ENTRIES
+    size = max(1, entries // logits_CV.shape[1])
     return torch.cat([function(logits_BV) for logits_BV in torch.split(logits_CV, size)])
 
 
