@@ -123,6 +123,7 @@ def test_a_run_of_another_version_is_named_in_one_line(tiny_run, command):
     config = tiny_run.path / "config.yaml"
     text = config.read_text(encoding="utf-8").replace("  shape: ", "  rung: ")
     config.write_text(text.replace("keep_before_decay: false", "trunk: 1"), encoding="utf-8")
+    (tiny_run.path / "checksums.json").unlink()
     code, _, complaint = command("eval", "score", str(tiny_run.path), "--domain", "phenotypes")
     assert code == 2
     assert complaint == (
