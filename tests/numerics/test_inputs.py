@@ -156,7 +156,7 @@ NUMBERS = [
 @pytest.mark.parametrize("settings", NUMBERS, ids=str)
 def test_numbers_that_mean_nothing_are_refused(settings):
     (field,) = settings
-    with pytest.raises(ValueError, match=f"{field}\n"):
+    with pytest.raises(ValueError, match=f"{field} = "):
         Objective(**settings)
 
 
@@ -170,10 +170,10 @@ def test_vocabulary_sizes_that_mean_nothing_are_refused(function, size):
 
 def test_numbers_of_truncations_and_transforms_are_checked():
     for k in (0, -1, 2.5, True):
-        with pytest.raises(ValueError, match="k\n"):
+        with pytest.raises(ValueError, match="k = "):
             TopK(k=k)
     for p in (0.0, 1.5, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="p\n"):
+        with pytest.raises(ValueError, match="p = "):
             TopP(p=p)
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale"):
