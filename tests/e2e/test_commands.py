@@ -118,7 +118,7 @@ def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
         (["data", "build", "--corpus", "sotuu"], "did you mean 'sotu'"),
         (["data", "build"], "give a store file or --corpus"),
         (["verify", "nowhere"], "nowhere"),
-        (["data", "show", "."], "manifest.json"),
+        (["data", "show", "."], "no store, run, cache or study is called so"),
         (["report", "nowhere"], "nowhere"),
         (["schema", "runs"], "did you mean 'run'? known: run, store, study, teach"),
         (["demo", "--tokens", "many"], "not a token budget"),
