@@ -30,7 +30,7 @@ def test_the_same_command_ends_as_if_nothing_had_happened(store, make_config, tm
         "name": "targets",
         "teacher": {"kind": "model", "path": str(teacher.model)},
         "store": str(store),
-        "format": {"kind": "top_k", "ids": 4},
+        "format": {"kind": "topk", "k": 4},
     }
     text = {"name": "text", "sources": [{"kind": "corpus", "name": "sotu"}], "max_bytes": 20_000}
     jobs = [
