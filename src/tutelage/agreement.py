@@ -36,7 +36,7 @@ _LOST_SECONDS = 3.0
 """How long a process that lost another waits for the launcher to end it, or for the other's last words."""
 
 _PRINT_SECONDS = 1.0
-_WAIT_SECONDS = 1.0
+_PAUSE_SECONDS = 0.5
 _POLL_SECONDS = 0.05
 _MEETINGS = itertools.count()
 _Word = dict[str, Any]
@@ -155,21 +155,22 @@ def _meet(place: Place, said: _Word, seconds: float) -> _Word:
 
 def _read(store: Store, key: str, rank: int, left: float, seconds: float) -> _Word:
     """What a process said, which may take it until `left` of the `seconds` are over."""
-    from torch.distributed import DistError, DistStoreError  # noqa: PLC0415 - as above
+    from torch.distributed import DistError  # noqa: PLC0415 - as above
 
-    deadline = time.monotonic() + left
+    deadline, pause, reason = time.monotonic() + left, _POLL_SECONDS, "timeout"
     try:
-        while time.monotonic() < deadline and not store.check([key]):
-            with contextlib.suppress(DistStoreError):  # not yet: a signal to stop is seen between two waits
-                store.wait([key], timedelta(seconds=_WAIT_SECONDS))
-        store.wait([key], timedelta(milliseconds=1))
-        word: _Word = json.loads(store.get(key))
+        # Not by the store's own wait, in which a process sees no signal.
+        while not store.check([key]) and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE_SECONDS)
+        if store.check([key]):
+            word: _Word = json.loads(store.get(key))
+            return word
     except (DistError, RuntimeError) as error:
-        raise UserError(
-            f"rank {rank} did not answer within {seconds:.0f} seconds (parallel.timeout), or has ended: "
-            f"{one_line(error, 120)}"
-        ) from None
-    return word
+        reason = one_line(error, 120)
+    raise UserError(
+        f"rank {rank} did not answer within {seconds:.0f} seconds (parallel.timeout), or has ended: {reason}"
+    )
 
 
 def _judge(words: list[_Word]) -> tuple[str, str]:

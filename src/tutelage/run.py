@@ -96,9 +96,10 @@ def _run_cohort(configs: Sequence[RunConfig], progress: Progress) -> list[RunDir
             if is_main:
                 _score([run for run in left if run[1].is_trained()], progress)
         except (Stopped, KeyboardInterrupt):
-            distributed.stop()
-            if is_main:
-                _mark_ended(left, "stopped")
+            with stop_signal():
+                distributed.stop()
+                if is_main:
+                    _mark_ended(left, "stopped")
             raise
         except BaseException as error:
             if is_main:

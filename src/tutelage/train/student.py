@@ -12,6 +12,7 @@ from tutelage.config.teacher_config import kd_name
 from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
 from tutelage.models.flops import model_forward_flops, training_flops
+from tutelage.stopping import stop_signal
 from tutelage.train import distributed
 from tutelage.train.checkpoint import Checkpoints, Counters
 from tutelage.train.guard import Guard, advice, are_finite
@@ -144,12 +145,16 @@ class Student:
         self.log.open(facts, counters)
 
     def close(self) -> None:
-        """Close the trackers, and wait for the checkpoint that is being written."""
-        self.log.close()
-        try:
-            self.checkpoints.close()
-        except UserError as error:
-            self.mark_failed(error)
+        """Close the trackers, and wait for the checkpoint that is being written.
+
+        A second signal to stop does not end that: a launcher sends its own after the terminal's.
+        """
+        with stop_signal():
+            self.log.close()
+            try:
+                self.checkpoints.close()
+            except UserError as error:
+                self.mark_failed(error)
 
     def step_inputs(self) -> StepInputs:
         """Alpha, learning rate and seed of the next step."""
