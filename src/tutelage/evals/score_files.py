@@ -67,8 +67,6 @@ def add_scores(path: Path, scores: Iterable[Score]) -> None:
     rows += map(asdict, new.values())
     if not rows:
         return
-    with checked_write(path) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     card = path.parent / "model" / CARD
     if card.is_file():
         last = max(row["step"] for row in rows)
@@ -78,6 +76,9 @@ def add_scores(path: Path, scores: Iterable[Score]) -> None:
         with checked_write(card) as partial:
             text = export.with_scores(card.read_text(encoding="utf-8"), finished)
             partial.write_text(text, encoding="utf-8")
+    # Last, since what these rows say is not done again.
+    with checked_write(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _key(score: Score) -> tuple[str, str, str, str, int]:
