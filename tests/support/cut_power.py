@@ -39,7 +39,7 @@ VOLATILE = {"seconds", "tokens_per_second", "peak_flops", "warnings", "export", 
 class Steps(NullProgress):
     """Remembers from which step a run went on, and to which it came."""
 
-    first = reached = 0
+    first, reached = sys.maxsize, 0  # where nothing is trained again, nothing was lost
 
     def start(self, stage, total=None, unit="", done=0):
         if unit == "steps":
@@ -65,6 +65,8 @@ def everything(output):
     for path in sorted(path for path in output.rglob("*") if path.is_file()):
         if path.parent.name == "overlap" and path.name.startswith("."):
             continue  # runs share this directory, so nobody knows whose these are
+        if path.name == "lock":
+            continue  # nobody's: the cut came before its removal was flushed
         name, data = str(path.relative_to(output)), path.read_bytes()
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.splitlines()]
