@@ -65,7 +65,7 @@ def everything(output):
     for path in sorted(path for path in output.rglob("*") if path.is_file()):
         if path.parent.name == "overlap" and path.name.startswith("."):
             continue  # runs share this directory, so nobody knows whose these are
-        if path.name == "lock":
+        if path.name == "lock" or path.suffix == ".lock":
             continue  # nobody's: the cut came before its removal was flushed
         name, data = str(path.relative_to(output)), path.read_bytes()
         if path.name == "manifest.json" and path.with_name("train.bin").exists():
