@@ -107,7 +107,7 @@ def of_run(path):
 def of_study(path):
     results = load_results(path)
     frames = (results.scores, results.documents, results.curves, results.runs)
-    unfinished = [f"state.json of {run}" for run in results.unfinished["run"]]
+    unfinished = [f"unfinished by its state.json or scores.jsonl: {run}" for run in results.unfinished["run"]]
     return results.plan, [frame.rows() for frame in frames], [*results.problems, *unfinished]
 
 
