@@ -269,7 +269,9 @@ def _of_source(number: str, record: SourceRecord) -> Iterator[str]:
     if record.files_left_out:
         counts = ", ".join(f"{count:,} {what}" for what, count in record.files_left_out.items())
         yield f"{name}: files of its directories that were not read: {counts}"
-    if record.documents and record.document_bytes is not None:
+    files = record.source.get("files")
+    rows = record.documents + sum(record.dropped.values())
+    if record.document_bytes is not None and isinstance(files, list) and rows > len(files):
         yield f"{name}: long text files are cut into documents of about {record.document_bytes:,} bytes"
 
 

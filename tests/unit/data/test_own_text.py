@@ -291,12 +291,15 @@ def test_a_directory_stands_for_what_can_be_read_in_it(folder):
 
 
 def test_what_a_directory_has_besides_is_said_after_the_build(folder):
-    made = StoreConfig(name="mine", sources=(source("mine"),), validation=0.0, test=0.0)
+    made = StoreConfig(
+        name="mine", sources=(source("mine", document_bytes="auto"),), validation=0.0, test=0.0
+    )
     notes = remarks(open_store(build_store(made, folder / "stores")).manifest)
     assert any(
         "files of its directories that were not read: 1 .png, 1 .zip, 1 empty files, 1 files w" in n
         for n in notes
     )
+    assert not any("are cut" in note for note in notes)  # of six short files
 
 
 def test_a_directory_with_nothing_to_read_says_what_it_has(folder):
