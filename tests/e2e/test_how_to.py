@@ -15,7 +15,7 @@ import warm_commands
 from warm_commands import install
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/how-to/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", *sorted(ROOT.glob("docs/how-to/*.md"))]
 NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
 NEEDS = {"evaluate": "lm_eval", "loss-in-hugging-face-trainer": "accelerate"}
 TITAN = """
