@@ -19,9 +19,10 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
-from campaigns.judging import KINDS, RIGHT, Verdict
+from campaigns.judging import KINDS, RIGHT, UNCLEAR, Verdict
 from campaigns.mounts import bind, own_mounts
 from campaigns.parts import PARTS
 from campaigns.world import TASKS, World, build, prepare
@@ -40,13 +41,17 @@ def main() -> int:
     )
     parser.add_argument("--only", action="append", help="only this case; may be repeated")
     parser.add_argument("--small", action="store_true", help="a few cases of each part")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no case after so long")
     parser.add_argument("--verbose", action="store_true", help="say of every case what was done")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     options = parser.parse_args()
     cases = [case for case in cases_of(options.small) if wanted(case, options)]
+    random.Random(options.seed).shuffle(cases)  # noqa: S311 - so that a part of them is a sample of all
     jobs = options.jobs if os.geteuid() == 0 else 1  # others cannot have two directories at one path
     with tempfile.TemporaryDirectory(dir=memory_disk()) as scratch:
-        verdicts = run_cases(cases, options.seed, Path(scratch), jobs, verbose=options.verbose)
+        verdicts = run_cases(
+            cases, options.seed, Path(scratch), jobs, options.minutes, verbose=options.verbose
+        )
     show(verdicts, options.seed)
     return int(any(verdict.kind != RIGHT for verdict in verdicts.values()))
 
@@ -81,16 +86,22 @@ def spelled(case: tuple[str, str, int]) -> str:
 
 
 def run_cases(
-    cases: list[tuple[str, str, int]], seed: int, scratch: Path, jobs: int, *, verbose: bool
+    cases: list[tuple[str, str, int]], seed: int, scratch: Path, jobs: int, minutes: float, *, verbose: bool
 ) -> dict[tuple[str, str, int], Verdict]:
     """Run cases in some processes, each with a copy of the world at the same path."""
     began, verdicts = time.monotonic(), {}
     world = build(scratch)
-    prepare(world, [TASKS[name] for _, name, _ in cases if name in TASKS])
+    needed = {name for part, name, _ in cases for name in (name, *PARTS[part].needs)}
+    prepare(world, [TASKS[name] for name in TASKS if name in needed])
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=settle, initargs=(world,)) as pool:
         tasks = {pool.submit(run_case, case, seed): case for case in cases}
         for task in concurrent.futures.as_completed(tasks):
+            if time.monotonic() - began > 60 * minutes:
+                for waiting in tasks:
+                    waiting.cancel()
+            if task.cancelled():
+                continue
             case, verdict = tasks[task], task.result()
             verdicts[case] = verdict
             if verdict.kind != RIGHT or verbose:
@@ -98,7 +109,9 @@ def run_cases(
                     f"[{time.monotonic() - began:4.0f} s] {spelled(case)}: {verdict.kind}: {verdict.words}",
                     flush=True,
                 )
-    print(f"{len(cases)} cases in {time.monotonic() - began:.0f} s with {jobs} at a time, seed {seed}\n")
+    print(
+        f"{len(verdicts)} of {len(cases)} cases in {time.monotonic() - began:.0f} s with {jobs} at a time, seed {seed}\n"
+    )
     return verdicts
 
 
@@ -119,7 +132,10 @@ def run_case(case: tuple[str, str, int], seed: int) -> Verdict:
     assert _WORLD is not None  # noqa: S101 - `settle` was called
     part, name, number = case
     dice = random.Random(f"{seed} {spelled(case)}")  # noqa: S311 - no secret
-    return PARTS[part].run(_WORLD, dice, name, number)
+    try:
+        return PARTS[part].run(_WORLD, dice, name, number)
+    except Exception:  # noqa: BLE001 - a mistake of the harness in one case leaves the others
+        return Verdict(UNCLEAR, f"the case itself failed: {traceback.format_exc().splitlines()[-1]}")
 
 
 def show(verdicts: dict[tuple[str, str, int], Verdict], seed: int) -> None:

@@ -7,6 +7,7 @@ The parent must have started no threads and used no device. Each command has a s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -29,6 +30,7 @@ HANG_SECONDS = 90.0
 """Far more than any command here needs; what runs longer hangs."""
 
 _POLL_SECONDS = 0.01
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ class Command:
         self.folder = folder
         self.began = time.monotonic()
         self._cpu = 0.0
-        self._logs = [folder.with_name(f"log-{os.getpid()}-{rank}") for rank in range(ranks)]
+        logs = folder.with_name(f"log-{os.getpid()}-{next(_NUMBERS)}")
+        self._logs = [logs.with_name(f"{logs.name}-{rank}") for rank in range(ranks)]
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]

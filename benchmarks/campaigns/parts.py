@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from campaigns.bad_inputs import stored, try_input
+from campaigns.clocks import run_apart
 from campaigns.corruptions import corrupt
 from campaigns.cuts import cut
 from campaigns.disks import fill
+from campaigns.hostile import COUNTS, plant, plant_link
 from campaigns.kills import kill_command, kill_study
 
 if TYPE_CHECKING:
@@ -29,12 +31,14 @@ class Part:
         many: number of cases by group.
         few: the same for a short campaign.
         mounts: it mounts disks, which only the system's administrator may.
+        needs: tasks, besides those that groups are named after, in whose states it puts the world.
     """
 
     run: Callable[[World, random.Random, str, int], Verdict]
     many: dict[str, int]
     few: dict[str, int]
     mounts: bool = False
+    needs: tuple[str, ...] = ()
 
     def possible(self) -> bool:
         """Whether it can be tried here."""
@@ -77,6 +81,9 @@ PARTS = {
         {"train": 2, "teach": 1},
         mounts=True,
     ),
+    "clocks": Part(run_apart, {"study": 5}, {}),
+    "links": Part(plant_link, {"train": 24, "teach": 8, "report": 4}, {"train": 2}),
+    "hostile": Part(plant, COUNTS, {"models": 2, "archives": 1}, needs=("report",)),
     "bad inputs": Part(try_input, {"stored": len(stored()), "drawn": 150}, {"stored": 20, "drawn": 10}),
 }
 """The parts by name."""

@@ -53,6 +53,7 @@ test: 0.5
     "plain.yaml": "name: plain\nseed: 43\n" + _RUN,
     "taught.yaml": "name: taught\nteacher: {kind: run, run: TEACHER}\nobjective: {alpha: 0.4}\n" + _RUN,
     "cached.yaml": "name: cached\nteacher: {kind: cache, path: CACHE}\nobjective: {alpha: 0.4}\n" + _RUN,
+    "evil.yaml": "name: taught\nteacher: {kind: model, path: evil/model}\nobjective: {alpha: 0.4}\n" + _RUN,
     "cohort.yaml": "name: more\nteacher: {kind: run, run: TEACHER}\nobjective: {alpha: 0.8}\n" + _RUN,
     "teach.yaml": """
 name: targets
@@ -109,6 +110,9 @@ def _run_files(pattern: str) -> tuple[str, ...]:
     files = ("model", "scores.jsonl", "documents.parquet", "calibration.json", "metrics.jsonl", "state.json")
     return tuple(f"{pattern}/{file}" for file in files)
 
+
+_UNEQUAL = {"created", "seal", "crc32"}
+"""Fields of a manifest that say when it was written, and checksums over them."""
 
 MOST_REDONE = 4
 """Steps that a kill may cost here: every second is saved, while the next ones are taken."""
@@ -331,13 +335,25 @@ def result(place: Path, patterns: tuple[str, ...], outcome: Outcome) -> dict[str
 
 
 def _kept(path: Path) -> Any:  # noqa: ANN401 - whatever can be compared
-    """The part of a file that is a result; None if nothing of it is."""
+    """The part of a file that is a result, or all of a damaged one; None if nothing of it is."""
+    try:
+        return _read(path)
+    except ValueError:
+        return path.read_bytes()
+
+
+def _read(path: Path) -> Any:  # noqa: ANN401 - whatever can be compared
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
     if path.name == "state.json":
         state = json.loads(path.read_bytes())
         return {key: state.get(key) for key in ("status", "step", "error", "evaluations")}
+    if path.name == "checksums.json":  # a file that was replaced has its earlier sum too
+        return {name: sums[-1] for name, sums in json.loads(path.read_bytes())["files"].items()}
+    if path.suffix == ".json":  # tables may be in another order
+        record = json.loads(path.read_bytes())
+        return record if type(record) is list else {key: record[key] for key in record if key not in _UNEQUAL}
     if path.name in ("provenance.json", "config.yaml", "lock") or path.name.startswith("."):
         return None
     return path.read_bytes()

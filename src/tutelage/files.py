@@ -76,16 +76,21 @@ def make_directory(path: Path) -> Path:
     Raises:
         UserError: that is not allowed, or there is a link of another user, who chose where it leads.
     """
-    if sys.platform != "win32":
-        for place in (path, *path.parents):
-            if place.is_symlink() and place.lstat().st_uid not in {0, os.geteuid()}:
-                raise UserError(f"{place}: a link that another user made; remove it or choose another output")
+    refuse_links(path)
     with os_errors_to_user_errors(path):
         new = [place for place in (path, *path.parents) if not place.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for place in new:  # a file that is flushed is lost all the same where its directory's name is
             flush(place.parent)
     return path
+
+
+def refuse_links(path: Path) -> None:
+    """Raise `UserError` if `path` is or lies below a link of another user, who chose where it leads."""
+    if sys.platform != "win32":
+        for place in (path, *path.parents):
+            if place.is_symlink() and place.lstat().st_uid not in {0, os.geteuid()}:
+                raise UserError(f"{place}: a link that another user made; remove it or choose another output")
 
 
 def own_directory(path: Path) -> Path:

@@ -58,27 +58,31 @@ def known_scores(path: Path, version: str, step: int) -> list[Score]:
 
 
 def add_scores(path: Path, scores: Iterable[Score]) -> None:
-    """Add scores in one step; a measurement that is made again replaces the one that was there.
-
-    The card of a model in the same directory lists them too: of each text, those of the version scored last.
-    """
+    """Add scores in one step; a measurement that is made again replaces the one that was there."""
     new = {_key(score): score for score in scores}
-    rows = [asdict(score) for score in read_scores(path) if _key(score) not in new]
-    rows += map(asdict, new.values())
-    if not rows:
+    kept = [score for score in read_scores(path) if _key(score) not in new]
+    both = [*kept, *new.values()]
+    show_in_card(path, both)
+    if not both:
         return
-    card = path.parent / "model" / CARD
-    if card.is_file():
-        last = max(row["step"] for row in rows)
-        finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
-        latest = {row["domain"]: row["version"] for row in finished}
-        finished = [row for row in finished if row["version"] == latest[row["domain"]]]
-        with checked_write(card) as partial:
-            text = export.with_scores(card.read_text(encoding="utf-8"), finished)
-            partial.write_text(text, encoding="utf-8")
     # Last, since what these rows say is not done again.
     with checked_write(path) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.write_text("".join(json.dumps(asdict(row)) + "\n" for row in both), encoding="utf-8")
+
+
+def show_in_card(path: Path, scores: Iterable[Score]) -> None:
+    """List scores in the card of the model beside `path`: of each text, those of the version scored last."""
+    card, rows = path.parent / "model" / CARD, [asdict(score) for score in scores]
+    if not rows or not card.is_file():
+        return
+    last = max(row["step"] for row in rows)
+    finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
+    latest = {row["domain"]: row["version"] for row in finished}
+    finished = [row for row in finished if row["version"] == latest[row["domain"]]]
+    before = card.read_text(encoding="utf-8")
+    if (text := export.with_scores(before, finished)) != before:
+        with checked_write(card) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _key(score: Score) -> tuple[str, str, str, str, int]:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from tutelage.checksums import FileSum
 from tutelage.errors import UserError
+from tutelage.files import refuse_links
 from tutelage.run_directory import recipe
 from tutelage.train.checkpoint_files import (
     BRANCH_POINT,
@@ -132,6 +133,7 @@ class Checkpoints:
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         if self._world.is_main:
+            refuse_links(self._directory.checkpoints)
             remove_unfinished(self._directory.checkpoints)
             self._remove_old()
         found = self._from_main([*self._directory.saved().values()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -30,7 +31,8 @@ def everything(directory):
     """What must not depend on what happened to the run."""
     state = {k: v for k, v in directory.state().items() if k not in {"seconds", "tokens_per_second"}}
     scores = [json.loads(line) for line in directory.scores.read_text().splitlines()]
-    return (directory.model / "model.safetensors").read_bytes(), losses(directory), scores, state
+    card = re.sub("output: .*", "", (directory.model / "README.md").read_text())
+    return (directory.model / "model.safetensors").read_bytes(), card, losses(directory), scores, state
 
 
 DAMAGE = {
