@@ -109,9 +109,8 @@ def run_cases(
                     f"[{time.monotonic() - began:4.0f} s] {spelled(case)}: {verdict.kind}: {verdict.words}",
                     flush=True,
                 )
-    print(
-        f"{len(verdicts)} of {len(cases)} cases in {time.monotonic() - began:.0f} s with {jobs} at a time, seed {seed}\n"
-    )
+    took = time.monotonic() - began
+    print(f"{len(verdicts)} of {len(cases)} cases in {took:.0f} s with {jobs} at a time, seed {seed}\n")
     return verdicts
 
 
