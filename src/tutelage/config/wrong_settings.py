@@ -76,7 +76,8 @@ def _untagged(field: str, node: dict[str, Any], detail: ErrorDetails) -> tuple[s
     context = detail["ctx"]
     tag = context["discriminator"].strip("'")
     prefix = "" if field == _WHOLE else f"{field}."
-    known = sorted(node.get("discriminator", {}).get("mapping", {}))
+    unions = [node, *node.get("anyOf", [])]
+    known = sorted(tag for union in unions for tag in union.get("discriminator", {}).get("mapping", {}))
     choices = f"choose from {', '.join(known)}"
     if "tag" not in context:
         return f"{prefix}{tag}", f"required but not given; {choices}"
@@ -94,7 +95,7 @@ def _located(schema: dict[str, Any], location: Sequence[int | str]) -> tuple[str
     node, named = schema, []
     for part in location:
         node = _resolved(schema, node)
-        members = [_resolved(schema, choice) for choice in node.get("oneOf", node.get("anyOf", []))]
+        members = _members(schema, node)
         tagged = [member for member in members if part in _tags(member)]
         if tagged:
             node = tagged[0]
@@ -111,6 +112,15 @@ def _located(schema: dict[str, Any], location: Sequence[int | str]) -> tuple[str
     node = _resolved(schema, node)
     sections = [_resolved(schema, choice) for choice in node.get("anyOf", [])]
     return ".".join(named) or _WHOLE, next((s for s in sections if "properties" in s), node)
+
+
+def _members(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a union may be, the members of unions inside it too; none of anything else."""
+    found = []
+    for choice in node.get("oneOf", node.get("anyOf", [])):
+        member = _resolved(schema, choice)
+        found += _members(schema, member) or [member]
+    return found
 
 
 def _by_pattern(node: dict[str, Any]) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_contract_state_round_trips_at_any_step(name, cut):
         ),
         ({"alpha": 0.4, "gate": {"kind": "student_entropy", "keep": 1.0}}, "objective.gate.keep = 1.0"),
         ({"alpha": 0.4, "gate": {"kind": "teacher_entropy"}}, "the unigram teacher is equally uncertain"),
-        ({"alpha": 0.4, "gate": {"kind": "oracle"}}, "'teacher_better'"),
+        ({"alpha": 0.4, "gate": {"kind": "oracle"}}, "choose from student_entropy, teacher_better"),
         ({"alpha": 0.4, "truncation": {"kind": "top_k", "k": 0}}, "objective.truncation.k = 0"),
         ({"alpha": 0.4, "truncation": {"kind": "top_p", "p": 1.5}}, "objective.truncation.p = 1.5"),
         ({"alpha": 0.4, "tail": "none", "divergence": "tvd"}, "tail = none is unbiased for forward_kl only"),
