@@ -39,6 +39,8 @@ FAMILIES = {
     "gemma2": lambda: hf.Gemma2Config(**GROUPED, head_dim=8, sliding_window=16),
     "gemma3_text": lambda: hf.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=16),
     "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "llama4_text": lambda: hf.Llama4TextConfig(**GROUPED, head_dim=8, intermediate_size_mlp=48,
+                                               num_local_experts=2, interleave_moe_layer_step=1),
     "mistral": lambda: hf.MistralConfig(**GROUPED),
     "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
     "qwen2": lambda: hf.Qwen2Config(**GROUPED),

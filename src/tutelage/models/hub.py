@@ -24,6 +24,7 @@ from tutelage.files import atomic_directory
 from tutelage.models.directory import check_config, computing, is_local
 from tutelage.models.export import Base, check_tokenizer_files, complete
 from tutelage.models.lengths import trained_length
+from tutelage.models.packed import body_of
 from tutelage.objective.products import weight_and_bias
 from tutelage.records import read_object
 from tutelage.types import LogitTransform, transformed
@@ -64,14 +65,18 @@ def build(
 
     Weights are drawn on the CPU (normal, standard deviation 0.02) and then moved. The global random
     state is left as it was. On device "meta" there are shapes and no weights.
+
+    Raises:
+        UserError: attention cannot be computed as asked for.
     """
     config = shape.config(vocab_size, context)
     meta = device == "meta"
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attn_implementation or "sdpa"
-        )
+        with errors_of_loading(f"model.shape = {shape.name}", attn_implementation):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attn_implementation or "sdpa"
+            )
     return model if meta else model.to(device)
 
 
@@ -96,7 +101,7 @@ def load(
     name = str(path_or_hub_name)
     local = is_local(path_or_hub_name)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with errors_of_loading(name):
+    with errors_of_loading(name, attn_implementation):
         if not local:
             file = hf_hub_download(name, "config.json", revision=revision)
             check_config(read_object(Path(file)), f"{name}: config.json")
@@ -119,8 +124,8 @@ def load(
 
 
 @contextlib.contextmanager
-def errors_of_loading(name: str) -> Iterator[None]:
-    """Say in one line why transformers cannot load the model called `name`.
+def errors_of_loading(name: str, attn_implementation: str | None) -> Iterator[None]:
+    """Say in one line why transformers cannot load the model called `name` with attention as asked for.
 
     Raises:
         UserError: whatever the reason is.
@@ -131,6 +136,11 @@ def errors_of_loading(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 - a wrong field of a config can raise anything
         reason = one_line(error)
+        if attn_implementation is not None and "attention" in reason.lower():
+            raise UserError(
+                f"{name}: attn_implementation = {attn_implementation}: {reason.split('. ')[0].rstrip('.')}; "
+                "remove the setting, and transformers chooses what the family has"
+            ) from None
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which tutelage does not run"
         elif "Unrecognized configuration class" in str(error):
@@ -204,7 +214,7 @@ def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
         weight_and_bias(head)
     except ValueError as error:
         raise UserError(f"{type(model).__name__}: it cannot teach or learn here: {error}") from None
-    return model.get_decoder(), head
+    return body_of(model), head
 
 
 def head_logits(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.errors import UserError
+from tutelage.models.packed import body_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -68,7 +69,7 @@ def _reads(model: PreTrainedModel, length: int) -> bool:
     if model.device.type == "meta":
         return False
     try:
-        model.get_decoder()(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        body_of(model)(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
     except (IndexError, RuntimeError, ValueError):
         return False
     return True

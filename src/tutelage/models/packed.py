@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from tutelage.errors import UserError, one_line
@@ -13,10 +14,21 @@ from tutelage.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 _FIRST, _SECOND = 5, 7
 """Tokens of the two documents that a model is tried on."""
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Find the part of a causal language model that is everything but its head.
+
+    Where transformers does not find it (of Llama 4 its `get_decoder` gives the whole model, of ModernBERT's
+    decoder the head), it is the part that is a model of its own.
+    """
+    found: PreTrainedModel = model.get_decoder()
+    if isinstance(found, PreTrainedModel) and found is not model:
+        return found
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), found)
 
 
 def hidden_states(body: PreTrainedModel, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from tutelage.errors import UserError
+from tutelage.models.packed import body_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         UserError: the family keeps its layers in no list.
     """
-    body = model.get_decoder()
+    body = body_of(model)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in body.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)

@@ -70,7 +70,7 @@ def describe(
     """
     name = str(path_or_hub_name)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with errors_of_loading(name):
+    with errors_of_loading(name, attn_implementation):
         files = _files(path_or_hub_name, revision)
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         dtype = dtype or config.get_text_config().dtype or config.dtype or _first_dtype(files)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from tutelage.models.hub import body_and_head, logit_transform
-from tutelage.models.packed import hidden_states
+from tutelage.models.packed import body_of, hidden_states
 from tutelage.models.sharding import shard_model
 from tutelage.objective.products import HALVES, weight_and_bias
 from tutelage.types import DenseTargets
@@ -89,7 +89,7 @@ class OnlineTeacher(Teacher):
         """
         half = self._dtype in HALVES
         with torch.autocast(batch.tokens_BT.device.type, self._dtype if half else None, enabled=half):
-            hidden_BTE = self._root(lambda model: hidden_states(model.get_decoder(), batch))
+            hidden_BTE = self._root(lambda model: hidden_states(body_of(model), batch))
         if isinstance(self._head, FSDPModule):  # a head that is the embedding too has come with the root
             self._head.unshard()
         weight_VE, bias_V = weight_and_bias(self._head)

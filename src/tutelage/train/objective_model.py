@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tutelage.models import hub
-from tutelage.models.packed import hidden_states
+from tutelage.models.packed import body_of, hidden_states
 from tutelage.objective import NotFiniteError
 from tutelage.objective.chunked import ObjectiveHead
 from tutelage.objective.gates import TokenStats
@@ -71,7 +71,7 @@ class ObjectiveModel(nn.Module):
         """
         device, half = batch.tokens_BT.device.type, self.autocast
         with torch.autocast(device, dtype=half, enabled=half is not None):
-            hidden_BTD = hidden_states(self.model.get_decoder(), batch)
+            hidden_BTD = hidden_states(body_of(self.model), batch)
         hidden_ND = hidden_BTD.flatten(0, 1)
         if half is not None:
             hidden_ND = hidden_ND.to(half)

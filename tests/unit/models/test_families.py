@@ -6,8 +6,9 @@ import transformers as hf
 from families import FAMILIES, GROUPED, POSITIONS, SMALL, VOCAB
 
 from tutelage.errors import UserError
-from tutelage.models.hub import body_and_head, load, logit_transform
+from tutelage.models.hub import body_and_head, build, load, logit_transform
 from tutelage.models.lengths import check_length, trained_length
+from tutelage.models.shapes import find_shape
 from tutelage.models.sharding import decoder_layers
 from tutelage.types import transformed
 
@@ -80,9 +81,12 @@ def test_the_implementation_of_attention_can_be_chosen(tmp_path):
     assert load(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
     written("gpt_neo", tmp_path / "neo")
     assert load(tmp_path / "neo").config._attn_implementation == "eager"
-    with pytest.raises(UserError, match=r"neo: cannot be loaded .*attention .*yet") as caught:
-        load(tmp_path / "neo", attn_implementation="sdpa")
-    assert "\n" not in str(caught.value)
+    for name, kind in (("neo", "sdpa"), ("neo", "flex_attention"), ("", "flash_attention_2")):
+        with pytest.raises(UserError, match=f"{name}: attn_implementation = {kind}: [A-Z]") as caught:
+            load(tmp_path / name, attn_implementation=kind)
+        assert str(caught.value).endswith("remove the setting, and transformers chooses what the family has")
+    with pytest.raises(UserError, match=r"^model.shape = nano-20k: attn_implementation = flash_"):
+        build(find_shape("nano-20k"), VOCAB, POSITIONS, 0, attn_implementation="flash_attention_2")
 
 
 @pytest.mark.parametrize(
