@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import shutil
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -303,6 +304,7 @@ def _export(students: Sequence[Student]) -> None:
 def _score(runs: Sequence[Run], progress: Progress) -> None:
     """Score the exported models and mark the runs as done."""
     for config, directory in runs:
+        began = time.perf_counter()
         stage = f"{directory.id}: scores"
         progress.start(stage)
         step = int(directory.state()["step"])
@@ -310,7 +312,7 @@ def _score(runs: Sequence[Run], progress: Progress) -> None:
         model.to(hub.pick_device(config.runtime.device))
         scores = evaluate.score_run(config, directory, model, step, finished=True)
         _warn_of_loss_gap(scores, directory, progress)
-        _mark_scored(config, directory)
+        _mark_scored(config, directory, scoring_seconds=round(time.perf_counter() - began, 3))
         progress.finish(stage)
 
 
@@ -323,12 +325,12 @@ def _warn_of_loss_gap(scores: Sequence[Score], directory: RunDirectory, progress
         directory.write_state(state["status"], warning=warning)
 
 
-def _mark_scored(config: RunConfig, directory: RunDirectory) -> None:
-    """Record that the run is done, and which versions its scores by this evaluation have."""
+def _mark_scored(config: RunConfig, directory: RunDirectory, **measured: float) -> None:
+    """Record that the run is done, the versions of its scores by this evaluation, and what was measured."""
     known = directory.state().get("evaluations", {})
     mine = {evaluation_id(config): evaluate.score_versions(config, directory)}
     if not directory.is_done() or known | mine != known:
-        directory.write_state("done", evaluations=known | mine)
+        directory.write_state("done", evaluations=known | mine, **measured)
 
 
 def _mark_ended(runs: Sequence[Run], status: str, error: str | None = None) -> None:

@@ -101,7 +101,7 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _how_far(row: dict[str, Any]) -> str:
-    from tutelage.cli.bars import period
+    from tutelage.cli.stages import period
 
     steps = f"{row['step']:,}" + ("" if row["steps"] is None else f" of {row['steps']:,}") + " steps"
     age = "" if row["changed"] is None else f", {period(max(0.0, time.time() - row['changed']))} ago"

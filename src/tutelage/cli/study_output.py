@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from tutelage.cli.bars import out, period, say, short
+from tutelage.cli.bars import out, say
+from tutelage.cli.stages import period, short
 from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:

@@ -95,7 +95,8 @@ def _train(configs: Sequence[RunConfig]) -> None:
 
 
 def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
-    from tutelage.cli.bars import out, period, say, short
+    from tutelage.cli.bars import out, say
+    from tutelage.cli.stages import period, short
     from tutelage.models.devices import Hardware
     from tutelage.run_plan import plan_run
 
@@ -173,7 +174,8 @@ def _write(config: TeachConfig) -> None:
 def _print_estimate(config: TeachConfig) -> None:
     from rich.table import Table
 
-    from tutelage.cli.bars import out, period, say
+    from tutelage.cli.bars import out, say
+    from tutelage.cli.stages import period
     from tutelage.teachers.cache.cache_estimate import estimate_cache
     from tutelage.teachers.cache.formats import FORMATS
 

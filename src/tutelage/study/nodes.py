@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, merged, validate
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
+from tutelage.data.store_manifest import SCORED
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
 from tutelage.models.shapes import find_shape
@@ -95,6 +96,13 @@ class Node:
     def directory(self) -> RunDirectory:
         """Where the run lands."""
         return RunDirectory(self.config.output / self.id)
+
+    @property
+    def scoring_flops(self) -> float:
+        """FLOPs of scoring it when it is trained, at most."""
+        asked = self.config.eval
+        scored = len(asked.domains) * len(SCORED) * asked.max_documents * asked.max_tokens
+        return scored * self.cost.flops / training_flops(self.cost.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.run_directory import evaluation_id
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import RunTask
+from tutelage.study.reporter import StudyProgress, StudyReporter
 from tutelage.study.timings import chain_weights
 
 if TYPE_CHECKING:
@@ -25,72 +26,6 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
 _BUSY_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class StudyProgress:
-    """The state of a study's runs, by run id.
-
-    Attributes:
-        nodes: all runs.
-        running: runs that this runner works on.
-        elsewhere: runs that other runners work on.
-        finished: runs with nothing left to do.
-        failed: runs that failed for good, with the reason.
-    """
-
-    nodes: Sequence[Node]
-    running: set[str]
-    elsewhere: set[str]
-    finished: set[str]
-    failed: Mapping[str, str]
-
-
-class StudyReporter:
-    """Report the state of runs to a `Progress`: a stage for all, and one for each that a runner works on."""
-
-    def __init__(self, progress: Progress, nodes: Sequence[Node]) -> None:
-        self._progress = progress
-        self._all = f"{len(nodes)} runs"
-        self._total = sum(node.cost.total for node in nodes)
-        self._active: set[str] = set()
-        self._ended: set[str] | None = None
-
-    def show(self, standing: StudyProgress) -> None:
-        """Report what has changed. Runs that were finished before the first call are only counted."""
-        active = [node for node in standing.nodes if node.id in standing.running | standing.elsewhere]
-        parts = {node.id: _part_done(node) for node in active} | dict.fromkeys(standing.finished, 1.0)
-        done = sum(parts.get(node.id, 0.0) * node.cost.total for node in standing.nodes)
-        if self._ended is None:
-            self._ended = set(standing.finished)
-            if self._ended:
-                self._progress.note(f"{len(self._ended)} of {self._all} are finished already")
-            self._progress.start(self._all, self._total, done=done)
-        self._progress.advance(self._all, done)
-        counts = {"done": len(standing.finished), "failed": len(standing.failed)}
-        self._progress.describe(self._all, {name: count for name, count in counts.items() if count})
-        self._ended -= {node.id for node in active}
-        ended = (standing.finished | standing.failed.keys()) - self._ended
-        for run in (node.id for node in standing.nodes if node.id in ended):
-            self._ended.add(run)
-            self._active.discard(run)
-            word = "failed" if run in standing.failed else "done"
-            self._progress.finish(run, f"{word} ({len(self._ended)} of {self._all})")
-        for run in self._active - {node.id for node in active}:
-            self._active.remove(run)
-            self._progress.finish(run, "interrupted, to be resumed")
-        for node in active:
-            self._show_run(node, parts[node.id], "here" if node.id in standing.running else "elsewhere")
-
-    def _show_run(self, node: Node, part: float, where: str) -> None:
-        if node.id not in self._active:
-            self._active.add(node.id)
-            self._progress.start(node.id, 1.0, done=part)
-        self._progress.advance(node.id, part)
-        row = node.directory.last_metrics()
-        if row:
-            row["seconds_left"] = (node.cost.tokens - row["tokens"]) / max(row["tokens_per_second"], 1e-9)
-        self._progress.describe(node.id, {"running": where, **row})
 
 
 def run_all(
@@ -119,7 +54,8 @@ def run_all(
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
     _check_sizes(nodes, engine)
-    state, reporter = RunnerState(nodes, engine, leases, failures, cohort), StudyReporter(progress, nodes)
+    state = RunnerState(nodes, engine, leases, failures, cohort)
+    reporter = StudyReporter(progress, nodes, engine.slots)
     with stop_signal() as stop:
         state.refresh()
         while not state.is_over():
@@ -297,12 +233,6 @@ def cohort_key(node: Node) -> str:
 def _recipe(node: Node) -> str:
     """Identity of a finished run: how it was trained and on what it was scored."""
     return digest([node.id, evaluation_id(node.config)])
-
-
-def _part_done(node: Node) -> float:
-    """The fraction of its steps that a run has taken, as it last wrote."""
-    state = node.directory.state()
-    return float(state.get("step", 0) / max(1, state.get("steps", 1)))
 
 
 def _checkpoint(node: Node) -> int:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pytest
 from rich.console import Console
@@ -16,7 +15,7 @@ from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import Stores, bind
 from tutelage.study.plan import plan_of, save_plan
 from tutelage.study.presets import demo_study
-from tutelage.study.runner import StudyProgress, StudyReporter
+from tutelage.study.reporter import StudyProgress, StudyReporter
 from tutelage.study.status import read_status, retry_runs, stop_study
 
 STUDY = demo_study(1, "20K", quick=False)
@@ -92,30 +91,30 @@ def test_plan_goes_by_how_fast_finished_runs_were(nodes, tmp_path):
 def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
     ids = [node.id for node in nodes]
     with err.capture() as shown, RichProgress() as progress:
-        reporter = StudyReporter(progress, nodes)
+        reporter = StudyReporter(progress, nodes, 2)
         reporter.show(StudyProgress(nodes, {ids[3]}, set(), set(), {}))
         for finished in (set(ids[:1]), set(ids[:2]), set(ids[:2])):
             reporter.show(StudyProgress(nodes, {ids[3]}, set(), finished, {ids[4]: "too hot"}))
     lines = shown.get().splitlines()
     assert sum("done" in line for line in lines) == 2
     assert sum("failed" in line for line in lines) == 1
-    assert json.dumps(ids[0])[1:-1] in lines[0]
+    assert nodes[0].cell.name in lines[0]
 
 
 def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_path, monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=160, highlight=False)
     monkeypatch.setattr("tutelage.cli.bars.err", screen)
     with RichProgress() as progress:
-        StudyReporter(progress, nodes).show(
+        StudyReporter(progress, nodes, 2).show(
             StudyProgress(
                 nodes, {nodes[3].id}, {nodes[2].id}, {nodes[0].id, nodes[1].id}, {nodes[4].id: "hot"}
             )
         )
     shown = screen.file.getvalue()
     last_drawn = shown.splitlines()[::-1]
-    row = next(line for line in last_drawn if nodes[3].id in line)
-    for part in ("running", "50%", "3.250", "500", "19 s"):
+    row = next(line for line in last_drawn if nodes[3].cell.name in line)
+    for part in ("3.250", "500", "left"):
         assert part in row
-    assert "elsewhere" in next(line for line in last_drawn if nodes[2].id in line)
+    assert "elsewhere" in next(line for line in last_drawn if nodes[2].cell.name in line)
     assert "2 of 11 runs are finished already" in shown
     assert any("2 done · 1 failed" in line for line in last_drawn if "11 runs" in line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -13,10 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from training import StopAt, rows
 
-from tutelage.cli import bars
 from tutelage.data.loader import Loader
 from tutelage.errors import Stopped
 from tutelage.models.flops import forward_flops
@@ -239,20 +236,6 @@ def test_several_devices_share_the_peak(monkeypatch):
     assert (row["data_wait"], row["peak_memory_gib"]) == (pytest.approx(0.4), pytest.approx(2.0))
     assert meter.own_seconds == pytest.approx([0.1, 0.3, 0.1, 0.1])
     assert row["seconds"] >= 5.0
-
-
-def test_the_essentials_fit_a_narrow_terminal(monkeypatch, taught):
-    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(bars, "err", screen)
-    row = rows(run(taught()))[-1]
-    for name in ("student-8b4c1f02", "qwen3-0.6b-strong-alpha0.4-s43-8b4c1f02"):
-        with bars.RichProgress() as progress:
-            progress.start(name, 95_367, "steps")
-            progress.advance(name, 1234)
-            progress.describe(name, row)
-        drawn = [line for line in screen.file.getvalue().splitlines() if "-8b4c1f02" in line][-1]
-        for part in (name[:7], "1,234/95,367", f"loss {row['loss']:.3f}", "left"):
-            assert part in drawn
 
 
 def test_the_clock_of_a_gpu_is_read_from_its_events(monkeypatch):

@@ -29,7 +29,11 @@ def finished(store, tiny_config, tmp_path_factory):
 
 def everything(directory):
     """What must not depend on what happened to the run."""
-    state = {k: v for k, v in directory.state().items() if k not in {"seconds", "tokens_per_second"}}
+    state = {
+        k: v
+        for k, v in directory.state().items()
+        if k not in {"seconds", "tokens_per_second", "scoring_seconds"}
+    }
     scores = [json.loads(line) for line in directory.scores.read_text().splitlines()]
     card = re.sub("output: .*", "", (directory.model / "README.md").read_text())
     return (directory.model / "model.safetensors").read_bytes(), card, losses(directory), scores, state

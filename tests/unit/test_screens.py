@@ -1,0 +1,108 @@
+"""What is seen of work that goes on: in a real terminal of 80 x 24, in a log file, in a study's table."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from tutelage.cli.bars import RichProgress, err
+from tutelage.cli.stages import Stage, rows
+from tutelage.errors import UserError
+
+DRAWS = Path(__file__).parents[1] / "support" / "drawn_stages.py"
+NAME = "qwen3-0.6b-strong-alpha0.4-s43-8b4c1f02"
+FIGURES = ("loss 3.214", "ce 3.501", "kd_top50 2.783", "alpha 0.40", "123,457 tokens/s")
+CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def in_terminal(columns: int, lines: int, *command: str | Path) -> str:
+    """What a command writes to a terminal of that size."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    unsized = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
+    with subprocess.Popen(
+        [sys.executable, *command], env=unsized | {"TERM": "xterm-256color"}, **streams
+    ) as process:
+        os.close(follower)
+        written = b""
+        try:
+            while piece := os.read(leader, 65536):
+                written += piece
+        except OSError:  # the terminal has no other user any more
+            pass
+    os.close(leader)
+    assert process.returncode == 0, written.decode()
+    return written.decode()
+
+
+@pytest.mark.parametrize("name", [NAME, "student-8b4c1f02"])
+def test_a_terminal_of_80_columns_shows_all_that_matters(name):
+    written = in_terminal(80, 24, DRAWS, name)
+    lines = [CONTROLS.sub("", line).rstrip() for line in re.split(r"[\r\n]+", written)]
+    drawn = lines[: next(i for i, line in enumerate(lines) if line.startswith(f"{name}: done"))]
+    assert max(map(len, drawn)) <= 80
+    head = next(line for line in reversed(drawn) if "1,240/95,367 steps" in line)
+    assert head.startswith(name[:6])
+    assert name[-13:] in head
+    assert re.search(r"steps (under 1|\d) s · [\d.]+ (s|min|h) left$", head)
+    assert all(figure in drawn[-1] for figure in FIGURES), drawn[-1]
+    assert "resuming after step 1,000 of 95,367" in lines
+
+
+def test_a_log_file_gets_a_line_soon_and_then_regularly(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        every = {"TUTELAGE_LOG_SECONDS": "0.3"}
+        subprocess.run([sys.executable, DRAWS, NAME], stderr=log, env=os.environ | every, check=True)
+    first, *lines, last = (tmp_path / "log").read_text().splitlines()
+    assert first == "resuming after step 1,000 of 95,367"
+    assert 2 <= len(lines) <= 4
+    for line in lines:
+        parts = line.removeprefix(f"{NAME}: ").split(" · ")
+        assert re.fullmatch(r"1,2[0-4]\d/95,367 steps", parts[0])
+        assert tuple(parts[1:6]) == FIGURES
+        assert parts[-1].endswith(" left")
+    assert last.startswith(f"{NAME}: done · 1,240/95,367 steps · loss 3.214")
+
+
+@pytest.mark.parametrize("text", ["often", "-1", "nan", "inf"])
+def test_seconds_between_lines_that_are_none_are_refused(monkeypatch, text):
+    monkeypatch.setenv("TUTELAGE_LOG_SECONDS", text)
+    with pytest.raises(UserError, match=f"TUTELAGE_LOG_SECONDS = '{text}': give seconds"):
+        RichProgress()
+
+
+def test_no_lines_are_printed_where_none_are_wanted(monkeypatch):
+    monkeypatch.setenv("TUTELAGE_LOG_SECONDS", "0")
+    with err.capture() as shown, RichProgress() as progress:
+        progress.start("one", 2, "steps")
+        progress._stages["one"].began -= 1000
+        progress.describe("one", {"loss": 1.0})
+    assert shown.get() == ""
+
+
+@pytest.mark.parametrize("size", [(80, 24), (60, 10), (132, 43), (40, 5)])
+@pytest.mark.parametrize("count", [1, 3, 9, 24, 60])
+def test_rows_never_exceed_the_screen(size, count):
+    width, height = size
+    names = [f"main-from-strong-alpha0.{i}-s43" for i in range(count)]
+    stages = [
+        Stage(name, 1.0, done=i / count, figures={"loss": 3.2, "ce": 3.1}) for i, name in enumerate(names)
+    ]
+    drawn = rows([Stage(f"{count} runs", 9e15, done=1e15, figures={"done": 1}), *stages], width, height)
+    assert len(drawn) <= height - 1
+    shown = [row.plain for row in drawn]
+    if width >= 60:
+        assert max(map(len, shown)) <= width
+        assert all(f"alpha0.{i}-s43" in "".join(shown) for i in range(min(count, height - 3)))
+    if count + 1 > height - 1:
+        assert shown[-1] == f"and {count + 1 - (height - 2)} more"
