@@ -134,7 +134,7 @@ def run_case(case: tuple[str, str, int], seed: int) -> Verdict:
     try:
         return PARTS[part].run(_WORLD, dice, name, number)
     except Exception:  # noqa: BLE001 - a mistake of the harness in one case leaves the others
-        return Verdict(UNCLEAR, f"the case itself failed: {traceback.format_exc().splitlines()[-1]}")
+        return Verdict(UNCLEAR, f"the case itself failed: {traceback.format_exc().strip()[-500:]}")
 
 
 def show(verdicts: dict[tuple[str, str, int], Verdict], seed: int) -> None:

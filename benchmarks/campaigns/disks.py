@@ -38,6 +38,6 @@ def fill(world: World, dice: random.Random, name: str, _: int) -> Verdict:
             task,
             outcome,
             f"disk with {room}, where {taken} bytes in {files} files are taken",
-            names=("No space", "no space", "Read-only", "read-only", "full"),
+            names=("No space", "no space", "Read-only", "read-only", "full", "free are"),
             mend=lambda: remount(world.place, f"rw,{_ROOM}"),
         )

@@ -59,8 +59,18 @@ def difference(world: World, task: Task, outcome: Outcome, ignored: str = "") ->
     found, truth = result(world.place, world.patterns(task), outcome), world.truths[task].result
     for path in sorted(truth.keys() | found.keys()):
         if path != ignored and found.get(path) != truth.get(path):
-            return path + ("" if path in found else " is missing") + ("" if path in truth else " is new")
+            return f"{path}: {_first_difference(truth.get(path), found.get(path))}"
     return None
+
+
+def _first_difference(right: object, found: object) -> str:
+    """What is not as it should be, in short."""
+    if right is None or found is None:
+        return "is new" if right is None else "is missing"
+    texts = [one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in (right, found)]
+    lines = zip(*(text.splitlines() for text in texts), strict=False)
+    here, there = next(((a, b) for a, b in lines if a != b), ("its end", "its end"))
+    return f"{there[:120]!r} and not {here[:120]!r}"
 
 
 def finish(world: World, task: Task, words: str, redone: int | None = None) -> Verdict:
@@ -105,7 +115,8 @@ def judge(
     if outcome.code != 2:
         return Verdict(TRACEBACK, f"{words}: {outcome.code} {outcome.complaint}")
     words = f"{words}: {outcome.complaint}"
-    if not outcome.complaint.startswith("error: ") or not any(name in outcome.complaint for name in names):
+    # A study says above its last line what each of its runs died of.
+    if not outcome.complaint.startswith("error: ") or not any(name in outcome.err for name in names):
         return Verdict(UNCLEAR, words)
     mend()
     verdict = finish(world, task, words)

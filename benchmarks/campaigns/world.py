@@ -356,7 +356,9 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - whatever can be compared
         return record if type(record) is list else {key: record[key] for key in record if key not in _UNEQUAL}
     if path.name in ("provenance.json", "config.yaml", "lock") or path.name.startswith("."):
         return None
-    return path.read_bytes()
+    # A commit beside the campaign is not its doing.
+    lines = path.read_bytes().split(b"\n")
+    return b"\n".join(line for line in lines if not line.startswith(b"| made with |"))
 
 
 def last_steps(place: Path) -> dict[Path, int]:
