@@ -40,6 +40,11 @@ PAGE_LIMIT = 2**24
 MARK = "\ufeff"
 """The byte order mark of Unicode."""
 
+_MOST_ATTRIBUTES = 20_000
+"""Attributes of one tag, which its parser compares with each other: a second of time."""
+_LONG_TAG = re.compile(rb"<[a-zA-Z][^>]{40000,}")
+_QUOTED = re.compile(rb"""=\s*(?:"[^"]*"|'[^']*')""")
+_BETWEEN = re.compile(rb"[\s/]+")
 _BLOCK = 2**18
 _ZSTD_BLOCK = 2**10  # a kilobyte cannot become more than 32 MB
 _XZ_MEMORY = 2**28  # of its dictionary; the largest preset needs a quarter of it
@@ -241,6 +246,12 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
             raise UserError(
                 f"{path}: a page longer than {PAGE_LIMIT:,} bytes, which is the most that can be read"
             )
+    for bare in (page, _QUOTED.sub(b" ", page)):  # a value may hold the sign that ends a tag
+        for tag in _LONG_TAG.finditer(bare):
+            if len(_BETWEEN.split(_QUOTED.sub(b" ", tag[0]))) > _MOST_ATTRIBUTES:
+                raise UserError(
+                    f"{path}: a tag with over {_MOST_ATTRIBUTES:,} attributes: {bytes(tag[0][:20])!r}"
+                )
     text: str = extract_plain_text(page.decode(), preserve_formatting=True, skip_elements=["svg", "img"])
     return text.encode()
 

@@ -251,6 +251,16 @@ def test_a_page_without_text_is_a_blank_document_and_one_that_is_too_long_is_ref
         texts(tmp_path / "a.html")
 
 
+@pytest.mark.parametrize("tag", ["<p {}>", "<p a='>' {}>", "<p/{}>"])
+def test_a_tag_whose_attributes_would_take_minutes_is_refused(tmp_path, tag):
+    names = ("/" if "/" in tag else " ").join(f"a{i}='x'" for i in range(100_000))
+    (tmp_path / "a.html").write_text(tag.format(names) + "text")
+    with pytest.raises(UserError, match=r"a\.html: a tag with over 20,000 attributes"):
+        texts(tmp_path / "a.html")
+    (tmp_path / "a.html").write_text(f'<img src="data:image/png;base64,{"ab/c" * 100_000}"><p>text')
+    assert texts(tmp_path / "a.html") == ["text"]
+
+
 # --------------------------------------------------------------------------------------------- directories
 
 
