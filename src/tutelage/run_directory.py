@@ -114,11 +114,11 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
     if model.run is not None:
         model = model.model_copy(update={"run": find_run_id(model.run, runs, "model.run")})
     elif model.path is not None:
-        model = model.model_copy(update={"path": _local(model.path, "model.path")})
+        model = model.model_copy(update={"path": local_model(model.path, "model.path")})
     if isinstance(teacher, RunTeacher):
         teacher = teacher.model_copy(update={"run": find_run_id(teacher.run, runs, "teacher.run")})
     elif isinstance(teacher, ModelTeacher):
-        teacher = teacher.model_copy(update={"path": _local(teacher.path, "teacher.path")})
+        teacher = teacher.model_copy(update={"path": local_model(teacher.path, "teacher.path")})
     elif isinstance(teacher, CacheTeacher):
         teacher = teacher.model_copy(update={"path": find("cache", teacher.path, "teacher.path", base)})
     if start is not None:
@@ -138,7 +138,7 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
     )
 
 
-def _local(path: str, what: str) -> str:
+def local_model(path: str, what: str) -> str:
     """The path of a model with names in it completed; a Hub name stays as it is."""
     return path if Path(path).exists() else str(completed(Path(path), what))
 

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from tutelage.checksums import CARD, write_checksums
@@ -31,6 +31,7 @@ from tutelage.types import LogitTransform, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import Any
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -120,6 +121,24 @@ def load(
         if not torch.isfinite(weight).all():
             raise UserError(not_finite(name, key))
     check_logits(model, name)
+    return model
+
+
+def outline(path_or_hub_name: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """Make a model without weights, on the meta device, from its config.json.
+
+    Args:
+        path_or_hub_name: as in `load`.
+        settings: content of its config.json.
+
+    Raises:
+        UserError: it describes no causal language model whose head is a matrix and a bias.
+    """
+    check_config(settings, f"{path_or_hub_name}: config.json")
+    with errors_of_loading(path_or_hub_name, None), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path_or_hub_name, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    body_and_head(model)
     return model
 
 

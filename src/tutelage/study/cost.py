@@ -14,6 +14,7 @@ from tutelage.models.devices import find_device
 from tutelage.models.flops import forward_flops
 from tutelage.models.shapes import find_shape
 from tutelage.run_plan import fewest_devices
+from tutelage.study.given_models import given_model, teacher_forward_flops, teacher_shape
 from tutelage.study.nodes import Cost, check_cells
 from tutelage.study.plan import load_plan
 from tutelage.study.timings import Speeds, critical_path, makespan, read_timings
@@ -113,13 +114,9 @@ def works_of(studies: Sequence[ExpandedStudy], device: str = "h100") -> tuple[li
             works.setdefault(work.key, work)
         cached = found.caches()
         flops, size = flops + cached.flops, size + cached.bytes
-        given = [name for name, spec in found.teachers.items() if spec.model is not None]
         name = expanded.study.name
         notes += [f"{name}: {text}" for text in dict.fromkeys(found.rounded)]
-        if given:
-            notes.append(
-                f"{name}: forward passes and memory of given models are left out: {', '.join(given)}"
-            )
+        notes += [f"{name}: {text}" for text in dict.fromkeys(found.left_out)]
     return list(works.values()), Caches(flops, size), notes
 
 
@@ -197,9 +194,10 @@ class _Reader:
         self._drafts = check_cells(expanded)
         self._vocab_size = _vocab_size(expanded.study)
         self._keys: dict[str, str] = {}
-        self._read: dict[tuple[str, tuple[str, ...]], tuple[int, int]] = {}
+        self._read: dict[tuple[str, tuple[str, ...]], tuple[int, int, int]] = {}
         self._tokens: dict[str, int] = {}
         self.rounded: list[str] = []
+        self.left_out: list[str] = []
 
     def work(self, cell: Cell) -> Work:
         """The cost of a cell whose needs are known."""
@@ -224,7 +222,7 @@ class _Reader:
         if cached := teacher is not None and teacher.cache is not None:
             read = str(cell.teacher), cell.needs
             length = config.data.sequence_length
-            self._read[read] = max((cost.tokens, length), self._read.get(read, (0, 0)))
+            self._read[read] = max((cost.tokens, length, vocab_size), self._read.get(read, (0, 0, 0)))
         processes, memory = self._memory(config, shape, teacher, vocab_size)
         scored = (1 + len(self.study.domains)) * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
@@ -250,20 +248,21 @@ class _Reader:
         if teacher is not None and isinstance(config.teacher, RunTeacher):
             kept = config.teacher.model_copy(update={"cache": teacher.cache})
             config = config.model_copy(update={"teacher": kept})
-            if teacher.cache is None and teacher.shape is not None:
-                beside = find_shape(teacher.shape)
+            beside, left_out = teacher_shape(teacher, config.data.sequence_length)
+            self.left_out += left_out
         return fewest_devices(config, shape, beside, vocab_size, self._device)
 
     def caches(self) -> Caches:
         """Cached targets of the teachers that the runs so far read from disk."""
         flops = size = 0.0
-        for (name, _), (tokens, length) in self._read.items():
+        for (name, _), (tokens, length, vocab_size) in self._read.items():
             spec = self.teachers[name]
-            if spec.shape is not None and spec.cache is not None:
-                shape = find_shape(spec.shape)
-                vocab_size = self._vocabulary(shape)
-                flops += forward_flops(shape, vocab_size, length) * tokens
-                size += kept_bytes(spec.cache.format, vocab_size, shape.hidden) * tokens
+            if spec.cache is None or spec.control is not None:
+                continue
+            flops += teacher_forward_flops(spec, vocab_size, length) * tokens
+            given = None if spec.model is None else given_model(spec.model, length)
+            width = find_shape(spec.shape).hidden if spec.shape is not None else given.width if given else 0
+            size += kept_bytes(spec.cache.format, vocab_size, width) * tokens
         return Caches(flops, size)
 
     def _shared(self, cell: Cell, config: RunConfig) -> float:

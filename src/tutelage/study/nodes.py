@@ -14,6 +14,7 @@ from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
 from tutelage.models.shapes import find_shape
 from tutelage.run_directory import RunDirectory, pinned, run_id
+from tutelage.study.given_models import teacher_forward_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,8 +33,9 @@ class Cost:
         tokens: training tokens, whole batches.
         parameters: of the trained model, embeddings included.
         flops: of training, forward and backward.
-        teacher_flops: of the teacher's forward passes; 0 without a teacher, with a control, or a given model.
-            Counted in every student, also where a cache pays it once for all: a student's cost is its own.
+        teacher_flops: of the teacher's forward passes; 0 without a teacher, with a control, or with a given
+            model that cannot be read here. Counted in every student, also where a cache pays it once for all:
+            a student's cost is its own.
     """
 
     tokens: int
@@ -53,22 +55,18 @@ class Cost:
         Raises:
             UserError: its tokens are less than a batch.
         """
-        batch = config.global_batch_tokens
-
-        def forward(name: str) -> float:
-            return forward_flops(find_shape(name), vocab_size, config.data.sequence_length)
-
+        batch, length = config.global_batch_tokens, config.data.sequence_length
+        own = forward_flops(find_shape(cell.shape), vocab_size, length)
         total = parameters(find_shape(cell.shape), vocab_size).total
         tokens = parse_tokens(cell.tokens, total)
         of = cell.compute_of or (cell.teacher if cell.kind == "student" else None)
-        shape = teachers[of].shape if of is not None else None
-        teacher = forward(shape) if shape is not None else 0.0
+        teacher = teacher_forward_flops(teachers[of], vocab_size, length) if of is not None else 0.0
         if cell.compute_of is not None:
-            tokens, teacher = round(tokens * kd_cost_factor(teacher, forward(cell.shape))), 0.0
+            tokens, teacher = round(tokens * kd_cost_factor(teacher, own)), 0.0
         if tokens < batch:
             raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
         tokens -= tokens % batch
-        return cls(tokens, total, training_flops(forward(cell.shape)) * tokens, teacher * tokens)
+        return cls(tokens, total, training_flops(own) * tokens, teacher * tokens)
 
 
 @dataclass(frozen=True, slots=True)

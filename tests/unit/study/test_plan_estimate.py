@@ -6,14 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.errors import UserError
 from tutelage.models.devices import DEVICES, find_device
-from tutelage.models.flops import forward_flops, training_flops
+from tutelage.models.flops import forward_flops, model_forward_flops, training_flops
 from tutelage.models.shapes import find_shape
 from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
 from tutelage.study.expand import expand
@@ -211,3 +214,42 @@ def test_plan_is_quick_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["total_runs"] == len(works_of([expand(load_study("mini"))])[0])
     assert float(done.stderr) < 5
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_given_teacher_costs_what_a_run_counts(kept, tmp_path):
+    """A directory without weights is enough; a mixture of experts has no plan of memory, and says so."""
+    plain = LlamaConfig(vocab_size=520, hidden_size=96, num_hidden_layers=3, num_attention_heads=6)
+    mixed = MixtralConfig(vocab_size=520, hidden_size=96, num_hidden_layers=2, num_attention_heads=6)
+    raw = DEMO.model_dump(mode="json")
+    for name, config in (("strong", plain), ("weak", mixed)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config.to_json_string(use_diff=False))
+        save_file({f"{i}": torch.zeros(1) for i in range(4)}, tmp_path / name / "model.safetensors")
+        raw["teachers"][name] = {"model": str(tmp_path / name)}
+        if kept:
+            raw["teachers"][name]["cache"] = {"format": {"kind": "hidden", "dtype": "float32"}}
+    works, caches, notes = works_of([expand(validate(StudyConfig, raw, "test"))])
+    expected = {}
+    for name, config in (("strong", plain), ("weak", mixed)):
+        with torch.device("meta"):
+            expected[name] = model_forward_flops(AutoModelForCausalLM.from_config(config), 128)
+    for work in works:
+        if work.cell.teacher in expected and work.cell.kind == "student":
+            flops = TRAINED * expected[work.cell.teacher]
+            assert work.cost.teacher_flops == (0 if kept else pytest.approx(flops))
+    assert caches.flops == pytest.approx(TRAINED * sum(expected.values()) if kept else 0)
+    assert caches.bytes == pytest.approx(TRAINED * 2 * 96 * 4 if kept else 0)
+    memory = {work.cell.teacher: work.memory for work in works if work.cell.kind == "student"}
+    assert kept or memory["strong"] > memory["weak"]
+    left_out = f"demo: the memory of {tmp_path / 'weak'} is left out; how its family computes is not known"
+    assert (left_out in notes) != kept
+
+
+def test_a_given_teacher_that_is_not_here_is_said_to_be_left_out(tmp_path):
+    raw = DEMO.model_dump(mode="json")
+    raw["teachers"]["strong"] = {"model": str(tmp_path / "none")}
+    works, _, notes = works_of([expand(validate(StudyConfig, raw, "test"))])
+    assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
+    missing = f"{tmp_path / 'none'} cannot be read here; its forward passes and memory are left out"
+    assert f"demo: {missing}" in notes

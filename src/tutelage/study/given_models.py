@@ -1,0 +1,85 @@
+"""Find out what given teachers cost from their config.json: no weight is read, nothing is computed."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.errors import UserError
+from tutelage.models.directory import hub_config, is_local, read_config
+from tutelage.models.flops import forward_flops, model_forward_flops
+from tutelage.models.shapes import find_shape, read_shape
+from tutelage.run_directory import local_model
+
+if TYPE_CHECKING:
+    from tutelage.config.study_config import TeacherSpec
+    from tutelage.models.shapes import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class GivenModel:
+    """A model that no run of a study trains.
+
+    Attributes:
+        forward_flops: of its forward pass per token, as the runs that it teaches count them.
+        width: of its hidden states.
+        shape: None if the plan of memory does not know its family.
+    """
+
+    forward_flops: float
+    width: int
+    shape: ModelShape | None
+
+
+@functools.cache  # every student of a study asks
+def given_model(name: str, context: int) -> GivenModel | None:
+    """Describe a model directory, or a model on the Hub; None if it cannot be read here.
+
+    Args:
+        name: as in a study.
+        context: tokens per sequence.
+    """
+    from tutelage.models import hub  # noqa: PLC0415 - loads torch, which other studies do not need
+
+    try:
+        path = local_model(name, "model")
+        settings = read_config(Path(path)) if is_local(path) else hub_config(path)
+        model = hub.outline(path, settings)
+    except UserError:
+        return None
+    width = int(model.get_output_embeddings().weight.shape[1])
+    return GivenModel(model_forward_flops(model, context), width, read_shape(settings, name))
+
+
+def teacher_forward_flops(spec: TeacherSpec, vocab_size: int, context: int) -> float:
+    """Operations of a teacher's forward pass per token; 0 for a control, and if it cannot be read here.
+
+    Args:
+        spec: the teacher.
+        vocab_size: entries of the study's vocabulary.
+        context: tokens per sequence.
+    """
+    if spec.shape is not None:
+        return forward_flops(find_shape(spec.shape), vocab_size, context)
+    found = None if spec.model is None else given_model(spec.model, context)
+    return 0.0 if found is None else found.forward_flops
+
+
+def teacher_shape(spec: TeacherSpec, context: int) -> tuple[ModelShape | None, list[str]]:
+    """Shape of the teacher that runs beside a student, to plan its memory with, and what is left out of that.
+
+    Args:
+        spec: the teacher.
+        context: tokens per sequence.
+    """
+    if spec.model is None:
+        return None if spec.cache or spec.shape is None else find_shape(spec.shape), []
+    found = given_model(spec.model, context)
+    if found is None:
+        return None, [f"{spec.model} cannot be read here; its forward passes and memory are left out"]
+    if spec.cache is not None:
+        return None, []
+    unknown = f"the memory of {spec.model} is left out; how its family computes is not known"
+    return found.shape, [] if found.shape is not None else [unknown]
