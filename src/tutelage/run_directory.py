@@ -89,7 +89,9 @@ def recipe(config: RunConfig) -> dict[str, Any]:
     """The settings that decide a run's result, as they are written; the token store by its content."""
     fields: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
     fields["data"]["store"] = open_store(config.data.store).fingerprint
-    for added in ("label_smoothing", "z_loss"):  # a run from before there were these keeps its name
+    if fields["export_dtype"] == "float32":  # a run from before there was a choice keeps its name
+        del fields["export_dtype"]
+    for added in ("label_smoothing", "z_loss"):  # the same
         if not fields["objective"][added]:
             del fields["objective"][added]
     return fields

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tutelage.models.shapes import ModelShape
 
 _GB = 1e9
-_WEIGHT_BYTES, _CHECKPOINT_BYTES = 4, 12
+_WEIGHT_BYTES, _CHECKPOINT_BYTES = {"float32": 4, "bfloat16": 2}, 12
 """On disk, of a weight in the exported model; of a weight with its two moments in a checkpoint."""
 _MASKED = (None, "sdpa", "eager")
 """Kinds of attention that are given a mask to keep documents apart."""
@@ -132,7 +132,7 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
             0.0 if teacher is None else forward_flops(teacher, vocab_size, length),
         ),
         checkpoint_bytes=_CHECKPOINT_BYTES * weights * _checkpoints(config, steps),
-        model_bytes=_WEIGHT_BYTES * weights,
+        model_bytes=_WEIGHT_BYTES[config.export_dtype] * weights,
     )
 
 

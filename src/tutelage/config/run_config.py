@@ -224,6 +224,11 @@ class RunConfig(Section):
         default="auto",
         description="compute type; auto: bfloat16 on cuda, float32 elsewhere; weights are float32",
     )
+    export_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the weights in model/; bfloat16 halves its size: what was trained is rounded, "
+        "and scores, students and later runs get the rounded ones",
+    )
     optim: OptimConfig = Field(default=OptimConfig(), validate_default=True)
     teacher: TeacherConfig | None = Field(default=None, description="no teacher: plain cross-entropy")
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -76,7 +76,7 @@ def describe(
         dtype = dtype or config.get_text_config().dtype or config.dtype or _first_dtype(files)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
-        _keep_float32(model, model.dtype)
+        keep_float32(model, model.dtype)
     body_and_head(model)
     return PendingModel(name, model, tuple(files), tuple(get_model_conversion_mapping(model)))
 
@@ -306,7 +306,7 @@ def _first_dtype(files: Sequence[Path]) -> torch.dtype:
         return next((_DTYPES[dtype] for dtype in found if dtype in _DTYPES), torch.float32)
 
 
-def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make those weights float32 that a family wants so whatever the dtype of the others is: routers."""
     plan = model._get_dtype_plan(dtype)  # noqa: SLF001 - the only place that knows
     if not plan:

@@ -17,6 +17,7 @@ from tutelage.data.store import open_store
 from tutelage.models import hub
 from tutelage.models.export import card, plain
 from tutelage.models.sharding import fill, gathered, materialise
+from tutelage.models.slices import keep_float32
 from tutelage.train.layers import eagerly
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tutelage.data.store import Store
     from tutelage.train.student import Student
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_KINDS = {"hub", "hub_pairs"}
 
 
@@ -37,7 +39,8 @@ def export(student: Student) -> None:
     Raises:
         UserError: it cannot be written, or what was written has another weight or computes other logits.
     """
-    model = whole_model(student.model, keep=student.world.is_main)
+    dtype = _DTYPES[student.config.export_dtype]
+    model = whole_model(student.model, keep=student.world.is_main, dtype=dtype)
     if model is None:
         return
     directory, store = student.directory, open_store(student.config.data.store)
@@ -47,16 +50,19 @@ def export(student: Student) -> None:
     directory.write_state("running", export={"largest_logit_difference": difference})
 
 
-def whole_model(model: PreTrainedModel, *, keep: bool) -> PreTrainedModel | None:
-    """Return the model, or a whole one on the CPU if it is sharded; None where it is not to be kept.
+def whole_model(
+    model: PreTrainedModel, *, keep: bool, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel | None:
+    """Return the model, or a whole one on the CPU if it is sharded or of another dtype; None if not kept.
 
     All processes have to take part. Devices hold one whole tensor at a time; the machine of the process that
     keeps the model needs room for all of them twice, because what is written is read again.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if dtype == model.dtype and not any(isinstance(weight, DTensor) for weight in model.parameters()):
         return model if keep else None
     with torch.device("meta"):
-        copy = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    keep_float32(copy, dtype)
     if keep:
         materialise(copy, torch.device("cpu"))
     tensors = dict(copy.named_parameters()) | dict(copy.named_buffers())
@@ -90,6 +96,7 @@ def _card(student: Student, store: Store) -> str:
         "teacher": _teacher(config),
         "alpha": _alpha(config),
         "objective": f"{config.objective.divergence}, temperature {config.objective.temperature:g}",
+        "weights": f"{config.export_dtype}, trained as float32",
         "tokens": f"{tokens:,} in {student.steps:,} steps, sequences of {config.data.sequence_length:,}",
         "seeds": f"weights {config.seed}, data {config.data.seed}",
         "token store": f"{store.manifest.name}, {store.fingerprint[:16]}",
