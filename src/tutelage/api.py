@@ -128,7 +128,7 @@ def run_study(
         study: the path of a study file, the name of a preset ("demo"), its settings as a dict, or a
             `StudyConfig`.
         output: its directory; None: `tutelage-NAME`.
-        overrides: settings to change, as on the command line: `["seeds=[43,44]"]`.
+        overrides: settings to change, as on the command line: `["seeds=[43,44,45]"]`.
         workers: runs at a time; None: one per GPU, or per core (at most 4).
         progress: is told how far it is; None: silence.
 

@@ -18,6 +18,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import Stopped, UserError
 from tutelage.evals import evaluate
 from tutelage.evals.contamination import anchored
+from tutelage.evals.score_files import read_scores
 from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
 from tutelage.progress import NullProgress, Progress
@@ -31,6 +32,7 @@ from tutelage.train.out_of_memory import LackOfMemoryError
 from tutelage.train.parallel import use_model
 from tutelage.train.save_model import export
 from tutelage.train.setup import check_cohort, open_student, open_teacher
+from tutelage.train.trackers import send_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -194,6 +196,8 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
             for student in students:
                 closing.callback(student.close)
                 student.resume(cohort=len(students))
+                if world.is_main and student.step:
+                    _show_earlier_scores(student)
             if world.is_main:
                 for student in students:
                     _announce(student, progress)
@@ -272,11 +276,19 @@ def _evaluate(progress: Progress, student: Student) -> None:
     scores = use_model(student.module, score)
     if not main:
         return
+    student.log.show_scores(scores, student.step)
     _warn_of_loss_gap(scores, student.directory, progress)
     bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
     if bits:
         values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
         progress.note(f"step {student.step:,}, bits per byte of validation text: {values}")
+
+
+def _show_earlier_scores(student: Student) -> None:
+    """Send a resumed run's scores to its trackers again: a kill may have taken them along."""
+    scores = read_scores(student.directory.scores)
+    for step in sorted({score.step for score in scores}):
+        student.log.show_scores([score for score in scores if score.step == step], step)
 
 
 def _export(students: Sequence[Student]) -> None:
@@ -312,6 +324,7 @@ def _score(runs: Sequence[Run], progress: Progress) -> None:
         model.to(hub.pick_device(config.runtime.device))
         scores = evaluate.score_run(config, directory, model, step, finished=True)
         _warn_of_loss_gap(scores, directory, progress)
+        send_scores(config, directory.path, scores, step)
         _mark_scored(config, directory, scoring_seconds=round(time.perf_counter() - began, 3))
         progress.finish(stage)
 

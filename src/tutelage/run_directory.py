@@ -327,6 +327,10 @@ class RunDirectory:
         """Add one row to metrics.jsonl. Raises `UserError` if that is not allowed."""
         append_row(self.path / "metrics.jsonl", row)
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The undamaged rows of metrics.jsonl."""
+        return whole_rows(self.path / "metrics.jsonl")[0]
+
     def last_metrics(self) -> dict[str, float]:
         """The newest whole row of metrics.jsonl; empty before there is one."""
         return last_row(self.path / "metrics.jsonl")
@@ -347,11 +351,7 @@ class RunDirectory:
         At most ten rows, and of a short history its last quarter, so that a loss that still falls fast is
         not averaged over its fall.
         """
-        losses = [
-            row["ce"]
-            for row in whole_rows(self.path / "metrics.jsonl")[0]
-            if isinstance(row.get("ce"), float)
-        ]
+        losses = [row["ce"] for row in self.metrics() if isinstance(row.get("ce"), float)]
         last = losses[-max(1, min(10, len(losses) // 4)) :]
         return sum(last) / len(last) if last else None
 

@@ -13,7 +13,9 @@ import termios
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from tutelage.analysis.report.report_table import Column, ReportTable
 from tutelage.cli.bars import RichProgress, err
 from tutelage.cli.stages import Stage, rows
 from tutelage.errors import UserError
@@ -106,3 +108,43 @@ def test_rows_never_exceed_the_screen(size, count):
         assert all(f"alpha0.{i}-s43" in "".join(shown) for i in range(min(count, height - 3)))
     if count + 1 > height - 1:
         assert shown[-1] == f"and {count + 1 - (height - 2)} more"
+
+
+VERDICTS = ReportTable(
+    "Does a teacher help?",
+    tuple(map(Column, ("teacher", "measured", "alpha", "in domain", "out of domain", "fitted", "in words"))),
+    [
+        [
+            "same-level",
+            "same-level",
+            "0.6",
+            "+2.5% ± 0.4",
+            "+1.8% ± 0.1",
+            "+1.2% ± 0.4",
+            "helps in and out of domain",
+        ],
+        [
+            "unigram control",
+            "",
+            "0.1",
+            "-1.6% ± 1.0",
+            "+3.2% ± 0.6",
+            "-0.6% ± 0.7",
+            "helps out of domain, hurts in domain",
+        ],
+    ],
+)
+
+
+@pytest.mark.parametrize("width", [160, 80, 50])
+def test_a_table_of_verdicts_keeps_its_numbers_whole(width):
+    console = Console(width=width)
+    with console.capture() as shown:
+        VERDICTS.print_on(console, "Gain: percent")
+    lines = [line.rstrip() for line in shown.get().splitlines()]
+    assert max(map(len, lines)) <= width
+    text = re.sub(r"\s+", " ", " ".join(lines))
+    for row in VERDICTS.rows:
+        assert all(cell in text for cell in row)
+    if width >= 80:
+        assert sum("± 0.4  +1.8% ± 0.1" in re.sub(" {2,}", "  ", line) for line in lines) == 1

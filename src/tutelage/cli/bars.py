@@ -113,6 +113,8 @@ class RichProgress:
         if self._live is not None or not self._every or stage != next(iter(self._stages)):
             return
         now, one = time.monotonic(), self._stages[stage]
+        if one.done == one.total:  # its end is a line
+            return
         fresh = self._seen != stage and bool(one.figures)
         if now - max(one.began, 0.0 if fresh else self._last) >= (
             min(_FIRST_SECONDS, self._every) if fresh else self._every

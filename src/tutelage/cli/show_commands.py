@@ -70,7 +70,7 @@ def read_runs(directory: Path) -> list[dict[str, Any]]:
 
 def _row(path: Path) -> dict[str, Any]:
     """State and scores of one run: bits per byte of its last step, on the test split, by text."""
-    from tutelage.evals.score_files import read_scores
+    from tutelage.evals.score_files import last_bits_per_byte, read_scores
     from tutelage.files import is_locked
     from tutelage.run_directory import RunDirectory
 
@@ -84,8 +84,6 @@ def _row(path: Path) -> dict[str, Any]:
         scores = read_scores(directory.scores)
     except UserError as unreadable:
         scores, error = [], str(unreadable)
-    last = max((score.step for score in scores), default=0)
-    wanted = ("bits_per_byte", "test", last)
     return {
         "run": directory.id,
         "path": str(path),
@@ -94,9 +92,7 @@ def _row(path: Path) -> dict[str, Any]:
         "steps": state.get("steps"),
         "changed": (path / "state.json").stat().st_mtime if state else None,
         "error": error,
-        "scores": {
-            score.domain: score.value for score in scores if (score.metric, score.split, score.step) == wanted
-        },
+        "scores": {domain: value for (domain, _), value in last_bits_per_byte(scores).items()},
     }
 
 

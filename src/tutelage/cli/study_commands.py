@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tutelage.study.expand import ExpandedStudy
     from tutelage.study.run_study import RunnerOptions
 
+_SEEDS = 5
+"""Seeds from which on more of them are not asked for."""
+
 study_app = typer.Typer(
     no_args_is_help=True,
     help="A grid of teachers and students from one file: what it will cost, run it, see how it stands.",
@@ -30,7 +33,8 @@ File = Annotated[
     typer.Argument(help="study file (YAML); `tutelage init study` writes one; or a preset: demo, mini, ..."),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings to change, e.g. seeds=[43,44]", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="settings to change, e.g. seeds=[43,44,45]", metavar="[KEY=VALUE]..."),
 ]
 Directory = Annotated[Path, typer.Argument(help="directory of a study, or its name, e.g. demo")]
 
@@ -171,7 +175,9 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
         say("note", "another runner has just finished too and writes the report")
     say("report", directory / "report.html")
     say("runs", directory / "runs")
-    say("next", "open the report in a browser; more seeds for narrower intervals")
+    seeds = len(study.seeds)
+    more = "" if seeds >= _SEEDS else f"; {seeds} of seeds are few: take 3, better {_SEEDS}"
+    say("next", f"open the report in a browser{more}")
 
 
 @study_app.command("status")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from tutelage.config.run_config import RunConfig
     from tutelage.config.teacher_config import TeachConfig
+    from tutelage.run_directory import RunDirectory
 
 
 PlanOnly = Annotated[
@@ -74,24 +76,51 @@ def train(
     if several > 1:
         _launch(several, ["tutelage", "train", *texts])
         return
-    _train(loaded)
+    _train(loaded, [str(config), *overrides])
 
 
-def _train(configs: Sequence[RunConfig]) -> None:
+def _train(configs: Sequence[RunConfig], command: list[str]) -> None:
     from tutelage.cli.bars import RichProgress, say
     from tutelage.run import run_cohort  # seconds of torch, which a wrong setting above does not wait for
 
     with RichProgress() as progress:
         directories = run_cohort(configs, progress)
-    for directory in directories:
+    for config, directory in zip(configs, directories, strict=True):
         say("run", directory.path)
         say(
             "model",
             directory.model if directory.is_trained() else "not here: these are results of another machine",
         )
         if directory.scores.exists():
-            say("scores", directory.scores)
-    say("next", f"teach a student with it: teacher={{kind: run, run: {directories[0].id}}}")
+            _say_scores(config, directory)
+    say("next", _next(configs[0], directories[0], command))
+
+
+def _say_scores(config: RunConfig, directory: RunDirectory) -> None:
+    """Print the bits per byte of a run, and those of its teacher on the same texts, if that is a run."""
+    from tutelage.cli.bars import say
+    from tutelage.config.teacher_config import RunTeacher
+    from tutelage.evals.score_files import last_bits_per_byte, read_scores
+    from tutelage.run_directory import RunDirectory, named
+
+    teacher, theirs = named(config).teacher, {}
+    if isinstance(teacher, RunTeacher):
+        theirs = last_bits_per_byte(read_scores(RunDirectory(directory.path.parent / teacher.run).scores))
+    found = [
+        f"{key[0]} {value:.3f}" + (f" (teacher {theirs[key]:.3f})" if key in theirs else "")
+        for key, value in last_bits_per_byte(read_scores(directory.scores)).items()
+    ]
+    if found:
+        say("scores", f"bits per byte of test text: {', '.join(found)}")
+    say("" if found else "scores", directory.scores)
+
+
+def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str:
+    """What to do with a trained model: let it teach, or find out whether it was taught well."""
+    if config.teacher is None:
+        return f"teach a student with it: teacher={{kind: run, run: {directory.id}}}"
+    alone = [*command, f"name={config.name}-alone", "teacher=null", "objective={alpha: 0, gate: null}"]
+    return f"does its teacher help? Train it alone, and compare: `tutelage train {shlex.join(alone)}`"
 
 
 def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:

@@ -50,6 +50,7 @@ DRAFT = 4
 """Tokens that a draft proposes at a time."""
 
 _PROMPTS, _DRAWS = 4, 2
+_SEEDS = "by prompt"
 _PROMPT_TOKENS, _NEW_TOKENS = 48, 64
 _DOCUMENTS, _DOCUMENT_TOKENS = 32, 2048
 _LOGIT_TOKENS = 512
@@ -285,18 +286,20 @@ def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedMode
     room = evaluated.context - len(store.begin_ids)
     prompt = min(_PROMPT_TOKENS, room // 2)
     new = min(_NEW_TOKENS, room - prompt)
-    version = version_of([store.fingerprint, evaluated.id, evaluated.step, prompt, new, _PROMPTS, _DRAWS])
+    version = version_of(
+        [store.fingerprint, evaluated.id, evaluated.step, prompt, new, _PROMPTS, _DRAWS, _SEEDS]
+    )
     path = evaluated.output / "samples.json"
     with contextlib.suppress(UnreadableError):  # written again
         if read_sealed(path)["version"] == version:
             return
     tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
     samples = []
-    for tokens_N in _excerpts(store, prompt + new):
+    for number, tokens_N in enumerate(_excerpts(store, prompt + new)):
         ids = [
             tokens_N[:prompt],
             tokens_N[prompt:],
-            *_continuations(model, [*store.begin_ids, *tokens_N[:prompt]], new, store),
+            *_continuations(model, [*store.begin_ids, *tokens_N[:prompt]], new, store, number * _DRAWS),
         ]
         texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
         samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
@@ -320,8 +323,14 @@ def _excerpts(store: Store, length: int) -> list[list[int]]:
     return [view.tokens[start : start + length].tolist() for start in starts[:_PROMPTS]]
 
 
-def _continuations(model: PreTrainedModel, prompt: list[int], new: int, store: Store) -> list[list[int]]:
-    """The greedy continuation, then drawn ones; the global random state does not change."""
+def _continuations(
+    model: PreTrainedModel, prompt: list[int], new: int, store: Store, seed: int
+) -> list[list[int]]:
+    """The greedy continuation, then drawn ones; the global random state does not change.
+
+    `seed` is of the first draw. No two draws share one: a small model, which hardly looks at its prompt,
+    would go on from every prompt alike.
+    """
     tokens_BT = torch.tensor([prompt], device=model.device)
     fixed: dict[str, Any] = {
         "attention_mask": torch.ones_like(tokens_BT),
@@ -334,7 +343,7 @@ def _continuations(model: PreTrainedModel, prompt: list[int], new: int, store: S
     found = [model.generate(tokens_BT, do_sample=False, **fixed)]
     with torch.random.fork_rng(devices):
         for draw in range(_DRAWS):
-            torch.manual_seed(draw)
+            torch.manual_seed(seed + draw)
             found.append(
                 model.generate(tokens_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **fixed)
             )
@@ -344,13 +353,13 @@ def _continuations(model: PreTrainedModel, prompt: list[int], new: int, store: S
 def _page(title: str, samples: list[dict[str, Any]]) -> str:
     """The page in Markdown; texts are indented, so that nothing in them is read as markup."""
     parts = [f"# Samples of {title}"]
-    for number, sample in enumerate(samples, 1):
+    for number, sample in enumerate(samples):
         named = [
             ("Prompt", sample["prompt"]),
             ("The text itself", sample["text"]),
             ("Greedy", sample["greedy"]),
         ]
-        named += [(f"Drawn, seed {seed}", text) for seed, text in enumerate(sample["drawn"])]
-        parts.append(f"## {number}")
+        named += [(f"Drawn, seed {seed}", text) for seed, text in enumerate(sample["drawn"], number * _DRAWS)]
+        parts.append(f"## {number + 1}")
         parts += [f"{name}:\n\n{textwrap.indent(text, '    ', lambda _: True)}" for name, text in named]
     return "\n\n".join(parts) + "\n"

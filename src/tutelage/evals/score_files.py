@@ -17,7 +17,7 @@ from tutelage.records import UnreadableError, read_lines, read_sealed
 from tutelage.types import SCORING_VERSION, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 
@@ -55,6 +55,16 @@ def _again(path: Path) -> Iterator[None]:
 def known_scores(path: Path, version: str, step: int) -> list[Score]:
     """The scores of one version that a file has of a model after `step` steps."""
     return [score for score in read_scores(path) if (score.version, score.step) == (version, step)]
+
+
+def last_bits_per_byte(scores: Sequence[Score]) -> dict[tuple[str, str], float]:
+    """Bits per byte of the test splits after the last step, by domain and version."""
+    wanted = ("bits_per_byte", "test", max((score.step for score in scores), default=0))
+    return {
+        (score.domain, score.version): score.value
+        for score in scores
+        if (score.metric, score.split, score.step) == wanted
+    }
 
 
 def add_scores(path: Path, scores: Iterable[Score]) -> None:

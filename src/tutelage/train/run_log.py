@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.train.alarms import LossBand, Stragglers
 from tutelage.train.metrics import Meter
-from tutelage.train.trackers import open_tracker
+from tutelage.train.trackers import open_trackers, scores_row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tutelage.train.checkpoint import Counters
     from tutelage.train.distributed import World
     from tutelage.train.trackers import Tracker
-    from tutelage.types import StepReport
+    from tutelage.types import Score, StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,15 @@ class RunLog:
             self.warnings += [] if lost is None else [lost]
             if counters.step:  # a lost state.json is made again from the checkpoint
                 self.record(counters)
-            settings = self._config.model_dump(mode="json")
-            for name in self._config.runtime.trackers:
-                self._trackers.append(open_tracker(name, self._directory.path, settings))
+            self._trackers = open_trackers(
+                self._config, self._directory.path, counters.step, self._directory.metrics()
+            )
         self.meter.start(counters.step, counters.teacher_tokens, counters.seconds)
+
+    def show_scores(self, scores: Sequence[Score], step: int) -> None:
+        """Send scores after `step` steps to the trackers."""
+        for tracker in self._trackers if scores else ():
+            tracker.log(scores_row(scores, step))
 
     def close(self) -> None:
         """Close the trackers."""

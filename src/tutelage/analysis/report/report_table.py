@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from tutelage.analysis import words
 from tutelage.analysis.stats import Estimate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
 _EFFECTS = {"helps": "helps", "hurts": "hurts", words.NOT_JUDGED: "soft"}
@@ -83,7 +87,17 @@ class ReportTable:
         ]
 
     def print_on(self, console: Console, caption: str) -> None:
-        """Print it in a terminal, its label above and a caption below."""
+        """Print it in a terminal, its label above and a caption below.
+
+        Where it is too wide, the last cell of each row stands below the others; where it still is, all cells
+        of a row follow one another, each after its heading.
+        """
+        rows = [[cell.text for _, cell in row] for row in self.shown]
+        columns = [max(map(len, column)) for column in zip(self.headings, *rows, strict=True)]
+        if sum(columns) + 2 * len(columns) > console.width:
+            for line in filter(None, [self.label, *self._narrow(rows, columns, console.width), caption]):
+                console.print(Text(line))
+            return
         title = Text(self.label) if self.label else None
         table = Table(title=title, caption=Text(caption), box=None, caption_justify="left")
         for heading in self.headings:
@@ -91,6 +105,26 @@ class ReportTable:
         for row in self.shown:
             table.add_row(*(Text(cell.text) for _, cell in row))
         console.print(table)
+
+    def _narrow(self, rows: Sequence[Sequence[str]], columns: Sequence[int], width: int) -> list[str]:
+        """Lines of at most `width` characters; `columns` has the widths of the columns."""
+        if sum(columns[:-1]) + 2 * (len(columns) - 2) <= width:
+
+            def beside(cells: Sequence[str]) -> str:
+                padded = (f"{cell:{size}}" for cell, size in zip(cells[:-1], columns, strict=False))
+                return "  ".join(padded).rstrip()
+
+            below = [
+                [beside(row), textwrap.indent(textwrap.fill(row[-1], width - 4), "    ")] for row in rows
+            ]
+            return [beside(self.headings), *itertools.chain.from_iterable(below)]
+        items = (
+            " · ".join(
+                f"{name} {cell}".strip() for name, cell in zip(self.headings, row, strict=True) if cell
+            )
+            for row in rows
+        )
+        return [textwrap.fill(line, width, subsequent_indent="    ") for line in items]
 
     def markdown(self) -> str:
         """Markdown, as the README has it."""
