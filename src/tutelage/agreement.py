@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from tutelage import processes
-from tutelage.errors import Stopped, UserError, one_line
+from tutelage.errors import DiskError, Stopped, UserError, one_line
 from tutelage.files import LockedError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def together(seconds: int = DEFAULT_SECONDS) -> Iterator[dict[str, object]]:
         raise error
     if verdict["kind"] == "stopped":
         raise Stopped
-    shared = LockedError(verdict["text"]) if verdict["kind"] == "busy" else UserError(verdict["text"])
+    shared = _SHARED.get(verdict["kind"], UserError)(verdict["text"])
     shared.shared = True
     raise shared from error
 
@@ -121,13 +121,18 @@ def is_loss(error: Exception) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+_SHARED: dict[str, type[UserError]] = {"busy": LockedError, "disk": DiskError}
+"""Errors that are more than wrong input, by what processes call them."""
+
+
 def _kind(error: Exception | None) -> str:
     if error is None:
         return ""
     if isinstance(error, Stopped):
         return "stopped"
-    if isinstance(error, LockedError):
-        return "busy"
+    for kind, of_kind in _SHARED.items():
+        if isinstance(error, of_kind):
+            return kind
     return "user" if isinstance(error, UserError) else "bug"
 
 
@@ -175,7 +180,7 @@ def _read(store: Store, key: str, rank: int, left: float, seconds: float) -> _Wo
 
 def _judge(words: list[_Word]) -> tuple[str, str]:
     """The kind of the worst error and its line; two empty texts if there is none and all facts agree."""
-    for kind in ("bug", "user", "busy", "stopped"):
+    for kind in ("bug", "user", *_SHARED, "stopped"):
         ranks = [rank for rank, word in enumerate(words) if word["kind"] == kind]
         if ranks:
             text = words[ranks[0]]["text"]

@@ -43,6 +43,10 @@ class UserError(Exception):
         super().__init__("\n".join(map(_both_ends, plain.split("\n"))))
 
 
+class DiskError(UserError):
+    """A full disk refused to be written; nothing else is wrong, and with space the same call goes on."""
+
+
 class Stopped(Exception):  # noqa: N818 - it is no error
     """Work was stopped by Ctrl-C or a signal; what was done is on disk and the same call resumes it."""
 

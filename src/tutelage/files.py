@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from filelock import SoftFileLock, Timeout, lock_descriptor
 
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import DiskError, Stopped, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +35,9 @@ class LockedError(UserError):
 _TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}")
 """Names that `atomic_write` writes under."""
 
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+"""Numbers of the errors of a full disk, and of a user's full share of one."""
+
 _FORBIDDEN = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
     errno.EISDIR,
@@ -43,24 +46,27 @@ _FORBIDDEN = {
 }
 
 
+def no_space(path: Path | str) -> str:
+    """What to say where `path` could not be written because the disk is full."""
+    return f"{path}: no space left on the device; free some and run the same command"
+
+
 @contextlib.contextmanager
 def os_errors_to_user_errors(path: Path) -> Iterator[None]:
     """Raise the write errors that a user can repair as a `UserError` that names `path`."""
     try:
         yield
     except Exception as error:
-        number = _errno(error)
-        if number in {errno.ENOSPC, errno.EDQUOT}:
-            raise UserError(
-                f"{path}: no space left on the device; free some and run the same command"
-            ) from None
+        number = errno_of(error)
+        if number in NO_SPACE:
+            raise DiskError(no_space(path)) from None
         if number in _FORBIDDEN:
             reason = os.strerror(number)
             raise UserError(f"{path}: cannot be written ({reason}); choose another directory") from None
         raise
 
 
-def _errno(error: Exception) -> int:
+def errno_of(error: Exception) -> int:
     """Return the operating system's number of an error; libraries in Rust put it only into the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tutelage import agreement, processes, provenance
 from tutelage.config.load import to_yaml
 from tutelage.data.store import open_store
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.evals import evaluate
 from tutelage.evals.contamination import anchored
 from tutelage.evals.score_files import read_scores
@@ -308,7 +308,8 @@ def _export(students: Sequence[Student]) -> None:
                 except UserError as error:
                     student.mark_failed(error)
     if errors := [student.error for student in students if student.error is not None]:
-        raise UserError("\n".join(map(str, errors)))
+        kind = DiskError if all(isinstance(error, DiskError) for error in errors) else UserError
+        raise kind("\n".join(map(str, errors)))
     if stop.is_set():
         raise Stopped
 

@@ -134,7 +134,7 @@ def _build_all(
                 engine.start(key, tasks[key])
             for key, outcome in engine.wait(_POLL_SECONDS).items():
                 running.remove(key)
-                if outcome.status == "failed":
+                if outcome.status in {"failed", "disk"}:
                     raise UserError(outcome.text)
                 if outcome.status == "done":
                     built[key] = Path(outcome.text)

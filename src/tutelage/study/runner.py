@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tutelage.config.load import digest
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.run_directory import evaluation_id
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import RunTask
@@ -51,6 +51,7 @@ def run_all(
 
     Raises:
         UserError: some runs failed; the message lists them. What finished is kept.
+        DiskError: no space is left; the running ones were stopped.
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
     _check_sizes(nodes, engine)
@@ -62,8 +63,10 @@ def run_all(
             state.start_ready()
             reporter.show(state.progress())
             state.settle(engine.wait(_POLL_SECONDS))
-            if stop.is_set() or leases.is_asked_to_stop():
+            if state.full_disk or stop.is_set() or leases.is_asked_to_stop():
                 state.stop()
+                if state.full_disk:  # the fault of no run: none has failed, all can go on
+                    raise DiskError(state.full_disk)
                 raise Stopped
             state.refresh()
     reporter.show(state.progress())
@@ -100,6 +103,7 @@ class RunnerState:
     failed: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, list[Node]] = field(default_factory=dict)
     not_before: dict[str, float] = field(default_factory=dict)
+    full_disk: str = ""
 
     def __post_init__(self) -> None:
         self._recipes = {node.id: _recipe(node) for node in self.nodes}
@@ -172,6 +176,8 @@ class RunnerState:
                     self.finished.add(node.id)
                 elif outcome.status == "busy":
                     self.not_before[node.id] = time.monotonic() + _BUSY_SECONDS
+                elif outcome.status == "disk":
+                    self.full_disk = outcome.text
                 elif outcome.status == "failed" and not (len(members) > 1 and node.directory.is_done()):
                     own = node.directory.state().get("error") if len(members) > 1 else None
                     self.failures.add(node.id, own or outcome.text, _checkpoint(node))

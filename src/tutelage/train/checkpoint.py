@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from tutelage.checksums import FileSum
-from tutelage.errors import UserError
+from tutelage.errors import DiskError, UserError
 from tutelage.files import refuse_links
 from tutelage.run_directory import recipe
 from tutelage.train.checkpoint_files import (
@@ -195,7 +195,7 @@ class Checkpoints:
         """Wait for the save in the background, if there is one.
 
         Raises:
-            UserError: it could not be written, and `checkpoint.on_full_disk` is "stop".
+            DiskError: it could not be written, and `checkpoint.on_full_disk` is "stop".
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -204,7 +204,7 @@ class Checkpoints:
             pending.result()
         except _NotWrittenError as error:
             if self._settings.on_full_disk == "stop":
-                raise UserError(f"{error}; free some space and run the same command") from None
+                raise DiskError(f"{error}; free some space and run the same command") from None
             self.warnings.append(f"{error}; training goes on, and the next checkpoint is tried again")
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 import pytest
 
 from tutelage.config.data_config import StoreConfig
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.progress import NullProgress
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
@@ -109,15 +109,26 @@ class Instant:
 
     slots = largest = 1
 
-    def __init__(self):
+    def __init__(self, status="done", text=""):
         self.started = []
+        self.outcome = TaskOutcome(status=status, text=text)
 
     def start(self, key, task):
         self.key = key
         self.started.append(task.configs[0].name)
 
     def wait(self, seconds):
-        return {self.key: TaskOutcome(status="done")}
+        return {self.key: self.outcome}
+
+
+def test_a_full_disk_ends_the_study_and_is_no_failure_of_a_run(make_config, tmp_path):
+    nodes = [node(make_config(name="a")), node(make_config(name="b", seed=7))]
+    failures = Failures(tmp_path, 0)
+    engine = Instant("disk", "runs/a: no space left")
+    with Leases(tmp_path, 0.2) as leases, pytest.raises(DiskError, match="runs/a: no space left"):
+        run_all(nodes, engine, leases, failures, Recorded())
+    assert len(engine.started) == 1
+    assert (failures.attempted(), failures.marked()) == (set(), {})
 
 
 def test_one_replicate_is_run_before_the_next_and_the_longest_chain_of_each_first(make_config, tmp_path):

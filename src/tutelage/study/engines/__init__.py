@@ -11,8 +11,8 @@ from pydantic import Field, TypeAdapter
 from tutelage.config.base import Section
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.run_config import RunConfig
-from tutelage.errors import Stopped, UserError
-from tutelage.files import LockedError
+from tutelage.errors import DiskError, Stopped, UserError
+from tutelage.files import NO_SPACE, LockedError, errno_of, no_space
 
 if TYPE_CHECKING:
     from typing import Self
@@ -51,11 +51,12 @@ TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind"
 class TaskOutcome(Section):
     """How a task ended.
 
-    `stopped`: it can be resumed; `busy`: another process works on it; `failed`: `text` says why. Of a store
-    that is done, `text` is its directory.
+    `stopped`: it can be resumed; `busy`: another process works on it; `failed`: `text` says why; `disk`: no
+    space is left, as `text` says, which is no fault of the task. Of a store that is done, `text` is its
+    directory.
     """
 
-    status: Literal["done", "stopped", "busy", "failed"]
+    status: Literal["done", "stopped", "busy", "failed", "disk"]
     text: str = ""
 
 
@@ -92,6 +93,10 @@ def outcome_of(error: Exception) -> TaskOutcome:
         return TaskOutcome(status="stopped")
     if isinstance(error, LockedError):
         return TaskOutcome(status="busy", text=str(error))
+    if isinstance(error, DiskError):
+        return TaskOutcome(status="disk", text=str(error))
+    if errno_of(error) in NO_SPACE:
+        return TaskOutcome(status="disk", text=no_space("the output"))
     if isinstance(error, UserError):
         return TaskOutcome(status="failed", text=str(error))
     return TaskOutcome(status="failed", text="".join(traceback.format_exception(error, limit=-3)).strip())
