@@ -176,11 +176,23 @@ def _ambiguous(what: str, name: str, kind: DirectoryKind, found: Sequence[Path])
 
 
 def _unknown(what: str, name: str, kind: DirectoryKind, folders: Sequence[Path]) -> UserError:
-    known = [path.name for folder in folders for path in _beginning("", folder) if kind_of(path) == kind]
-    near = suggestion(name, [short for one in known for short in (_HASH.sub("", one), one)])
-    there = f"there: {', '.join(known[:_MOST_LISTED])}" if known else f"there are no {_PLURAL[kind]}"
+    known = _known(kind, folders)
+    there = f"there: {', '.join(known[:_MOST_LISTED])}" if known else f"there are no {_PLURAL[kind]} yet"
     places = ", ".join(dict.fromkeys(f"{folder}{os.sep}" for folder in folders))
-    return UserError(f"{what} = {name}: no {kind} is called so in {places}; {near}{there}")
+    return UserError(f"{what} = {name}: no {kind} is called so in {places}; {_near(name, known)}{there}")
+
+
+def nearest(kind: DirectoryKind, name: str) -> str:
+    """The words "did you mean '...'? " with the directory of a kind that is called nearly so; "" if none."""
+    return _near(name, _known(kind, _folders(kind, None)))
+
+
+def _known(kind: DirectoryKind, folders: Sequence[Path]) -> list[str]:
+    return [path.name for folder in folders for path in _beginning("", folder) if kind_of(path) == kind]
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    return suggestion(name, [short for one in known for short in (_HASH.sub("", one), one)])
 
 
 def settings(path: Path) -> dict[str, object]:

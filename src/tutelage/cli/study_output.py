@@ -81,9 +81,9 @@ def print_status(status: Status, directory: Path) -> None:
         say("left", f"{period(status.seconds_left)} of training, one run at a time")
     if status.error is not None:
         say(
-            "error",
-            f"{status.error:.0%}: half of the {status.timed} finished runs took within that of their "
-            "estimate (FLOPs over the speed of the others)",
+            "time",
+            f"estimates are off by {status.error:.0%}: half of the {status.timed} finished runs took within "
+            "that of theirs (FLOPs over the speed of the others)",
         )
     say("runs", directory / "runs")
     todo = "`tutelage study run` with the same file resumes"

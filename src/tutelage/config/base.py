@@ -65,7 +65,7 @@ def parse_tokens(budget: int | str, parameters: int | None = None) -> int:
     """
     match = _BUDGET.fullmatch(str(budget))
     if match is None:
-        raise ValueError(f"{budget!r} is not a token budget; write a number, '50M', '1.5B' or '20x'")
+        raise ValueError(f"{budget!r} is not a token budget; write a number, '200K', '50M', '1.5B' or '20x'")
     number, unit = Decimal(match[1].replace("_", "")), match[2] or ""
     if unit == "x":
         if parameters is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tutelage.config.wrong_settings import wrong_settings
+from tutelage.config.wrong_settings import WrongSettingsError, wrong_settings
 from tutelage.config.yaml_text import LARGEST_TEXT, fitted, parse
 from tutelage.errors import UserError, one_line
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_FILES = {
+    "RunConfig": ({"model", "data", "tokens"}, "a run, for `tutelage train`"),
+    "StoreConfig": ({"sources"}, "a token store, for `tutelage data build`"),
+    "StudyConfig": ({"corpus", "students"}, "a study, for `tutelage study plan` and `run`"),
+    "TeachConfig": ({"store", "teacher"}, "a teacher cache, for `tutelage teach`"),
+}
+"""Of each kind of file that a command reads: settings that no other kind has together, and what it is for."""
 
 
 def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
@@ -36,7 +44,13 @@ def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     raw, files = _built(path, ())
     for text in overrides:
         raw = _overridden(raw, text)
-    return validate(kind, raw, " on ".join(map(str, files)))
+    try:
+        return validate(kind, raw, " on ".join(map(str, files)))
+    except WrongSettingsError:
+        for name, (settings, words) in _FILES.items():
+            if name != kind.__name__ and kind.__name__ in _FILES and settings <= raw.keys():
+                raise UserError(f"{path}: this file describes {words}") from None
+        raise
 
 
 def taken(
@@ -92,7 +106,9 @@ def _changed(old: object, keys: Sequence[str], value: object, where: str) -> Any
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `over` into `base`, section by section; `over` wins."""
+    """Merge `over` into `base`, section by section; `over` wins, whole where it is of another kind."""
+    if "kind" in base and "kind" in over and base["kind"] != over["kind"]:
+        return dict(over)
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -138,6 +154,8 @@ def _read(path: Path) -> dict[str, Any]:
             text = file.read(LARGEST_TEXT + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a directory; give a file of settings (YAML)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     raw = parse(text, str(path))

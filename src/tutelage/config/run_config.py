@@ -47,7 +47,7 @@ class ModelConfig(LoadedModel):
         default=None, description="commit or tag on the Hub; default: what main is when the run is asked for"
     )
     run: Name | None = Field(
-        default=None, description="finished run in the same output directory to continue from"
+        default=None, description="finished run in the same output directory to continue from, by name"
     )
 
     @model_validator(mode="after")
@@ -60,7 +60,7 @@ class ModelConfig(LoadedModel):
 class RunData(Section):
     """The training tokens and their order."""
 
-    store: FilePath = Field(description="token store written by `tutelage data build`")
+    store: FilePath = Field(description="token store written by `tutelage data build`, by name or path")
     seed: Seed = Field(default=42, description="seed of the order; runs to compare share it")
     sequence_length: Length = Field(default=128, description="tokens per packed sequence")
     document_mask: bool | None = Field(

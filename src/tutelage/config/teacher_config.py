@@ -99,7 +99,7 @@ class RunTeacher(_LanguageModelTeacher):
     """A teacher that is a finished run in the same output directory."""
 
     kind: Literal["run"]
-    run: Name = Field(description="run id, the name of its directory")
+    run: Name = Field(description="its name, or as much of the beginning as no other has")
 
 
 class ModelTeacher(_LanguageModelTeacher):
@@ -125,7 +125,9 @@ class CacheTeacher(Section):
     """Targets that `tutelage teach` has stored."""
 
     kind: Literal["cache"]
-    path: FilePath = Field(description="teacher cache written by `tutelage teach` for the same token store")
+    path: FilePath = Field(
+        description="teacher cache that `tutelage teach` wrote for the same token store, by name or path"
+    )
 
 
 LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]

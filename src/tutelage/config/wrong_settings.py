@@ -33,7 +33,13 @@ def wrong_settings(kind: type[BaseModel], error: ValidationError, where: str) ->
     """The error for what pydantic found wrong with settings of `kind`; each line begins with `where`."""
     schema = kind.model_json_schema()
     found: dict[str, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
+        place = detail["loc"]
+        if detail["type"] == "too_short" and any(
+            other["loc"][: len(place)] == place for other in details if other is not detail
+        ):
+            continue  # pydantic counts the entries that are right
         field, words = _explained(schema, detail)
         found.setdefault(field, []).append(words)
     lines = [
@@ -103,7 +109,7 @@ def _located(schema: dict[str, Any], location: Sequence[int | str]) -> tuple[str
         inner = [member for member in [node, *members] if part in member.get("properties", {})]
         if inner:
             node = inner[0]["properties"][part]
-        elif members and isinstance(part, str):
+        elif members and isinstance(part, str) and "properties" not in node:
             continue
         else:
             node = node.get("items", node.get("additionalProperties", {})) or _by_pattern(node)

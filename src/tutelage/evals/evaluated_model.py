@@ -15,7 +15,7 @@ from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
 from tutelage.models.directory import weights_fingerprint
 from tutelage.models.lengths import trained_length
-from tutelage.names import completed, look_up
+from tutelage.names import completed, look_up, nearest
 from tutelage.run_directory import RunDirectory
 from tutelage.types import TOKENIZER_FILES, Score
 
@@ -198,7 +198,8 @@ def _downloaded(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(
-            f"{name}: no such directory, and the Hugging Face Hub does not give such a model: {reason}"
+            f"{name}: no run or directory is called so; {nearest('run', name)}The Hugging Face Hub does not "
+            f"give such a model either: {reason}"
         ) from None
 
 

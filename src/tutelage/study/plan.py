@@ -165,8 +165,12 @@ def load_plan(directory: Path) -> Plan:
     try:
         data = read_sealed(path)
     except UnreadableError as error:
-        remedy = "give the directory of a study" if not path.exists() else _REMEDY
-        raise UserError(f"{path}: {error.reason}; {remedy}") from None
+        if not path.exists():
+            raise UserError(
+                f"{directory}: no study is here, or its texts are not built yet (no plan.json); "
+                f"`tutelage study run FILE.yaml --output {directory}` makes one"
+            ) from None
+        raise UserError(f"{path}: {error.reason}; {_REMEDY}") from None
     if data.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: schema = {data.get('schema')!r}: of another version, this one reads {SCHEMA}; {_REMEDY}"

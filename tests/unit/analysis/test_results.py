@@ -56,7 +56,7 @@ def test_a_plan_survives_writing_and_reading(study, tmp_path):
 
 
 def test_no_plan_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match=r"plan\.json: no such file; give the directory of a study"):
+    with pytest.raises(UserError, match=r"no study is here, (.*); `tutelage study run FILE"):
         load_results(tmp_path)
 
 

@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tutelage.cli.settings_pages import template
 from tutelage.config.base import parse_tokens
+from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import digest, load, to_yaml, validate
 from tutelage.config.run_config import RunConfig
 from tutelage.config.study_config import StudyConfig
+from tutelage.config.teacher_config import ModelTeacher, TeachConfig
 from tutelage.errors import UserError
 
 BASE = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
@@ -190,3 +193,46 @@ def test_a_base_that_is_wrong_is_named(tmp_path, files, message):
 def test_an_unknown_setting_of_a_named_entry_gets_what_is_allowed():
     with pytest.raises(UserError, match=r"teachers\.small\.rung: unknown setting; (.*)allowed: .*shape"):
         validate(StudyConfig, {"teachers": {"small": {"rung": "nano-20k"}}}, "study.yaml")
+
+
+def test_a_file_of_another_kind_is_named_in_one_line(tmp_path):
+    """Each template in the place of each other; and the table of kinds knows what the models require."""
+    kinds = {"run": RunConfig, "store": StoreConfig, "study": StudyConfig, "cache": TeachConfig}
+    for written in kinds:
+        path = tmp_path / f"{written}.yaml"
+        path.write_text(template(written, path.name))
+        for read, kind in kinds.items():
+            if read == written:
+                load(kind, path)
+                continue
+            with pytest.raises(
+                UserError, match=rf"{written}\.yaml: this file describes a [\w ]+, for `tut"
+            ) as wrong:
+                load(kind, path)
+            assert "\n" not in str(wrong.value)
+    with pytest.raises(UserError, match="a directory; give a file of settings"):
+        load(RunConfig, tmp_path)
+
+
+def test_a_section_of_another_kind_replaces_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "{model: {shape: nano-20k}, data: {store: s}, tokens: 2K, objective: {alpha: 0.1}, "
+        "teacher: {kind: run, run: r, dtype: float32}}"
+    )
+    assert load(RunConfig, path, ["teacher={kind: model, path: p}"]).teacher == ModelTeacher(
+        kind="model", path="p"
+    )
+    same = load(RunConfig, path, ["teacher={kind: run, run: q}"]).teacher
+    assert (same.run, same.dtype) == ("q", "float32")
+
+
+def test_unknown_settings_at_the_top_of_a_study_are_named():
+    with pytest.raises(UserError, match=r"studdy\.yaml: sedes: unknown setting; did you mean 'seeds'\?"):
+        validate(StudyConfig, {"sedes": 1}, "studdy.yaml")
+
+
+def test_wrong_entries_do_not_make_a_list_too_short():
+    with pytest.raises(UserError) as wrong:
+        validate(StoreConfig, {"name": "a", "sources": ["x.txt"]}, "s")
+    assert str(wrong.value) == "s: sources.0 = 'x.txt': must be a section of settings (key: value)"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from tutelage.analysis.claims.judge import ClaimResult
     from tutelage.analysis.gains import Side
+    from tutelage.analysis.stats import Estimate
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
     from tutelage.study.results import Results
 
@@ -180,9 +181,17 @@ def _fitted_sentence(helping: Sequence[Verdict]) -> list[str]:
         return []
     kept = sum(effect(estimate) == "helps" for _, estimate in fitted)
     if len(fitted) <= _FEW:
-        left = join([f"{v.teacher} keeps {plus_minus(estimate)}" for v, estimate in fitted])
+        left = join([_left(v, estimate) for v, estimate in fitted])
         return [f"With calibration fitted, {left} out of domain."]
     return [f"With calibration fitted, {kept} of these {len(fitted)} intervals are still above zero there."]
+
+
+def _left(verdict: Verdict, fitted: Estimate) -> str:
+    """What is left of one teacher's gain; an interval that holds zero keeps nothing."""
+    size = plus_minus(fitted)
+    if effect(fitted) == "helps":
+        return f"{verdict.teacher} keeps {size}"
+    return f"{verdict.teacher} has no clear gain left ({size})"
 
 
 def control_sentences(pairs: Sequence[PairFinding]) -> list[str]:
