@@ -124,7 +124,8 @@ class Stage:
     def summary(self, *, ended: bool = False) -> str:
         """Amount, figures and time in one line; of a stage that has ended no time that is left."""
         times = self.times[:1] if ended else self.times
-        return " · ".join([*filter(None, [self.amount]), *self.measured, *times])
+        amount = "" if ended and not self.unit else self.amount
+        return " · ".join([*filter(None, [amount]), *self.measured, *times])
 
 
 def _amount(done: float, total: float | None, unit: str) -> str:

@@ -176,7 +176,11 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
     say("report", directory / "report.html")
     say("runs", directory / "runs")
     seeds = len(study.seeds)
-    more = "" if seeds >= _SEEDS else f"; {seeds} of seeds are few: take 3, better {_SEEDS}"
+    more = (
+        ""
+        if seeds >= _SEEDS
+        else f"; more seeds than {seeds} for narrower intervals, at best {_SEEDS} or more"
+    )
     say("next", f"open the report in a browser{more}")
 
 

@@ -64,7 +64,12 @@ def _explained(schema: dict[str, Any], detail: ErrorDetails) -> tuple[str, str]:
     field, node = _located(schema, place)
     if kind == "extra_forbidden":
         allowed = sorted(_located(schema, place[:-1])[1].get("properties", {}))
-        hint = suggestion(str(place[-1]), allowed)
+        inside = [
+            f"{name}.{place[-1]}"
+            for name in allowed
+            if place[-1] in _located(schema, [*place[:-1], name])[1].get("properties", {})
+        ]
+        hint = f"did you mean '{inside[0]}'? " if inside else suggestion(str(place[-1]), allowed)
         return field, f"unknown setting; {hint}allowed: {', '.join(allowed)}"
     if kind == "missing":
         return field, "required but not given"

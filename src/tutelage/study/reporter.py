@@ -72,7 +72,9 @@ class StudyReporter:
         ended = (standing.finished | standing.failed.keys()) - self._ended
         for node in (node for node in standing.nodes if node.id in ended):
             self._ended.add(node.id)
-            self._active.discard(node.cell.name)
+            if node.cell.name in self._active:
+                self._active.remove(node.cell.name)
+                self._progress.describe(node.cell.name, node.directory.last_metrics())
             word = "failed" if node.id in standing.failed else "done"
             self._progress.finish(node.cell.name, f"{word} ({len(self._ended)} of {self._all})")
         for name in self._active - {node.cell.name for node in active}:

@@ -236,3 +236,18 @@ def test_wrong_entries_do_not_make_a_list_too_short():
     with pytest.raises(UserError) as wrong:
         validate(StoreConfig, {"name": "a", "sources": ["x.txt"]}, "s")
     assert str(wrong.value) == "s: sources.0 = 'x.txt': must be a section of settings (key: value)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        (RunConfig, "{lr: 1e-3}", "lr: unknown setting; did you mean 'optim.lr'?"),
+        (RunConfig, "{shape: nano-50k}", "shape: unknown setting; did you mean 'model.shape'?"),
+        (StudyConfig, "{nonsense: 1}", "nonsense: unknown setting; did you mean"),
+    ],
+)
+def test_a_setting_of_a_section_is_recognised_and_each_is_named(tmp_path, kind, text, said):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"{path}: {said}")):
+        load(kind, path)

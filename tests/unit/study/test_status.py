@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -99,6 +100,26 @@ def test_without_a_terminal_each_end_is_said_once(nodes, tmp_path):
     assert sum("done" in line for line in lines) == 2
     assert sum("failed" in line for line in lines) == 1
     assert nodes[0].cell.name in lines[0]
+
+
+def test_scoring_takes_time_too(nodes, tmp_path, monkeypatch):
+    """Scoring the finished run of the same shape took 60 s, so one that has been trained has those left."""
+    screen = Console(file=io.StringIO(), force_terminal=True, width=160, height=24, highlight=False)
+    monkeypatch.setattr("tutelage.cli.bars.err", screen)
+    for node in nodes[:2]:
+        alike = node.cell.shape == nodes[3].cell.shape
+        node.directory.write_state("done", scoring_seconds=60 if alike else 40)
+    nodes[3].directory.write_state("running", seconds=5, step=10, steps=10)
+    with RichProgress() as progress:
+        StudyReporter(progress, nodes, 1).show(
+            StudyProgress(nodes, {nodes[3].id}, set(), {nodes[0].id, nodes[1].id}, {})
+        )
+    last_drawn = screen.file.getvalue().splitlines()[::-1]
+    own = next(line for line in last_drawn if nodes[3].cell.name in line)
+    assert "60 s left  scoring" in own
+    assert "100%" not in own
+    whole = next(line for line in last_drawn if "11 runs" in line)
+    assert float(re.search(r"([\d.]+) min left", whole)[1]) >= 9 * 50 / 60
 
 
 def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_path, monkeypatch):
