@@ -98,24 +98,39 @@ def tasks(
         list[str],
         typer.Option(
             help="paper, a name of lm-eval's, word_analogy, or continuation or last_word (:DOMAIN or :STORE);"
-            " may be repeated"
+            ", or of --include; may be repeated"
         ),
     ],
+    include: Annotated[
+        Path | None,
+        typer.Option(
+            help="directory of lm-eval task files of your own (*.yaml); functions that they name are run"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="questions per task; default: all")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="of the forward passes")] = 16,
     output: Output = _EVALS,
     device: DeviceName = "auto",
 ) -> None:
     """Ask models questions: accuracy on downstream tasks, by lm-eval's own evaluator."""
+    from tutelage.cli.bars import RichProgress
     from tutelage.evals.evaluated_model import find_models
     from tutelage.evals.lm_eval import run_downstream
 
     scores: list[Score] = []
     found = find_models(model, output)
-    for one in found:
-        scores += run_downstream(
-            one, task, limit=limit, batch_size=batch_size, device=device, stores=output / "stores"
-        )
+    with RichProgress() as progress:
+        for one in found:
+            scores += run_downstream(
+                one,
+                task,
+                limit=limit,
+                batch_size=batch_size,
+                device=device,
+                stores=output / "stores",
+                include=include,
+                progress=progress,
+            )
     _print_tasks(
         scores,
         "task",

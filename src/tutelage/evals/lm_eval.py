@@ -2,12 +2,14 @@
 
 `lm_eval --model hf --model_args pretrained=DIR,max_length=C` gives the same numbers, except for texts that
 are scored from their beginning and for heads with padded rows (`tutelage.evals.lm_eval_model`). A task is a
-name of lm-eval's (the paper's sixteen get the paper's shots and metric), comes inside a package, or is built
-from held-out text (`tutelage.evals.lm_eval_tasks`).
+name of lm-eval's (the paper's sixteen get the paper's shots and metric) or in a task file of the user's,
+comes inside a package, or is built from held-out text (`tutelage.evals.lm_eval_tasks`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import logging
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer
-from tutelage.errors import UserError, suggestion
+from tutelage.errors import UserError, one_line, suggestion
 from tutelage.evals.domains import DOMAINS, check_sources, domain_store, find_domain
 from tutelage.evals.evaluated_model import check_tokenizer
 from tutelage.evals.lm_eval_tasks import (
@@ -38,6 +42,7 @@ from tutelage.files import lock, make_directory
 from tutelage.installed import install_extra
 from tutelage.models.hub import pick_device
 from tutelage.names import look_up
+from tutelage.progress import NullProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,11 +54,54 @@ if TYPE_CHECKING:
 
     from tutelage.data.store import Store
     from tutelage.evals.evaluated_model import EvaluatedModel
+    from tutelage.progress import Progress
     from tutelage.types import Score
 
 _SEED = 1234  # lm-eval's own, so that few-shot examples are those of its command line
 _BOOTSTRAP = 1000
 _OFFLINE = (*KINDS, *PACKAGE_TASKS)
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnTasks:
+    """Task files that the user wrote.
+
+    Attributes:
+        directories: that hold them: one, or none.
+        tasks: their names.
+        names: of tasks, and of groups and tags, which may be made of lm-eval's own tasks.
+        digest: of the content of all files, because a task is not known by its questions alone.
+    """
+
+    directories: tuple[Path, ...] = ()
+    tasks: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    digest: str = ""
+
+    @classmethod
+    def read(cls, directory: Path | None) -> _OwnTasks:
+        """Read the task files of a directory and of those in it.
+
+        Raises:
+            UserError: there are none, or one is no YAML, which lm-eval would skip without a word.
+        """
+        if directory is None:
+            return cls()
+        files = sorted(directory.glob("**/*.yaml"))
+        if not files:
+            raise UserError(f"--include {directory}: no such directory, or none with task files (*.yaml)")
+        for path in files:
+            try:
+                yaml.compose(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise UserError(f"--include {path}: no YAML: {one_line(error)}") from None
+        content = [
+            (path.name, path.read_text(encoding="utf-8")) for path in (*files, *directory.glob("**/*.py"))
+        ]
+        manager = _manager([directory], defaults=False)
+        return cls(
+            (directory,), tuple(manager.all_subtasks), tuple(manager.all_tasks), digest(sorted(content))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +134,8 @@ def run_downstream(
     batch_size: int = 16,
     device: str = "auto",
     stores: Path = Path("evals/stores"),
+    include: Path | None = None,
+    progress: Progress | None = None,
 ) -> list[Score]:
     """Score a model on tasks and append new scores to its `scores.jsonl`, task by task.
 
@@ -101,33 +151,43 @@ def run_downstream(
         batch_size: of the forward passes; scores depend on it by rounding alone.
         device: auto, cpu, cuda or mps.
         stores: directory of the token stores of domains.
+        include: directory of task files in lm-eval's format, whose names may stand in `tasks`. Python
+            functions that they name are run.
+        progress: told of every task that is scored; None shows nothing.
 
     Returns:
         The scores of these tasks, in their order, existing ones included.
 
     Raises:
         UserError: lm-eval is missing, a task is unknown, its data cannot be loaded, or the model's tokenizer
-            is incompatible with it; before any compute.
+            is incompatible with it; before any compute. Or an answer is longer than the model's context.
     """
     _check_installed()
+    own = _OwnTasks.read(include)
+    progress = progress or NullProgress()
     check_tokenizer(evaluated)
     chosen = str(pick_device(device))
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
         names = _expanded(tasks)
         built = {name: _built(evaluated, name, stores) for name in names if _kind(name) in _OFFLINE}
-        manager = _manager([task.directory for task in built.values()], defaults=len(built) < len(names))
+        directories = [*(task.directory for task in built.values()), *own.directories]
+        manager = _manager(directories, defaults=any(name not in {*built, *own.tasks} for name in names))
         names = list(dict.fromkeys(built[name].name if name in built else name for name in names))
         _check_different(built)
         _check_known(names, manager)
-        prepared = [_prepared(name, manager, limit) for name in names]
+        prepared = [_prepared(name, manager, limit, own) for name in names]
         model: HFLM | None = None
         scores: list[Score] = []
         for task in prepared:
             found = known_scores(evaluated.scores, task.version, evaluated.step)
             if not found:
-                model = model or _model(evaluated, batch_size, chosen)
-                found = list(_scores(evaluated, task, model, limit))
+                stage = f"{evaluated.id}: {task.name}"
+                progress.start(stage)
+                with _quiet():
+                    model = model or _model(evaluated, batch_size, chosen)
+                    found = list(_scores(evaluated, task, model, limit))
+                progress.finish(stage)
                 add_scores(evaluated.scores, found)
             scores += found
     return scores
@@ -201,36 +261,60 @@ def _check_known(names: Sequence[str], manager: TaskManager) -> None:
     for name in names:
         if name not in manager.all_tasks:
             hint = suggestion(name, ["paper", *_OFFLINE, *manager.all_tasks])
-            raise UserError(f"task {name!r} is unknown; {hint}`lm-eval ls tasks` lists them")
+            raise UserError(
+                f"task {name!r} is unknown; {hint}`lm-eval ls tasks` lists them, and --include DIRECTORY "
+                "adds task files of your own"
+            )
 
 
-def _prepared(name: str, manager: TaskManager, limit: int | None) -> _Prepared:
+def _prepared(name: str, manager: TaskManager, limit: int | None, own: _OwnTasks) -> _Prepared:
     """Load a task's data, and set its shots and version."""
     from datasets import disable_progress_bars  # noqa: PLC0415 - an extra, and slow to import
-    from datasets.exceptions import DatasetsError  # noqa: PLC0415 - the same
 
     disable_progress_bars()
-    paper = next((task for task in PAPER_TASKS if task.name == name), None)
+    is_own = name in own.names
+    paper = None if is_own else next((task for task in PAPER_TASKS if task.name == name), None)
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"task {name}: its data cannot be loaded ({reason}); most tasks need the Hugging Face Hub, "
-            f"{', '.join(_OFFLINE)} do not"
-        ) from None
-    leaves = list(loaded["tasks"].values())
-    for task in leaves:
-        if paper is not None:
-            task.set_config(key="num_fewshot", value=paper.shots)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        leaves = list(loaded["tasks"].values())
+        for task in leaves:
+            if paper is not None:
+                task.set_config(key="num_fewshot", value=paper.shots)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+        with _quiet():
+            shown = [_shown(task, limit) for task in leaves]
+    except Exception as error:  # noqa: BLE001 - a task file and its data can be wrong in any way
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        hub = f"most tasks need the Hugging Face Hub, {', '.join(_OFFLINE)} do not"
+        hint = f"look into its file in {own.directories[0]}" if is_own else hub
+        raise UserError(f"task {name}: its data cannot be loaded ({reason}); {hint}") from None
     return _Prepared(
         name=name,
         loaded=loaded,
         metric=None if paper is None else paper.metric,
-        version=version_of([name, *(_shown(task, limit) for task in leaves)]),
+        version=version_of([name, *shown, *([own.digest] if is_own else [])]),
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the bars of lm-eval, which has no switch for all of them, and what it and transformers print."""
+    from tqdm import tqdm  # noqa: PLC0415 - comes with lm-eval
+
+    make, verbosity = tqdm.__init__, transformers_logging.get_verbosity()
+
+    def hidden(bar: tqdm, *arguments: Any, **settings: Any) -> None:  # noqa: ANN401 - tqdm's own
+        make(bar, *arguments, **settings | {"disable": True})
+
+    tqdm.__init__ = hidden
+    transformers_logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = make
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _shown(task: Task, limit: int | None) -> list[str]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
+from tutelage.errors import UserError
 from tutelage.evals.probes import padded_ids
 
 if TYPE_CHECKING:
@@ -39,16 +41,43 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
         self.model.generation_config.suppress_tokens = padded_ids(self.model, own.vocab_size)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of every continuation, and whether it is the model's first choice throughout."""
+        """Log-probability of every continuation, and whether it is the model's first choice throughout.
+
+        Raises:
+            UserError: one is longer than the model's context.
+        """
         encoded: list[TokenRequest] = []
-        for context, continuation in (request.args for request in requests):
+        for request in requests:
+            context, continuation = request.args
             if context:
                 given, scored = self._encode_pair(context, continuation)
             else:
                 given, scored = self._beginning(continuation)
+            if len(scored) > self.max_length:
+                raise UserError(
+                    f"task {request.task_name}: an answer to question {request.doc_id} has {len(scored)} "
+                    f"tokens and the model's context {self.max_length}; shorten it, or take another model"
+                )
             encoded.append(((context, continuation), given, scored))
         found: list[tuple[float, bool]] = self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
         return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after every prompt.
+
+        Raises:
+            UserError: it is to be longer than the model's context, and leave no room for the prompt.
+        """
+        for request in requests:
+            longest = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)["max_gen_toks"]
+            if longest >= self.max_length:
+                raise UserError(
+                    f"task {request.task_name}: answers of up to {longest} tokens are asked for, and the "
+                    f"model's context is {self.max_length} with the prompt; take another model, or lower "
+                    "generation_kwargs.max_gen_toks in a task file of your own"
+                )
+        written: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return written
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of every text from its beginning, in lm-eval's windows."""

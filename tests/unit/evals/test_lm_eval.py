@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.evaluated_model import EvaluatedModel
-from tutelage.evals.lm_eval import _check_known, _manager, _prepared, run_downstream
+from tutelage.evals.lm_eval import _check_known, _manager, _OwnTasks, _prepared, run_downstream
 from tutelage.evals.lm_eval_tasks import (
     KINDS,
     PACKAGE_TASKS,
@@ -237,10 +237,77 @@ def test_batch_size_moves_at_most_one_question_in_sixty(evaluated):
         assert other == pytest.approx(values[0], abs=1 / 60 + 1e-9)
 
 
+def own_task(folder, answers, **changes):
+    """Write a task file of the user's, with a metric that its own Python file computes."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"q": f"The house of number {i} is", "a": answers, "gold": i % 2} for i in range(6)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "helpers.py").write_text("def prompt(doc):\n    return doc['q'].upper()\n", encoding="utf-8")
+    config = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "own.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "a",
+        "doc_to_target": "gold",
+        **changes,
+    }
+    text = yaml.safe_dump(config) + "doc_to_text: !function helpers.prompt\n"
+    (folder / "own.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+@needs_lm_eval
+def test_a_task_file_of_ones_own_is_asked_quietly_and_counts_by_its_content(evaluated, tmp_path, capfd):
+    folder = own_task(tmp_path / "own", [" of the lord", " of the states"])
+    first = run_downstream(evaluated, ["own"], include=folder)
+    assert [(score.domain, score.metric, score.n) for score in first] == [
+        ("own", metric, 6) for metric in ("acc", "acc_norm")
+    ]
+    assert capfd.readouterr() == ("", "")
+    assert run_downstream(evaluated, ["own"], include=folder) == first
+    with (folder / "helpers.py").open("a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    assert run_downstream(evaluated, ["own"], include=folder)[0].version != first[0].version
+
+
+@needs_lm_eval
+def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
+    none = tmp_path / "none"
+    with pytest.raises(UserError, match=r"--include .*none: no such directory, or none with task files"):
+        run_downstream(evaluated, ["own"], include=none)
+    long = " of the people" * CONTEXT
+    cases = [
+        (
+            {"answers": [long, " of"]},
+            r"task own: an answer to question 0 has \d+ tokens and the model's context 96",
+        ),
+        (
+            {"answers": [" of"], "doc_to_choice": "b"},
+            r"task own: its data cannot be loaded .*look into its file",
+        ),
+        (
+            {"answers": [" of"], "output_type": "generate_until", "doc_to_choice": None},
+            r"task own: answers of up to 256 tokens are asked for, and the model's context is 96",
+        ),
+    ]
+    for changes, message in cases:
+        folder = own_task(tmp_path / "own", **changes)
+        with pytest.raises(UserError, match=message) as caught:
+            run_downstream(evaluated, ["own"], include=folder)
+        assert "\n" not in str(caught.value)
+    (folder / "own.yaml").write_text("task: [own", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--include .*own.yaml: no YAML: while parsing"):
+        run_downstream(evaluated, ["own"], include=folder)
+
+
 @pytest.mark.slow
 @needs_lm_eval
 def test_lm_eval_on_its_own_command_line_gives_the_same_numbers(evaluated, tmp_path):
-    scores = run_downstream(evaluated, BOTH, batch_size=16)
+    folder = own_task(tmp_path / "own", [" of the lord", " of the states"])
+    scores = run_downstream(evaluated, [*BOTH, "own"], batch_size=16, include=folder)
+    shutil.copytree(folder, evaluated.output / "tasks" / "own")
     names = ",".join(dict.fromkeys(score.domain for score in scores))
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={evaluated.model},max_length={CONTEXT}", "--batch_size", "16"]
@@ -250,7 +317,7 @@ def test_lm_eval_on_its_own_command_line_gives_the_same_numbers(evaluated, tmp_p
     subprocess.run(command, check=True, capture_output=True, timeout=240, env=environment)
     (path,) = tmp_path.glob("theirs*.json")
     theirs = json.loads(path.read_text(encoding="utf-8"))["results"]
-    assert len(scores) == 3
+    assert len(scores) == 5
     for score in scores:
         row = theirs[score.domain]
         assert score.value == row[f"{score.metric},none"]
@@ -280,8 +347,8 @@ def test_the_papers_tasks_get_the_papers_shots_and_metric(tmp_path):
     }
     (tmp_path / "openbookqa.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     manager = _manager([tmp_path], defaults=False)
-    task = _prepared("openbookqa", manager, limit=4)
+    task = _prepared("openbookqa", manager, 4, _OwnTasks())
     assert task.metric == "acc_norm"
     assert [task.leaves[0].instances[0].args[0].count("plus one?")] == [1 + 5]
-    assert task.version == _prepared("openbookqa", manager, limit=4).version
-    assert task.version != _prepared("openbookqa", manager, limit=5).version
+    assert task.version == _prepared("openbookqa", manager, 4, _OwnTasks()).version
+    assert task.version != _prepared("openbookqa", manager, 5, _OwnTasks()).version
