@@ -40,7 +40,7 @@ from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import ScoreEstimate
 from tutelage.files import lock, make_directory
 from tutelage.installed import install_extra
-from tutelage.models.hub import pick_device
+from tutelage.models.hub import load, pick_device
 from tutelage.names import look_up
 from tutelage.progress import NullProgress
 
@@ -163,20 +163,12 @@ def run_downstream(
             is incompatible with it; before any compute. Or an answer is longer than the model's context.
     """
     _check_installed()
-    own = _OwnTasks.read(include)
     progress = progress or NullProgress()
     check_tokenizer(evaluated)
     chosen = str(pick_device(device))
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
-        names = _expanded(tasks)
-        built = {name: _built(evaluated, name, stores) for name in names if _kind(name) in _OFFLINE}
-        directories = [*(task.directory for task in built.values()), *own.directories]
-        manager = _manager(directories, defaults=any(name not in {*built, *own.tasks} for name in names))
-        names = list(dict.fromkeys(built[name].name if name in built else name for name in names))
-        _check_different(built)
-        _check_known(names, manager)
-        prepared = [_prepared(name, manager, limit, own) for name in names]
+        prepared = _all_prepared(evaluated, tasks, limit, stores, include)
         model: HFLM | None = None
         scores: list[Score] = []
         for task in prepared:
@@ -191,6 +183,21 @@ def run_downstream(
                 add_scores(evaluated.scores, found)
             scores += found
     return scores
+
+
+def _all_prepared(
+    evaluated: EvaluatedModel, tasks: Sequence[str], limit: int | None, stores: Path, include: Path | None
+) -> list[_Prepared]:
+    """The tasks that `run_downstream` is asked for, with their data."""
+    own = _OwnTasks.read(include)
+    names = _expanded(tasks)
+    built = {name: _built(evaluated, name, stores) for name in names if _kind(name) in _OFFLINE}
+    directories = [*(task.directory for task in built.values()), *own.directories]
+    manager = _manager(directories, defaults=any(name not in {*built, *own.tasks} for name in names))
+    names = list(dict.fromkeys(built[name].name if name in built else name for name in names))
+    _check_different(built)
+    _check_known(names, manager)
+    return [_prepared(name, manager, limit, own) for name in names]
 
 
 def _check_installed() -> None:
@@ -331,12 +338,12 @@ def _model(evaluated: EvaluatedModel, batch_size: int, device: str) -> HFLM:
 
     return ExportedModel(
         load_tokenizer(evaluated.model),
-        pretrained=str(evaluated.model),
+        pretrained=load(evaluated.model).to(
+            device
+        ),  # lm-eval would take NaN, and draw weights that are missing
         max_length=evaluated.context,
         batch_size=batch_size,
-        device=device,
         trust_remote_code=False,
-        use_safetensors=True,
     )
 
 

@@ -106,7 +106,7 @@ def load(
         if not local:
             file = hf_hub_download(name, "config.json", revision=revision)
             check_config(read_object(Path(file)), f"{name}: config.json")
-        with _no_progress_bars() if local else contextlib.nullcontext():
+        with _quietly(bars=not local):
             model, report = AutoModelForCausalLM.from_pretrained(
                 name,
                 revision=revision or "main",
@@ -195,13 +195,16 @@ def _kind(key: str) -> str:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hide the bars of transformers, which would tear the caller's own display."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _quietly(*, bars: bool) -> Iterator[None]:
+    """Hide the reports of transformers (our checks say what matters) and its bars, but for downloads."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -325,7 +328,7 @@ def save(
     with atomic_directory(directory) as partial:
         own, model.generation_config = model.generation_config, GenerationConfig()  # a wrong one is refused
         try:
-            with _no_progress_bars():
+            with _quietly(bars=False):
                 model.save_pretrained(partial)
         finally:
             model.generation_config = own
