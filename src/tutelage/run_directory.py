@@ -141,8 +141,9 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
 
 
 def local_model(path: str, what: str) -> str:
-    """The path of a model with names in it completed; a Hub name stays as it is."""
-    return path if Path(path).exists() else str(completed(Path(path), what))
+    """The path of a model with names in it completed; what is not there, a Hub name too, stays as it is."""
+    found = completed(Path(path), what)
+    return path if Path(path).exists() or not found.exists() else str(found)
 
 
 def pinned(config: RunConfig) -> RunConfig:

@@ -15,7 +15,7 @@ from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import select
 from tutelage.names import completed, find, find_run_id, kind_of, look_up
-from tutelage.run_directory import named, run_id
+from tutelage.run_directory import local_model, named, run_id
 from tutelage.teachers.cache.job import plan_cache
 
 
@@ -137,7 +137,7 @@ def test_a_name_that_nothing_has_is_refused_with_the_near_ones(place):
         UserError, match=r"data.store = sotus: no store .*\./, stores/, data/.*did you mean 'sotu'"
     ):
         find("store", "sotus", "data.store")
-    with pytest.raises(UserError, match="no run is called so in nowhere/; there are no runs"):
+    with pytest.raises(UserError, match="no run is called so in nowhere/; there are no runs yet"):
         find_run_id("teacher", Path("nowhere"), "teacher.run")
     assert find_run_id("later-12345678", Path("runs"), "x") == "later-12345678"  # of a run to come
     assert find("store", "no/where", "x") == Path("no/where")
@@ -208,3 +208,9 @@ def test_caches_and_evaluations_take_names(store, tmp_path, monkeypatch):
     assert select([], None, ["own=speeches"]) == ({}, {"own": Path(store.name)})
     with pytest.raises(UserError, match="--store own = speech_: no store is called so"):
         select([], None, ["own=speech_"])
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "nowhere", "hub/name", "~/nowhere", "."])
+def test_a_model_that_is_not_there_keeps_its_spelling(place, path):
+    """`./nowhere` is refused at once as a directory; `nowhere` might be on the Hub."""
+    assert local_model(path, "teacher.path") == path

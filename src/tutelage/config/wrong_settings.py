@@ -77,6 +77,8 @@ def _explained(schema: dict[str, Any], detail: ErrorDetails) -> tuple[str, str]:
         return _untagged(field, node, detail)
     hint = suggestion(value, map(str, node.get("enum", ()))) if isinstance(value, str) else ""
     words = f"{hint}{in_words(detail)}"
+    if kind == "model_type" and (settings := node.get("properties")):
+        words += f"; allowed: {', '.join(sorted(settings))}"
     if isinstance(value, int | float | str) and field != _WHOLE:
         return f"{field} = {shown(value, _LONGEST_VALUE)}", words
     return field, words

@@ -64,7 +64,7 @@ class Loader:
         if self.n_windows == 0:
             raise UserError(
                 f"the split has {len(split.tokens)} tokens, one sequence needs {sequence_length + 1} "
-                f"(sequence_length = {sequence_length} and the token after it)"
+                f"(sequence_length = {sequence_length} and the token after it); add text, or make it shorter"
             )
         if sequences_per_step % world_size:
             raise UserError(

@@ -198,8 +198,8 @@ def _downloaded(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(
-            f"{name}: no run or directory is called so; {nearest('run', name)}The Hugging Face Hub does not "
-            f"give such a model either: {reason}"
+            f"{name}: {nearest('run', name)}no run or directory is called so, and the Hugging Face Hub does "
+            f"not give such a model: {reason}"
         ) from None
 
 

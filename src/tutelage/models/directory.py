@@ -115,7 +115,8 @@ def _hub_config_file(name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: not found on the Hub: {one_line(error)}") from None
+        reason = one_line(error)
+        raise UserError(f"{name}: no such directory here, and not found on the Hub: {reason}") from None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -102,6 +102,10 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"name": "a/b"}, "name = 'a/b': must be letters, digits"),
         ({"teacher": {}}, "teacher.kind: required but not given; choose from cache, model, run"),
         ({"teacher": 5}, "teacher = 5: must be a section of settings"),
+        (
+            {"data": "s"},
+            "data = 's': must be a section of settings (key: value); allowed: document_mask, seed, ",
+        ),
         ({"tokens": None}, "tokens: not a token budget"),
         ({"optim": {"betas": [0.9, 1]}}, "optim.betas.1 = 1: must be less than 1.0"),
         ({"runtime": {"compile": 5}}, "runtime.compile = 5: must be true or false, or 'auto'"),
