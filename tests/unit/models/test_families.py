@@ -5,12 +5,14 @@ import torch
 import transformers as hf
 from families import FAMILIES, GROUPED, POSITIONS, SMALL, VOCAB
 
+from tutelage.config.objective_config import Objective
 from tutelage.errors import UserError
 from tutelage.models.hub import body_and_head, build, load, logit_transform
 from tutelage.models.lengths import check_length, trained_length
 from tutelage.models.shapes import find_shape
 from tutelage.models.sharding import decoder_layers
-from tutelage.types import transformed
+from tutelage.train.objective_model import ObjectiveModel
+from tutelage.types import Batch, transformed
 
 TABLES = {"gpt2", "openai-gpt", "gpt_bigcode", "opt", "gpt_neo", "mpt"}
 WITHOUT = {"bloom", "mamba"}
@@ -119,3 +121,27 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "both-ways")
     with pytest.raises(UserError, match="lets tokens see later ones, so it is no causal language model"):
         load(tmp_path / "both-ways")
+
+
+def test_no_loss_of_routers_is_part_of_the_objective():
+    """Gradients are those of cross-entropy alone, although the config asks for the router's loss."""
+    torch.manual_seed(0)
+    config = FAMILIES["mixtral"]()
+    config.output_router_logits, config.router_aux_loss_coef = True, 1.0
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    ids = torch.arange(2 * 17).reshape(2, 17) * 7 % VOCAB
+    batch = Batch(ids[:, :-1], ids[:, 1:].contiguous(), (0, 1))
+    router = model.model.layers[0].mlp.gate.weight
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, router)[0]
+
+    ours = gradient(ObjectiveModel(model, Objective(), VOCAB)(batch, None, 0.0)[0])
+    output = model(input_ids=batch.tokens_BT)
+    plain = torch.nn.functional.cross_entropy(
+        output.logits.flatten(0, 1), batch.labels_BT.flatten(), reduction="sum"
+    )
+    theirs = model(input_ids=batch.tokens_BT, labels=batch.labels_BT, shift_labels=batch.labels_BT)
+    assert theirs.aux_loss > 0
+    assert torch.allclose(ours, gradient(plain), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(ours / batch.labels_BT.numel(), gradient(theirs.loss), rtol=0.1)
