@@ -21,7 +21,7 @@ from tutelage.evals.contamination import anchored
 from tutelage.evals.score_files import read_scores
 from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
-from tutelage.progress import NullProgress, Progress
+from tutelage.progress import NullProgress, Progress, counter
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
 from tutelage.run_plan import check_fits, out_of_memory
 from tutelage.stopping import stop_signal
@@ -317,13 +317,13 @@ def _export(students: Sequence[Student]) -> None:
 def _score(runs: Sequence[Run], progress: Progress) -> None:
     """Score the exported models and mark the runs as done."""
     for config, directory in runs:
-        began = time.perf_counter()
-        stage = f"{directory.id}: scores"
-        progress.start(stage)
+        began, stage = time.perf_counter(), f"{directory.id}: scores"
+        progress.start(stage, unit="tokens")
         step = int(directory.state()["step"])
         model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
         model.to(hub.pick_device(config.runtime.device))
-        scores = evaluate.score_run(config, directory, model, step, finished=True)
+        told = counter(progress, stage)
+        scores = evaluate.score_run(config, directory, model, step, finished=True, progress=told)
         _warn_of_loss_gap(scores, directory, progress)
         send_scores(config, directory.path, scores, step)
         _mark_scored(config, directory, scoring_seconds=round(time.perf_counter() - began, 3))

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from tutelage.analysis.report.report_table import Column, ReportTable
+from tutelage.analysis.report.text import print_scores
 from tutelage.cli.bars import RichProgress, err
 from tutelage.cli.stages import Stage, rows
 from tutelage.errors import UserError
@@ -148,3 +149,21 @@ def test_a_table_of_verdicts_keeps_its_numbers_whole(width):
         assert all(cell in text for cell in row)
     if width >= 80:
         assert sum("± 0.4  +1.8% ± 0.1" in re.sub(" {2,}", "  ", line) for line in lines) == 1
+
+
+def test_models_stand_side_by_side_as_far_as_there_is_room():
+    names = [f"student-{number}b4c1f02" for number in range(5)]
+    scores = [
+        dict.fromkeys(("split", "version"), "test")
+        | {"run": name, "domain": "kjv", "metric": "bits_per_byte", "fit_error": None}
+        | {"value": 3 + number / 1000, "low": 2.9, "high": 3.1}
+        for number, name in enumerate(names)
+    ]
+    for width in (60, 80, 160):
+        console = Console(width=width)
+        with console.capture() as shown:
+            print_scores(scores, {}, console)
+        lines = [line.rstrip() for line in shown.get().splitlines()]
+        assert max(map(len, lines)) <= width
+        assert sum(line.count("[2.900, 3.100]") for line in lines) == len(names)
+        assert all(any(name in line for line in lines) for name in names)

@@ -169,7 +169,8 @@ def _evaluated(
             in_domain = InDomain(model, training)
         for number, target in enumerate(todo, 1):
             stage = f"{evaluated.id}: {target.name} ({number} of {len(todo)})"
-            progress.start(stage, unit="tokens")
+            scored_tokens = sum(one.scored for split in SCORED for one in target.documents(split))
+            progress.start(stage, scored_tokens, "tokens")
             for line in remarks(target.store.manifest):
                 progress.note(f"{target.name}: {line}")
             scored = score_domain(model, evaluated, target, in_domain, counter(progress, stage))
@@ -275,6 +276,7 @@ def score_run(
     finished: bool,
     writes: bool = True,
     meet: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
     """Compute and append the scores of a run that are missing after `step` steps.
 
@@ -288,6 +290,7 @@ def score_run(
         finished: the model is the run's last, of which losses of documents and calibration are kept too.
         writes: this process writes files; the others only compute.
         meet: waits for the others.
+        progress: called with the number of tokens scored since the last call.
 
     Returns:
         The new scores.
@@ -314,7 +317,7 @@ def score_run(
     meet()  # all know which scores are missing, before one of them is written
     scores: list[Score] = []
     for target in targets:
-        found = score_domain(model, evaluated, target, in_domain)
+        found = score_domain(model, evaluated, target, in_domain, progress)
         if finished:
             save_scores(evaluated, target, found)
         elif writes:

@@ -34,7 +34,7 @@ _ROWS = {
 
 _WORTH_A_NOTE = 0.01
 _AT_A_TIME = 4
-"""Models side by side."""
+"""Models side by side, at most."""
 
 
 def print_scores(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], console: Console) -> None:
@@ -112,8 +112,14 @@ def _print(
     console: Console,
 ) -> None:
     """A table of models, or several below each other where there are more than a terminal has room for."""
-    for start in range(0, len(models), _AT_A_TIME):
-        some = slice(start, start + _AT_A_TIME)
+    labelled = sum(
+        2 + max(map(len, [head, *(labels[column] for labels, _ in lines)]))
+        for column, head in enumerate(heads)
+    )
+    widest = 2 + max(*map(len, models), *(len(cell) for _, cells in lines for cell in cells), 0)
+    beside = max(1, min(_AT_A_TIME, (console.width + 2 - labelled) // widest))
+    for start in range(0, len(models), beside):
+        some = slice(start, start + beside)
         table = Table(*heads, *models[some], box=None, pad_edge=False, caption_justify="left")
         for labels, cells in lines:
             table.add_row(*labels, *cells[some])
