@@ -1,7 +1,7 @@
 """Hooks of the site (mkdocs.yml): README and its neighbours become pages, to which links from docs/ hold.
 
 Every page is written for GitHub, where a link is relative to the file it stands in. Here README.md, LAB.md,
-CONTRIBUTING.md and CHANGELOG.md, which lie beside docs/, move into it.
+CONTRIBUTING.md, CHANGELOG.md and SECURITY.md, which lie beside docs/, move into it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-BESIDE = {"README.md": "index.md"} | {name: name for name in ("LAB.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+BESIDE = {
+    "README.md": "index.md",
+    **{name: name for name in ("LAB.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")},
+}
 """Files of the repository's root that are pages, and what they are called there."""
 
 _LINK = re.compile(r"(\]\(|<img src=\")(?![a-z]+:|#|/)([^)#\s\"]+)")

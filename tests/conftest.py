@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch.set_num_threads(1)
+
+# A shell that starts pytest in the background has it ignore these, and so would everything that it starts.
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

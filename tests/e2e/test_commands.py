@@ -120,7 +120,7 @@ def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
         (["verify", "nowhere"], "nowhere"),
         (["data", "show", "."], "no store, run, cache or study is called so"),
         (["report", "nowhere"], "nowhere"),
-        (["schema", "runs"], "did you mean 'run'? known: run, store, study, teach"),
+        (["schema", "runs"], "did you mean 'run'? known: run, store, study, cache"),
         (["demo", "--tokens", "many"], "not a token budget"),
         (["demo", "--tokens", "100M", "--output", "big"], "text would repeat"),
     ],

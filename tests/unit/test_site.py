@@ -52,13 +52,13 @@ def test_the_reference_has_every_command_and_every_public_name(site):
 
 def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
     (tmp_path / "docs" / "how-to").mkdir(parents=True)
-    for name in ("README", "LAB", "CONTRIBUTING", "CHANGELOG"):
+    for name in ("README", "LAB", "CONTRIBUTING", "CHANGELOG", "SECURITY"):
         (tmp_path / f"{name}.md").write_text(f"# {name}\n[back](docs/how-to/a.md#a-b)\n")
     (tmp_path / "docs" / "how-to" / "a.md").write_text(
         "# A, b\n[up](../../README.md) [lab](../../LAB.md#lab)\n"
     )
     config = tmp_path / "mkdocs.yml"
-    nav = "index.md, how-to/a.md, LAB.md, CONTRIBUTING.md, CHANGELOG.md"
+    nav = "index.md, how-to/a.md, LAB.md, CONTRIBUTING.md, CHANGELOG.md, SECURITY.md"
     config.write_text(
         f"site_name: t\nplugins: []\nhooks: [{ROOT / 'docs/site_hooks.py'}]\nnav: [{nav}]\n"
         "validation: {nav: {omitted_files: warn}, links: {not_found: warn, anchors: warn}}\n"

@@ -192,7 +192,7 @@ def untouched(model):
     [
         (untouched, ["--domain", "kvj"], "domain 'kvj' is unknown; did you mean 'kjv'"),
         (untouched, ["--suite", "online"], "choose offline or paper"),
-        (untouched, ["--store", "x"], "write NAME=DIRECTORY"),
+        (untouched, ["--store", "x"], "write NAME=STORE"),
         (untouched, ["--store", "x=nowhere"], "nowhere"),
         (untouched, ["--device", "tpu"], "device = tpu: torch sees no such device here"),
         (without_weights, ["--domain", "kjv"], "tiny"),

@@ -373,7 +373,7 @@ def test_mistakes_are_one_line_and_come_before_any_compute(teaching, text, tmp_p
         ({"teacher": {"kind": "model", "path": str(strange)}}, "its tokenizer differs"),
         ({"teacher": {"kind": "model", "path": str(small)}}, "has 300 ids, the model knows 200"),
         ({"teacher": {"kind": "model", "path": str(tmp_path / "none")}}, "no such directory"),
-        ({"teacher": {"kind": "run", "run": "missing-1"}}, "train that run to its end"),
+        ({"teacher": {"kind": "run", "run": "missing-1"}}, "no run is called so in runs/"),
         ({"format": {"kind": "topk", "k": 301}}, "format.k"),
         ({"store": str(tmp_path)}, "not a token store"),
         ({"device": "mps"}, "no such device"),
