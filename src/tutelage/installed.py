@@ -44,8 +44,10 @@ def _origin() -> str:
     if url is None:
         return "installed from a package index"
     path = _path(url)
-    how = "editable checkout" if record.get("dir_info", {}).get("editable") else "installed from"
-    return f"{how} {url if path is None else path}"
+    if not record.get("dir_info", {}).get("editable"):
+        return f"installed from {url if path is None else path}"
+    elsewhere = "" if path is None or path.resolve() == _ROOT.resolve() else f", but run from {_ROOT}"
+    return f"editable checkout {url if path is None else path}{elsewhere}"
 
 
 def _requirement(extra: str) -> str:

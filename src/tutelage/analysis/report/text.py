@@ -174,9 +174,10 @@ def _overlap_notes(
             grams = test.get((model, domain, "overlap_8grams"))
             shared = [row["value"] if row else 0.0 for row in (documents, grams)]
             if shared[0] > 0 or shared[1] >= _WORTH_A_NOTE:
+                known = f"trained on {shared[0]:.1%} of its documents (left out); of the rest's"
                 notes.append(
-                    f"{model}, {domain}: trained on {shared[0]:.1%} of its documents (left out); "
-                    f"of the rest's 8-grams of words {shared[1]:.1%} occur in the training text"
+                    f"{model}, {domain}: {known if shared[0] > 0 else 'of its'} 8-grams of words "
+                    f"{shared[1]:.1%} occur in the training text"
                 )
     return notes
 
