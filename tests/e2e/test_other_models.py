@@ -48,6 +48,7 @@ def permuted(directory):
     words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     tokenizer["model"]["vocab"] = {word: i for i, word in enumerate([words[0], *words[:0:-1]])}
     path.write_text(json.dumps(tokenizer))
+    (directory / "checksums.json").unlink(missing_ok=True)
 
 
 def without_tokenizer(directory):
