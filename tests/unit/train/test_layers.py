@@ -12,7 +12,7 @@ from training import assert_same_weights, losses, opened, weights
 from tutelage.config.runtime_config import RuntimeConfig
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes
-from tutelage.models.packed import hidden_states
+from tutelage.models.packed import body_of, hidden_states
 from tutelage.models.sharding import decoder_layers
 from tutelage.run import run
 from tutelage.run_directory import run_id
@@ -41,7 +41,7 @@ def gradients(model, batch):
     inner = [next(m for m in layer.modules() if not list(m.children())) for layer in decoder_layers(model)]
     hooks = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in inner]
     torch.manual_seed(3)
-    (hidden_states(model.get_decoder(), batch) ** 2).sum().backward()
+    (hidden_states(body_of(model), batch) ** 2).sum().backward()
     for hook in hooks:
         hook.remove()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -77,7 +77,7 @@ def test_a_teacher_or_a_model_that_is_scored_recomputes_nothing():
     _, calls = gradients(model, batch)
     assert calls == [1, 1]
     with torch.no_grad():
-        assert not hidden_states(model.get_decoder(), batch).requires_grad
+        assert not hidden_states(body_of(model), batch).requires_grad
 
 
 @pytest.mark.parametrize(("attention", "kept"), [("eager", 0.95), ("sdpa", 0.8)])
@@ -91,7 +91,7 @@ def test_less_memory_for_activations(attention, kept):
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker:
-            hidden_BTD = hidden_states(model.get_decoder(), packed(256))
+            hidden_BTD = hidden_states(body_of(model), packed(256))
             (hidden_BTD**2).sum().backward()
         peaks.append(tracker.get_tracker_snapshot("peak")[CPU]["Total"])
     none, selective, full = peaks
