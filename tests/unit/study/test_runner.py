@@ -27,11 +27,15 @@ class Recorded(NullProgress):
     """Remembers how many runs went on at most here, and how many were finished at last."""
 
     def __init__(self):
-        self.running = set()
+        self.runs, self.running = set(), set()
         self.most = self.done = 0
 
+    def start(self, stage, total=None, unit="", done=0):
+        if total == 1.0:  # the stage of all runs has their work as its total
+            self.runs.add(stage)
+
     def describe(self, stage, figures):
-        if figures.get("running") == "here":
+        if stage in self.runs and "elsewhere" not in figures.get("where", ""):
             self.running.add(stage)
         self.most = max(self.most, len(self.running))
         self.done = figures.get("done", self.done)
