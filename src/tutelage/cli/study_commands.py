@@ -263,14 +263,15 @@ def report(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy reads it; in small products threads only spin
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.report.html import build_report
-    from tutelage.analysis.report.text import markdown, print_verdicts
-    from tutelage.cli.bars import out, say
+    from tutelage.analysis.report.text import markdown, print_problems, print_verdicts
+    from tutelage.cli.bars import err, out, say
     from tutelage.study.results import load_results
 
     directory = find("study", directory, "study")
     study = judge_study(load_results(directory))
     if as_markdown:
         sys.stdout.write(markdown(study.findings))
+        print_problems(study.results, err)
         return
     print_verdicts(study, out)
     out.print()

@@ -432,3 +432,12 @@ def test_names_that_a_terminal_obeys_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"plan\.json") as caught:
         report_of(study)
     assert "\x1b" not in str(caught.value)
+
+
+def test_a_table_alone_says_what_is_left_out_beside_it(command, tmp_path):
+    path = write_study(tmp_path / "study")
+    (path / "runs" / "teacher-weak-42" / "documents.parquet").unlink()
+    code, out, complaints = command("report", path, "--markdown")
+    assert code == 0
+    assert "| weak | not measured |" in out
+    assert "left out: teacher-weak-42: documents.parquet: no such file" in complaints

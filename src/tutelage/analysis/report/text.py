@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.analysis.verdicts import Findings
+    from tutelage.study.results import Results
     from tutelage.study.token_tables import TokenComparison
     from tutelage.types import Score
 
@@ -237,6 +238,11 @@ def print_verdicts(study: JudgedStudy, console: Console) -> None:
     for paragraph in headline.headline(findings, study.claims):
         console.print(Text(paragraph))
     _print_claims(study, console)
+    print_problems(results, console)
+
+
+def print_problems(results: Results, console: Console) -> None:
+    """Print what is missing or left out, and what to know about the scores."""
     for warning in headline.warnings_of_scores(results):
         console.print(Text(f"warning: {warning}"))
     for problem in results.problems:
