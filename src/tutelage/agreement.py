@@ -147,7 +147,9 @@ def _meet(place: Place, said: _Word, seconds: float) -> _Word:
     store, meeting = meeting_place(), next(_MEETINGS)
     store.set(f"{meeting}/{place.rank}", json.dumps(said, default=str))
     if not place.is_main:
-        return _read(store, f"{meeting}/verdict", 0, seconds, seconds)
+        verdict = _read(store, f"{meeting}/verdict", 0, seconds, seconds)
+        store.set(f"{meeting}/read/{place.rank}", "")
+        return verdict
     deadline = time.monotonic() + seconds
     words = [
         _read(store, f"{meeting}/{rank}", rank, deadline - time.monotonic(), seconds)
@@ -155,6 +157,11 @@ def _meet(place: Place, said: _Word, seconds: float) -> _Word:
     ]
     kind, text = _judge(words)
     store.set(f"{meeting}/verdict", json.dumps({"kind": kind, "text": text}))
+    # The store may end with this process, so it stays until the others have read that; one may have died.
+    heard = [f"{meeting}/read/{rank}" for rank in range(1, place.size)]
+    deadline = time.monotonic() + _LOST_SECONDS
+    while not store.check(heard) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
     return {"kind": kind, "text": text}
 
 

@@ -73,7 +73,7 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks in ("", "1") or environment.get("WORLD_SIZE"):
         return
-    job, step = (_of_slurm(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job, step = (_of_slurm(environment, name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
     rank, local_rank = (_of_slurm(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
     environment.update({"WORLD_SIZE": tasks, "RANK": str(rank), "LOCAL_RANK": str(local_rank)})
@@ -89,8 +89,8 @@ def first_node(nodes: str) -> str:
     return "".join(part for part in found.groups() if part)
 
 
-def _of_slurm(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "")
+def _of_slurm(environment: Mapping[str, str], name: str, missing: str = "") -> int:
+    text = environment.get(name, missing)
     if not text.isdecimal():
         raise UserError(f"{name}={text:.80}: it must be a whole number, as srun sets it")
     return int(text)

@@ -62,7 +62,7 @@ def command(name: str, arguments: list[str]) -> int:
             main()
         else:
             sys.path[0] = str(Path.cwd())
-            runpy.run_path(arguments[0], run_name="__main__")
+            runpy.run_path(str(Path(arguments[0]).absolute()), run_name="__main__")
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:  # noqa: BLE001 - as an interpreter does

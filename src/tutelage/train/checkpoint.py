@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from tutelage.checksums import FileSum
 from tutelage.errors import DiskError, UserError
-from tutelage.files import refuse_links
+from tutelage.files import NO_SPACE, refuse_links
 from tutelage.run_directory import recipe
 from tutelage.train.checkpoint_files import (
     BRANCH_POINT,
@@ -195,7 +195,8 @@ class Checkpoints:
         """Wait for the save in the background, if there is one.
 
         Raises:
-            DiskError: it could not be written, and `checkpoint.on_full_disk` is "stop".
+            DiskError: the disk is full, and `checkpoint.on_full_disk` is "stop".
+            UserError: it could not be written for another reason, and that is "stop".
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -204,7 +205,8 @@ class Checkpoints:
             pending.result()
         except _NotWrittenError as error:
             if self._settings.on_full_disk == "stop":
-                raise DiskError(f"{error}; free some space and run the same command") from None
+                kind = DiskError if error.is_full else UserError
+                raise kind(f"{error}; free some space and run the same command") from None
             self.warnings.append(f"{error}; training goes on, and the next checkpoint is tried again")
 
     def close(self) -> None:
@@ -231,7 +233,8 @@ class Checkpoints:
             cause = _cause(error)
             if isinstance(cause, OSError):
                 raise _NotWrittenError(
-                    f"{path}: cannot be written ({cause.strerror}); earlier checkpoints are intact"
+                    f"{path}: cannot be written ({cause.strerror}); earlier checkpoints are intact",
+                    is_full=cause.errno in NO_SPACE,
                 ) from None
             raise cause from None
         if self._world.is_main:
@@ -273,7 +276,11 @@ def _cause(error: CheckpointException) -> BaseException:
 
 
 class _NotWrittenError(Exception):
-    """The disk refused a checkpoint."""
+    """The disk refused a checkpoint, because it is full or for another reason."""
+
+    def __init__(self, message: str, *, is_full: bool) -> None:
+        super().__init__(message)
+        self.is_full = is_full
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
