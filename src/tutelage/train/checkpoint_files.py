@@ -262,12 +262,6 @@ class CheckpointWriter(HuggingFaceStorageWriter):
         super().__init__(str(self.unfinished), save_distributed=True)
         self._finished = finished
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's
-        """Remove what is left of an attempt that failed."""
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-        if is_coordinator:
-            remove(self.unfinished)
-
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors; the result is its file."""
         tensors: dict[str, Tensor] = {}
