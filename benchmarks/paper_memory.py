@@ -91,7 +91,7 @@ def compare(shape: str, teacher: str | None, processes: int, store: Path) -> tup
     vocab_size = student.vocab_size or 0
     hardware = Hardware("cpu", find_device("cpu"), processes, 1e12, cuda=False)
     plan = plan_memory(footprint(config, student, taught, vocab_size, hardware))
-    room = "tutelage.objective.chunked"
+    room = "tutelage.objective.chunks"
     with (
         mock.patch(f"{room}.sparse_rows", partial(in_place, 2)),
         mock.patch(f"{room}.dense_rows", partial(in_place, 3)),

@@ -96,6 +96,9 @@ def test_any_alpha_and_any_objective_are_the_ones_given():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # inductor's own
 def test_by_the_default_compiler():
     assert_same(dense, "inductor", [(0.4, ALL), (0.7, ALL)])
 
