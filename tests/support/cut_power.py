@@ -32,7 +32,7 @@ from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.train.metrics import MEASURED
 
-VOLATILE = {"seconds", "tokens_per_second", "peak_flops", "warnings", "export", "seal"}
+VOLATILE = {"seconds", "scoring_seconds", "tokens_per_second", "peak_flops", "warnings", "export", "seal"}
 """Fields of state.json that are measured; `export` is not measured again where the model is there."""
 
 
