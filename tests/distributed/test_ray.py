@@ -45,9 +45,12 @@ for config in map(RunConfig.model_validate_json, json.loads(text)):
 class Stopper(NullProgress):
     most = 0
     stopping = True
-    running = set()
+    runs, running = set(), set()
+    def start(self, stage, total=None, unit="", done=0):
+        if total == 1.0:  # the stage of all runs has their work as its total
+            self.runs.add(stage)
     def describe(self, stage, figures):
-        if "running" in figures:
+        if stage in self.runs and "elsewhere" not in figures.get("where", ""):
             self.running.add(stage)
         self.most = max(self.most, len(self.running))
     def finish(self, stage, outcome="done"):
