@@ -206,18 +206,19 @@ def settings(path: Path) -> dict[str, object]:
     except (OSError, yaml.YAMLError):
         return {}
     read = read if isinstance(read, dict) else {}
-    return dict(_flat(read.get("config", read)))
+    return dict(flat(read.get("config", read)))
 
 
 _APART = {"name", "output", "parallel", "runtime", "checkpoint", "files", "created"}
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
+def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
+    """Settings in sections as dotted names and values, less those that do not change what is made."""
     for key, value in values.items():
         if above == "" and key in _APART:
             continue
         if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
+            yield from flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 

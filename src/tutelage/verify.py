@@ -117,7 +117,7 @@ def _listed(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
     try:
         known = listed(path)
     except UnreadableError as error:
-        yield Finding(path / LISTING, "checksums", f"{error.reason}")
+        yield Finding(path / LISTING, "checksums", error.reason)
         return
     needed = [name for name in ("config.yaml", *_SCORES) if (path / name).exists()]
     if any(path.glob("*.safetensors")):

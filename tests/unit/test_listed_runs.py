@@ -123,3 +123,16 @@ def test_the_version_is_told(command):
     code, text, _ = command("--version")
     assert code == 0
     assert text.startswith("tutelage 0.")
+
+
+def test_a_default_that_only_one_run_writes_down_is_no_difference(listed):
+    """A later version writes more settings, most of them as they always were."""
+    base = {"name": "a", "model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "40K", "seed": 1}
+    later = base | {"seed": 2, "optim": {"clip": 1.0, "schedule": "cosine", "weight_decay": 0.3}}
+    for name, config in (("a-00000001", base), ("a-00000002", later)):
+        Path("two", name).mkdir(parents=True)
+        Path("two", name, "config.yaml").write_text(yaml.safe_dump(config))
+    code, text, _ = listed("runs", "two", "--json")
+    assert code == 0
+    differs = {row["run"]: row["differs"] for row in json.loads(text)}
+    assert differs == {"a-00000001": {"seed": 1}, "a-00000002": {"seed": 2, "optim.weight_decay": 0.3}}

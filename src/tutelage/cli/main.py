@@ -20,6 +20,7 @@ from tutelage.cli.streams import flush_streams, prepare_streams
 from tutelage.cli.study_commands import demo, report, study_app
 from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
+from tutelage.files import NO_SPACE, errno_of, no_space
 from tutelage.processes import place
 from tutelage.stopping import interruptible
 
@@ -95,8 +96,11 @@ def main() -> None:
 
 def _wrong_input(error: Exception) -> UserError | None:
     """The error as one the user can do something about; None for a bug."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-        return UserError(f"{error.filename or 'output'}: {error.strerror}")
+    where = (error.filename if isinstance(error, OSError) else None) or "output"
+    if errno_of(error) in NO_SPACE:
+        return UserError(no_space(where))
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return UserError(f"{where}: {error.strerror}")
     return error if isinstance(error, UserError) else None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tutelage.errors import UserError
-from tutelage.names import differences, find_any, kind_of, look_up, settings
+from tutelage.names import differences, find_any, flat, kind_of, look_up, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +63,23 @@ def read_runs(directory: Path) -> list[dict[str, Any]]:
         key=lambda path: (path / "state.json").stat().st_mtime if (path / "state.json").exists() else 0
     )
     rows = [_row(path) for path in reversed(paths)]
-    for row, differs in zip(rows, differences([settings(Path(row["path"])) for row in rows]), strict=True):
+    known = [settings(path) for path in reversed(paths)]
+    chosen = {key for path in paths for key in _chosen(path)}
+    set_here = [{key: value for key, value in one.items() if key in chosen} for one in known]
+    for row, differs in zip(rows, differences(set_here), strict=True):
         row["differs"] = differs
     return rows
+
+
+def _chosen(path: Path) -> dict[str, object]:
+    """The settings of a run that are not what they are by default; all of them where that cannot be told."""
+    from tutelage.run_directory import RunDirectory
+
+    try:
+        config = RunDirectory(path).config()
+    except UserError:
+        return settings(path)
+    return dict(flat(config.model_dump(mode="json", exclude_defaults=True)))
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -147,9 +161,7 @@ def _show_run(path: Path) -> None:
     for label, words in (("error", row["error"]), ("scores", _scores_text(row["scores"]))):
         if words:
             say(label, words)
-    say(
-        "settings", _settings_text({key: value for key, value in settings(path).items() if value is not None})
-    )
+    say("settings", _settings_text(_chosen(path)))
     say("model", directory.model if directory.is_trained() else "not yet: `tutelage train` goes on")
     say("path", path)
 

@@ -205,8 +205,9 @@ class Checkpoints:
             pending.result()
         except _NotWrittenError as error:
             if self._settings.on_full_disk == "stop":
-                kind = DiskError if error.is_full else UserError
-                raise kind(f"{error}; free some space and run the same command") from None
+                if error.is_full:
+                    raise DiskError(f"{error}; free some space and run the same command") from None
+                raise UserError(f"{error}; mend that and run the same command") from None
             self.warnings.append(f"{error}; training goes on, and the next checkpoint is tried again")
 
     def close(self) -> None:
