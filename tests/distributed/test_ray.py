@@ -107,8 +107,8 @@ def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
     teacher = make_config(name="teacher", seed=7, tokens=256 * 400, parallel={"processes": 2})
     taught_by = [{"kind": "run", "run": run_id(teacher)}, {"kind": "unigram"}]
     configs = [teacher] + [
-        make_config(name="student", teacher=teacher, objective={"alpha": 0.5}, tokens=256 * 40)
-        for teacher in taught_by
+        make_config(name=teacher["kind"], teacher=teacher, objective={"alpha": 0.5}, tokens=256 * 40)
+        for teacher in taught_by  # the runs of a study differ in name
     ]
     there = [config.model_copy(update={"output": tmp_path / "ray" / "runs"}) for config in configs]
     text = json.dumps([config.model_dump_json() for config in there])
