@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from tutelage.config.alpha_config import WsdAlpha
 from tutelage.config.base import (
     BatchTokens,
     Budget,
@@ -22,7 +23,7 @@ from tutelage.config.base import (
     refuse_alike,
     tokens_text,
 )
-from tutelage.config.objective_config import ObjectiveConfig, WsdAlpha
+from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.runtime_config import CheckpointConfig, ParallelConfig, RuntimeConfig
 from tutelage.config.teacher_config import (
     ControlTeacher,

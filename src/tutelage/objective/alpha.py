@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from tutelage.config.objective_config import GapDrivenAlpha, PrequentialAlpha, WsdAlpha
+from tutelage.config.alpha_config import GapDrivenAlpha, PrequentialAlpha, WsdAlpha
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from tutelage.config.objective_config import AlphaConfig
+    from tutelage.config.alpha_config import AlphaConfig
 
 
 class Policy(Protocol):

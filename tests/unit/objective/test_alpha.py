@@ -13,8 +13,9 @@ import torch
 import yaml
 from training import opened
 
+from tutelage.config.alpha_config import AlphaConfig
 from tutelage.config.load import validate
-from tutelage.config.objective_config import AlphaConfig, GateConfig, ObjectiveConfig
+from tutelage.config.objective_config import GateConfig, ObjectiveConfig
 from tutelage.config.run_config import OptimConfig, RunConfig
 from tutelage.errors import UserError
 from tutelage.objective import GATES, make_policy
