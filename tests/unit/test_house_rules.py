@@ -94,6 +94,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"agreement", "checksums", "data", "launch", "models", "processes", "progress", "records"}
     | {"installed", "stopping"}
     | {"run", "run_directory", "run_plan"},
+    "planner": set(),
     "analysis": {
         "types",
         "errors",

@@ -1,0 +1,182 @@
+"""Fit scaling laws to measured losses: least squares of their logarithms with Huber's loss, several starts.
+
+How far a fit is off is said by leaving points out: each is predicted by a fit of others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+from scipy.optimize import least_squares
+from scipy.special import stdtrit
+
+from tutelage.planner.laws import PUBLISHED, PUBLISHED_TAUGHT, DistillationLaw, SupervisedLaw, coefficients
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Law = TypeVar("Law", SupervisedLaw, DistillationLaw)
+    Build = Callable[[NDArray[np.float64]], Law]
+    Predict = Callable[[Law, NDArray[np.intp]], NDArray[np.float64]]
+else:
+    Law = TypeVar("Law")
+
+_HUBER = 1e-3
+"""Residuals of log losses above this count linearly, as in arXiv 2203.15556."""
+_SPARE = 2
+"""Points more than coefficients that a fit takes."""
+_STARTS = 6
+_FARTHEST = 80.0
+_CALLS, _STEPS = 600, 50
+"""At most of a search; of one that begins at the fit of nearly the same points a quarter."""
+_FOLDS = 16
+"""Parts that many points are left out in; few are left out one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LawFit(Generic[Law]):
+    """A fitted law.
+
+    Attributes:
+        law: its coefficients.
+        free: how many of them were fitted; the others are the published ones.
+        residuals: measured over predicted minus 1, of each point.
+        left_out: the same of each point with a fit of the others, or of fifteen sixteenths of many.
+    """
+
+    law: Law
+    free: int
+    residuals: tuple[float, ...]
+    left_out: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        """Root mean square of `left_out`."""
+        return float(np.sqrt(np.mean(np.square(self.left_out))))
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95% interval of a prediction, as a part of it: Student's t of the points left out."""
+        return float(stdtrit(len(self.left_out) - 1, 0.975)) * self.error
+
+
+def fit_supervised(
+    parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike
+) -> LawFit[SupervisedLaw] | None:
+    """Fit the law of models without a teacher: six coefficients, or E, A and B beside published exponents.
+
+    The one that predicts left-out points better; None with fewer than five points.
+
+    Args:
+        parameters: without embeddings, of each model; one entry per size and budget.
+        tokens: that it was trained on.
+        losses: measured, in any unit of the same kind.
+    """
+    n, d, measured = (np.asarray(values, dtype=np.float64) for values in (parameters, tokens, losses))
+    least, middle = measured.min(), (np.exp(np.log(n).mean()), np.exp(np.log(d).mean()))
+
+    def all_free(x: NDArray[np.float64]) -> SupervisedLaw:
+        return SupervisedLaw(*_positive(x))
+
+    def scaled(x: NDArray[np.float64]) -> SupervisedLaw:
+        irreducible, A, B = _positive(x)
+        return SupervisedLaw(irreducible, A, PUBLISHED.a, B, PUBLISHED.b, PUBLISHED.g)
+
+    def start(part: float, a: float, b: float, g: float) -> SupervisedLaw:
+        half = (max(measured.mean() - part * least, 1e-3 * least) / 2) ** (1 / g)
+        return SupervisedLaw(part * least, half * middle[0] ** a, a, half * middle[1] ** b, b, g)
+
+    parts, exponents = (0.2, 0.6, 0.9), ((0.3, 0.3, 0.5), (0.4, 0.45, 0.45), (0.5, 0.5, 1.0), (0.3, 0.6, 0.7))
+    wide = [np.log(coefficients(start(part, *some))) for part in parts for some in exponents]
+    narrow = [
+        np.log(coefficients(start(part, PUBLISHED.a, PUBLISHED.b, PUBLISHED.g)))[[0, 1, 3]] for part in parts
+    ]
+
+    def predict(law: SupervisedLaw, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
+        return law.loss(n[chosen], d[chosen])
+
+    fits = [
+        _fit(build, predict, starts, measured)
+        for build, starts in ((all_free, wide), (scaled, narrow))
+        if len(measured) >= len(starts[0]) + _SPARE
+    ]
+    return min(fits, key=lambda fit: fit.error, default=None)
+
+
+def fit_distillation(
+    parameters: ArrayLike, tokens: ArrayLike, teachers: ArrayLike, alone: ArrayLike, losses: ArrayLike
+) -> LawFit[DistillationLaw] | None:
+    """Fit the law of students that learn from a teacher alone; None with fewer than eleven points.
+
+    Args:
+        parameters: without embeddings, of each student.
+        tokens: that it was trained on.
+        teachers: losses of their teachers.
+        alone: losses of the same students without a teacher.
+        losses: measured of the taught students.
+    """
+    n, d, taught, own, measured = (
+        np.asarray(values, dtype=np.float64) for values in (parameters, tokens, teachers, alone, losses)
+    )
+    known = np.log(coefficients(PUBLISHED_TAUGHT))
+    if len(measured) < len(known) + _SPARE:
+        return None
+    middle = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())
+    random = np.random.default_rng(0)
+    starts = []
+    for trial in range(_STARTS):
+        x = known + (0.0 if trial == 0 else 0.3) * random.standard_normal(len(known))
+        if trial % 2:  # as scarce as the published points are, at the middle of these
+            x[4] = x[5] + np.log(middle[0]) * np.exp(x[5])
+            x[6] = x[7] + np.log(middle[1]) * np.exp(x[7])
+        starts.append(x)
+
+    def predict(law: DistillationLaw, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
+        return law.loss(n[chosen], d[chosen], taught[chosen], own[chosen])
+
+    return _fit(lambda x: DistillationLaw(*_positive(x)), predict, starts, measured)
+
+
+def _positive(x: NDArray[np.float64]) -> list[float]:
+    """Coefficients from their logarithms, which a search may lead anywhere."""
+    found: list[float] = np.exp(np.clip(x, -_FARTHEST, _FARTHEST)).tolist()
+    return found
+
+
+def _fit(
+    build: Build[Law],
+    predict: Predict[Law],
+    starts: Sequence[NDArray[np.float64]],
+    measured: NDArray[np.float64],
+) -> LawFit[Law]:
+    """The best of the fits from all starts; points are left out from there on."""
+
+    def solved(
+        start: NDArray[np.float64], chosen: NDArray[np.intp], part: int = 1
+    ) -> tuple[float, NDArray[np.float64]]:
+        def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            with np.errstate(all="ignore"):
+                found = np.log(predict(build(x), chosen) / measured[chosen])
+            return np.nan_to_num(found, nan=1e3, posinf=1e3, neginf=-1e3)
+
+        # Squares first: far from the minimum Huber's loss is nearly linear and leads there slowly.
+        near = least_squares(residuals, start, method="lm", max_nfev=_CALLS // part)
+        found = least_squares(
+            residuals, near.x, loss="huber", f_scale=_HUBER, x_scale="jac", max_nfev=_STEPS // part
+        )
+        return float(found.cost), found.x
+
+    everything = np.arange(len(measured))
+    _, best = min((solved(start, everything) for start in starts), key=lambda one: one[0])
+    law = build(best)
+    left_out = np.empty(len(measured))
+    for fold in range(min(_FOLDS, len(measured))):
+        apart = everything % _FOLDS == fold
+        _, x = solved(best, everything[~apart], 4)
+        left_out[apart] = measured[apart] / predict(build(x), everything[apart]) - 1
+    residuals = measured / predict(law, everything) - 1
+    return LawFit(law, len(best), tuple(map(float, residuals)), tuple(map(float, left_out)))

@@ -1,0 +1,61 @@
+"""Laws are found again from points of known coefficients, and intervals hold as much as they say."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+
+from tutelage.planner.law_fits import fit_distillation, fit_supervised
+from tutelage.planner.laws import PUBLISHED, DistillationLaw, SupervisedLaw
+
+SIZES = np.repeat([20e3, 50e3, 150e3, 400e3], 3)
+BUDGETS = np.tile([250e3, 1.25e6, 3.75e6], 4)
+
+
+def test_all_coefficients_are_found_again():
+    known = SupervisedLaw(0.9, 500.0, 0.35, 4e4, 0.5, 0.6)  # far from the published ones
+    found = fit_supervised(SIZES, BUDGETS, known.loss(SIZES, BUDGETS))
+    assert found.free == 6
+    assert astuple(found.law) == pytest.approx(astuple(known), rel=1e-4)
+    assert found.error < 1e-6
+
+
+def test_an_outlier_does_not_move_the_law():
+    known = SupervisedLaw(1.5, PUBLISHED.A, PUBLISHED.a, PUBLISHED.B, PUBLISHED.b, PUBLISHED.g)
+    losses = known.loss(SIZES, BUDGETS)
+    losses[4] *= 1.05
+    found = fit_supervised(SIZES, BUDGETS, losses)
+    assert np.delete(found.residuals, 4) == pytest.approx(0, abs=4e-3)
+    assert found.residuals[4] > 0.04
+
+
+def test_few_points_fit_three_coefficients_and_fewer_none():
+    losses = PUBLISHED.loss(SIZES, BUDGETS)
+    assert fit_supervised(SIZES[:6], BUDGETS[:6], losses[:6]).free == 3
+    assert fit_supervised(SIZES[:4], BUDGETS[:4], losses[:4]) is None
+    assert fit_distillation(*[losses[:10]] * 5) is None
+
+
+@pytest.mark.slow
+def test_intervals_hold_as_many_new_points_as_they_say():
+    random, known = np.random.default_rng(0), SupervisedLaw(1.3, 400.0, 0.408, 2e3, 0.431, 0.452)
+    inside, trials = 0, 60
+    for _ in range(trials):
+        n, d = 10 ** random.uniform(4.3, 5.6, 7), 10 ** random.uniform(5.4, 6.6, 7)
+        losses = known.loss(n, d) * np.exp(random.normal(0, 0.01, 7))
+        found = fit_supervised(n[:6], d[:6], losses[:6])
+        inside += abs(losses[6] / found.law.loss(n[6], d[6]) - 1) <= found.half_width
+    assert inside / trials >= 0.85
+
+
+@pytest.mark.slow
+def test_the_distillation_law_is_found_again():
+    known, random = DistillationLaw(2.0, 200.0, 0.12, 1.5, 3e5, 0.55, 4e5, 0.5, 0.5), np.random.default_rng(1)
+    n = 10 ** random.uniform(8.16, 9.9, 40)
+    d, teachers = n * 10 ** random.uniform(1.2, 2.5, 40), random.uniform(1.9, 2.6, 40)
+    alone = PUBLISHED.loss(n, d)
+    found = fit_distillation(n, d, teachers, alone, known.loss(n, d, teachers, alone))
+    assert found.law.loss(n, d, teachers, alone) == pytest.approx(known.loss(n, d, teachers, alone), abs=1e-3)
+    assert found.error < 1e-3
