@@ -172,16 +172,38 @@ class _Bounded(Section):
         return self.cap
 
 
-class GapDrivenAlpha(_Bounded):
+class _ByGap(_Bounded):
+    window: int = Field(
+        default=20, ge=1, le=10**9, description="steps over which cross-entropies are averaged"
+    )
+
+
+class GapDrivenAlpha(_ByGap):
     """Alpha in proportion to the student's gap to the teacher."""
 
     policy: Literal["gap_driven"]
     scale: float = Field(
         default=0.5, ge=1e-6, le=1e6, description="gap in nats per token that asks for alpha 1"
     )
-    window: int = Field(
-        default=20, ge=1, le=10**9, description="steps over which cross-entropies are averaged"
+
+    def asked(self, ce: float, teacher_ce: float) -> float:
+        """Alpha that mean cross-entropies of student and teacher in nats ask for, before its bounds."""
+        return (ce - teacher_ce) / self.scale
+
+
+class AutoAlpha(_ByGap):
+    """Alpha by the relative gap to the teacher, with coefficients fitted on finished sweeps."""
+
+    policy: Literal["auto"]
+    level: Fraction = Field(default=0.4, description="alpha while the student is as good as the teacher")
+    slope: float = Field(
+        default=5.0, gt=0, le=1e6, description="rise of alpha per unit of the relative gap, CE_S / CE_T - 1"
     )
+    cap: Fraction = Field(default=1.0, description="largest alpha")
+
+    def asked(self, ce: float, teacher_ce: float) -> float:
+        """Alpha that mean cross-entropies of student and teacher in nats ask for, before its bounds."""
+        return self.level + self.slope * (ce / max(teacher_ce, 1e-9) - 1.0)
 
 
 class PrequentialAlpha(_Bounded):
@@ -215,6 +237,7 @@ AlphaConfig = Annotated[
     | WsdAlpha
     | SaltAlpha
     | GapDrivenAlpha
+    | AutoAlpha
     | PrequentialAlpha,
     Field(discriminator="policy"),
 ]

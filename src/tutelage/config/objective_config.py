@@ -156,17 +156,19 @@ class ObjectiveConfig(Objective):
     """(1 - alpha) CE + alpha T^2 D(teacher, student), means over valid tokens (arXiv 2605.23857)."""
 
     alpha: AlphaConfig = Field(
-        default=ConstantAlpha(value=0.0), description="a number, or a policy with its settings"
+        default=ConstantAlpha(value=0.0), description="a number, auto, or a policy with its settings"
     )
     gate: GateConfig | None = Field(default=None, description="factor on alpha per token; default: 1")
 
-    @field_validator("alpha", mode="before", json_schema_input_type=Fraction | AlphaConfig)
+    @field_validator("alpha", mode="before", json_schema_input_type=Fraction | Literal["auto"] | AlphaConfig)
     @classmethod
     def _number_is_constant(cls, alpha: object) -> object:
         if isinstance(alpha, int | float) and not isinstance(alpha, bool):
             return {"policy": "constant", "value": alpha}
+        if alpha == "auto":
+            return {"policy": "auto"}
         if not isinstance(alpha, dict | Section):
-            raise ValueError("write a number, 0.4, or a policy with its settings")  # noqa: TRY004 - pydantic's
+            raise ValueError("write a number, 0.4, auto, or a policy with its settings")  # noqa: TRY004 - pydantic's
         return alpha
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from tutelage.config.alpha_config import GapDrivenAlpha, PrequentialAlpha, WsdAlpha
+from tutelage.config.alpha_config import AutoAlpha, GapDrivenAlpha, PrequentialAlpha, WsdAlpha
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,8 +51,8 @@ def make_policy(alpha: AlphaConfig, lr_fraction: Callable[[int, int], float]) ->
         lr_fraction: (step, steps) -> learning rate as a fraction of its peak, in [0, 1]; `wsd` follows it.
     """
     match alpha:
-        case GapDrivenAlpha():
-            return GapDriven(alpha)
+        case GapDrivenAlpha() | AutoAlpha():
+            return ByGap(alpha)
         case PrequentialAlpha():
             return Prequential(alpha)
         case WsdAlpha():
@@ -160,15 +160,16 @@ class _Adaptive(ABC):
             self._delayed.send(torch.tensor(state["late_ce"]), torch.tensor(state["late_teacher_ce"]))
 
 
-class GapDriven(_Adaptive):
-    """Alpha = clip((CE_student - CE_teacher) / scale, floor, cap), on running means of both.
+class ByGap(_Adaptive):
+    """Alpha from running means of the student's and the teacher's cross-entropy, within [floor, cap].
 
-    Alpha is large while the teacher predicts better, and the floor once the student has caught up. This is an
-    idea of this project, not a published method; it runs the teacher at every step, even on a floor of 0.
-    Until the first numbers have arrived (two steps) alpha is the cap.
+    `gap_driven` asks for (CE_S - CE_T) / scale, `auto` for level + slope (CE_S / CE_T - 1). Alpha is large
+    while the teacher predicts better and falls as the student catches up. Both are ideas of this project, not
+    published methods; they run the teacher at every step, even on a floor of 0. Until the first numbers have
+    arrived (two steps) alpha is the cap.
     """
 
-    def __init__(self, config: GapDrivenAlpha) -> None:
+    def __init__(self, config: GapDrivenAlpha | AutoAlpha) -> None:
         super().__init__(ce=0.0, teacher_ce=0.0, seen=0.0)
         self._config = config
 
@@ -177,12 +178,11 @@ class GapDriven(_Adaptive):
         return True
 
     def alpha(self, _step: int, _steps: int) -> float:
-        """Clip the running gap over the scale; before the first gap is known, return the cap."""
+        """Clip what the running means ask for; before the first are known, return the cap."""
         memory, config = self._memory, self._config
         if not memory["seen"]:
             return config.cap
-        gap = memory["ce"] - memory["teacher_ce"]
-        return min(config.cap, max(config.floor, gap / config.scale))
+        return min(config.cap, max(config.floor, config.asked(memory["ce"], memory["teacher_ce"])))
 
     def _learn(self, ce: float, teacher_ce: float) -> None:
         """Update the means: plain over the first `window` steps, exponential after that."""

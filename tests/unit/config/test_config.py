@@ -114,7 +114,7 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"stage": "pretran"}, "stage = 'pretran': did you mean 'pretrain'? must be 'pretrain' or 'sft'"),
         ({"seed": 2**64}, "seed = 18446744073709551616: must be less than 4,294,967,296"),
         ({"seed": 10**5000}, "run.yaml: no settings (Exceeds the limit"),
-        ({"objective": {"alpha": {"policy": "constan"}}}, "did you mean 'constant'? choose from constant"),
+        ({"objective": {"alpha": {"policy": "constan"}}}, "did you mean 'constant'? choose from auto"),
     ],
 )
 def test_errors_name_file_field_value_and_remedy(changes, message):

@@ -33,6 +33,7 @@ EXAMPLES = {
     "wsd": {"peak": 0.6},
     "salt": {"value": 0.7, "until": 0.25},
     "gap_driven": {"window": 2},
+    "auto": {"window": 2},
     "prequential": {"period": 10, "probe": 3},
 }
 POLICIES = {
@@ -70,6 +71,7 @@ def feed(policy, gaps, first=0, steps=101):
         ("wsd", {0: 0.6 / 11, 10: 0.6, 50: 0.6, 80: 0.6, 90: 0.3, 100: 0.0}),
         ("salt", {0: 0.7, 24: 0.7, 25: 0.0, 100: 0.0}),
         ("gap_driven", {0: 0.9, 100: 0.9}),  # nothing heard yet
+        ("auto", {0: 1.0, 100: 1.0}),
         ("prequential", {0: 0.0, 2: 0.0, 3: 0.5, 9: 0.5, 10: 0.0, 13: 0.5}),
     ],
 )
@@ -93,6 +95,19 @@ def test_wsd_follows_the_learning_rate_to_the_digit():
 @pytest.mark.parametrize(("gap", "alpha"), [(2.0, 0.9), (0.45, 0.9), (0.2, 0.4), (0.05, 0.1), (-1.0, 0.1)])
 def test_gap_driven_settles_on_the_clipped_gap(gap, alpha):
     assert feed(make("gap_driven"), [gap] * 30)[-1] == pytest.approx(alpha, abs=1e-6)
+
+
+@pytest.mark.parametrize(("gap", "alpha"), [(2.0, 1.0), (0.3, 0.9), (0.0, 0.4), (-0.12, 0.2), (-1.0, 0.1)])
+def test_auto_settles_on_the_clipped_line_of_the_relative_gap(gap, alpha):
+    assert feed(make("auto"), [gap] * 30)[-1] == pytest.approx(alpha, abs=1e-6)  # the teacher has 3 nats
+
+
+def test_auto_is_one_word_and_takes_any_teacher():
+    assert validate(ObjectiveConfig, {"alpha": "auto"}, "test").alpha.policy == "auto"
+    policy = make("auto")
+    for step in range(5):
+        policy.observe(step, torch.tensor(2.0), torch.tensor(0.0))  # one that knows the text by heart
+    assert policy.alpha(5, 100) == 1.0
 
 
 def test_gap_driven_hears_each_step_two_steps_later_and_averages_over_the_window():
@@ -202,7 +217,7 @@ def test_the_page_shows_every_policy_and_gate_and_its_settings_are_valid():
     assert {one.gate.kind for one in shown if one.gate is not None} == set(GATES)
 
 
-@pytest.mark.parametrize("name", ["gap_driven", "prequential"])
+@pytest.mark.parametrize("name", ["gap_driven", "auto", "prequential"])
 def test_a_policy_costs_less_than_a_hundredth_of_a_demo_step(name, make_config):
     config = make_config(
         model={"shape": "nano-150k"}, global_batch_tokens=1024, tokens=4096, objective={"alpha": 0.0}

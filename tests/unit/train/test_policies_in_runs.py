@@ -14,6 +14,7 @@ from tutelage.run import run
 TEACHER = {"kind": "unigram"}
 OBJECTIVES = {
     "gap_driven": {"alpha": {"policy": "gap_driven", "window": 3, "scale": 2.0}},
+    "auto": {"alpha": "auto"},
     "prequential": {"alpha": {"policy": "prequential", "period": 4, "probe": 2}},
     "student_entropy": {"alpha": 0.5, "gate": {"kind": "student_entropy"}},
     "teacher_better": {"alpha": {"policy": "gap_driven"}, "gate": {"kind": "teacher_better"}},

@@ -1,0 +1,102 @@
+"""Arms against every constant alpha of the same pair: in how many pairs one beats an arm on both sides.
+
+    tutelage study run tournament && python benchmarks/studies/tournament.py tutelage-tournament
+
+Gains are means over replicates on the test split, in percent of the bits per byte of the untaught student,
+with half the paired 95% t interval. A constant beats an arm where its mean gain is larger in domain and out
+of domain, both raw or both with calibration fitted (a temperature and a unigram share). Regret is what the
+best constant of that side has more; a sweep that chose it would have paid for all of them. With `--constants`
+each constant is judged as an arm too, against the others: the use of one number for all pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from tutelage.analysis.gains import measure
+from tutelage.analysis.stats import half_width
+from tutelage.study.results import load_results
+
+SIDES = {"raw": ("raw", "in_domain"), "out": ("raw", "out_of_domain")}
+"""Columns of the table and what they hold: fit and role."""
+SIDES |= {"fitted": ("unigram", "in_domain"), "out fitted": ("unigram", "out_of_domain")}
+BOTH = (("raw", "out"), ("fitted", "out fitted"))
+
+
+def gains_of(study: Path) -> pl.DataFrame:
+    """One row per pair, arm and seed: student, teacher, arm, constant, seed and the gains of `SIDES`."""
+    gains = measure(load_results(study))
+    cells = gains.cells.filter(~pl.col("control") & pl.col("stage").is_null())
+    sides = gains.sides.filter(split="test").join(cells, on="cell")
+    parts = [
+        sides.filter(fit=fit, role=role).select(
+            "student", "teacher", "arm", "constant", "seed", gain=pl.col("gain")
+        )
+        for fit, role in SIDES.values()
+    ]
+    keys = ["student", "teacher", "arm", "constant", "seed"]
+    table = parts[0].rename({"gain": "raw"})
+    for name, part in zip(list(SIDES)[1:], parts[1:], strict=True):
+        table = table.join(part.rename({"gain": name}), on=keys)
+    return table
+
+
+def beaten_by(arm: pl.DataFrame, constant: pl.DataFrame) -> bool:
+    """Whether a constant's mean gain is the larger on both sides, raw or fitted, over their common seeds."""
+    common = arm.join(constant, on="seed", suffix=" of constant")
+    ahead = {side: (common[f"{side} of constant"] - common[side]).mean() for side in SIDES}
+    return any(ahead[inside] > 0 and ahead[outside] > 0 for inside, outside in BOTH)  # type: ignore[operator]
+
+
+def shown(values: pl.Series) -> str:
+    """Mean and half the interval."""
+    half = half_width(np.array([len(values)]), np.array([values.std()], dtype=float))[0]
+    return f"{values.mean():+.2f} ± {half:.2f}"
+
+
+def judged(table: pl.DataFrame, *, constants: bool) -> pl.DataFrame:
+    """One row per pair and arm."""
+    rows = []
+    for (student, teacher), pair in table.group_by("student", "teacher", maintain_order=True):
+        fixed = dict(pair.filter("constant").group_by("arm", maintain_order=True))
+        best = {side: max(one[side].mean() for one in fixed.values()) for side in SIDES}  # type: ignore[type-var]
+        for (name, constant), arm in pair.group_by("arm", "constant", maintain_order=True):
+            if constant and not constants:
+                continue
+            others = {key[0]: one for key, one in fixed.items() if key[0] != name}
+            rows.append(
+                {"student": student, "teacher": teacher, "arm": name, "n": len(arm)}
+                | {side: shown(arm[side]) for side in SIDES}
+                | {f"regret {side}": round(best[side] - arm[side].mean(), 2) for side in SIDES}  # type: ignore[operator]
+                | {"beaten by": ", ".join(n for n, one in others.items() if beaten_by(arm, one)) or "-"}
+            )
+    return pl.DataFrame(rows)
+
+
+def main() -> None:
+    """Print pairs, then arms."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--constants", action="store_true")
+    arguments = parser.parse_args()
+    table = judged(gains_of(arguments.study), constants=arguments.constants)
+    unbeaten = (pl.col("beaten by") == "-").sum().alias("pairs in which no constant beats it")
+    means = [pl.col(f"regret {side}").mean().round(2) for side in SIDES]
+    with pl.Config(
+        tbl_rows=-1, tbl_cols=-1, tbl_width_chars=250, fmt_str_lengths=120, tbl_hide_column_data_types=True
+    ):
+        print(
+            table,
+            table.group_by("arm", maintain_order=True).agg(pl.len().alias("pairs"), unbeaten, *means),
+            sep="\n",
+        )
+
+
+if __name__ == "__main__":
+    main()

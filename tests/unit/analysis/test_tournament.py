@@ -1,0 +1,53 @@
+"""The tournament's judge, on a study whose gains are known."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from synthetic_study import write_study
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "studies" / "tournament.py"
+SALT, GAP = "salt value 0.8 until 0.3", "gap_driven floor 0.1"
+GAINS = {
+    ("weak", 0.2): (0.5, 1.0),
+    ("weak", 0.4): (-1.0, 3.0),
+    ("weak", SALT): (0.2, 0.5),  # behind 0.2 on both sides
+    ("weak", GAP): (1.0, 0.2),  # ahead of all in domain
+    ("strong", 0.2): (1.0, 1.0),
+    ("strong", 0.4): (2.0, 2.0),
+    ("strong", SALT): (1.5, 2.5),  # 0.4 is ahead in domain only
+    ("strong", GAP): (1.9, 1.9),
+}
+
+
+@pytest.fixture(scope="module")
+def tournament():
+    spec = importlib.util.spec_from_file_location("tournament", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_arm_is_beaten_where_one_constant_has_more_on_both_sides(tournament, tmp_path):
+    table = tournament.gains_of(write_study(tmp_path / "study", gains=GAINS))
+    rows = {(row["teacher"], row["arm"]): row for row in tournament.judged(table, constants=False).to_dicts()}
+    assert {key: row["beaten by"] for key, row in rows.items()} == {
+        ("weak", SALT): "alpha 0.2",
+        ("weak", GAP): "-",
+        ("strong", SALT): "-",
+        ("strong", GAP): "alpha 0.4",
+    }
+    weak = rows["weak", SALT]
+    assert weak["regret raw"] == pytest.approx(0.3, abs=0.02)
+    assert weak["regret out"] == pytest.approx(2.5, abs=0.02)
+    mean, half = map(float, weak["raw"].split(" ± "))
+    assert (mean, half) == pytest.approx((0.2, 4.303 * 0.1 / 3**0.5), abs=0.02)  # t of 2 degrees of freedom
+
+
+def test_constants_are_judged_by_the_others(tournament, tmp_path):
+    table = tournament.gains_of(write_study(tmp_path / "study", gains=GAINS))
+    rows = tournament.judged(table, constants=True).filter(teacher="strong").to_dicts()
+    found = {row["arm"]: row["beaten by"] for row in rows if row["arm"].startswith("alpha")}
+    assert found == {"alpha 0.2": "alpha 0.4", "alpha 0.4": "-"}
