@@ -85,6 +85,11 @@ def finish(world: World, task: Task, words: str, redone: int | None = None) -> V
     return Verdict(RIGHT, words, redone=redone)
 
 
+def _said(outcome: Outcome, names: tuple[str, ...]) -> bool:
+    """Whether a line of its complaints and notes has all the names."""
+    return any(all(name in line for name in names) for line in outcome.err.splitlines())
+
+
 def judge(
     world: World,
     task: Task,
@@ -109,12 +114,14 @@ def judge(
     if kind := broken(outcome):
         return Verdict(kind, f"{words}: {outcome.code} {outcome.complaint}")
     if outcome.code == 0:
-        if (path := difference(world, task, outcome, ignored)) is not None:
-            return Verdict(SILENT, f"{words}: {path}")
-        return Verdict(RIGHT, words)
-    if outcome.code != 2:
-        return Verdict(TRACEBACK, f"{words}: {outcome.code} {outcome.complaint}")
+        path = difference(world, task, outcome, ignored)
+        if path is None or not (names and _said(outcome, names)):
+            return Verdict(RIGHT if path is None else SILENT, f"{words}: {path}" if path else words)
+        mend()  # a table without what cannot be read, and the line that says so
+        return finish(world, task, f"{words}: said, and {path}")
     words = f"{words}: {outcome.complaint}"
+    if outcome.code != 2:
+        return Verdict(TRACEBACK, f"{outcome.code}: {words}")
     # A study says above its last line what each of its runs died of.
     if not outcome.complaint.startswith("error: ") or not any(name in outcome.err for name in names):
         return Verdict(UNCLEAR, words)

@@ -13,6 +13,7 @@ from campaigns.cuts import cut
 from campaigns.disks import fill
 from campaigns.hostile import COUNTS, plant, plant_link
 from campaigns.kills import kill_command, kill_study
+from campaigns.verified import NEEDED, verify_damaged
 
 if TYPE_CHECKING:
     import random
@@ -73,6 +74,12 @@ PARTS = {
         }
         | {"study on": 12, "verdicts": 60},
         {"train": 4, "resume": 4, "again": 4},
+    ),
+    "verify": Part(
+        verify_damaged,
+        {"store": 30, "cache": 20, "run": 60, "stopped run": 30, "study": 120},
+        {"store": 2, "cache": 1, "run": 3},
+        needs=NEEDED,
     ),
     "disks": Part(
         fill,

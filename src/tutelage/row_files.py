@@ -52,8 +52,10 @@ def whole_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return checked_rows(text[: text.rfind(b"\n") + 1].decode(errors="replace"))
 
 
-def keep_rows(path: Path, step: int) -> str | None:
+def keep_rows(path: Path, step: int, newest: int) -> str | None:
     """Drop rows after `step`, which a resumed run is about to write again, and damaged ones.
+
+    There must be one of the step `newest`.
 
     Returns:
         A sentence if rows are lost.
@@ -61,13 +63,15 @@ def keep_rows(path: Path, step: int) -> str | None:
     if not path.is_file():
         return f"{path}: missing; the rows of {step:,} steps are lost" if step else None
     rows, damaged = whole_rows(path)
-    text, before = "", 0
+    text, before, last = "", 0, 0
     for row in rows:
         if isinstance(row.get("step"), int) and row["step"] <= step:
             line = row_text(row, before)
-            text, before = text + line, split_row(line)[1]
+            text, before, last = text + line, split_row(line)[1], row["step"]
     write_text(path, text)
-    return f"{path}: damaged; {len(damaged)} lines from line {damaged[0]} are left out" if damaged else None
+    if damaged:
+        return f"{path}: damaged; {len(damaged)} lines from line {damaged[0]} are left out"
+    return f"{path}: cut; the rows after step {last:,} to step {newest:,} are lost" if last < newest else None
 
 
 def row_text(fields: Mapping[str, Any], before: int) -> str:

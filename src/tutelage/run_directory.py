@@ -336,9 +336,14 @@ class RunDirectory:
         """The newest whole row of metrics.jsonl; empty before there is one."""
         return last_row(self.path / "metrics.jsonl")
 
-    def keep_metrics_until(self, step: int) -> str | None:
-        """Drop the rows of metrics.jsonl after `step`, and damaged ones; a sentence if rows are lost."""
-        return keep_rows(self.path / "metrics.jsonl", step)
+    def keep_metrics_until(self, step: int, logged: int = 0) -> str | None:
+        """Drop the rows of metrics.jsonl after `step`, and damaged ones; a sentence if rows are lost.
+
+        Args:
+            step: of the checkpoint that the run goes on from.
+            logged: step of the newest row when that was written.
+        """
+        return keep_rows(self.path / "metrics.jsonl", step, logged)
 
     def flush_log(self) -> None:
         """Wait until the rows of metrics.jsonl and the names in the directory would survive a power cut."""

@@ -5,17 +5,21 @@ What a directory is shows in the files that are in it. Nothing is changed.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tutelage.checksums import CARD, LISTING, difference, listed
+from tutelage.config.teacher_config import ModelTeacher, RunTeacher
 from tutelage.data.store import verify_store
 from tutelage.errors import UserError
-from tutelage.records import UnreadableError, is_sealed, read_sealed
+from tutelage.models.directory import check_directory
+from tutelage.records import UnreadableError, is_sealed, read_object, read_sealed
 from tutelage.row_files import checked_rows, split_row
 from tutelage.run_directory import RunDirectory
+from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import verify_cache
-from tutelage.train.checkpoint_files import BRANCH_POINT, damage
+from tutelage.train.checkpoint_files import BRANCH_POINT, COUNTERS, damage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +30,10 @@ _FOLDERS = ("leases", "failures", "overlap")
 """Names of JSON files that have a seal, and of directories in which all have one."""
 _RUN, _STORE = ("state.json", "config.yaml", "metrics.jsonl"), ("manifest.json", "train.bin", "train.idx")
 _SCORES = ("scores.jsonl", "documents.parquet", "calibration.json")
+_FOREIGN = (
+    f"no {LISTING}: another program wrote it, and it is used as it is; there is nothing here to compare it "
+    "with, but `hf cache verify REPO --local-dir PATH` compares it with its repository on the Hub"
+)
 _AGAIN = "the same `tutelage train` or `tutelage study run`"
 _EDITED = f"if it was changed on purpose, delete the {LISTING} beside it"
 _REMEDIES = {
@@ -121,6 +129,9 @@ def _listed(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
         return
     needed = [name for name in ("config.yaml", *_SCORES) if (path / name).exists()]
     if any(path.glob("*.safetensors")):
+        if not known and not _has(path.parent, _RUN):
+            yield _foreign(path)
+            return
         needed += ["config.json", "model.safetensors"]
     unknown = [name for name in needed if name not in known and (path / name).exists()]
     for name in unknown:
@@ -136,6 +147,12 @@ def _listed(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
             yield Finding(path / name, "file", f"{reason.removeprefix('is ')}; {_remedy(name)}")
     if known and not wrong and not unknown:
         yield Finding(path, f"{len(known)} files")
+
+
+def _foreign(path: Path) -> Finding:
+    """Say of a model that another program wrote whether it can be one; if it is intact nobody knows."""
+    checked = _whole(path, "model", lambda: check_directory(path))
+    return checked if checked.wrong is not None else Finding(path, "model", _FOREIGN)
 
 
 def _remedy(name: str) -> str:
@@ -172,15 +189,16 @@ def _run(run: RunDirectory) -> Iterator[Finding]:
             yield Finding(run.path / name, "record", f"missing; {_REMEDIES[name]}")
     if state.get("status") == "done" and not run.is_done():
         yield Finding(run.path, "run", f"its model or scores are missing; {_AGAIN} makes them again")
-    reason = _wrong_metrics(run.path / "metrics.jsonl", state)
+    reason = _wrong_metrics(run, state)
     if reason is not None:
         yield Finding(run.path / "metrics.jsonl", "rows", f"{reason}; {_REMEDIES['metrics.jsonl']}")
     elif state:
         yield Finding(run.path / "metrics.jsonl", "rows")
 
 
-def _wrong_metrics(path: Path, state: Mapping[str, object]) -> str | None:
+def _wrong_metrics(run: RunDirectory, state: Mapping[str, object]) -> str | None:
     """Why the log of a run is not what was written; a last line without an end is of a kill."""
+    path = run.path / "metrics.jsonl"
     if not path.exists():
         return "missing" if state.get("step") else None
     data = path.read_bytes()
@@ -195,6 +213,12 @@ def _wrong_metrics(path: Path, state: Mapping[str, object]) -> str | None:
     last = rows[-1].get("step") if rows else 0
     if done and last != state.get("step"):
         return f"its last row is of step {last}, and the run's last step was {state.get('step')}"
+    logged = 0
+    with contextlib.suppress(UserError):  # a checkpoint that is damaged is named by itself
+        for newest in [*run.saved().values()][-1:]:
+            logged = read_object(newest / COUNTERS).get("logged", 0)
+    if isinstance(last, int) and isinstance(logged, int) and last < logged:
+        return f"its last row is of step {last}, and there was one of step {logged}"
     return None
 
 
@@ -211,4 +235,34 @@ def _study(path: Path) -> Iterator[Finding]:
         if is_done and not run.is_done():
             yield Finding(
                 run.path, "run", "it was finished, and is not any more; `tutelage study run` mends it"
+            )
+    yield from _lost(path)
+
+
+def _lost(path: Path) -> Iterator[Finding]:
+    """Token stores and teacher caches that finished runs of a study were made with, and that are gone."""
+    stores, taught = set(), set()
+    for run in map(RunDirectory, (path / "runs").glob("*/")):
+        try:
+            config = run.config() if run.is_done() else None
+        except UserError:  # named among the files of the run
+            continue
+        if config is None:
+            continue
+        used = (config.data.store, *(domain.store for domain in config.eval.domains))
+        stores |= {store.name for store in used if store.parent == config.output.parent / "data"}
+        teacher = config.teacher
+        if isinstance(teacher, RunTeacher | ModelTeacher) and teacher.cache is not None:
+            name = teacher.run if isinstance(teacher, RunTeacher) else teacher.path
+            taught.add((name, teacher.cache.format.model_dump_json()))
+    remedy = "`tutelage study run` makes it again where it is needed"
+    for place in sorted(path / "data" / name for name in stores):
+        if not place.is_dir():
+            yield Finding(place, "token store", f"lost; {remedy}")
+    with contextlib.suppress(UserError):  # a cache that cannot be opened, which is named by itself
+        known = [read_cache_manifest(place) for place in (path / "caches").glob("*/")]
+        there = {(cache.teacher.id, cache.format.model_dump_json()) for cache in known}
+        for name, form in sorted(taught - there):
+            yield Finding(
+                path / "caches", "teacher cache", f"the one of {name} with format {form} is lost; {remedy}"
             )

@@ -111,10 +111,13 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {
         "errors",
         "checksums",
+        "config",
+        "models.directory",
         "records",
         "row_files",
         "data.store",
         "run_directory",
+        "teachers.cache.layout",
         "teachers.cache.reader",
         "train.checkpoint_files",
     },

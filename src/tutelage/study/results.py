@@ -283,10 +283,19 @@ def _reported(problems: list[str], run: str, consequence: str) -> Iterator[None]
 
 
 def _progress(path: Path) -> dict[str, object]:
-    """Status of a run and, if it is done, its costs."""
-    file, status = path / "state.json", RunDirectory(path).status()
-    if status == "not started":
+    """Status of a run and, if it is done, its costs.
+
+    Raises:
+        UnreadableError: the state cannot be read, or something is lost of a run that was done.
+    """
+    run, file = RunDirectory(path), path / "state.json"
+    status = run.status()
+    if status == "not started" and not run.scores.exists():
         return {"status": status}
     if status == "done":
         return read_model(file, _Done).model_dump()
-    return read_model(file, _Status).model_dump() | {"status": status}
+    found = read_model(file, _Status)
+    if found.status == "done":
+        lost = run.model if run.scores.exists() else run.scores
+        raise UnreadableError(lost.name, "lost since the run was done; `tutelage study run` makes it again")
+    return found.model_dump() | {"status": status}

@@ -71,6 +71,7 @@ class Counters:
         policy: what the alpha policy remembers.
         gate: what the per-token gate remembers.
         skipped: steps whose update was skipped.
+        logged: step of the newest row of metrics.jsonl.
     """
 
     step: int = 0
@@ -79,6 +80,7 @@ class Counters:
     policy: dict[str, float] = field(default_factory=dict)
     gate: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
+    logged: int = 0
 
 
 class Checkpoints:

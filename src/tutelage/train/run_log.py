@@ -54,6 +54,7 @@ class RunLog:
 
     Attributes:
         meter: the run's clock.
+        logged: step of the newest row.
         warnings: what the user should know and has not been told; whoever shows them empties the list.
     """
 
@@ -64,7 +65,7 @@ class RunLog:
         self._facts = RunFacts(0, 0, 0.0, 0.0, "kd", 1)
         self._trackers: list[Tracker] = []
         self._losses, self._stragglers = LossBand(), Stragglers()
-        self._skipped = 0
+        self._skipped = self.logged = 0
 
     def open(self, facts: RunFacts, counters: Counters) -> None:
         """Go on where a checkpoint stands: drop later rows, open the trackers, start the clock.
@@ -72,9 +73,9 @@ class RunLog:
         Raises:
             UserError: a tracker's package is not installed.
         """
-        self._facts, self._skipped = facts, counters.skipped
+        self._facts, self._skipped, self.logged = facts, counters.skipped, counters.logged
         if self._is_main:
-            lost = self._directory.keep_metrics_until(counters.step)
+            lost = self._directory.keep_metrics_until(counters.step, counters.logged)
             self.warnings += [] if lost is None else [lost]
             if counters.step:  # a lost state.json is made again from the checkpoint
                 self.record(counters)
@@ -125,6 +126,7 @@ class RunLog:
         }
         for part, memory in (("policy", counters.policy), ("gate", counters.gate)):
             row |= {f"{part}_{name}": value for name, value in memory.items()}
+        self.logged = counters.step
         if self._is_main:
             self._directory.append_metrics(row)
             for tracker in self._trackers:

@@ -287,7 +287,7 @@ class Student:
         owed, self._owed = self._owed, set()
         if "checkpoint" in owed:
             self._check_weights()
-        counters = self._counters(skips)
+        counters = self._counters(skips, has_row="row" in owed)
         row = None
         if "row" in owed:
             row = self.log.write(report, counters, parts)
@@ -297,7 +297,7 @@ class Student:
             self.checkpoints.save(self.model, self.optimizer, counters)
         return row
 
-    def _counters(self, skips: Skips) -> Counters:
+    def _counters(self, skips: Skips, *, has_row: bool = False) -> Counters:
         """Where the run stands, as checkpoints hold it; waits for the device."""
         return Counters(
             self.step,
@@ -306,6 +306,7 @@ class Student:
             self.policy.state(),
             {} if self.gate is None else self.gate.state(),
             skips.total,
+            self.step if has_row else self.log.logged,
         )
 
 

@@ -263,7 +263,7 @@ def test_a_damaged_provenance_is_reported(study):
 def test_runs_that_are_not_done_are_listed_and_not_counted(study):
     edit_json(study / "runs" / RUN / "state.json", status="failed", error="loss is not finite")
     edit_json(study / "runs" / "baseline-45" / "state.json", status="running")
-    (study / "runs" / "baseline-44" / "state.json").unlink()
+    shutil.rmtree(study / "runs" / "baseline-44")
     (study / "runs" / "teacher-weak-42" / "state.json").write_text("{")
 
     results = load_results(study)
@@ -278,6 +278,23 @@ def test_runs_that_are_not_done_are_listed_and_not_counted(study):
     assert results.unfinished.filter(run=RUN)["error"].item() == "loss is not finite"
     assert not set(listed) & set(results.scores["run"])
     assert results.problems[0].startswith("teacher-weak-42: state.json: ")
+
+
+@pytest.mark.parametrize("lost", ["state.json", "scores.jsonl", "model"])
+def test_what_is_lost_of_a_run_that_was_done_is_named(study, lost):
+    run = study / "runs" / RUN
+    for part in ("model", "checkpoints/step-199"):
+        (run / part).mkdir(parents=True)
+        (run / part / "config.json").write_text("{}")
+    edit_json(run / "state.json", step=199)
+    assert load_results(study).problems == ()
+
+    shutil.rmtree(run / lost) if lost == "model" else (run / lost).unlink()
+    results = load_results(study)
+
+    assert len(results.problems) == 1
+    assert results.problems[0].startswith(f"{RUN}: {lost}: ")
+    assert results.unfinished.select("run", "status").rows() == [(RUN, "unreadable")]
 
 
 def test_a_done_run_without_its_ledger_is_unreadable(study):

@@ -345,4 +345,5 @@ def test_the_terminal_gets_table_answer_and_gaps(tmp_path):
     assert "one seed: not judged" in text
     assert "Intervals: none, 1 seed; t, 3 seeds; t, 3 seeds, one teacher." in text
     assert "left out: student-weak-0.2-44: scores.jsonl, line 1" in text
-    assert "1 of 20 planned runs are not done" in text
+    assert "left out: student-weak-0.2-45: state.json: no such file" in text
+    assert "1 of 20 planned runs are not done: student-weak-0.2-45 (unreadable)" in text

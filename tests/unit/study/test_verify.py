@@ -6,6 +6,7 @@ import random
 
 import pytest
 from tiny_study import run_tiny, tiny_study
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SPLITS
@@ -107,8 +108,7 @@ def of_run(path):
 def of_study(path):
     results = load_results(path)
     frames = (results.scores, results.documents, results.curves, results.runs)
-    unfinished = [f"unfinished by its state.json or scores.jsonl: {run}" for run in results.unfinished["run"]]
-    return results.plan, [frame.rows() for frame in frames], [*results.problems, *unfinished]
+    return results.plan, [frame.rows() for frame in frames], [*results.problems]
 
 
 USES = {"data": of_store, "caches": of_cache, "runs": of_run}
@@ -159,3 +159,37 @@ def test_whatever_is_damaged_is_named_or_changes_nothing(study):
             file.write_bytes(content)
     assert not wrongly, "\n".join(wrongly)
     assert wrong(study) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data", "caches", "runs", "caches/", "data/"])
+def test_a_part_of_a_study_that_is_lost_whole_is_named(study, kind, tmp_path):
+    """One after another, and with a slash all of a kind."""
+    whole = sorted((study / kind).iterdir()) if not kind.endswith("/") else [study / kind]
+    whole = [path for path in whole if path.is_dir()]
+    assert whole
+    for part in whole:
+        kept = part.rename(tmp_path / "kept")
+        found = wrong(study)
+        kept.rename(part)
+        assert found
+        teacher = next(path.name for path in (study / "runs").glob("teacher-*"))
+        assert all(line.startswith(str(part)) or teacher in line for line in found), found
+        assert all("`tutelage study run` m" in line for line in found), found
+    assert wrong(study) == []
+
+
+def test_of_a_foreign_model_nothing_can_be_compared_and_that_is_said(tmp_path):
+    model = tmp_path / "model"
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).save_pretrained(model)
+
+    (found,) = wrong(model)
+    assert found.startswith(f"{model}: no checksums.json: another program wrote it")
+    assert "hf cache verify" in found
+    assert "again" not in found
+
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (found,) = wrong(tmp_path)
+    assert "model.safetensors" in found.partition(": ")[2]

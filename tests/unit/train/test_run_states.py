@@ -11,6 +11,7 @@ from training import Notes, losses
 
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory
+from tutelage.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,26 @@ def test_the_same_command_ends_where_nothing_was_lost(finished, tmp_path, damage
     assert len(torn) == (
         damage in [DAMAGE[name] for name in ("state torn", "state empty", "state no object")]
     )
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_rows_that_are_lost_whole_are_named_by_verify_and_by_the_next_start(finished, tmp_path, rows):
+    original, config = finished
+    run_directory = RunDirectory(tmp_path / "runs" / original.id)
+    shutil.copytree(original.path, run_directory.path)
+    shutil.rmtree(run_directory.model)
+    run_directory.write_state("stopped")
+    log = run_directory.path / "metrics.jsonl"
+    whole = log.read_text().splitlines(keepends=True)
+    assert [one.path for one in verify(run_directory.path, lambda _: None) if one.wrong] == []
+
+    log.write_text("".join(whole[:rows]))
+    (wrong,) = [one for one in verify(run_directory.path, lambda _: None) if one.wrong]
+    assert (wrong.path, "there was one of step" in str(wrong.wrong)) == (log, True)
+
+    notes = Notes()
+    run(config(tmp_path / "runs"), notes)
+    assert any(f"{log}: cut; the rows after step" in note for note in notes.notes), notes.notes
 
 
 def test_done_is_what_the_files_say(finished, tmp_path):

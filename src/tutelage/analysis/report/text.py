@@ -34,6 +34,7 @@ _ROWS = {
 """Metrics of a domain in the order shown, and the label of each row."""
 
 _WORTH_A_NOTE = 0.01
+_UNFINISHED_NAMED = 3
 _AT_A_TIME = 4
 """Models side by side, at most."""
 
@@ -250,7 +251,11 @@ def print_problems(results: Results, console: Console) -> None:
     for warning in results.warnings:
         console.print(Text(f"warning: {warning}"))
     if results.unfinished.height:
-        console.print(f"{results.unfinished.height} of {results.runs.height} planned runs are not done")
+        some = results.unfinished.select("run", "status").rows()[:_UNFINISHED_NAMED]
+        rest = results.unfinished.height - len(some)
+        named = ", ".join(f"{run} ({status})" for run, status in some) + (f" and {rest} more" if rest else "")
+        number = f"{results.unfinished.height} of {results.runs.height} planned runs are not done"
+        console.print(Text(f"{number}: {named}"))
 
 
 def table_caption(findings: Findings) -> str:
