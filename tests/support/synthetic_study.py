@@ -61,7 +61,7 @@ def write_study(
         more: `claims`; `teachers` instead of TEACHERS; `sizes`: (parameters,
             tokens) by student; `offsets`: instead of OFFSETS, by seed; `noise`: standard deviation of a
             further offset of each run; `domains` instead of DOMAINS; `documents` of each text and split;
-            `points` of each learning curve.
+            `points` of each learning curve; `corpus`, name of the training text.
     """
     domains = more.get("domains", DOMAINS)
     wanted = {(STUDENT, *k) if len(k) == 2 else k: v for k, v in (GAINS if gains is None else gains).items()}
@@ -84,6 +84,7 @@ def write_study(
         "teachers": [plan_teacher(t, trained, description) for t in names],
         "domains": [{"name": name, "role": role_of(name, domains)} for name in domains],
         "in_domain": next(iter(domains)),
+        "corpus": more.get("corpus"),
         "runs": rows,
         "claims": list(more.get("claims", ())),
         "notes": ["The text is old & short."],

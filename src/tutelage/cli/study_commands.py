@@ -66,11 +66,13 @@ def study_plan(
 
     Nothing is built or downloaded. Every cell is checked, so what cannot be run is named here.
     """
+    from tutelage.cli.bars import say
     from tutelage.cli.study_output import print_forecast
     from tutelage.study.cost import Machine, forecast
     from tutelage.study.engines.local import study_device
     from tutelage.study.expand import expand
     from tutelage.study.presets import load_study
+    from tutelage.study.texts import foreseen
 
     overrides = [text for text in files if "=" in text]
     names = [text for text in files if "=" not in text]
@@ -86,6 +88,8 @@ def study_plan(
     else:
         for one in expanded:
             _say_untestable(one)
+            for line in foreseen(one, output or Path(f"tutelage-{one.study.name}")):
+                say("warning", f"{one.study.name}: {line}")
         print_forecast(found, [" ".join([name, *overrides]) for name in names])
 
 

@@ -20,7 +20,8 @@ from tutelage.types import IGNORE_INDEX, Batch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tutelage.data.store import SplitView
+    from tutelage.config.run_config import RunConfig
+    from tutelage.data.store import SplitView, Store
 
 _SAMPLES_AT_ONCE = 2**18
 
@@ -120,7 +121,9 @@ class Loader:
         starts = self.windows(step) * self._length
         rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
         ids = torch.from_numpy(rows.astype(np.int64))
-        labels = ids[:, 1:].contiguous()
+        labels = ids[
+            :, 1:
+        ].clone()  # of one row the slice is contiguous, and would share memory with the inputs
         if self._mask is not None:
             marks = np.stack([self._mask[start + 1 : start + self._length + 1] for start in starts])
             labels.masked_fill_(torch.from_numpy(marks == 0), IGNORE_INDEX)
@@ -130,3 +133,27 @@ class Loader:
             labels.masked_fill_(torch.from_numpy(begins[:, 1:]), IGNORE_INDEX)
             positions = torch.from_numpy(positions_of(begins[:, :-1]))
         return Batch(ids[:, :-1].contiguous(), labels, tuple(starts.tolist()), positions)
+
+
+def run_loader(config: RunConfig, store: Store, steps: int, rank: int = 0, world_size: int = 1) -> Loader:
+    """The batches of a run, none of them without a label.
+
+    Raises:
+        UserError: as `Loader`, or some of its steps have nothing to learn.
+    """
+    length = config.data.sequence_length
+    loader = Loader(
+        store.split("train"),
+        sequence_length=length,
+        sequences_per_step=config.global_batch_tokens // length,
+        seed=config.data.seed,
+        rank=rank,
+        world_size=world_size,
+        documents=bool(config.data.document_mask),
+    )
+    if empty := loader.unlabelled(steps):
+        raise UserError(
+            f"{store.path}: {empty} of the {steps} steps would see no token of a completion, so there is "
+            "nothing to learn from; raise global_batch_tokens or data.sequence_length"
+        )
+    return loader

@@ -120,6 +120,7 @@ class Plan(Section):
     teachers: tuple[PlanTeacher, ...]
     domains: tuple[PlanDomain, ...]
     in_domain: Name = Field(description="the domain that is the training distribution")
+    corpus: Name | None = Field(None, description="name of the training text; null in older plans")
     runs: tuple[PlanRun, ...]
     claims: tuple[int, ...] = Field((), description="numbers of the pre-registered claims")
     notes: tuple[Words, ...] = Field((), description="remarks for the report")
@@ -232,6 +233,7 @@ def _plan(expanded: ExpandedStudy, runs: Sequence[PlanRun]) -> Plan:
         ),
         domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
         in_domain=study.in_domain,
+        corpus=study.corpus.name,
         runs=tuple(runs),
         claims=study.claims,
         notes=study.notes,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
@@ -15,14 +14,16 @@ from tutelage.files import lock_when_free, make_directory
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases, is_silent, living_runners
-from tutelage.study.nodes import Node, Stores, bind, check_cells
+from tutelage.study.nodes import Stores, bind, check_cells
 from tutelage.study.plan import Plan, load_plan, plan_of, save_plan
 from tutelage.study.runner import run_all
+from tutelage.study.texts import check_texts, other_texts
 
 if TYPE_CHECKING:
     import contextlib
     from collections.abc import Mapping
 
+    from tutelage.config.data_config import StoreConfig
     from tutelage.progress import Progress
     from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
@@ -70,7 +71,8 @@ def run_study(
         with _preparation_lock(directory, leases, progress):
             stores = build_stores(expanded, directory / "data", engine, leases, progress)
             nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
-            _check_budgets(nodes)
+            for line in check_texts(nodes):
+                progress.note(line)
             _publish(directory, plan_of(expanded, nodes), leases)
         run_all(nodes, engine, leases, Failures(directory, options.retries), progress, options.cohort)
 
@@ -89,27 +91,8 @@ def build_stores(
         tasks = {key: StoreTask(config=config, directory=directory) for key, config in configs.items()}
         return _build_all(tasks, engine, leases, progress)
 
-    study = expanded.study
-    corpus = build({"corpus": study.corpus})["corpus"]
-    tokenizer = TokenizerConfig(path=corpus)
-    wanted = {
-        ("domain", name): StoreConfig(
-            name=name,
-            sources=(spec.source,),
-            tokenizer=tokenizer,
-            validation=0.5,
-            test=0.5,
-            max_bytes=spec.max_bytes,
-        )
-        for name, spec in study.domains.items()
-    }
-    texts = [("teacher", name, spec.corpus) for name, spec in expanded.teachers.items()]
-    texts += [("stage", name, spec.corpus) for name, spec in study.post_training.items()]
-    wanted |= {
-        (part, name): text.model_copy(update={"tokenizer": tokenizer})
-        for part, name, text in texts
-        if text is not None
-    }
+    corpus = build({"corpus": expanded.study.corpus})["corpus"]
+    wanted = other_texts(expanded, corpus)
     distinct = {config.model_dump_json(): config for config in wanted.values()}
     built = build(distinct)
     places = {key: built[config.model_dump_json()] for key, config in wanted.items()}
@@ -178,18 +161,3 @@ def _publish(directory: Path, plan: Plan, leases: Leases) -> None:
             f"with `tutelage study stop {directory}`, or give another --output"
         )
     save_plan(directory, plan)
-
-
-def _check_budgets(nodes: list[Node]) -> None:
-    """Refuse budgets above the training text: repeated text would flatter any teacher, as a regulariser."""
-    available = {
-        path: len(open_store(path).split("train").tokens)
-        for path in {node.config.data.store for node in nodes}
-    }
-    for node in nodes:
-        if node.cell.kind != "after" and node.cost.tokens > available[node.config.data.store]:
-            raise UserError(
-                f"{node.id}: {node.cost.tokens:,} tokens are more than the "
-                f"{available[node.config.data.store]:,} of the training split, so text would repeat; lower "
-                "the budget or add text"
-            )

@@ -10,7 +10,7 @@ import torch
 
 from tutelage.config.objective_config import TopK
 from tutelage.config.teacher_config import CacheTeacher
-from tutelage.data.loader import Loader
+from tutelage.data.loader import run_loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
@@ -117,7 +117,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
             partial(learning_rate, config.optim, 1.0, batch_tokens=config.global_batch_tokens),
         ),
         gate=make_gate(config.objective.gate),
-        loader=_loader(config, store, world, steps),
+        loader=run_loader(config, store, steps, world.rank, world.size),
         steps=steps,
         lr=start.lr,
         base=start.base,
@@ -168,25 +168,6 @@ def _check_truncation(config: RunConfig, store: Store) -> None:
             f"objective.truncation.k = {truncation.k:,}: {store.path} has a vocabulary of "
             f"{store.vocab_size:,}; keep fewer, or drop objective.truncation"
         )
-
-
-def _loader(config: RunConfig, store: Store, world: World, steps: int) -> Loader:
-    """Batches of this rank, none of them without a label."""
-    loader = Loader(
-        store.split("train"),
-        sequence_length=config.data.sequence_length,
-        sequences_per_step=config.global_batch_tokens // config.data.sequence_length,
-        seed=config.data.seed,
-        rank=world.rank,
-        world_size=world.size,
-        documents=bool(config.data.document_mask),
-    )
-    if empty := loader.unlabelled(steps):
-        raise UserError(
-            f"{store.path}: {empty} of the {steps} steps would see no token of a completion, so there is "
-            "nothing to learn from; raise global_batch_tokens or data.sequence_length"
-        )
-    return loader
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,6 +222,13 @@ def test_what_a_user_wrote_is_escaped(tmp_path):
     assert page.count("&lt;script&gt;alert(&#39;x&#39;)") == 2 + 3  # title and heading, three descriptions
 
 
+def test_the_page_names_the_training_text(tmp_path):
+    named = visible(text_of(report_of(write_study(tmp_path / "named", seeds=(43,), corpus="my-letters"))))
+    assert "Training text: my-letters; its held-out part is called in-domain here." in named
+    older = visible(text_of(report_of(write_study(tmp_path / "older", seeds=(43,)))))
+    assert "Training text: in-domain." in older
+
+
 def test_an_unfinished_study_says_what_is_missing(tmp_path):
     path = write_study(tmp_path / "study")
     (path / "runs" / "student-weak-0.2-44" / "scores.jsonl").write_text("?\n")

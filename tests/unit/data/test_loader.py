@@ -129,3 +129,17 @@ def test_refusals():
         Loader(split_of(0), T, 1, seed=1)
     with pytest.raises(UserError, match="6 sequences per step do not divide by 4 ranks"):
         Loader(split_of(500), T, 6, seed=1, world_size=4)
+
+
+def test_a_batch_of_one_sequence_is_the_row_of_a_larger_one(store):
+    """Labels are left out in memory of their own, not in what the model reads."""
+    view = open_store(store).split("train")
+    length = (len(view.tokens) - 1) // 2  # all of it, so that a document ends in each
+    masked = SplitView(view.tokens, view.offsets, np.arange(len(view.tokens), dtype=np.uint8) % 2)
+    for split, documents in ((view, True), (masked, False)):
+        whole = Loader(split, length, 2, seed=1, documents=documents).batch(0)
+        for rank in range(2):
+            one = Loader(split, length, 2, seed=1, rank=rank, world_size=2, documents=documents).batch(0)
+            assert torch.equal(one.tokens_BT[0], whole.tokens_BT[rank])
+            assert torch.equal(one.labels_BT[0], whole.labels_BT[rank])
+            assert one.tokens_BT.min() >= 0 > one.labels_BT.min()
