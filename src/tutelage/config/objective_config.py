@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tutelage.config.alpha_config import AlphaConfig, ConstantAlpha, PrequentialAlpha, SaltAlpha
+from tutelage.config.alpha_config import (
+    AlphaConfig,
+    ConstantAlpha,
+    PrequentialAlpha,
+    SaltAlpha,
+    TwoPhaseAlpha,
+)
 from tutelage.config.base import Fraction, Inside, Section
 
 if TYPE_CHECKING:
@@ -46,8 +52,35 @@ class TeacherConfidenceGate(Section):
     kind: Literal["teacher_confidence"]
 
 
+class TeacherCertaintyGate(Section):
+    """Teach only the tokens about which the teacher is most certain."""
+
+    kind: Literal["teacher_certainty"]
+    keep: Inside = Field(default=0.2, description="fraction of tokens that are taught")
+
+
+class TeacherAheadGate(Section):
+    """Teach only the tokens on which the teacher's cross-entropy is furthest below the student's."""
+
+    kind: Literal["teacher_ahead"]
+    keep: Inside = Field(default=0.2, description="fraction of tokens that are taught")
+
+
+class RandomGate(Section):
+    """Teach tokens drawn at random: the control of every gate that chooses a fraction."""
+
+    kind: Literal["random"]
+    keep: Inside = Field(default=0.2, description="fraction of tokens that are taught")
+
+
 GateConfig = Annotated[
-    TeacherBetterGate | StudentEntropyGate | TeacherEntropyGate | TeacherConfidenceGate,
+    TeacherBetterGate
+    | StudentEntropyGate
+    | TeacherEntropyGate
+    | TeacherConfidenceGate
+    | TeacherCertaintyGate
+    | TeacherAheadGate
+    | RandomGate,
     Field(discriminator="kind"),
 ]
 
@@ -90,9 +123,10 @@ class Objective(Section):
     divergence: Literal[
         "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hard_labels"
     ] = Field(default="forward_kl", description="D; forward_kl is KL(teacher || student)")
-    mixing: Literal["convex", "keep_full_ce", "keep_full_kd"] = Field(
+    mixing: Literal["convex", "keep_full_ce", "keep_full_kd", "routed"] = Field(
         default="convex",
-        description="convex, or CE + alpha D (keep_full_ce), or (1 - alpha) CE + D (keep_full_kd)",
+        description="convex, or CE + alpha D (keep_full_ce), or (1 - alpha) CE + D (keep_full_kd), or D on "
+        "tokens that the gate passes and CE on the others, each a mean over its own (routed)",
     )
     temperature: Temperature = Field(default=1.0, description="T, divides both models' logits inside D")
     temperature_squared: bool = Field(default=True, description="multiply D, value and gradient, by T^2")
@@ -145,8 +179,16 @@ class Objective(Section):
             return max(8, int(size / _TEMPORARIES))
         return max(8, int(size * _DENSE if dense else size))
 
-    def weights(self, alpha_N: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight of CE, weight of the divergence without T^2) for an alpha per token."""
+    def weights(self, alpha_N: Tensor, share: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """(weight of CE, weight of the divergence without T^2) for an alpha per token.
+
+        Args:
+            alpha_N: alpha times the gate.
+            share: of `routed` alone: of the tokens that have alpha 1; 0 where none has. Sums are divided by
+                the number of all tokens, so each loss becomes the mean over its own.
+        """
+        if self.mixing == "routed":
+            return (1 - alpha_N) / (1 - share), alpha_N / (share + (share == 0))
         one_N = alpha_N.new_ones(alpha_N.shape)
         ce_N = one_N if self.mixing == "keep_full_ce" else 1 - alpha_N
         return ce_N, one_N if self.mixing == "keep_full_kd" else alpha_N
@@ -175,6 +217,26 @@ class ObjectiveConfig(Objective):
     def teaches(self) -> bool:
         """Whether a teacher has any weight at any step."""
         return self.alpha.highest > 0 or self.mixing == "keep_full_kd"
+
+    @model_validator(mode="after")
+    def _routed(self) -> ObjectiveConfig:
+        if self.mixing != "routed" or not self.teaches:
+            return self
+        if self.gate is None or isinstance(self.gate, TeacherBetterGate | TeacherConfidenceGate):
+            kind = "there is none" if self.gate is None else f"{self.gate.kind} passes no set fraction"
+            raise ValueError(
+                "mixing = routed divides each loss by the fraction of tokens that objective.gate sends to "
+                f"it, but {kind}; use teacher_certainty, teacher_ahead, teacher_entropy, student_entropy or "
+                "random"
+            )
+        alpha = self.alpha
+        steps = isinstance(alpha, ConstantAlpha | SaltAlpha | TwoPhaseAlpha)
+        if not steps or not {alpha.at(0.0), alpha.at(1.0)} <= {0.0, 1.0}:
+            raise ValueError(
+                "mixing = routed gives a token either loss whole, so alpha is 1, or 0 in steps without a "
+                "teacher: write 1, or two_phase or salt with the values 0 and 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _always_taught(self) -> ObjectiveConfig:

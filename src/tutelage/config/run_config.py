@@ -360,10 +360,10 @@ class RunConfig(Section):
             reason = incompatibility(cache.format, cache.temperature, objective, "teacher.cache")
             if reason is not None:
                 raise ValueError(reason)
-        if isinstance(self.teacher, ControlTeacher) and gate == "teacher_entropy":
+        if isinstance(self.teacher, ControlTeacher) and gate in {"teacher_entropy", "teacher_certainty"}:
             raise ValueError(
-                f"objective.gate.kind = teacher_entropy sorts tokens, but the {self.teacher.kind} teacher is "
-                "equally uncertain about all; choose another gate or teacher"
+                f"objective.gate.kind = {gate} sorts tokens, but the {self.teacher.kind} teacher is equally "
+                "uncertain about all; choose another gate or teacher"
             )
         if isinstance(objective.alpha, WsdAlpha) and self.optim.schedule != "wsd":
             raise ValueError(

@@ -216,7 +216,7 @@ def incompatibility(
     if objective.truncation is not None:
         return f"objective.truncation: the targets of {where} are sparse already ({retained.kind}); drop it"
     gate = None if objective.gate is None else objective.gate.kind
-    if temperature != 1.0 and gate in {"teacher_entropy", "teacher_confidence"}:
+    if temperature != 1.0 and gate in {"teacher_entropy", "teacher_certainty", "teacher_confidence"}:
         return (
             f"objective.gate.kind = {gate}: needs the teacher at temperature 1, but {where} holds "
             f"probabilities at {temperature:g} ({retained.kind}); use a cache of format hidden, or another "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from tutelage.config.objective_config import Objective
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets, Targets
+
+if TYPE_CHECKING:
+    from tutelage.objective.gates import Gate
 
 
 class NotFiniteError(ValueError):
@@ -56,6 +61,20 @@ def check_types(
     for name, value in numbers.items():
         if isinstance(value, str) or value is None:
             raise TypeError(f"{name} {value!r}: must be a number")
+
+
+def check_routing(objective: Objective, gate: Gate | None, alpha: float) -> None:
+    """Raise ValueError if tokens are to be routed to either loss and cannot be."""
+    if objective.mixing != "routed" or alpha == 0:
+        return
+    if gate is None or gate.share is None:
+        kind = "None" if gate is None else type(gate).__name__
+        raise ValueError(
+            f"gate {kind}: mixing routed divides each loss by the fraction of tokens that a gate sends to "
+            "it; give one that passes a set fraction, such as teacher_certainty, student_entropy or random"
+        )
+    if alpha != 1:
+        raise ValueError(f"alpha {alpha}: mixing routed gives a token either loss whole; must be 0 or 1")
 
 
 _AS_OBJECTIVE: dict[type, str] = {dict: "Objective(**settings)", str: "Objective(divergence=...)"}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tutelage.objective.checks import check_inputs, check_types
+from tutelage.objective.checks import check_inputs, check_routing, check_types
 from tutelage.objective.chunks import LossCall, compute
 from tutelage.objective.compiled import compiled_objective
 from tutelage.objective.products import weight_and_bias
@@ -108,7 +108,7 @@ def chunked_objective(
         targets: the teacher's distributions for the same tokens; None only with alpha 0.
         alpha: weight of the divergence, one number in [0, 1].
         objective: divergence, temperature, mixing, label smoothing, z-loss.
-        gate: factor on alpha per token, from `make_gate`; None for 1.
+        gate: factor on alpha per token, from `make_gate`; None for 1. `mixing: routed` needs one.
         bias_V: the bias of the student's head; None for none.
         transform: of the student's logits, applied after the head.
         vocab_size: entries of the common vocabulary; later rows of either head are padding and take no
@@ -125,6 +125,7 @@ def chunked_objective(
         ValueError: naming the argument, its value and what would be right.
     """
     check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective)
+    check_routing(objective, gate, alpha)
     call = LossCall(
         labels_N, targets, alpha, objective, gate, transform, vocab_size, token_weights_N, per_token
     )

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from tutelage.objective.divergences import DIVERGENCES
-from tutelage.objective.gates import token_stats
+from tutelage.objective.gates import token_stats, token_weights
 from tutelage.objective.kernels import dense_rows, sparse_rows
 from tutelage.objective.products import HeadProducts, dense_logits, transform_
 from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
@@ -173,8 +173,8 @@ def _chunk(
             targets = targets.rows(rows)
         else:
             teacher_CV = dense_logits(targets, rows, student_CV.shape[1], teaching.head).to(student_CV.dtype)
-        alpha_C = _alpha(student_CV, teacher_CV, labels_C, targets, call)
-        ce_weight_C, kd_weight_C = objective.weights(alpha_C)
+        factor_C = _factor(student_CV, teacher_CV, labels_C, targets, rows, call.gate)
+        alpha_C, ce_weight_C, kd_weight_C = token_weights(objective, call.gate, call.alpha, factor_C)
     if weight_C is not None:
         ce_weight_C, kd_weight_C = weight_C * ce_weight_C, weight_C * kd_weight_C
     softmax_weight_C = ce_weight_C if smooth is None else smooth.softmax_weight(ce_weight_C)
@@ -264,20 +264,24 @@ def logit_transform_grad(student_CV: Tensor, transform: LogitTransform) -> Tenso
     return None if transform.scale == 1.0 else transform.scale
 
 
-def _alpha(
-    student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, targets: Targets, call: LossCall
+def _factor(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    labels_C: Tensor,
+    targets: Targets,
+    rows: Rows,
+    gate: Gate | None,
 ) -> Tensor:
-    """Alpha per token: the policy's, times the gate's factor."""
-    alpha_C = torch.full_like(student_CV[:, 0], call.alpha)
-    if call.gate is None:
-        return alpha_C
+    """The gate's factor on alpha per token."""
+    if gate is None:
+        return torch.ones_like(student_CV[:, 0])
     ce_C = _label_losses(student_CV, labels_C)
     if isinstance(targets, SparseTargets):
         teacher_ce_C = -targets.gold_logp_N
     else:
         assert teacher_CV is not None  # noqa: S101 - dense targets have logits
         teacher_ce_C = _label_losses(teacher_CV, labels_C)
-    return alpha_C * call.gate(token_stats(call.gate, student_CV, teacher_CV, targets, ce_C, teacher_ce_C))
+    return gate(token_stats(gate, student_CV, teacher_CV, targets, ce_C, teacher_ce_C, rows)).to(ce_C.dtype)
 
 
 def _label_losses(logits_CV: Tensor, labels_C: Tensor) -> Tensor:

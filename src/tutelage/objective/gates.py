@@ -8,7 +8,7 @@ on every rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.config import objective_config as settings
+    from tutelage.config.objective_config import Objective
+    from tutelage.types import Rows
 
 
 @torch.no_grad()
@@ -31,6 +33,7 @@ def token_stats(
     targets: Targets,
     ce_C: Tensor,
     teacher_ce_C: Tensor,
+    rows: Rows = slice(None),
 ) -> TokenStats:
     """Statistics of the tokens of one chunk at T=1.
 
@@ -39,9 +42,10 @@ def token_stats(
         student_CV: student logits.
         teacher_CV: teacher logits, None where there are only sparse targets.
         targets: of these tokens. From sparse ones the teacher's entropy is that of the kept ids and one
-            outcome for the rest, a lower bound.
+            outcome for the rest, a lower bound; of samples it is one on average.
         ce_C: student's cross-entropy on the labels.
         teacher_ce_C: the teacher's.
+        rows: their places among the tokens of the call.
     """
     needs = gate.needs
     return TokenStats(
@@ -50,6 +54,7 @@ def token_stats(
         student_entropy_C=_entropy(student_CV.softmax(-1)) if "student_entropy" in needs else None,
         teacher_entropy_C=_entropy(_teacher(teacher_CV, targets)) if "teacher_entropy" in needs else None,
         teacher_max_C=_teacher(teacher_CV, targets).amax(-1) if "teacher_max" in needs else None,
+        rows=rows,
     )
 
 
@@ -69,7 +74,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 class TokenStats:
     """Statistics of the C tokens of one chunk, without gradients.
 
-    The last three are None unless the gate names them in `needs`.
+    Entropies and largest probability are None unless the gate names them in `needs`.
 
     Attributes:
         ce_C: float32 cross-entropy of the student on the label, nats, T=1; 0 at a token without loss.
@@ -77,6 +82,7 @@ class TokenStats:
         student_entropy_C: float32 entropy of the student's distribution, nats, T=1.
         teacher_entropy_C: the same of the teacher.
         teacher_max_C: float32 largest probability of the teacher, T=1.
+        rows: places of the tokens among those of the call.
     """
 
     ce_C: Tensor
@@ -84,6 +90,7 @@ class TokenStats:
     student_entropy_C: Tensor | None = None
     teacher_entropy_C: Tensor | None = None
     teacher_max_C: Tensor | None = None
+    rows: Rows = field(default_factory=lambda: slice(None))
 
 
 class Gate(Protocol):
@@ -94,6 +101,16 @@ class Gate(Protocol):
     """
 
     needs: frozenset[str]
+
+    @property
+    def share(self) -> Tensor | float | None:
+        """Fraction of tokens that it is set to pass, others get 0; 0 before it knows its threshold.
+
+        None of a gate that passes no set fraction. Read after a call.
+        """
+
+    def begin(self, draw: Callable[[], Tensor]) -> None:
+        """Begin a call of the objective; `draw` gives a uniform number in (0, 1) for each of its tokens."""
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Factors [C] on alpha, float32 in [0, 1]; those of tokens without loss are not used."""
@@ -118,9 +135,13 @@ class Gate(Protocol):
 
 class _Stateless:
     needs: frozenset[str] = frozenset()
+    share: Tensor | float | None = None
 
     def __init__(self, _config: settings.TeacherBetterGate | settings.TeacherConfidenceGate) -> None:
         """There are no settings."""
+
+    def begin(self, draw: Callable[[], Tensor]) -> None:
+        """No-op."""
 
     def sums(self) -> list[Tensor]:
         return []
@@ -161,26 +182,65 @@ class TeacherConfidence(_Stateless):
         return _asked_for(stats.teacher_max_C)
 
 
+class Random(_Stateless):
+    """1 on a fraction `keep` of tokens drawn at random, else 0: what a choice of tokens is worth at all.
+
+    In a run a token's draw is a function of its place in the text and the seed of the batches, so neither
+    micro-batches nor ranks nor a restart change it. The control of arXiv 2602.01395 and of routing.
+    """
+
+    def __init__(self, config: settings.RandomGate) -> None:
+        self.share = self._keep = config.keep
+        self._draws_N: Tensor | None = None
+
+    def begin(self, draw: Callable[[], Tensor]) -> None:
+        """Take the numbers of the call's tokens."""
+        self._draws_N = draw()
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C]. Raises ValueError if `begin` was not called."""
+        if self._draws_N is None:
+            raise ValueError("gate random: call begin(draw) before each call of the objective")
+        return (self._draws_N[stats.rows] < self._keep).float()
+
+
 class _Above:
     """1 for values above the (1 - keep) quantile of the previous step, else 0.
 
     The quantile is read from a histogram, whose counts add up over chunks, micro-batches and ranks. Its bins
     are narrow near 0, where most of a teacher's entropies lie; within a bin, values count as spread evenly.
-    In the first step the threshold is 0 and all tokens pass. Tokens of equal entropy get equal factors.
+    In the first step the threshold is the lowest value and all tokens pass. Equal values get equal factors.
     """
 
     BINS, LARGEST = 8192, 16.0  # entropies above 16 nats would need a vocabulary of nine million
+    LOWEST = 0.0
 
     def __init__(self, keep: float) -> None:
-        self._keep = keep
-        self._threshold = torch.zeros(())
+        self._keep = self._share = keep
+        self._threshold = torch.tensor(self.LOWEST)
         self._counts: Tensor | None = None
+
+    @property
+    def share(self) -> Tensor:
+        """As in `Gate`."""
+        return self._share * (self._threshold != self.LOWEST)
+
+    def begin(self, draw: Callable[[], Tensor]) -> None:
+        """No-op."""
+
+    def _to_bins(self, values: Tensor) -> Tensor:
+        """Places of values on the axis of bins."""
+        return self.BINS * (values / self.LARGEST).clamp(min=0.0).sqrt()
+
+    def _from_bins(self, places: Tensor) -> Tensor:
+        """The inverse of `_to_bins`."""
+        return self.LARGEST * (places / self.BINS).square()
 
     def above(self, values_C: Tensor, ce_C: Tensor) -> Tensor:
         if self._counts is None:
             self._threshold = self._threshold.to(values_C.device)
             self._counts = torch.zeros(self.BINS, device=values_C.device)
-        bins_C = (self.BINS * (values_C / self.LARGEST).clamp(min=0.0).sqrt()).long()
+        bins_C = self._to_bins(values_C).long()
         bins_C = bins_C.clamp(0, self.BINS - 1)  # a number that is not finite becomes any integer
         # Neither tokens without loss nor those with nothing left to learn are counted.
         self._counts.scatter_add_(0, bins_C, (ce_C > 0).float())
@@ -196,7 +256,7 @@ class _Above:
         below = (1.0 - self._keep) * up_to[-1:]
         index = torch.searchsorted(up_to, below).clamp(max=self.BINS - 1)
         inside = 1.0 - (up_to.take(index) - below) / self._counts.take(index).clamp(min=1.0)
-        quantile = self.LARGEST * ((index + inside) / self.BINS).square()
+        quantile = self._from_bins(index + inside)
         moves = (up_to[-1:] > 0) & (skipped == 0)
         self._threshold = torch.where(moves, quantile, self._threshold).squeeze(0)
         self._counts = None
@@ -242,6 +302,69 @@ class TeacherEntropy(_Above):
         return self.above(_asked_for(stats.teacher_entropy_C), stats.ce_C)
 
 
+class TeacherCertainty(_Above):
+    """1 on the fraction `keep` of tokens with the lowest teacher entropy, else 0.
+
+    With `mixing: routed` and reverse KL this is Switch Distillation (2026: 20%). The threshold is a quantile
+    of the previous step, as in `StudentEntropy`; in the first step no token passes.
+    """
+
+    needs = frozenset({"teacher_entropy"})
+
+    def __init__(self, config: settings.TeacherCertaintyGate) -> None:
+        super().__init__(1.0 - config.keep)
+        self._share = config.keep
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C]."""
+        return 1.0 - self.above(_asked_for(stats.teacher_entropy_C), stats.ce_C)
+
+
+class TeacherAhead(_Above):
+    """1 on the fraction `keep` of tokens on which the teacher's CE is furthest below the student's, else 0.
+
+    `TeacherBetter` with a set fraction, whichever of the two is better: the threshold is a quantile of the
+    previous step and may lie below 0. This is an idea of this project, not a published method.
+    """
+
+    needs = frozenset[str]()
+    LOWEST = -_Above.LARGEST
+
+    def __init__(self, config: settings.TeacherAheadGate) -> None:
+        super().__init__(config.keep)
+
+    def _to_bins(self, values: Tensor) -> Tensor:
+        part = values / self.LARGEST
+        return self.BINS / 2 * (1.0 + part.sign() * part.abs().sqrt())
+
+    def _from_bins(self, places: Tensor) -> Tensor:
+        part = 2.0 * places / self.BINS - 1.0
+        return self.LARGEST * part * part.abs()
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Factors [C]."""
+        return self.above(stats.ce_C - stats.teacher_ce_C, stats.ce_C)
+
+
+def token_weights(
+    objective: Objective, gate: Gate | None, alpha: float, factor_C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(effective alpha, weight of CE, weight of the divergence without T^2) of each token.
+
+    Args:
+        objective: whose mixing they follow.
+        gate: that gave the factors.
+        alpha: of the step.
+        factor_C: of the gate; ones without.
+    """
+    alpha_C, share = alpha * factor_C, None if gate is None else gate.share
+    if objective.mixing != "routed" or share is None:
+        return alpha_C, *objective.weights(alpha_C)
+    share = share if alpha else 0.0
+    alpha_C = alpha_C * (share > 0)
+    return alpha_C, *objective.weights(alpha_C, share)
+
+
 def _asked_for(values_C: Tensor | None) -> Tensor:
     assert values_C is not None, "the objective must compute what the gate needs"  # noqa: S101 - a bug of ours
     return values_C
@@ -252,6 +375,9 @@ GATES: dict[str, Callable[[Any], Gate]] = {
     "student_entropy": StudentEntropy,
     "teacher_entropy": TeacherEntropy,
     "teacher_confidence": TeacherConfidence,
+    "teacher_certainty": TeacherCertainty,
+    "teacher_ahead": TeacherAhead,
+    "random": Random,
 }
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from tutelage.objective.checks import check_inputs, check_types
+from tutelage.objective.checks import check_inputs, check_routing, check_types
 from tutelage.objective.divergences import DIVERGENCES
-from tutelage.objective.gates import token_stats
+from tutelage.objective.gates import token_stats, token_weights
 from tutelage.objective.products import dense_logits, wide_dtype
 from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
 from tutelage.types import (
@@ -54,6 +54,7 @@ def reference_objective(
     Hidden states and heads are multiplied in float32, whatever their dtype; nothing given is written to.
     """
     check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective)
+    check_routing(objective, gate, alpha)
     given = labels_N, targets, alpha, objective
     check_inputs(hidden_ND, weight_VD, *given, bias_V, vocab_size, token_weights_N)
     dtype = wide_dtype(hidden_ND, weight_VD)
@@ -74,10 +75,10 @@ def reference_objective(
             teacher_NV = dense_logits(targets, slice(None), vocab_size).to(logits_NV.dtype)
         d_N, teacher_ce_N = _divergence(logits_NV, teacher_NV, labels_N, targets, objective)
         kd_N = objective.kd_scale * d_N
-        alpha_N = torch.full_like(ce_N, alpha)
+        factor_N = torch.ones_like(ce_N)
         if gate is not None:
-            alpha_N = alpha_N * gate(token_stats(gate, logits_NV, teacher_NV, targets, ce_N, teacher_ce_N))
-        ce_weight_N, kd_weight_N = objective.weights(alpha_N)
+            factor_N = gate(token_stats(gate, logits_NV, teacher_NV, targets, ce_N, teacher_ce_N))
+        alpha_N, ce_weight_N, kd_weight_N = token_weights(objective, gate, alpha, factor_N)
     loss_N = ce_weight_N * smoothed_ce_N + kd_weight_N * kd_N
     if objective.z_loss:
         loss_N = loss_N + objective.z_loss * logits_NV.logsumexp(-1).square()

@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from tutelage.data.hashing import mixed
+from tutelage.data.hashing import mixed, uniforms
 from tutelage.train import distributed
 from tutelage.train.optim import update
 from tutelage.train.parallel import begin_micro_batch
@@ -27,9 +28,23 @@ if TYPE_CHECKING:
     from tutelage.types import Batch, Targets
 
 
+_GATE_STREAM = 3
+"""Number of the draws of a random gate, among those of the samplers."""
+
+
 def loss_sums(student: Student, batch: Batch, targets: Targets | None, alpha: float) -> LossSums:
     """The objective on one micro-batch, summed over its valid tokens."""
+    if student.gate is not None:
+        student.gate.begin(partial(_draws, batch, student.config.data.seed))
     return LossSums(*student.module(batch, targets, alpha, student.gate))
+
+
+def _draws(batch: Batch, seed: int) -> Tensor:
+    """A uniform number for each token, by its place in the split."""
+    length = batch.tokens_BT.shape[1]
+    places_N = np.add.outer(np.array(batch.starts), np.arange(length)).ravel()
+    draws_N = torch.from_numpy(uniforms(seed, _GATE_STREAM, places_N, 1)[:, 0]).float()
+    return draws_N.to(batch.tokens_BT.device)
 
 
 def teacher_targets(inputs: Sequence[StepInputs], batch: Batch) -> Targets | None:

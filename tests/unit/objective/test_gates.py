@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,14 +13,17 @@ from tutelage.objective import GATES, TokenStats, make_gate
 
 
 def make(kind, **settings):
-    return make_gate(validate(ObjectiveConfig, {"gate": {"kind": kind} | settings}, "test").gate)
+    gate = make_gate(validate(ObjectiveConfig, {"gate": {"kind": kind} | settings}, "test").gate)
+    gate.begin(lambda: torch.linspace(0.01, 0.99, 50))
+    return gate
 
 
 def stats(**known):
     """Statistics of tokens; what is not given is made up."""
     size = len(next(iter(known.values())))
     known = {f"{name}_C": torch.as_tensor(values, dtype=torch.float32) for name, values in known.items()}
-    filled = {name: torch.linspace(0.1, 0.9, size) for name in TokenStats.__dataclass_fields__}
+    names = TokenStats.__dataclass_fields__.keys() - {"rows"}
+    filled = {name: torch.linspace(0.1, 0.9, size) for name in names}
     return TokenStats(**filled | known)
 
 
@@ -56,6 +61,8 @@ def test_entropy_gates_let_all_pass_in_the_first_step(kind):
         ("student_entropy", {"keep": 0.7}, 0.7),
         ("teacher_entropy", {}, 0.85),
         ("teacher_entropy", {"drop": 0.5}, 0.5),
+        ("teacher_certainty", {}, 0.2),
+        ("teacher_certainty", {"keep": 0.6}, 0.6),
     ],
 )
 @pytest.mark.parametrize(("low", "high"), [(0.0, 6.0), (0.0, 0.02), (5.6, 5.65), (10.0, 11.0)])
@@ -63,11 +70,47 @@ def test_entropy_gates_keep_their_fraction_whatever_the_distribution(kind, setti
     gate = make(kind, **settings)
     fractions = []
     for values in draws(60, 1024):
-        fractions.append(gate(stats(**{kind: low + (high - low) * values / 6})).mean().item())
+        measure = "teacher_entropy" if kind == "teacher_certainty" else kind
+        fractions.append(gate(stats(**{measure: low + (high - low) * values / 6})).mean().item())
         end_step(gate)
     late = fractions[1:]
     assert sum(late) / len(late) == pytest.approx(kept, abs=0.02)
     assert max(abs(fraction - kept) for fraction in late) < 0.12  # token by token, not all or nothing
+
+
+@pytest.mark.parametrize(("low", "high"), [(-6.0, 6.0), (-0.02, 0.0), (3.0, 30.0), (-15.0, -3.0)])
+def test_teacher_ahead_keeps_its_fraction_whoever_is_better(low, high):
+    gate, fractions = make("teacher_ahead"), []
+    for values in draws(60, 1024):
+        ahead = low + (high - low) * values / 6
+        fractions.append(gate(stats(ce=40.0 + ahead, teacher_ce=torch.full((1024,), 40.0))).mean().item())
+        end_step(gate)
+    assert fractions[0] == 1.0
+    beyond = high > gate.LARGEST  # differences above 16 nats are alike
+    assert sum(fractions[1:]) / 59 == pytest.approx(0.2, abs=0.25 if beyond else 0.02)
+
+
+def test_teacher_certainty_passes_the_lowest_entropies_and_none_at_first():
+    gate = make("teacher_certainty", keep=0.25)
+    values = torch.tensor([3.0, 0.5, 1.0, 2.0])
+    assert gate.share == 0
+    assert gate(stats(teacher_entropy=values)).tolist() == [0.0] * 4
+    end_step(gate)
+    assert gate.share == 0.25
+    assert gate(stats(teacher_entropy=values)).tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_random_passes_by_the_number_of_each_token_whatever_the_chunks():
+    gate = make("random", keep=0.5)
+    drawn = torch.tensor([0.7, 0.2, 0.5, 0.4])
+    gate.begin(lambda: drawn)
+    whole = gate(stats(ce=[1.0] * 4))
+    assert whole.tolist() == [0.0, 1.0, 0.0, 1.0]
+    parts = [replace(stats(ce=[1.0]), rows=rows) for rows in (slice(0, 1), torch.tensor([1, 3]))]
+    assert torch.cat([gate(part) for part in parts]).tolist() == [0.0, 1.0, 1.0]
+    unbegun = make_gate(validate(ObjectiveConfig, {"gate": {"kind": "random"}}, "test").gate)
+    with pytest.raises(ValueError, match="gate random: call begin"):
+        unbegun(stats(ce=[1.0]))
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.2, 0.5, 0.99])
@@ -127,6 +170,7 @@ def test_contract_neither_chunks_nor_ranks_change_the_threshold(kind):
     whole, ranks = make(kind), [make(kind), make(kind)]
     for values in draws(20, 60):
         one = dict.fromkeys(("ce", "student_entropy", "teacher_entropy"), values + 0.01)
+        one["teacher_ce"] = values.flip(0)
         whole(stats(**one))
         for rank, rows in ((0, slice(0, 10)), (1, slice(10, 40)), (0, slice(40, 60))):
             ranks[rank](stats(**{name: tensor[rows] for name, tensor in one.items()}))
@@ -154,7 +198,7 @@ def test_gates_take_no_gradient_and_stay_on_the_device():
     assert all(isinstance(total, torch.Tensor) and not total.requires_grad for total in gate.sums())
 
 
-@pytest.mark.parametrize("kind", ["student_entropy", "teacher_entropy"])
+@pytest.mark.parametrize("kind", ["student_entropy", "teacher_entropy", "teacher_certainty"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_step_that_is_skipped_moves_no_threshold(kind, bad):
     """Numbers that are not finite reach a gate on CUDA, where the objective does not look at its inputs."""
