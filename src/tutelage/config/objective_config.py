@@ -229,9 +229,8 @@ class ObjectiveConfig(Objective):
                 f"it, but {kind}; use teacher_certainty, teacher_ahead, teacher_entropy, student_entropy or "
                 "random"
             )
-        alpha = self.alpha
-        steps = isinstance(alpha, ConstantAlpha | SaltAlpha | TwoPhaseAlpha)
-        if not steps or not {alpha.at(0.0), alpha.at(1.0)} <= {0.0, 1.0}:
+        flat = self.alpha if isinstance(self.alpha, ConstantAlpha | SaltAlpha | TwoPhaseAlpha) else None
+        if flat is None or not {flat.at(0.0), flat.at(1.0)} <= {0.0, 1.0}:
             raise ValueError(
                 "mixing = routed gives a token either loss whole, so alpha is 1, or 0 in steps without a "
                 "teacher: write 1, or two_phase or salt with the values 0 and 1"
