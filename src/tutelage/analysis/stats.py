@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _DIGITS = 9
 """Differences are rounded to this many digits: less is rounding error, which would look like certainty."""
-_MOST_SEEDS = 100
+MOST_SEEDS = 100
+"""More are not looked at."""
 _NODES = 100
 POWER = 0.8
 """Chance of finding an effect of the size that is seen with the number of seeds that is said to be needed."""
@@ -198,17 +199,22 @@ def chance_inside(
     inside_NQ = special.ndtr((high - mean) * root_N1 - spread_NQ) - special.ndtr(
         (low - mean) * root_N1 + spread_NQ
     )
-    chance_N: NDArray[np.float64] = np.maximum(inside_NQ, 0) @ (
-        np.polynomial.legendre.leggauss(_NODES)[1] / 2
-    )
+    chance_N: NDArray[np.float64] = np.maximum(inside_NQ, 0) @ (_legendre()[1] / 2)
     return chance_N
+
+
+@cache
+def _legendre() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nodes and weights of the quadrature."""
+    nodes_Q, weights_Q = np.polynomial.legendre.leggauss(_NODES)
+    return nodes_Q, weights_Q
 
 
 @cache
 def _chi_table() -> NDArray[np.float64]:
     """sqrt(V / (n - 1)) at the nodes of the quadrature, for every number of seeds; rows 0 and 1 are void."""
-    nodes_Q = (np.polynomial.legendre.leggauss(_NODES)[0] + 1) / 2
-    df_N1 = np.maximum(np.arange(_MOST_SEEDS + 1)[:, None] - 1, 1)
+    nodes_Q = (_legendre()[0] + 1) / 2
+    df_N1 = np.maximum(np.arange(MOST_SEEDS + 1)[:, None] - 1, 1)
     table: NDArray[np.float64] = np.sqrt(2 * special.gammaincinv(df_N1 / 2, nodes_Q) / df_N1)
     return table
 
@@ -237,7 +243,7 @@ def seeds_needed(
     """
     values = np.asarray(differences, dtype=np.float64)
     deviation = max(float(values.std(ddof=1)), 10.0**-_DIGITS)
-    n = np.arange(2, _MOST_SEEDS + 1)
+    n = np.arange(2, MOST_SEEDS + 1)
     enough = chance_inside(n, float(values.mean()), deviation, low, high, level) >= power
     return int(n[enough.argmax()]) if enough.any() else None
 

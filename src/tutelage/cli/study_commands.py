@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +16,9 @@ from tutelage.files import LockedError, lock
 from tutelage.names import find
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tutelage.analysis.claims.power import StudyPower
     from tutelage.config.study_config import StudyConfig
     from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
@@ -60,14 +64,20 @@ def study_plan(
         float | None, typer.Option(min=0.001, max=1.0, help="part of the peak that is reached")
     ] = None,
     price: Annotated[float | None, typer.Option(min=0.0, help="of a device for an hour")] = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(
+            help="finished study whose noise says what can be decided; default: one that was measured"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Estimate what a study will take before anything runs: runs, FLOPs, memory, time, energy, cost.
+    """Estimate what a study will take before anything runs, and what it can decide of its claims.
 
     Nothing is built or downloaded. Every cell is checked, so what cannot be run is named here.
     """
     from tutelage.cli.bars import say
-    from tutelage.cli.study_output import print_forecast
+    from tutelage.cli.study_output import print_forecast, print_power
     from tutelage.study.cost import Machine, forecast
     from tutelage.study.engines.local import study_device
     from tutelage.study.expand import expand
@@ -83,14 +93,32 @@ def study_plan(
         device = "cpu"
     expanded = [expand(study) for study in studies]
     found = forecast(expanded, Machine(device or "h100", devices, mfu, price), output)
+    powers = _powers(expanded, noise)
     if as_json:
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        decides = [asdict(power) | {"noise": power.noise.model_dump()} for power in powers]
+        sys.stdout.write(json.dumps(found | {"power": decides}, indent=2) + "\n")
+        return
+    for power in powers:
+        print_power(power)
+    for one in expanded:
+        for line in foreseen(one, output or Path(f"tutelage-{one.study.name}")):
+            say("warning", f"{one.study.name}: {line}")
+    print_forecast(found, [" ".join([name, *overrides]) for name in names])
+
+
+def _powers(studies: Sequence[ExpandedStudy], noise: Path | None) -> list[StudyPower]:
+    """What each study that announces claims can decide, by the noise of a finished study or the default."""
+    from tutelage.analysis.claims.judge import judge_study
+    from tutelage.analysis.claims.noise import default_noise, measure_noise
+    from tutelage.analysis.claims.power import power_of
+    from tutelage.study.plan import draft_of
+    from tutelage.study.results import load_results
+
+    if noise is None:
+        known = default_noise()
     else:
-        for one in expanded:
-            _say_untestable(one)
-            for line in foreseen(one, output or Path(f"tutelage-{one.study.name}")):
-                say("warning", f"{one.study.name}: {line}")
-        print_forecast(found, [" ".join([name, *overrides]) for name in names])
+        known = measure_noise(judge_study(load_results(find("study", noise, "--noise"))))
+    return [power_of(draft_of(one), known) for one in studies if one.study.claims]
 
 
 def _say_untestable(expanded: ExpandedStudy) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tutelage.cli.bars import out, say
 from tutelage.cli.stages import period, short
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from tutelage.analysis.claims.power import StudyPower
     from tutelage.study.status import Status
 
 
@@ -55,6 +57,17 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
         say("note", note)
     for file in files:
         say("next", f"tutelage study run {file}")
+
+
+def print_power(power: StudyPower) -> None:
+    """Print what a study can decide of its claims."""
+    from tutelage.analysis.report.claim_rows import power_sentences, power_table
+
+    answer, *about = power_sentences(power)
+    power_table(power).print_on(out, "")
+    for sentence in (answer, *about):
+        out.print(Text(sentence))
+    out.print()
 
 
 def _print_sizes(sizes: Sequence[dict[str, Any]]) -> None:

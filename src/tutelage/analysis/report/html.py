@@ -14,7 +14,7 @@ from tutelage.analysis.claims.judge import LEVEL
 from tutelage.analysis.figures.run_figures import figures
 from tutelage.analysis.figures.style import save_all
 from tutelage.analysis.figures.token_figures import comparison_figures
-from tutelage.analysis.report import headline, report_rows
+from tutelage.analysis.report import claim_rows, headline, report_rows
 from tutelage.analysis.report.csv_tables import save_tables
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN
 from tutelage.files import write_text
@@ -119,8 +119,9 @@ def _claims(study: JudgedStudy) -> dict[str, Any]:
     others = [outcome for outcome in study.claims if not outcome.announced]
     tested = [outcome for outcome in others if outcome.p is not None]
     return {
-        "claims": report_rows.claim_rows(study.announced),
-        "explored": report_rows.claim_rows(tested),
+        "claims": claim_rows.claim_rows(study.announced),
+        "explored": claim_rows.claim_rows(tested),
+        "power": claim_rows.found_power(study),
         "choosing": words.listed_seeds(choosing_seeds(study.results.plan)),
         "untested": [outcome.number for outcome in others if outcome.p is None],
     }

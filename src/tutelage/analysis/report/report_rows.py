@@ -13,7 +13,7 @@ from tutelage.analysis.tables import calibration_errors, equal_compute, ledger, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tutelage.analysis.claims.judge import ClaimResult, JudgedStudy, TestResult
+    from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.analysis.gains import Fit
     from tutelage.analysis.stats import Estimate, TextSpread
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
@@ -21,52 +21,9 @@ if TYPE_CHECKING:
     from tutelage.study.token_tables import TokenComparison
 
 PageRow = dict[str, Any]
-_SHOWN_DIGITS = 100
 _MANY = 24
 """More verdicts than this would not be read in a terminal."""
 _GAINS = (Column("in-domain gain"), Column("out-of-domain gain"), Column("calibration fitted"))
-_FITS: dict[Fit, str] = {"raw": "raw", "temperature": "temperature fitted", "unigram": "calibration fitted"}
-
-
-def claim_rows(outcomes: Sequence[ClaimResult]) -> list[PageRow]:
-    """Claims with their answers, effects and what would decide them."""
-    return [
-        {
-            "number": outcome.number,
-            "text": outcome.text,
-            "answer": outcome.answer,
-            "p": "" if outcome.adjusted is None else _p(outcome.adjusted),
-            "parts": [_test(tested) for tested in outcome.tests],
-            "primary": _FITS[outcome.primary],
-            "other": _FITS[outcome.other_fit],
-            "other_parts": [_test(tested) for tested in outcome.other],
-            "open": outcome.open,
-            "remark": outcome.remark,
-        }
-        for outcome in outcomes
-    ]
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"  # noqa: PLR2004 - three digits are shown
-
-
-def _test(result: TestResult) -> PageRow:
-    test, effect = result.test, result.effect
-    numbers = None
-    if effect is not None:
-        spread = f"{_number(effect.low)} to {_number(effect.high)}"
-        unit = test.unit if test.unit in {"", "%"} else f" {test.unit}"
-        numbers = f"{_number(effect.mean)}{unit} ({spread}; n = {effect.n})"
-    label = f"{test.label} (beside)" if test.beside else test.label
-    return {"label": label, "reads": test.reads(), "effect": numbers}
-
-
-def _number(value: float) -> str:
-    """Two decimals, more where they would hide a small number."""
-    if value and abs(value) < 1 / _SHOWN_DIGITS:
-        return f"{value:+.2g}"
-    return f"{value + 0.0:+.2f}"
 
 
 def verdict_table(verdicts: Sequence[Verdict], label: str, *, fitted: bool) -> ReportTable:
