@@ -93,7 +93,8 @@ def study_plan(
         device = "cpu"
     expanded = [expand(study) for study in studies]
     found = forecast(expanded, Machine(device or "h100", devices, mfu, price), output)
-    powers = _powers(expanded, noise)
+    announcing = [one for one in expanded if one.study.claims]
+    powers = _powers(announcing, noise) if announcing else []
     if as_json:
         decides = [asdict(power) | {"noise": power.noise.model_dump()} for power in powers]
         sys.stdout.write(json.dumps(found | {"power": decides}, indent=2) + "\n")
@@ -107,7 +108,7 @@ def study_plan(
 
 
 def _powers(studies: Sequence[ExpandedStudy], noise: Path | None) -> list[StudyPower]:
-    """What each study that announces claims can decide, by the noise of a finished study or the default."""
+    """What each study can decide, by the noise of a finished study or the default."""
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.claims.noise import default_noise, measure_noise
     from tutelage.analysis.claims.power import power_of
@@ -118,7 +119,7 @@ def _powers(studies: Sequence[ExpandedStudy], noise: Path | None) -> list[StudyP
         known = default_noise()
     else:
         known = measure_noise(judge_study(load_results(find("study", noise, "--noise"))))
-    return [power_of(draft_of(one), known) for one in studies if one.study.claims]
+    return [power_of(draft_of(one), known) for one in studies]
 
 
 def _say_untestable(expanded: ExpandedStudy) -> None:
