@@ -66,9 +66,7 @@ def study_plan(
     price: Annotated[float | None, typer.Option(min=0.0, help="of a device for an hour")] = None,
     noise: Annotated[
         Path | None,
-        typer.Option(
-            help="finished study whose noise says what can be decided; default: one that was measured"
-        ),
+        typer.Option(help="finished study whose noise says what can be decided; default: a measured one"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
@@ -93,11 +91,10 @@ def study_plan(
         device = "cpu"
     expanded = [expand(study) for study in studies]
     found = forecast(expanded, Machine(device or "h100", devices, mfu, price), output)
-    announcing = [one for one in expanded if one.study.claims]
-    powers = _powers(announcing, noise) if announcing else []
+    powers = _powers([one for one in expanded if one.study.claims], noise)
     if as_json:
-        decides = [asdict(power) | {"noise": power.noise.model_dump()} for power in powers]
-        sys.stdout.write(json.dumps(found | {"power": decides}, indent=2) + "\n")
+        found["power"] = [asdict(power) | {"noise": power.noise.model_dump()} for power in powers]
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
     for power in powers:
         print_power(power)
@@ -109,6 +106,8 @@ def study_plan(
 
 def _powers(studies: Sequence[ExpandedStudy], noise: Path | None) -> list[StudyPower]:
     """What each study can decide, by the noise of a finished study or the default."""
+    if not studies:
+        return []
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.analysis.claims.noise import default_noise, measure_noise
     from tutelage.analysis.claims.power import power_of
