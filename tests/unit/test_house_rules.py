@@ -94,13 +94,16 @@ ALLOWED: dict[str, set[str]] = {
     | {"agreement", "checksums", "data", "launch", "models", "processes", "progress", "records"}
     | {"installed", "stopping"}
     | {"run", "run_directory", "run_plan"},
-    "planner": set(),
+    "planner": {"config", "errors", "evals", "files", "models", "names", "records"}
+    | {"run_directory", "run_plan", "study.cost", "study.given_models"},
     "analysis": {
         "types",
         "errors",
         "files",
         "bootstrap",
         "records",
+        "models",
+        "planner",
         "study.results",
         "study.plan",
         "study.token_tables",
@@ -122,7 +125,7 @@ ALLOWED: dict[str, set[str]] = {
         "train.checkpoint_files",
     },
     "cli": _BASE
-    | {"data", "models", "teachers", "evals", "study", "analysis"}
+    | {"data", "models", "teachers", "evals", "study", "planner", "analysis"}
     | {"agreement", "launch", "names", "processes", "progress", "provenance", "run", "run_directory"}
     | {"installed", "run_plan", "stopping", "verify"},
 }

@@ -14,6 +14,7 @@ from tutelage.agreement import is_loss, last_words
 from tutelage.cli.data_commands import data_app
 from tutelage.cli.doctor import doctor
 from tutelage.cli.eval_commands import eval_app
+from tutelage.cli.plan_commands import plan_app
 from tutelage.cli.reference_commands import init, models, schema, verify
 from tutelage.cli.show_commands import runs, show
 from tutelage.cli.streams import flush_streams, prepare_streams
@@ -67,6 +68,7 @@ def _options(
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
 app.add_typer(eval_app, name="eval")
+app.add_typer(plan_app, name="plan")
 
 
 def main() -> None:

@@ -1,29 +1,29 @@
-"""Fit scaling laws to measured losses: least squares of their logarithms with Huber's loss, several starts.
+"""Fit scaling laws to measured losses: least squares in log space, Huber's loss, several starts.
 
 How far a fit is off is said by leaving points out: each is predicted by a fit of others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from pydantic import Field
 from scipy.optimize import least_squares
 from scipy.special import stdtrit
 
 from tutelage.planner.laws import PUBLISHED, PUBLISHED_TAUGHT, DistillationLaw, SupervisedLaw, coefficients
+from tutelage.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    Law = TypeVar("Law", SupervisedLaw, DistillationLaw)
-    Build = Callable[[NDArray[np.float64]], Law]
-    Predict = Callable[[Law, NDArray[np.intp]], NDArray[np.float64]]
-else:
-    Law = TypeVar("Law")
+    Build = Callable[[NDArray[np.float64]], "Law"]
+    Predict = Callable[["Law", NDArray[np.intp]], NDArray[np.float64]]
+
+Law = TypeVar("Law", SupervisedLaw, DistillationLaw)
 
 _HUBER = 1e-3
 """Residuals of log losses above this count linearly, as in arXiv 2203.15556."""
@@ -37,21 +37,16 @@ _FOLDS = 16
 """Parts that many points are left out in; few are left out one by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class LawFit(Generic[Law]):
-    """A fitted law.
+class LawFit(Record, extra="forbid"):
+    """A fitted law, with how far it is off."""
 
-    Attributes:
-        law: its coefficients.
-        free: how many of them were fitted; the others are the published ones.
-        residuals: measured over predicted minus 1, of each point.
-        left_out: the same of each point with a fit of the others, or of fifteen sixteenths of many.
-    """
-
-    law: Law
-    free: int
-    residuals: tuple[float, ...]
-    left_out: tuple[float, ...]
+    coefficients: tuple[float, ...] = Field(description="in the order of the law's fields")
+    free: int = Field(description="how many of them were fitted; the others are the published ones")
+    residuals: tuple[float, ...] = Field(description="measured over predicted minus 1, of each point")
+    left_out: tuple[float, ...] = Field(
+        min_length=2,
+        description="the same with a fit of the other points, or of fifteen sixteenths of many",
+    )
 
     @property
     def error(self) -> float:
@@ -64,9 +59,25 @@ class LawFit(Generic[Law]):
         return float(stdtrit(len(self.left_out) - 1, 0.975)) * self.error
 
 
-def fit_supervised(
-    parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike
-) -> LawFit[SupervisedLaw] | None:
+class SupervisedFit(LawFit):
+    """A fit of the law of models without a teacher."""
+
+    @property
+    def law(self) -> SupervisedLaw:
+        """The law itself."""
+        return SupervisedLaw(*self.coefficients)
+
+
+class DistillationFit(LawFit):
+    """A fit of the law of students that learn from a teacher alone."""
+
+    @property
+    def law(self) -> DistillationLaw:
+        """The law itself."""
+        return DistillationLaw(*self.coefficients)
+
+
+def fit_supervised(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> SupervisedFit | None:
     """Fit the law of models without a teacher: six coefficients, or E, A and B beside published exponents.
 
     The one that predicts left-out points better; None with fewer than five points.
@@ -104,12 +115,13 @@ def fit_supervised(
         for build, starts in ((all_free, wide), (scaled, narrow))
         if len(measured) >= len(starts[0]) + _SPARE
     ]
-    return min(fits, key=lambda fit: fit.error, default=None)
+    best = min(fits, key=lambda fit: fit.error, default=None)
+    return None if best is None else SupervisedFit(**best.model_dump())
 
 
 def fit_distillation(
     parameters: ArrayLike, tokens: ArrayLike, teachers: ArrayLike, alone: ArrayLike, losses: ArrayLike
-) -> LawFit[DistillationLaw] | None:
+) -> DistillationFit | None:
     """Fit the law of students that learn from a teacher alone; None with fewer than eleven points.
 
     Args:
@@ -138,7 +150,8 @@ def fit_distillation(
     def predict(law: DistillationLaw, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
         return law.loss(n[chosen], d[chosen], taught[chosen], own[chosen])
 
-    return _fit(lambda x: DistillationLaw(*_positive(x)), predict, starts, measured)
+    found = _fit(lambda x: DistillationLaw(*_positive(x)), predict, starts, measured)
+    return DistillationFit(**found.model_dump())
 
 
 def _positive(x: NDArray[np.float64]) -> list[float]:
@@ -152,7 +165,7 @@ def _fit(
     predict: Predict[Law],
     starts: Sequence[NDArray[np.float64]],
     measured: NDArray[np.float64],
-) -> LawFit[Law]:
+) -> LawFit:
     """The best of the fits from all starts; points are left out from there on."""
 
     def solved(
@@ -179,4 +192,9 @@ def _fit(
         _, x = solved(best, everything[~apart], 4)
         left_out[apart] = measured[apart] / predict(build(x), everything[apart]) - 1
     residuals = measured / predict(law, everything) - 1
-    return LawFit(law, len(best), tuple(map(float, residuals)), tuple(map(float, left_out)))
+    return LawFit(
+        coefficients=coefficients(law),
+        free=len(best),
+        residuals=tuple(map(float, residuals)),
+        left_out=tuple(map(float, left_out)),
+    )

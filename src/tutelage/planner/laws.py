@@ -159,8 +159,21 @@ PUBLISHED_TAUGHT = DistillationLaw(
 PUBLISHED_RANGE = Range((143e6, 12.6e9), (3.7e9, 515e9), "English web text, arXiv 2502.08606")
 PUBLISHED_TEACHERS = (1.89, 2.61)
 """Losses of the teachers that `PUBLISHED_TAUGHT` is checked on, in nats per token."""
-PUBLISHED_ERROR = 0.018
-"""Root mean square error of `PUBLISHED_TAUGHT` on points that were not fitted, in nats per token."""
+PUBLISHED_ERROR = 0.018 / 2.4
+"""Root mean square error of `PUBLISHED_TAUGHT` on points that were not fitted, as a part of their loss."""
+
+
+PAPER_ALPHAS = tuple(
+    (float(np.log(PUBLISHED.loss(1.14e9, 52.4e9) / PUBLISHED.loss(size, 52.4e9))), alpha)
+    for size, alpha in ((428e6, 0.2), (1.14e9, 0.2), (2.99e9, 0.6), (6.98e9, 0.8))
+)
+"""Gaps to four teachers of one student of 1.7B parameters, and its best alphas (arXiv 2605.23857)."""
+
+
+def paper_alpha(gap: float) -> float:
+    """The alpha that the paper found best at a gap, log(own loss / teacher's loss), on lines between four."""
+    gaps, alphas = zip(*PAPER_ALPHAS, strict=True)
+    return round(float(np.interp(gap, gaps, alphas)), 2)
 
 
 def coefficients(law: SupervisedLaw | DistillationLaw) -> tuple[float, ...]:

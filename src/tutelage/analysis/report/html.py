@@ -16,6 +16,7 @@ from tutelage.analysis.figures.style import save_all
 from tutelage.analysis.figures.token_figures import comparison_figures
 from tutelage.analysis.report import claim_rows, headline, report_rows
 from tutelage.analysis.report.csv_tables import save_tables
+from tutelage.analysis.report.planner_tables import planner_section
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN
 from tutelage.files import write_text
 
@@ -83,6 +84,7 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
         calibration=report_rows.calibration_table(study),
         spread=report_rows.spread_table(results),
         costs=report_rows.cost_table(results),
+        planner=planner_section(study),
         notes=headline.notes(results, findings),
         provenance=_provenance(results),
         unfinished=report_rows.unfinished_table(results),

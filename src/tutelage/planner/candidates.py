@@ -1,0 +1,206 @@
+"""Find out what a plan needs of a teacher: its loss on the text, its cost, how a run names it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tutelage.config.base import parse_tokens, slug, tokens_text
+from tutelage.errors import UserError, lookup
+from tutelage.evals.score_files import read_scores
+from tutelage.models.directory import read_config
+from tutelage.models.flops import forward_flops, parameters, training_flops
+from tutelage.models.shapes import LADDER, read_shape
+from tutelage.names import look_up
+from tutelage.planner.mixing_rule import Prediction
+from tutelage.run_directory import RunDirectory
+from tutelage.study.given_models import given_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tutelage.config.run_config import RunConfig
+    from tutelage.models.shapes import ModelShape
+    from tutelage.planner.study_fit import Basis
+
+_EVALS = Path("evals")
+TEXT = "text"
+"""Name under which a teacher's loss on the student's text is looked for among its scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A teacher that a plan is asked about.
+
+    Attributes:
+        name: as the user wrote it.
+        kind: a shape that is still to be trained, a run, or a given model.
+        loss: nats per token on the student's text; None where nothing says it.
+        measured: whether the loss was, or is a law's.
+        outside: what of it is outside of the law's range; None if nothing is, or its loss was measured.
+        forward_flops: of its forward pass, per token.
+        training_flops: that its training still takes.
+        width: of its hidden states.
+        shape: None of a family whose memory the plan of a run does not know.
+        tokens: that it is still to be trained on; 0 of a run or a given model.
+        settings: section `teacher` of a run file.
+        output: directory of its run, and so of its students' runs; None for the usual one.
+    """
+
+    name: str
+    kind: Literal["shape", "run", "model"]
+    loss: Prediction | None
+    measured: bool
+    outside: str | None
+    forward_flops: float
+    training_flops: float
+    width: int
+    shape: ModelShape | None
+    tokens: int
+    settings: dict[str, Any]
+    output: Path | None = None
+
+
+def find_candidate(text: str, student: RunConfig, vocab_size: int, basis: Basis, store: str) -> Candidate:
+    """Describe the teacher that `text` names: SHAPE@TOKENS, a run, a model directory or a Hub name.
+
+    Args:
+        text: as the user wrote it.
+        student: draft of the student's run.
+        vocab_size: of the student.
+        basis: the law that says the loss of what is not trained yet.
+        store: the student's text, as a command names it.
+
+    Raises:
+        UserError: there is no such shape, run or model, or nothing says what its loss on the text is.
+    """
+    left, at, right = text.rpartition("@")
+    if at and (left in LADDER or not any(mark in left for mark in "/.")):
+        return _to_be_trained(left, right, student, vocab_size, basis)
+    path = look_up("run", Path(text), "--teacher")
+    if path is not None:
+        return _run(text, RunDirectory(path), student, vocab_size, basis, store)
+    return _model(text, student, store)
+
+
+def _to_be_trained(name: str, budget: str, student: RunConfig, vocab_size: int, basis: Basis) -> Candidate:
+    shape = lookup(LADDER, name, "--teacher: the shape")
+    size = parameters(shape, vocab_size)
+    try:
+        tokens = parse_tokens(budget, size.total)
+    except ValueError as error:
+        raise UserError(f"--teacher {name}@{budget}: {error}") from None
+    if tokens < student.global_batch_tokens:
+        raise UserError(
+            f"--teacher {name}@{budget}: {tokens:,} tokens are less than one batch of "
+            f"{student.global_batch_tokens:,} (global_batch_tokens)"
+        )
+    outside = basis.range.outside(size.non_embedding, tokens)
+    measured = (float(size.non_embedding), float(tokens)) in basis.measured
+    forward = forward_flops(shape, vocab_size, student.data.sequence_length)
+    return Candidate(
+        name=f"{name}@{tokens_text(tokens)}",
+        kind="shape",
+        loss=basis.alone(size.non_embedding, tokens) if outside is None or measured else None,
+        measured=measured,
+        outside=None if measured else outside,
+        forward_flops=forward,
+        training_flops=training_flops(forward) * tokens,
+        width=shape.hidden,
+        shape=shape,
+        tokens=tokens,
+        settings={"kind": "run", "run": f"teacher-{slug(name)}-{slug(tokens_text(tokens))}"},
+    )
+
+
+def _run(
+    text: str, run: RunDirectory, student: RunConfig, vocab_size: int, basis: Basis, store: str
+) -> Candidate:
+    if not run.is_trained():
+        raise UserError(f"--teacher {text}: {run.path} has no model yet; `tutelage train` goes on with it")
+    shape = read_shape(read_config(run.model), text)
+    given = None if shape is not None else given_model(str(run.model), student.data.sequence_length)
+    if shape is None and given is None:
+        raise UserError(f"--teacher {text}: {run.model} cannot be read")
+    forward = (
+        forward_flops(shape, vocab_size, student.data.sequence_length)
+        if shape is not None
+        else given.forward_flops
+        if given
+        else 0.0
+    )
+    loss, outside, measured = measured_loss([run.scores]), None, True
+    tokens = run.state().get("tokens")
+    if shape is not None and isinstance(tokens, int) and (loss is None or not basis.surfaces):
+        # The published laws speak of their own text, so both losses are taken from them.
+        size = parameters(shape, vocab_size).non_embedding
+        outside, measured = basis.range.outside(size, tokens), False
+        loss = basis.alone(size, tokens) if outside is None else None
+    if loss is None and outside is None:
+        raise _unmeasured(text, store)
+    return Candidate(
+        name=text,
+        kind="run",
+        loss=loss,
+        measured=measured,
+        outside=outside,
+        forward_flops=forward,
+        training_flops=0.0,
+        width=shape.hidden if shape is not None else given.width if given else 0,
+        shape=shape,
+        tokens=0,
+        settings={"kind": "run", "run": run.id},
+        output=run.path.parent,
+    )
+
+
+def _model(text: str, student: RunConfig, store: str) -> Candidate:
+    given = given_model(text, student.data.sequence_length)
+    if given is None:
+        raise UserError(
+            f"--teacher {text}: no shape with its tokens (llama-8b@50B), no run, and no model that can be "
+            "read here is called so"
+        )
+    loss = measured_loss(sorted(_EVALS.glob(f"{Path(text).name}-????????/scores.jsonl")))
+    if loss is None:
+        raise _unmeasured(text, store)
+    return Candidate(
+        name=text,
+        kind="model",
+        loss=loss,
+        measured=True,
+        outside=None,
+        forward_flops=given.forward_flops,
+        training_flops=0.0,
+        width=given.width,
+        shape=given.shape,
+        tokens=0,
+        settings={"kind": "model", "path": text},
+    )
+
+
+def measured_loss(files: Iterable[Path]) -> Prediction | None:
+    """The loss on the student's text among the last scores of a model: nats per token, validation split.
+
+    That is the text that is called `text`, or else one in domain.
+    """
+    for path in files:
+        rows = [
+            score
+            for score in read_scores(path)
+            if (score.metric, score.split) == ("perplexity", "validation")
+            and (score.domain == TEXT or score.role == "in_domain")
+        ]
+        if rows:
+            last = max(rows, key=lambda score: (score.step, score.domain == TEXT))
+            return Prediction(math.log(last.value), None, None)
+    return None
+
+
+def _unmeasured(text: str, store: str) -> UserError:
+    return UserError(
+        f"--teacher {text}: its loss on the student's text is not known; measure it: "
+        f"`tutelage eval score {text} --store {TEXT}={store}`, then plan again"
+    )
