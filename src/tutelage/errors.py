@@ -48,7 +48,10 @@ class DiskError(UserError):
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """Work was stopped by Ctrl-C or a signal; what was done is on disk and the same call resumes it."""
+    """Work was stopped by Ctrl-C or a signal; what was done is on disk and the same call resumes it.
+
+    Its text says how far the work was, such as "after step 120 of 400", where that is known.
+    """
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

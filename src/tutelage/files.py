@@ -127,6 +127,15 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
 
 
+def size_text(count: float) -> str:
+    """Format a number of bytes with three digits and a unit: "950 bytes", "3.13 KB", "12.3 MB"."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 999.5:  # noqa: PLR2004 - three digits
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name; it replaces `path` in one step if the block succeeds.

@@ -18,7 +18,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.evals import evaluate
 from tutelage.evals.contamination import anchored
-from tutelage.evals.score_files import read_scores
+from tutelage.evals.score_files import read_scores, show_in_card
 from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
 from tutelage.progress import NullProgress, Progress, counter
@@ -315,19 +315,21 @@ def _export(students: Sequence[Student]) -> None:
 
 
 def _score(runs: Sequence[Run], progress: Progress) -> None:
-    """Score the exported models and mark the runs as done."""
+    """Score the exported models on what is left of their domains, and mark the runs as done."""
     for config, directory in runs:
-        began, stage = time.perf_counter(), f"{directory.id}: scores"
-        progress.start(stage, unit="tokens")
-        step = int(directory.state()["step"])
-        model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
-        model.to(hub.pick_device(config.runtime.device))
-        told = counter(progress, stage)
-        scores = evaluate.score_run(config, directory, model, step, finished=True, progress=told)
-        _warn_of_loss_gap(scores, directory, progress)
-        send_scores(config, directory.path, scores, step)
+        step, began = int(directory.state()["step"]), time.perf_counter()
+        if evaluate.missing_domains(config, directory, step):
+            stage = f"{directory.id}: scores"
+            progress.start(stage, unit="tokens")
+            model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
+            model.to(hub.pick_device(config.runtime.device))
+            told = counter(progress, stage)
+            scores = evaluate.score_run(config, directory, model, step, finished=True, progress=told)
+            _warn_of_loss_gap(scores, directory, progress)
+            send_scores(config, directory.path, scores, step)
+            progress.finish(stage)
+        show_in_card(directory.scores, read_scores(directory.scores))  # of a model that is exported again
         _mark_scored(config, directory, scoring_seconds=round(time.perf_counter() - began, 3))
-        progress.finish(stage)
 
 
 def _warn_of_loss_gap(scores: Sequence[Score], directory: RunDirectory, progress: Progress) -> None:

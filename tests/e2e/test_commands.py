@@ -86,10 +86,12 @@ def test_ctrl_c_checkpoints_and_says_how_to_go_on(run_file, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "run the same command again" in error
+    step = int(
+        re.search(r"\nstopped after step (\d+) of \d+; run the same command again to resume\n$", error)[1]
+    )
     (directory,) = (tmp_path / "runs").iterdir()
     assert json.loads((directory / "state.json").read_text())["status"] == "stopped"
-    assert list((directory / "checkpoints").glob("step-*"))
+    assert [int(path.name[5:]) for path in (directory / "checkpoints").glob("step-*")][-1] == step
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_estimate_compares_every_format_and_writes_nothing(teach_file, tmp_path,
         assert kind in text
     (marked,) = [line for line in text.splitlines() if line.strip().startswith("->")]
     assert "sample_min_variance ids=16" in marked
-    for word in ("bytes/token", "total MB", "FLOPs", "free"):
+    for word in ("bytes/token", "total", "FLOPs", "free"):
         assert word in text
     assert not (tmp_path / "caches").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_a_closed_terminal_stops_a_run_which_goes_on_bitwise(run_file, tmp_path,
     os.killpg(process.pid, CLOSED)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err.count(b"stopped; run the same command again to resume") == 1
+    assert len(re.findall(rb"stopped after step \d+ of \d+; run the same command again to resume", err)) == 1
     assert status(metrics.parent) == "stopped"
     assert list(metrics.parent.glob("checkpoints/step-*"))
     assert all(json.loads(line)["step"] % 5 == 0 for line in metrics.read_text().splitlines())

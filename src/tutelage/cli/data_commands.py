@@ -25,11 +25,13 @@ def data_list() -> None:
     from tutelage.cli.bars import out, say
     from tutelage.data.corpora import CORPORA, PAIR_CORPORA
 
-    table = Table("corpus", "kind", "package", "licence", "what", box=None)
+    table = Table("corpus", "kind", "what it is, package, licence", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        column.overflow = "fold"  # at the end of the line; nothing is cut
     for kind, corpora in (("corpus", CORPORA), ("corpus_pairs", PAIR_CORPORA)):
         for corpus in corpora.values():
-            package = f"{corpus.package}=={corpus.version}"
-            table.add_row(corpus.name, kind, package, corpus.licence, corpus.summary)
+            table.add_row(corpus.name, kind, corpus.summary)
+            table.add_row("", "", f"{corpus.package}=={corpus.version}; {corpus.licence}", style="dim")
     out.print(table)
     say("next", "`tutelage data build --corpus NAME`")
 

@@ -102,8 +102,10 @@ def _devices() -> list[Check]:
                 install_package("--force-reinstall torch"),
             )
         ]
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     processor = (
-        f"{cpu_model() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        f"{cpu_model() or platform.machine()}, {cores} core{'s' * (cores != 1)}, "
+        f"{threads} thread{'s' * (threads != 1)}"
     )
     checks = [Check("cpu", True, processor)]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -82,9 +82,9 @@ def main() -> None:
     try:
         with interruptible():
             app()
-    except Stopped:
+    except Stopped as stopped:
         if place().is_main:
-            sys.stderr.write("\nstopped; run the same command again to resume\n")
+            sys.stderr.write(f"\nstopped{f' {stopped}'.rstrip()}; run the same command again to resume\n")
         sys.exit(130)
     except Exception as error:
         wrong = _wrong_input(error)

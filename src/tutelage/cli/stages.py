@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from tutelage.files import size_text
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -130,7 +132,7 @@ class Stage:
 
 def _amount(done: float, total: float | None, unit: str) -> str:
     if unit == "bytes":
-        return f"{done / 1e6:,.1f} MB"
+        return size_text(done)
     if unit == "tokens":
         return short(done) + ("" if total is None else f"/{short(total)}") + " tokens"
     if unit == "":

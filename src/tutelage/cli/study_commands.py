@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -101,7 +102,7 @@ def study_plan(
     for one in expanded:
         for line in foreseen(one, output or Path(f"tutelage-{one.study.name}")):
             say("warning", f"{one.study.name}: {line}")
-    print_forecast(found, [" ".join([name, *overrides]) for name in names])
+    print_forecast(found, [shlex.join([name, *overrides]) for name in names])
 
 
 def _powers(studies: Sequence[ExpandedStudy], noise: Path | None) -> list[StudyPower]:

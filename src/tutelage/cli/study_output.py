@@ -9,6 +9,7 @@ from rich.text import Text
 
 from tutelage.cli.bars import out, say
 from tutelage.cli.stages import period, short
+from tutelage.files import size_text
 from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
     memory, hours, path = found["memory"], found["time"], found["critical_path"]
     out.print()
     too_much = "" if memory["fits"] else ": more than the device has on any number of them"
-    say("memory", f"{memory['bytes'] / 1e9:.3g} GB on one device at most, by {memory['run']}{too_much}")
+    say("memory", f"{size_text(memory['bytes'])} on one device at most, by {memory['run']}{too_much}")
     if memory["devices"] > 1:
         say(
             "",
             f"runs take up to {memory['devices']} devices each; run.parallel.processes must say so",
         )
-    say("cache", f"{found['cache_bytes'] / 1e9:.3g} GB of kept teacher targets at most")
+    say("cache", f"{size_text(found['cache_bytes'])} of kept teacher targets at most")
     say("time", f"{period(hours['wall_seconds'])} on {found['source']}")
     say("", f"{hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted")
     say("energy", f"{found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted")

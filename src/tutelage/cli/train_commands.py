@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from tutelage.config.teacher_config import TeachConfig
     from tutelage.run_directory import RunDirectory
 
+_REPLACED = re.compile(r"(name|teacher|objective)(\.[\w.]+)?=")
+"""Settings that the same student without a teacher gets others of."""
 
 PlanOnly = Annotated[
     bool, typer.Option("--plan", help="train nothing; say what memory, time and disk it takes, by formula")
@@ -67,6 +70,7 @@ def train(
     texts = [str(config), *(more or [])]
     overrides = [text for text in texts[1:] if "=" in text]
     with agreement.together():
+        _refuse_words(texts[1:])
         loaded = [load(RunConfig, Path(text), overrides) for text in texts if text not in overrides]
     if plan:
         for one in loaded:
@@ -77,6 +81,26 @@ def train(
         _launch(several, ["tutelage", "train", *texts])
         return
     _train(loaded, [str(config), *overrides])
+
+
+def _refuse_words(texts: Sequence[str]) -> None:
+    """Refuse what is neither a setting to change nor a file.
+
+    Raises:
+        UserError: with the setting that was meant, if one is called nearly so.
+    """
+    from tutelage.config.run_config import RunConfig
+    from tutelage.errors import UserError, suggestion
+
+    known = RunConfig.model_fields
+    for text in texts:
+        if "=" not in text and Path(text).suffix not in {".yaml", ".yml"} and not Path(text).exists():
+            named = text.split(".")[0] in known
+            near, example = ("", f"{text}=...") if named else (suggestion(text, known), "tokens=1M")
+            raise UserError(
+                f"train {text}: {near}neither a run file nor a setting to change; write KEY=VALUE, for "
+                f"example {example}, or the path of a file"
+            )
 
 
 def _train(configs: Sequence[RunConfig], command: list[str]) -> None:
@@ -119,13 +143,15 @@ def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str
     """What to do with a trained model: let it teach, or find out whether it was taught well."""
     if config.teacher is None:
         return f"teach a student with it: teacher={{kind: run, run: {directory.id}}}"
-    alone = [*command, f"name={config.name}-alone", "teacher=null", "objective={alpha: 0, gate: null}"]
+    kept = [text for text in command if not _REPLACED.match(text)]
+    alone = [*kept, f"name={config.name}-alone", "teacher=null", "objective={alpha: 0, gate: null}"]
     return f"does its teacher help? Train it alone, and compare: `tutelage train {shlex.join(alone)}`"
 
 
 def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
     from tutelage.cli.bars import out, say
     from tutelage.cli.stages import period, short
+    from tutelage.files import size_text
     from tutelage.models.devices import Hardware
     from tutelage.run_plan import plan_run
 
@@ -141,7 +167,7 @@ def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
     say("time", f"{period(found.seconds)}; start-up, scoring and waiting for disks not counted")
     say(
         "disk",
-        f"{found.checkpoint_bytes / 1e9:.3g} GB of checkpoints, {found.model_bytes / 1e9:.3g} GB of model",
+        f"{size_text(found.checkpoint_bytes)} of checkpoints, {size_text(found.model_bytes)} of model",
     )
 
 
@@ -205,19 +231,20 @@ def _print_estimate(config: TeachConfig) -> None:
 
     from tutelage.cli.bars import out, say
     from tutelage.cli.stages import period
+    from tutelage.files import size_text
     from tutelage.teachers.cache.cache_estimate import estimate_cache
     from tutelage.teachers.cache.formats import FORMATS
 
     found = estimate_cache(config)
     table = Table("", "format", box=None)
-    for column in ("bytes/token", "total MB", "time"):
+    for column in ("bytes/token", "total", "time"):
         table.add_column(column, justify="right")
     for row in found.formats:
         table.add_row(
             "->" if row.configured else "",
             row.label,
             f"{row.bytes_per_token:.2f}",
-            f"{row.total_bytes / 1e6:,.1f}",
+            size_text(row.total_bytes),
             period(row.seconds),
         )
     out.print(table)
@@ -226,6 +253,6 @@ def _print_estimate(config: TeachConfig) -> None:
     out.print()
     say("tokens", f"{found.tokens:,}")
     say("teacher", f"{found.teacher_flops:.3g} FLOPs in forward passes")
-    say("free", f"{found.free_bytes / 1e6:,.1f} MB on the disk of {found.path.parent}")
+    say("free", f"{size_text(found.free_bytes)} on the disk of {found.path.parent}")
     say("measured", f"on {found.trial_tokens:,} tokens, one process on this machine; -> the file's format")
     say("next", f"without --estimate: writes {found.path}")

@@ -33,7 +33,7 @@ from tutelage.data.store_manifest import (
 from tutelage.data.token_text import RoundTrip, SourceBytes
 from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
-from tutelage.files import atomic_directory, free_bytes, lock, make_directory
+from tutelage.files import atomic_directory, free_bytes, lock, make_directory, size_text
 from tutelage.progress import NullProgress
 from tutelage.records import write_manifest_file
 
@@ -154,9 +154,7 @@ def _check_space(config: StoreConfig, output: Path) -> None:
     needed = min(known, config.max_bytes or known) // 2
     free = free_bytes(output)
     if needed > free:
-        raise UserError(
-            f"{output}: the store needs at least {needed / 1e6:,.0f} MB, free are {free / 1e6:,.0f} MB"
-        )
+        raise UserError(f"{output}: the store needs at least {size_text(needed)}, free are {size_text(free)}")
 
 
 def _source_records(

@@ -26,7 +26,7 @@ from tutelage.evals.domains import (
     find_domain,
 )
 from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer, find_models
-from tutelage.evals.score_files import add_scores, read_scores, show_in_card
+from tutelage.evals.score_files import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, save_scores, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
 from tutelage.files import lock, make_directory
@@ -323,8 +323,6 @@ def score_run(
         elif writes:
             add_scores(evaluated.scores, found.scores)
         scores += found.scores
-    if finished:  # a model that is exported again has a new card
-        show_in_card(evaluated.scores, read_scores(evaluated.scores))
     return scores
 
 

@@ -72,7 +72,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
                 progress.note(f"warning: {warning}")
             left = any(student.has_steps_left for student in students)
             if stopping and distributed.anywhere(stop.is_set()):
-                raise Stopped
+                raise Stopped(f"after step {step + 1:,} of {last:,}")
             if not left:
                 break
     progress.finish(stage)

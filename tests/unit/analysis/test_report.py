@@ -224,9 +224,9 @@ def test_what_a_user_wrote_is_escaped(tmp_path):
 
 def test_the_page_names_the_training_text(tmp_path):
     named = visible(text_of(report_of(write_study(tmp_path / "named", seeds=(43,), corpus="my-letters"))))
-    assert "Training text: my-letters; its held-out part is called in-domain here." in named
+    assert "Training text: my-letters; its held-out part is called speeches here." in named
     older = visible(text_of(report_of(write_study(tmp_path / "older", seeds=(43,)))))
-    assert "Training text: in-domain." in older
+    assert "Training text: speeches." in older
 
 
 def test_an_unfinished_study_says_what_is_missing(tmp_path):

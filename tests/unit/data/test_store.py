@@ -252,7 +252,7 @@ def test_missing_source(tmp_path):
 def test_a_text_that_cannot_fit_is_refused_before_work(tmp_path):
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(3 * shutil.disk_usage(tmp_path).free)  # a hole: it takes no room itself
-    with pytest.raises(UserError, match=r"the store needs at least [\d,]+ MB, free are [\d,]+ MB"):
+    with pytest.raises(UserError, match=r"the store needs at least [\d.]+ \w+, free are [\d.]+ \w+"):
         _check_space(from_jsonl(tmp_path / "a.txt", max_bytes=None), tmp_path / "out" / "stores")
     _check_space(from_jsonl(tmp_path / "a.txt", max_bytes=1000), tmp_path)
 

@@ -17,6 +17,7 @@ from tutelage.files import (
     lock,
     lock_when_free,
     make_directory,
+    size_text,
 )
 from tutelage.progress import NullProgress
 from tutelage.records import write_manifest_file
@@ -99,8 +100,8 @@ def _check_space(job: CacheJob, tokens: int) -> None:
     free = free_bytes(job.plan.path)
     if needed > free:
         raise UserError(
-            f"{job.plan.path}: the cache needs about {needed / 1e6:,.1f} MB more, free are "
-            f"{free / 1e6:,.1f} MB; choose another output or a smaller format (--estimate compares them)"
+            f"{job.plan.path}: the cache needs about {size_text(needed)} more, free are "
+            f"{size_text(free)}; choose another output or a smaller format (--estimate compares them)"
         )
 
 

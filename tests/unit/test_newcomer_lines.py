@@ -1,0 +1,108 @@
+"""Lines that a newcomer meets: nothing essential cut at 80 columns, hints that work, sizes and counts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from tutelage.cli import doctor
+from tutelage.cli.stages import Stage
+from tutelage.data.corpora import CORPORA, PAIR_CORPORA
+from tutelage.files import size_text
+from tutelage.models import hub
+
+
+def test_a_list_of_corpora_has_every_word_at_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, shown, _ = command("data", "list")
+    assert code == 0
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join(shown.split())
+    for corpus in (CORPORA | PAIR_CORPORA).values():
+        for text in (corpus.name, f"{corpus.package}=={corpus.version}; {corpus.licence}", corpus.summary):
+            assert " ".join(text.split()) in words, text
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (950, "950 bytes"),
+        (3131, "3.13 KB"),
+        (999_499, "999 KB"),
+        (999_500, "1 MB"),
+        (2.5e13, "25 TB"),
+    ],
+)
+def test_sizes_have_three_digits_whatever_they_are(count, text):
+    assert size_text(count) == text
+
+
+def test_a_small_text_is_not_read_as_nothing():
+    assert Stage("own", None, "bytes", done=3131).amount == "3.13 KB"
+
+
+def test_one_thread_is_one(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert doctor._devices()[0].detail.endswith(", 1 core, 1 thread")
+
+
+@pytest.fixture
+def run_file(store, tmp_path):
+    settings = {
+        "name": "mine",
+        "model": {"shape": "nano-20k"},
+        "data": {"store": str(store), "sequence_length": 32},
+        "tokens": 512,
+        "global_batch_tokens": 256,
+        "runtime": {"device": "cpu", "threads": 1},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    return "mine.yaml"
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("token", "did you mean 'tokens'? "),
+        ("optim.lr", ""),
+        ("tokens", ""),
+        ("twice", ""),
+    ],
+)
+def test_a_word_in_the_place_of_a_setting_is_answered_by_what_was_meant(command, run_file, word, near):
+    code, _, said = command("train", run_file, word)
+    assert code == 2
+    assert said.startswith(
+        f"error: train {word}: {near}neither a run file nor a setting to change; write KEY="
+    )
+    code, _, said = command("train", run_file, "missing.yaml")
+    assert (code, said) == (2, "error: missing.yaml: no such file\n")
+
+
+def test_a_run_without_texts_to_score_loads_no_model_and_says_nothing_of_scores(
+    command, run_file, monkeypatch
+):
+    loaded = []
+    load = hub.load
+    monkeypatch.setattr(hub, "load", lambda path, **more: loaded.append(path) or load(path, **more))
+    taught = ["name=other", "teacher.kind=unigram", "objective.alpha=0.3", "tokens=1K"]
+    code, shown, said = command("train", run_file, *taught)
+    assert code == 0
+    assert [path.name[:14] for path in loaded] == [".partial-model"]  # the export, which is read back
+    assert "scores" not in said
+    assert "scores" not in shown
+    hint = re.search(r"`tutelage (train .*)`", shown)[1]
+    assert shlex.split(hint) == [
+        *("train", run_file, "tokens=1K", "name=other-alone", "teacher=null"),
+        "objective={alpha: 0, gate: null}",
+    ]
+    assert command(*shlex.split(hint))[0] == 0
+    code, _, said = command("train", run_file, *taught)
+    assert code == 0
+    assert "is finished; nothing to do" in said
