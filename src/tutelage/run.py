@@ -322,9 +322,8 @@ def _score(runs: Sequence[Run], progress: Progress) -> None:
             stage = f"{directory.id}: scores"
             progress.start(stage, unit="tokens")
             model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
-            model.to(hub.pick_device(config.runtime.device))
-            told = counter(progress, stage)
-            scores = evaluate.score_run(config, directory, model, step, finished=True, progress=told)
+            scored = config, directory, model.to(hub.pick_device(config.runtime.device)), step
+            scores = evaluate.score_run(*scored, finished=True, progress=counter(progress, stage))
             _warn_of_loss_gap(scores, directory, progress)
             send_scores(config, directory.path, scores, step)
             progress.finish(stage)
@@ -335,8 +334,7 @@ def _score(runs: Sequence[Run], progress: Progress) -> None:
 def _warn_of_loss_gap(scores: Sequence[Score], directory: RunDirectory, progress: Progress) -> None:
     """Warn once per run, and in state.json, that held-out and training loss are far apart."""
     state = directory.state()
-    warning = evaluate.loss_gap_warning(scores, directory)
-    if warning is not None and state.get("warning") is None:
+    if (warning := evaluate.loss_gap_warning(scores, directory)) and state.get("warning") is None:
         progress.note(f"warning: {directory.id}: {warning}")
         directory.write_state(state["status"], warning=warning)
 
