@@ -74,7 +74,7 @@ def student_of(name: str, store: str, arguments: argparse.Namespace) -> Student:
 def step(student: Student) -> None:
     """One step as the loop takes it."""
     watch = Stopwatch(student.world.device, running=False)
-    train_step([student.step_inputs()], [student.loader.batch(student.step)], watch)
+    train_step([student.step_inputs(student.step)], [student.loader.batch(student.step)], watch)
     student.step += 1
 
 

@@ -87,7 +87,7 @@ def in_place(numbers: int, student_CV: Tensor, *_: object) -> tuple[Tensor, ...]
 def compare(shape: str, teacher: str | None, processes: int, store: Path) -> tuple[float, float]:
     """Bytes at the peak of a process: traced, and by formula."""
     config = config_of(shape, teacher, processes, store)
-    student, taught = find_shape(shape), None if teacher is None else find_shape(teacher)
+    student, taught = find_shape(shape), [] if teacher is None else [find_shape(teacher)]
     vocab_size = student.vocab_size or 0
     hardware = Hardware("cpu", find_device("cpu"), processes, 1e12, cuda=False)
     plan = plan_memory(footprint(config, student, taught, vocab_size, hardware))

@@ -144,9 +144,9 @@ def take(student: Student, step: int) -> StepReport:
 
 def formula(case: Case, student: Student, arguments: argparse.Namespace) -> float:
     """Bytes that the plan of the run expects."""
-    teacher = find_shape(arguments.teacher) if case.teacher == "live" else None
+    teachers = [find_shape(arguments.teacher)] if case.teacher == "live" else []
     shape, here = find_shape(arguments.shape), Hardware.here("cuda", 1, free=False)
-    return plan_memory(footprint(student.config, shape, teacher, arguments.vocabulary, here)).total
+    return plan_memory(footprint(student.config, shape, teachers, arguments.vocabulary, here)).total
 
 
 def measure(case: Case, student: Student, arguments: argparse.Namespace) -> str:

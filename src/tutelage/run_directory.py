@@ -13,25 +13,22 @@ from tutelage.checksums import check_file, checked_write
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, load
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
-from tutelage.config.teacher_config import CacheTeacher, ModelTeacher, RunTeacher
+from tutelage.config.teacher_config import (
+    CacheTeacher,
+    ModelTeacher,
+    RunTeacher,
+    SingleTeacher,
+    each_teacher,
+)
 from tutelage.config.wrong_settings import WrongSettingsError
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.files import (
-    flush,
-    lock,
-    make_directory,
-    remove_leftovers,
-)
+from tutelage.files import flush, lock, make_directory, remove_leftovers
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
 from tutelage.names import completed, find, find_run_id, look_up
-from tutelage.records import (
-    UnreadableError,
-    read_sealed,
-    write_sealed,
-)
+from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.row_files import append_row, keep_rows, last_row, whole_rows
 from tutelage.types import SCORING_VERSION
 
@@ -60,7 +57,8 @@ def run_id(config: RunConfig) -> str:
     fields["objective"].pop("chunk_tokens")
     if not fields["data"]["document_mask"]:
         del fields["data"]["document_mask"]  # a run from before there was one keeps its name
-    for section in (fields["model"], fields["teacher"] or {}):
+    teacher = fields["teacher"] or {}
+    for section in (fields["model"], teacher, *teacher.get("of", ())):
         section.pop("assume_same_tokenizer", None)  # a statement about the model, no change of it
         for placed in ("placement", "reshard_after_forward"):
             section.pop(placed, None)  # where its weights lie
@@ -117,12 +115,7 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
         model = model.model_copy(update={"run": find_run_id(model.run, runs, "model.run")})
     elif model.path is not None:
         model = model.model_copy(update={"path": local_model(model.path, "model.path")})
-    if isinstance(teacher, RunTeacher):
-        teacher = teacher.model_copy(update={"run": find_run_id(teacher.run, runs, "teacher.run")})
-    elif isinstance(teacher, ModelTeacher):
-        teacher = teacher.model_copy(update={"path": local_model(teacher.path, "teacher.path")})
-    elif isinstance(teacher, CacheTeacher):
-        teacher = teacher.model_copy(update={"path": find("cache", teacher.path, "teacher.path", base)})
+    teacher = each_teacher(teacher, lambda one, what: _named_teacher(one, what, runs))
     if start is not None:
         start = find_run_id(start, runs, "runtime.branch_from")
     domains = tuple(
@@ -138,6 +131,17 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
             "runtime": config.runtime.model_copy(update={"branch_from": start}),
         }
     )
+
+
+def _named_teacher(teacher: SingleTeacher, what: str, runs: Path) -> SingleTeacher:
+    match teacher:
+        case RunTeacher(run=run):
+            return teacher.model_copy(update={"run": find_run_id(run, runs, f"{what}.run")})
+        case ModelTeacher(path=model):
+            return teacher.model_copy(update={"path": local_model(model, f"{what}.path")})
+        case CacheTeacher(path=cache):
+            return teacher.model_copy(update={"path": find("cache", cache, f"{what}.path", runs.parent)})
+    return teacher
 
 
 def local_model(path: str, what: str) -> str:
@@ -160,11 +164,14 @@ def pinned(config: RunConfig) -> RunConfig:
     if config.model.path is not None and not Path(config.model.path).exists():
         commit = _commit(config.model.path, config.model.revision)
         changes["model"] = config.model.model_copy(update={"revision": commit})
-    teacher = config.teacher
-    if isinstance(teacher, ModelTeacher) and not Path(teacher.path).exists():
-        commit = _commit(teacher.path, teacher.revision)
-        changes["teacher"] = teacher.model_copy(update={"revision": commit})
+    changes["teacher"] = each_teacher(config.teacher, _pinned_teacher)
     return config.model_copy(update=changes)
+
+
+def _pinned_teacher(teacher: SingleTeacher, _what: str) -> SingleTeacher:
+    if not isinstance(teacher, ModelTeacher) or Path(teacher.path).exists():
+        return teacher
+    return teacher.model_copy(update={"revision": _commit(teacher.path, teacher.revision)})
 
 
 @functools.cache  # so that every run of a study means the same commit

@@ -14,11 +14,13 @@ from tutelage.config.teacher_config import (
     CacheTeacher,
     ControlTeacher,
     HiddenFormat,
+    MeanTeacher,
     MinVarianceFormat,
     ModelTeacher,
     MultinomialFormat,
     RunTeacher,
     TopKFormat,
+    single_teachers,
 )
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -31,6 +33,8 @@ from tutelage.models.shapes import find_shape, read_shape
 from tutelage.run_directory import RunDirectory, named
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tutelage.config.run_config import RunConfig
     from tutelage.config.teacher_config import TeacherConfig
     from tutelage.models.memory import MemoryPlan
@@ -57,7 +61,7 @@ class RunPlan:
         remedies: changes that lower them, in the order in which to try them; each on its own, then all.
         steps: optimizer steps.
         tokens: trained.
-        flops: per token, of the student and of a teacher that runs beside it.
+        flops: per token, of the student and of teachers that run beside it, a mean over the run's steps.
         checkpoint_bytes: on disk, of all checkpoints that are kept and the one that is being written.
         model_bytes: on disk, of the exported model.
     """
@@ -112,8 +116,8 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
     config = named(config, planning=True)
     shape = _student_shape(config)
     vocab_size = _vocabulary(config, shape)
-    teacher = _teacher_shape(config)
-    needs = footprint(config, shape, teacher, vocab_size, hardware)
+    teachers = _teacher_shapes(config)
+    needs = footprint(config, shape, teachers, vocab_size, hardware)
     weights = parameters(shape, vocab_size).total
     try:
         steps = config.steps(weights)
@@ -129,7 +133,8 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
         tokens=steps * config.global_batch_tokens,
         flops=(
             training_flops(forward_flops(shape, vocab_size, length)),
-            0.0 if teacher is None else forward_flops(teacher, vocab_size, length),
+            sum(forward_flops(teacher, vocab_size, length) for teacher in teachers)
+            * config.objective.taught_share(steps),
         ),
         checkpoint_bytes=_CHECKPOINT_BYTES * weights * _checkpoints(config, steps),
         model_bytes=_WEIGHT_BYTES[config.export_dtype] * weights,
@@ -137,14 +142,18 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
 
 
 def footprint(
-    config: RunConfig, shape: ModelShape, teacher: ModelShape | None, vocab_size: int, hardware: Hardware
+    config: RunConfig,
+    shape: ModelShape,
+    teachers: Sequence[ModelShape],
+    vocab_size: int,
+    hardware: Hardware,
 ) -> Footprint:
     """What the memory of a run depends on.
 
     Args:
         config: the run.
         shape: of its student.
-        teacher: shape of the teacher that runs beside it; None without one.
+        teachers: shapes of those that run beside it.
         vocab_size: of the token store.
         hardware: where it is to run.
 
@@ -158,12 +167,12 @@ def footprint(
     share = max(config.data.sequence_length, config.global_batch_tokens // hardware.devices)
     micro = min(config.micro_batch_tokens or share, share)
     masked = config.data.document_mask and config.model.attn_implementation in _MASKED
-    dense = teacher is not None or isinstance(config.teacher, ControlTeacher)
+    dense = bool(teachers) or any(isinstance(one, ControlTeacher) for one in single_teachers(config.teacher))
     target_bytes, target_width = _cached_targets(config.teacher)
     dense = dense or target_width > 0
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and hardware.cuda)
-    live = config.teacher if isinstance(config.teacher, RunTeacher | ModelTeacher) else None
-    taught_half = half if live is None or live.dtype == "auto" else live.dtype == "bfloat16"
+    live = [one for one in single_teachers(config.teacher) if isinstance(one, RunTeacher | ModelTeacher)]
+    taught_half = all(half if one.dtype == "auto" else one.dtype == "bfloat16" for one in live)
     return Footprint(
         shape=shape,
         vocab_size=vocab_size,
@@ -176,10 +185,10 @@ def footprint(
         reshard=config.parallel.reshard_after_forward,
         recomputation=config.runtime.activation_checkpointing,
         mask_length=config.data.sequence_length if masked else 0,
-        teacher=teacher,
+        teachers=tuple(teachers),
         teacher_bytes=2 if taught_half else 4,
-        teacher_shards=shards if live is not None and live.placement == "shard" else 1,
-        teacher_reshards=live is None or live.reshard_after_forward,
+        teacher_shards=shards if live and all(one.placement == "shard" for one in live) else 1,
+        teacher_reshards=all(one.reshard_after_forward for one in live),
         dense=dense,
         target_bytes=target_bytes,
         target_width=target_width,
@@ -239,7 +248,7 @@ def _explain(config: RunConfig, plan: RunPlan, *, refuse: bool) -> str:
 
 
 def fewest_devices(
-    config: RunConfig, shape: ModelShape, teacher: ModelShape | None, vocab_size: int, device: str
+    config: RunConfig, shape: ModelShape, teachers: Sequence[ModelShape], vocab_size: int, device: str
 ) -> tuple[int, MemoryPlan]:
     """How many devices of a kind a run takes, and its memory on each.
 
@@ -249,14 +258,14 @@ def fewest_devices(
     Args:
         config: the run.
         shape: of its student.
-        teacher: shape of the teacher that runs beside it; None without one.
+        teachers: shapes of those that run beside it.
         vocab_size: of the token store.
         device: name of the kind.
     """
 
     def memory(devices: int) -> MemoryPlan:
         hardware = Hardware.named(device, devices)
-        return plan_memory(footprint(config, shape, teacher, vocab_size, hardware))
+        return plan_memory(footprint(config, shape, teachers, vocab_size, hardware))
 
     limit, parallel = Hardware.named(device, 1).memory, config.parallel
     sequences, devices = config.global_batch_tokens // config.data.sequence_length, parallel.processes
@@ -280,14 +289,17 @@ def _student_shape(config: RunConfig) -> ModelShape:
     return _shape_of_run(config, str(config.model.run), "model.run")
 
 
-def _teacher_shape(config: RunConfig) -> ModelShape | None:
-    """Shape of the teacher that runs beside the student; None without one, or if its targets are kept."""
-    teacher = config.teacher
-    if not isinstance(teacher, RunTeacher | ModelTeacher) or teacher.cache is not None:
-        return None
-    if isinstance(teacher, RunTeacher):
-        return _shape_of_run(config, teacher.run, "teacher.run")
-    return _shape_at(teacher.path, teacher.revision, "teacher.path")
+def _teacher_shapes(config: RunConfig) -> list[ModelShape]:
+    """Shapes of the teachers that run beside the student; none where targets are kept."""
+    if isinstance(config.teacher, MeanTeacher) and config.teacher.cache is not None:
+        return []
+    found = []
+    for teacher in single_teachers(config.teacher):
+        if isinstance(teacher, RunTeacher) and teacher.cache is None:
+            found.append(_shape_of_run(config, teacher.run, "teacher.run"))
+        elif isinstance(teacher, ModelTeacher) and teacher.cache is None:
+            found.append(_shape_at(teacher.path, teacher.revision, "teacher.path"))
+    return found
 
 
 def _shape_of_run(config: RunConfig, run: str, field: str) -> ModelShape:
@@ -324,7 +336,7 @@ def _cached_targets(teacher: TeacherConfig | None) -> tuple[float, int]:
 
         manifest = read_cache_manifest(teacher.path)
         kept, width = manifest.format, manifest.width
-    elif isinstance(teacher, RunTeacher | ModelTeacher) and teacher.cache is not None:
+    elif isinstance(teacher, RunTeacher | ModelTeacher | MeanTeacher) and teacher.cache is not None:
         kept, width = teacher.cache.format, 0
     else:
         return 0.0, 0

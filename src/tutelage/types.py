@@ -132,6 +132,11 @@ class DenseTargets:
     transform: LogitTransform | None = None  # no object, which torch.compile could not build by itself
     bias_V: Tensor | None = None
 
+    @property
+    def rows_of_head(self) -> int:
+        """Entries of the vocabulary, padding included."""
+        return self.head_VE.shape[0]
+
     def rows(self, rows: Rows) -> DenseTargets:
         """The targets of some tokens."""
         return replace(self, hidden_NE=self.hidden_NE[rows])
@@ -140,6 +145,28 @@ class DenseTargets:
         """The same targets over the first `vocab_size` rows of the head, the real vocabulary."""
         bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
         return replace(self, head_VE=self.head_VE[:vocab_size], bias_V=bias_V)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanTargets:
+    """The mean of several teachers' probabilities, of which each has its own head; never materialised whole.
+
+    Its logits are log p with p = 1/n (p_1 + ... + p_n) at T=1; a temperature divides these.
+
+    Attributes:
+        parts: the teachers' distributions for the same tokens.
+    """
+
+    parts: tuple[DenseTargets, ...]
+
+    @property
+    def rows_of_head(self) -> int:
+        """Entries of the smallest vocabulary."""
+        return min(part.rows_of_head for part in self.parts)
+
+    def without_padding(self, vocab_size: int) -> MeanTargets:
+        """The same targets over the first `vocab_size` entries, the real vocabulary."""
+        return MeanTargets(tuple(part.without_padding(vocab_size) for part in self.parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +233,10 @@ class SparseTargets:
         )
 
 
-Targets = DenseTargets | LogitTargets | SparseTargets
+WholeTargets = DenseTargets | MeanTargets
+"""What live teachers give: distributions over the whole vocabulary."""
+
+Targets = WholeTargets | LogitTargets | SparseTargets
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def take_steps(students):
     rows = []
     for step in range(STEPS):
         batches = micro_batches(students[0], step)
-        inputs = [student.step_inputs() for student in students]
+        inputs = [student.step_inputs(student.step) for student in students]
         reports = train_step(inputs, batches)
         for student, report in zip(students, reports, strict=True):
             student.step += 1
@@ -207,7 +207,7 @@ def check_traffic(make):
         student = opened(make("llama", **ACCUMULATED, parallel=settings))
         take_steps([student])
         with Traffic() as traffic:
-            train_step([student.step_inputs()], micro_batches(student, 0))
+            train_step([student.step_inputs(student.step)], micro_batches(student, 0))
         counts = traffic.calls["_allgather_base_"], traffic.calls["_reduce_scatter_base_"]
         assert counts == (gathers, scatters), (settings, traffic.calls)
 

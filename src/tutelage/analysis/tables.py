@@ -103,7 +103,8 @@ class EqualCompute:
         pair: student and teacher.
         best: its verdict at its best alpha.
         cost: FLOPs of a run, teacher forward included, as a multiple of the untaught student's.
-        teacher_training: FLOPs of training the teacher, as the same multiple; None if the study did not.
+        teacher_training: FLOPs of training the teacher, and of what taught it, as the same multiple; None if
+            the study did not.
         matched: the untaught student that spent the teacher's forward on tokens; None if there is none.
         lead: gain of the pair minus that of `matched`, by side; None with less than two seeds.
     """
@@ -146,9 +147,7 @@ def equal_compute(study: JudgedStudy) -> list[EqualCompute]:
     """Every pair with a real teacher and a best alpha."""
     results, raw_gains = study.results, study.by_fit["raw"]
     costs = _costs(study)
-    trained = results.runs.filter(kind="teacher").select(teacher_run="run", flops="train_flops").drop_nulls()
-    learned = results.runs.select("teacher", "teacher_run").unique().join(trained, on="teacher_run")
-    training = dict(learned.group_by("teacher").agg(pl.col("flops").mean()).iter_rows())
+    training = _teacher_training(study)
     alone = dict(
         results.runs.filter(kind="baseline").group_by("student").agg(pl.col("train_flops").mean()).iter_rows()
     )
@@ -166,8 +165,35 @@ def equal_compute(study: JudgedStudy) -> list[EqualCompute]:
             else _paired(raw_gains.gain(pair.best, side), raw_gains.gain(matched, side))
             for side in sides
         }
-        own = training[name] / base if name in training and base else None
+        trained = training.get(pair.best.cell)
+        own = trained / base if trained is not None and base else None
         found.append(EqualCompute(pair, pair.best, costs.get(pair.best.cell), own, matched, lead))
+    return found
+
+
+def _teacher_training(study: JudgedStudy) -> dict[int, float]:
+    """FLOPs that training the teachers of each cell took, mean over its runs; of a chain all before it."""
+    spent = pl.col("train_flops") + pl.col("teacher_flops").fill_null(0.0)
+    rows = study.results.runs.select("run", "teacher_run", spent=spent)
+    taught_by = {run: (teacher, flops) for run, teacher, flops in rows.iter_rows()}
+
+    def behind(run: str) -> float | None:
+        teacher = taught_by[run][0]
+        if teacher is None or teacher not in taught_by or taught_by[teacher][1] is None:
+            return None
+        return float(taught_by[teacher][1]) + (behind(teacher) or 0.0)
+
+    cells: dict[int, list[float]] = {}
+    for cell, run in study.findings.gains.domains.select("cell", "run").unique().sort("run").iter_rows():
+        if (flops := behind(run)) is not None:
+            cells.setdefault(cell, []).append(flops)
+    found = {cell: sum(flops) / len(flops) for cell, flops in cells.items()}
+    parts = {teacher.name: teacher.of for teacher in study.results.plan.teachers if teacher.of}
+    trained = study.results.runs.filter(kind="teacher").group_by("teacher").agg(pl.col("train_flops").mean())
+    alone = dict(trained.drop_nulls().iter_rows())
+    for verdict in study.findings.verdicts:
+        if own := [alone[name] for name in parts.get(str(verdict.teacher), ()) if name in alone]:
+            found[verdict.cell] = sum(own)
     return found
 
 

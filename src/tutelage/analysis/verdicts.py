@@ -167,19 +167,25 @@ def _why_empty(results: Results) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Bits:
-    """Bits per byte in domain, validation split, of teachers and of untaught students by name."""
+    """Bits per byte in domain, validation split: of teachers by student and name, of untaught students."""
 
-    teachers: Mapping[str, float]
+    teachers: Mapping[tuple[str, str], float]
     students: Mapping[str, float]
 
     def relation(self, teacher: str | None, student: str) -> Relation | None:
-        own, alone = self.teachers.get(str(teacher)), self.students.get(student)
+        own, alone = self.teachers.get((student, str(teacher))), self.students.get(student)
         return None if own is None or alone is None else relation(own, alone)
 
 
 def _relations(results: Results) -> _Bits:
-    own, alone = _in_domain(results, "teacher"), _in_domain(results, "student")
-    return _Bits(dict(own.iter_rows()), dict(alone.iter_rows()))
+    scores = results.scores.filter(metric="bits_per_byte", split="validation", domain=results.plan.in_domain)
+    value = pl.col("value").mean()
+    # Several teachers may go by one run, with different targets, and one by several runs, those of a chain by
+    # students.
+    learned = results.runs.select("student", "teacher", run="teacher_run").drop_nulls().unique()
+    own = learned.join(scores, on="run").group_by("student", "teacher").agg(value)
+    alone = results.runs.filter(kind="baseline").join(scores, on="run").group_by("student").agg(value)
+    return _Bits({(student, name): bits for student, name, bits in own.iter_rows()}, dict(alone.iter_rows()))
 
 
 def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...]:
@@ -235,7 +241,7 @@ def _pairs(
                 PairFinding(
                     student=student,
                     teacher=teacher,
-                    bits_per_byte=known.teachers.get(teacher.name),
+                    bits_per_byte=known.teachers.get((student.name, teacher.name)),
                     student_bits=known.students.get(student.name),
                     relation=known.relation(teacher.name, student.name),
                     nominal=nominal(teacher, student),
@@ -321,12 +327,3 @@ def _baseline(results: Results) -> pl.DataFrame:
         .agg(bits_per_byte=value.mean())
         .sort("student", "domain")
     )
-
-
-def _in_domain(results: Results, key: Literal["teacher", "student"]) -> pl.DataFrame:
-    """(name, bits per byte in domain on the validation split) of teachers, or of untaught students."""
-    rows = _raw(results, "teacher" if key == "teacher" else "baseline", "validation")
-    if key == "teacher":  # several may go by one run, with different targets, and one by several runs
-        run_of = results.runs.select("teacher", run="teacher_run").drop_nulls().unique()
-        rows = rows.drop("teacher").join(run_of, on="run")
-    return rows.filter(domain=results.plan.in_domain).group_by(key).agg(pl.col("value").mean())

@@ -6,6 +6,7 @@ training statistics are in `tutelage.objective.alpha`.
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -241,3 +242,20 @@ AlphaConfig = Annotated[
     | PrequentialAlpha,
     Field(discriminator="policy"),
 ]
+
+_PLACES = 10_000
+
+
+@functools.lru_cache(maxsize=1024)  # every student of a study asks
+def taught_share(alpha: AlphaConfig, steps: int) -> float:
+    """Fraction of a run's steps on which the teacher is run; it is not where alpha is 0.
+
+    Exact up to 10,000 steps; of longer runs so many are looked at.
+    """
+    match alpha:
+        case PrequentialAlpha():  # the first step of a probe is not scored
+            return 1.0 - math.ceil(steps / alpha.period) / steps
+        case WsdAlpha() | GapDrivenAlpha() | AutoAlpha():
+            return 1.0
+    places = min(steps, _PLACES)
+    return sum(alpha.at(place / max(1, places - 1)) > 0 for place in range(places)) / places

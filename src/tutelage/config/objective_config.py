@@ -15,6 +15,7 @@ from tutelage.config.alpha_config import (
     PrequentialAlpha,
     SaltAlpha,
     TwoPhaseAlpha,
+    taught_share,
 )
 from tutelage.config.base import Fraction, Inside, Section
 
@@ -217,6 +218,10 @@ class ObjectiveConfig(Objective):
     def teaches(self) -> bool:
         """Whether a teacher has any weight at any step."""
         return self.alpha.highest > 0 or self.mixing == "keep_full_kd"
+
+    def taught_share(self, steps: int) -> float:
+        """Fraction of a run's steps on which its teacher is run, by its schedule."""
+        return 1.0 if self.mixing == "keep_full_kd" else taught_share(self.alpha, steps)
 
     @model_validator(mode="after")
     def _routed(self) -> ObjectiveConfig:

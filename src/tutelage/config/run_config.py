@@ -28,11 +28,13 @@ from tutelage.config.runtime_config import CheckpointConfig, ParallelConfig, Run
 from tutelage.config.teacher_config import (
     ControlTeacher,
     LoadedModel,
+    MeanTeacher,
     ModelTeacher,
     RunTeacher,
     TeacherConfig,
     incompatibility,
     masks_documents,
+    single_teachers,
 )
 from tutelage.types import Role
 
@@ -356,13 +358,17 @@ class RunConfig(Section):
             raise ValueError(
                 "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"
             )
-        if isinstance(self.teacher, RunTeacher | ModelTeacher) and (cache := self.teacher.cache) is not None:
+        live = self.teacher if isinstance(self.teacher, RunTeacher | ModelTeacher | MeanTeacher) else None
+        if live is not None and (cache := live.cache) is not None:
             reason = incompatibility(cache.format, cache.temperature, objective, "teacher.cache")
             if reason is not None:
                 raise ValueError(reason)
-        if isinstance(self.teacher, ControlTeacher) and gate in {"teacher_entropy", "teacher_certainty"}:
+        controls = [one.kind for one in single_teachers(self.teacher) if isinstance(one, ControlTeacher)]
+        if gate in {"teacher_entropy", "teacher_certainty"} and len(controls) == len(
+            single_teachers(self.teacher)
+        ):
             raise ValueError(
-                f"objective.gate.kind = {gate} sorts tokens, but the {self.teacher.kind} teacher is equally "
+                f"objective.gate.kind = {gate} sorts tokens, but the {controls[0]} teacher is equally "
                 "uncertain about all; choose another gate or teacher"
             )
         if isinstance(objective.alpha, WsdAlpha) and self.optim.schedule != "wsd":

@@ -21,8 +21,12 @@ RunSettings = Annotated[dict[str, Any], ReadAs(RunConfig)]
 """Part of a run file."""
 
 
+PREVIOUS = "previous"
+"""In a grid of students, the teacher of a chain: the same student's generation before."""
+
+
 class TeacherSpec(Section):
-    """Teachers: shapes trained on a budget, given models, or controls that know no context.
+    """Teachers: shapes trained on a budget, given models, means of others, or controls that know no context.
 
     With a grid this is one teacher per point; axes are fields of this section or settings of a run.
     """
@@ -35,6 +39,11 @@ class TeacherSpec(Section):
     )
     model: str | None = Field(default=None, description="or: a model directory or Hub name")
     control: Literal["unigram", "uniform"] | None = Field(default=None, description="or: kind of control")
+    mean: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="or: the mean of the probabilities of other teachers, by names or patterns",
+    )
     corpus: StoreConfig | None = Field(
         default=None,
         description="trained on this text instead, in the study's tokens; for cross-corpus teachers",
@@ -59,9 +68,9 @@ class TeacherSpec(Section):
 class StudentSpec(Section):
     """A group of students: one per point of the grid and seed, each paired with the same student untaught.
 
-    Axes: teacher (a name, or null), alpha (a number or a policy), shape, tokens, seed, compute_of (a teacher
-    whose forward cost an untaught student gets as additional tokens), short names such as temperature, and
-    any setting of a run by its dotted path.
+    Axes: teacher (a name, `previous` with `generations`, or null), alpha (a number or a policy), shape,
+    tokens, seed, compute_of (a teacher whose forward cost an untaught student gets as additional tokens),
+    short names such as temperature, and any setting of a run by its dotted path.
     """
 
     description: str = Field(default="", description="what this group is to show")
@@ -69,6 +78,13 @@ class StudentSpec(Section):
     tokens: Budget | None = Field(default=None, description="training tokens, where they are no axis")
     seeds: tuple[Seed, ...] = Field(default=(), description="default: the study's")
     run: RunSettings = Field(default={}, description="settings of these runs, as in a run file")
+    generations: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="of points with the teacher `previous`: the first learns from the untaught student of "
+        "its seed, each other from the one before",
+    )
     grid: Grid = Field(description="points of the group")
     then: tuple[Name, ...] = Field(default=(), description="stages of `post_training` that follow each run")
 
@@ -142,6 +158,10 @@ class StudyConfig(Section):
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
         """Refuse names that would be equal as directories, and stages that do not exist."""
+        if PREVIOUS in self.teachers:
+            raise ValueError(
+                "teachers.previous: that stands for a student's own generation before; rename it"
+            )
         refuse_alike("domains", [self.in_domain, *self.domains])
         refuse_alike("students", self.students)
         refuse_alike("post_training", self.post_training)

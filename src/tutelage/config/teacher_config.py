@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tutelage.config.base import BatchTokens, FilePath, Length, Name, Section, Seed, Threads
 from tutelage.config.objective_config import Temperature, TopK, TopP
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tutelage.config.objective_config import ObjectiveConfig
 
 
@@ -130,10 +132,54 @@ class CacheTeacher(Section):
     )
 
 
-LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher, Field(discriminator="kind")]
-TeacherConfig = Annotated[
-    RunTeacher | ModelTeacher | ControlTeacher | CacheTeacher, Field(discriminator="kind")
-]
+SingleTeacher = RunTeacher | ModelTeacher | ControlTeacher | CacheTeacher
+
+
+class MeanTeacher(Section):
+    """The mean of several teachers' probabilities, (p_1 + ... + p_n) / n at T=1 (arXiv 1503.02531)."""
+
+    kind: Literal["mean"]
+    of: tuple[Annotated[SingleTeacher, Field(discriminator="kind")], ...] = Field(
+        min_length=2,
+        max_length=64,
+        description="the teachers, of the same vocabulary; each runs beside the student",
+    )
+    cache: CacheSettings | None = Field(
+        default=None,
+        description="compute the mean once and store it in caches/ beside the output; default: live",
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> MeanTeacher:
+        for place, part in enumerate(self.of):
+            if isinstance(part, RunTeacher | ModelTeacher) and part.cache is not None:
+                raise ValueError(f"of[{place}].cache: what is cached is the mean; set cache beside 'of'")
+        if self.cache is not None and isinstance(self.cache.format, HiddenFormat):
+            raise ValueError(f"cache.format.kind = hidden: {_NOT_HIDDEN}")
+        return self
+
+
+_NOT_HIDDEN = "a mean of teachers has no hidden states; use topk, sample_multinomial or sample_min_variance"
+
+LiveTeacher = Annotated[RunTeacher | ModelTeacher | ControlTeacher | MeanTeacher, Field(discriminator="kind")]
+TeacherConfig = Annotated[SingleTeacher | MeanTeacher, Field(discriminator="kind")]
+
+
+def each_teacher(
+    teacher: TeacherConfig | None, change: Callable[[SingleTeacher, str], SingleTeacher]
+) -> TeacherConfig | None:
+    """Change a teacher, or each that a mean is of; `change` is told what it is called in messages."""
+    if isinstance(teacher, MeanTeacher):
+        of = tuple(change(part, f"teacher.of[{place}]") for place, part in enumerate(teacher.of))
+        return teacher.model_copy(update={"of": of})
+    return None if teacher is None else change(teacher, "teacher")
+
+
+def single_teachers(teacher: TeacherConfig | None) -> tuple[SingleTeacher, ...]:
+    """The teachers that a mean is of; another teacher alone; none without one."""
+    if teacher is None:
+        return ()
+    return teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
 
 
 class TeachConfig(CacheSettings):
@@ -175,14 +221,21 @@ class TeachConfig(CacheSettings):
     def _live(cls, teacher: LiveTeacher) -> LiveTeacher:
         if not isinstance(teacher, ControlTeacher) and teacher.cache is not None:
             raise ValueError("cache is for students; set format and temperature of this cache")
-        if not isinstance(teacher, ControlTeacher) and teacher.dtype != "auto":
-            raise ValueError(f"dtype = {teacher.dtype} is for students; set dtype of this cache")
+        for one in single_teachers(teacher):
+            if isinstance(one, RunTeacher | ModelTeacher) and one.dtype != "auto":
+                raise ValueError(f"dtype = {one.dtype} is for students; set dtype of this cache")
         return teacher
 
     @field_validator("document_mask")
     @classmethod
     def _masked_if_long(cls, mask: bool | None, info: ValidationInfo) -> bool:
         return masks_documents(mask, info.data.get("context_length", 0))
+
+    @model_validator(mode="after")
+    def _storable(self) -> TeachConfig:
+        if isinstance(self.teacher, MeanTeacher) and isinstance(self.format, HiddenFormat):
+            raise ValueError(f"format.kind = hidden: {_NOT_HIDDEN}")  # noqa: TRY004 - pydantic's
+        return self
 
     @field_validator("format", mode="before")
     @classmethod

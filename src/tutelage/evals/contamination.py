@@ -20,7 +20,14 @@ from tokenizers import Tokenizer
 
 from tutelage.config.load import digest
 from tutelage.config.run_config import RunConfig
-from tutelage.config.teacher_config import CacheTeacher, ModelTeacher, RunTeacher
+from tutelage.config.teacher_config import (
+    CacheTeacher,
+    ModelTeacher,
+    RunTeacher,
+    SingleTeacher,
+    each_teacher,
+    single_teachers,
+)
 from tutelage.data.hashing import splitmix64
 from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED
@@ -118,30 +125,30 @@ def _ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterat
 def _teachers(config: RunConfig, directory: Path, unknown: list[str]) -> Iterator[_Run]:
     """The teachers of a run and of the runs it continues, and the runs and teachers behind those."""
     for one, place in _ancestors(config, directory, []):
-        teacher = one.teacher
-        kind, name = _source(teacher, one, place)
-        if kind not in {"run", "model"}:
-            continue
-        start = place.parent / name if kind == "run" else located(Path(name), one, place).parent
-        if (found := _run(start, f"{name}, which taught {place.name}", unknown)) is not None:
-            yield from _ancestors(*found, unknown)
-            yield from _teachers(*found, unknown)
+        for kind, name in _sources(one, place):
+            if kind not in {"run", "model"}:
+                continue
+            start = place.parent / name if kind == "run" else located(Path(name), one, place).parent
+            if (found := _run(start, f"{name}, which taught {place.name}", unknown)) is not None:
+                yield from _ancestors(*found, unknown)
+                yield from _teachers(*found, unknown)
 
 
-def _source(teacher: object, config: RunConfig, directory: Path) -> tuple[str, str]:
-    """The kind of a teacher, and the id of a run or the path of a model."""
-    match teacher:
-        case RunTeacher(run=run):
-            return "run", run
-        case ModelTeacher(path=path):
-            return "model", path
-        case CacheTeacher(path=path):
-            try:
-                record = read_cache_manifest(located(path, config, directory)).teacher
-            except UserError:
-                return "model", str(path)
-            return record.kind, record.id
-    return "control", ""
+def _sources(config: RunConfig, directory: Path) -> Iterator[tuple[str, str]]:
+    """The kind of each teacher of a run, and the id of a run or the path of a model."""
+    for teacher in single_teachers(config.teacher):
+        match teacher:
+            case RunTeacher(run=run):
+                yield "run", run
+            case ModelTeacher(path=path):
+                yield "model", path
+            case CacheTeacher(path=path):
+                try:
+                    record = read_cache_manifest(located(path, config, directory)).teacher
+                except UserError:
+                    yield "model", str(path)
+                else:
+                    yield from record.parts or [(record.kind, record.id)]
 
 
 def _run(path: Path, what: str, unknown: list[str]) -> _Run | None:
@@ -153,6 +160,14 @@ def _run(path: Path, what: str, unknown: list[str]) -> _Run | None:
     return None
 
 
+def _anchored_teacher(teacher: SingleTeacher, _what: str) -> SingleTeacher:
+    if isinstance(teacher, ModelTeacher) and Path(teacher.path).exists():
+        return teacher.model_copy(update={"path": str(Path(teacher.path).absolute())})
+    if isinstance(teacher, CacheTeacher):
+        return teacher.model_copy(update={"path": teacher.path.absolute()})
+    return teacher
+
+
 def anchored(config: RunConfig) -> RunConfig:
     """The configuration as a run directory keeps it, so that `located` finds its paths.
 
@@ -160,13 +175,10 @@ def anchored(config: RunConfig) -> RunConfig:
     """
     if not config.output.is_absolute():
         return config
-    model, teacher = config.model, config.teacher
+    model = config.model
     if model.path is not None and Path(model.path).exists():
         model = model.model_copy(update={"path": str(Path(model.path).absolute())})
-    if isinstance(teacher, ModelTeacher) and Path(teacher.path).exists():
-        teacher = teacher.model_copy(update={"path": str(Path(teacher.path).absolute())})
-    if isinstance(teacher, CacheTeacher):
-        teacher = teacher.model_copy(update={"path": teacher.path.absolute()})
+    teacher = each_teacher(config.teacher, _anchored_teacher)
     data = config.data.model_copy(update={"store": config.data.store.absolute()})
     return config.model_copy(update={"data": data, "model": model, "teacher": teacher})
 

@@ -37,10 +37,10 @@ class Footprint:
         reshard: whether gathered weights of a layer are freed between forward and backward pass.
         recomputation: of activations in the backward pass.
         mask_length: tokens of a sequence if attention is given a mask that keeps documents apart, else 0.
-        teacher: that runs beside the student; None without one, and where its targets are cached.
-        teacher_bytes: of one of its weights, and of a value in its forward pass.
-        teacher_shards: processes that share its weights.
-        teacher_reshards: whether its gathered weights of a layer are freed when it has been run.
+        teachers: that run beside the student; none without one, and where targets are cached.
+        teacher_bytes: of one of their weights, and of a value in their forward pass.
+        teacher_shards: processes that share their weights.
+        teacher_reshards: whether gathered weights of a layer are freed when it has been run.
         dense: whether targets come as hidden states, whose logits are formed chunk by chunk.
         target_bytes: of a token's targets that are read from a cache.
         target_width: of the hidden states that a cache holds, whose head is in memory; 0 if it holds none.
@@ -58,7 +58,7 @@ class Footprint:
     reshard: bool = True
     recomputation: Recomputation = "none"
     mask_length: int = 0
-    teacher: ModelShape | None = None
+    teachers: tuple[ModelShape, ...] = ()
     teacher_bytes: int = _FLOAT
     teacher_shards: int = 1
     teacher_reshards: bool = True
@@ -142,8 +142,8 @@ def plan_memory(run: Footprint) -> MemoryPlan:
         "layers' backward pass": _in_layers(run),
         "update": _at_update(run),
     }
-    if run.teacher is not None:
-        moments["teacher's forward pass"] = _in_teacher(run)
+    if run.teachers:
+        moments["teacher's forward pass"] = _in_teachers(run)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: float(size) for name, size in moments[moment].items() if size}
     return MemoryPlan(dict(sorted(parts.items(), key=lambda item: -item[1])), moment)
@@ -155,9 +155,9 @@ def _state(run: Footprint, *, gradients: bool) -> dict[str, float]:
     parts = {"weights": _FLOAT * weights, "moments": 2 * _FLOAT * weights}
     if gradients:
         parts["gradients"] = _FLOAT * weights
-    if run.teacher is not None:
-        taught = parameters(run.teacher, run.vocab_size).total / run.teacher_shards
-        parts["teacher"] = run.teacher_bytes * taught
+    if run.teachers:
+        taught = sum(parameters(teacher, run.vocab_size).total for teacher in run.teachers)
+        parts["teacher"] = run.teacher_bytes * taught / run.teacher_shards
     targets = run.target_bytes * run.micro_batch
     parts["cache"] = targets + _FLOAT * run.vocab_size * run.target_width
     parts["batches"] = 3 * 8 * run.micro_batch * run.micro_batches + run.micro_batch * run.mask_length
@@ -210,15 +210,16 @@ def _unreduced(run: Footprint) -> float:
 
 
 def _at_objective(run: Footprint) -> dict[str, float]:
-    head, teacher = run.vocab_size * run.shape.hidden, run.teacher
+    head = run.vocab_size * run.shape.hidden
     chunk = _FLOAT * min(run.chunk, run.micro_batch) * run.vocab_size
-    logits = chunk * (2 if run.dense else 1) + (0 if run.cuda else _ROWS)
+    several = len(run.teachers) > 1  # the logits of a mean, and those that are being added to it
+    logits = chunk * (1 + run.dense + several) + (0 if run.cuda else _ROWS)
     gradients = _FLOAT * (head + run.micro_batch * run.shape.hidden)
     if run.cuda and run.half:
         # The logits' gradient stands beside its two addends in half precision.
         logits = max(logits, 2 * chunk)
         gradients += 0 if run.meshed else _HALF * head
-    if teacher is not None:
+    for teacher in run.teachers:
         logits += run.teacher_bytes * run.micro_batch * teacher.hidden
         if run.teacher_shards > 1:
             logits += run.teacher_bytes * run.vocab_size * teacher.hidden  # its head, whole
@@ -263,13 +264,15 @@ def _at_update(run: Footprint) -> dict[str, float]:
     return _state(run, gradients=True) | {"gathered layers": 0 if run.reshard else _gathered(run)}
 
 
-def _in_teacher(run: Footprint) -> dict[str, float]:
-    teacher = run.teacher
-    assert teacher is not None  # noqa: S101 - asked for only if there is one
-    passing = run.teacher_bytes * run.micro_batch * (3 * teacher.mlp + 3 * teacher.hidden)
+def _in_teachers(run: Footprint) -> dict[str, float]:
+    """While the last of them runs: the largest, with the states that the others have left."""
+    per_token = [run.teacher_bytes * (3 * one.mlp + 3 * one.hidden) for one in run.teachers]
+    left = run.teacher_bytes * sum(one.hidden for one in run.teachers[:-1])
+    passing = float(run.micro_batch * (max(per_token) + left))
     layers = 0.0
     if run.teacher_shards > 1:
-        layers = run.teacher_bytes * _layer_weights(teacher) * (2 if run.teacher_reshards else teacher.layers)
+        gathered = [_layer_weights(one) * (2 if run.teacher_reshards else one.layers) for one in run.teachers]
+        layers = run.teacher_bytes * (max if run.teacher_reshards else sum)(gathered)
     return _state(run, gradients=run.micro_batches > 1) | {
         "activations": passing,
         "gathered layers": layers,

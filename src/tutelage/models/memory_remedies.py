@@ -104,15 +104,16 @@ def _shared(needs: Footprint, times: int) -> dict[str, Any]:
 
 def _of_teacher(needs: Footprint) -> Iterator[Change]:
     """What can be done about a teacher that runs beside the student."""
-    if needs.teacher is None:
+    if not needs.teachers:
         return
+    each = "teacher" if len(needs.teachers) == 1 else "teacher.of[i]"
     if needs.meshed and needs.teacher_shards == 1:
-        yield "teacher.placement=shard", {"teacher_shards": needs.shards}
+        yield f"{each}.placement=shard", {"teacher_shards": needs.shards}
     if needs.meshed and not needs.teacher_reshards:
-        yield "teacher.reshard_after_forward=true", {"teacher_reshards": True}
+        yield f"{each}.reshard_after_forward=true", {"teacher_reshards": True}
     if needs.teacher_bytes > _HALF:
-        yield "teacher.dtype=bfloat16", {"teacher_bytes": _HALF}
-    cached = {"teacher": None, "dense": False, "target_bytes": _CACHED_BYTES}
+        yield f"{each}.dtype=bfloat16", {"teacher_bytes": _HALF}
+    cached = {"teachers": (), "dense": False, "target_bytes": _CACHED_BYTES}
     yield "teacher.cache={} (its targets once, from disk)", cached
 
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.config.objective_config import Objective
-from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets, Targets
+from tutelage.types import (
+    IGNORE_INDEX,
+    DenseTargets,
+    LogitTargets,
+    MeanTargets,
+    SparseTargets,
+    Targets,
+)
 
 if TYPE_CHECKING:
     from tutelage.objective.gates import Gate
@@ -35,12 +42,13 @@ def check_types(
 ) -> None:
     """Raise TypeError, with what to give instead, if an argument is of another kind: the likely mistakes."""
     named = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
-    if isinstance(targets, DenseTargets):
-        named |= {"targets.hidden_NE": targets.hidden_NE, "targets.head_VE": targets.head_VE}
-    elif targets is not None and not isinstance(targets, LogitTargets | SparseTargets):
+    for part, name in _dense_parts(targets):
+        named |= {f"{name}.hidden_NE": part.hidden_NE, f"{name}.head_VE": part.head_VE}
+    if targets is not None and not isinstance(targets, Targets):
         raise TypeError(
             f"targets is a {type(targets).__name__}: give LogitTargets(logits), DenseTargets(hidden states, "
-            "head weight), SparseTargets(ids, probabilities, ...), or None without a teacher"
+            "head weight), MeanTargets of several of these, SparseTargets(ids, probabilities, ...), or None "
+            "without a teacher"
         )
     for name, value in named.items():
         if not isinstance(value, Tensor):
@@ -123,11 +131,11 @@ def check_inputs(
     if token_weights_N is not None:
         tensors |= {"token_weights": token_weights_N}
         _check_token_weights(token_weights_N, n)
-    if isinstance(targets, DenseTargets):
-        tensors |= {"targets.hidden": targets.hidden_NE, "targets.head": targets.head_VE}
-        tensors |= _bias("targets.bias", targets.bias_V, targets.head_VE)
-        _check_dense(targets, n, vocab, cut=vocab_size is not None)
-    elif isinstance(targets, LogitTargets):
+    for part, name in _dense_parts(targets):
+        tensors |= {f"{name}.hidden": part.hidden_NE, f"{name}.head": part.head_VE}
+        tensors |= _bias(f"{name}.bias", part.bias_V, part.head_VE)
+        _check_dense(part, name, n, vocab, cut=vocab_size is not None)
+    if isinstance(targets, LogitTargets):
         tensors |= {"targets.logits": targets.logits_NV}
         _check_rows("targets.logits", targets.logits_NV, n)
         _check_vocabulary(targets.logits_NV.shape[1], vocab, cut=vocab_size is not None)
@@ -190,12 +198,23 @@ def _check_vocabulary(teacher: int, vocab: int, *, cut: bool) -> None:
         raise ValueError(f"vocab_size {vocab}: above the teacher's {teacher} rows")
 
 
-def _check_dense(targets: DenseTargets, n: int, vocab: int, *, cut: bool) -> None:
-    _check_rows("targets.hidden", targets.hidden_NE, n)
+def _dense_parts(targets: object) -> list[tuple[DenseTargets, str]]:
+    """The distributions with a head that targets are or are made of, by their names in messages."""
+    if isinstance(targets, DenseTargets):
+        return [(targets, "targets")]
+    if not isinstance(targets, MeanTargets):
+        return []
+    if not targets.parts:
+        raise ValueError("targets.parts (): a mean is of at least one teacher")
+    return [(part, f"targets.parts[{place}]") for place, part in enumerate(targets.parts)]
+
+
+def _check_dense(targets: DenseTargets, name: str, n: int, vocab: int, *, cut: bool) -> None:
+    _check_rows(f"{name}.hidden", targets.hidden_NE, n)
     width = targets.head_VE.shape[1]
     if targets.hidden_NE.shape[1] != width:
         raise ValueError(
-            f"targets.hidden {tuple(targets.hidden_NE.shape)}: must be [{n}, {width}] as its head"
+            f"{name}.hidden {tuple(targets.hidden_NE.shape)}: must be [{n}, {width}] as its head"
         )
     _check_vocabulary(targets.head_VE.shape[0], vocab, cut=cut)
 

@@ -18,9 +18,17 @@ from torch.nn import functional
 from tutelage.objective.divergences import DIVERGENCES
 from tutelage.objective.gates import token_stats, token_weights
 from tutelage.objective.kernels import dense_rows, sparse_rows
-from tutelage.objective.products import HeadProducts, dense_logits, transform_
+from tutelage.objective.products import HeadProducts, dense_logits, products_of, transform_
 from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
-from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTransform, Rows, SparseTargets, Targets
+from tutelage.types import (
+    IGNORE_INDEX,
+    DenseTargets,
+    LogitTransform,
+    MeanTargets,
+    Rows,
+    SparseTargets,
+    Targets,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -129,18 +137,18 @@ def chunks_of(labels_N: Tensor, size: int) -> Iterator[Rows]:
 
 @dataclass(frozen=True, slots=True)
 class _Teaching:
-    """The targets of a call and the products of the teacher's head, if it has one, for all chunks."""
+    """The targets of a call and the products of the teachers' heads, if they have any, for all chunks."""
 
     targets: Targets
-    head: HeadProducts | None
+    heads: tuple[HeadProducts, ...]
 
     @classmethod
     def of(cls, targets: Targets | None, vocab: int, tokens: int) -> _Teaching | None:
         """Leave out padded rows of the teacher's head, and make room for the logits of `tokens` tokens."""
-        if not isinstance(targets, DenseTargets):
-            return None if targets is None else cls(targets, None)
-        targets = targets.without_padding(vocab)
-        return cls(targets, HeadProducts.of(targets.hidden_NE, targets.head_VE).keeping_logits(tokens))
+        if isinstance(targets, DenseTargets | MeanTargets):
+            targets = targets.without_padding(vocab)
+            return cls(targets, products_of(targets, tokens))
+        return None if targets is None else cls(targets, ())
 
 
 def _logits(
@@ -172,7 +180,7 @@ def _chunk(
         if isinstance(targets, SparseTargets):
             targets = targets.rows(rows)
         else:
-            teacher_CV = dense_logits(targets, rows, student_CV.shape[1], teaching.head).to(student_CV.dtype)
+            teacher_CV = dense_logits(targets, rows, student_CV.shape[1], teaching.heads).to(student_CV.dtype)
         factor_C = _factor(student_CV, teacher_CV, labels_C, targets, rows, call.gate)
         alpha_C, ce_weight_C, kd_weight_C = token_weights(objective, call.gate, call.alpha, factor_C)
     if weight_C is not None:

@@ -17,7 +17,15 @@ from tutelage.config.objective_config import Objective
 from tutelage.objective.checks import check_inputs
 from tutelage.objective.chunks import LossCall, compute
 from tutelage.objective.products import wide_dtype
-from tutelage.types import PLAIN, DenseTargets, LogitTargets, LogitTransform, SparseTargets, Targets
+from tutelage.types import (
+    PLAIN,
+    DenseTargets,
+    LogitTargets,
+    LogitTransform,
+    MeanTargets,
+    SparseTargets,
+    Targets,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +38,12 @@ def compiled_objective(
 
     Raises:
         ValueError: there is a gate, whose counts would be those of the tracing.
+        TypeError: the targets are a mean of teachers.
     """
     if call.gate is not None:
         raise ValueError("gate: it counts tokens in Python; call the objective outside of torch.compile")
+    if isinstance(call.targets, MeanTargets):
+        raise TypeError("targets is a MeanTargets: call the objective outside of torch.compile")
     targets, teacher = call.targets, PLAIN
     kind, tensors, temperature = "none", [call.labels_N], 1.0
     if isinstance(targets, DenseTargets):

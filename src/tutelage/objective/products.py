@@ -13,20 +13,21 @@ float32, some rows of the head at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from tutelage.types import DenseTargets, LogitTargets
+from tutelage.types import DenseTargets, LogitTargets, MeanTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from tutelage.types import LogitTransform, Rows
+    from tutelage.types import LogitTransform, Rows, Targets
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -228,12 +229,29 @@ def transform_(logits: Tensor, transform: LogitTransform) -> Tensor:
     return logits
 
 
+def products_of(targets: Targets, tokens: int) -> tuple[HeadProducts, ...]:
+    """The products of the heads of `targets` without padding, with memory for the logits of `tokens` tokens.
+
+    Of a mean, all heads but the first share theirs: their logits are added one after the other.
+    """
+    parts = targets.parts if isinstance(targets, MeanTargets) else (targets,)
+    heads = [
+        HeadProducts.of(part.hidden_NE, part.head_VE).keeping_logits(tokens)
+        for part in parts[:2]
+        if isinstance(part, DenseTargets)
+    ]
+    for part in parts[2:]:
+        assert isinstance(part, DenseTargets)  # noqa: S101 - only a mean has so many
+        heads.append(replace(HeadProducts.of(part.hidden_NE, part.head_VE), logits_SV=heads[1].logits_SV))
+    return tuple(heads)
+
+
 @torch.no_grad()
 def dense_logits(
-    targets: DenseTargets | LogitTargets,
+    targets: DenseTargets | MeanTargets | LogitTargets,
     rows: Rows,
     vocab_size: int | None,
-    head: HeadProducts | None = None,
+    heads: Sequence[HeadProducts] = (),
 ) -> Tensor:
     """Teacher logits [rows, V] of the real vocabulary, float32 or wider.
 
@@ -243,11 +261,31 @@ def dense_logits(
         targets: the teacher's distributions.
         rows: which tokens.
         vocab_size: entries of the real vocabulary; None: all rows of the teacher's head.
-        head: the products of the teacher's head without its padding, for callers who make them once.
+        heads: from `products_of`, for callers who make them once.
     """
     if isinstance(targets, LogitTargets):
         logits_NV = targets.logits_NV[rows, :vocab_size]
         return logits_NV.to(wide_dtype(logits_NV))
+    if isinstance(targets, DenseTargets):
+        return _logits_of_head(targets, rows, vocab_size, heads[0] if heads else None)
+    vocab_size = targets.rows_of_head if vocab_size is None else vocab_size
+    total_NV: Tensor | None = None
+    known: Sequence[HeadProducts | None] = heads or [None] * len(targets.parts)
+    for part, head in zip(targets.parts, known, strict=True):
+        logits_NV = _logits_of_head(part, rows, vocab_size, head)
+        logits_NV -= logits_NV.logsumexp(-1, keepdim=True)
+        # Logarithms, so that a probability that all take for tiny does not become 0.
+        if total_NV is None:
+            total_NV = logits_NV
+        else:
+            torch.logaddexp(total_NV, logits_NV.to(total_NV.dtype), out=total_NV)
+    assert total_NV is not None  # noqa: S101 - a mean has parts
+    return total_NV.sub_(math.log(len(targets.parts)))
+
+
+def _logits_of_head(
+    targets: DenseTargets, rows: Rows, vocab_size: int | None, head: HeadProducts | None
+) -> Tensor:
     if head is None:
         head = HeadProducts.of(targets.hidden_NE, targets.head_VE[:vocab_size])
     with torch.autocast(targets.hidden_NE.device.type, enabled=False):

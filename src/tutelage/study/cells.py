@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, JsonValue
 
 from tutelage.config.base import Name, Section, parse_tokens, refuse_alike, slug, tokens_text
 from tutelage.config.load import digest, merged
-from tutelage.errors import UserError
+from tutelage.config.study_config import PREVIOUS, TeacherSpec
+from tutelage.errors import UserError, unknown
 from tutelage.study.axis_settings import TEACHER_FIELDS, overlay, own_value, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from tutelage.config.grid import Point
-    from tutelage.config.study_config import StudyConfig, TeacherSpec
+    from tutelage.config.study_config import StudyConfig
 
 RunKind = Literal["teacher", "baseline", "student", "after"]
 
@@ -89,14 +91,33 @@ class Cell(RunLabels):
         return str(matched) if matched is not None and self.kind == "student" else None
 
 
+def beside(cell: Cell, teachers: Mapping[str, TeacherSpec]) -> list[TeacherSpec]:
+    """The teachers that run beside a student, or whose cost an untaught one gets: several of a mean.
+
+    The teacher of a chain is a model of the student's own shape.
+    """
+    name = cell.compute_of or (cell.teacher if cell.kind == "student" else None)
+    if name is None:
+        return []
+    if name == PREVIOUS:
+        return [TeacherSpec(shape=cell.shape, tokens=cell.tokens)]
+    return [teachers[one] for one in single_names(name, teachers)]
+
+
+def single_names(name: str, teachers: Mapping[str, TeacherSpec]) -> tuple[str, ...]:
+    """Names of the teachers that a mean is of; of another teacher its own."""
+    return teachers[name].mean or (name,)
+
+
 def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
     """Expand the grids of a study's teachers: each teacher with its own shape, tokens, seed and run, by name.
 
-    A teacher's `seed` is None where each seed of the students has a teacher of its own.
+    A teacher's `seed` is None where each seed of the students has a teacher of its own. Patterns of a mean
+    have become names.
 
     Raises:
         UserError: a name appears twice or lacks an axis of its grid, or a teacher is not one of its kinds; or
-            two names would be one as directories.
+            two names would be one as directories; or a mean is of teachers that it cannot be of.
     """
     found: dict[str, TeacherSpec] = {}
     for pattern, spec in study.teachers.items():
@@ -112,7 +133,32 @@ def teachers_of(study: StudyConfig) -> dict[str, TeacherSpec]:
         refuse_alike("teachers", found)
     except ValueError as error:
         raise UserError(f"study {study.name}: {error}") from None
-    return found
+    return {name: _named_parts(name, spec, found, f"study {study.name}") for name, spec in found.items()}
+
+
+def _named_parts(name: str, spec: TeacherSpec, known: Mapping[str, TeacherSpec], study: str) -> TeacherSpec:
+    """A mean with the patterns of its teachers replaced by their names."""
+    if spec.mean is None:
+        return spec
+    where, names = f"{study}: teachers.{name}.mean", dict[str, None]()
+    for wanted in spec.mean:
+        found = [one for one in known if one == wanted or (one != name and fnmatchcase(one, wanted))]
+        if not found:
+            raise unknown(where, wanted, [one for one in known if one != name])
+        names |= dict.fromkeys(found)
+    if nested := [one for one in names if known[one].mean is not None]:
+        raise UserError(f"{where}: {nested[0]} is a mean itself; name the teachers that it is of")
+    runs = trained_as({one: known[one] for one in names})
+    if len(set(runs.values())) < len(runs):
+        raise UserError(f"{where}: {', '.join(runs)} are the same run with other targets; name it once")
+    if len(names) == 1:
+        raise UserError(f"{where}: {next(iter(names))} alone; a mean is of two teachers or more")
+    if spec.cache is not None and spec.cache.format.kind == "hidden":
+        raise UserError(
+            f"{study}: teachers.{name}.cache.format.kind = hidden: a mean of teachers has no hidden states; "
+            "use topk, sample_multinomial or sample_min_variance"
+        )
+    return spec.model_copy(update={"mean": tuple(names)})
 
 
 def trained_as(teachers: Mapping[str, TeacherSpec]) -> dict[str, str]:
@@ -165,9 +211,9 @@ def _one_teacher(spec: TeacherSpec, point: Point, seed: int | None, where: str) 
         | own
         | {"run": merged(spec.run, overlay(settings, where)), "grid": None}
     )
-    kinds = [one.shape is not None, one.model is not None, one.control is not None]
+    kinds = [kind is not None for kind in (one.shape, one.model, one.control, one.mean)]
     if sum(kinds) != 1 or (one.shape is None) != (one.tokens is None):
-        raise UserError(f"{where}: give 'shape' and 'tokens', or 'model', or 'control'")
+        raise UserError(f"{where}: give 'shape' and 'tokens', or 'model', or 'control', or 'mean'")
     return one
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens, tokens_text
 from tutelage.config.load import digest
-from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, RunTeacher, TopKFormat
+from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.models.devices import find_device
 from tutelage.models.flops import forward_flops
 from tutelage.models.shapes import find_shape
 from tutelage.run_plan import fewest_devices
+from tutelage.study.cells import beside, single_names
 from tutelage.study.given_models import given_model, teacher_forward_flops, teacher_shape
 from tutelage.study.nodes import Cost, check_cells
 from tutelage.study.plan import load_plan
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from tutelage.config.study_config import StudyConfig, TeacherSpec
     from tutelage.config.teacher_config import Format
     from tutelage.models.devices import Device
-    from tutelage.models.memory import MemoryPlan
     from tutelage.models.shapes import ModelShape
     from tutelage.study.cells import Cell
     from tutelage.study.expand import ExpandedStudy
@@ -210,7 +210,9 @@ class _Reader:
             raise UserError(f"study {self.study.name}: {cell.name}: {error}") from None
         needs = tuple(self._keys[name] for name in cell.needs)
         taught = None if cell.teacher is None else self.teachers[cell.teacher]
-        recipe = [cell.settings, None if taught is None else taught.model_dump(mode="json"), needs]
+        parts = beside(cell, self.teachers) if cell.kind == "student" else []
+        dumped = [spec.model_dump(mode="json") for spec in ([taught] if taught else []) + parts]
+        recipe = [cell.settings, dumped, needs]
         key = self._keys[cell.name] = f"{cell.name}-{digest(recipe)}"
         self._tokens[cell.name] = cost.tokens
         if cell.compute_of is None and parse_tokens(cell.tokens, cost.parameters) != cost.tokens:
@@ -223,7 +225,11 @@ class _Reader:
             read = str(cell.teacher), cell.needs
             length = config.data.sequence_length
             self._read[read] = max((cost.tokens, length, vocab_size), self._read.get(read, (0, 0, 0)))
-        processes, memory = self._memory(config, shape, teacher, vocab_size)
+        live = [] if cached or cell.compute_of is not None else parts
+        found = [teacher_shape(spec, config.data.sequence_length) for spec in live]
+        self.left_out += [text for _, left_out in found for text in left_out]
+        shapes = [one for one, _ in found if one is not None]
+        processes, memory = fewest_devices(config, shape, shapes, vocab_size, self._device)
         scored = (1 + len(self.study.domains)) * _SPLITS * config.eval.max_documents * config.eval.max_tokens
         return Work(
             key=key,
@@ -235,22 +241,10 @@ class _Reader:
                 teacher_flops=0.0 if cached else cost.teacher_flops,
             ),
             scoring_flops=forward_flops(shape, vocab_size, config.data.sequence_length) * scored,
-            beside=None if teacher is None else _beside(teacher),
+            beside=None if teacher is None else "cached" if cached else _shapes(parts),
             processes=processes,
             memory=memory.total,
         )
-
-    def _memory(
-        self, config: RunConfig, shape: ModelShape, teacher: TeacherSpec | None, vocab_size: int
-    ) -> tuple[int, MemoryPlan]:
-        """Over how many devices a run is divided, and its memory on each."""
-        beside = None
-        if teacher is not None and isinstance(config.teacher, RunTeacher):
-            kept = config.teacher.model_copy(update={"cache": teacher.cache})
-            config = config.model_copy(update={"teacher": kept})
-            beside, left_out = teacher_shape(teacher, config.data.sequence_length)
-            self.left_out += left_out
-        return fewest_devices(config, shape, beside, vocab_size, self._device)
 
     def caches(self) -> Caches:
         """Cached targets of the teachers that the runs so far read from disk."""
@@ -259,7 +253,8 @@ class _Reader:
             spec = self.teachers[name]
             if spec.cache is None or spec.control is not None:
                 continue
-            flops += teacher_forward_flops(spec, vocab_size, length) * tokens
+            parts = [self.teachers[one] for one in single_names(name, self.teachers)]
+            flops += sum(teacher_forward_flops(one, vocab_size, length) for one in parts) * tokens
             given = None if spec.model is None else given_model(spec.model, length)
             width = find_shape(spec.shape).hidden if spec.shape is not None else given.width if given else 0
             size += kept_bytes(spec.cache.format, vocab_size, width) * tokens
@@ -280,11 +275,10 @@ class _Reader:
         return found
 
 
-def _beside(teacher: TeacherSpec) -> str:
-    """What computes a student's targets: a shape, a given model, or nothing that takes time."""
-    if teacher.control is not None:
-        return "control"
-    return "cached" if teacher.cache is not None else str(teacher.shape or teacher.model)
+def _shapes(teachers: Sequence[TeacherSpec]) -> str:
+    """What computes a student's targets: shapes, given models, or nothing that takes time."""
+    real = [str(teacher.shape or teacher.model) for teacher in teachers if teacher.control is None]
+    return " + ".join(real) or "control"
 
 
 def kept_bytes(kept: Format, vocab_size: int, width: int) -> float:

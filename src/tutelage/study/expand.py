@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.config.base import slug, tokens_text
 from tutelage.config.load import digest, merged
+from tutelage.config.study_config import PREVIOUS, TeacherSpec
 from tutelage.errors import UserError, unknown
 from tutelage.study.axis_settings import (
     OWN,
@@ -18,15 +19,23 @@ from tutelage.study.axis_settings import (
     setting_of,
     words,
 )
-from tutelage.study.cells import Cell, teacher_cell_name, teacher_cells, teachers_of, trained_as
+from tutelage.study.cells import (
+    Cell,
+    single_names,
+    teacher_cell_name,
+    teacher_cells,
+    teachers_of,
+    trained_as,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tutelage.config.grid import Point
-    from tutelage.config.study_config import StudentSpec, StudyConfig, TeacherSpec
+    from tutelage.config.study_config import StudentSpec, StudyConfig
     from tutelage.study.cells import RunKind
 
+_CHAIN = "the same student's generation before, of the same seed; before the first, untaught"
 _TWIN_STEP = 1_000_000
 """The first twin of seed 43 draws its initial weights with seed 1000043."""
 
@@ -62,6 +71,7 @@ def expand(study: StudyConfig) -> ExpandedStudy:
     for group, spec in study.students.items():
         where = f"study {study.name}: students.{group}"
         points = list(_with_teachers(spec.grid.points(), teachers, where))
+        _check_chain(spec, points, where)
         if spec.seeds and any("seed" in point for point in points):
             raise UserError(f"{where}: seeds are given and are an axis too; give one of them")
         for point in points:
@@ -69,10 +79,23 @@ def expand(study: StudyConfig) -> ExpandedStudy:
             for seed in own or spec.seeds or study.seeds:
                 for cell in _student_cells(study, group, point, seed, teachers, run_of):
                     _add(cells, cell)
+    if any(cell.teacher == PREVIOUS for cell in cells.values()):
+        teachers = teachers | {PREVIOUS: TeacherSpec(description=_CHAIN)}
     order: dict[RunKind, int] = {"teacher": 0, "baseline": 1, "student": 2, "after": 3}
     return ExpandedStudy(
         study, teachers, run_of, tuple(sorted(cells.values(), key=lambda cell: order[cell.kind]))
     )
+
+
+def _check_chain(spec: StudentSpec, points: list[Point], where: str) -> None:
+    chained = any(point.get("teacher") == PREVIOUS for point in points)
+    if chained and spec.generations is None:
+        raise UserError(f"{where}: teacher {PREVIOUS} is a chain; give 'generations', how many there are")
+    if spec.generations is not None and not chained:
+        raise UserError(
+            f"{where}: generations = {spec.generations}, but no point has the teacher {PREVIOUS}; add it to "
+            "the axis 'teacher', or drop generations"
+        )
 
 
 def _check_runs(study: StudyConfig) -> None:
@@ -118,12 +141,12 @@ def _with_teachers(points: list[Point], teachers: Mapping[str, TeacherSpec], whe
     """The points, each whose teacher is a pattern ("*@50B") repeated for every teacher that matches."""
     for point in points:
         wanted = point.get("teacher")
-        if wanted is None:
+        if wanted is None or wanted == PREVIOUS:
             yield point
             continue
         names = [name for name in teachers if name == wanted or fnmatchcase(name, str(wanted))]
         if not names:
-            raise unknown(f"{where}: teacher", str(wanted), teachers)
+            raise unknown(f"{where}: teacher", str(wanted), [*teachers, PREVIOUS])
         yield from (point | {"teacher": name} for name in names)
 
 
@@ -162,13 +185,12 @@ def _student_cells(
     cells = [baseline, *(_twin_cell(baseline, number) for number in range(1, study.baselines))]
     if (teacher := point.get("teacher")) is not None:
         taught = _taught_cell(baseline, str(teacher), teaching, where)
-        if (run := run_of.get(teacher)) is not None:
-            each = teachers[run].seed is None
-            learned = teacher_cell_name(run, _teacher_seed(study, seed, where) if each else None)
-            update = {"needs": (learned,), "learned": learned if each else None}
-            taught = taught.model_copy(update=update)
         settings = merged({"objective": objective}, taught.settings)
-        cells.append(taught.model_copy(update={"settings": settings}))
+        taught = taught.model_copy(update={"settings": settings})
+        if teacher == PREVIOUS:
+            cells += _generations(taught, baseline, spec.generations or 0)
+        else:
+            cells.append(_with_needs(taught, study, teachers, run_of, where))
     elif (matched := point.get("compute_of")) is not None:
         cells.append(_matched_cell(baseline, str(matched), teachers, where))
     elif teaching:
@@ -176,6 +198,37 @@ def _student_cells(
     for cell in cells:
         yield cell
         yield from (_stage_cell(study, cell, stage) for stage in spec.then)
+
+
+def _with_needs(
+    taught: Cell,
+    study: StudyConfig,
+    teachers: Mapping[str, TeacherSpec],
+    run_of: Mapping[str, str],
+    where: str,
+) -> Cell:
+    """A taught cell with the cells that train its teacher, or each teacher that a mean is of."""
+    assert taught.teacher is not None  # noqa: S101 - what taught means
+    needs, own = [], None
+    for name in single_names(taught.teacher, teachers):
+        if (run := run_of.get(name)) is None:
+            continue
+        each = teachers[run].seed is None
+        seed = _teacher_seed(study, taught.seed, where) if each else None
+        needs.append(teacher_cell_name(run, seed))
+        own = needs[0] if each and name == taught.teacher else None
+    return taught.model_copy(update={"needs": tuple(needs), "learned": own})
+
+
+def _generations(taught: Cell, baseline: Cell, count: int) -> Iterator[Cell]:
+    """The generations of a chain, each with the one before as teacher; before the first is the baseline."""
+    before = baseline
+    for number in range(1, count + 1):
+        arm = (taught.arm_settings or {}) | {"generation": number}
+        name = cell_name(["student", taught.student, PREVIOUS, words(arm)], taught.seed)
+        update = {"name": name, "arm_settings": arm, "needs": (before.name,), "learned": before.name}
+        before = taught.model_copy(update=update)
+        yield before
 
 
 def _twin_cell(baseline: Cell, number: int) -> Cell:
@@ -215,7 +268,8 @@ def _taught_cell(baseline: Cell, teacher: str, teaching: Point, where: str) -> C
 
 
 def _matched_cell(baseline: Cell, teacher: str, teachers: Mapping[str, TeacherSpec], where: str) -> Cell:
-    if teacher not in teachers or teachers[teacher].shape is None:
+    parts = single_names(teacher, teachers) if teacher in teachers else ()
+    if not parts or any(teachers[name].shape is None for name in parts):
         known = ", ".join(teachers)
         raise UserError(f"{where}: compute_of {teacher!r} is no trained teacher; known: {known}")
     arm = {"compute_of": teacher}

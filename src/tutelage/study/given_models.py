@@ -75,11 +75,9 @@ def teacher_shape(spec: TeacherSpec, context: int) -> tuple[ModelShape | None, l
         context: tokens per sequence.
     """
     if spec.model is None:
-        return None if spec.cache or spec.shape is None else find_shape(spec.shape), []
+        return None if spec.shape is None else find_shape(spec.shape), []
     found = given_model(spec.model, context)
     if found is None:
         return None, [f"{spec.model} cannot be read here; its forward passes and memory are left out"]
-    if spec.cache is not None:
-        return None, []
     unknown = f"the memory of {spec.model} is left out; how its family computes is not known"
     return found.shape, [] if found.shape is not None else [unknown]

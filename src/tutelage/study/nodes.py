@@ -14,13 +14,15 @@ from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
 from tutelage.models.shapes import find_shape
 from tutelage.run_directory import RunDirectory, pinned, run_id
+from tutelage.study.cells import beside
 from tutelage.study.given_models import teacher_forward_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tutelage.config.study_config import StudyConfig, TeacherSpec
+    from tutelage.config.teacher_config import CacheSettings
     from tutelage.study.cells import Cell
     from tutelage.study.expand import ExpandedStudy
 
@@ -59,14 +61,14 @@ class Cost:
         own = forward_flops(find_shape(cell.shape), vocab_size, length)
         total = parameters(find_shape(cell.shape), vocab_size).total
         tokens = parse_tokens(cell.tokens, total)
-        of = cell.compute_of or (cell.teacher if cell.kind == "student" else None)
-        teacher = teacher_forward_flops(teachers[of], vocab_size, length) if of is not None else 0.0
+        teacher = sum(teacher_forward_flops(spec, vocab_size, length) for spec in beside(cell, teachers))
         if cell.compute_of is not None:
             tokens, teacher = round(tokens * kd_cost_factor(teacher, own)), 0.0
         if tokens < batch:
             raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
         tokens -= tokens % batch
-        return cls(tokens, total, training_flops(own) * tokens, teacher * tokens)
+        taught = teacher * tokens * config.objective.taught_share(tokens // batch) if teacher else 0.0
+        return cls(tokens, total, training_flops(own) * tokens, taught)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +188,8 @@ class _Binder:
         return places
 
     def _teacher(self, name: str, cell: Cell) -> dict[str, Any]:
-        spec = self.teachers[name]
-        if spec.control is not None:
-            return {"kind": spec.control}
-        if spec.model is not None:
-            teacher: dict[str, Any] = {"kind": "model", "path": spec.model}
-        else:
-            teacher = {"kind": "run", "run": self.nodes[cell.needs[0]].id}
-        cache = {} if spec.cache is None else {"cache": spec.cache.model_dump(mode="json")}
-        return teacher | cache
+        ids = [self.nodes[need].id for need in cell.needs]
+        return _teacher_section(beside(cell, self.teachers), ids, self.teachers[name].cache)
 
     def _domains(self) -> list[dict[str, str]]:
         inside = {"name": self.study.in_domain, "store": str(self.stores.corpus), "role": "in_domain"}
@@ -203,6 +198,27 @@ class _Binder:
             for name, spec in self.study.domains.items()
         ]
         return [inside, *outside]
+
+
+def _teacher_section(
+    specs: Sequence[TeacherSpec], runs: Sequence[str], cache: CacheSettings | None
+) -> dict[str, Any]:
+    """The teacher of a run's settings; `runs` are the ids of those that are trained."""
+    sections: list[dict[str, Any]] = []
+    trained = iter(runs)
+    for spec in specs:
+        if spec.control is not None:
+            sections.append({"kind": spec.control})
+        elif spec.model is not None:
+            sections.append({"kind": "model", "path": spec.model})
+        else:
+            sections.append({"kind": "run", "run": next(trained)})
+    section: dict[str, Any] = {"kind": "mean", "of": sections}
+    if len(sections) == 1:
+        section = sections[0]
+    if cache is not None and section["kind"] in {"run", "model", "mean"}:
+        section["cache"] = cache.model_dump(mode="json")
+    return section
 
 
 def draft_config(study: StudyConfig, cell: Cell, teachers: Mapping[str, TeacherSpec]) -> RunConfig:
@@ -215,8 +231,9 @@ def draft_config(study: StudyConfig, cell: Cell, teachers: Mapping[str, TeacherS
     if cell.kind == "after":
         stand_in["model"] = {"run": "run"}
     elif cell.kind == "student" and cell.teacher is not None:
-        control = teachers[cell.teacher].control
-        stand_in["teacher"] = {"kind": control} if control else {"kind": "run", "run": "run"}
+        specs = beside(cell, teachers)
+        named = [spec.model_copy(update={"model": None}) for spec in specs]  # not looked for yet
+        stand_in["teacher"] = _teacher_section(named, ["run"] * len(specs), teachers[cell.teacher].cache)
     settings = merged(cell.settings, stand_in) | {"tokens": cell.tokens}
     return validate(RunConfig, settings, f"study {study.name}: {cell.name}")
 

@@ -13,7 +13,7 @@ from tutelage.config.load import validate
 from tutelage.errors import UserError
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import evaluation_id
-from tutelage.study.cells import RunLabels
+from tutelage.study.cells import RunLabels, single_names
 from tutelage.study.nodes import Cost, check_cells
 from tutelage.types import Role
 
@@ -51,7 +51,10 @@ class PlanTeacher(Section):
     name: Words = Field(description="name in tables and figures")
     control: bool = Field(description="true if it knows nothing of the context, like the unigram")
     description: Words = Field(description="what it is, in a few words")
-    shape: str | None = Field(None, description="its shape; null for controls and given models")
+    shape: str | None = Field(
+        None, description="its shape; null for controls, given models, means and chains"
+    )
+    of: tuple[Name, ...] = Field((), description="names of the teachers that a mean is of")
     tokens: int | None = Field(None, description="its training tokens, where the study trains it")
     parameters: int | None = Field(None, description="parameters, embeddings included, where known")
     run: Name | None = Field(
@@ -228,8 +231,8 @@ def _plan(expanded: ExpandedStudy, runs: Sequence[PlanRun]) -> Plan:
         seeds=study.seeds,
         students=tuple(students.values()),
         teachers=tuple(
-            _teacher(study, name, spec, trained.get(expanded.trained_as.get(name), []))
-            for name, spec in expanded.teachers.items()
+            _teacher(study, name, expanded.teachers, trained.get(expanded.trained_as.get(name), []))
+            for name in expanded.teachers
         ),
         domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
         in_domain=study.in_domain,
@@ -240,14 +243,18 @@ def _plan(expanded: ExpandedStudy, runs: Sequence[PlanRun]) -> Plan:
     )
 
 
-def _teacher(study: StudyConfig, name: str, spec: TeacherSpec, trained: Sequence[Planned]) -> PlanTeacher:
+def _teacher(
+    study: StudyConfig, name: str, teachers: Mapping[str, TeacherSpec], trained: Sequence[Planned]
+) -> PlanTeacher:
     """A teacher; `trained` are its runs, one or one for each seed."""
+    spec, parts = teachers[name], [teachers[one] for one in single_names(name, teachers)]
     run = trained[0][1] if trained else None
     once = trained[0] if spec.seed is not None and trained else None
     return PlanTeacher(
         name=name,
-        control=spec.control is not None,
-        description=spec.description,
+        control=all(one.control is not None for one in parts),
+        description=spec.description or ("" if spec.mean is None else f"mean of {', '.join(spec.mean)}"),
+        of=spec.mean or (),
         shape=spec.shape,
         tokens=None if run is None else run.tokens,
         parameters=None if run is None else run.parameters,
@@ -255,7 +262,11 @@ def _teacher(study: StudyConfig, name: str, spec: TeacherSpec, trained: Sequence
         data_seed=None if once is None else once[0].settings["data"]["seed"],
         corpus=None if spec.corpus is None else spec.corpus.name,
         targets=None if spec.cache is None else spec.cache.format.kind,
-        texts=() if spec.corpus is None else tuple(_texts_of(study, spec.corpus)),
+        texts=tuple(
+            dict.fromkeys(
+                text for one in parts if one.corpus is not None for text in _texts_of(study, one.corpus)
+            )
+        ),
         tested_alpha=spec.tested_alpha,
     )
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tutelage.config.teacher_config import CacheTeacher, ModelTeacher, RunTeacher, TeachConfig
+from tutelage.config.teacher_config import (
+    CacheTeacher,
+    MeanTeacher,
+    ModelTeacher,
+    RunTeacher,
+    TeachConfig,
+)
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.kinds import TEACHERS, TeacherContext
 
@@ -32,12 +38,13 @@ def make_teacher(config: TeacherConfig, context: TeacherContext, progress: Progr
             objective asks for, or the disk is full.
         Stopped: on a signal to stop while a cache is written; finished shards stay.
     """
-    if isinstance(config, RunTeacher | ModelTeacher) and config.cache is not None:
-        dtype = context.dtype if config.dtype == "auto" else config.dtype
+    if isinstance(config, RunTeacher | ModelTeacher | MeanTeacher) and config.cache is not None:
+        alone = {} if isinstance(config, MeanTeacher) else {"dtype": "auto"}
+        dtype = context.dtype if isinstance(config, MeanTeacher) or config.dtype == "auto" else config.dtype
         path = write_cache(
             TeachConfig(
                 store=context.store.path,
-                teacher=config.model_copy(update={"cache": None, "dtype": "auto"}),
+                teacher=config.model_copy(update={"cache": None} | alone),
                 context_length=context.context_length,
                 document_mask=context.document_mask,
                 format=config.cache.format,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tutelage.config.teacher_config import RunTeacher
+from tutelage.config.teacher_config import HiddenFormat, RunTeacher
 from tutelage.data.store import token_counts
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
@@ -17,7 +17,7 @@ from tutelage.models.lengths import check_length
 from tutelage.models.packed import check_documents
 from tutelage.models.sharding import Sharding
 from tutelage.teachers.cache.reader import CachedTeacher, check_serves, open_cache
-from tutelage.teachers.live import FixedTeacher, OnlineTeacher
+from tutelage.teachers.live import AveragedTeacher, FixedTeacher, OnlineTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from tutelage.config.objective_config import ObjectiveConfig
-    from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTeacher
+    from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, MeanTeacher, ModelTeacher
     from tutelage.data.store import Store
     from tutelage.teachers.live import Teacher
 
@@ -127,12 +127,27 @@ def _cache(config: CacheTeacher, context: TeacherContext) -> CachedTeacher:
     return CachedTeacher(cache, context.device)
 
 
+def _mean(config: MeanTeacher, context: TeacherContext) -> AveragedTeacher:
+    """Build each teacher; a cache among them has to hold whole distributions."""
+    parts = []
+    for place, part in enumerate(config.of):
+        teacher = TEACHERS[part.kind].make(part, context)
+        if teacher.retained is not None and not isinstance(teacher.retained, HiddenFormat):
+            raise UserError(
+                f"teacher.of[{place}]: holds {teacher.retained.kind} targets, parts of distributions; a mean "
+                "is of whole ones: give the teacher itself, or a cache of format hidden"
+            )
+        parts.append(teacher)
+    return AveragedTeacher(parts)
+
+
 TEACHERS: dict[str, TeacherKind] = {
     "run": TeacherKind("a finished run in the same output directory", _model),
     "model": TeacherKind("any causal language model in Hugging Face format with the same vocabulary", _model),
     "unigram": TeacherKind("control: the token frequencies of the training text", _unigram),
     "uniform": TeacherKind("control: 1/V for every token; the objective becomes label smoothing", _uniform),
     "cache": TeacherKind("targets computed before, by `tutelage teach`", _cache),
+    "mean": TeacherKind("the mean of several teachers' probabilities; each runs on every batch", _mean),
 }
 """Kinds by the name users write."""
 

@@ -13,7 +13,7 @@ from tutelage.models.hub import body_and_head, logit_transform
 from tutelage.models.packed import body_of, hidden_states
 from tutelage.models.sharding import shard_model
 from tutelage.objective.products import HALVES, weight_and_bias
-from tutelage.types import DenseTargets
+from tutelage.types import DenseTargets, MeanTargets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,6 +118,34 @@ class _Root(nn.Module):
 
     def forward(self, work: Callable[[PreTrainedModel], Result]) -> Result:
         return work(self.model)
+
+
+class AveragedTeacher(Teacher):
+    """The mean of the probabilities of several teachers, each of which runs on every batch.
+
+    Args:
+        parts: the teachers, whose targets are whole distributions.
+    """
+
+    def __init__(self, parts: Sequence[Teacher]) -> None:
+        self._parts = parts
+        self.forward_flops = sum(part.forward_flops for part in parts)
+        self.notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """Announce the batches to each."""
+        for part in self._parts:
+            part.prefetch(batches)
+
+    def release(self) -> None:
+        """Free what each has gathered."""
+        for part in self._parts:
+            part.release()
+
+    def targets(self, batch: Batch) -> MeanTargets:
+        """The distributions of each; the objective forms logits of their mean chunk by chunk."""
+        found = [part.targets(batch) for part in self._parts]
+        return MeanTargets(tuple(targets for targets in found if isinstance(targets, DenseTargets)))
 
 
 class FixedTeacher(Teacher):

@@ -57,7 +57,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
         upcoming = ahead.next_step()
         for step in range(first, last):
             batches, upcoming = upcoming, ahead.next_step()
-            if teacher is not None:
+            if teacher is not None and any(s.step_inputs(step + 1).needs_teacher for s in students):
                 teacher.prefetch(upcoming)
             # One whose checkpoint is further along waits for the others.
             due = [student for student in students if student.has_steps_left and student.step == step]
@@ -97,7 +97,7 @@ def _take_step(
     Returns:
         The first student's row of metrics.jsonl, if it wrote one; whether all are stopping.
     """
-    inputs = [student.step_inputs() for student in due]
+    inputs = [student.step_inputs(student.step) for student in due]
     watch = Stopwatch(batches[0].tokens_BT.device, running=any(student.logs_next for student in due))
     reports = train_step(inputs, batches, watch)
     taken()

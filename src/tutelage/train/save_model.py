@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from tutelage import provenance
 from tutelage.config.load import to_yaml
-from tutelage.config.teacher_config import CacheTeacher, ControlTeacher, ModelTeacher, RunTeacher
+from tutelage.config.teacher_config import (
+    CacheTeacher,
+    ControlTeacher,
+    ModelTeacher,
+    RunTeacher,
+    SingleTeacher,
+    single_teachers,
+)
 from tutelage.data.store import open_store
 from tutelage.models import hub
 from tutelage.models.export import card, plain
@@ -125,9 +132,12 @@ def _origin(config: RunConfig) -> str:
 
 
 def _teacher(config: RunConfig) -> str:
-    match config.teacher:
-        case None:
-            return "none"
+    words = [_words(one) for one in single_teachers(config.teacher)]
+    return f"mean of {', '.join(words)}" if len(words) > 1 else words[0] if words else "none"
+
+
+def _words(teacher: SingleTeacher) -> str:
+    match teacher:
         case RunTeacher(run=run):
             return f"run {run}"
         case ModelTeacher(path=path, revision=revision):

@@ -156,15 +156,13 @@ class Student:
             except UserError as error:
                 self.mark_failed(error)
 
-    def step_inputs(self) -> StepInputs:
-        """Alpha, learning rate and seed of the next step."""
+    def step_inputs(self, step: int) -> StepInputs:
+        """Alpha, learning rate and seed of a step; alpha of a later one is what is known of it now."""
         config = self.config
-        lr = learning_rate(
-            config.optim, self.lr, self.step, self.steps, batch_tokens=config.global_batch_tokens
-        )
-        alpha = self.policy.alpha(self.step, self.steps)
-        seed = mixed(config.seed, self.step, self.world.rank)
-        return StepInputs(self, alpha, lr, self.policy.needs_teacher_ce(self.step), seed)
+        lr = learning_rate(config.optim, self.lr, step, self.steps, batch_tokens=config.global_batch_tokens)
+        alpha = self.policy.alpha(step, self.steps)
+        seed = mixed(config.seed, step, self.world.rank)
+        return StepInputs(self, alpha, lr, self.policy.needs_teacher_ce(step), seed)
 
     def maybe_evaluate(self, evaluate: Callable[[Student], None]) -> None:
         """Call `evaluate` between two steps if `eval.every` is due; its time is not training time.

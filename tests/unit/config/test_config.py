@@ -70,7 +70,7 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"teacher": {"kind": "run"}}, "teacher.run: required but not given"),
         (
             {"teacher": {"kind": "oracle"}},
-            "teacher.kind = 'oracle': unknown; choose from cache, model, run, uniform",
+            "teacher.kind = 'oracle': unknown; choose from cache, mean, model, run, uniform",
         ),
         ({"teacher": None}, "there is no teacher; add 'teacher' or drop alpha"),
         ({"objective": {"alpha": 0}}, "alpha is 0; raise alpha or drop 'teacher'"),
@@ -100,7 +100,7 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"optim": {"betas": [0.9]}}, "optim.betas"),
         ({"eval": {"domains": [{"name": "x", "stor": "y"}]}}, "eval.domains.0.stor: unknown setting"),
         ({"name": "a/b"}, "name = 'a/b': must be letters, digits"),
-        ({"teacher": {}}, "teacher.kind: required but not given; choose from cache, model, run"),
+        ({"teacher": {}}, "teacher.kind: required but not given; choose from cache, mean, model, run"),
         ({"teacher": 5}, "teacher = 5: must be a section of settings"),
         (
             {"data": "s"},

@@ -68,7 +68,7 @@ def test_state_is_sixteen_bytes_a_weight_shared_by_the_shards():
 def test_the_teacher_is_whole_or_shared():
     teacher = find_shape("llama-8b")
     weights = parameters(teacher, BIG.vocab_size).total
-    beside = replace(BIG, teacher=teacher, dense=True, shards=4, teacher_bytes=2)
+    beside = replace(BIG, teachers=(teacher,), dense=True, shards=4, teacher_bytes=2)
     assert plan_memory(beside).parts["teacher"] == 2 * weights
     assert plan_memory(replace(beside, teacher_shards=4)).parts["teacher"] == 2 * weights / 4
     assert "teacher" not in plan_memory(BIG).parts
@@ -99,7 +99,7 @@ def test_parts_add_up_and_none_is_zero():
 
 
 def test_remedies_are_in_order_help_and_are_enough_together():
-    needs = replace(BIG, teacher=find_shape("llama-3.8b"), dense=True, teacher_bytes=4, replicate=2)
+    needs = replace(BIG, teachers=(find_shape("llama-3.8b"),), dense=True, teacher_bytes=4, replicate=2)
     total, memory = plan_memory(needs).total, 60e9
     assert total > memory
     found = list(remedies(needs, 2048, memory))

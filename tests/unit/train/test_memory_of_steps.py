@@ -50,7 +50,7 @@ def run(make_config):
 def by_formula(config, case, processes=1, kind="cpu"):
     teacher = case.get("teacher")
     hardware = Hardware("here", find_device("cpu"), processes, 1e12, cuda=kind == "cuda")
-    taught = None if teacher is None else find_shape(teacher)
+    taught = [] if teacher is None else [find_shape(teacher)]
     return plan_memory(footprint(config, find_shape(case["shape"]), taught, case["vocab"], hardware)).total
 
 

@@ -252,7 +252,7 @@ class GainsBySeed:
             pair
             for pair in self.all_pairs()
             if (not relations or pair.relation in relations)
-            and (pair.teacher.corpus, pair.teacher.targets) == (None, None)
+            and (pair.teacher.corpus, pair.teacher.targets, pair.teacher.of) == (None, None, ())
             and self._seeds(pair) != {pair.teacher.data_seed}
         ]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tutelage.config.teacher_config import TeachConfig
     from tutelage.teachers.cache.job import CacheJob
-    from tutelage.types import Batch, DenseTargets
+    from tutelage.types import Batch, WholeTargets
 
 _TRIALS = 2
 
@@ -121,11 +121,13 @@ def _choices(job: CacheJob) -> list[Format]:
         HiddenFormat(kind="hidden", dtype="float32"),
     ]
     configured = job.manifest.format
+    if not job.head:  # of a mean of teachers
+        usual = [choice for choice in usual if not isinstance(choice, HiddenFormat)]
     return [configured, *(choice for choice in usual if choice != configured)]
 
 
 def _try_format(
-    job: CacheJob, choice: Format, trials: list[tuple[DenseTargets, Batch]], forward: float
+    job: CacheJob, choice: Format, trials: list[tuple[WholeTargets, Batch]], forward: float
 ) -> FormatEstimate:
     manifest = job.manifest.model_copy(update={"format": choice})
     tried = replace(job, manifest=manifest, codec=make_codec(choice, CodecSettings.of(manifest)))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tutelage.teachers.cache.layout import CacheManifest
-    from tutelage.types import DenseTargets
     from tutelage.types import Rows as TokenRows
+    from tutelage.types import WholeTargets
 
     Integers = NDArray[np.integer[Any]]
 
@@ -89,7 +89,7 @@ class Codec(Protocol):
     of the batch, but a matrix product may depend on the batch in a logit's last bit.
     """
 
-    def encode(self, targets: DenseTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
+    def encode(self, targets: WholeTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
         """One blob per `block` consecutive positions; the last may hold fewer.
 
         Args:
@@ -119,7 +119,7 @@ class Codec(Protocol):
 
 
 def logit_chunks(
-    targets: DenseTargets, labels_N: Tensor, first: int, vocab_size: int
+    targets: WholeTargets, labels_N: Tensor, first: int, vocab_size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, logits_CV, gold_logp_C) chunk by chunk: float32, at T=1, of the real vocabulary, never [N, V].
 
@@ -129,8 +129,8 @@ def logit_chunks(
         UserError: a distribution is not finite; the message names the place, counted from `first`.
         ValueError: the head is smaller than the vocabulary.
     """
-    if len(targets.head_VE) < vocab_size:
-        raise ValueError(f"head of {len(targets.head_VE)} rows: smaller than the vocabulary of {vocab_size}")
+    if targets.rows_of_head < vocab_size:
+        raise ValueError(f"head of {targets.rows_of_head} rows: smaller than the vocabulary of {vocab_size}")
     size = max(1, _CHUNK_BYTES.get(labels_N.device.type, _ACCELERATOR_BYTES) // (4 * vocab_size))
     for start in range(0, len(labels_N), size):
         rows = slice(start, min(start + size, len(labels_N)))
@@ -159,7 +159,7 @@ class SparseCodec(ABC):
         self._settings = settings
         self._id_bits = width_of(settings.vocab_size)
 
-    def encode(self, targets: DenseTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
+    def encode(self, targets: WholeTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
         """See `Codec`."""
         parts = []
         for rows, logits_CV, gold_C in logit_chunks(targets, labels_N, first, self._settings.vocab_size):

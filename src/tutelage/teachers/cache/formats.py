@@ -31,6 +31,7 @@ from tutelage.teachers.cache.packing import (
     width_of,
 )
 from tutelage.teachers.cache.sampled import MinVarianceCodec, MultinomialCodec
+from tutelage.types import DenseTargets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from tutelage.config.teacher_config import Format, HiddenFormat
     from tutelage.teachers.cache.codec import Integers
-    from tutelage.types import DenseTargets, SparseTargets
+    from tutelage.types import SparseTargets, WholeTargets
 
 
 class TopKCodec(SparseCodec):
@@ -117,8 +118,9 @@ class HiddenCodec:
     config: HiddenFormat
     settings: CodecSettings
 
-    def encode(self, targets: DenseTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
+    def encode(self, targets: WholeTargets, labels_N: Tensor, first: int, block: int) -> list[bytes]:
         """See `Codec`; float16 raises UserError where a state is above 65,504."""
+        assert isinstance(targets, DenseTargets)  # noqa: S101 - a mean has no states, its config is refused
         if targets.hidden_NE.shape[1] != self.settings.width:
             raise ValueError(f"states of width {targets.hidden_NE.shape[1]}: must be {self.settings.width}")
         vocab_size = self.settings.vocab_size

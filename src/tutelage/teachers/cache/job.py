@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from tutelage.config.load import digest
-from tutelage.config.teacher_config import ControlTeacher, ModelTeacher, RunTeacher
+from tutelage.config.teacher_config import (
+    CacheTeacher,
+    ControlTeacher,
+    MeanTeacher,
+    ModelTeacher,
+    RunTeacher,
+    SingleTeacher,
+)
 from tutelage.data.documents import Documents, positions_of
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -17,10 +24,16 @@ from tutelage.models.directory import identify
 from tutelage.names import find, find_run_id
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
-from tutelage.teachers.cache.layout import SCHEMA_VERSION, CacheManifest, Layout, TeacherRecord
+from tutelage.teachers.cache.layout import (
+    SCHEMA_VERSION,
+    CacheManifest,
+    Layout,
+    TeacherRecord,
+    read_cache_manifest,
+)
 from tutelage.teachers.cache.shard import INDEX_BYTES, packed
 from tutelage.teachers.kinds import TEACHERS, TeacherContext, locate
-from tutelage.types import PLAIN, Batch, DenseTargets
+from tutelage.types import PLAIN, Batch, DenseTargets, MeanTargets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,6 +46,9 @@ if TYPE_CHECKING:
     from tutelage.teachers.cache.codec import Codec
     from tutelage.teachers.cache.shard import Packed
     from tutelage.teachers.live import Teacher
+    from tutelage.types import WholeTargets
+
+Single = TypeVar("Single", bound=SingleTeacher)
 
 _NOT_THE_CONTENT = {"name", "store", "teacher", "device", "threads", "runs", "output"}
 
@@ -67,7 +83,7 @@ class CacheJob:
         device: where the teacher computes.
         teacher: whose targets are stored.
         head: the teacher's head without padded rows, by the names in head.safetensors: "head" [V, E] and,
-            where it has one, "bias" [V].
+            where it has one, "bias" [V]; empty of a mean of teachers.
         codec: from targets to bytes.
         manifest: of the cache, without the head's checksum.
     """
@@ -92,11 +108,11 @@ class CacheJob:
         parts = self.head.values() if self.manifest.format.kind == "hidden" else ()
         return sum(part.nbytes for part in parts)
 
-    def targets(self, batch: Batch) -> DenseTargets:
+    def targets(self, batch: Batch) -> WholeTargets:
         """The teacher's distributions over the store's vocabulary."""
         return _targets(self.teacher, batch, self.plan)
 
-    def encoded(self, targets: DenseTargets, batch: Batch) -> tuple[list[Packed], int]:
+    def encoded(self, targets: WholeTargets, batch: Batch) -> tuple[list[Packed], int]:
         """A batch's blocks as they are stored, and its positions."""
         labels_N = batch.labels_BT.flatten()
         blocks = self.codec.encode(targets, labels_N, batch.starts[0], batch.tokens_BT.shape[1])
@@ -131,24 +147,49 @@ def plan_cache(config: TeachConfig) -> CachePlan:
         UserError: store or teacher is missing.
     """
     teacher = config.teacher
-    if isinstance(teacher, RunTeacher):
-        teacher = teacher.model_copy(update={"run": find_run_id(teacher.run, config.runs, "teacher.run")})
+    if isinstance(teacher, MeanTeacher):
+        of = tuple(_completed(part, config.runs, f"teacher.of[{i}]") for i, part in enumerate(teacher.of))
+        teacher = teacher.model_copy(update={"of": of})
+    else:
+        teacher = _completed(teacher, config.runs, "teacher")
     config = config.model_copy(update={"store": find("store", config.store, "store"), "teacher": teacher})
     store = open_store(config.store)
-    if isinstance(teacher, ControlTeacher):
-        fingerprint = f"{teacher.kind} of {store.fingerprint}"
+    if isinstance(teacher, MeanTeacher):
+        identified = [_identified(part, config.runs, store) for part in teacher.of]
+        teacher = teacher.model_copy(update={"of": tuple(part for part, _ in identified)})
+        parts = [[one, _attention(part)] for part, one in identified]
+        fingerprint = f"mean of {digest(parts)}"
     else:
-        fingerprint, commit = identify(*locate(teacher, config.runs))
-        if isinstance(teacher, ModelTeacher):
-            teacher = teacher.model_copy(update={"revision": commit})
+        teacher, fingerprint = _identified(teacher, config.runs, store)
     content = config.model_dump(mode="json", exclude=_NOT_THE_CONTENT) | {
         "schema_version": SCHEMA_VERSION,
         "teacher": fingerprint,
         "store": store.fingerprint,
     }
-    if (attention := _attention(teacher)) is not None:
+    if not isinstance(teacher, MeanTeacher) and (attention := _attention(teacher)) is not None:
         content["attn_implementation"] = attention
     return CachePlan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
+
+
+def _completed(teacher: Single, runs: Path, what: str) -> Single:
+    """The teacher with names of a run or a cache replaced by its id or path."""
+    if isinstance(teacher, RunTeacher):
+        return teacher.model_copy(update={"run": find_run_id(teacher.run, runs, f"{what}.run")})
+    if isinstance(teacher, CacheTeacher):
+        return teacher.model_copy(update={"path": find("cache", teacher.path, f"{what}.path")})
+    return teacher
+
+
+def _identified(teacher: Single, runs: Path, store: Store) -> tuple[Single, str]:
+    """The teacher with a Hub name pinned to a commit, and the identity of what it teaches."""
+    if isinstance(teacher, ControlTeacher):
+        return teacher, f"{teacher.kind} of {store.fingerprint}"
+    if isinstance(teacher, CacheTeacher):
+        return teacher, read_cache_manifest(teacher.path).fingerprint
+    fingerprint, commit = identify(*locate(teacher, runs))
+    if isinstance(teacher, ModelTeacher):
+        teacher = teacher.model_copy(update={"revision": commit})
+    return teacher, fingerprint
 
 
 def load_job(plan: CachePlan) -> CacheJob:
@@ -175,6 +216,7 @@ def load_job(plan: CachePlan) -> CacheJob:
     teacher = TEACHERS[plan.teacher.kind].make(plan.teacher, context)
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
     probe = _targets(teacher, Batch(token_11, token_11, (0,)), plan)
+    alone = probe if isinstance(probe, DenseTargets) else None
     manifest = CacheManifest(
         schema_version=SCHEMA_VERSION,
         teacher=TeacherRecord(
@@ -183,11 +225,14 @@ def load_job(plan: CachePlan) -> CacheJob:
             fingerprint=plan.teacher_fingerprint,
             forward_flops=teacher.forward_flops,
             notes=teacher.notes,
-            attn_implementation=_attention(plan.teacher),
+            attn_implementation=None if isinstance(plan.teacher, MeanTeacher) else _attention(plan.teacher),
+            parts=tuple((one.kind, _id(one)) for one in config.teacher.of)
+            if isinstance(config.teacher, MeanTeacher)
+            else (),
         ),
         vocab_size=store.vocab_size,
-        width=probe.hidden_NE.shape[1],
-        transform=probe.transform or PLAIN,
+        width=alone.hidden_NE.shape[1] if alone else 0,
+        transform=alone.transform or PLAIN if alone else PLAIN,
         store=store.fingerprint,
         split="train",
         layout=Layout(
@@ -205,24 +250,31 @@ def load_job(plan: CachePlan) -> CacheJob:
         head_sha256=None,
     )
     codec = make_codec(config.format, CodecSettings.of(manifest))
-    head = {"head": probe.head_VE} | ({} if probe.bias_V is None else {"bias": probe.bias_V})
+    head = {} if alone is None else {"head": alone.head_VE}
+    if alone is not None and alone.bias_V is not None:
+        head["bias"] = alone.bias_V
     split = store.split("train")
     documents = Documents(split) if config.document_mask else None
     return CacheJob(plan, split, documents, device, teacher, head, codec, manifest)
 
 
-def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> DenseTargets:
+def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> WholeTargets:
     """Targets without the padded rows of the teacher's head."""
     targets = teacher.targets(batch)
-    assert isinstance(targets, DenseTargets)  # noqa: S101 - what every live teacher gives
+    assert isinstance(targets, DenseTargets | MeanTargets)  # noqa: S101 - what every live teacher gives
     return targets.without_padding(plan.store.vocab_size)
 
 
-def _attention(teacher: LiveTeacher) -> str | None:
-    return None if isinstance(teacher, ControlTeacher) else teacher.attn_implementation
+def _attention(teacher: SingleTeacher) -> str | None:
+    return teacher.attn_implementation if isinstance(teacher, RunTeacher | ModelTeacher) else None
 
 
-def _id(teacher: LiveTeacher) -> str:
-    if isinstance(teacher, ControlTeacher):
-        return teacher.kind
-    return teacher.path if isinstance(teacher, ModelTeacher) else teacher.run
+def _id(teacher: LiveTeacher | SingleTeacher) -> str:
+    match teacher:
+        case MeanTeacher(of=of):
+            return ", ".join(_id(part) for part in of)
+        case RunTeacher(run=run):
+            return run
+        case ModelTeacher(path=path) | CacheTeacher(path=path):
+            return str(path)
+    return teacher.kind

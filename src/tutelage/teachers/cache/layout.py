@@ -34,12 +34,13 @@ class TeacherRecord(Record, extra="forbid"):
     """The teacher of a cache.
 
     Attributes:
-        kind: as in the config: run, model, or the name of a control.
+        kind: as in the config: run, model, mean, or the name of a control.
         id: run id, path or Hub name, as it was first given.
         fingerprint: identity of its weights: SHA-256 of a model directory, name@commit on the Hub.
         forward_flops: FLOPs of its forward pass per token.
         notes: what the user should know about it, for example what was assumed.
         attn_implementation: how it computed attention, where that was chosen.
+        parts: kind and id of each teacher that a mean is of.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class TeacherRecord(Record, extra="forbid"):
     forward_flops: float
     notes: tuple[str, ...] = ()
     attn_implementation: str | None = None
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 class Layout(Record, extra="forbid"):
