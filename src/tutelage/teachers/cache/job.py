@@ -219,17 +219,7 @@ def load_job(plan: CachePlan) -> CacheJob:
     alone = probe if isinstance(probe, DenseTargets) else None
     manifest = CacheManifest(
         schema_version=SCHEMA_VERSION,
-        teacher=TeacherRecord(
-            kind=config.teacher.kind,
-            id=_id(config.teacher),
-            fingerprint=plan.teacher_fingerprint,
-            forward_flops=teacher.forward_flops,
-            notes=teacher.notes,
-            attn_implementation=None if isinstance(plan.teacher, MeanTeacher) else _attention(plan.teacher),
-            parts=tuple((one.kind, _id(one)) for one in config.teacher.of)
-            if isinstance(config.teacher, MeanTeacher)
-            else (),
-        ),
+        teacher=_record(plan, teacher),
         vocab_size=store.vocab_size,
         width=alone.hidden_NE.shape[1] if alone else 0,
         transform=alone.transform or PLAIN if alone else PLAIN,
@@ -256,6 +246,20 @@ def load_job(plan: CachePlan) -> CacheJob:
     split = store.split("train")
     documents = Documents(split) if config.document_mask else None
     return CacheJob(plan, split, documents, device, teacher, head, codec, manifest)
+
+
+def _record(plan: CachePlan, teacher: Teacher) -> TeacherRecord:
+    """What the manifest says of the teacher."""
+    given = plan.config.teacher
+    return TeacherRecord(
+        kind=given.kind,
+        id=_id(given),
+        fingerprint=plan.teacher_fingerprint,
+        forward_flops=teacher.forward_flops,
+        notes=teacher.notes,
+        attn_implementation=None if isinstance(plan.teacher, MeanTeacher) else _attention(plan.teacher),
+        parts=tuple((one.kind, _id(one)) for one in given.of) if isinstance(given, MeanTeacher) else (),
+    )
 
 
 def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> WholeTargets:
