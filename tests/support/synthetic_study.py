@@ -103,6 +103,35 @@ def write_study(
     return path
 
 
+def write_planned(path, plan, truth, domains, documents=8, points=25):
+    """Write finished runs of a plan, each with a score of its own, and return `path`.
+
+    Args:
+        path: where.
+        plan: of any study; its runs need no ids.
+        truth: of a run and a side ("in", "out" or "fitted"), its bits per byte as a multiple of an untaught
+            student's.
+        domains: bits per byte of an untaught student by text; the first is the training distribution.
+        documents: of each text and split.
+        points: of each learning curve.
+    """
+    path.mkdir(parents=True)
+    runs = [run.model_copy(update={"evaluation": "e1"}) for run in plan.runs]
+    save_plan(path, plan.model_copy(update={"runs": tuple(runs)}))
+    inside = next(iter(domains))
+    for run in runs:
+        sides = {side: truth(run, side) for side in ("in", "out", "fitted")}
+
+        def bits(domain, split, fit, sides=sides):
+            side = "in" if domain == inside else "out" if fit == "raw" else "fitted"
+            return domains[domain] * sides[side] * (1.01 if split == "validation" else 1.0)
+
+        row = run.model_dump()
+        write_run(path / "runs" / run.run, row, domains, points)
+        write_evaluation(path / "runs" / run.run, run.teacher, domains, bits, documents)
+    return path
+
+
 def plan_teacher(name, trained, description):
     fields = {"name": name, "control": name in ("unigram", "uniform"), "description": description}
     if name not in trained:
