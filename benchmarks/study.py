@@ -136,7 +136,9 @@ def generate_preset(directory: Path, name: str) -> None:
     sizes = {teacher.name: (teacher.parameters or 1) * (teacher.tokens or 1) for teacher in plan.teachers}
     students = {student.name: student.parameters * student.tokens for student in plan.students}
     rng = np.random.default_rng(0)
-    deviations = {run.run: dict(zip(("in", "out", "fitted"), rng.normal(0, 0.004, 3))) for run in plan.runs}
+    deviations = {
+        run.run: dict(zip(("in", "out", "fitted"), rng.normal(0, 0.004, 3), strict=True)) for run in plan.runs
+    }
 
     def truth(run: PlanRun, side: str) -> float:
         own = 1 + deviations[run.run][side]

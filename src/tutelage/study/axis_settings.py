@@ -58,6 +58,11 @@ def setting_of(axis: str) -> str:
     return _SHORT.get(axis, axis)
 
 
+def axis_of(path: str) -> str:
+    """The short name of a setting, where it has one."""
+    return next((axis for axis, setting in _SHORT.items() if setting == path), path)
+
+
 def own_value(axis: str, value: object, where: str) -> Any:  # noqa: ANN401 - a type for each axis
     """Validate the value of an axis of `_OWN_TYPES`; equal values come out in one spelling.
 

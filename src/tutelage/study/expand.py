@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from tutelage.config.base import slug, tokens_text
-from tutelage.config.load import digest, merged
+from tutelage.config.load import merged
 from tutelage.config.study_config import PREVIOUS, TeacherSpec
 from tutelage.errors import UserError, unknown
 from tutelage.study.axis_settings import (
     OWN,
+    axis_of,
     cell_name,
     check_settings,
     overlay,
@@ -303,8 +304,17 @@ def _stage_cell(study: StudyConfig, cell: Cell, stage: str) -> Cell:
 
 def _group_words(spec: StudentSpec) -> str:
     """A word for the settings of a group, which are part of the student setting's name."""
-    settings = {key: value for key, value in spec.run.items() if key != "objective"}
-    return f"settings {digest(settings)}" if settings else ""
+    given = {key: value for key, value in spec.run.items() if key != "objective"}
+    return words({axis_of(path): value for path, value in _leaves(given)})
+
+
+def _leaves(settings: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Settings with their dotted paths."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{path}", leaf) for path, leaf in _leaves(value))
+        else:
+            yield name, value
 
 
 def _joined(parts: list[str]) -> str:

@@ -11,6 +11,7 @@ from synthetic_study import write_study
 from tutelage.analysis import words
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report import headline
+from tutelage.analysis.report.claim_rows import answer_table
 from tutelage.analysis.report.headline import supported
 from tutelage.analysis.report.text import print_verdicts
 from tutelage.analysis.stats import Estimate
@@ -119,8 +120,13 @@ def test_announced_claims_are_the_family_of_the_headline(tmp_path):
     said = headline.headline(findings, outcomes)
 
     assert not EFFECTS.search("".join(said).replace("±", ""))
-    first = "A weaker teacher, at its best alpha, helps out of domain. (claim 1)"
-    assert headline.decided(study.announced) == {"Supported": [first]}
+    assert (
+        headline.tally(outcomes) == "Of 2 announced claims: 1 supported (1), 0 contradicted, 1 undecided (2)."
+    )
+    first, second = answer_table(study.announced).shown
+    assert [cell.text for _, cell in first[:1] + first[2:5]] == ["1", "supported", "+3.30%", "+2.03 to +4.57"]
+    assert first[1][1].note == "gain out of domain, best alpha: above 0"
+    assert [cell.text for _, cell in second[2:]] == ["undecided", "", "", "", ""]
 
 
 def test_pairs_share_a_seed(tmp_path):

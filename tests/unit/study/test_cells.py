@@ -125,7 +125,7 @@ def test_a_group_and_a_teacher_can_override_any_setting():
     # another setting of the whole group makes another student, with another name
     plain = {"product": {"teacher": ["unigram"], "alpha": [0.1]}}
     (other,) = (cell for cell in expand(study(students=group(plain), seeds=[43])).cells if cell.arm)
-    assert cells["student"].student.startswith(f"{other.student} settings ")
+    assert cells["student"].student == f"{other.student} optim.weight_decay 0"
 
 
 def test_exclude_drops_cells_and_the_baselines_that_only_they_had():

@@ -41,6 +41,8 @@ _MOST_RUNS = 25_000
 _TWO = 2
 _STEPS = 40
 _LARGE = 100
+_LEAST = 1e-9
+"""Deviation of numbers that do not differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ def _test_power(test: Test, values: Sequence[Sequence[float]], level: float, tes
     n = min(len(one) for one in values)
     deviation, smallest = 0.0, None
     if n >= _TWO:
-        deviation = sqrt(fmean(float(np.var(one, ddof=1)) for one in values))
+        deviation = sqrt(fmean(float(np.var(one, ddof=1)) for one in values)) or _LEAST
         smallest = _smallest(test, min(n, MOST_SEEDS), deviation, level, POWER ** (1 / tests))
     said = _said(test, smallest) if n >= _TWO else "never: one tested seed has no spread"
     enough = smallest is not None and _enough(test, smallest)

@@ -8,7 +8,17 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis import words
-from tutelage.analysis.figures.style import GREY, INK, Figure, Key, inline, one_seed, within_reach, zero_line
+from tutelage.analysis.figures.style import (
+    GREY,
+    INK,
+    Figure,
+    Key,
+    inline,
+    label_front,
+    one_seed,
+    within_reach,
+    zero_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +28,7 @@ if TYPE_CHECKING:
 
 _SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 _FEW_DOMAINS = 6
-_FEW_LABELS = 30
+_FEW_LABELS = 14
 _TITLE_WIDTH = 150
 _TILES = ["#E69F00", "#f4f4f4", "#56B4E9"]
 _UNJUDGED = "#dddddd"
@@ -96,6 +106,7 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         [
             {
                 "teacher": v.teacher or words.NO_TEACHER,
+                "name": f"{v.teacher or words.NO_TEACHER} {words.arm(v)}",
                 "series": key.series[v.teacher],
                 "arm": v.arm,
                 "kind": "constant alpha" if v.constant else "other",
@@ -127,13 +138,21 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         domain=["constant alpha", "other"], range=["circle", "triangle-up"]
     )
     layers.append(base.mark_point(filled=True, size=45 if many else 60, opacity=1).encode(shape=shape))
-    if not many:
+    if many:
+        layers.append(
+            label_front(base, near["name"].to_list(), near.select("in_domain", "out_of_domain").rows())
+        )
+    else:
         text = base.mark_text(dy=-11, fontSize=11).encode(color=alt.value(INK))
         labels = text.encode(text=alt.Text("alpha:Q", format="~g")).transform_filter(constant)
         layers.append(labels)
     triangles = " Triangles are other arms than a constant alpha." if data["alpha"].null_count() else ""
     triangles += left_out + words.grey_note(verdicts)
-    named = "One point per teacher and arm" if many else "One point per teacher and alpha (the label)"
+    named = (
+        "One point per teacher and arm; named is what no other beats on both"
+        if many
+        else "One point per teacher and alpha (the label)"
+    )
     return Figure(
         name=f"trade-off{suffix}",
         title="In domain against out of domain",
@@ -141,7 +160,7 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         f"domain for a gain out of domain.{triangles} Means over {words.seeds(verdicts)}, test split.",
         spoken="Gain in domain against gain out of domain. " + words.in_words(verdicts),
         chart=alt.layer(*layers, data=inline(near)).properties(width=460, height=330),
-        data=data.drop("series"),
+        data=data.drop("series", "name"),
     )
 
 
@@ -175,12 +194,15 @@ def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
         bars = base.mark_rule(opacity=0.4).encode(y=alt.Y("low:Q", title="gain (%)"), y2="high:Q")
         line = base.mark_line(strokeWidth=1, opacity=0.5).encode(y="gain:Q", **encoded)
         points = base.mark_point(filled=True, size=40, opacity=1).encode(y="gain:Q")
-        panels.append(alt.layer(zero_line("y"), bars, line, points).properties(width=190, height=200))
+        names = base.mark_text(dy=-10, fontSize=9).encode(y="gain:Q", text="teacher:N", color=alt.value(INK))
+        named = [] if detail else [names.transform_filter("datum.side === 'out of domain'")]
+        layers = (zero_line("y"), bars, line, points, *named)
+        panels.append(alt.layer(*layers).properties(width=190 if detail else 250, height=200))
     best = [pair.best for pair in pairs if pair.best is not None]
     return Figure(
         name=f"strength{suffix}",
         title="Is a stronger teacher better?",
-        caption="Gain at each real teacher's best alpha (chosen on validation), against its parameters "
+        caption="Gain at each ordinary teacher's best alpha (chosen on validation), against its parameters "
         "(lines join equal tokens), its tokens (lines join equal shapes) and its measured strength; right of "
         "0 the teacher is better than the untaught student. Bars are 95% intervals "
         f"({words.intervals(best)}).{words.grey_note(best)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import altair as alt
@@ -15,9 +16,19 @@ from tutelage.analysis.figures.gain_figures import (
     strength_curves,
     trade_off,
 )
-from tutelage.analysis.figures.style import GREY, INK, PALETTE, Figure, Key, inline, key_of, within_reach
+from tutelage.analysis.figures.style import (
+    GREY,
+    INK,
+    PALETTE,
+    Figure,
+    Key,
+    inline,
+    key_of,
+    label_front,
+    within_reach,
+)
 from tutelage.analysis.tables import calibration_errors, ledger
-from tutelage.analysis.words import NO_TEACHER, grey_note
+from tutelage.analysis.words import NO_TEACHER, arm, grey_note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +49,7 @@ def calibration(study: JudgedStudy, verdicts: Sequence[Verdict], key: Key, suffi
     rows = [
         {
             "teacher": v.teacher or NO_TEACHER,
+            "name": f"{v.teacher or NO_TEACHER} {arm(v)}",
             "series": key.series[v.teacher],
             "arm": v.arm,
             "raw": v.out_of_domain.mean,
@@ -63,7 +75,9 @@ def calibration(study: JudgedStudy, verdicts: Sequence[Verdict], key: Key, suffi
             color=key.colour(points=True),
         )
     )
-    panels = [alt.layer(line.encode(x="raw:Q", y="fitted:Q"), gains).properties(width=240, height=230)]
+    names = label_front(gains, near["name"].to_list(), near.select("raw", "fitted").rows())
+    diagonal = line.encode(x="raw:Q", y="fitted:Q")
+    panels = [alt.layer(diagonal, gains, names).properties(width=270, height=230)]
     if "ece_in_domain" in data.columns:
         panels.append(
             alt.Chart()
@@ -79,13 +93,14 @@ def calibration(study: JudgedStudy, verdicts: Sequence[Verdict], key: Key, suffi
         name=f"calibration{suffix}",
         title="Knowledge or calibration?",
         caption="Left: what is left of a raw gain out of domain when every model gets its best temperature "
-        "and unigram mixture; on the line all of it, at zero none. Right: expected calibration error less "
+        "and unigram mixture; on the line all of it, at zero none; named is what no other arm "
+        "beats on both. Right: expected calibration error less "
         "that of the student without a teacher; below zero is better calibrated. Means over seeds, test "
         f"split.{left_out}{grey_note(verdicts)}",
         spoken="Raw against fitted gain out of domain, and change of calibration error in and out of domain, "
         f"for {len(rows)} arms.",
         chart=alt.hconcat(*panels, data=inline(near)),
-        data=data.drop("series"),
+        data=data.drop("series", "name"),
     )
 
 
@@ -220,22 +235,29 @@ def _of_student(
     verdicts: Sequence[Verdict],
     suffix: str,
 ) -> list[Figure]:
+    """Figures of one student; where some arms have several seeds, those with one are in the tables alone."""
+    verdicts = [v for v in verdicts if v.judged] or verdicts
+    pairs = [pair for pair in pairs if pair.best in verdicts]
     constants = [v for v in verdicts if v.constant]
     best = [pair.best for pair in pairs if pair.best is not None]
+    alphas = Counter(v.teacher for v in constants)
+    ordinary = [pair for pair in pairs if pair.relation and not (pair.teacher.corpus or pair.teacher.targets)]
     shown = verdicts if len(verdicts) <= _FEW_ROWS else best
     key = key_of(pairs)
     whole = key if all(v.teacher for v in verdicts) else key_of(pairs, with_baseline=True)
+    compared = max(alphas.values(), default=0) > 1
     drawn = []
-    if constants:
+    if constants and (compared or not shown):
         drawn.append(heat_map(constants, suffix))
     if shown:
         drawn.append(domain_gains(study.findings, shown, suffix))
-    if constants and sum(not pair.teacher.control for pair in pairs) <= _FEW_TEACHERS:
+    if compared and sum(not pair.teacher.control for pair in pairs) <= _FEW_TEACHERS:
         drawn.append(alpha_curves(constants, key, suffix))
-    drawn.append(trade_off(verdicts, whole, suffix))
-    if len([pair for pair in pairs if pair.best and pair.relation]) >= _ENOUGH_FOR_A_CURVE:
-        drawn.append(strength_curves(pairs, suffix))
-    if any(v.fitted for v in verdicts):
+    if len(verdicts) >= _ENOUGH_FOR_A_CURVE:
+        drawn.append(trade_off(verdicts, whole, suffix))
+    if len(ordinary) >= _ENOUGH_FOR_A_CURVE:
+        drawn.append(strength_curves(ordinary, suffix))
+    if len(verdicts) >= _ENOUGH_FOR_A_CURVE and any(v.fitted for v in verdicts):
         drawn.append(calibration(study, verdicts, whole, suffix))
     if study.results.curves.height:
         drawn += learning_curves(study, pairs, suffix)

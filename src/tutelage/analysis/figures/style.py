@@ -227,3 +227,23 @@ def within_reach(data: pl.DataFrame, *columns: str) -> tuple[pl.DataFrame, str]:
         return data, ""
     rest = data.height - near.height
     return near, f" Losses beyond {-_FARTHEST:g}% are not drawn ({rest} of {data.height})."
+
+
+def label_front(base: alt.Chart, names: Sequence[str], points: Sequence[tuple[float, float]]) -> alt.Chart:
+    """Name the points that no other point beats on one coordinate without losing on the other.
+
+    Args:
+        base: encodes x and y; its data has a column `name`.
+        names: of the points.
+        points: their coordinates.
+    """
+    on = [
+        name
+        for name, (x, y) in zip(names, points, strict=True)
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)
+    ]
+    text = base.mark_text(dy=-10, fontSize=10, align="center").encode(
+        text="name:N", color=alt.value(INK), detail="name:N"
+    )
+    labels: alt.Chart = text.transform_filter(alt.FieldOneOfPredicate(field="name", oneOf=on))
+    return labels

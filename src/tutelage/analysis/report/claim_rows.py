@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tutelage.analysis.claims.power import StudyPower
     from tutelage.analysis.gains import Fit
 
-_SHOWN_DIGITS = 100
 _FITS: dict[Fit, str] = {"raw": "raw", "temperature": "temperature fitted", "unigram": "calibration fitted"}
 _KINDS = {
     "in_domain": ("in domain", "%"),
@@ -25,6 +24,56 @@ _KINDS = {
     "after": ("after post-training", "%"),
     "calibration": ("calibration error", " doublings"),
 }
+
+
+def answer_table(outcomes: Sequence[ClaimResult]) -> ReportTable:
+    """What a study says of each claim, in a row: of several tests the one that decides is shown."""
+    columns = (
+        Column("claim", style="row"),
+        Column("statement", style="statement"),
+        Column("answer", style="nowrap"),
+        Column("effect", style="num"),
+        Column("95% interval", style="nowrap"),
+        Column("n", style="num"),
+        Column("p", style="nowrap"),
+    )
+    rows: list[list[TableCell | str]] = []
+    for outcome in outcomes:
+        shown = _deciding(outcome)
+        effect = None if shown is None else shown.effect
+        rows.append(
+            [
+                str(outcome.number),
+                TableCell(outcome.text, "" if shown is None else _tested(outcome, shown)),
+                TableCell(outcome.answer, effect=outcome.answer),
+                "" if effect is None or shown is None else f"{_number(effect.mean)}{_unit(shown)}",
+                "" if effect is None else f"{_number(effect.low)} to {_number(effect.high)}",
+                "" if effect is None else str(effect.n),
+                "" if outcome.adjusted is None else _p(outcome.adjusted),
+            ]
+        )
+    return ReportTable("Announced claims", columns, rows)
+
+
+def _deciding(outcome: ClaimResult) -> TestResult | None:
+    """The test that contradicts a claim most, or else supports it least; None if one has no numbers."""
+    tests = [one for one in outcome.tests if not one.test.beside]
+    if not tests or any(one.effect is None for one in tests):
+        return None
+    if outcome.answer == "contradicted":
+        return min(tests, key=lambda one: one.test.evidence().contradict)
+    return max(tests, key=lambda one: one.test.evidence().support)
+
+
+def _tested(outcome: ClaimResult, shown: TestResult) -> str:
+    """What the effect is of, and what the claim says of it."""
+    fitted = "" if outcome.primary == "raw" else f", {_FITS[outcome.primary]}"
+    return f"{shown.test.label}{fitted}: {shown.test.reads()}"
+
+
+def _unit(result: TestResult) -> str:
+    unit = result.test.unit
+    return unit if unit in {"", "%"} else f" {unit}"
 
 
 def claim_rows(outcomes: Sequence[ClaimResult]) -> list[dict[str, Any]]:
@@ -55,17 +104,14 @@ def _test(result: TestResult) -> dict[str, Any]:
     numbers = None
     if effect is not None:
         spread = f"{_number(effect.low)} to {_number(effect.high)}"
-        unit = test.unit if test.unit in {"", "%"} else f" {test.unit}"
-        numbers = f"{_number(effect.mean)}{unit} ({spread}; n = {effect.n})"
+        numbers = f"{_number(effect.mean)}{_unit(result)} ({spread}; n = {effect.n})"
     label = f"{test.label} (beside)" if test.beside else test.label
     return {"label": label, "reads": test.reads(), "effect": numbers}
 
 
 def _number(value: float) -> str:
-    """Two decimals, more where they would hide a small number."""
-    if value and abs(value) < 1 / _SHOWN_DIGITS:
-        return f"{value:+.2g}"
-    return f"{value + 0.0:+.2f}"
+    """Two decimals; never `-0.00`."""
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def power_table(power: StudyPower) -> ReportTable:
@@ -94,7 +140,8 @@ def found_power(study: JudgedStudy) -> list[str]:
         return []
     several = any(verdict.judged for verdict in study.findings.verdicts)
     noise = measure_noise(study) if several else default_noise()
-    return power_sentences(power_of(study.results.plan, noise))
+    answer, *about = power_sentences(power_of(study.results.plan, noise))
+    return ["By the noise of this study. " + answer, *about]
 
 
 def power_sentences(power: StudyPower) -> list[str]:

@@ -77,7 +77,7 @@ def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
     """Answer to: does this teacher help this student? One paragraph per student.
 
     It counts only what survives a correction for everything it looks at. Where the study announced claims,
-    they are that family, which `decided` lists, and the paragraphs only show numbers.
+    they are that family, whose answers stand in a table, and the paragraphs only show numbers.
     """
     students = list(dict.fromkeys(pair.student.name for pair in findings.pairs))
     announced = any(claim.announced for claim in claims)
@@ -90,16 +90,6 @@ def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
                 _shown(pairs, name) if announced else _answer(pairs, supported(findings, student), name)
             )
     return answers
-
-
-def decided(announced: Sequence[ClaimResult]) -> dict[str, list[str]]:
-    """The announced claims that are supported, and those that are contradicted, as sentences."""
-    found: dict[str, list[str]] = {}
-    for answer in ("supported", "contradicted"):
-        texts = [f"{one.text} (claim {one.number})" for one in announced if one.answer == answer]
-        if texts:
-            found[answer.capitalize()] = texts
-    return found
 
 
 def tally(claims: Sequence[ClaimResult]) -> str:
@@ -121,7 +111,7 @@ def _best(pairs: Sequence[PairFinding]) -> list[Verdict]:
 
 def _shown(pairs: Sequence[PairFinding], name: str) -> str:
     """Numbers of one student, without a word on whether they are more than noise."""
-    best = _best(pairs)
+    best = [v for v in _best(pairs) if v.judged] or _best(pairs)
     return f"{name or 'Gains: '}{_numbers(best)}." if best else f"{name}{_NO_REAL}"
 
 

@@ -64,7 +64,6 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
         style=resources.files("tutelage.analysis.report").joinpath("report.css").read_text(encoding="utf-8"),
         plan=results.plan,
         tally=headline.tally(study.claims),
-        decided=headline.decided(study.announced),
         headline=headline.headline(findings, study.claims),
         students=[_student(results, findings, name, drawn) for name in students],
         undrawn=students[_MOST_DRAWN:],
@@ -121,6 +120,7 @@ def _claims(study: JudgedStudy) -> dict[str, Any]:
     others = [outcome for outcome in study.claims if not outcome.announced]
     tested = [outcome for outcome in others if outcome.p is not None]
     return {
+        "answers": claim_rows.answer_table(study.announced),
         "claims": claim_rows.claim_rows(study.announced),
         "explored": claim_rows.claim_rows(tested),
         "power": claim_rows.found_power(study),
@@ -137,13 +137,20 @@ def _student(
     students = list(dict.fromkeys(v.student for v in findings.verdicts))
     verdicts = [v for v in findings.verdicts if v.student == name]
     fitted = any(v.fitted is not None for v in verdicts)
+    own = [pair for pair in findings.pairs if pair.student.name == name]
+    several = any(pair.best is not None and pair.best.judged for pair in own)
+    pairs = [report_rows.pair_row(pair) for pair in own if pair.best is None or pair.best.judged]
+    alone = [
+        report_rows.pair_row(pair) for pair in own if not several or (pair.best and not pair.best.judged)
+    ]
     label = "Every teacher and alpha" + (f", {name}" if len(students) > 1 else "")
     return {
         "id": students.index(name) + 1,
         "name": name,
         "about": f"{student.shape}, {words.count(student.parameters)} parameters, "
         f"{words.count(student.tokens)} training tokens",
-        "pairs": [report_rows.pair_row(pair) for pair in findings.pairs if pair.student.name == name],
+        "pairs": pairs if several else alone,
+        "alone": alone if several else [],
         "verdicts": report_rows.verdict_table(verdicts, label, fitted=fitted),
         "fitted": fitted,
         "domains": report_rows.domain_table(findings, name),

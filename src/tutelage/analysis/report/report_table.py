@@ -89,8 +89,8 @@ class ReportTable:
     def print_on(self, console: Console, caption: str) -> None:
         """Print it in a terminal, its label above and a caption below.
 
-        Where it is too wide, the last cell of each row stands below the others; where it still is, all cells
-        of a row follow one another, each after its heading.
+        Where it is too wide, the widest cell of each row stands below the others; where it still is, all
+        cells of a row follow one another, each after its heading.
         """
         rows = [[cell.text for _, cell in row] for row in self.shown]
         columns = [max(map(len, column)) for column in zip(self.headings, *rows, strict=True)]
@@ -108,14 +108,15 @@ class ReportTable:
 
     def _narrow(self, rows: Sequence[Sequence[str]], columns: Sequence[int], width: int) -> list[str]:
         """Lines of at most `width` characters; `columns` has the widths of the columns."""
-        if sum(columns[:-1]) + 2 * (len(columns) - 2) <= width:
+        widest = max(range(len(columns)), key=lambda i: (columns[i], i))
+        rest = [i for i in range(len(columns)) if i != widest]
+        if sum(columns[i] for i in rest) + 2 * (len(rest) - 1) <= width:
 
             def beside(cells: Sequence[str]) -> str:
-                padded = (f"{cell:{size}}" for cell, size in zip(cells[:-1], columns, strict=False))
-                return "  ".join(padded).rstrip()
+                return "  ".join(f"{cells[i]:{columns[i]}}" for i in rest).rstrip()
 
             below = [
-                [beside(row), textwrap.indent(textwrap.fill(row[-1], width - 4), "    ")] for row in rows
+                [beside(row), textwrap.indent(textwrap.fill(row[widest], width - 4), "    ")] for row in rows
             ]
             return [beside(self.headings), *itertools.chain.from_iterable(below)]
         items = (

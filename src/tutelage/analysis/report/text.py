@@ -10,8 +10,8 @@ from rich.text import Text
 
 from tutelage.analysis import words
 from tutelage.analysis.report import headline
+from tutelage.analysis.report.claim_rows import answer_table
 from tutelage.analysis.report.report_rows import few_verdicts, short_verdicts
-from tutelage.analysis.report.report_table import Column, ReportTable, TableCell
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -279,13 +279,6 @@ def markdown(findings: Findings) -> str:
 def _print_claims(study: JudgedStudy, console: Console) -> None:
     if not study.announced:
         return
-    columns = tuple(Column(heading) for heading in ("claim", "", "effect", "p", "answer"))
-    rows: list[list[TableCell | str]] = []
-    for claim in study.announced:
-        first = claim.tests[0]
-        effect = "" if first.effect is None else f"{first.effect.mean:+.2f} {first.test.unit}"
-        p = "" if claim.adjusted is None else f"{claim.adjusted:.3f}"
-        rows.append([str(claim.number), claim.text, effect, p, claim.answer])
-    caption = "p: two-sided, Holm over the announced claims"
-    ReportTable("", columns, rows).print_on(console, caption)
+    caption = "p: two-sided, Holm over the announced claims; of several tests the one that decides"
+    answer_table(study.announced).print_on(console, caption)
     console.print(Text(headline.tally(study.claims)))
