@@ -139,20 +139,15 @@ def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
     )
     layers.append(base.mark_point(filled=True, size=45 if many else 60, opacity=1).encode(shape=shape))
     if many:
-        layers.append(
-            label_front(base, near["name"].to_list(), near.select("in_domain", "out_of_domain").rows())
-        )
+        front = label_front(base, near["name"].to_list(), near.select("in_domain", "out_of_domain").rows())
+        layers.append(front)
+        named = "One point per teacher and arm; named is what no other beats on both"
     else:
         text = base.mark_text(dy=-11, fontSize=11).encode(color=alt.value(INK))
-        labels = text.encode(text=alt.Text("alpha:Q", format="~g")).transform_filter(constant)
-        layers.append(labels)
+        layers.append(text.encode(text=alt.Text("alpha:Q", format="~g")).transform_filter(constant))
+        named = "One point per teacher and alpha (the label)"
     triangles = " Triangles are other arms than a constant alpha." if data["alpha"].null_count() else ""
     triangles += left_out + words.grey_note(verdicts)
-    named = (
-        "One point per teacher and arm; named is what no other beats on both"
-        if many
-        else "One point per teacher and alpha (the label)"
-    )
     return Figure(
         name=f"trade-off{suffix}",
         title="In domain against out of domain",
