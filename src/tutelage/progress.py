@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 class Progress(Protocol):
@@ -63,3 +64,11 @@ def counter(progress: Progress, stage: str) -> Callable[[int], None]:
         progress.advance(stage, done)
 
     return add
+
+
+@contextlib.contextmanager
+def staged(progress: Progress, stage: str, total: float, unit: str) -> Iterator[Callable[[int], None]]:
+    """A stage that lasts as long as the block; yields the function that advances it."""
+    progress.start(stage, total, unit)
+    yield counter(progress, stage)
+    progress.finish(stage)

@@ -56,13 +56,14 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"errors", "processes"},
     "names": {"errors"},
     "installed": set(),
+    "hub_access": {"errors"},
     "row_files": {"files"},
     "records": {"errors", "files", "row_files"},
     "checksums": {"errors", "files", "records"},
     "files": {"errors"},
     "config": {"types", "errors"},
-    "data": _BASE | {"checksums", "installed", "names", "progress", "records"},
-    "models": {"types", "errors", "files", "checksums", "records", "objective.products"},
+    "data": _BASE | {"checksums", "hub_access", "installed", "names", "progress", "records"},
+    "models": {"types", "errors", "files", "checksums", "hub_access", "records", "objective.products"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
     "run_directory": _BASE
@@ -74,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"run_directory", "stopping"},
     "evals": _BASE
     | {"data", "models", "names", "progress", "provenance", "bootstrap", "checksums", "records"}
-    | {"installed", "run_directory"}
+    | {"hub_access", "installed", "run_directory"}
     | {"teachers.cache.layout"},
     "run": _BASE
     | {

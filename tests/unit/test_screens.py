@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -16,10 +17,11 @@ import pytest
 from rich.console import Console
 
 from tutelage.analysis.report.report_table import Column, ReportTable
-from tutelage.analysis.report.text import print_scores
+from tutelage.analysis.report.text import print_scores, print_tasks
 from tutelage.cli.bars import RichProgress, err
 from tutelage.cli.stages import Stage, rows
 from tutelage.errors import UserError
+from tutelage.types import Score
 
 DRAWS = Path(__file__).parents[1] / "support" / "drawn_stages.py"
 NAME = "qwen3-0.6b-strong-alpha0.4-s43-8b4c1f02"
@@ -167,3 +169,18 @@ def test_models_stand_side_by_side_as_far_as_there_is_room():
         assert max(map(len, lines)) <= width
         assert sum(line.count("[2.900, 3.100]") for line in lines) == len(names)
         assert all(any(name in line for line in lines) for name in names)
+
+
+def test_names_in_a_table_of_tasks_keep_their_ends_at_80_columns():
+    ends = ("a2b41f07", "95c0d3e8")
+    rest = ("probe", "test", "acceptance_rate", 0.9, 0.002, 64, True, "v1")
+    scores = [
+        Score(f"student-nano-50k-100M-strong-alpha-0.4-{end}", 10, 1000, f"acceptance:strong-{end}", *rest)
+        for end in ends
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_tasks(scores, "probe", "documents", console)
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert all("".join(shown.split()).count(end) >= 1 for end in ends)

@@ -196,13 +196,19 @@ def probe(
     device: DeviceName = "auto",
 ) -> None:
     """Probe models: how well they copy in context, drafting for --teacher, and samples to read."""
+    from tutelage.cli.bars import RichProgress
     from tutelage.evals.evaluated_model import find_model, find_models
     from tutelage.evals.probes import run_probes
 
     found = find_models(model, output)
     judge = find_model(teacher, output) if teacher else None
     store = find("store", store, "--store") if store else None
-    scores = [row for one in found for row in run_probes(one, store=store, teacher=judge, device=device)]
+    with RichProgress() as progress:
+        scores = [
+            row
+            for one in found
+            for row in run_probes(one, store=store, teacher=judge, device=device, progress=progress)
+        ]
     files = [
         (name, path) for one in found for name, path in (("samples", one.samples), ("scores", one.scores))
     ]

@@ -108,8 +108,9 @@ class Stage:
     def measured(self) -> list[str]:
         """The figures in words, the most important first."""
         parts = []
-        if self.unit in ("tokens", "bytes") and "tokens_per_second" not in self.figures and self.speed > 0:
-            parts.append(f"{_amount(self.speed, None, self.unit)}/s")
+        if self.unit not in ("", "steps") and "tokens_per_second" not in self.figures and self.speed > 0:
+            speed = size_text(self.speed) if self.unit == "bytes" else f"{short(self.speed)} {self.unit}"
+            parts.append(f"{speed}/s")
         untaught = self.figures.get("alpha") == 0
         kd = next((name for name in self.figures if name == "kd" or name.startswith("kd_")), None)
         for name, text in _FORMATS.items():

@@ -6,9 +6,11 @@ What is wrong with a file raises `UserError`. What is wrong with one row is yiel
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.config.data_config import DOCUMENT_LIMIT
@@ -16,12 +18,12 @@ from tutelage.data.cutting import cut_size, file_documents, is_text
 from tutelage.data.find_files import find, kind_in
 from tutelage.data.text_files import LINE_LIMIT, MARK, lines, not_decoded
 from tutelage.errors import UserError, shortened
+from tutelage.hub_access import reading_hub
 from tutelage.installed import install_extra
 from tutelage.records import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from pyarrow import RecordBatch
     from pyarrow.parquet import FileMetaData
@@ -99,11 +101,14 @@ def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
             f"hub source {source.path}: the package 'datasets' is missing; run: {install_extra('hub')}"
         ) from None
     where = f"hub source {source.path}"
+    local = Path(source.path).exists()
+    access = reading_hub(where, "read files of your own with kind: files", explains=False)
     number = 0
     try:
-        rows = load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision, streaming=True
-        )
+        with contextlib.nullcontext() if local else access:
+            rows = load_dataset(
+                source.path, source.subset, split=source.split, revision=source.revision, streaming=True
+            )
         for number, row in enumerate(rows, 1):
             yield f"{where}, row {number}", row
     except (OSError, ValueError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tutelage.checksums import refuse_damage, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import write_json
+from tutelage.hub_access import reading_hub
 from tutelage.names import completed
 from tutelage.records import parse_json, read_object
 from tutelage.types import TOKENIZER_FILES
@@ -73,13 +74,8 @@ def download_tokenizer(what: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for what is not on this machine
 
     wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
-    try:
+    with reading_hub(what):
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(
-            f"{what}: no such file or directory here, and not found on the Hub: {reason}"
-        ) from None
 
 
 def special_tokens(place: Path, tokenizer: TextTokenizer) -> dict[str, str]:

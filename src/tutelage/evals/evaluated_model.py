@@ -13,6 +13,7 @@ from tutelage.data.tokenizer_comparison import check_rows
 from tutelage.errors import UserError, one_line
 from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
+from tutelage.hub_access import reading_hub
 from tutelage.models.directory import weights_fingerprint
 from tutelage.models.lengths import trained_length
 from tutelage.names import completed, look_up, nearest
@@ -193,14 +194,8 @@ def _config(path: Path) -> PretrainedConfig:
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for models on the Hub
 
-    try:
+    with reading_hub(f"{name}: {nearest('run', name)}no run is called so"):
         return Path(snapshot_download(name, allow_patterns=list(_NEEDED)))
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(
-            f"{name}: {nearest('run', name)}no run or directory is called so, and the Hugging Face Hub does "
-            f"not give such a model: {reason}"
-        ) from None
 
 
 def check_tokenizer(evaluated: EvaluatedModel) -> TextTokenizer:

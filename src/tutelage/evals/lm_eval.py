@@ -39,21 +39,22 @@ from tutelage.evals.lm_eval_tasks import (
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import ScoreEstimate
 from tutelage.files import lock, make_directory
+from tutelage.hub_access import reading_hub
 from tutelage.installed import install_extra
 from tutelage.models.hub import load, pick_device
 from tutelage.names import look_up
-from tutelage.progress import NullProgress
+from tutelage.progress import NullProgress, staged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lm_eval.api.task import Task
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
 
     from tutelage.data.store import Store
     from tutelage.evals.evaluated_model import EvaluatedModel
+    from tutelage.evals.lm_eval_model import ExportedModel
     from tutelage.progress import Progress
     from tutelage.types import Score
 
@@ -169,17 +170,18 @@ def run_downstream(
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
         prepared = _all_prepared(evaluated, tasks, limit, stores, include)
-        model: HFLM | None = None
+        model: ExportedModel | None = None
         scores: list[Score] = []
         for task in prepared:
             found = known_scores(evaluated.scores, task.version, evaluated.step)
             if not found:
                 stage = f"{evaluated.id}: {task.name}"
-                progress.start(stage)
                 with _quiet():
                     model = model or _model(evaluated, batch_size, chosen)
-                    found = list(_scores(evaluated, task, model, limit))
-                progress.finish(stage)
+                    asked = sum(len(leaf.instances) for leaf in task.leaves)
+                    with staged(progress, stage, asked, "answers") as told:
+                        model.tell(told)
+                        found = list(_scores(evaluated, task, model, limit))
                 add_scores(evaluated.scores, found)
             scores += found
     return scores
@@ -197,7 +199,8 @@ def _all_prepared(
     names = list(dict.fromkeys(built[name].name if name in built else name for name in names))
     _check_different(built)
     _check_known(names, manager)
-    return [_prepared(name, manager, limit, own) for name in names]
+    ours = {task.name for task in built.values()}
+    return [_prepared(name, manager, limit, own, on_hub=name not in {*ours, *own.names}) for name in names]
 
 
 def _check_installed() -> None:
@@ -274,27 +277,33 @@ def _check_known(names: Sequence[str], manager: TaskManager) -> None:
             )
 
 
-def _prepared(name: str, manager: TaskManager, limit: int | None, own: _OwnTasks) -> _Prepared:
+def _prepared(
+    name: str, manager: TaskManager, limit: int | None, own: _OwnTasks, *, on_hub: bool
+) -> _Prepared:
     """Load a task's data, and set its shots and version."""
     from datasets import disable_progress_bars  # noqa: PLC0415 - an extra, and slow to import
 
     disable_progress_bars()
     is_own = name in own.names
     paper = None if is_own else next((task for task in PAPER_TASKS if task.name == name), None)
+    here = f"{', '.join(_OFFLINE)} need no Hub"
+    access = reading_hub(f"task {name}: its data", f"choose another ({here})", explains=False)
     try:
-        loaded = manager.load([name])
-        leaves = list(loaded["tasks"].values())
-        for task in leaves:
-            if paper is not None:
-                task.set_config(key="num_fewshot", value=paper.shots)
-            elif task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-        with _quiet():
-            shown = [_shown(task, limit) for task in leaves]
+        with access if on_hub else contextlib.nullcontext():
+            loaded = manager.load([name])
+            leaves = list(loaded["tasks"].values())
+            for task in leaves:
+                if paper is not None:
+                    task.set_config(key="num_fewshot", value=paper.shots)
+                elif task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+            with _quiet():
+                shown = [_shown(task, limit) for task in leaves]
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 - a task file and its data can be wrong in any way
         reason = f"{type(error).__name__}: {one_line(error)}"
-        hub = f"most tasks need the Hugging Face Hub, {', '.join(_OFFLINE)} do not"
-        hint = f"look into its file in {own.directories[0]}" if is_own else hub
+        hint = f"look into its file in {own.directories[0]}" if is_own else here
         raise UserError(f"task {name}: its data cannot be loaded ({reason}); {hint}") from None
     return _Prepared(
         name=name,
@@ -333,7 +342,7 @@ def _shown(task: Task, limit: int | None) -> list[str]:
     return [str(task.VERSION), *metrics, digest(texts)]
 
 
-def _model(evaluated: EvaluatedModel, batch_size: int, device: str) -> HFLM:
+def _model(evaluated: EvaluatedModel, batch_size: int, device: str) -> ExportedModel:
     from tutelage.evals.lm_eval_model import ExportedModel  # noqa: PLC0415 - an extra, and slow to import
 
     return ExportedModel(
@@ -347,7 +356,9 @@ def _model(evaluated: EvaluatedModel, batch_size: int, device: str) -> HFLM:
     )
 
 
-def _scores(evaluated: EvaluatedModel, task: _Prepared, model: HFLM, limit: int | None) -> Iterator[Score]:
+def _scores(
+    evaluated: EvaluatedModel, task: _Prepared, model: ExportedModel, limit: int | None
+) -> Iterator[Score]:
     from lm_eval import evaluate  # noqa: PLC0415 - an extra, and slow to import
 
     for leaf in task.leaves:

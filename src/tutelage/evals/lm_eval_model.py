@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -16,7 +17,7 @@ from tutelage.errors import UserError
 from tutelage.evals.probes import padded_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lm_eval.api.instance import Instance
     from torch import Tensor
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts, as a key of lm-eval's cache; ids that are context; ids that are scored."""
+
+
+class _Told(CacheHook):  # type: ignore[misc] # as below
+    """Counts finished requests, where lm-eval would put each into a cache of its own."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        super().__init__(None)
+        self._advance = advance
+
+    def add_partial(self, *_: object) -> None:
+        """Count one."""
+        self._advance(1)
 
 
 class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
@@ -39,6 +52,10 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
         super().__init__(**settings)
         self._own = own
         self.model.generation_config.suppress_tokens = padded_ids(self.model, own.vocab_size)
+
+    def tell(self, advance: Callable[[int], None]) -> None:
+        """Have `advance` called with the number of requests that are finished, as they are."""
+        self.cache_hook = _Told(advance)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of every continuation, and whether it is the model's first choice throughout.

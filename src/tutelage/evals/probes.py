@@ -26,6 +26,7 @@ from tutelage.evals.token_scores import NextTokenModel, ScoreEstimate, ratio
 from tutelage.evals.windows import FORWARD_TOKENS, read_documents, window_batches
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import body_and_head, load, pick_device
+from tutelage.progress import NullProgress, staged
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.types import COPYING, PLAIN
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tutelage.data.store import Store
     from tutelage.evals.evaluated_model import EvaluatedModel
     from tutelage.evals.windows import ScoredDocument
+    from tutelage.progress import Progress
     from tutelage.types import Score
 
 SEQUENCES = 64
@@ -63,6 +65,7 @@ def run_probes(
     store: Path | None = None,
     teacher: EvaluatedModel | None = None,
     device: str = "auto",
+    progress: Progress | None = None,
 ) -> list[Score]:
     """Probe a model, add what is new to its `scores.jsonl` and write `samples.md` beside it.
 
@@ -73,6 +76,7 @@ def run_probes(
         store: token store made with its tokenizer; default: the one a run was trained on.
         teacher: also measure how many of the model's tokens this one would accept in speculative decoding.
         device: auto, cpu, cuda or mps.
+        progress: told of every probe that is made; None shows nothing.
 
     Returns:
         The scores, existing ones included: "accuracy" of domain "copying", and "acceptance_rate" and
@@ -90,26 +94,35 @@ def run_probes(
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
         student = load(evaluated.model).to(chosen)
-        write_samples(student, text, evaluated)
-        scores = _copying(evaluated, student, text)
+        progress = progress or NullProgress()
+        write_samples(student, text, evaluated, progress)
+        scores = _copying(evaluated, student, text, progress)
         if teacher:
-            scores += _accepted(evaluated, student, teacher, text)
+            scores += _accepted(evaluated, student, teacher, text, progress)
     return scores
 
 
-def _copying(evaluated: EvaluatedModel, student: PreTrainedModel, text: Store) -> list[Score]:
+def _copying(
+    evaluated: EvaluatedModel, student: PreTrainedModel, text: Store, progress: Progress
+) -> list[Score]:
     ids_V = used_ids(text)
     segment = min((evaluated.context + 1 - len(text.begin_ids)) // 2, LONGEST_SEGMENT)
     version = version_of(["copying", ids_V.tolist(), text.begin_ids, segment, SEQUENCES])
 
     def measure() -> dict[str, ScoreEstimate]:
-        return {"accuracy": copying_accuracy(student, ids_V, text.begin_ids, text.vocab_size, segment)}
+        with staged(progress, f"{evaluated.id}: copying", SEQUENCES, "sequences") as told:
+            vocabulary = ids_V, text.begin_ids, text.vocab_size
+            return {"accuracy": copying_accuracy(student, *vocabulary, segment, progress=told)}
 
     return _once(evaluated, COPYING, version, SEQUENCES, measure)
 
 
 def _accepted(
-    evaluated: EvaluatedModel, student: PreTrainedModel, teacher: EvaluatedModel, text: Store
+    evaluated: EvaluatedModel,
+    student: PreTrainedModel,
+    teacher: EvaluatedModel,
+    text: Store,
+    progress: Progress,
 ) -> list[Score]:
     documents = read_documents(text, "test", _DOCUMENTS, _DOCUMENT_TOKENS)
     context = min(evaluated.context, teacher.context)
@@ -118,7 +131,9 @@ def _accepted(
 
     def measure() -> dict[str, ScoreEstimate]:
         loaded = load(teacher.model).to(student.device)
-        return acceptance(student, loaded, documents, text.vocab_size, context)
+        scored = sum(document.scored for document in documents)
+        with staged(progress, f"{evaluated.id}: drafts for {teacher.id}", scored, "tokens") as told:
+            return acceptance(student, loaded, documents, text.vocab_size, context, progress=told)
 
     return _once(evaluated, f"acceptance:{teacher.id}", version, len(documents), measure)
 
@@ -157,6 +172,7 @@ def copying_accuracy(
     vocab_size: int,
     segment: int,
     sequences: int = SEQUENCES,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> ScoreEstimate:
     """Accuracy of the model's first choice in the second copy of a segment of random tokens.
 
@@ -171,6 +187,7 @@ def copying_accuracy(
         vocab_size: number of ids of the tokenizer; rows of the head beyond them are padding.
         segment: tokens in a copy, 2 or more.
         sequences: number of sequences; the draw is a function of the arguments alone.
+        progress: called with the number of sequences read since the last call.
 
     Returns:
         Accuracy in [0, 1], with its noise over sequences.
@@ -191,6 +208,7 @@ def copying_accuracy(
             [predictor.logits(part).argmax(1) for part in torch.split(hidden_ND, _LOGIT_TOKENS)]
         )
         right.append((choice_N.view(len(inputs_BT), -1).cpu() == labels_BT[:, scored_T]).sum(1))
+        progress(len(inputs_BT))
     return ratio(torch.cat(right).numpy(), np.full(sequences, segment - 1))
 
 
@@ -202,6 +220,7 @@ def acceptance(
     vocab_size: int,
     context: int,
     draft: int = DRAFT,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, ScoreEstimate]:
     """Measure how much of the student's drafts the teacher would accept in speculative decoding.
 
@@ -216,13 +235,14 @@ def acceptance(
         vocab_size: number of ids of their tokenizer; rows of a head beyond them are padding.
         context: window length in tokens; at most the trained length of both.
         draft: tokens proposed at a time.
+        progress: called with the number of tokens judged since the last call.
 
     Returns:
         acceptance_rate: mean over tokens of sum_x min(p, q), 0 to 1.
         accepted_length: mean, over the places where `draft` tokens follow in the document, of the tokens
             accepted before the first rejection, 0 to `draft`. Missing if no document is that long.
     """
-    rates = _acceptance_rates(student, teacher, documents, vocab_size, context)
+    rates = _acceptance_rates(student, teacher, documents, vocab_size, context, progress)
     found = {"acceptance_rate": _mean_over_tokens([rates_T[~np.isnan(rates_T)] for rates_T in rates])}
     runs = [_accepted_lengths(rates_T, draft) for rates_T in rates if len(rates_T) >= draft]
     runs = [lengths_T for lengths_T in runs if len(lengths_T)]
@@ -235,6 +255,7 @@ def _acceptance_rates(
     documents: Sequence[ScoredDocument],
     vocab_size: int,
     context: int,
+    progress: Callable[[int], None],
 ) -> list[NDArray[np.float64]]:
     """sum_x min(p, q) of every token of every document, NaN where a token is not scored.
 
@@ -255,6 +276,7 @@ def _acceptance_rates(
         where = batch.documents_BT[batch.scored_BT].tolist(), batch.places_BT[batch.scored_BT].tolist()
         for document, place, rate in zip(*where, torch.cat(shared).tolist(), strict=True):
             rates[document][place] = rate
+        progress(len(where[0]))
     return rates
 
 
@@ -272,7 +294,9 @@ def _mean_over_tokens(values: Sequence[NDArray[np.float64]]) -> ScoreEstimate:
     return ratio(np.array([x.sum() for x in values]), np.array([len(x) for x in values]))
 
 
-def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedModel) -> None:
+def write_samples(
+    model: PreTrainedModel, store: Store, evaluated: EvaluatedModel, progress: Progress
+) -> None:
     """Write `samples.json` and `samples.md`: prompts, the text's own, greedy and drawn continuations.
 
     Drawn continuations are seeded, at temperature 1 from the whole distribution over the tokenizer's ids. A
@@ -282,6 +306,7 @@ def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedMode
         model: the loaded model of `evaluated`.
         store: its test split gives the prompts; made with the model's tokenizer.
         evaluated: the model and its output directory.
+        progress: told of every continuation.
     """
     room = evaluated.context - len(store.begin_ids)
     prompt = min(_PROMPT_TOKENS, room // 2)
@@ -294,15 +319,17 @@ def write_samples(model: PreTrainedModel, store: Store, evaluated: EvaluatedMode
         if read_sealed(path)["version"] == version:
             return
     tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
-    samples = []
-    for number, tokens_N in enumerate(_excerpts(store, prompt + new)):
-        ids = [
-            tokens_N[:prompt],
-            tokens_N[prompt:],
-            *_continuations(model, [*store.begin_ids, *tokens_N[:prompt]], new, store, number * _DRAWS),
-        ]
-        texts = [tokenizer.decode(list(part), skip_special_tokens=False) for part in ids]
-        samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
+    samples, excerpts = [], _excerpts(store, prompt + new)
+    count = len(excerpts) * (1 + _DRAWS)
+    with staged(progress, f"{evaluated.id}: samples", count, "continuations") as told:
+        for number, tokens_N in enumerate(excerpts):
+            given = [*store.begin_ids, *tokens_N[:prompt]]
+            written = _continuations(model, given, new, store, number * _DRAWS, told)
+            texts = [
+                tokenizer.decode(list(part), skip_special_tokens=False)
+                for part in (tokens_N[:prompt], tokens_N[prompt:], *written)
+            ]
+            samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
     title = f"{evaluated.id}, step {evaluated.step}"
     with checked_write(evaluated.samples) as partial:
         partial.write_text(_page(title, samples), encoding="utf-8")
@@ -324,7 +351,12 @@ def _excerpts(store: Store, length: int) -> list[list[int]]:
 
 
 def _continuations(
-    model: PreTrainedModel, prompt: list[int], new: int, store: Store, seed: int
+    model: PreTrainedModel,
+    prompt: list[int],
+    new: int,
+    store: Store,
+    seed: int,
+    progress: Callable[[int], None],
 ) -> list[list[int]]:
     """The greedy continuation, then drawn ones; the global random state does not change.
 
@@ -341,12 +373,14 @@ def _continuations(
     }
     devices = [model.device] if model.device.type == "cuda" else []
     found = [model.generate(tokens_BT, do_sample=False, **fixed)]
+    progress(1)
     with torch.random.fork_rng(devices):
         for draw in range(_DRAWS):
             torch.manual_seed(seed + draw)
             found.append(
                 model.generate(tokens_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **fixed)
             )
+            progress(1)
     return [tokens_BT[0, len(prompt) :].tolist() for tokens_BT in found]
 
 

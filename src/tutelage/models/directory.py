@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.checksums import refuse_damage
-from tutelage.errors import UserError, one_line
+from tutelage.errors import UserError
+from tutelage.hub_access import reading_hub
 from tutelage.records import LARGEST_JSON, parse_json, read_object
 
 if TYPE_CHECKING:
@@ -112,11 +113,8 @@ def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
 def _hub_config_file(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - only for models on the Hub
 
-    try:
+    with reading_hub(f"model {name}"):
         return Path(hf_hub_download(name, "config.json", revision=revision))
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(f"{name}: no such directory here, and not found on the Hub: {reason}") from None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

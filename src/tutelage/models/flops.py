@@ -11,7 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tutelage.models.shapes import EXPERTS
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
     from transformers import PreTrainedModel
 
     from tutelage.models.shapes import ModelShape
@@ -54,22 +59,50 @@ def forward_flops(shape: ModelShape, vocab_size: int, context: int) -> float:
     return float(2 * (_matmul_weights(shape) + shape.hidden * vocab_size) + attention)
 
 
+_ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Fields of a config.json, by family, that say to how many experts of a layer a token is sent."""
+
+
 def model_forward_flops(model: PreTrainedModel, context: int) -> float:
     """Operations of a forward pass per token, as `forward_flops` counts them, for any model.
 
-    Every matrix outside the input embedding is taken to multiply every token: of a mixture of experts
-    that is too much. Attention is left out where the config does not name its heads.
+    Every matrix outside the input embedding multiplies every token, but of a layer's routed experts as many
+    as a token is sent to; shared experts count whole. That some implementations compute more (Llama 4 runs
+    all experts) is not counted. Attention is left out where the config does not name its heads.
     """
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    experts = _first(settings, EXPERTS)
+    active = min(1.0, _first(settings, _ACTIVE) / experts) if experts else 1.0
     head, lookup = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
-    used = int(matrices if head is lookup else matrices - lookup.numel())
+    used = 0.0
+    for weight in model.parameters():
+        stacked = weight.ndim == 3 and weight.shape[0] == experts  # noqa: PLR2004 - experts, rows, columns
+        if weight.ndim > 1 and (weight is head or weight is not lookup):
+            used += weight.numel() * (active or 1.0 if stacked else 1.0)
     config = model.config
     try:
         heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
     except AttributeError:
         return 2.0 * used
-    head_dim = int(config.to_dict().get("head_dim") or config.hidden_size // heads)
-    return 2.0 * used + 2.0 * context * heads * head_dim * layers
+    return 2.0 * used + 2.0 * context * heads * layers * _head_dim(settings, config.hidden_size // heads)
+
+
+def _first(settings: dict[str, Any], names: Iterable[str]) -> float:
+    """The first of these fields that a config has; of one with a number for each layer the mean; 0: none."""
+    for name in names:
+        value = settings.get(name)
+        if isinstance(value, list):
+            value = sum(value) / len(value)
+        if value:
+            return float(value)
+    return 0.0
+
+
+def _head_dim(settings: dict[str, Any], usual: int) -> float:
+    """Width of a head; where values have another than queries and keys, the mean of both."""
+    if (rotary := settings.get("qk_rope_head_dim")) and (values := settings.get("v_head_dim")):
+        return float(settings["qk_nope_head_dim"] + rotary + values) / 2
+    return float(settings.get("head_dim") or usual)
 
 
 def training_flops(forward: float) -> float:

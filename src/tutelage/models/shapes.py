@@ -157,6 +157,10 @@ def find_shape(name: str) -> ModelShape:
     return lookup(LADDER, name, "model.shape =")
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Fields of a config.json, by family, that say how many experts a layer has."""
+
+
 def read_shape(config: Mapping[str, Any], name: str) -> ModelShape | None:
     """The shape that a model's config.json describes, without its learning rate.
 
@@ -172,7 +176,7 @@ def read_shape(config: Mapping[str, Any], name: str) -> ModelShape | None:
     sizes = [*(config.get(field) for field in known), *optional]  # a list has one size per layer
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
-    if config.get("num_experts") or config.get("num_local_experts"):
+    if any(config.get(field) for field in EXPERTS):
         return None
     heads = int(config["num_attention_heads"])
     return ModelShape(

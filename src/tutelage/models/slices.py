@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from tutelage.errors import UserError, one_line
+from tutelage.hub_access import reading_hub
 from tutelage.models.directory import check_config, is_local, weight_files
 from tutelage.models.hub import body_and_head, check_names, errors_of_loading, not_finite
 from tutelage.models.sharding import materialise, own_rows
@@ -70,8 +71,10 @@ def describe(
     """
     name = str(path_or_hub_name)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with errors_of_loading(name, attn_implementation):
-        files = _files(path_or_hub_name, revision)
+    local = is_local(path_or_hub_name)
+    access = contextlib.nullcontext() if local else reading_hub(f"model {name}", explains=False)
+    with errors_of_loading(name, attn_implementation), access:
+        files = weight_files(Path(name)) if local else _downloaded_files(name, revision)
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         dtype = dtype or config.get_text_config().dtype or config.dtype or _first_dtype(files)
         with torch.device("meta"):
@@ -282,11 +285,8 @@ def _anywhere(found: set[str], names: Sequence[str], device: torch.device) -> se
     return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
 
 
-def _files(path_or_hub_name: str | Path, revision: str | None) -> list[Path]:
-    """Find the weights of a model, and download them from the Hub where they are not here yet."""
-    if is_local(path_or_hub_name):
-        return weight_files(Path(path_or_hub_name))
-    name = str(path_or_hub_name)
+def _downloaded_files(name: str, revision: str | None) -> list[Path]:
+    """Download the weights of a model on the Hub, if they are not here yet."""
 
     def download(file: str) -> Path:
         return Path(hf_hub_download(name, file, revision=revision))

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from manifests import change_manifest
 from tokenizers import Tokenizer
+from told_progress import Told
 
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -205,7 +206,12 @@ def test_names_are_checked_against_what_lm_eval_has():
 @needs_lm_eval
 def test_scores_are_rows_and_come_once(evaluated, other_store):
     tasks = ["continuation", "last_word", f"continuation:{other_store}"]
-    scores = run_downstream(evaluated, tasks, limit=30)
+    told = Told()
+    scores = run_downstream(evaluated, tasks, limit=30, progress=told)
+    for stage, (wanted, unit, *done, outcome) in told.stages.items():
+        assert (done[-1], unit, outcome) == (wanted, "answers", "done"), stage
+        assert done == [*range(1, wanted + 1)]
+        assert wanted == (30 if "last_word" in stage else 120)  # one answer to a question, or four
     assert [(score.domain, score.metric) for score in scores] == [
         ("continuation_speeches", "acc"),
         ("continuation_speeches", "acc_norm"),
@@ -347,8 +353,8 @@ def test_the_papers_tasks_get_the_papers_shots_and_metric(tmp_path):
     }
     (tmp_path / "openbookqa.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     manager = _manager([tmp_path], defaults=False)
-    task = _prepared("openbookqa", manager, 4, _OwnTasks())
+    task = _prepared("openbookqa", manager, 4, _OwnTasks(), on_hub=False)
     assert task.metric == "acc_norm"
     assert [task.leaves[0].instances[0].args[0].count("plus one?")] == [1 + 5]
-    assert task.version == _prepared("openbookqa", manager, 4, _OwnTasks()).version
-    assert task.version != _prepared("openbookqa", manager, 5, _OwnTasks()).version
+    assert task.version == _prepared("openbookqa", manager, 4, _OwnTasks(), on_hub=False).version
+    assert task.version != _prepared("openbookqa", manager, 5, _OwnTasks(), on_hub=False).version

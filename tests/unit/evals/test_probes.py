@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from told_progress import Told
 from torch import nn
 
 from tutelage.data.store import open_store
@@ -186,7 +187,14 @@ def test_short_documents_have_a_rate_but_no_length(models, documents):
 
 def test_probes_are_rows_and_come_once(evaluated_models):
     student, teacher = evaluated_models
-    scores = run_probes(student, teacher=teacher)
+    told = Told()
+    scores = run_probes(student, teacher=teacher, progress=told)
+    assert list(told.stages) == [
+        f"{student.id}: {what}" for what in ("samples", "copying", f"drafts for {teacher.id}")
+    ]
+    for wanted, unit, *done, outcome in told.stages.values():
+        assert (done[-1], outcome) == (wanted, "done"), unit
+        assert done == sorted(done)
     assert [(score.domain, score.metric) for score in scores] == [
         ("copying", "accuracy"),
         ("acceptance:teacher", "acceptance_rate"),
@@ -196,7 +204,8 @@ def test_probes_are_rows_and_come_once(evaluated_models):
     assert all(score.low <= score.value <= score.high for score in scores)
     assert read_scores(student.scores) == scores
     kept = student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns
-    assert run_probes(student, teacher=teacher) == scores
+    assert run_probes(student, teacher=teacher, progress=(again := Told())) == scores
+    assert again.stages == {}
     assert kept == (student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns)
 
 
@@ -211,6 +220,8 @@ def test_samples_go_on_from_held_out_text(evaluated_models, store):
     view = open_store(store).split("test")
     texts = tokenizer.decode(view.tokens[:].tolist(), skip_special_tokens=False)
     assert len(written["samples"]) == 4
+    drawn = [text for sample in written["samples"] for text in sample["drawn"]]
+    assert len({*drawn}) == len(drawn) == 8  # a model that hardly looks at its prompt draws from other seeds
     for sample in written["samples"]:
         assert sample["prompt"] + sample["text"] in texts
         assert len(set(sample["drawn"])) == 2

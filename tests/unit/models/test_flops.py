@@ -1,4 +1,5 @@
 import pytest
+import tiny_families
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
@@ -12,7 +13,7 @@ from tutelage.models.flops import (
     training_flops,
 )
 from tutelage.models.hub import build
-from tutelage.models.shapes import LADDER, find_shape
+from tutelage.models.shapes import LADDER, find_shape, read_shape
 
 VOCAB = 512
 
@@ -112,3 +113,35 @@ def test_parameters_stand_in_for_operations():
     n_teacher, n_student = 3_000_000, 1_000_000
     assert kd_cost_factor(n_teacher, n_student) == 2.0
     assert kd_cost_factor(0.0, n_student) == 1.0
+
+
+MOE = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "glm4_moe",
+)
+"""Experts alone, with shared ones beside them, with dense layers below, with heads of two widths."""
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_of_experts_those_count_that_a_token_is_sent_to(family, tmp_path):
+    context = 64
+    model = tiny_families.tiny_model(family, tmp_path / "model").eval()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")  # an expert multiplies the tokens that are sent to it
+    tokens_BT = torch.randint(
+        10, tiny_families.VOCAB, (2, context), generator=torch.Generator().manual_seed(0)
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT, use_cache=False)
+    counted = counter.get_total_flops() / tokens_BT.numel()
+    assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=2e-3)
+    assert model_forward_flops(model, context) < counted
+    every = 2 * sum(weight.numel() for weight in model.parameters() if weight.ndim > 2)
+    assert every > 0.05 * counted  # experts weigh something here, and half of them are left out
+    assert read_shape(model.config.to_dict(), family) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Column as TerminalColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -122,7 +123,9 @@ def _print(
     beside = max(1, min(_AT_A_TIME, (console.width + 2 - labelled) // widest))
     for start in range(0, len(models), beside):
         some = slice(start, start + beside)
-        table = Table(*heads, *models[some], box=None, pad_edge=False, caption_justify="left")
+        # Long names are broken, not cut: their ends tell them apart.
+        columns = (TerminalColumn(head, overflow="fold") for head in [*heads, *models[some]])
+        table = Table(*columns, box=None, pad_edge=False, caption_justify="left")
         for labels, cells in lines:
             table.add_row(*labels, *cells[some])
         table.caption = caption if some.stop >= len(models) else None

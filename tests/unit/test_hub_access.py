@@ -1,0 +1,127 @@
+"""A Hub that does not answer costs seconds and says one line, and what was downloaded before is used."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from datasets import config as datasets_config
+from huggingface_hub import constants
+
+from tutelage import hub_access
+from tutelage.config.data_config import HubSource
+from tutelage.data.row_readers import hub_rows
+from tutelage.data.tokenizer import find_tokenizer
+from tutelage.errors import UserError
+from tutelage.evals.evaluated_model import find_model
+from tutelage.models import hub, slices
+from tutelage.models.directory import hub_config
+
+NAME = "someone/model-of-nobody"
+ASKED = {
+    "config": lambda: hub_config(NAME),
+    "model": lambda: hub.load(NAME),
+    "slices": lambda: slices.describe(NAME),
+    "tokenizer": lambda: find_tokenizer(Path(NAME)),
+    "evaluated": lambda: find_model(NAME, Path("evals")),
+    "dataset": lambda: next(hub_rows(HubSource(kind="hub", path=NAME))),
+}
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A Hub whose address refuses connections."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub_access._no_answer.cache_clear()
+    yield address
+    hub_access._no_answer.cache_clear()
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_a_hub_out_of_reach_is_one_line_at_once(no_hub, ask, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        ask()
+    assert time.monotonic() - began < 10  # left to themselves the libraries take 24 s at least
+    text = str(caught.value)
+    assert "\n" not in text
+    assert NAME in text
+    assert (
+        f"the Hugging Face Hub cannot be reached ({no_hub}: ConnectError; HF_ENDPOINT names a mirror)" in text
+    )
+    assert "Retrying" not in "".join(capfd.readouterr())
+    assert not constants.HF_HUB_OFFLINE
+    assert not datasets_config.HF_HUB_OFFLINE
+
+
+def test_what_was_downloaded_before_is_used(no_hub, tmp_path):
+    snapshot = tmp_path / "cache" / f"models--{NAME.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    script = f"from tutelage.models.directory import hub_config; print(hub_config({NAME!r}))"
+    where = {"HF_ENDPOINT": no_hub, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | where, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{'model_type': 'llama'}\n"
+    assert "Retrying" not in done.stderr
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(no_hub, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub_access, "_SECONDS", 0.5)
+        began = time.monotonic()
+        with pytest.raises(
+            UserError, match=r"cannot be reached \(http://127\.0\.0\.1:\d+: (no answer|\w*Timeout)"
+        ):
+            hub_config(NAME)
+        assert time.monotonic() - began < 5
+
+
+def test_a_hub_that_has_no_such_model_says_so_itself(tmp_path):
+    class Empty(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(200 if self.path == "/" else 404)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        script = f"from tutelage.models.directory import hub_config; hub_config({NAME!r})"
+        where = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | where,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        server.shutdown()
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"model {NAME}: not on this machine, and the Hub does not give it: " in last
+
+
+def test_who_asks_for_no_hub_is_reminded_of_it(no_hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the Hugging Face Hub is not asked, since HF_HUB_OFFLINE is set"):
+        hub_config(NAME)
+    assert constants.HF_HUB_OFFLINE
