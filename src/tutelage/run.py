@@ -157,9 +157,7 @@ def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
     """Return the runs that are not trained and scored yet, each once."""
     left: dict[str, Run] = {}
     for config, directory in runs:
-        if directory.is_done() and not evaluate.missing_domains(
-            config, directory, int(directory.state()["step"])
-        ):
+        if directory.is_done() and not evaluate.missing_domains(config, directory):
             if processes.place().is_main:
                 _mark_scored(config, directory)
                 if directory.mend_config(to_yaml(anchored(config))):
@@ -238,7 +236,8 @@ def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student
 def _announce(student: Student, progress: Progress) -> None:
     """Write config.yaml, provenance.json and state.json, and tell the user what to know before training."""
     config, directory = student.config, student.directory
-    notes = [*student.notes, *evaluate.domain_notes(config, directory), *_changed_inputs(config, directory)]
+    scoring = evaluate.domain_notes(config, directory, student.steps)
+    notes = [*student.notes, *scoring, *_changed_inputs(config, directory)]
     record = provenance.collect(str(student.world.device)) | {"notes": notes}
     directory.write_config(to_yaml(anchored(config)), record)
     for note in notes:

@@ -187,6 +187,8 @@ def evaluation_id(config: RunConfig) -> str:
     """
     domains = [(domain.name, domain.store.name, domain.role) for domain in config.eval.domains]
     settings = config.eval.model_dump(mode="json", exclude={"domains", "every"})
+    if not settings["recall"]:  # scores from before there was a choice keep their name
+        del settings["recall"]
     return digest([SCORING_VERSION, domains, settings])
 
 

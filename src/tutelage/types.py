@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 COPYING = "copying"
 """Name in the `domain` field of scores of copying in context."""
 
+RECALL = "recall"
+"""Name in the `domain` field of scores of facts of the training text."""
+
+RECALL_BINS = {
+    "held_out": "held out",
+    "0": "not read",
+    "1": "read once",
+    "2-3": "read 2 or 3 times",
+    "4-9": "read 4 to 9 times",
+    "10+": "read 10 times or more",
+}
+"""Ends of the metrics of recall, by how often a run has read the facts; in words."""
+
 IGNORE_INDEX = -100
 """Label value of a position that carries no loss (the convention of torch and transformers)."""
 

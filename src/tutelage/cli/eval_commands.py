@@ -1,4 +1,4 @@
-"""The commands `tutelage eval score`, `tasks`, `tokens` and `probe`."""
+"""The commands `tutelage eval score`, `tasks`, `tokens`, `probe` and `recall`."""
 
 from __future__ import annotations
 
@@ -213,6 +213,42 @@ def probe(
         (name, path) for one in found for name, path in (("samples", one.samples), ("scores", one.scores))
     ]
     _print_tasks(scores, "probe", "sequences or documents", files, "read the samples")
+
+
+@eval_app.command("recall")
+def recall(
+    model: Models,
+    store: Annotated[
+        Path | None, typer.Option(help="token store whose facts are asked for; default: a run's own")
+    ] = None,
+    output: Output = _EVALS,
+    device: DeviceName = "auto",
+) -> None:
+    """Ask models for facts of their training text, by how often a run has read them.
+
+    A question is four words of the text and four answers to choose from; chance is 1 in 4, whatever a model
+    prefers. The controls are facts that a run has not read (0) and facts of the test split (held out). For
+    models that are no runs, all of the training split counts as read, once.
+    """
+    from tutelage.cli.bars import RichProgress
+    from tutelage.evals.evaluated_model import find_models
+    from tutelage.evals.recall import run_recall
+
+    found = find_models(model, output)
+    store = find("store", store, "--store") if store else None
+    with RichProgress() as progress:
+        scores = [
+            row
+            for one in found
+            for row in run_recall(one, output / "stores", progress, store=store, device=device)
+        ]
+    _print_tasks(
+        scores,
+        "recall",
+        "questions",
+        [("scores", one.scores) for one in found],
+        "compare a student with its untaught twin: both have read the same text",
+    )
 
 
 def _print_tasks(scores: list[Score], what: str, unit: str, files: list[tuple[str, Path]], hint: str) -> None:

@@ -36,7 +36,7 @@ from tutelage.config.teacher_config import (
     masks_documents,
     single_teachers,
 )
-from tutelage.types import Role
+from tutelage.types import RECALL, Role
 
 
 class ModelConfig(LoadedModel):
@@ -98,12 +98,16 @@ class EvalConfig(Section):
     max_tokens: int = Field(
         default=4096, ge=1, le=10**9, description="tokens per document, from its beginning"
     )
+    recall: bool = Field(
+        default=False,
+        description="ask for facts of the training text too, by how often the run has read them",
+    )
 
     @model_validator(mode="after")
     def _something(self) -> EvalConfig:
-        if self.every is not None and not self.domains:
+        if self.every is not None and not (self.domains or self.recall):
             raise ValueError("eval.every is set but eval.domains is empty; name a domain or drop 'every'")
-        refuse_alike("domains", [domain.name for domain in self.domains])
+        refuse_alike("domains", [*(domain.name for domain in self.domains), *[RECALL] * self.recall])
         return self
 
 

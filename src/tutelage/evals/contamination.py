@@ -13,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class TrainingText:
 def training_text(config: RunConfig, directory: Path) -> TrainingText:
     """The texts that a run was trained on, and those of its teachers; its directory need not exist yet."""
     unknown: list[str] = []
-    own = _stores(_ancestors(config, directory, unknown), unknown)
+    own = _stores(ancestors(config, directory, unknown), unknown)
     seen = {store.fingerprint for store in own}
     taught = _stores(_teachers(config, directory, unknown), unknown)
     path = located(config.data.store, config, directory)
@@ -108,7 +109,7 @@ def _stores(runs: Iterator[_Run], unknown: list[str]) -> list[Store]:
     return [*found.values()]
 
 
-def _ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterator[_Run]:
+def ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterator[_Run]:
     """A run and the runs it continues."""
     yield config, directory
     if config.model.run is not None:
@@ -119,18 +120,18 @@ def _ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterat
         return
     name = config.model.run or config.model.path
     if (before := _run(start, f"{name}, which {directory.name} continues", unknown)) is not None:
-        yield from _ancestors(*before, unknown)
+        yield from ancestors(*before, unknown)
 
 
 def _teachers(config: RunConfig, directory: Path, unknown: list[str]) -> Iterator[_Run]:
     """The teachers of a run and of the runs it continues, and the runs and teachers behind those."""
-    for one, place in _ancestors(config, directory, []):
+    for one, place in ancestors(config, directory, []):
         for kind, name in _sources(one, place):
             if kind not in {"run", "model"}:
                 continue
             start = place.parent / name if kind == "run" else located(Path(name), one, place).parent
             if (found := _run(start, f"{name}, which taught {place.name}", unknown)) is not None:
-                yield from _ancestors(*found, unknown)
+                yield from ancestors(*found, unknown)
                 yield from _teachers(*found, unknown)
 
 
@@ -242,17 +243,22 @@ def trained_on(
         there = wanted.intersection(trained)
         return [[i for i, found in known[key].items() if found in there] for key in keys]
 
-    places = _kept(cache / f"trained-on-{digest(identity)}.json", find)
+    places = kept(cache / f"trained-on-{digest(identity)}.json", find)
     return dict(zip(keys, map(frozenset, places), strict=True))
 
 
-def _kept(path: Path, find: Callable[[], list[Any]]) -> list[Any]:
-    """What was found before and is kept in a file; where there is none, or a damaged one, find it."""
+def kept(
+    path: Path, find: Callable[[], list[Any]], about: Mapping[str, object] = MappingProxyType({})
+) -> list[Any]:
+    """What was found before and is kept in a file; where there is none, or a damaged one, find it.
+
+    `about` says in the file what it was found in.
+    """
     try:
         found: list[Any] = read_sealed(path)["found"]
     except UnreadableError:
         found = find()
-        write_sealed(make_directory(path.parent) / path.name, {"found": found})
+        write_sealed(make_directory(path.parent) / path.name, {**about, "found": found})
     return found
 
 
@@ -292,7 +298,7 @@ def copied_grams(
     def find() -> list[list[list[int]]]:
         return [[x.tolist() for x in pair] for pair in _count(training, list(texts.values()))]
 
-    read = _kept(cache / f"copied-grams-{identity.hexdigest()[:16]}.json", find)
+    read = kept(cache / f"copied-grams-{identity.hexdigest()[:16]}.json", find)
     return {key: (np.array(n), np.array(m)) for key, (n, m) in zip(texts, read, strict=True)}
 
 

@@ -26,6 +26,7 @@ from tutelage.evals.domains import (
     find_domain,
 )
 from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer, find_models
+from tutelage.evals.recall import left_out, questions, recall_scores, text_read
 from tutelage.evals.score_files import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, save_scores, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
@@ -35,7 +36,7 @@ from tutelage.models.lengths import check_length
 from tutelage.names import find
 from tutelage.progress import counter
 from tutelage.run_directory import RunDirectory
-from tutelage.types import SCORING_VERSION, scoring_version
+from tutelage.types import RECALL, SCORING_VERSION, scoring_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -240,30 +241,48 @@ def check_domains(config: RunConfig) -> None:
         check_splits(domain.name, store)
 
 
-def domain_notes(config: RunConfig, directory: RunDirectory) -> list[str]:
-    """Sentences about a run's domains and training text that a reader of its scores should know."""
+def domain_notes(config: RunConfig, directory: RunDirectory, steps: int) -> list[str]:
+    """Sentences about a run's domains and training text that a reader of its scores should know.
+
+    Args:
+        config: names the domains.
+        directory: of the run.
+        steps: that it will have taken; if recall is asked for, its questions are found here.
+
+    Raises:
+        UserError: there are too few facts to ask for.
+    """
     changed = {
         domain.name: not_comparable(open_store(domain.store).manifest) for domain in config.eval.domains
     }
+    notes = [f"domain {name}: {note}" for name, note in changed.items() if note is not None]
     unknown = training_text(config, directory.path).unknown if config.eval.domains else ()
-    return [*unknown, *(f"domain {name}: {note}" for name, note in changed.items() if note is not None)]
+    if config.eval.recall:
+        read = text_read(config, directory.path, steps)
+        asked = questions(read, config.data.sequence_length, _overlap_cache(config))
+        notes += [note for note in [left_out(asked, read)] if note is not None]
+    return [*unknown, *notes]
 
 
-def score_versions(config: RunConfig, directory: RunDirectory) -> dict[str, str]:
-    """Version of a run's scores of each domain, by its name: identity of the text and settings."""
+def score_versions(config: RunConfig, directory: RunDirectory, step: int | None = None) -> dict[str, str]:
+    """Version of a run's scores after `step` steps, default its last, by domain: text and settings."""
     targets = _run_targets(config, config.eval.domains, training_text(config, directory.path))
-    return {target.name: target.version for target in targets}
+    versions = {target.name: target.version for target in targets}
+    if config.eval.recall:
+        read = text_read(config, directory.path, int(directory.state()["step"]) if step is None else step)
+        versions[RECALL] = read.version(config.data.sequence_length)
+    return versions
 
 
-def missing_domains(config: RunConfig, directory: RunDirectory, step: int) -> list[EvalDomain]:
-    """Domains of `config` of which `directory` lacks a score of a split after `step` steps."""
+def missing_domains(config: RunConfig, directory: RunDirectory, step: int | None = None) -> list[str]:
+    """Names of domains (and "recall") of which a run lacks a score of a split after `step` steps."""
+    step = int(directory.state()["step"]) if step is None else step
     scores = read_scores(directory.scores)
     there = {(score.domain, score.split, score.version) for score in scores if score.step == step}
-    known = score_versions(config, directory)
     return [
-        domain
-        for domain in config.eval.domains
-        if any((domain.name, split, known[domain.name]) not in there for split in SCORED)
+        name
+        for name, version in score_versions(config, directory, step).items()
+        if any((name, split, version) not in there for split in (("test",) if name == RECALL else SCORED))
     ]
 
 
@@ -297,7 +316,7 @@ def score_run(
     """
     if not writes:
         meet()  # what the one that writes finds out about the texts is kept on disk for the others
-    domains = missing_domains(config, directory, step)
+    missing = missing_domains(config, directory, step)
     evaluated = EvaluatedModel(
         id=directory.id,
         model=directory.model,
@@ -309,9 +328,12 @@ def score_run(
     )
     own = EvalDomain(name=TRAINING_TEXT, store=config.data.store, role="in_domain")
     text = training_text(config, directory.path)
+    domains = [domain for domain in config.eval.domains if domain.name in missing]
     training, *targets = _run_targets(config, [own, *domains], text)
     in_domain = InDomain(model, training)
     targets = with_contamination(targets, text, _overlap_cache(config))
+    read = text_read(config, directory.path, step) if RECALL in missing else None
+    asked = questions(read, evaluated.context, _overlap_cache(config)) if read else []
     if writes:
         meet()
     meet()  # all know which scores are missing, before one of them is written
@@ -323,6 +345,11 @@ def score_run(
         elif writes:
             add_scores(evaluated.scores, found.scores)
         scores += found.scores
+    if read and asked:
+        recalled = recall_scores(model, evaluated, read, asked, progress)
+        if writes:
+            add_scores(evaluated.scores, recalled)
+        scores += recalled
     return scores
 
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from tutelage.study.expand import ExpandedStudy
 
 
+_RECALL_TOKENS = 300_000
+"""In the answers to all questions about facts, at most: 1,200 questions of four answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Estimate of a run, from shapes alone.
@@ -102,6 +106,7 @@ class Node:
         """FLOPs of scoring it when it is trained, at most."""
         asked = self.config.eval
         scored = len(asked.domains) * len(SCORED) * asked.max_documents * asked.max_tokens
+        scored += _RECALL_TOKENS * asked.recall
         return scored * self.cost.flops / training_flops(self.cost.tokens)
 
 

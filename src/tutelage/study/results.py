@@ -104,8 +104,8 @@ class Results:
             study trained no teacher of it. `status` is done, running, stopped, failed, "not started" or
             "unreadable"; tokens, seconds and FLOPs are null unless done.
         scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation by the plan's
-            settings, at the last step that they were scored at. Of the planned domains, and of the probe
-            "copying".
+            settings, at the last step that they were scored at. Of the planned domains, and of the probes
+            "copying" and "recall".
         documents: run, domain, split, document, bytes, and losses in nats, sums over the document: nll, and
             with calibration fitted (null where it was not) nll_temperature, nll_unigram and
             nll_temperature_in_domain; the same runs.

@@ -14,7 +14,7 @@ import polars as pl
 
 from tutelage.checksums import check_file
 from tutelage.records import UnreadableError, read_lines
-from tutelage.types import COPYING, SCORING_VERSION, Score, scoring_version
+from tutelage.types import COPYING, RECALL, SCORING_VERSION, Score, scoring_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -136,7 +136,7 @@ def _own_versions(versions: Mapping[str, Mapping[str, str] | None], plan: Plan) 
 def _scores(
     directory: Path, runs: Sequence[str], own: pl.DataFrame, problems: dict[str, str]
 ) -> pl.DataFrame:
-    """The scores of `own` versions, and the latest ones of copying in context, of any version."""
+    """The scores of `own` versions, and the latest ones of probes, of any version."""
     schema = SCORE_COLUMNS | {"role": pl.String(), "step": pl.Int64()}
     columns: dict[str, list[object]] = {name: [] for name in schema}
     fields = {name: attrgetter(name) for name in schema}
@@ -154,9 +154,8 @@ def _scores(
             for name, field in fields.items():
                 columns[name] += map(field, found)
     frame = pl.DataFrame(columns, schema=schema)
-    frame = pl.concat(
-        [frame.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left"), frame.filter(domain=COPYING)]
-    )
+    probed = frame.filter(pl.col("domain").is_in([COPYING, RECALL]))
+    frame = pl.concat([frame.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left"), probed])
     return (
         frame.filter(pl.col("step") == pl.col("step").max().over("run"))
         .drop("step")

@@ -348,15 +348,17 @@ class GainsBySeed:
     def scores(self, metric: str, domain: str) -> dict[tuple[int, int], tuple[float, list[float]]]:
         """(score, scores of the baseline and its twins) of a metric on one domain, by cell and seed.
 
-        Of the test split, or of a probe; where one of them was not scored there is no entry.
+        Of the test split, or of a probe; where one of them was not scored, or in another way, there is no
+        entry.
         """
         known = self.results.scores.filter(metric=metric, domain=domain, split="test")
         values = dict(known.select("run", "value").iter_rows())
+        versions = dict(known.select("run", "version").iter_rows())
         twins: dict[str, list[str]] = {}
         for base, run in twins_of(self.results).iter_rows():
             twins.setdefault(base, []).append(run)
         return {
             place: (values[run], [values[twin] for twin in twins[base]])
             for (run, base), place in self.runs.items()
-            if run in values and all(twin in values for twin in twins[base])
+            if run in values and {versions.get(twin) for twin in twins[base]} == {versions[run]}
         }
