@@ -162,7 +162,7 @@ def test_a_table_of_the_training_text_knows_what_it_has_read(text, asked):
                     found_BTV[b, t, token] = 8 + np.log(count)
         return torch.from_numpy(found_BTV)
 
-    some = [one for name in RECALL_BINS for one in [one for one in asked if one.bin == name][:100]]
+    some = [one for name in RECALL_BINS for one in [one for one in asked if one.bin == name][:60]]
     known = accuracies(recall(Fixed(V, logits), some, text, 32))
     assert known["1"] > 0.97
     assert known["2-3"] > 0.97
@@ -184,8 +184,9 @@ def test_the_scores_of_a_run_are_those_of_its_files_asked_plainly(make_config, t
     assert kept["store"] == text.fingerprint
     model = AutoModelForCausalLM.from_pretrained(trained.model)
     tokenizer = AutoTokenizer.from_pretrained(trained.model)
-    right, nats = defaultdict(list), defaultdict(list)
-    for prompt, choices, gold, name, *_ in kept["found"]:
+    right, nats = [], []
+    assert {row[3] for row in kept["found"]} == {"held_out", "0"}  # of 3,072 tokens
+    for prompt, choices, gold, *_ in (row for row in kept["found"] if row[3] == "0"):
         given = len(tokenizer(prompt).input_ids)
         sums, lengths = [], []
         for choice in choices:
@@ -195,14 +196,12 @@ def test_the_scores_of_a_run_are_those_of_its_files_asked_plainly(make_config, t
             own = logp[:-1].gather(1, ids[1:, None])[given - 1 :, 0]
             sums.append(float(own.sum()))
             lengths.append(len(own))
-        right[name].append(int(np.argmax(sums)) == gold)
-        nats[name].append((-sums[gold], lengths[gold]))
-    assert set(right) == {"held_out", "0", "1"}
-    for name, some in right.items():
-        assert values[f"accuracy_{name}"].value == pytest.approx(np.mean(some))
-        assert values[f"accuracy_{name}"].n == len(some)
-        total, tokens = np.sum(nats[name], axis=0)
-        assert values[f"nats_per_token_{name}"].value == pytest.approx(total / tokens, rel=1e-5)
+        right.append(int(np.argmax(sums)) == gold)
+        nats.append((-sums[gold], lengths[gold]))
+    assert values["accuracy_0"].value == pytest.approx(np.mean(right))
+    assert values["accuracy_0"].n == len(right) == 200
+    total, tokens = np.sum(nats, axis=0)
+    assert values["nats_per_token_0"].value == pytest.approx(total / tokens, rel=1e-5)
     before = trained.scores.read_bytes()
     run(config)  # finished
     scored = run_recall(find_model(str(trained.path), tmp_path), tmp_path / "overlap", NullProgress())
@@ -212,9 +211,9 @@ def test_the_scores_of_a_run_are_those_of_its_files_asked_plainly(make_config, t
 
 def test_batches_and_padding_change_nothing(text, asked, tiny_run, monkeypatch):
     model = hub.load(tiny_run.model)
-    together = recall(model, asked[::3], text, 32)
+    together = recall(model, asked[::12], text, 32)
     monkeypatch.setattr(windows, "FORWARD_TOKENS", 1)
-    alone = recall(model, asked[::3], text, 32)
+    alone = recall(model, asked[::12], text, 32)
     for metric, (estimate, n) in together.items():
         assert alone[metric][1] == n
         assert alone[metric][0].value == pytest.approx(estimate.value, rel=1e-5)
@@ -225,7 +224,7 @@ def test_what_cannot_be_asked_is_said(make_config, tmp_path, text, tiny_run):
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = StoreConfig(
         name="plain",
-        sources=({"kind": "files", "path": str(tmp_path / "plain.jsonl")},),
+        sources=({"kind": "files", "paths": (str(tmp_path / "plain.jsonl"),)},),
         tokenizer=TokenizerConfig(path=text.path),
         validation=0.2,
         test=0.2,
@@ -233,7 +232,11 @@ def test_what_cannot_be_asked_is_said(make_config, tmp_path, text, tiny_run):
     plain = build_store(config, tmp_path / "stores")
     with pytest.raises(UserError, match=r"too few facts .* recall needs longer or other text"):
         run(make_config(data={"store": str(plain), "sequence_length": 32}, eval={"recall": True}))
-    assert not [*(tmp_path / "runs").glob("tiny-*/checkpoints")][1:]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [tiny_run.id]
+    elsewhere = (tiny_run.path / "config.yaml").read_text().replace(str(text.path), str(tmp_path / "gone"))
+    tiny_run.write_config(elsewhere, {})
+    with pytest.raises(UserError, match=r"gone: not a token store"):
+        run_recall(find_model(str(tiny_run.path), tmp_path), tmp_path, NullProgress())
     with pytest.raises(UserError, match="name its token store"):
         run_recall(find_model(str(tiny_run.model), tmp_path), tmp_path, NullProgress())
     few = TextRead(text, (READING._replace(steps=1),))
