@@ -53,10 +53,8 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
     students = list(dict.fromkeys(verdict.student for verdict in findings.verdicts))
     charts = figures(study, students[:_MOST_DRAWN])
     comparisons = _drawn(results.token_comparisons)
-    seen = [chart for _, some in comparisons for chart in some]
-    drawings = save_all(
-        [*(chart for some in charts.values() for chart in some), *seen], directory / "figures"
-    )
+    every = [chart for _, some in (*charts.items(), *comparisons) for chart in some]
+    drawings = save_all(every, directory / "figures")
     drawn: dict[str | None, list[dict[str, object]]] = {
         student: [{"figure": chart, "svg": drawings[chart.name]} for chart in some]
         for student, some in charts.items()
