@@ -23,14 +23,14 @@ COPYING = "copying"
 RECALL = "recall"
 """Name in the `domain` field of scores of facts of the training text."""
 
-RECALL_BINS = {
-    "held_out": "held out",
-    "0": "not read",
-    "1": "read once",
-    "2-3": "read 2 or 3 times",
-    "4-9": "read 4 to 9 times",
-    "10+": "read 10 times or more",
-}
+RECALL_BINS = (
+    ("held_out", "held out"),
+    ("0", "not read"),
+    ("1", "read once"),
+    ("2-3", "read 2 or 3 times"),
+    ("4-9", "read 4 to 9 times"),
+    ("10+", "read 10 times or more"),
+)
 """Ends of the metrics of recall, by how often a run has read the facts; in words."""
 
 IGNORE_INDEX = -100

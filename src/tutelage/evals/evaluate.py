@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from tutelage.evals.recall import RecallQuestion, TextRead
     from tutelage.progress import Progress
     from tutelage.types import Role, Score
 
@@ -258,9 +259,7 @@ def domain_notes(config: RunConfig, directory: RunDirectory, steps: int) -> list
     notes = [f"domain {name}: {note}" for name, note in changed.items() if note is not None]
     unknown = training_text(config, directory.path).unknown if config.eval.domains else ()
     if config.eval.recall:
-        read = text_read(config, directory.path, steps)
-        asked = questions(read, config.data.sequence_length, _overlap_cache(config))
-        notes += [note for note in [left_out(asked, read)] if note is not None]
+        notes += filter(None, [left_out(*_recall(config, directory, steps))])
     return [*unknown, *notes]
 
 
@@ -297,7 +296,7 @@ def score_run(
     meet: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
-    """Compute and append the scores of a run that are missing after `step` steps.
+    """Compute, append and return the scores of a run that are missing after `step` steps.
 
     Processes that share the weights of the model call this together and run the same forward passes.
 
@@ -310,9 +309,6 @@ def score_run(
         writes: this process writes files; the others only compute.
         meet: waits for the others.
         progress: called with the number of tokens scored since the last call.
-
-    Returns:
-        The new scores.
     """
     if not writes:
         meet()  # what the one that writes finds out about the texts is kept on disk for the others
@@ -332,8 +328,7 @@ def score_run(
     training, *targets = _run_targets(config, [own, *domains], text)
     in_domain = InDomain(model, training)
     targets = with_contamination(targets, text, _overlap_cache(config))
-    read = text_read(config, directory.path, step) if RECALL in missing else None
-    asked = questions(read, evaluated.context, _overlap_cache(config)) if read else []
+    asked = _recall(config, directory, step) if RECALL in missing else None
     if writes:
         meet()
     meet()  # all know which scores are missing, before one of them is written
@@ -345,11 +340,8 @@ def score_run(
         elif writes:
             add_scores(evaluated.scores, found.scores)
         scores += found.scores
-    if read and asked:
-        recalled = recall_scores(model, evaluated, read, asked, progress)
-        if writes:
-            add_scores(evaluated.scores, recalled)
-        scores += recalled
+    if asked is not None:
+        scores += recall_scores(model, evaluated, *asked, progress, writes=writes)
     return scores
 
 
@@ -389,6 +381,12 @@ def _run_targets(config: RunConfig, domains: Sequence[EvalDomain], text: Trainin
         for domain in domains
     ]
     return without_training_text(targets, text, _overlap_cache(config))
+
+
+def _recall(config: RunConfig, directory: RunDirectory, step: int) -> tuple[TextRead, list[RecallQuestion]]:
+    """What a run has read after `step` steps, and the questions about it."""
+    read = text_read(config, directory.path, step)
+    return read, questions(read, config.data.sequence_length, _overlap_cache(config))
 
 
 def _overlap_cache(config: RunConfig) -> Path:

@@ -50,13 +50,13 @@ CHOICES = 4
 MOST, FEWEST = 200, 20
 """Questions of a bin, at most and at least; a bin with fewer facts is left out."""
 
-_HELD_OUT, *_READ = RECALL_BINS
-_TIMES = dict(zip(_READ, ((0, 0), (1, 1), (2, 3), (4, 9), (10, math.inf)), strict=True))
+_HELD_OUT = "held_out"
+_TIMES = {"0": (0, 0), "1": (1, 1), "2-3": (2, 3), "4-9": (4, 9), "10+": (10, math.inf)}
 
 _FORMAT = 1
 
 
-class Question(NamedTuple):
+class RecallQuestion(NamedTuple):
     """One question.
 
     Attributes:
@@ -137,7 +137,7 @@ def _check_plain(store: Store) -> None:
         )
 
 
-def questions(text: TextRead, context: int, cache: Path) -> list[Question]:
+def questions(text: TextRead, context: int, cache: Path) -> list[RecallQuestion]:
     """The questions about a text, at most 200 of each bin; a function of the arguments alone.
 
     Args:
@@ -153,10 +153,10 @@ def questions(text: TextRead, context: int, cache: Path) -> list[Question]:
         return [Fact(*row) for row in rows]
 
     rows = kept(cache / f"recall-{digest(about)}.json", lambda: [*_questions(text, context, facts())], about)
-    return [Question(*row) for row in rows]
+    return [RecallQuestion(*row) for row in rows]
 
 
-def _questions(text: TextRead, context: int, facts: list[Fact]) -> Iterator[Question]:
+def _questions(text: TextRead, context: int, facts: list[Fact]) -> Iterator[RecallQuestion]:
     tokenizer = Tokenizer.from_file(str(text.store.path / "tokenizer.json"))
     room = (context - len(text.store.begin_ids)) // 2
     often = Counter({one.answer: 0 for one in facts})
@@ -168,7 +168,7 @@ def _questions(text: TextRead, context: int, facts: list[Fact]) -> Iterator[Ques
         counted = [count_read(text.store, facts, reading) for reading in text.readings]
         seen = sum((counts for counts, _ in counted), Counter())
         untouched = {one.context for one in facts}.intersection(*(unread for _, unread in counted))
-    for name in RECALL_BINS:
+    for name, _ in RECALL_BINS:
         low, high = _TIMES.get(name, (0, math.inf))
         some = (
             one
@@ -184,7 +184,7 @@ def _questions(text: TextRead, context: int, facts: list[Fact]) -> Iterator[Ques
                 choices = [one.answer for one in block]
                 for gold, one in enumerate(block):
                     count = 0 if one.held_out else seen[one.context]
-                    yield Question(one.context, choices, gold, name, count, one.document)
+                    yield RecallQuestion(one.context, choices, gold, name, count, one.document)
 
 
 def _blocks(facts: Iterator[Fact], often: Counter[str]) -> Iterator[tuple[Fact, ...]]:
@@ -208,7 +208,7 @@ def _blocks(facts: Iterator[Fact], often: Counter[str]) -> Iterator[tuple[Fact, 
             yield from blocks
 
 
-def left_out(asked: Sequence[Question], text: TextRead) -> str | None:
+def left_out(text: TextRead, asked: Sequence[RecallQuestion]) -> str | None:
     """A sentence about the bins that have too few facts; None if there are none.
 
     Raises:
@@ -220,7 +220,7 @@ def left_out(asked: Sequence[Question], text: TextRead) -> str | None:
             f"before them determine) for {FEWEST} questions; recall needs longer or other text"
         )
     there = {question.bin for question in asked}
-    few = [words for name, words in RECALL_BINS.items() if name not in there]
+    few = [words for name, words in RECALL_BINS if name not in there]
     return (
         f"{text.domain}: fewer than {FEWEST} questions about facts {', '.join(few)}; left out"
         if few
@@ -230,7 +230,7 @@ def left_out(asked: Sequence[Question], text: TextRead) -> str | None:
 
 def recall(
     model: PreTrainedModel,
-    asked: Sequence[Question],
+    asked: Sequence[RecallQuestion],
     store: Store,
     context: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -293,25 +293,30 @@ def recall_scores(
     model: PreTrainedModel,
     evaluated: EvaluatedModel,
     text: TextRead,
-    asked: Sequence[Question],
+    asked: Sequence[RecallQuestion],
     progress: Callable[[int], None] = lambda _: None,
+    *,
+    writes: bool = True,
 ) -> list[Score]:
-    """The answers of `recall`, as scores."""
-    found = recall(model, asked, text.store, evaluated.context, progress)
+    """The answers of `recall` as scores; they are added to the model's if this process `writes`."""
     version = text.version(evaluated.context)
-    return [
+    found = recall(model, asked, text.store, evaluated.context, progress) if asked else {}
+    scores = [
         evaluated.score(
             text.domain,
             "probe",
             "test",
-            metric,
+            name,
             estimate,
             n,
             version,
-            higher_is_better=metric.startswith("acc"),
+            higher_is_better=name.startswith("accuracy"),
         )
-        for metric, (estimate, n) in found.items()
+        for name, (estimate, n) in found.items()
     ]
+    if writes:
+        add_scores(evaluated.scores, scores)
+    return scores
 
 
 def run_recall(
@@ -352,10 +357,9 @@ def run_recall(
         found = known_scores(evaluated.scores, text.version(evaluated.context), evaluated.step)
         progress.start(stage)
         asked = questions(text, evaluated.context, stores)
-        if (note := left_out(asked, text)) is not None:
+        if (note := left_out(text, asked)) is not None:
             progress.note(note)
         if not found:
             found = recall_scores(load(evaluated.model).to(chosen), evaluated, text, asked)
-            add_scores(evaluated.scores, found)
         progress.finish(stage)
     return found

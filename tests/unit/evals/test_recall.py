@@ -131,7 +131,7 @@ def accuracies(found):
 
 def test_models_that_ignore_the_words_are_at_chance_in_every_bin(text, asked):
     V = text.vocab_size
-    by_bin = {name: [one for one in asked if one.bin == name] for name in RECALL_BINS}
+    by_bin = {name: [one for one in asked if one.bin == name] for name, _ in RECALL_BINS}
     assert [name for name, some in by_bin.items() if some] == ["held_out", "0", "1", "2-3"]
     for some in by_bin.values():
         for block in zip(*[iter(some)] * CHOICES, strict=True):
@@ -162,7 +162,7 @@ def test_a_table_of_the_training_text_knows_what_it_has_read(text, asked):
                     found_BTV[b, t, token] = 8 + np.log(count)
         return torch.from_numpy(found_BTV)
 
-    some = [one for name in RECALL_BINS for one in [one for one in asked if one.bin == name][:60]]
+    some = [one for name, _ in RECALL_BINS for one in [one for one in asked if one.bin == name][:60]]
     known = accuracies(recall(Fixed(V, logits), some, text, 32))
     assert known["1"] > 0.97
     assert known["2-3"] > 0.97
@@ -240,6 +240,6 @@ def test_what_cannot_be_asked_is_said(make_config, tmp_path, text, tiny_run):
     with pytest.raises(UserError, match="name its token store"):
         run_recall(find_model(str(tiny_run.model), tmp_path), tmp_path, NullProgress())
     few = TextRead(text, (READING._replace(steps=1),))
-    sentence = left_out(questions(few, 32, tmp_path), few)
+    sentence = left_out(few, questions(few, 32, tmp_path))
     assert sentence is not None
     assert "read 2 or 3 times, read 4 to 9 times, read 10 times or more; left out" in sentence

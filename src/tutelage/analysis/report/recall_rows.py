@@ -22,7 +22,7 @@ def recall_gains(study: JudgedStudy) -> dict[int, dict[str, tuple[float, Estimat
     interval of the difference.
     """
     found: dict[int, dict[str, tuple[float, Estimate]]] = {}
-    for name in RECALL_BINS:
+    for name, _ in RECALL_BINS:
         pairs: dict[int, list[tuple[float, float]]] = {}
         scores = study.by_fit["raw"].scores(f"accuracy_{name}", RECALL)
         for (cell, _), (accuracy, untaught) in scores.items():
@@ -39,11 +39,11 @@ def recall_table(study: JudgedStudy) -> ReportTable:
     """Pairs at their best alpha: points of accuracy above the untaught, by how often facts were read."""
     gains = recall_gains(study)
     best = [(pair, pair.best) for pair in study.findings.pairs if pair.best and pair.best.cell in gains]
-    bins = [name for name in RECALL_BINS if any(name in gains[v.cell] for _, v in best)]
+    bins = {name: heading for name, heading in RECALL_BINS if any(name in gains[v.cell] for _, v in best)}
     columns = (
         Column("pair", style="row"),
         Column("alpha"),
-        *(Column(RECALL_BINS[name], style="num") for name in bins),
+        *(Column(heading, style="num") for heading in bins.values()),
     )
     rows: list[list[TableCell | str]] = []
     for pair, verdict in best:
