@@ -46,13 +46,18 @@ def print_advice(request: PlanRequest, advice: Advice, files: Files, output: Pat
     for text in advice.why:
         _line("", text)
     out.print()
-    _gain_table(advice).print_on(out, _caption(advice))
-    out.print()
-    _cost_table(request, advice).print_on(out, _cost_caption(request))
-    out.print()
+    _print(_gain_table(advice), _caption(advice))
+    _print(_cost_table(request, advice), _cost_caption(request))
     for outlook in advice.outlooks:
         _print_outlook(request, outlook)
     _print_files(files, output)
+
+
+def _print(table: ReportTable, caption: str) -> None:
+    """A table with what it means below, as wide as the terminal."""
+    table.print_on(out, "")
+    _line("", caption)
+    out.print()
 
 
 def _line(label: str, text: str) -> None:
@@ -140,7 +145,7 @@ def _print_outlook(request: PlanRequest, one: Outlook) -> None:
     loss = "unknown" if one.teacher.loss is None else f"{_between(one.teacher.loss)}, {how}"
     _line("teacher", f"{one.teacher.name}: loss {loss}")
     if one.alpha_source:
-        _line("", f"alpha {one.alpha:g}: {one.alpha_source}")
+        _line("", f"alpha {one.alpha:g}: {one.alpha_source}" if one.alpha else one.alpha_source)
     if one.break_even:
         _line("", f"beats the same compute alone {one.break_even}")
     for text in one.checks:
@@ -209,17 +214,17 @@ def _plain_outlook(request: PlanRequest, one: Outlook) -> dict[str, Any]:
 def print_fit(fit: StudyFit, studies: Sequence[JudgedStudy]) -> None:
     """Print the teachers of each study in order, then laws and rule with what they are off by."""
     for study in studies:
-        ranking_table(study).print_on(
-            out,
-            "Each at its best alpha; cost and its training: as multiples of the untaught student's FLOPs.",
+        _print(
+            ranking_table(study),
+            "Each at its best alpha, gains in percent, ± half of the 95% interval over seeds. Cost of a run "
+            "and training of the teacher: as multiples of the untaught student's FLOPs.",
         )
-        out.print()
     for label, text in fit_lines(fit):
         _line(label, text)
+    out.print()
     if fit.surfaces:
-        out.print()
-        surface_table(fit).print_on(
-            out,
+        _print(
+            surface_table(fit),
             "Teacher / own: loss of the teacher over the untaught student's. Gain at the alpha that the rule "
             "names. Off: of pairs that were left out, percentage points.",
         )
@@ -228,15 +233,15 @@ def print_fit(fit: StudyFit, studies: Sequence[JudgedStudy]) -> None:
 def print_backtest(found: Sequence[Regret], points: StudyPoints) -> None:
     """Print the regret of each way to choose, and what the studies are too small for."""
     for table in backtest_tables(found):
-        table.print_on(out, "")
-        out.print()
+        _print(table, "")
     _line("regret", "mean (worst): percentage points of gain below the best run in hindsight, test split")
     students = {point.pair[:2] for point in points.taught}
     seeds = sorted({point.seeds for point in points.taught})
     count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    few = f"{len(points.pairs())} pairs of {len(students)} student settings, {count} seeds each"
     _line(
         "limits",
-        f"{len(points.pairs())} pairs of {len(students)} student settings, {count} seeds each. Pairs share "
-        "students, teachers and seeds, so they are fewer than they look; the best in hindsight is chosen by "
-        "the noise of its runs too, so a regret within that noise is none. Other texts and sizes: not tried.",
+        f"{few}. Pairs share students, teachers and seeds, so they are fewer than they look; the best in "
+        "hindsight is chosen by the noise of its runs too, so a regret within that noise is none. Other "
+        "texts and sizes: not tried.",
     )

@@ -190,6 +190,7 @@ def _alpha(request: PlanRequest, gap: float | None) -> tuple[float, str, list[st
         surface = surfaces[request.side]
         alpha, _ = chosen_alpha([surface], gap)
         words = f"rule fitted on {surface.pairs} pairs, off by {surface.error:.2g} points where left out"
+        words = words if alpha else f"{_NONE}: {words}"
         return alpha, words, []
     words = "the paper's for such a teacher (one student, 1.7B); nothing public predicts its gain"
     return (
@@ -338,7 +339,10 @@ def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list
     if request.text_tokens is not None and best.longer_tokens >= request.text_tokens:
         spent = f"all {amount(best.longer_tokens)} tokens of the text cost no more"
     more = f"without a teacher, {spent} and gain {least}{longer:+.2f}%"
-    why = [f"{at} gains {gain.mean:+.2f}% in domain; {more}"]
+    gains = (
+        f"{at} gains {gain.mean:+.2f}% in domain" if best.predicted_alpha else f"{best.teacher.name}: {_NONE}"
+    )
+    why = [f"{gains}; {more}"]
     pays = best.lead is not None and best.lead > 0 and best.predicted_alpha > 0
     if pays and (gain.low is None or gain.low <= longer):
         why.append("that is in the mean: the interval of its gain holds less too")
@@ -352,6 +356,7 @@ def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list
     return ("distil" if pays else "do not distil"), why, best
 
 
+_NONE = "the rule finds no alpha that gains anything"
 _MEASURE = "measure it: `tutelage study run bake-off` with your text, then `tutelage plan --study` of it"
 
 

@@ -116,8 +116,8 @@ def _by_student(pairs: Mapping[PairName, Pair], side: GainSide, promised: Promis
     strongest = [max(group, key=lambda name: pairs[name][0].gap) for group in several]
     choices = {
         "planner": [(name, promised[name][0]) for name in dearest],
-        "strongest teacher at .5": [(name, 0.5) for name in strongest],
-        "strongest teacher, alpha of the planner": [(name, promised[name][0]) for name in strongest],
+        "strongest at .5": [(name, 0.5) for name in strongest],
+        "strongest, planned alpha": [(name, promised[name][0]) for name in strongest],
         "no teacher": [(name, 0.0) for name in strongest],
     }
     return [

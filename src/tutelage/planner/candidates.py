@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tutelage.config.base import parse_tokens, slug, tokens_text
+from tutelage.config.base import parse_tokens, slug
 from tutelage.errors import UserError, lookup
 from tutelage.evals.score_files import read_scores
 from tutelage.models.directory import read_config
@@ -97,11 +97,12 @@ def _to_be_trained(name: str, budget: str, student: RunConfig, vocab_size: int, 
             f"--teacher {name}@{budget}: {tokens:,} tokens are less than one batch of "
             f"{student.global_batch_tokens:,} (global_batch_tokens)"
         )
+    tokens -= tokens % student.global_batch_tokens
     outside = basis.range.outside(size.non_embedding, tokens)
     measured = (float(size.non_embedding), float(tokens)) in basis.measured
     forward = forward_flops(shape, vocab_size, student.data.sequence_length)
     return Candidate(
-        name=f"{name}@{tokens_text(tokens)}",
+        name=f"{name}@{budget}",
         kind="shape",
         loss=basis.alone(size.non_embedding, tokens) if outside is None or measured else None,
         measured=measured,
@@ -111,7 +112,7 @@ def _to_be_trained(name: str, budget: str, student: RunConfig, vocab_size: int, 
         width=shape.hidden,
         shape=shape,
         tokens=tokens,
-        settings={"kind": "run", "run": f"teacher-{slug(name)}-{slug(tokens_text(tokens))}"},
+        settings={"kind": "run", "run": f"planned-teacher-{slug(name)}-{slug(budget)}"},
     )
 
 

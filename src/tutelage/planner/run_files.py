@@ -68,8 +68,8 @@ def _format(request: PlanRequest, best: Outlook) -> dict[str, Any]:
 
 
 def _student(request: PlanRequest, more: dict[str, Any], name: str) -> dict[str, Any]:
-    own = {"name": name, "seed": _STUDENT_SEED, "data": {"seed": _STUDENT_SEED}}
-    return merged(merged(own, _drafted(request)), more | {"name": name})
+    own = {"seed": _STUDENT_SEED, "data": {"seed": _STUDENT_SEED}}
+    return merged(merged(own, _drafted(request)), more | {"name": f"planned-{name}"})
 
 
 def _teacher(request: PlanRequest, best: Outlook) -> dict[str, Any]:

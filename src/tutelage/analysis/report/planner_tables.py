@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tutelage.planner.study_fit import StudyFit
 
 SIDE_WORDS: Final = MappingProxyType(
-    {"in_domain": "in domain", "out_of_domain": "out of domain", "fitted": "out, fitted"}
+    {"in_domain": "in domain", "out_of_domain": "out, raw", "fitted": "out, fitted"}
 )
 _ROWS = 5
 
@@ -57,7 +57,7 @@ def ranking_table(study: JudgedStudy) -> ReportTable:
         Column("alpha"),
         *(Column(words) for words in list(SIDE_WORDS.values())[: 3 if fitted else 2]),
         Column("cost", style="num"),
-        Column("its training", style="num"),
+        Column("training", style="num"),
     )
 
     def worth(one: EqualCompute) -> tuple[int, float]:

@@ -1,0 +1,259 @@
+"""The command `tutelage plan`: numbers against definitions, run files that start, and wrong input by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from tutelage.models.flops import parameters
+from tutelage.models.hub import build
+from tutelage.models.shapes import find_shape
+from tutelage.planner.laws import PUBLISHED, PUBLISHED_TAUGHT, SupervisedLaw
+from tutelage.planner.points import AlonePoint, StudyPoints, TaughtPoint
+from tutelage.planner.study_fit import fit_points, save_fit
+
+FLAT = SupervisedLaw(2.0, 500.0, 0.4, 20.0, 0.5, 0.8)
+"""More tokens give next to nothing, so teachers pay."""
+STEEP = SupervisedLaw(2.0, 500.0, 0.4, 400.0, 0.5, 0.8)
+SHAPES = ("nano-20k", "nano-50k", "nano-150k", "nano-350k")
+SMALL = (
+    "--set",
+    "data.sequence_length=32",
+    "--set",
+    "global_batch_tokens=256",
+    "--set",
+    "runtime.device=cpu",
+)
+STUDENT = ("--student", "nano-50k", "--tokens", "4K", "--hardware", "cpux2", *SMALL)
+
+
+def size(name):
+    return float(parameters(find_shape(name), 0).non_embedding)
+
+
+def gain(alpha, gap):
+    return alpha * (8 + 40 * gap) - alpha**2 * (9 - 10 * gap)
+
+
+def fit_of(law, path):
+    """A fit to a made study: four sizes, four budgets, a student with teachers of other sizes."""
+    loss = lambda name, tokens: float(law.loss(size(name), tokens))  # noqa: E731
+    alone = [
+        AlonePoint(
+            study="made", name=f"{name} {d}", parameters=size(name), tokens=d, loss=loss(name, d), runs=3
+        )
+        for name in SHAPES
+        for d in (2e3, 4e3, 2e4, 2e5)
+    ]
+    taught = []
+    for name in SHAPES:
+        gap = math.log(loss("nano-50k", 2e4) / loss(name, 2e5))
+        taught += [
+            TaughtPoint(
+                study="made", student="s", teacher=name, parameters=size("nano-50k"), tokens=2e4,
+                teacher_loss=loss(name, 2e5), alone_loss=loss("nano-50k", 2e4), loss=1.0, alpha=alpha,
+                seeds=3,
+                gains={"in_domain": gain(alpha, gap)},
+            )
+            for alpha in (0.2, 0.6, 1.0)
+        ]  # fmt: skip
+    points = StudyPoints(studies=("made",), texts=("speeches",), alone=tuple(alone), taught=tuple(taught))
+    save_fit(path, fit_points(points))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    return fit_of(FLAT, tmp_path_factory.mktemp("fits") / "flat.json")
+
+
+def planned(command, *arguments):
+    code, out, err = command("plan", *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_published_predictions_are_the_laws_and_their_intervals(command):
+    found = planned(
+        command, "--student", "llama-1.7b", "--tokens", "50B", "--teacher", "llama-8b@50B",
+        "--hardware", "h100x64", "--price", "2",
+        "--set", "data.sequence_length=8192", "--set", "global_batch_tokens=2097152",
+    )  # fmt: skip
+    (teacher,) = found["teachers"]
+    tokens = 50_000_000_000 // 2_097_152 * 2_097_152
+    n, n_t = size("llama-1.7b"), size("llama-8b")
+    alone, loss = float(PUBLISHED.loss(n, tokens)), float(PUBLISHED.loss(n_t, tokens))
+    taught = float(PUBLISHED_TAUGHT.loss(n, tokens, loss, alone))
+    assert found["alone"] == {"mean": pytest.approx(alone), "low": None, "high": None}
+    assert teacher["student_loss"]["mean"] == pytest.approx(taught)
+    assert teacher["student_loss"]["high"] - taught == pytest.approx(
+        1.96 * 0.018, rel=0.1
+    )  # of a loss of 2.4
+    assert teacher["ratio"] == pytest.approx(loss / alone)
+    assert list(teacher["gains"]) == ["in_domain"]  # nothing public speaks of other texts
+    assert teacher["predicted_alpha"] == 1
+    assert any("no correction for alpha below 1" in text for text in teacher["checks"])
+    online = teacher["costs"][0]
+    assert online["flops"] == sum(online[part] for part in ("teacher_training", "teacher_forward", "student"))
+    assert online["teacher_training"] / online["teacher_forward"] == pytest.approx(3)
+    assert online["seconds"] == pytest.approx(online["flops"] / (64 * 989e12 * 0.4))
+    assert online["price"] == pytest.approx(online["seconds"] / 3600 * 64 * 2)
+    assert teacher["longer_tokens"] == pytest.approx(
+        tokens * online["flops"] / found["alone_cost"]["student"], rel=1e-6
+    )
+    longer = 100 * (1 - float(PUBLISHED.loss(n, teacher["longer_tokens"])) / alone)
+    assert teacher["longer_gain"] == pytest.approx(longer)
+    assert found["answer"] == "do not distil"
+    assert found["files"]["alone.yaml"]["tokens"] == pytest.approx(teacher["longer_tokens"], abs=2_097_152)
+
+
+def test_costs_are_what_torch_counts(command, store, flat):
+    """Twice the context for us: torch counts all keys of a causal query, the formula half of them."""
+    found = planned(
+        command, "--store", store, "--fit", flat, "--teacher", "nano-150k@20K", *STUDENT, "--set",
+        "data.sequence_length=64",
+    )  # fmt: skip
+    counted = {}
+    for name in ("nano-50k", "nano-150k"):
+        model = build(find_shape(name), 300, 32, seed=0)
+        model.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(2, 32, dtype=torch.long)).logits.sum().backward()
+        counted[name] = counter.get_total_flops() / 64
+    cost = found["teachers"][0]["costs"][0]
+    assert cost["student"] / found["tokens"] == pytest.approx(counted["nano-50k"], rel=0.01)
+    assert cost["teacher_training"] / (20_000 // 256 * 256) == pytest.approx(counted["nano-150k"], rel=0.01)
+    assert cost["teacher_forward"] / found["tokens"] == pytest.approx(counted["nano-150k"] / 3, rel=0.01)
+
+
+def test_a_fit_predicts_by_its_surface_and_chooses_its_best_alpha(command, store, flat):
+    found = planned(command, "--store", store, "--fit", flat, "--teacher", "nano-150k@20K", *STUDENT)
+    (teacher,) = found["teachers"]
+    tokens = 4000 // 256 * 256
+    gap = math.log(FLAT.loss(size("nano-50k"), tokens) / FLAT.loss(size("nano-150k"), 2e4))
+    best = max(np.arange(0.2, 1.01, 0.05), key=partial(gain, gap=gap))
+    assert teacher["alpha"] == pytest.approx(best)
+    assert teacher["gains"]["in_domain"]["mean"] == pytest.approx(gain(best, gap), abs=0.02)
+    assert found["answer"] == "distil"
+    assert found["best"] == "nano-150k@20K"
+
+
+@pytest.mark.slow
+def test_run_files_start_as_they_are(command, store, flat, tmp_path):
+    asked = (
+        "--store",
+        store,
+        "--fit",
+        flat,
+        "--teacher",
+        "nano-150k@6K",
+        "--teacher",
+        "nano-20k@6K",
+        *STUDENT,
+    )
+    code, out, err = command("plan", *asked, "--output", "plan")
+    assert code == 0, err
+    commands = [line.split()[1:4] for line in out.splitlines() if "tutelage train" in line]
+    assert [words[2] for words in commands] == [
+        f"plan/{name}.yaml" for name in ("teacher", "student", "student-cached", "alone")
+    ]
+    for words in commands:
+        code, out, err = command(*words[1:])
+        assert code == 0, err
+    students = {
+        p.name.rpartition("-")[0]: yaml.safe_load((p / "config.yaml").read_text())
+        for p in (tmp_path / "runs").iterdir()
+    }
+    assert {
+        f"planned-{name}" for name in ("teacher-nano-150k-6K", "student", "student-cached", "alone")
+    } == students.keys()
+    assert (
+        students["planned-student"]["objective"]["alpha"]["value"]
+        == planned(command, *asked)["teachers"][0]["alpha"]
+    )
+    assert (
+        students["planned-alone"]["data"]
+        == students["planned-student"]["data"]
+        != students["planned-teacher-nano-150k-6K"]["data"]
+    )
+    # The trained teacher can be planned with by its name: it costs nothing more, and its loss is the law's.
+    again = planned(
+        command, "--store", store, "--fit", flat, "--teacher", "planned-teacher-nano-150k-6K", *STUDENT
+    )
+    assert again["teachers"][0]["costs"][0]["teacher_training"] == 0
+    assert again["files"]["student.yaml"]["teacher"]["run"].startswith("planned-teacher-nano-150k-6K-")
+    # As a mere model it has no loss on the text until that is measured, by the command that is named.
+    model = next((tmp_path / "runs").glob("planned-teacher-*")) / "model"
+    code, _, err = command("plan", "--store", store, "--fit", flat, "--teacher", model, *STUDENT)
+    assert code == 2
+    told = err.split("`")[1].split()
+    assert told[:4] == ["tutelage", "eval", "score", str(model)]
+    assert command(*told[1:], "--max-documents", "2")[0] == 0
+    measured = planned(command, "--store", store, "--fit", flat, "--teacher", model, *STUDENT)["teachers"][0]
+    assert measured["measured"]
+    assert 1 < measured["loss"]["mean"] < 10
+
+
+def test_what_is_outside_is_said_and_not_predicted(command, store, flat):
+    found = planned(command, "--store", store, "--teacher", "nano-150k@20K", *STUDENT)
+    assert found["answer"] == "cannot say"
+    assert found["alone"] is None
+    assert found["why"][0].startswith("outside: 53.2K parameters without embeddings; known: 143M to 12.6B")
+    assert found["teachers"][0]["gains"] == {}
+    found = planned(command, "--store", store, "--fit", flat, "--teacher", "nano-2m@20K", *STUDENT)
+    assert found["teachers"][0]["outside"].startswith(
+        "outside: 2.01M parameters without embeddings; known: 21.7K to 351K"
+    )
+    assert found["answer"] == "cannot say"
+
+
+def test_do_not_distil_is_an_answer_of_a_fit_too(command, store, tmp_path):
+    fit = fit_of(STEEP, tmp_path / "steep.json")
+    found = planned(command, "--store", store, "--fit", fit, "--teacher", "nano-150k@20K", *STUDENT)
+    assert found["answer"] == "do not distil"
+    assert list(found["files"]) == ["alone.yaml"]
+    assert found["teachers"][0]["gains"]["in_domain"]["mean"] > 0
+    assert found["teachers"][0]["break_even"].startswith("on no budget")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--student": "nano-5k"}, "--student: the shape 'nano-5k' is unknown; did you mean 'nano-50k'?"),
+        ({"--tokens": "many"}, "tokens = 'many'"),
+        ({"--tokens": "100"}, "100 tokens are less than one batch of 256"),
+        ({"--teacher": "nano-50k@100"}, "--teacher nano-50k@100: 100 tokens are less than one batch of 256"),
+        ({"--teacher": "nano-50k@lots"}, "--teacher nano-50k@lots: 'lots' is not a token budget"),
+        ({"--teacher": "nano-51k@20K"}, "the shape 'nano-51k' is unknown; did you mean 'nano-50k'?"),
+        ({"--teacher": "./nothing"}, "--teacher ./nothing: no shape with its tokens"),
+        ({"--hardware": "h1000x8"}, "--hardware: the device 'h1000' is unknown; did you mean 'h100'?"),
+        ({"--hardware": "h100x0"}, "--hardware h100x0: write how many, such as h100x8"),
+        ({"--fit": "none.json"}, "none.json: no fit ("),
+        ({"--study": "demo"}, "--study and --fit both say what to predict by; give one"),
+        ({"--for": "fitted"}, "--for fitted: fit to made say nothing of that"),
+        ({"--store": None}, "--student nano-50k: its vocabulary is that of a token store; give --store"),
+        ({"--teacher": None}, "plan: give --student SHAPE --tokens TOKENS and a --teacher or more"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_wrong_input_is_one_line(change, said, command, store, flat):
+    options = {STUDENT[i]: STUDENT[i + 1] for i in (0, 2, 4)}
+    options |= {"--teacher": "nano-150k@20K", "--store": store, "--fit": flat} | change
+    given = [word for name, value in options.items() if value is not None for word in (name, value)]
+    code, out, err = command("plan", *given, *SMALL)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_run_files_without_a_text_are_refused(command):
+    asked = ("--student", "llama-1.7b", "--tokens", "50B", "--teacher", "llama-8b@50B")
+    code, _, err = command("plan", *asked, "--output", "plan")
+    assert (code, "give --store" in err) == (2, True)
