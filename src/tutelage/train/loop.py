@@ -57,7 +57,9 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
         upcoming = ahead.next_step()
         for step in range(first, last):
             batches, upcoming = upcoming, ahead.next_step()
-            if teacher is not None and any(s.step_inputs(step + 1).needs_teacher for s in students):
+            later = step + 1
+            asked = any(later < s.steps and s.step_inputs(later).needs_teacher for s in students)
+            if teacher is not None and asked:
                 teacher.prefetch(upcoming)
             # One whose checkpoint is further along waits for the others.
             due = [student for student in students if student.has_steps_left and student.step == step]

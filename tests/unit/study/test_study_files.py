@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def test_the_examples_are_found():
-    assert len(STUDIES) == 6
+    assert len(STUDIES) == 8
 
 
 @pytest.mark.parametrize("name", STUDIES)
