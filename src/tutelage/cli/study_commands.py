@@ -55,7 +55,8 @@ def study_plan(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="the study's directory, to go by how fast its finished runs were")
+        Path | None,
+        typer.Option(help="the study's directory: its texts, and how fast its finished runs were"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="h100, a100, l40s, ...; default: cpu if the study says so, else h100")

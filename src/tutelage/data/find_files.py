@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 ENDINGS = (
     ".txt, .md, .rst, .html, .csv, .tsv, .jsonl (each also .gz, .zst, .xz or .bz2) and .parquet can be read; "
-    "format: text reads any file as text; archives must be unpacked"
+    "format: text reads any file as text"
 )
+_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), "text"),
     **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
@@ -128,6 +129,11 @@ def kind_in(path: Path, source: FilesSource | FilePairs) -> Kind:
         UserError: neither the source nor the file's ending says it.
     """
     kind = source.format or kind_of(path)
+    if kind is None and not _ARCHIVES.isdisjoint(path.suffixes):
+        raise UserError(
+            f"{path}: an archive, which is not read; unpack it and name the directory that it becomes, whose "
+            "files are then read and named one by one"
+        )
     if kind is None:
         raise UserError(f"{path}: unknown kind of file; {ENDINGS}")
     return kind

@@ -100,6 +100,8 @@ def test_a_name_with_brackets_is_a_name(tmp_path):
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: damaged compressed file"),
         ("a.txt.gz", gzip.compress(b"one" * 99, mtime=0)[:-9], r"a\.txt\.gz: damaged compressed file"),
         ("a.txt.zst", b"plain", r"a\.txt\.zst: damaged compressed file"),
+        ("a.zip", b"PK", r"a\.zip: an archive, which is not read; unpack it and name the directory"),
+        ("a.tar.gz", b"one", r"a\.tar\.gz: an archive, which is not read"),
         ("a.docx", b"one", r"a\.docx: unknown kind of file; \.txt, \.md, "),
     ],
 )
