@@ -20,6 +20,7 @@ _HOME = {
     "LogitTargets": "tutelage.types",
     "LogitTransform": "tutelage.types",
     "LossSums": "tutelage.types",
+    "MeanTargets": "tutelage.types",
     "Objective": "tutelage.config.objective_config",
     "ObjectiveHead": "tutelage.objective",
     "RunConfig": "tutelage.config.run_config",

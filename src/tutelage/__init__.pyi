@@ -26,6 +26,7 @@ from tutelage.types import DenseTargets as DenseTargets
 from tutelage.types import LogitTargets as LogitTargets
 from tutelage.types import LogitTransform as LogitTransform
 from tutelage.types import LossSums as LossSums
+from tutelage.types import MeanTargets as MeanTargets
 from tutelage.types import Score as Score
 from tutelage.types import SparseTargets as SparseTargets
 from tutelage.types import TokenLosses as TokenLosses

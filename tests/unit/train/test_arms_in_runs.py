@@ -234,7 +234,7 @@ def test_two_and_four_ranks_and_kills_among_them(teachers, student, mean, tmp_pa
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, killed_ranks.__file__, str(file), *map(str, places), "1", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     whole, killed, relay = (RunDirectory(place / alone.id) for place in places)
     assert losses(whole) == losses(killed)
