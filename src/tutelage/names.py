@@ -213,12 +213,14 @@ _APART = {"name", "output", "parallel", "runtime", "checkpoint", "files", "creat
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
-    """Settings in sections as dotted names and values, less those that do not change what is made."""
+    """Settings in sections and lists of sections as dotted names, less those that change no result."""
     for key, value in values.items():
         if above == "" and key in _APART:
             continue
         if isinstance(value, dict):
             yield from flat(value, f"{above}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            yield from flat({str(place): one for place, one in enumerate(value)}, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 

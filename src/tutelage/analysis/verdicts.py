@@ -295,7 +295,7 @@ def _best_cells(gains: Gains) -> dict[tuple[str, str], tuple[int, tuple[float, .
         places = [int(name) for name in table.columns]
         flat = flat_region(table.to_numpy(), places.index(best)) if table.height > 1 else []
         alphas = dict(means.select("cell", "alpha").iter_rows())
-        region = [alphas[places[i]] for i in flat]
+        region = [] if constants.is_empty() else [alphas[places[i]] for i in flat]
         found[str(student), str(teacher)] = best, tuple(sorted(a for a in region if a is not None))
     return found
 

@@ -163,5 +163,6 @@ def test_a_study_with_a_chain_and_a_mean_is_run_and_judged(tmp_path):
     first = next(spent[r.run] for r in runs.values() if (r.arm_settings or {}).get("generation") == 1)
     assert chain.teacher_training == pytest.approx((base + first * (number - 1)) / base)
     assert chain.pair.relation is not None
+    assert chain.pair.flat == ()  # its arms have one alpha, and are no choice of it
     trained = [spent[run.run] for run in runs.values() if run.kind == "teacher" and run.seed == 1043]
     assert rows["mean"].teacher_training == pytest.approx(sum(trained) / base)
