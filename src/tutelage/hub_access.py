@@ -39,6 +39,7 @@ def reading_hub(
             and has no such thing or does not give it.
     """
     from huggingface_hub import constants  # noqa: PLC0415 - only for what is not on this machine
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 - as above
 
     if constants.is_offline_mode():
         silence: str | None = "is not asked, since HF_HUB_OFFLINE is set (unset it to ask)"
@@ -52,9 +53,10 @@ def reading_hub(
     except UserError:
         raise
     except Exception as error:
-        if silence is None and not explains:
+        answered = silence is None or isinstance(error, HFValidationError)  # of a name that it cannot have
+        if answered and not explains:
             raise
-        if silence is None:
+        if answered:
             reason = one_line(error)
             raise UserError(f"{what}: not on this machine, and the Hub does not give it: {reason}") from None
         raise UserError(

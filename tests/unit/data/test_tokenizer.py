@@ -205,5 +205,7 @@ def test_a_hub_name_stands_for_what_was_downloaded(tmp_path):
     (elsewhere / "some" / "model").mkdir(parents=True)
     assert found("some/model", home, elsewhere) == "some/model"  # what is here comes first
     message = found("some/other", home, elsewhere)
-    assert message.startswith("tokenizer.path = some/other: no such file or directory here, and not found on")
+    assert message.startswith(
+        "tokenizer.path = some/other: not on this machine, not among earlier downloads ("
+    )
     assert found("stores/a/b", home, elsewhere) == "stores/a/b"  # no Hub name: not asked for
