@@ -114,6 +114,8 @@ class Command:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._redirect(rank)
             os.chdir(self.folder)
             os.environ.update(variables)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tutelage.errors import UserError
-from tutelage.files import atomic_write
+from tutelage.files import atomic_write, regular
 from tutelage.records import Record, UnreadableError, read_model, write_sealed
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def file_sum(path: Path) -> FileSum:
 @lru_cache(256)
 def _crc32(path: Path, _size: int, _changed: int, _number: int) -> int:
     checksum = 0
-    with path.open("rb") as stream:
+    with open(path, "rb", opener=regular) as stream:
         while block := stream.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
     return checksum

@@ -235,7 +235,8 @@ def flush_directory(path: Path) -> None:
         flush(Path(folder))
 
 
-_NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK if sys.platform != "win32" else 0
+_NO_WAIT = os.O_NONBLOCK if sys.platform != "win32" else 0
+_NO_LINK = os.O_NOFOLLOW | _NO_WAIT if sys.platform != "win32" else 0
 
 
 def no_links(path: str, flags: int) -> int:
@@ -249,6 +250,27 @@ def no_links(path: str, flags: int) -> int:
         os.close(number)
         raise OSError(errno.EMLINK if found.st_nlink > 1 else errno.ENXIO, "no file of its own", path)
     return number
+
+
+def regular(path: str, flags: int) -> int:
+    """An `opener` for `open` that refuses to read what is no file: a pipe would be waited for.
+
+    What a command reads because a person named it, such as a config, may be a pipe.
+    """
+    number = os.open(path, flags | _NO_WAIT)
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise OSError(errno.EINVAL, "it is no file but a pipe or a device", path)
+    return number
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file as a whole, if it is one. Raises OSError."""
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
 
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -357,7 +379,7 @@ def _marker_lock(path: Path, what: str) -> Iterator[None]:
     except Timeout:
         record = b""
         with contextlib.suppress(OSError):
-            record = path.read_bytes()
+            record = read_bytes(path)
         raise LockedError(
             f"{_busy(what, record)} (this file system has no locks: if that process is gone, delete {path})"
         ) from None

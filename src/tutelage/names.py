@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from tutelage.errors import UserError, suggestion
+from tutelage.files import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -202,7 +203,7 @@ def settings(path: Path) -> dict[str, object]:
     """
     file = path / ("config.yaml" if kind_of(path) == "run" else "manifest.json")
     try:
-        read = yaml.load(file.read_bytes(), _LOADER)  # noqa: S506 - a safe loader; JSON is YAML
+        read = yaml.load(read_bytes(file), _LOADER)  # noqa: S506 - a safe loader; JSON is YAML
     except (OSError, yaml.YAMLError):
         return {}
     read = read if isinstance(read, dict) else {}

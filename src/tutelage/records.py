@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tutelage.errors import UserError, in_words, shortened, shown
-from tutelage.files import write_text
+from tutelage.files import regular, write_text
 from tutelage.row_files import CHECKSUM, checked_rows
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is too large, or holds something else.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             text = file.read(LARGEST_JSON + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -257,7 +257,7 @@ def _changed_inputs(config: RunConfig, directory: RunDirectory) -> Iterator[str]
     """A sentence for each run of the same settings, whose inputs must have had other content."""
     text = to_yaml(anchored(config)).encode()
     for other in sorted(directory.path.parent.glob(f"{glob.escape(config.name)}-*/config.yaml")):
-        if other.parent != directory.path and other.read_bytes() == text:
+        if other.parent != directory.path and other.is_file() and other.read_bytes() == text:
             yield (
                 f"{other.parent} has the same settings: the token store, or the model that it names as start "
                 "or teacher, has changed since, so this is another run"
@@ -385,7 +385,8 @@ def _copy_branch_point(student: Student) -> None:
         raise UserError(
             f"runtime.branch_from {other.id}: it decays later than this run does; choose a shorter one"
         )
-    write_text(directory.path / "metrics.jsonl", (other.path / "metrics.jsonl").read_text(encoding="utf-8"))
+    log = other.path / "metrics.jsonl"  # lost rows are named when the run begins
+    write_text(directory.path / log.name, log.read_text(encoding="utf-8") if log.is_file() else "")
     with atomic_directory(directory.checkpoints / checkpoint_name(step)) as partial_directory:
         shutil.copytree(found, partial_directory, dirs_exist_ok=True)
         adopt(partial_directory, directory.id, recipe(config))

@@ -13,6 +13,7 @@ from tutelage.checksums import CARD, LISTING, difference, listed
 from tutelage.config.teacher_config import ModelTeacher, RunTeacher
 from tutelage.data.store import verify_store
 from tutelage.errors import UserError
+from tutelage.files import read_bytes
 from tutelage.models.directory import check_directory
 from tutelage.records import UnreadableError, is_sealed, read_object, read_sealed
 from tutelage.row_files import checked_rows, split_row
@@ -189,20 +190,21 @@ def _run(run: RunDirectory) -> Iterator[Finding]:
             yield Finding(run.path / name, "record", f"missing; {_REMEDIES[name]}")
     if state.get("status") == "done" and not run.is_done():
         yield Finding(run.path, "run", f"its model or scores are missing; {_AGAIN} makes them again")
-    reason = _wrong_metrics(run, state)
+    log = run.path / "metrics.jsonl"
+    try:
+        reason = _wrong_rows(run, state, read_bytes(log).decode(errors="replace"))
+    except FileNotFoundError:
+        reason = "missing" if state.get("step") else None
+    except OSError as error:
+        reason = str(error.strerror)
     if reason is not None:
-        yield Finding(run.path / "metrics.jsonl", "rows", f"{reason}; {_REMEDIES['metrics.jsonl']}")
+        yield Finding(log, "rows", f"{reason}; {_REMEDIES[log.name]}")
     elif state:
-        yield Finding(run.path / "metrics.jsonl", "rows")
+        yield Finding(log, "rows")
 
 
-def _wrong_metrics(run: RunDirectory, state: Mapping[str, object]) -> str | None:
+def _wrong_rows(run: RunDirectory, state: Mapping[str, object], text: str) -> str | None:
     """Why the log of a run is not what was written; a last line without an end is of a kill."""
-    path = run.path / "metrics.jsonl"
-    if not path.exists():
-        return "missing" if state.get("step") else None
-    data = path.read_bytes()
-    text = data.decode(errors="replace")
     done = state.get("status") == "done"
     lines = text if done else text[: text.rfind("\n") + 1]
     rows, damaged = checked_rows(lines)

@@ -116,6 +116,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "checksums",
         "config",
+        "files",
         "models.directory",
         "records",
         "row_files",

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 
+from tutelage.checksums import file_sum
 from tutelage.errors import UserError
 from tutelage.evals.score_files import add_calibration, read_scores
-from tutelage.files import atomic_directory, lock, make_directory, no_links, own_directory, remove
-from tutelage.records import UnreadableError, read_model
+from tutelage.files import (
+    atomic_directory,
+    lock,
+    make_directory,
+    no_links,
+    own_directory,
+    read_bytes,
+    remove,
+)
+from tutelage.records import UnreadableError, read_model, read_object
 from tutelage.run_directory import RunDirectory
 from tutelage.study.leases import Failures, Leases, ask_to_stop
 from tutelage.train.checkpoint_files import PARTIAL, CheckpointManifest, remove_unfinished
@@ -135,6 +146,21 @@ def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "calibration.json")
     add_calibration(tmp_path / "calibration.json", "domain", "1", {})
     assert (tmp_path / "calibration.json").is_file()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("read", [read_bytes, read_object, file_sum], ids=lambda one: one.__name__)
+def test_what_is_no_file_is_refused_in_a_sentence(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+    Path("zero").symlink_to("/dev/zero")
+    Path("folder").mkdir()
+    for name in ("pipe", "socket", "zero", "folder"):
+        with pytest.raises((OSError, UserError)) as caught:
+            read(Path(name))
+        assert name in str(caught.value)
 
 
 def test_own_directories_are_no_links(victim, tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tutelage.errors import UserError
+from tutelage.files import read_bytes, regular
 
 if TYPE_CHECKING:
     import contextlib
@@ -93,7 +94,7 @@ class CheckedArray:
         self._path = path
         self._sums = _read_sums(checksum_path(path), sha256)
         # An empty file cannot be mapped.
-        self._array = np.memmap(path, dtype, mode="r", shape=(length,)) if length else np.zeros(0, dtype)
+        self._array = _mapped(path, dtype, length) if length else np.zeros(0, dtype)
         self._bytes = self._array.view(np.uint8)
         self._checked = np.zeros(len(self._sums), np.bool_)
 
@@ -119,9 +120,17 @@ class CheckedArray:
             self._checked[block] = True
 
 
+def _mapped(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    try:
+        with open(path, "rb", opener=regular) as file:
+            return np.memmap(file, dtype, mode="r", shape=(length,))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); the token store is incomplete") from None
+
+
 def _read_sums(path: Path, sha256: str) -> NDArray[np.uint32]:
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); the token store is incomplete") from None
     if hashlib.sha256(content).hexdigest() != sha256:

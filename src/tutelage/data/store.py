@@ -22,6 +22,7 @@ from tutelage.checksums import LISTING, listed, refuse_damage
 from tutelage.data.checked_files import CheckedArray, Sliced
 from tutelage.data.store_manifest import Manifest, file_endings, read_manifest
 from tutelage.errors import UserError
+from tutelage.files import regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,7 +137,7 @@ def verify_store(path: Path, advance: Callable[[int], None] = lambda _: None) ->
     for name, checksum in expected.items():
         try:
             digest = hashlib.sha256()
-            with (path / name).open("rb") as file:
+            with open(path / name, "rb", opener=regular) as file:
                 while block := file.read(_READ_BYTES):
                     digest.update(block)
                     advance(len(block))

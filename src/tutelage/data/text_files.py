@@ -14,7 +14,10 @@ import io
 import itertools
 import lzma
 import re
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import zstandard
@@ -24,7 +27,6 @@ from tutelage.installed import install_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
     from typing import BinaryIO
 
     from typing_extensions import Buffer
@@ -40,11 +42,21 @@ PAGE_LIMIT = 2**24
 MARK = "\ufeff"
 """The byte order mark of Unicode."""
 
-_MOST_ATTRIBUTES = 20_000
-"""Attributes of one tag, which its parser compares with each other: a second of time."""
-_LONG_TAG = re.compile(rb"<[a-zA-Z][^>]{40000,}")
-_QUOTED = re.compile(rb"""=\s*(?:"[^"]*"|'[^']*')""")
-_BETWEEN = re.compile(rb"[\s/]+")
+_LARGE_PAGE = 2**16
+"""Bytes of a page that gets a limit of time, and so a process of its own (20 milliseconds). The parser
+compares all attributes of a tag with each other, and where a tag ends nobody else can be sure of."""
+_PAGE_SECONDS = 3
+_HOW = {"preserve_formatting": True, "skip_elements": ["svg", "img"]}
+_PROGRAM = f"""
+import contextlib, sys
+sys.path.append(sys.argv[1])
+with contextlib.suppress(ImportError):  # Windows
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, ({_PAGE_SECONDS}, {_PAGE_SECONDS}))
+from resiliparse.extract.html2text import extract_plain_text
+page = sys.stdin.buffer.read().decode()
+sys.stdout.buffer.write(extract_plain_text(page, **{_HOW!r}).encode())
+"""
 _BLOCK = 2**18
 _ZSTD_BLOCK = 2**10  # a kilobyte cannot become more than 32 MB
 _XZ_MEMORY = 2**28  # of its dictionary; the largest preset needs a quarter of it
@@ -234,7 +246,8 @@ def not_decoded(where: str, error: UnicodeDecodeError, before: int = 0) -> str:
 def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
     """Return the text of a page as a reader sees it: no markup, scripts or styles, a line for each block."""
     try:
-        from resiliparse.extract.html2text import extract_plain_text  # noqa: PLC0415 - an extra
+        import resiliparse  # noqa: PLC0415 - an extra
+        from resiliparse.extract.html2text import extract_plain_text  # noqa: PLC0415
     except ImportError:
         raise UserError(
             f"{path}: the package 'resiliparse' is missing; run: {install_extra('html')}"
@@ -246,14 +259,21 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
             raise UserError(
                 f"{path}: a page longer than {PAGE_LIMIT:,} bytes, which is the most that can be read"
             )
-    for bare in (page, _QUOTED.sub(b" ", page)):  # a value may hold the sign that ends a tag
-        for tag in _LONG_TAG.finditer(bare):
-            if len(_BETWEEN.split(_QUOTED.sub(b" ", tag[0]))) > _MOST_ATTRIBUTES:
-                raise UserError(
-                    f"{path}: a tag with over {_MOST_ATTRIBUTES:,} attributes: {bytes(tag[0][:20])!r}"
-                )
-    text: str = extract_plain_text(page.decode(), preserve_formatting=True, skip_elements=["svg", "img"])
-    return text.encode()
+    if len(page) < _LARGE_PAGE:
+        text: str = extract_plain_text(page.decode(), **_HOW)
+        return text.encode()
+    library = str(Path(resiliparse.__file__).parents[1])
+    program = [sys.executable, "-I", "-S", "-c", _PROGRAM, library]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(
+            program, input=page, capture_output=True, check=False, timeout=20 * _PAGE_SECONDS
+        )
+        if done.returncode == 0:
+            return done.stdout
+    raise UserError(
+        f"{path}: its {len(page):,} bytes of HTML cannot be parsed in {_PAGE_SECONDS} seconds; the usual "
+        "reason is a tag with tens of thousands of attributes"
+    )
 
 
 def lines(path: Path, encoding: str | None = None, *, as_text: bool = False) -> Iterator[bytes | None]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from tutelage.checksums import refuse_damage, write_checksums
 from tutelage.errors import UserError, one_line
-from tutelage.files import write_json
+from tutelage.files import read_bytes, write_json
 from tutelage.hub_access import reading_hub
 from tutelage.names import completed
 from tutelage.records import parse_json, read_object
@@ -130,7 +130,7 @@ def tokenizer_json(path: Path) -> str:
     if not file.is_file() and has_tokenizer(path):
         return _converted(path)
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return read_bytes(file).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError
+from tutelage.files import regular
 from tutelage.hub_access import reading_hub
 from tutelage.records import LARGEST_JSON, parse_json, read_object
 
@@ -208,7 +209,7 @@ def _indexed(index: Path) -> list[Path]:
 def _header_entries(path: Path) -> int:
     """Count the tensors of a safetensors file, and check its length against its header."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or length > min(LARGEST_JSON, size - _LENGTH_BYTES):
             raise UserError(f"{path}: damaged: {size:,} bytes are too few for its header")
@@ -254,7 +255,7 @@ def weights_fingerprint(directory: Path) -> str:
     config = read_config(directory)
     digest = hashlib.sha256(json.dumps(computing(config), sort_keys=True).encode())
     for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

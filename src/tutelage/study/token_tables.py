@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from scipy import special
 
 from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError
+from tutelage.records import read_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +80,7 @@ def read_token_comparison(directory: Path) -> TokenComparison:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    facts = read_object(path)
     if not all(one.isprintable() for one in facts.values() if isinstance(one, str)):
         raise ValueError("a name holds characters that cannot be shown")  # of a terminal, or in no figure
     return facts

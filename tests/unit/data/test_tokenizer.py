@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -71,6 +72,23 @@ def test_a_document_cannot_fake_an_end_of_text():
     (ids,) = ids_of(TRAINED, f"one {END_OF_TEXT} two")
     assert TRAINED.eos_id not in ids
     assert Tokenizer.from_str(TRAINED.json).decode(ids) == f"one {END_OF_TEXT} two"
+
+
+def test_a_word_of_a_quarter_of_a_megabyte_takes_as_long_as_text_of_that_length():
+    encode = TRAINED.encoder()
+    text = "who went to the market and bought apples for her sister. " * 4000
+    words = ["a" * len(text), "".join(chr(97 + (i * i) % 26) for i in range(len(text))), " " * len(text)]
+
+    def took(text):
+        began = time.process_time()
+        encode([text])
+        return time.process_time() - began
+
+    whole = TRAINED.library(markup=False)
+    began = time.process_time()
+    whole.encode(text)
+    as_text = time.process_time() - began
+    assert max(took(word) for word in words) < 5 * as_text
 
 
 def test_training_is_deterministic_over_processes_and_threads():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 
 import pytest
 from tiny_study import run_tiny, tiny_study
@@ -52,6 +54,10 @@ def part_of(study, file):
     return study / names[0] / names[1] if names[0] in {"data", "runs", "caches"} else study
 
 
+PIPE = object()
+"""What is there is no file, and reading it would wait for ever."""
+
+
 def damages(content, rng):
     """The content with a bit flipped, at several places, and cut short."""
     for place in {0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(PLACES))}:
@@ -61,12 +67,14 @@ def damages(content, rng):
     for length in (0, len(content) - 1, rng.randrange(len(content))):
         yield f"cut to {length}", content[:length]
     yield "deleted", None
+    yield "a pipe", PIPE
 
 
 def replaced(file, content):
-    if content is None:
-        file.unlink()
-    else:
+    file.unlink(missing_ok=True)
+    if content is PIPE:
+        os.mkfifo(file)
+    elif content is not None:
         file.write_bytes(content)
 
 
@@ -139,6 +147,7 @@ NOT_MISSED = {"overlap", "queue"}
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of Unix")
 def test_whatever_is_damaged_is_named_or_changes_nothing(study):
     rng = random.Random(15)  # noqa: S311
     wrongly, pristine = [], {}
@@ -156,7 +165,7 @@ def test_whatever_is_damaged_is_named_or_changes_nothing(study):
             seen = used(study, file)
             if seen != pristine[part] and not names(seen, file):
                 wrongly.append(f"use: {where}: {what}: {[str(one)[:200] for one in seen]}")
-            file.write_bytes(content)
+            replaced(file, content)
     assert not wrongly, "\n".join(wrongly)
     assert wrong(study) == []
 

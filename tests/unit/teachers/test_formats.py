@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import typing
 from dataclasses import asdict
 
@@ -291,6 +292,19 @@ def test_more_draws_than_ids():
     rows = through(config, targets, labels_N, setting(3))
     assert rows.ids_NK.shape == (4, 3)
     assert (dense(rows, 3) - logits_NV.softmax(-1)).abs().max() < 0.05
+
+
+def test_time_and_size_grow_as_the_number_of_draws_and_no_faster():
+    targets, labels_N, _ = teacher(100, 3000)
+
+    def took(draws):
+        codec = make_codec(MultinomialFormat(kind="sample_multinomial", draws=draws), setting(3000))
+        began = time.process_time()
+        codec.encode(targets, labels_N, 0, 100)
+        return time.process_time() - began
+
+    few, many = (min(took(draws) for _ in range(3)) for draws in (500, 4000))
+    assert many < 3 * 8 * few
 
 
 @pytest.mark.parametrize("ids", [2, 5, 16, 17, 100])

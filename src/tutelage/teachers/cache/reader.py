@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tutelage.config.teacher_config import HiddenFormat, incompatibility
 from tutelage.errors import UserError
+from tutelage.files import regular
 from tutelage.teachers.cache.codec import CodecSettings, HiddenRows
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import HEAD_FILE, read_cache_manifest
@@ -199,7 +200,7 @@ def verify_cache(path: Path, advance: Callable[[int], None] = lambda _: None) ->
 def file_sha256(path: Path) -> str | None:
     """Checksum of a file; None if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import zstandard
 
 from tutelage.errors import UserError
+from tutelage.files import regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,7 +93,7 @@ class ShardFile:
         self._manifest, self._shard = manifest, shard
         self._blocks = manifest.layout.blocks_of(shard)
         try:
-            with self._path.open("rb") as file:
+            with open(self._path, "rb", opener=regular) as file:
                 # Private, not read-only: torch wants memory that it could write to, or else a copy.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # ValueError: an empty file
