@@ -10,10 +10,12 @@ import glob
 import shutil
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage import agreement, processes, provenance
 from tutelage.config.load import to_yaml
+from tutelage.config.teacher_config import ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.evals import evaluate
@@ -21,6 +23,7 @@ from tutelage.evals.contamination import anchored
 from tutelage.evals.score_files import read_scores, show_in_card
 from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
+from tutelage.models.directory import ModelState
 from tutelage.progress import NullProgress, Progress, counter
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
 from tutelage.run_plan import check_fits, out_of_memory
@@ -85,7 +88,7 @@ def _run_cohort(configs: Sequence[RunConfig], progress: Progress) -> list[RunDir
     is_main = processes.place().is_main
     with contextlib.ExitStack() as locks:
         with agreement.together(configs[0].parallel.timeout) as facts:
-            runs = _planned(configs)
+            runs, given = _planned(configs)
             left = _unfinished(runs, progress)
             untrained = [run for run in left if not run[1].is_trained()]
             if processes.place().size > 1:
@@ -94,7 +97,7 @@ def _run_cohort(configs: Sequence[RunConfig], progress: Progress) -> list[RunDir
                 for _, directory in left:
                     locks.enter_context(directory.lock())
         try:
-            failed = _train(untrained, progress)
+            failed = _train(untrained, given, progress)
             distributed.stop()
             if is_main:
                 _score([run for run in left if run[1].is_trained()], progress)
@@ -140,9 +143,16 @@ def _fields(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
             yield f"{above}{name}", value
 
 
-def _planned(configs: Sequence[RunConfig]) -> list[Run]:
-    """Check the configs and name their directories, before anything is computed."""
+def _planned(configs: Sequence[RunConfig]) -> tuple[list[Run], list[ModelState]]:
+    """Check the configs and name their directories, before anything is computed.
+
+    Returns:
+        The runs, and the state of the files of given models from before they were named by their content.
+    """
     configs = [pinned(config) for config in configs]
+    models = {config.model.path for config in configs}
+    models |= {config.teacher.path for config in configs if isinstance(config.teacher, ModelTeacher)}
+    given = [ModelState.of(Path(path)) for path in models if path is not None and Path(path).exists()]
     check_cohort(configs)
     for config in configs:
         check_place(config.output)
@@ -150,7 +160,7 @@ def _planned(configs: Sequence[RunConfig]) -> list[Run]:
     _check_distinct(runs)
     for config in configs:
         evaluate.check_domains(config)
-    return runs
+    return runs, given
 
 
 def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
@@ -182,7 +192,7 @@ def _check_distinct(runs: Sequence[Run]) -> None:
             )
 
 
-def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
+def _train(runs: Sequence[Run], given: Sequence[ModelState], progress: Progress) -> UserError | None:
     """Open, train and export the runs; return the errors of those that could not be finished, as one."""
     if not runs:
         return None
@@ -190,7 +200,7 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
     world = distributed.start(runs[0][0].runtime, parallel)
     with contextlib.ExitStack() as closing:
         with agreement.together(parallel.timeout):
-            students = _open(runs, world, progress)
+            students = _open(runs, given, world, progress)
             for student in students:
                 closing.callback(student.close)
                 student.resume(cohort=len(students))
@@ -215,7 +225,9 @@ def _train(runs: Sequence[Run], progress: Progress) -> UserError | None:
     return None
 
 
-def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:
+def _open(
+    runs: Sequence[Run], given: Sequence[ModelState], world: World, progress: Progress
+) -> list[Student]:
     """Open students and teacher; a run that branches from another gets its checkpoint."""
     for config, _ in runs:
         if (warning := check_fits(config, world.device.type, world.size)) and world.is_main:
@@ -227,6 +239,8 @@ def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student
         teacher = open_teacher(taught[0].config, world, progress if world.is_main else None)
         for student in taught:
             student.learn_from(teacher)
+    for model in given:
+        model.refuse_change()
     if world.is_main:
         for student in students:
             _copy_branch_point(student)

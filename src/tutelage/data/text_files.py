@@ -18,7 +18,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import zstandard
 
@@ -46,7 +46,7 @@ _LARGE_PAGE = 2**16
 """Bytes of a page that gets a limit of time, and so a process of its own (20 milliseconds). The parser
 compares all attributes of a tag with each other, and where a tag ends nobody else can be sure of."""
 _PAGE_SECONDS = 3
-_HOW = {"preserve_formatting": True, "skip_elements": ["svg", "img"]}
+_HOW: dict[str, Any] = {"preserve_formatting": True, "skip_elements": ["svg", "img"]}
 _PROGRAM = f"""
 import contextlib, sys
 sys.path.append(sys.argv[1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +259,34 @@ def weights_fingerprint(directory: Path) -> str:
         with open(path, "rb", opener=regular) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """Sizes, times and numbers of the files of a model: the same as long as nobody writes them."""
+
+    directory: Path
+    files: tuple[tuple[str, int, int, int], ...]
+
+    @classmethod
+    def of(cls, directory: Path) -> ModelState:
+        """Look at the files that `weights_fingerprint` reads."""
+        paths = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+        found = [(path.name, path.stat()) for path in paths if path.exists()]
+        files = ((name, now.st_size, now.st_mtime_ns, now.st_ino) for name, now in found)
+        return cls(directory, tuple(files))
+
+    def refuse_change(self) -> None:
+        """Refuse a model that was written between being identified and being loaded.
+
+        Raises:
+            UserError: naming the directory.
+        """
+        if ModelState.of(self.directory) != self:
+            raise UserError(
+                f"{self.directory}: its files were changed while they were read; run the same command again "
+                "when nobody writes there"
+            )
 
 
 def computing(config: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch.futures import Future
 
 from tutelage.checksums import FileSum, difference
 from tutelage.errors import UserError
-from tutelage.files import publish, remove
+from tutelage.files import publish, read_bytes, remove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,10 +82,8 @@ class CheckpointManifest:
             OSError: it is not there.
             ValueError: it is damaged, or of another format.
         """
-        if (path / MANIFEST).is_fifo():  # which would be waited for
-            raise ValueError(f"{MANIFEST} is damaged")
         try:
-            text = (path / MANIFEST).read_text(encoding="utf-8")
+            text = read_bytes(path / MANIFEST).decode()
             data = json.loads(text)
             number = data["format"]
             files = {name: FileSum(**record) for name, record in data["files"].items()}
@@ -131,7 +129,7 @@ def remove_checkpoint(path: Path) -> None:
 
 def read_counters(path: Path) -> dict[str, Any]:
     """Read counters.json of the checkpoint `path`."""
-    counters: dict[str, Any] = json.loads((path / COUNTERS).read_text(encoding="utf-8"))
+    counters: dict[str, Any] = json.loads(read_bytes(path / COUNTERS))
     return counters
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 import synthetic_study
+from safetensors.torch import load_file, save_file
 from training import StopAt, losses
 
 from tutelage.cli.study_output import print_status
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import Stopped, UserError
 from tutelage.files import lock
 from tutelage.run import run
@@ -17,6 +20,7 @@ from tutelage.run_directory import RunDirectory, run_id
 from tutelage.study.leases import Failures, Leases
 from tutelage.study.results import load_results
 from tutelage.study.status import read_status, retry_runs
+from tutelage.teachers.cache.job import load_job, plan_cache
 
 FILES = ("state.json", "metrics.jsonl", "config.yaml", "provenance.json", "scores.jsonl", "documents.parquet")
 
@@ -103,6 +107,34 @@ def test_a_run_that_is_refused_leaves_no_trace(make_config, tmp_path):
         run(make_config())
     assert "cannot be resumed from" in good.state()["error"]
     assert good.status() == "failed"
+
+
+def test_a_given_model_that_is_written_while_it_is_read_is_refused(make_config, store, tmp_path, monkeypatch):
+    given = make_config(name="given")
+    model = shutil.copytree(run(given).model, tmp_path / "model")
+    (model / "checksums.json").unlink()
+    stages = import_module("tutelage.run")  # `tutelage.run` is the function
+    opened = stages.open_teacher
+
+    def changed(*how):
+        teacher = opened(*how)
+        weights = load_file(model / "model.safetensors")
+        save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors")
+        return teacher
+
+    taught = make_config(teacher={"kind": "model", "path": str(model)}, objective={"alpha": 0.5})
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "open_teacher", changed)
+        with pytest.raises(UserError, match="model: its files were changed while they were read; run the"):
+            run(taught)
+    assert run_id(taught) == run(taught).id  # of what lies there now
+
+    teach = TeachConfig(store=store, teacher=taught.teacher, context_length=32)
+    plan = plan_cache(teach)
+    (model / "config.json").touch()
+    with pytest.raises(UserError, match="its files were changed while they were read"):
+        load_job(plan)
+    load_job(plan_cache(teach))
 
 
 def test_one_that_waits_for_a_lock_does_not_lose_its_directory(make_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from tutelage.data.documents import Documents, positions_of
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
-from tutelage.models.directory import identify
+from tutelage.models.directory import ModelState, identify, is_local
 from tutelage.names import find, find_run_id
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
@@ -37,7 +38,6 @@ from tutelage.types import PLAIN, Batch, DenseTargets, MeanTargets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -62,6 +62,7 @@ class CachePlan:
         store: the text.
         teacher: as in the config, with a Hub name pinned to a commit.
         teacher_fingerprint: identity of the teacher's weights.
+        states: of the files of local models when they were identified.
         path: the cache's directory.
     """
 
@@ -69,6 +70,7 @@ class CachePlan:
     store: Store
     teacher: LiveTeacher
     teacher_fingerprint: str
+    states: tuple[ModelState, ...]
     path: Path
 
 
@@ -154,6 +156,9 @@ def plan_cache(config: TeachConfig) -> CachePlan:
         teacher = _completed(teacher, config.runs, "teacher")
     config = config.model_copy(update={"store": find("store", config.store, "store"), "teacher": teacher})
     store = open_store(config.store)
+    single = teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
+    places = [locate(one, config.runs)[0] for one in single if isinstance(one, RunTeacher | ModelTeacher)]
+    states = tuple(ModelState.of(Path(place)) for place in places if is_local(place))
     if isinstance(teacher, MeanTeacher):
         identified = [_identified(part, config.runs, store) for part in teacher.of]
         teacher = teacher.model_copy(update={"of": tuple(part for part, _ in identified)})
@@ -168,7 +173,8 @@ def plan_cache(config: TeachConfig) -> CachePlan:
     }
     if not isinstance(teacher, MeanTeacher) and (attention := _attention(teacher)) is not None:
         content["attn_implementation"] = attention
-    return CachePlan(config, store, teacher, fingerprint, config.output / f"{config.name}-{digest(content)}")
+    path = config.output / f"{config.name}-{digest(content)}"
+    return CachePlan(config, store, teacher, fingerprint, states, path)
 
 
 def _completed(teacher: Single, runs: Path, what: str) -> Single:
@@ -215,6 +221,8 @@ def load_job(plan: CachePlan) -> CacheJob:
     )
     teacher = TEACHERS[plan.teacher.kind].make(plan.teacher, context)
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for state in plan.states:
+        state.refuse_change()
     probe = _targets(teacher, Batch(token_11, token_11, (0,)), plan)
     alone = probe if isinstance(probe, DenseTargets) else None
     manifest = CacheManifest(
