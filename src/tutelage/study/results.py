@@ -165,6 +165,8 @@ def load_results(directory: Path) -> Results:
                 warned[planned.run] = str(progress["warning"])
         rows.append(planned_row(planned) + tuple(progress.get(name) for name in _MEASURED))
         if progress["status"] != "done":
+            lost = _lost(path)
+            problems += [] if lost is None else [f"{planned.run}: {lost}"]
             continue
         with _reported(problems, planned.run, "; its learning curve is left out"):
             _add_curve(curves, planned.run, read_lines(path / "metrics.jsonl", _CurvePoint))
@@ -286,7 +288,7 @@ def _progress(path: Path) -> dict[str, object]:
     """Status of a run and, if it is done, its costs.
 
     Raises:
-        UnreadableError: the state cannot be read, or something is lost of a run that was done.
+        UnreadableError: the state cannot be read.
     """
     run, file = RunDirectory(path), path / "state.json"
     status = run.status()
@@ -294,8 +296,13 @@ def _progress(path: Path) -> dict[str, object]:
         return {"status": status}
     if status == "done":
         return read_model(file, _Done).model_dump()
-    found = read_model(file, _Status)
-    if found.status == "done":
-        lost = run.model if run.scores.exists() else run.scores
-        raise UnreadableError(lost.name, "lost since the run was done; `tutelage study run` makes it again")
-    return found.model_dump() | {"status": status}
+    return read_model(file, _Status).model_dump() | {"status": status}
+
+
+def _lost(path: Path) -> str | None:
+    """What a run has lost that was done by its state, and is no longer; None if it is not so."""
+    run = RunDirectory(path)
+    if run.is_done() or run.state().get("status") != "done":
+        return None
+    lost = run.model if run.scores.exists() else run.scores
+    return f"{lost.name}: lost since the run was done; `tutelage study run` makes it again"

@@ -294,7 +294,8 @@ def test_what_is_lost_of_a_run_that_was_done_is_named(study, lost):
 
     assert len(results.problems) == 1
     assert results.problems[0].startswith(f"{RUN}: {lost}: ")
-    assert results.unfinished.select("run", "status").rows() == [(RUN, "unreadable")]
+    status = "unreadable" if lost == "state.json" else "stopped"
+    assert results.unfinished.select("run", "status").rows() == [(RUN, status)]
 
 
 def test_a_done_run_without_its_ledger_is_unreadable(study):
