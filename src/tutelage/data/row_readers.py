@@ -247,6 +247,8 @@ def _parsed(line: bytes, where: str) -> object:
         row: object = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRowError(not_decoded(where, error))
+    except (ValueError, OverflowError) as error:
+        return BadRowError(f"{where}: a value that cannot be read ({error})")
     except json.JSONDecodeError as error:
         return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
     except ValueError as error:
@@ -293,7 +295,7 @@ def _mean_row(metadata: FileMetaData, fields: Sequence[str]) -> float:
 
 
 def _parquet_row(batch: RecordBatch, place: int, where: str) -> object:
-    """Return one row; bytes that are not UTF-8 spoil only the row that holds them."""
+    """Return one row; bytes that are not UTF-8, and times that no calendar has, spoil only their row."""
     try:
         return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:

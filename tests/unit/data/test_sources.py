@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+import pickle
 import sys
 
+import pyarrow
 import pytest
 import zstandard
+from pyarrow import parquet
 
 from tutelage.config.data_config import CorpusSource, FilesSource, HubSource
 from tutelage.data.sources import Mixture, describe
@@ -27,6 +31,47 @@ def texts_of(*sources, **limits) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------- reading files
+
+
+class Planted(pyarrow.ExtensionType):
+    """A type of a column that a file brings along, which nobody here has registered."""
+
+    def __init__(self):
+        super().__init__(pyarrow.string(), "planted.type")
+
+    def __arrow_ext_serialize__(self):
+        return pickle.dumps(print)
+
+
+ONE = ["one", None, "two"]
+DEEP = functools.reduce(lambda inner, _: {"a": inner}, range(60), "x")
+COLUMNS = {
+    "dictionary": pyarrow.array(ONE).dictionary_encode(),
+    "large": pyarrow.array(ONE, pyarrow.large_string()),
+    "view": pyarrow.array(ONE, pyarrow.string_view()),
+    "extension": pyarrow.ExtensionArray.from_storage(Planted(), pyarrow.array(ONE)),
+    "opaque": pyarrow.ExtensionArray.from_storage(
+        pyarrow.opaque(pyarrow.string(), "x", "y"), pyarrow.array(ONE)
+    ),
+    "uuid": pyarrow.ExtensionArray.from_storage(
+        pyarrow.uuid(), pyarrow.array([bytes(16), None, bytes(16)], pyarrow.binary(16))
+    ),
+    "list": pyarrow.array([["one"], None, []]),
+    "deep": pyarrow.array([DEEP, None, DEEP]),
+    "bytes": pyarrow.array([b"one", None, b"\xff"]).dictionary_encode(),
+    "day": pyarrow.array([2**30, None, 1], pyarrow.date32()),  # of a year that Python cannot count
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_columns_of_any_type_are_text_or_bad_rows(tmp_path, kind):
+    parquet.write_table(pyarrow.table({"text": COLUMNS[kind], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    if kind in {"dictionary", "large", "view", "extension", "opaque"}:
+        assert texts_of(files(tmp_path / "a.parquet")) == ["one", "two"]
+    else:
+        with pytest.raises(UserError, match=r"a\.parquet: row 1: (field 'text' holds|a value that cannot)"):
+            texts_of(files(tmp_path / "a.parquet"))
+        assert texts_of(files(tmp_path / "a.parquet", on_bad_row="skip")) == []
 
 
 def test_text_file_is_one_document(tmp_path):
