@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tutelage import agreement, processes, provenance
 from tutelage.config.load import to_yaml
-from tutelage.config.teacher_config import ModelTeacher
+from tutelage.config.teacher_config import MeanTeacher, ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.evals import evaluate
@@ -151,7 +151,9 @@ def _planned(configs: Sequence[RunConfig]) -> tuple[list[Run], list[ModelState]]
     """
     configs = [pinned(config) for config in configs]
     models = {config.model.path for config in configs}
-    models |= {config.teacher.path for config in configs if isinstance(config.teacher, ModelTeacher)}
+    for teacher in (config.teacher for config in configs):
+        single = teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
+        models |= {one.path for one in single if isinstance(one, ModelTeacher)}
     given = [ModelState.of(Path(path)) for path in models if path is not None and Path(path).exists()]
     check_cohort(configs)
     for config in configs:

@@ -247,8 +247,6 @@ def _parsed(line: bytes, where: str) -> object:
         row: object = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRowError(not_decoded(where, error))
-    except (ValueError, OverflowError) as error:
-        return BadRowError(f"{where}: a value that cannot be read ({error})")
     except json.JSONDecodeError as error:
         return BadRowError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
     except ValueError as error:
@@ -300,3 +298,5 @@ def _parquet_row(batch: RecordBatch, place: int, where: str) -> object:
         return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
     except UnicodeDecodeError as error:
         return BadRowError(not_decoded(where, error))
+    except (ValueError, OverflowError) as error:
+        return BadRowError(f"{where}: a value that cannot be read ({error})")

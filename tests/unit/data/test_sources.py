@@ -8,7 +8,7 @@ import json
 import pickle
 import sys
 
-import pyarrow
+import pyarrow as pa
 import pytest
 import zstandard
 from pyarrow import parquet
@@ -33,11 +33,11 @@ def texts_of(*sources, **limits) -> list[str]:
 # ------------------------------------------------------------------------------------- reading files
 
 
-class Planted(pyarrow.ExtensionType):
+class Planted(pa.ExtensionType):
     """A type of a column that a file brings along, which nobody here has registered."""
 
     def __init__(self):
-        super().__init__(pyarrow.string(), "planted.type")
+        super().__init__(pa.string(), "planted.type")
 
     def __arrow_ext_serialize__(self):
         return pickle.dumps(print)
@@ -46,26 +46,22 @@ class Planted(pyarrow.ExtensionType):
 ONE = ["one", None, "two"]
 DEEP = functools.reduce(lambda inner, _: {"a": inner}, range(60), "x")
 COLUMNS = {
-    "dictionary": pyarrow.array(ONE).dictionary_encode(),
-    "large": pyarrow.array(ONE, pyarrow.large_string()),
-    "view": pyarrow.array(ONE, pyarrow.string_view()),
-    "extension": pyarrow.ExtensionArray.from_storage(Planted(), pyarrow.array(ONE)),
-    "opaque": pyarrow.ExtensionArray.from_storage(
-        pyarrow.opaque(pyarrow.string(), "x", "y"), pyarrow.array(ONE)
-    ),
-    "uuid": pyarrow.ExtensionArray.from_storage(
-        pyarrow.uuid(), pyarrow.array([bytes(16), None, bytes(16)], pyarrow.binary(16))
-    ),
-    "list": pyarrow.array([["one"], None, []]),
-    "deep": pyarrow.array([DEEP, None, DEEP]),
-    "bytes": pyarrow.array([b"one", None, b"\xff"]).dictionary_encode(),
-    "day": pyarrow.array([2**30, None, 1], pyarrow.date32()),  # of a year that Python cannot count
+    "dictionary": pa.array(ONE).dictionary_encode(),
+    "large": pa.array(ONE, pa.large_string()),
+    "view": pa.array(ONE, pa.string_view()),
+    "extension": pa.ExtensionArray.from_storage(Planted(), pa.array(ONE)),
+    "opaque": pa.ExtensionArray.from_storage(pa.opaque(pa.string(), "x", "y"), pa.array(ONE)),
+    "uuid": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16), None, bytes(16)], pa.binary(16))),
+    "list": pa.array([["one"], None, []]),
+    "deep": pa.array([DEEP, None, DEEP]),
+    "bytes": pa.array([b"one", None, b"\xff"]).dictionary_encode(),
+    "day": pa.array([2**30, None, 1], pa.date32()),  # of a year that Python cannot count
 }
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_columns_of_any_type_are_text_or_bad_rows(tmp_path, kind):
-    parquet.write_table(pyarrow.table({"text": COLUMNS[kind], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"text": COLUMNS[kind], "n": [1, 2, 3]}), tmp_path / "a.parquet")
     if kind in {"dictionary", "large", "view", "extension", "opaque"}:
         assert texts_of(files(tmp_path / "a.parquet")) == ["one", "two"]
     else:
