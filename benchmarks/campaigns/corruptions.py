@@ -5,6 +5,7 @@ After an error the file is put back, and the same command must end in the undist
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -83,10 +84,21 @@ def corrupt(world: World, dice: random.Random, name: str, _: int) -> Verdict:
         outcome,
         f"{damage} of {where}",
         names=(path.name, path.parent.name),
-        mend=lambda: shutil.copyfile(kept, path),
+        mend=lambda: put_back(kept, path),
         # What is there already, and nobody asked to look at, may stay as it is.
         ignored=where,
     )
+
+
+def put_back(kept: Path, path: Path) -> None:
+    """Replace what lies there now, which may be a pipe, by a copy of what lay there before."""
+    path.unlink(missing_ok=True)
+    shutil.copyfile(kept, path)
+
+
+def _pipe(path: Path, _dice: random.Random, _: list[Path]) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def _flip(path: Path, dice: random.Random, _: list[Path]) -> None:
@@ -124,6 +136,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random, list[Path]], object]] = {
     "zeroed block": _zero,
     "repeated tail": _repeat,
     "exchange": _swap,
+    "pipe": _pipe,
     "loss": lambda path, dice, files: path.unlink(),  # noqa: ARG005 - as the others are called
     "emptying": lambda path, dice, files: path.write_bytes(b""),  # noqa: ARG005 - as the others are called
 }

@@ -11,7 +11,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from campaigns.commands import run
-from campaigns.corruptions import DAMAGES
+from campaigns.corruptions import DAMAGES, put_back
 from campaigns.judging import LOST, RIGHT, SILENT, TRACEBACK, UNCLEAR, Verdict, broken
 from campaigns.world import STUDY, TASKS, prepare
 
@@ -64,7 +64,7 @@ def verify_damaged(world: World, dice: random.Random, name: str, _: int) -> Verd
         DAMAGES[damage](path, dice, [one for one in path.parent.iterdir() if one.is_file()])
         due = _must_be_named(path, kept)
         found = run(arguments, world.place)
-        shutil.copyfile(kept, path)
+        put_back(kept, path)
     if kind := broken(found):
         return Verdict(kind, f"{words}: {found.code} {found.err[-300:]}")
     if found.code not in (0, 1):
@@ -79,7 +79,7 @@ def verify_damaged(world: World, dice: random.Random, name: str, _: int) -> Verd
 
 def _must_be_named(path: Path, kept: Path) -> bool:
     """Whether a file is another one now, and somebody would read it or miss it."""
-    if path.exists() and path.read_bytes() == kept.read_bytes():
+    if path.is_file() and path.read_bytes() == kept.read_bytes():
         return False
     unread = _UNREAD if path.exists() else _MADE_AGAIN
     return not any(fnmatch.fnmatch(str(path), pattern) for pattern in unread)

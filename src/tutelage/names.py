@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from tutelage.errors import UserError, suggestion
-from tutelage.files import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -202,8 +201,10 @@ def settings(path: Path) -> dict[str, object]:
     Names, and where it was computed and put, are left out: they do not change what it holds.
     """
     file = path / ("config.yaml" if kind_of(path) == "run" else "manifest.json")
+    if not file.is_file():
+        return {}
     try:
-        read = yaml.load(read_bytes(file), _LOADER)  # noqa: S506 - a safe loader; JSON is YAML
+        read = yaml.load(file.read_bytes(), _LOADER)  # noqa: S506 - a safe loader; JSON is YAML
     except (OSError, yaml.YAMLError):
         return {}
     read = read if isinstance(read, dict) else {}
