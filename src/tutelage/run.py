@@ -10,12 +10,10 @@ import glob
 import shutil
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage import agreement, processes, provenance
 from tutelage.config.load import to_yaml
-from tutelage.config.teacher_config import MeanTeacher, ModelTeacher
 from tutelage.data.store import open_store
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.evals import evaluate
@@ -23,7 +21,6 @@ from tutelage.evals.contamination import anchored
 from tutelage.evals.score_files import read_scores, show_in_card
 from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
-from tutelage.models.directory import ModelState
 from tutelage.progress import NullProgress, Progress, counter
 from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, run_id
 from tutelage.run_plan import check_fits, out_of_memory
@@ -34,7 +31,7 @@ from tutelage.train.loop import train
 from tutelage.train.out_of_memory import LackOfMemoryError
 from tutelage.train.parallel import use_model
 from tutelage.train.save_model import export
-from tutelage.train.setup import check_cohort, open_student, open_teacher
+from tutelage.train.setup import GivenModels, check_cohort, open_student, open_teacher
 from tutelage.train.trackers import send_scores
 
 if TYPE_CHECKING:
@@ -88,7 +85,9 @@ def _run_cohort(configs: Sequence[RunConfig], progress: Progress) -> list[RunDir
     is_main = processes.place().is_main
     with contextlib.ExitStack() as locks:
         with agreement.together(configs[0].parallel.timeout) as facts:
-            runs, given = _planned(configs)
+            configs = [pinned(config) for config in configs]
+            given = GivenModels(configs)  # before runs are named by their content
+            runs = _planned(configs)
             left = _unfinished(runs, progress)
             untrained = [run for run in left if not run[1].is_trained()]
             if processes.place().size > 1:
@@ -125,8 +124,8 @@ def _what_must_agree(runs: Sequence[Run], left: Sequence[Run]) -> dict[str, obje
     """
     facts: dict[str, object] = {"the code": provenance.code()}
     for config, directory in runs:
-        settings = config.model_dump(mode="json")
-        facts |= {f"{config.name}: {field}": value for field, value in _fields(settings)}
+        settings = _fields(config.model_dump(mode="json"))
+        facts |= {f"{config.name}: {field}": value for field, value in settings}
         del facts[f"{config.name}: data.store"]
         facts[f"{config.name}: fingerprint of data.store"] = open_store(config.data.store).fingerprint
         facts[f"{config.name}: run"] = directory.id
@@ -143,18 +142,8 @@ def _fields(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
             yield f"{above}{name}", value
 
 
-def _planned(configs: Sequence[RunConfig]) -> tuple[list[Run], list[ModelState]]:
-    """Check the configs and name their directories, before anything is computed.
-
-    Returns:
-        The runs, and the state of the files of given models from before they were named by their content.
-    """
-    configs = [pinned(config) for config in configs]
-    models = {config.model.path for config in configs}
-    for teacher in (config.teacher for config in configs):
-        single = teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
-        models |= {one.path for one in single if isinstance(one, ModelTeacher)}
-    given = [ModelState.of(Path(path)) for path in models if path is not None and Path(path).exists()]
+def _planned(configs: Sequence[RunConfig]) -> list[Run]:
+    """Check the configs and name their directories, before anything is computed."""
     check_cohort(configs)
     for config in configs:
         check_place(config.output)
@@ -162,7 +151,7 @@ def _planned(configs: Sequence[RunConfig]) -> tuple[list[Run], list[ModelState]]
     _check_distinct(runs)
     for config in configs:
         evaluate.check_domains(config)
-    return runs, given
+    return runs
 
 
 def _unfinished(runs: Sequence[Run], progress: Progress) -> list[Run]:
@@ -194,7 +183,7 @@ def _check_distinct(runs: Sequence[Run]) -> None:
             )
 
 
-def _train(runs: Sequence[Run], given: Sequence[ModelState], progress: Progress) -> UserError | None:
+def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserError | None:
     """Open, train and export the runs; return the errors of those that could not be finished, as one."""
     if not runs:
         return None
@@ -202,7 +191,8 @@ def _train(runs: Sequence[Run], given: Sequence[ModelState], progress: Progress)
     world = distributed.start(runs[0][0].runtime, parallel)
     with contextlib.ExitStack() as closing:
         with agreement.together(parallel.timeout):
-            students = _open(runs, given, world, progress)
+            students = _open(runs, world, progress)
+            given.refuse_change()
             for student in students:
                 closing.callback(student.close)
                 student.resume(cohort=len(students))
@@ -227,22 +217,17 @@ def _train(runs: Sequence[Run], given: Sequence[ModelState], progress: Progress)
     return None
 
 
-def _open(
-    runs: Sequence[Run], given: Sequence[ModelState], world: World, progress: Progress
-) -> list[Student]:
-    """Open students and teacher; a run that branches from another gets its checkpoint."""
+def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:
+    """Open students and teacher, whose cache is written if one is asked for; give branches their checkpoint."""
     for config, _ in runs:
         if (warning := check_fits(config, world.device.type, world.size)) and world.is_main:
             progress.note(f"warning: {warning}")
     students = [open_student(config, directory, world) for config, directory in runs]
     taught = [student for student in students if student.config.teacher is not None]
     if taught:
-        # The teacher's cache is written here, if one is asked for.
         teacher = open_teacher(taught[0].config, world, progress if world.is_main else None)
         for student in taught:
             student.learn_from(teacher)
-    for model in given:
-        model.refuse_change()
     if world.is_main:
         for student in students:
             _copy_branch_point(student)
@@ -334,8 +319,7 @@ def _score(runs: Sequence[Run], progress: Progress) -> None:
     for config, directory in runs:
         step, began = int(directory.state()["step"]), time.perf_counter()
         if evaluate.missing_domains(config, directory, step):
-            stage = f"{directory.id}: scores"
-            progress.start(stage, unit="tokens")
+            progress.start(stage := f"{directory.id}: scores", unit="tokens")
             model = hub.load(directory.model, attn_implementation=config.model.attn_implementation)
             scored = config, directory, model.to(hub.pick_device(config.runtime.device)), step
             scores = evaluate.score_run(*scored, finished=True, progress=counter(progress, stage))

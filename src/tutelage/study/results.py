@@ -165,8 +165,7 @@ def load_results(directory: Path) -> Results:
                 warned[planned.run] = str(progress["warning"])
         rows.append(planned_row(planned) + tuple(progress.get(name) for name in _MEASURED))
         if progress["status"] != "done":
-            lost = _lost(path)
-            problems += [] if lost is None else [f"{planned.run}: {lost}"]
+            problems += _lost(path)
             continue
         with _reported(problems, planned.run, "; its learning curve is left out"):
             _add_curve(curves, planned.run, read_lines(path / "metrics.jsonl", _CurvePoint))
@@ -299,10 +298,10 @@ def _progress(path: Path) -> dict[str, object]:
     return read_model(file, _Status).model_dump() | {"status": status}
 
 
-def _lost(path: Path) -> str | None:
-    """What a run has lost that was done by its state, and is no longer; None if it is not so."""
+def _lost(path: Path) -> list[str]:
+    """One sentence about what a run has lost that was done by its state, and is no longer."""
     run = RunDirectory(path)
     if run.is_done() or run.state().get("status") != "done":
-        return None
+        return []
     lost = run.model if run.scores.exists() else run.scores
-    return f"{lost.name}: lost since the run was done; `tutelage study run` makes it again"
+    return [f"{run.id}: {lost.name}: lost since the run was done; `tutelage study run` makes it again"]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from tutelage.config.objective_config import TopK
-from tutelage.config.teacher_config import CacheTeacher
+from tutelage.config.teacher_config import CacheTeacher, MeanTeacher, ModelTeacher
 from tutelage.data.loader import run_loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub, shapes, slices
+from tutelage.models.directory import ModelState
 from tutelage.models.export import Base
 from tutelage.models.initial_weights import fill_model
 from tutelage.models.lengths import check_length
@@ -42,6 +44,23 @@ if TYPE_CHECKING:
 
 _FALLBACK_LR = 3e-4
 """Peak learning rate of a model that is no shape of the ladder and whose config names none."""
+
+
+class GivenModels:
+    """The models that configs name by path, start or teacher, as their files were at one moment."""
+
+    def __init__(self, configs: Sequence[RunConfig]) -> None:
+        paths = {config.model.path for config in configs}
+        for teacher in (config.teacher for config in configs):
+            single = teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
+            paths |= {one.path for one in single if isinstance(one, ModelTeacher)}
+        there = [Path(path) for path in paths if path is not None]
+        self._states = [ModelState.of(path) for path in there if path.exists()]
+
+    def refuse_change(self) -> None:
+        """Refuse models that were written since. Raises `UserError`."""
+        for state in self._states:
+            state.refuse_change()
 
 
 def check_cohort(configs: Sequence[RunConfig]) -> None:
