@@ -218,7 +218,7 @@ def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserE
 
 
 def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:
-    """Open students and teacher, whose cache is written if one is asked for; give branches their checkpoint."""
+    """Open students and teacher, whose cache is written if asked for; give branches their checkpoint."""
     for config, _ in runs:
         if (warning := check_fits(config, world.device.type, world.size)) and world.is_main:
             progress.note(f"warning: {warning}")
