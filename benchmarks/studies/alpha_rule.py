@@ -20,16 +20,25 @@ import numpy as np
 import polars as pl
 from scipy.optimize import brute, least_squares
 
+from tutelage.planner.laws import PUBLISHED
+
 LAST = 0.15
 FLOOR, CAP = 0.1, 1.0
 FEWEST = 4
 """Constants of alpha that a pair needs, so that those between them can be interpolated."""
 
+OWN = (1.14e9, 50e9)
 PAPER = (
-    *((0.7e9, 50e9, 0.2), (1.7e9, 50e9, 0.2), (3.8e9, 50e9, 0.6), (8e9, 50e9, 0.8), (8e9, 10e9, 0.4)),
-    *((8e9, 30e9, 0.6), (8e9, 80e9, 1.0), (8e9, 100e9, 1.0), (8e9, 300e9, 0.8)),
+    *(
+        (0.428e9, 50e9, 0.2),
+        (1.14e9, 50e9, 0.2),
+        (2.99e9, 50e9, 0.6),
+        (6.98e9, 50e9, 0.8),
+        (6.98e9, 10e9, 0.4),
+    ),
+    *((6.98e9, 30e9, 0.6), (6.98e9, 80e9, 1.0), (6.98e9, 100e9, 1.0), (6.98e9, 300e9, 0.8)),
 )
-"""Parameters and tokens of a teacher, and the best alpha of the student of 1.7B."""
+"""Parameters without embeddings and tokens of a teacher, and the best alpha of the student of 1.7B, `OWN`."""
 
 
 class Pair(NamedTuple):
@@ -100,9 +109,7 @@ def fit(pairs: list[Pair]) -> np.ndarray:
 
 def main() -> None:
     """Print the fits and what each rule loses."""
-    law = lambda n, d: 1.220 + (3355 / n**0.408 + 18186 / d**0.431) ** 0.452  # noqa: E731
-    own = law(1.7e9, 50e9)
-    points = [(own / law(n, d) - 1, alpha) for n, d, alpha in PAPER]
+    points = [(PUBLISHED.loss(*OWN) / PUBLISHED.loss(n, d) - 1, alpha) for n, d, alpha in PAPER]
     better, best = np.array(points).T
     off = lambda x: np.clip(x[0] + x[1] * better, FLOOR, CAP) - best  # noqa: E731
     papers = least_squares(off, [0.4, 5.0])
