@@ -24,10 +24,10 @@ pytestmark = pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_lm_evals_own_command_gives_the_same_accuracy(make_config, command, tmp_path, store, other_store):
     trained = run(make_config(tokens=150 * 256, data={"store": str(store), "sequence_length": 64}))
-    code, printed, _ = command("eval", "recall", trained.path, "--device", "cpu")
+    code, printed, notes = command("eval", "recall", trained.path, "--device", "cpu")
     assert code == 0
     assert "accuracy_held_out" in printed
-    assert "questions about facts read 2 or 3 times" in printed
+    assert "questions about facts read 2 or 3 times" in notes
     scores = {row.metric: row for row in read_scores(trained.scores)}
     (file,) = (tmp_path / "evals" / "stores").glob("recall-*.json")
     asked = json.loads(file.read_text())["found"]

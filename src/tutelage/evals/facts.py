@@ -86,7 +86,7 @@ def find_facts(store: Store) -> list[Fact]:
     The text is read twice, as a stream. Of more than 67 million tokens an evenly drawn part of the facts is
     kept, each counted in all of the text, so that memory is bounded.
     """
-    every = -(-len(store.split("train").tokens) // _KEPT_TOKENS)
+    every = 1 + len(store.split("train").tokens) // _KEPT_TOKENS
     splits: tuple[Split, Split] = ("train", "test")
     found: dict[str, Fact] = {}
     several: set[str] = set()

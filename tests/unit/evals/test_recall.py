@@ -83,6 +83,12 @@ def test_every_fact_is_in_the_text_as_often_as_said_and_with_no_other_answer(tex
             assert occurrences(split["train"], one) == (0, 0)
 
 
+def test_a_text_without_a_training_split_has_facts_that_are_held_out(other_store):
+    facts = find_facts(open_store(other_store))
+    assert len(facts) > 10
+    assert all(one.held_out for one in facts)
+
+
 def test_what_was_read_is_counted_in_the_batches_of_the_run(text, facts):
     loader = Loader(text.split("train"), 32, 8, READING.seed)
     tokenizer = Tokenizer.from_file(str(text.path / "tokenizer.json"))
