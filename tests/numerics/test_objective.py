@@ -589,7 +589,7 @@ def test_bad_sparse_targets_are_named(change, message):
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "2"}, "Objective: temperature = '2': must be a number"),
         ({"divergence": "forward_kll"}, "did you mean 'forward_kl'"),
-        ({"mixing": "half"}, "must be 'convex', 'keep_full_ce' or 'keep_full_kd'"),
+        ({"mixing": "half"}, "must be 'convex', 'keep_full_ce', 'keep_full_kd' or 'routed'"),
         ({"tail": "ghost"}, "must be 'other_bucket', 'renormalise' or 'none'"),
         ({"jsd_beta": 1.0}, "jsd_beta = 1.0: must be less than 1.0"),
         ({"skew": 0.0}, "skew = 0.0: must be more than 0.0"),

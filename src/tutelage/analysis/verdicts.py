@@ -5,6 +5,7 @@ Choices use the validation split, reports the test split.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +19,7 @@ from tutelage.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tutelage.study.plan import PlanStudent, PlanTeacher
+    from tutelage.study.plan import Plan, PlanStudent, PlanTeacher
     from tutelage.study.results import Results
     from tutelage.types import Split
 
@@ -193,6 +194,7 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
     noise = _estimates(document_noise(results, gains))
     learned = gains.domains.group_by("cell").agg(pl.col("teacher_run").drop_nulls().n_unique())
     teachers = dict(learned.iter_rows())
+    means = _teachers_of_means(results.plan)
     texts = text_spreads(gains)
     settings = {run.arm: run.arm_settings for run in results.plan.runs}
     found = []
@@ -209,10 +211,16 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
                 noise=documents,
                 texts=texts.get(row["cell"], {}),
                 n_seeds=n_seeds,
-                n_teachers=teachers[row["cell"]],
+                n_teachers=min(n_seeds, means.get(row["teacher"], teachers[row["cell"]])),
             )
         )
     return tuple(found)
+
+
+def _teachers_of_means(plan: Plan) -> dict[str, int]:
+    """How often the study trained each teacher that a mean is of, by name of the mean; the most of them."""
+    trained = Counter(run.teacher for run in plan.runs if run.kind == "teacher")
+    return {mean.name: max(trained[one] for one in mean.of) for mean in plan.teachers if mean.of}
 
 
 def _estimates(table: pl.DataFrame) -> dict[int, dict[tuple[Fit, Side], Estimate]]:

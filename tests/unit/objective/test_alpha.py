@@ -190,7 +190,7 @@ def test_contract_state_round_trips_at_any_step(name, cut):
         ),
         ({"alpha": 0.4, "gate": {"kind": "student_entropy", "keep": 1.0}}, "objective.gate.keep = 1.0"),
         ({"alpha": 0.4, "gate": {"kind": "teacher_entropy"}}, "the unigram teacher is equally uncertain"),
-        ({"alpha": 0.4, "gate": {"kind": "oracle"}}, "choose from student_entropy, teacher_better"),
+        ({"alpha": 0.4, "gate": {"kind": "oracle"}}, "choose from random, student_entropy, teacher_ahead"),
         ({"alpha": 0.4, "truncation": {"kind": "top_k", "k": 0}}, "objective.truncation.k = 0"),
         ({"alpha": 0.4, "truncation": {"kind": "top_p", "p": 1.5}}, "objective.truncation.p = 1.5"),
         ({"alpha": 0.4, "tail": "none", "divergence": "tvd"}, "tail = none is unbiased for forward_kl only"),
@@ -240,3 +240,17 @@ def cpu_seconds(call):
     start = time.process_time()
     call()
     return time.process_time() - start
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 101])
+def test_contract_plans_know_on_which_share_of_steps_a_teacher_is_run(name, steps):
+    """Of wsd the last step is left out: its learning rate, and so alpha, may end at 0."""
+    for changes in ({}, {"first": 0.0}, {"start": 0.0}, {"knots": [[0.2, 0.0], [0.6, 0.0], [0.7, 0.5]]}):
+        if changes.keys() - POLICIES[name].model_fields.keys():
+            continue
+        settings = validate(ObjectiveConfig, {"alpha": {"policy": name} | EXAMPLES[name] | changes}, "test")
+        policy = make(name, **changes)
+        run = [policy.alpha(step, steps) > 0 or policy.needs_teacher_ce(step) for step in range(steps)]
+        missed = int(name == "wsd" and not run[-1])
+        assert settings.taught_share(steps) == pytest.approx((sum(run) + missed) / steps)

@@ -164,5 +164,6 @@ def test_a_study_with_a_chain_and_a_mean_is_run_and_judged(tmp_path):
     assert chain.teacher_training == pytest.approx((base + first * (number - 1)) / base)
     assert chain.pair.relation is not None
     assert chain.pair.flat == ()  # its arms have one alpha, and are no choice of it
+    assert {one.best.n_teachers for one in rows.values()} == {2}  # both are trained anew for each seed
     trained = [spent[run.run] for run in runs.values() if run.kind == "teacher" and run.seed == 1043]
     assert rows["mean"].teacher_training == pytest.approx(sum(trained) / base)

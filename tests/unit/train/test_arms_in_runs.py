@@ -18,6 +18,7 @@ from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.build import build_store
 from tutelage.errors import Stopped, UserError
 from tutelage.models.devices import Hardware
+from tutelage.names import settings
 from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import RunDirectory
@@ -135,6 +136,7 @@ def test_a_mean_is_of_probabilities_live_and_cached_and_costs_each_teacher(teach
     assert plan_run(config, Hardware.named("h100", 1)).flops[1] == pytest.approx(flops)
     card = (directory.model / "README.md").read_text(encoding="utf-8")
     assert f"mean of run {teachers[0].id}, run {teachers[1].id}" in card
+    assert settings(directory.path)["teacher.of.1.run"] == teachers[1].id
 
     top = student(
         "top", teacher=mean | {"cache": {"format": {"kind": "topk", "k": 9}}}, objective={"alpha": 1.0}
