@@ -211,7 +211,7 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
                 noise=documents,
                 texts=texts.get(row["cell"], {}),
                 n_seeds=n_seeds,
-                n_teachers=min(n_seeds, means.get(row["teacher"], teachers[row["cell"]])),
+                n_teachers=min(n_seeds, means.get(str(row["teacher"]), teachers[row["cell"]])),
             )
         )
     return tuple(found)
