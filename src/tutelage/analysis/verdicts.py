@@ -201,6 +201,7 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
     for row in gains.cells.iter_rows(named=True):
         own, documents = seeds[row["cell"]], noise[row["cell"]]
         n_seeds = max(estimate.n for estimate in own.values())
+        learned_of = means.get(str(row["teacher"]))
         fields = {name: row[name] for name in row if name != "pair"}
         found.append(
             Verdict(
@@ -211,7 +212,7 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
                 noise=documents,
                 texts=texts.get(row["cell"], {}),
                 n_seeds=n_seeds,
-                n_teachers=min(n_seeds, means.get(str(row["teacher"]), teachers[row["cell"]])),
+                n_teachers=teachers[row["cell"]] if learned_of is None else min(n_seeds, learned_of),
             )
         )
     return tuple(found)
