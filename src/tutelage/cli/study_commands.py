@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, unknown
 from tutelage.files import LockedError, lock
 from tutelage.names import find
 
@@ -256,6 +256,66 @@ def study_retry(
         say("again", cleared)
     say("marks", directory / "queue" / "failures")
     say("next", "runners at work take them up; otherwise `tutelage study run` with the same file")
+
+
+@study_app.command("tokens")
+def study_tokens(
+    directory: Directory,
+    teacher: Annotated[
+        list[str],
+        typer.Option(help="teacher whose students are compared, at its tested_alpha, or NAME=ALPHA"),
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="scored texts to read; default: the training text's test split and the first other"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
+) -> None:
+    """Compare a teacher's students with the untaught ones token by token, in every seed of a finished study.
+
+    Tokens are sorted by the untaught student of the next seed. Documents and lengths are those that the
+    study scores. What is compared already is not compared again; claim 8 reads the result.
+    """
+    from tutelage.cli.bars import RichProgress, say
+    from tutelage.evals.evaluate import EvalRequest
+    from tutelage.evals.token_comparison import compare_on_texts
+    from tutelage.run_directory import RunDirectory
+    from tutelage.study.plan import load_plan
+    from tutelage.study.token_tables import runs_to_compare
+
+    directory = find("study", directory, "study")
+    plan = load_plan(directory)
+    outside = [domain.name for domain in plan.domains if domain.name != plan.in_domain]
+    asked = text or [plan.in_domain, *outside[:1]]
+    compared = []
+    for name in teacher:
+        named, _, alpha = name.partition("=")
+        compared += runs_to_compare(plan, named, _number(alpha, f"--teacher {name}") if alpha else None)
+    runs = directory / "runs"
+    with RichProgress() as progress:
+        for one in compared:
+            config = RunDirectory(runs / one.student).config()
+            stores = {domain.name: directory / "data" / domain.store.name for domain in config.eval.domains}
+            if lost := [name for name in asked if name not in stores]:
+                raise unknown("--text", lost[0], stores)
+            request = EvalRequest(
+                {}, {name: stores[name] for name in asked}, directory,
+                config.eval.max_documents, config.eval.max_tokens, device,
+            )  # fmt: skip
+            models = (str(runs / run) for run in (one.student, one.teacher, one.baseline, one.sorter))
+            student, learned, baseline, sorter = models
+            compare_on_texts(student, learned, baseline, sorter, request, progress)
+    say("compared", f"{len(compared)} students on {len(asked)} texts: {directory / 'token-comparisons'}")
+    say("next", f"`tutelage report {directory}`")
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{where}: {text!r} is no number") from None
 
 
 def demo(

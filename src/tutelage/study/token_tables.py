@@ -10,11 +10,13 @@ from polars.exceptions import PolarsError
 from scipy import special
 
 from tutelage.checksums import refuse_damage
-from tutelage.errors import UserError
+from tutelage.errors import UserError, unknown
 from tutelage.records import read_object
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tutelage.study.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,66 @@ class TokenComparison:
         """The token groups of one quantity in one or more groupings, in their order."""
         chosen = (pl.col("quantity") == quantity) & (pl.col("of") == of)
         return self.groups.filter(chosen & pl.col("grouping").is_in(groupings))
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRuns:
+    """The runs of a token comparison, by their ids.
+
+    Attributes:
+        student: taught.
+        teacher: its teacher.
+        baseline: the untaught student of its seed.
+        sorter: the untaught student of the next seed; of the last seed, that of the first.
+    """
+
+    student: str
+    teacher: str
+    baseline: str
+    sorter: str
+
+
+def runs_to_compare(plan: Plan, teacher: str, alpha: float | None) -> list[ComparedRuns]:
+    """The comparisons of one teacher's students in every seed, which a claim about tokens needs.
+
+    Args:
+        plan: of the study. Of several student settings the first that was taught so counts.
+        teacher: its name.
+        alpha: constant alpha of the students; None: the teacher's `tested_alpha`.
+
+    Raises:
+        UserError: there are no such runs, or only of one seed.
+    """
+    known = {entry.name: entry for entry in plan.teachers}
+    if teacher not in known:
+        raise unknown(f"study {plan.name}: teacher", teacher, known)
+    alpha = known[teacher].tested_alpha if alpha is None else alpha
+    if alpha is None:
+        raise UserError(
+            f"study {plan.name}: teacher {teacher} has no tested_alpha; say which, like {teacher}=0.4"
+        )
+    taught = [
+        run
+        for run in plan.runs
+        if (run.kind, run.teacher) == ("student", teacher) and run.constant and run.alpha == alpha
+    ]
+    own = [run for run in taught if run.student == taught[0].student]
+    untaught = {
+        run.seed: run.run
+        for run in plan.runs
+        if own and (run.kind, run.student, run.twin) == ("baseline", own[0].student, 0)
+    }
+    if len(untaught) < 2:  # noqa: PLR2004 - a sorter is of another seed
+        raise UserError(
+            f"study {plan.name}: no students of {teacher} at alpha {alpha:g} in two seeds or more to compare"
+        )
+    seeds = sorted(untaught)
+    after = dict(zip(seeds, seeds[1:] + seeds[:1], strict=True))
+    return [
+        ComparedRuns(run.run, of, str(run.baseline), untaught[after[run.seed]])
+        for run in own
+        if (of := run.teacher_run or known[teacher].run) is not None
+    ]
 
 
 def read_token_comparison(directory: Path) -> TokenComparison:

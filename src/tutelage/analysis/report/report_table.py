@@ -128,8 +128,11 @@ class ReportTable:
         return [textwrap.fill(line, width, subsequent_indent="    ") for line in items]
 
     def markdown(self) -> str:
-        """Markdown, as the README has it."""
-        escaped = [[cell.text.replace("|", "\\|") for _, cell in row] for row in self.shown]
+        """Markdown, as the README has it; notes stand below what they are of."""
+        escaped = [
+            ["<br>".join(filter(None, (cell.text, cell.note))).replace("|", "\\|") for _, cell in row]
+            for row in self.shown
+        ]
         lines = [self.headings, ["---"] * len(self.headings), *escaped]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
