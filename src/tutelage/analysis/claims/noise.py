@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 KINDS = ("in_domain", "out_of_domain", "fitted", "after", "calibration")
 """Kinds of gain: the fields of `Noise` with parts of their own."""
 _TWO = 2
+_UNTOLD = 4
+"""Degrees of freedom at which half of a variance is split over its sources by moments, half equally: with few
+seeds moments alone would call a source silent, or a third one all there is."""
 
 
 class NoiseParts(Record):
@@ -210,7 +213,7 @@ def _moments(cells: Mapping[int, Verdict], first: _Numbers, second: _Numbers, tw
     """Split the covariance of two kinds of gain over its sources; a kind with itself: its variance.
 
     Where all gains are one teacher's, what it adds is counted as the untaught runs'; where there is one arm,
-    its untaught run is taken to be as noisy as the taught one.
+    its untaught run is taken to be as noisy as the taught one. With few seeds the split is drawn to equality.
     """
     pairs: defaultdict[bool, list[float]] = defaultdict(list)
     own: defaultdict[bool, list[tuple[float, bool]]] = defaultdict(list)
@@ -239,12 +242,21 @@ def _moments(cells: Mapping[int, Verdict], first: _Numbers, second: _Numbers, tw
     else:
         shared = fmean(everything) / (1 + twins) if everything else 0.0
     teacher = max(least, fmean(pairs[True]) - shared) if pairs[True] else 0.0
+    whole, taught = fmean(everything or [0.0]), any(each for some in own.values() for _, each in some)
+    known = 1 - _UNTOLD / (_UNTOLD + max(0, max(map(len, first.gains.values()), default=0) - 1))
+    equal = (1 - known) / (2 + taught) if first is second else 0.0  # few seeds tell no correlation
     left = {
-        alone: fmean(variance - shared - teacher * taught for variance, taught in some)
+        alone: known * max(least, fmean(variance - shared - teacher * each for variance, each in some))
+        + equal * fmean(variance for variance, _ in some)
         for alone, some in own.items()
     }
     either = fmean(left.values()) if left else 0.0
-    return _Moments(twins * shared, teacher, left.get(False, either), left.get(True, either))
+    return _Moments(
+        twins * (known * shared + equal * whole),
+        known * teacher + equal * whole * taught,
+        left.get(False, either),
+        left.get(True, either),
+    )
 
 
 def _covariance(first: Series, second: Series) -> float | None:
