@@ -44,7 +44,7 @@ def answer_table(outcomes: Sequence[ClaimResult]) -> ReportTable:
         rows.append(
             [
                 str(outcome.number),
-                TableCell(outcome.text, "" if shown is None else _tested(outcome, shown)),
+                TableCell(outcome.text, outcome.open if shown is None else _tested(outcome, shown)),
                 TableCell(outcome.answer, effect=outcome.answer),
                 "" if effect is None or shown is None else f"{_number(effect.mean)}{_unit(shown)}",
                 "" if effect is None else f"{_number(effect.low)} to {_number(effect.high)}",
