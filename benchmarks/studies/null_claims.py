@@ -163,6 +163,7 @@ def draw(w: World, rng: np.random.Generator, comparisons: tuple[TokenComparison,
         frames.append(
             w.runs.select("run").with_columns(
                 domain=pl.lit(domain), split=pl.lit(split), metric=pl.lit(metric), value=pl.Series(values),
+                version=pl.lit("drawn"),
             )
         )  # fmt: skip
 

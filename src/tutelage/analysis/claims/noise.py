@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 KINDS = ("in_domain", "out_of_domain", "fitted", "after", "calibration")
 """Kinds of gain: the fields of `Noise` with parts of their own."""
 _TWO = 2
+_DIGITS = 4
 _UNTOLD = 4
 """Degrees of freedom at which half of a variance is split over its sources by moments, half equally: with few
 seeds moments alone would call a source silent, or a third one all there is."""
@@ -124,7 +125,8 @@ def measure_noise(study: JudgedStudy) -> Noise:
         series for test in difficulty(raw) for series in test.members.values() if len(series) >= _TWO
     ]
     if contrasts:
-        changes["tokens"] = sqrt(fmean(float(np.var([*one.values()], ddof=1)) for one in contrasts))
+        variances = [float(np.var([*one.values()], ddof=1)) for one in contrasts]
+        changes["tokens"] = round(sqrt(fmean(variances)), _DIGITS)
     strength = _strength(raw)
     if strength is not None:
         changes["strength"] = strength
@@ -286,7 +288,12 @@ def _correlations(crossed: _Moments, first: _Moments, second: _Moments) -> Noise
 
 
 def _parts(untaught: float, teacher: float, mixed: float, alone: float) -> NoiseParts:
-    return NoiseParts(untaught=untaught, teacher=teacher, mixed=mixed, alone=alone)
+    return NoiseParts(
+        untaught=round(untaught, _DIGITS),
+        teacher=round(teacher, _DIGITS),
+        mixed=round(mixed, _DIGITS),
+        alone=round(alone, _DIGITS),
+    )
 
 
 def _strength(study: GainsBySeed) -> float | None:
@@ -299,4 +306,4 @@ def _strength(study: GainsBySeed) -> float | None:
         doublings = log2(teacher.parameters * teacher.tokens / (student.parameters * student.tokens))
         if abs(doublings) > 0.5 and pair.bits_per_byte and pair.student_bits:  # noqa: PLR2004 - near 0 it tells nothing
             found.append(100 * (1 - pair.bits_per_byte / pair.student_bits) / doublings)
-    return median(found) if found else None
+    return round(median(found), _DIGITS) if found else None

@@ -72,7 +72,7 @@ class PlannedStudy:
                 domain=pl.lit(domain), split=pl.lit(split), metric=pl.lit(metric), value=pl.Series(values)
             )
             for domain, metric, split, values in columns
-        )
+        ).with_columns(version=pl.lit("drawn"))
         return Results(
             plan=self._plan,
             runs=self._runs,
