@@ -11,6 +11,7 @@ from token_files import write as write_comparison
 
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.claims.registry import missing_of
+from tutelage.analysis.report.recall_rows import recall_table
 from tutelage.study.plan import load_plan, save_plan
 from tutelage.study.results import load_results
 from tutelage.types import Score
@@ -87,6 +88,30 @@ def test_copying_is_judged_by_what_the_probes_added_to_the_scores(tmp_path):
     assert found.answer == "supported"
     assert found.tests[0].effect.mean == pytest.approx(-5.6)  # points: 100 (.444 - .5)
     assert list(found.tests[0].test.members) == ["tiny 2M from weak, alpha 1"]
+
+
+def test_recall_is_compared_where_the_same_questions_were_asked(tmp_path):
+    study = write_study(tmp_path / "study")
+    for seed in (43, 44, 45):
+        for run, accuracy in ((f"baseline-{seed}", 0.5), (f"student-weak-0.4-{seed}", 0.4 + seed / 1000)):
+            for name in ("0", "10+"):
+                other = seed == 45 and accuracy != 0.5 and name == "10+"  # of another data order
+                score = Score(
+                    run=run, step=1953, tokens=TOKENS, domain="recall", role="probe", split="test",
+                    metric=f"accuracy_{name}", value=accuracy, stderr=0.01, n=200, higher_is_better=True,
+                    version="2-2" if other else "2-1",
+                )  # fmt: skip
+                with (study / "runs" / run / "scores.jsonl").open("a") as file:
+                    file.write(json.dumps(asdict(score)) + "\n")
+    table = recall_table(judge_study(load_results(study)))
+
+    assert table.headings == ["pair", "alpha", "not read", "read 10 times or more"]
+    ((pair, alpha, unread, often),) = table.rows
+    assert (pair, alpha, unread.text, often.text) == ("tiny 2M from weak", "0.4", "-5.6", "-5.7")
+    assert unread.value.mean == pytest.approx(-5.6)  # points: 100 (.444 - .5)
+    assert often.value.mean == pytest.approx(-5.65)
+    assert "(n = 3); alone 50.0%" in unread.note
+    assert "(n = 2); alone 50.0%" in often.note
 
 
 def test_teachers_of_a_students_own_batches_count_for_that_student_alone(tmp_path):

@@ -43,7 +43,7 @@ def recall_table(study: JudgedStudy) -> ReportTable:
     columns = (
         Column("pair", style="row"),
         Column("alpha"),
-        *(Column(heading, style="num") for heading in bins.values()),
+        *(Column(heading) for heading in bins.values()),
     )
     rows: list[list[TableCell | str]] = []
     for pair, verdict in best:
@@ -52,7 +52,8 @@ def recall_table(study: JudgedStudy) -> ReportTable:
             alone, change = gains[verdict.cell].get(name, (0.0, None))
             cell = gain_cell(change)
             if change is not None:
-                note = f"{cell.note}; alone {alone:.1f}%"
+                seeds = f" (n = {change.n})" if words.is_judged(change) else ""
+                note = f"{cell.note}{seeds}; alone {alone:.1f}%"
                 cell = replace(cell, text=f"{change.mean:+.1f}", note=note)
             cells.append(cell)
         name = f"{pair.student.name} from {pair.teacher.name}"
