@@ -53,11 +53,11 @@ PARTS = {
         | {"build": 8, "eval": 10, "report": 5},
         {"train": 2, "teach": 1, "ranks": 1},
     ),
-    "study kills": Part(kill_study, {"study": 12}, {}),
+    "study kills": Part(kill_study, {"study": 12}, {"study": 1}),
     "cuts": Part(
         cut,
         {"train": 20, "resume": 6, "taught": 4, "teach": 8, "build": 6, "eval": 6, "study": 4},
-        {"train": 1, "teach": 1},
+        {"train": 1, "teach": 1, "study": 1},
         mounts=True,
     ),
     "corruptions": Part(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_study import TINY
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -122,6 +124,35 @@ def test_nothing_is_unpickled_run_opened_or_written_that_should_not_be(foreign, 
     assert result["found"] == [], json.dumps(result["found"], indent=1)[:6000]
     assert result["counts"]["open"] > 100
     assert result["counts"]["os.rename"] > 5
+
+    for checkpoint in output.glob("runs/taught-*/checkpoints/step-*"):
+        for name in (".metadata", "__0_0.distcp", "optimizer.pt", "counters.pkl"):
+            (checkpoint / name).write_bytes(pickle.dumps(Bomb(str(foreign.parent / "ran"))))
+    (trained,) = output.glob("runs/taught-*/model/model.safetensors")
+    weights = trained.read_bytes()
+    shutil.rmtree(trained.parent)
+    study = TINY | {
+        "corpus": build | {"tokenizer": {"path": str(foreign)}},
+        "domains": {"other": {"source": {"kind": "corpus", "name": "kjv"}, "max_bytes": 50_000}},
+        "teachers": {"given": {"model": str(foreign)}},
+        "students": {
+            "main": {
+                "shape": "nano-20k",
+                "tokens": "2K",
+                "grid": {"product": {"teacher": ["given"], "alpha": [0.4]}},
+            }
+        },
+    }
+    (output / "study.yaml").write_text(yaml.safe_dump(study))
+    result, said = audited(
+        ["train", "run.yaml", *base, f"teacher.path={foreign}"],
+        ["study", "run", "study.yaml", "--output", "study", "--workers", "1"],
+        ["report", "study"],
+    )
+    assert result["statuses"] == [0, 0, 0], said
+    assert result["found"] == [], json.dumps(result["found"], indent=1)[:6000]
+    assert trained.read_bytes() == weights
+    assert (output / "study" / "report.html").is_file()
     assert not (foreign.parent / "ran").exists()
     assert not list(home.rglob("*"))
     for path in output.rglob("*"):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,11 @@ import yaml
 from tiny_study import TINY
 
 from tutelage.cli.bars import out, say
+from tutelage.config.load import validate
+from tutelage.config.run_config import RunConfig
+from tutelage.config.teacher_config import TeachConfig
+from tutelage.run import run as train
+from tutelage.teachers.cache.cache_writer import write_cache
 
 RUN = {
     "name": "tiny",
@@ -184,7 +190,58 @@ def test_a_study_survives_its_fork_server_and_its_terminal(study_file, tmp_path)
     assert not list((tmp_path / "study").glob("runs/*/lock"))
     assert {status(path) for path in (tmp_path / "study" / "runs").iterdir()} <= {"done", "stopped"}
     process = start(*command)
+    lock = wait_for("study/runs/*/lock", tmp_path, process)
+    os.kill(int(lock.read_text().split()[0]), signal.SIGKILL)  # the worker, which is replaced
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert status(first.parent.parent) == "done"
-    assert not list((tmp_path / "study" / "queue").glob("failures/*"))
+    assert {status(path) for path in (tmp_path / "study" / "runs").iterdir()} == {"done"}
+    killed = [path.stem for path in (tmp_path / "study" / "queue").glob("failures/*")]
+    assert killed in ([], [lock.parent.name])
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_teach_and_scoring_which_go_on(store, other_store, tmp_path, command):
+    base = {"data": {"store": str(store), "sequence_length": 32}, "seed": 1, "tokens": "4K"}
+    run = train(validate(RunConfig, RUN | base | {"output": str(tmp_path / "runs")}, "run"))
+    teach = TeachConfig(
+        store=store,
+        teacher={"kind": "run", "run": run.id},
+        runs=tmp_path / "runs",
+        format={"kind": "topk", "k": 8},
+        context_length=32,
+        batch_tokens=64,
+        shard_tokens=256,
+        device="cpu",
+        output=tmp_path / "caches",
+    )
+    (tmp_path / "teach.yaml").write_text(yaml.safe_dump(teach.model_dump(mode="json")))
+    process = start("teach", tmp_path / "teach.yaml")
+    shard = wait_for("caches/*/shards/*.bin", tmp_path, process)
+    os.killpg(process.pid, CLOSED)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert b"Traceback" not in err
+    done = {path.name: path.stat().st_ino for path in shard.parent.glob("*.bin")}
+    cache = write_cache(teach)
+    whole = {path.name: path.read_bytes() for path in (cache / "shards").glob("*.bin")}
+    assert len(done) < len(whole)
+    kept = {path.name: path.stat().st_ino for path in (cache / "shards").glob("*.bin")}
+    assert done.items() <= kept.items()
+    fresh = write_cache(teach.model_copy(update={"output": tmp_path / "fresh"}))
+    assert whole == {path.name: path.read_bytes() for path in (fresh / "shards").glob("*.bin")}
+
+    shutil.copytree(run.path, tmp_path / "apart" / run.id)
+    score = ("--store", f"few={other_store}", "--store", f"many={store}", "--max-tokens", "128")
+    process = start("eval", "score", run.path, *score)
+    wait_for("runs/*/scores.jsonl", tmp_path, process)
+    os.killpg(process.pid, CLOSED)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert b"Traceback" not in err
+    before = run.scores.read_text()
+    assert {json.loads(line)["domain"] for line in before.splitlines()} == {"few"}
+    for place in (run.path, tmp_path / "apart" / run.id):
+        assert command("eval", "score", place, *score)[0] == 0
+    assert run.scores.read_text().startswith(before)
+    assert run.scores.read_text() == (tmp_path / "apart" / run.id / "scores.jsonl").read_text()
