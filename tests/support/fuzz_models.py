@@ -32,6 +32,8 @@ def models_of(tried: Tried) -> dict[str, Any]:
     @given(folder=st.sampled_from(folders), data=st.data())
     @example(folders[0], {"max_position_embeddings": 0})
     @example(folders[1], {"n_positions": 0})
+    @example(folders[0], {"num_attention_heads": [2]})
+    @example(folders[0], {"num_key_value_heads": "2"})
     def descriptions(folder: Path, data: Any) -> None:
         fields = configs[folder] | data if isinstance(data, dict) else data.draw(broken(configs[folder]))
         (folder / "config.json").write_bytes(to_json(fields))

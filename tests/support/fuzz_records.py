@@ -60,6 +60,8 @@ def manifests_of(tried: Tried) -> dict[str, Any]:  # noqa: PLR0915 - families sh
             records[path] | {"layout": {"positions": 10**15, "context_length": 2, "contexts_per_shard": 1}},
             True,
         )
+        @example({name: value for name, value in records[path].items() if name != "config"}, True)
+        @example(records[path] | {"config": {}, "sources": []}, True)
         def manifests(fields: Any, with_seal: bool) -> None:
             (path / "manifest.json").write_bytes(to_json(fields))
             if with_seal and isinstance(fields, dict):
@@ -96,6 +98,9 @@ def manifests_of(tried: Tried) -> dict[str, Any]:  # noqa: PLR0915 - families sh
     }
 
     @given(name=files, fields=broken(good))
+    @example("state.json", {"status": "done"})
+    @example("state.json", {"status": "done", "step": "9", "tokens": None})
+    @example("metrics.jsonl", {"step": None})
     def records_of_a_run(name: str, fields: Any) -> None:
         directory = RunDirectory(run)
         (run / "checkpoints/step-000000001").mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,9 @@ def settings_of(tried: Tried) -> dict[str, Any]:  # noqa: C901 - families share 
     @example("name=2020-13-45", [])
     @example("seed=18446744073709551616", [])
     @example("objective.truncation={kind: top_k, k: 1000000000}", [])
+    @example("optim.lr=" + "x" * 5000, [])
+    @example("x" * 5000 + "=1", [])
+    @example("output=a\x1b[2Jb", [])
     def overrides(override: str, more: list[str]) -> None:
         with tried.case("overrides", (override, more), output):
             if "\0" in override or "\ud800" in override:  # which no command line can hold
