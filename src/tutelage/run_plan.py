@@ -184,6 +184,7 @@ def footprint(
         shards=shards,
         reshard=config.parallel.reshard_after_forward,
         recomputation=config.runtime.activation_checkpointing,
+        compiled=config.runtime.compiles(hardware.kind),
         mask_length=config.data.sequence_length if masked else 0,
         teachers=tuple(teachers),
         teacher_bytes=2 if taught_half else 4,

@@ -104,11 +104,13 @@ Truncation = Annotated[TopK | TopP, Field(discriminator="kind")]
 
 
 _CHUNK_BYTES = {"cpu": 38 * 2**20, "mps": 128 * 2**20}
-_ACCELERATOR_BYTES = 256 * 2**20
+_ACCELERATOR_BYTES = 512 * 2**20
 """Size of one [chunk, V] float32 buffer. A head is read from memory once per chunk and product, so small
 chunks are slow; docs/performance.md has the trade between time and memory."""
+TILE = 128
+"""Of this many tokens chunks on accelerators are a multiple: products are computed in tiles of that size."""
 _DENSE = 1.6
-"""A dense teacher's head is wider and is read once more per chunk, so its chunks are larger."""
+"""A dense teacher's head is wider and is read once more per chunk, so its chunks are larger on the CPU."""
 _TEMPORARIES = 8
 """Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
 
@@ -178,6 +180,8 @@ class Objective(Section):
         nucleus = self.truncation is not None and self.truncation.kind == "top_p"
         if self.divergence not in {"forward_kl", "hard_labels"} or nucleus:
             return max(8, int(size / _TEMPORARIES))
+        if device not in _CHUNK_BYTES:
+            return max(TILE, int(size) // TILE * TILE)
         return max(8, int(size * _DENSE if dense else size))
 
     def weights(self, alpha_N: Tensor, share: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:

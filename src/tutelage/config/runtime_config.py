@@ -115,6 +115,10 @@ class RuntimeConfig(Section):
         default=(), description="also send the rows there (extra `trackers`)"
     )
 
+    def compiles(self, device: str) -> bool:
+        """Whether layers are to be compiled on a type of device, as torch names it."""
+        return device == "cuda" if self.compile == "auto" else self.compile
+
     @field_validator("trackers")
     @classmethod
     def _once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:

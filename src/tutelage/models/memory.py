@@ -36,6 +36,7 @@ class Footprint:
         shards: processes that share one copy; 1: each holds all of it.
         reshard: whether gathered weights of a layer are freed between forward and backward pass.
         recomputation: of activations in the backward pass.
+        compiled: whether layers are compiled.
         mask_length: tokens of a sequence if attention is given a mask that keeps documents apart, else 0.
         teachers: that run beside the student; none without one, and where targets are cached.
         teacher_bytes: of one of their weights, and of a value in their forward pass.
@@ -57,6 +58,7 @@ class Footprint:
     shards: int = 1
     reshard: bool = True
     recomputation: Recomputation = "none"
+    compiled: bool = False
     mask_length: int = 0
     teachers: tuple[ModelShape, ...] = ()
     teacher_bytes: int = _FLOAT
@@ -78,12 +80,15 @@ class Footprint:
         return _HALF if self.half else _FLOAT
 
 
-def kept_bytes_of_layer(shape: ModelShape, *, half: bool, cast: bool, mask_length: int = 0) -> int:
+def kept_bytes_of_layer(
+    shape: ModelShape, *, half: bool, cast: bool, mask_length: int = 0, compiled: bool = False
+) -> int:
     """Bytes per token that a decoder layer keeps for its backward pass, attention computed in blocks.
 
     Kept are, per norm, its input, the normalised input and its output; rotated queries and keys, values, what
     attention gives and its log-sum-exp; in the MLP gate, its activation, up and their product. Qwen3 also
-    norms queries and keys. Norms keep their input in float32 in any case.
+    norms queries and keys. Norms keep their input in float32 in any case. A compiler computes again what is
+    no product, and keeps the layer's input, outputs of norms, and what products and attention give or take.
 
     Args:
         shape: of the model.
@@ -92,28 +97,35 @@ def kept_bytes_of_layer(shape: ModelShape, *, half: bool, cast: bool, mask_lengt
             own copy of its input; else the weights are in half precision too.
         mask_length: as in `Footprint`; with a mask each layer keeps its own copy of it in the compute dtype,
             and keys and values once per query head.
+        compiled: as in `Footprint`.
     """
     b = _HALF if half else _FLOAT
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide = _FLOAT if cast or not half else _HALF
     inputs = 5 * _HALF if half and cast else 2 * b
     norms = shape.hidden * (2 * _FLOAT + 2 * wide + inputs) + 2 * _FLOAT
+    mlp = 4 * b * shape.mlp
+    if compiled:
+        norms, mlp = shape.hidden * (wide + 3 * b) + 2 * _FLOAT, 3 * b * shape.mlp
     attention = 2 * b * (queries + keys) + _FLOAT * shape.heads
     if shape.family == "qwen3":
-        attention += (b + _FLOAT) * (queries + keys) + _FLOAT * (shape.heads + shape.kv_heads)
+        attention += (b if compiled else b + _FLOAT) * (queries + keys) + _FLOAT * (
+            shape.heads + shape.kv_heads
+        )
     if mask_length:
         attention += b * (mask_length + 2 * (queries - keys))
-    return norms + attention + 4 * b * shape.mlp
+    return norms + attention + mlp
 
 
-def _kept_when_recomputed(shape: ModelShape, half: bool, recomputation: Recomputation) -> int:
+def _kept_when_recomputed(run: Footprint) -> int:
     """Bytes per token that a recomputed layer keeps: its input, and with `selective` its products."""
-    wide = _HALF if half else _FLOAT
-    if recomputation == "full":
+    shape, wide = run.shape, _HALF if run.half and run.meshed else _FLOAT
+    if run.recomputation == "full":
         return wide * shape.hidden
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    products = 2 * queries + 2 * keys + 2 * shape.hidden + 2 * shape.mlp
-    return wide * (shape.hidden + products) + _FLOAT * shape.heads
+    last = 0 if run.compiled else shape.hidden  # nothing needs the product that the layer ends with
+    products = 2 * queries + 2 * keys + shape.hidden + 2 * shape.mlp + last
+    return wide * shape.hidden + run.bytes * products + _FLOAT * shape.heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +181,11 @@ def _activations(run: Footprint) -> float:
     shape, cast = run.shape, run.half and not run.meshed
     layer = _layer_bytes(run)
     if run.recomputation != "none":
-        layer = _kept_when_recomputed(shape, run.half and not cast, run.recomputation)
+        layer = _kept_when_recomputed(run)
     wide = run.bytes if run.meshed else _FLOAT
     last = shape.hidden * (_FLOAT + 2 * wide + (_HALF if cast else 0))
     kept = float(run.micro_batch * (shape.layers * layer + last))
-    if cast:  # a copy of each matrix, which its backward pass needs
+    if cast and run.recomputation == "none":  # a copy of each matrix, which its backward pass needs
         kept += _HALF * _layer_weights(run.shape) * shape.layers
     return kept
 
@@ -181,7 +193,9 @@ def _activations(run: Footprint) -> float:
 def _layer_bytes(run: Footprint) -> int:
     """Bytes per token that a layer of the student keeps if nothing is recomputed."""
     cast = run.half and not run.meshed
-    return kept_bytes_of_layer(run.shape, half=run.half, cast=cast, mask_length=run.mask_length)
+    return kept_bytes_of_layer(
+        run.shape, half=run.half, cast=cast, mask_length=run.mask_length, compiled=run.compiled
+    )
 
 
 def _layer_weights(shape: ModelShape) -> float:
@@ -216,8 +230,7 @@ def _at_objective(run: Footprint) -> dict[str, float]:
     logits = chunk * (1 + run.dense + several) + (0 if run.cuda else _ROWS)
     gradients = _FLOAT * (head + run.micro_batch * run.shape.hidden)
     if run.cuda and run.half:
-        # The logits' gradient stands beside its two addends in half precision.
-        logits = max(logits, 2 * chunk)
+        logits += chunk  # the logits' gradient is two addends in half precision
         gradients += 0 if run.meshed else _HALF * head
     for teacher in run.teachers:
         logits += run.teacher_bytes * run.micro_batch * teacher.hidden

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn import functional
 
+from tutelage.config.objective_config import TILE
 from tutelage.objective.divergences import DIVERGENCES
 from tutelage.objective.gates import token_stats, token_weights
-from tutelage.objective.kernels import dense_rows, sparse_rows
+from tutelage.objective.kernels import dense_rows, kernels_for, sparse_rows
 from tutelage.objective.products import HeadProducts, dense_logits, products_of, transform_
 from tutelage.objective.sparse import apply_hard_labels, bucketise, truncate_targets
 from tutelage.types import (
     IGNORE_INDEX,
+    PLAIN,
     DenseTargets,
     LogitTransform,
     MeanTargets,
@@ -94,42 +96,60 @@ def compute(
     tokens_6N = sums.new_zeros(6, len(call.labels_N)) if call.per_token else None
     dense = call.targets is not None and not isinstance(call.targets, SparseTargets)
     size = call.objective.tokens_per_chunk(vocab, hidden_ND.device.type, dense=dense)
-    chunks = list(chunks_of(call.labels_N, size))
+    chunks = list(chunks_of(call.labels_N, size, 1 if hidden_ND.device.type == "cpu" else TILE))
     largest = len(call.labels_N[chunks[0]])
     head = head.keeping_logits(largest)
     teacher = _Teaching.of(call.targets, vocab, largest)
+    addends_SV = _room_for_addends(head, largest, call) if any(wanted) else None
     for number, rows in enumerate(chunks):
         hidden_CD = hidden_ND[rows]
         student_CV = _logits(hidden_CD, head, bias_V, call.transform)
         if tokens_6N is not None:
             tokens_6N[5, rows] = _by_rows(_entropy, student_CV)
-        losses_5C, gradient_CV = _chunk(student_CV, call.labels_N[rows], teacher, rows, call)
+        addends_AV = None if addends_SV is None else addends_SV[: 2 * len(hidden_CD)]
+        losses_5C, gradient_AV = _chunk(student_CV, call.labels_N[rows], teacher, rows, call, addends_AV)
         del student_CV
         sums += losses_5C.sum(1)
         if tokens_6N is not None:
             tokens_6N[:5, rows] = losses_5C
         if d_bias is not None:
-            d_bias[:vocab] += gradient_CV.sum(0)
+            d_bias[:vocab] += gradient_AV.sum(0, dtype=d_bias.dtype)
         if any(wanted):
-            gradient = head.rounded(gradient_CV)
+            gradient = head.rounded(gradient_AV)
             if d_hidden is not None:
                 d_hidden[rows] = head.to_hidden(gradient)
             if d_weight is not None:
                 head.add_to_weight(d_weight[:vocab], gradient, hidden_CD, first=number == 0)
             del gradient
-        del gradient_CV  # where it is not in the place of the logits, it would stand beside the next ones
+        del gradient_AV  # where it is not in the place of the logits, it would stand beside the next ones
     return Computed(sums, tokens_6N, (d_hidden, d_weight, d_bias))
 
 
-def chunks_of(labels_N: Tensor, size: int) -> Iterator[Rows]:
+def _room_for_addends(head: HeadProducts, tokens: int, call: LossCall) -> Tensor | None:
+    """Memory for the gradient of logits as two addends, if Triton's kernels can write all of it so.
+
+    Not where something is added to it or where it is multiplied after them, nor for other divergences.
+    """
+    objective, device = call.objective, head.weight_VD.device
+    plain = objective.label_smoothing == objective.z_loss == 0 and call.transform == PLAIN
+    if not plain or objective.divergence not in ("forward_kl", "hard_labels"):
+        return None
+    if head.half != torch.bfloat16 or kernels_for(device.type) != "triton":
+        return None
+    return torch.empty(2 * tokens, len(head.weight_VD), dtype=head.half, device=device)
+
+
+def chunks_of(labels_N: Tensor, size: int, tile: int = 1) -> Iterator[Rows]:
     """Yield the tokens that have a label in chunks, at least one, so that gates are always called.
 
     Chunks of equal size: as few as chunks of `size` would be, but none of the heads is read for a few tokens.
+    If `size` is a multiple of `tile`, so are all but the last.
     """
     kept_K = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
     everything = len(kept_K) == len(labels_N)
     count = max(1, math.ceil(len(kept_K) / size))
-    size = max(1, math.ceil(len(kept_K) / count))
+    tile = tile if size % tile == 0 else 1
+    size = max(1, math.ceil(len(kept_K) / count / tile)) * tile
     for start in range(0, max(1, len(kept_K)), size):
         rows = slice(start, start + size)
         yield rows if everything else kept_K[rows]
@@ -161,11 +181,17 @@ def _logits(
 
 
 def _chunk(
-    student_CV: Tensor, labels_C: Tensor, teaching: _Teaching | None, rows: Rows, call: LossCall
+    student_CV: Tensor,
+    labels_C: Tensor,
+    teaching: _Teaching | None,
+    rows: Rows,
+    call: LossCall,
+    addends_AV: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the losses [5, C] of one chunk and the gradient of its head's output.
 
-    The student's logits, after their transform, may be overwritten by the gradient.
+    The student's logits, after their transform, may be overwritten by the gradient; or it is in `addends_AV`,
+    as `kernels.dense_rows` says.
     """
     objective = call.objective
     transform_grad_CV = logit_transform_grad(student_CV, call.transform)
@@ -187,11 +213,11 @@ def _chunk(
         ce_weight_C, kd_weight_C = weight_C * ce_weight_C, weight_C * kd_weight_C
     softmax_weight_C = ce_weight_C if smooth is None else smooth.softmax_weight(ce_weight_C)
     if targets is None:
-        ce_C, gradient_CV = _cross_entropy(student_CV, labels_C, softmax_weight_C)
+        ce_C, gradient_CV = _cross_entropy(student_CV, labels_C, softmax_weight_C, addends_AV)
     else:
         weights = softmax_weight_C, objective.kd_scale * kd_weight_C
         ce_C, d_C, teacher_ce_C, gradient_CV = _teach(
-            student_CV, teacher_CV, targets, labels_C, weights, objective
+            student_CV, teacher_CV, targets, labels_C, weights, objective, addends_AV
         )
         kd_C = objective.kd_scale * d_C
     loss_C = ce_weight_C * ce_C + kd_weight_C * kd_C
@@ -296,12 +322,14 @@ def _label_losses(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
     return functional.cross_entropy(logits_CV, labels_C, reduction="none")
 
 
-def _cross_entropy(student_CV: Tensor, labels_C: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute cross-entropy per token, and the gradient of its weighted sum in the place of the logits."""
+def _cross_entropy(
+    student_CV: Tensor, labels_C: Tensor, weight_C: Tensor, addends_AV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute cross-entropy per token, and the gradient of its weighted sum; the logits are overwritten."""
     zero_C = torch.zeros_like(weight_C)
     no_teacher = (torch.zeros_like(labels_C).unsqueeze(1), zero_C.unsqueeze(1), zero_C)
-    ce_C, _ = sparse_rows(student_CV, *no_teacher, labels_C, weight_C, zero_C, 1.0, "none")
-    return ce_C, student_CV
+    ce_C, _ = sparse_rows(student_CV, *no_teacher, labels_C, weight_C, zero_C, 1.0, "none", addends_AV)
+    return ce_C, student_CV if addends_AV is None else addends_AV
 
 
 def _teach(
@@ -311,8 +339,10 @@ def _teach(
     labels_C: Tensor,
     weights: tuple[Tensor, Tensor],
     objective: Objective,
+    addends_AV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute CE, divergence and teacher CE per token, and the mixed logit gradient."""
+    gradient_AV = student_CV if addends_AV is None else addends_AV
     sparse = targets if isinstance(targets, SparseTargets) else None
     if teacher_CV is not None:
         sparse = truncate_targets(teacher_CV, labels_C, objective)
@@ -321,17 +351,17 @@ def _teach(
         if objective.divergence == "forward_kl":
             kept = (sparse.ids_NK, sparse.probs_NK, sparse.tail_N)
             temperature, tail = objective.temperature, objective.tail
-            ce_C, d_C = sparse_rows(student_CV, *kept, labels_C, *weights, temperature, tail)
-            return ce_C, d_C, -sparse.gold_logp_N, student_CV
+            ce_C, d_C = sparse_rows(student_CV, *kept, labels_C, *weights, temperature, tail, addends_AV)
+            return ce_C, d_C, -sparse.gold_logp_N, gradient_AV
         d_C, gradient_CV = _bucketed(student_CV, sparse, objective)
         teacher_ce_C = -sparse.gold_logp_N
     else:
         assert teacher_CV is not None  # noqa: S101 - targets are sparse or dense
         if objective.divergence == "forward_kl":
             ce_C, d_C, teacher_ce_C = dense_rows(
-                student_CV, teacher_CV, labels_C, *weights, objective.temperature
+                student_CV, teacher_CV, labels_C, *weights, objective.temperature, addends_AV
             )
-            return ce_C, d_C, teacher_ce_C, student_CV
+            return ce_C, d_C, teacher_ce_C, gradient_AV
         t = objective.temperature
         d_C, gradient_CV = DIVERGENCES[objective.divergence].value_and_gradient(
             (student_CV / t).log_softmax(-1), (teacher_CV / t).log_softmax(-1), objective

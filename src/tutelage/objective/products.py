@@ -130,9 +130,14 @@ class HeadProducts:
         return logits_CV
 
     @torch.no_grad()
-    def rounded(self, gradient_CV: Tensor) -> LogitGradient:
-        """The gradient of logits for `to_hidden` and `add_to_weight`, in the dtype of their operands."""
-        return LogitGradient(gradient_CV) if self.half is None else _halved(gradient_CV, self.half)
+    def rounded(self, gradient_AV: Tensor) -> LogitGradient:
+        """The gradient of logits for `to_hidden` and `add_to_weight`, in the dtype of their operands.
+
+        It may come as addends in that dtype, as Triton's kernels write it.
+        """
+        if self.half in (None, gradient_AV.dtype):
+            return LogitGradient(gradient_AV)
+        return _halved(gradient_AV, self.half)
 
     @torch.no_grad()
     def to_hidden(self, gradient: LogitGradient) -> Tensor:

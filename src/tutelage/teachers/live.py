@@ -47,6 +47,9 @@ class Teacher(ABC):
     def release(self) -> None:  # noqa: B027 - most hold nothing
         """Free what the targets of a step needed; they are not valid any more."""
 
+    def use(self, work: Callable[[PreTrainedModel], object]) -> None:  # noqa: B027 - most have no model
+        """Let a function run or change the model that targets are computed with, if there is one."""
+
     @abstractmethod
     def targets(self, batch: Batch) -> Targets:
         """Distributions for all B*T positions of `batch`, flattened row by row, without gradient."""
@@ -141,6 +144,11 @@ class AveragedTeacher(Teacher):
         """Free what each has gathered."""
         for part in self._parts:
             part.release()
+
+    def use(self, work: Callable[[PreTrainedModel], object]) -> None:
+        """Let a function run or change each model."""
+        for part in self._parts:
+            part.use(work)
 
     def targets(self, batch: Batch) -> MeanTargets:
         """The distributions of each; the objective forms logits of their mean chunk by chunk."""

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 # The public `save` and `load` warn in every process that is alone, and a thread cannot silence a warning.
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -106,7 +106,7 @@ class Checkpoints:
         self._origin = CheckpointOrigin(directory.id, recipe(config), replicate, shard)
         self._timeout = timedelta(seconds=config.parallel.timeout)
         self._group: dist.ProcessGroup | None = None
-        self._stager: DefaultStager | None = None
+        self._stager: StateDictStager | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -185,13 +185,22 @@ class Checkpoints:
         )
         state = {name: tensor.contiguous() for name, tensor in _state(model, optimizer).items()}
         if self._settings.asynchronous:
-            self._stager = self._stager or _stager(self._world.device)
-            staged = self._stager.stage(state)
-            assert isinstance(staged, dict)  # noqa: S101 - a future is only for asynchronous staging
-            state = staged
+            state = self._copied(state)
         self._pending = self._thread.submit(self._write, path, state, counters)
         if not self._settings.asynchronous:
             self.wait()
+
+    def _copied(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the state to memory of the CPU that is kept for the next save, pinned if it is on a GPU.
+
+        What torch has around this, `DefaultStager`, can be used only once in torch 2.11.
+        """
+        cuda = self._world.device.type == "cuda"
+        self._stager = self._stager or StateDictStager(pin_memory=cuda)
+        copied: dict[str, Tensor] = self._stager.stage(state, non_blocking=cuda)
+        if cuda:
+            torch.cuda.synchronize(self._world.device)
+        return copied
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one.
@@ -223,7 +232,7 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             if self._stager is not None:
-                self._stager.close()
+                self._stager.close()  # type: ignore[no-untyped-call]
 
     def _write(self, path: Path, state: dict[str, Tensor], counters: Counters) -> None:
         """Write a checkpoint with the other processes, and remove those that are not kept."""
@@ -321,16 +330,3 @@ def _check_tensors(path: Path, stored: Mapping[str, Any], state: Mapping[str, Te
             raise UserError(
                 f"{path}: it is of another model: {name} is {there} there and {here} in the model; remove it"
             )
-
-
-def _stager(device: torch.device) -> DefaultStager:
-    """Memory to copy the state to, which is kept for the next save; pinned if the state is on a GPU."""
-    cuda = device.type == "cuda"
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=cuda,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=cuda,
-        )
-    )

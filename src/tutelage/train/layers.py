@@ -99,13 +99,8 @@ def _namespace(operator: object) -> str:
     return operator.namespace if isinstance(operator, torch._ops.OpOverload) else ""  # noqa: SLF001
 
 
-def compiles(runtime: RuntimeConfig, device: torch.device) -> bool:
-    """Whether layers are to be compiled: `runtime.compile`, or on cuda where it is left to the device."""
-    return device.type == "cuda" if runtime.compile == "auto" else runtime.compile
-
-
 def compile_layers(model: PreTrainedModel, runtime: RuntimeConfig, device: torch.device) -> tuple[str, ...]:
-    """Compile every decoder layer in place, if that is asked for; equal layers share what is compiled.
+    """Compile the decoder layers of a model in place, if asked to; equal ones share what is compiled.
 
     Returns:
         A note for the user if compilation was left to the device and does not work there.
@@ -113,7 +108,7 @@ def compile_layers(model: PreTrainedModel, runtime: RuntimeConfig, device: torch
     Raises:
         UserError: it was asked for and does not work.
     """
-    if not compiles(runtime, device):
+    if not runtime.compiles(device.type):
         return ()
     try:
         _try_compiler(device)

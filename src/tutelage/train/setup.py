@@ -24,7 +24,7 @@ from tutelage.models.packed import check_documents
 from tutelage.objective import make_gate, make_policy
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.teachers.cache.reader import check_serves
-from tutelage.train.layers import prepare_layers
+from tutelage.train.layers import compile_layers, prepare_layers
 from tutelage.train.objective_model import ObjectiveModel
 from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.parallel import place, use_model
@@ -162,7 +162,9 @@ def open_teacher(config: RunConfig, world: World, progress: Progress | None = No
         "float32" if _half_dtype(config, world.device) is None else "bfloat16",
         objective=config.objective,
     )
-    return make_teacher(config.teacher, context, progress)
+    teacher = make_teacher(config.teacher, context, progress)
+    teacher.use(lambda model: compile_layers(model, config.runtime, world.device))
+    return teacher
 
 
 def _check_stage(config: RunConfig, store: Store) -> None:

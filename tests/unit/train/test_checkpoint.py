@@ -74,6 +74,18 @@ def test_what_is_read_is_what_was_saved(make_config, directory, asynchronous):
     sharded.assert_equal(read(config, directory)[1], sharded.reference(config, 2))
 
 
+def test_the_memory_of_a_copy_is_that_of_the_one_before(make_config, directory, monkeypatch):
+    """torch's own `DefaultStager` fails the second time in torch 2.11."""
+    places = []
+    monkeypatch.setattr(
+        Checkpoints,
+        "_write",
+        lambda _self, _path, state, _: places.append([*map(torch.Tensor.data_ptr, state.values())]),
+    )
+    write(make_config(), directory, (2, 4, 6))
+    assert places[0] == places[1] == places[2]
+
+
 def test_a_weight_that_had_no_gradient_yet_has_no_moments(make_config, directory):
     config = make_config()
     model, optimizer = sharded.build(config)

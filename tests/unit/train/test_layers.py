@@ -16,7 +16,9 @@ from tutelage.models.packed import body_of, hidden_states
 from tutelage.models.sharding import decoder_layers
 from tutelage.run import run
 from tutelage.run_directory import run_id
+from tutelage.train.distributed import World
 from tutelage.train.layers import compile_layers, eagerly, prepare_layers, recompute
+from tutelage.train.setup import open_teacher
 from tutelage.types import Batch
 
 CPU = torch.device("cpu")
@@ -141,6 +143,26 @@ def test_left_to_the_device_a_missing_compiler_is_a_note():
     assert note.endswith("training goes on without it")
     assert "\n" not in note
     assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch itself, while it compiles
+@pytest.mark.parametrize("kind", ["model", "mean"])
+def test_the_layers_of_a_teacher_are_compiled_too(make_config, tmp_path, store, kind):
+    one = {"kind": "model", "path": str(tmp_path / "teacher")}
+    hub.save(hub.build(shapes.find_shape("nano-20k"), 300, 32, 0), tmp_path / "teacher", store)
+    teacher = one if kind == "model" else {"kind": "mean", "of": [one, one]}
+    layers = []
+    for asked in (True, False):
+        config = make_config(
+            teacher=teacher,
+            objective={"alpha": 0.4},
+            runtime={"device": "cpu", "threads": 1, "compile": asked},
+        )
+        opened = open_teacher(config, World(CPU))
+        opened.use(lambda model: layers.append(decoder_layers(model)))
+    compiled = [layer._compiled_call_impl is not None for found in layers for layer in found]
+    assert compiled == len(compiled) // 2 * [True] + len(compiled) // 2 * [False]
+    assert len(layers) == (2 if kind == "model" else 4)
 
 
 @pytest.mark.slow

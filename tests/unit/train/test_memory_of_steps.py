@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -12,11 +14,15 @@ import torch
 from fake_steps import open_steps, take_steps, traced
 
 from tutelage.config.load import to_yaml
+from tutelage.config.runtime_config import RuntimeConfig
+from tutelage.models import hub
 from tutelage.models.devices import Hardware, find_device
-from tutelage.models.memory import plan_memory
+from tutelage.models.memory import Footprint, _kept_when_recomputed, _layer_bytes, plan_memory
 from tutelage.models.shapes import find_shape
+from tutelage.models.sharding import decoder_layers
 from tutelage.run_plan import footprint
 from tutelage.train.distributed import World
+from tutelage.train.layers import recompute
 
 SCRIPT = Path(__file__).parents[2] / "support" / "measured_steps.py"
 TINY = {"shape": "nano-2m", "vocab": 4096, "batch": 4096, "micro": 1024, "teacher": "nano-2m"}
@@ -96,6 +102,50 @@ def test_the_formula_is_what_a_process_of_four_takes(case, sections, run):
     assert by_formula(config, case, 4) == pytest.approx(total, rel=0.12)
     if "teacher" not in case:
         assert parts["OptState"] == pytest.approx(2 * parts["Sharded Param"], rel=0.01)
+
+
+def kept(run):
+    """Bytes that compiled layers keep of 64 tokens, besides weights and copies of them."""
+    model = hub.build(run.shape, 16, 64, seed=1).train()
+    recompute(model, RuntimeConfig(activation_checkpointing=run.recomputation))
+    torch._dynamo.reset()
+    for layer in decoder_layers(model):
+        layer.compile(backend="aot_eager_decomp_partition")  # the choice of what is kept is inductor's
+    weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens_BT = torch.arange(64).unsqueeze(0) % 16
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=run.half),
+    ):
+        model.model(input_ids=tokens_BT, use_cache=False)
+    mine = (t for place, t in found.items() if place not in weights and 64 in t.shape)
+    return sum(tensor.untyped_storage().nbytes() for tensor in mine)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch itself, while it compiles
+def test_a_compiled_layer_keeps_what_the_formula_says():
+    for half, recomputation in itertools.product((True, False), ("none", "selective")):
+        one, two = (
+            Footprint(
+                shape=dataclasses.replace(find_shape("qwen3-0.15b"), layers=layers),
+                vocab_size=16,
+                micro_batch=64,
+                micro_batches=1,
+                chunk=64,
+                half=half,
+                recomputation=recomputation,
+                compiled=True,
+            )
+            for layers in (1, 2)
+        )
+        layer = _layer_bytes(one) if recomputation == "none" else _kept_when_recomputed(one)
+        assert 64 * layer == pytest.approx(kept(two) - kept(one), rel=0.01), (half, recomputation)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

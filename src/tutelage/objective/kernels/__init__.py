@@ -60,13 +60,20 @@ def dense_rows(
     ce_weight_C: Tensor,
     kd_weight_C: Tensor,
     temperature: float,
+    addends_AV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Call `rows.dense_rows` or its CUDA twin, depending on the student's device."""
+    """Call `rows.dense_rows` or its CUDA twin, depending on the student's device.
+
+    Triton's kernels write the gradient to `addends_AV` instead, [2 C, V] bfloat16, if it is given: as two
+    addends, one below the other.
+    """
     if kernels_for(student_CV.device.type) == "torch":
         return rows.dense_rows(student_CV, teacher_CV, labels_C, ce_weight_C, kd_weight_C, temperature)
     from tutelage.objective.kernels import triton_rows  # noqa: PLC0415 - triton exists on Linux only
 
-    return triton_rows.dense_rows(student_CV, teacher_CV, labels_C, ce_weight_C, kd_weight_C, temperature)
+    return triton_rows.dense_rows(
+        student_CV, teacher_CV, labels_C, ce_weight_C, kd_weight_C, temperature, addends_AV
+    )
 
 
 def sparse_rows(
@@ -79,13 +86,14 @@ def sparse_rows(
     kd_weight_C: Tensor,
     temperature: float,
     tail: str,
+    addends_AV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Call `rows.sparse_rows` or its CUDA twin, depending on the student's device."""
+    """Call `rows.sparse_rows` or its CUDA twin; `addends_AV` as in `dense_rows`."""
     weights = ce_weight_C, kd_weight_C
     if kernels_for(student_CV.device.type) == "torch":
         return rows.sparse_rows(student_CV, ids_CK, probs_CK, tail_C, labels_C, *weights, temperature, tail)
     from tutelage.objective.kernels import triton_rows  # noqa: PLC0415 - as above
 
     return triton_rows.sparse_rows(
-        student_CV, ids_CK, probs_CK, tail_C, labels_C, *weights, temperature, tail
+        student_CV, ids_CK, probs_CK, tail_C, labels_C, *weights, temperature, tail, addends_AV
     )

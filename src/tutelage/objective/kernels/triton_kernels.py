@@ -1,7 +1,8 @@
 """Triton kernels: one program per row, which reads its row twice and writes it once.
 
-The first pass finds log Z by an online maximum and sum; the second reads the logits again, mostly from the
-second-level cache, and overwrites them with the gradient. Accumulation is float32 whatever the logits are.
+The first pass finds log Z by an online maximum and sum; the second reads the logits again and overwrites them
+with the gradient, or writes the gradient to other memory, as two addends of half precision. Accumulation is
+float32 whatever the logits are.
 """
 
 import triton
@@ -16,7 +17,7 @@ _CONFIGS = [
 ]
 if triton.knobs.runtime.interpret:
     _CONFIGS = [triton.Config({"BLOCK": 64})]  # nothing to time, and several blocks even in small tests
-_tuned = triton.autotune(_CONFIGS, key=["vocab", "HEATED"], restore_value=["student"])
+_tuned = triton.autotune(_CONFIGS, key=["vocab", "HEATED", "HALVED"], restore_value=["student"])
 
 
 @triton.jit
@@ -55,6 +56,25 @@ def _row_sums(
 
 
 @triton.jit
+def _store(
+    gradient: tl.tensor,
+    student: tl.tensor,
+    high: tl.tensor,
+    below: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    HALVED: tl.constexpr,
+) -> None:
+    """Write a gradient over the logits, or as two addends of half precision to a row and one `below`."""
+    if HALVED:
+        rounded = gradient.to(tl.bfloat16)
+        tl.store(high + columns, rounded, mask=mask)
+        tl.store(high + below + columns, (gradient - rounded.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(student + columns, gradient, mask=mask)
+
+
+@triton.jit
 def _slot_kl(p: tl.tensor, log_q: tl.tensor) -> tl.tensor:
     """One slot's p (log p - log q), and 0 where p is 0, whatever q is."""
     none = p == 0.0
@@ -87,16 +107,19 @@ def dense_kernel(
     ce_weights: tl.tensor,
     kd_weights: tl.tensor,
     out: tl.tensor,
+    addends: tl.tensor,
     tokens: tl.tensor,
     vocab: tl.tensor,
     student_stride: tl.tensor,
     teacher_stride: tl.tensor,
     temperature: tl.tensor,
     HEATED: tl.constexpr,
+    HALVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Cross-entropy against labels and KL against teacher logits; `out` is [ce, kd, teacher_ce] x tokens."""
     row = tl.program_id(0).to(tl.int64)  # row * vocab passes 2^31
+    high, below = addends + row * vocab, (0 * row + tokens) * vocab  # in 64 bits, as the row is
     student += row * student_stride
     teacher += row * teacher_stride
     valid, gold, ce_w, kd_w, wrong = _token(
@@ -119,7 +142,8 @@ def dense_kernel(
         kd += tl.sum(p * (tl.where(p == 0.0, 0.0, log_p) - tl.where(p == 0.0, 0.0, log_q)), 0)
         onehot = tl.where(start + columns == gold, 1.0, 0.0)
         gradient = ce_w * (tl.exp(s) / z_1 - onehot) + kd_w * (tl.exp(log_q) - p)
-        tl.store(student + start + columns, tl.where(valid, gradient, 0.0), mask=inside)
+        gradient = tl.where(valid, gradient, 0.0)
+        _store(gradient, student, high, below, start + columns, inside, HALVED)
     tl.store(out + row, tl.where(valid, max_s - gold_s + tl.log(z_1) + wrong, 0.0))
     tl.store(out + tokens + row, tl.where(valid, kd + wrong, 0.0))
     tl.store(out + 2 * tokens + row, tl.where(valid, max_t - gold_t + tl.log(z_t1) + wrong, 0.0))
@@ -199,6 +223,9 @@ def _write_rest(
     z_1: tl.tensor,
     max_r: tl.tensor,
     temperature: tl.tensor,
+    high: tl.tensor,
+    below: tl.tensor,
+    HALVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """The second pass: the gradient at the entries that `_write_kept` does not correct afterwards."""
@@ -208,7 +235,8 @@ def _write_rest(
         s = tl.load(student + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         onehot = tl.where(start + columns == gold, 1.0, 0.0)
         gradient = ce_w * (tl.exp(s - max_s) / z_1 - onehot) + rest_w * tl.exp((s - max_r) / temperature)
-        tl.store(student + start + columns, tl.where(valid, gradient, 0.0), mask=inside)
+        gradient = tl.where(valid, gradient, 0.0)
+        _store(gradient, student, high, below, start + columns, inside, HALVED)
 
 
 @triton.jit
@@ -227,6 +255,9 @@ def _write_kept(
     z_1: tl.tensor,
     z_s: tl.tensor,
     temperature: tl.tensor,
+    high: tl.tensor,
+    below: tl.tensor,
+    HALVED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     """The gradient at the kept entries."""
@@ -238,7 +269,7 @@ def _write_kept(
         s = tl.load(kept + start + slot, mask=used, other=float("-inf")).to(tl.float32) - max_s
         gradient = ce_w * (tl.exp(s) / z_1 - tl.where(entry == gold, 1.0, 0.0))
         gradient += kd_w * (mass * tl.exp(s / temperature) / z_s - p)
-        tl.store(student + entry, tl.where(valid, gradient, 0.0), mask=used)
+        _store(tl.where(valid, gradient, 0.0), student, high, below, entry, used, HALVED)
 
 
 @_tuned
@@ -253,12 +284,14 @@ def sparse_kernel(
     ce_weights: tl.tensor,
     kd_weights: tl.tensor,
     out: tl.tensor,
+    addends: tl.tensor,
     tokens: tl.tensor,
     vocab: tl.tensor,
     slots: tl.tensor,
     stride: tl.tensor,
     temperature: tl.tensor,
     HEATED: tl.constexpr,
+    HALVED: tl.constexpr,
     BUCKET: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -269,6 +302,7 @@ def sparse_kernel(
     policy applied, with each kept entry in one slot and probability 0 in all other slots.
     """
     row = tl.program_id(0).to(tl.int64)  # row * vocab passes 2^31
+    high, below = addends + row * vocab, (0 * row + tokens) * vocab  # in 64 bits, as the row is
     student += row * stride
     ids += row * slots
     probs += row * slots
@@ -290,10 +324,11 @@ def sparse_kernel(
     mass, kd = mass + tail, kd + _slot_kl(tail, log_rest)
     # Given the rest, the student's distribution is exp(s - max_r) / z_r: exact however small its mass.
     rest_w = kd_w * (mass * tl.exp(log_rest) - tail) / z_r
-    _write_rest(student, vocab, gold, valid, ce_w, rest_w, max_s, z_1, max_r, temperature, BLOCK)
-    tl.debug_barrier()
-    _write_kept(
-        student, ids, probs, kept, slots, gold, valid, ce_w, kd_w, mass, max_s, z_1, z_s, temperature, BLOCK_K
+    _write_rest(
+        student, vocab, gold, valid, ce_w, rest_w, max_s, z_1, max_r, temperature, high, below, HALVED, BLOCK
     )
+    tl.debug_barrier()
+    _write_kept(student, ids, probs, kept, slots, gold, valid, ce_w, kd_w, mass, max_s, z_1, z_s, temperature,
+                high, below, HALVED, BLOCK_K)  # fmt: skip
     tl.store(out + row, tl.where(valid, max_s - gold_s + tl.log(z_1) + wrong, 0.0))
     tl.store(out + tokens + row, tl.where(valid, kd + wrong, 0.0))

@@ -20,8 +20,9 @@ def dense_rows(
     ce_weight_C: Tensor,
     kd_weight_C: Tensor,
     temperature: float,
+    addends_AV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `rows.dense_rows`.
+    """As `rows.dense_rows`; the gradient goes to `addends_AV` if it is given.
 
     Raises:
         ValueError: if the entries of a row are not adjacent in memory, or the two shapes differ.
@@ -31,7 +32,7 @@ def dense_rows(
     if teacher_CV.shape != student_CV.shape:
         raise ValueError(f"teacher logits {tuple(teacher_CV.shape)}: must be {tuple(student_CV.shape)}")
     out_3C = student_CV.new_empty((3, student_CV.shape[0]), dtype=torch.float32)
-    _dense(student_CV, teacher_CV, labels_C, ce_weight_C, kd_weight_C, temperature, out_3C)
+    _dense(student_CV, teacher_CV, labels_C, ce_weight_C, kd_weight_C, temperature, out_3C, addends_AV)
     ce_C, kd_C, teacher_ce_C = out_3C.unbind()
     return ce_C, kd_C, teacher_ce_C
 
@@ -46,8 +47,9 @@ def sparse_rows(
     kd_weight_C: Tensor,
     temperature: float,
     tail: str,
+    addends_AV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `rows.sparse_rows`.
+    """As `rows.sparse_rows`; the gradient goes to `addends_AV` if it is given.
 
     Raises:
         ValueError: if the entries of a row are not adjacent in memory, or the tail policy is unknown.
@@ -66,6 +68,7 @@ def sparse_rows(
         kd_weight_C,
         temperature,
         out_2C,
+        addends_AV,
     )
     ce_C, kd_C = out_2C.unbind()
     return ce_C, kd_C
@@ -79,7 +82,7 @@ def _check_rows(name: str, logits_CV: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("tutelage::dense_rows", mutates_args=("student_CV", "out_3C"))
+@torch.library.custom_op("tutelage::dense_rows", mutates_args=("student_CV", "out_3C", "addends_AV"))
 def _dense(
     student_CV: Tensor,
     teacher_CV: Tensor,
@@ -88,6 +91,7 @@ def _dense(
     kd_weight_C: Tensor,
     temperature: float,
     out_3C: Tensor,
+    addends_AV: Tensor | None,
 ) -> None:
     tokens, vocab = student_CV.shape
     if tokens == 0:
@@ -99,17 +103,19 @@ def _dense(
         ce_weight_C.contiguous(),
         kd_weight_C.contiguous(),
         out_3C,
+        student_CV if addends_AV is None else addends_AV,
         tokens,
         vocab,
         student_CV.stride(0),
         teacher_CV.stride(0),
         temperature,
         HEATED=temperature != 1.0,
+        HALVED=addends_AV is not None,
         enable_fp_fusion=True,
     )
 
 
-@torch.library.custom_op("tutelage::sparse_rows", mutates_args=("student_CV", "out_2C"))
+@torch.library.custom_op("tutelage::sparse_rows", mutates_args=("student_CV", "out_2C", "addends_AV"))
 def _sparse(
     student_CV: Tensor,
     ids_CK: Tensor,
@@ -121,6 +127,7 @@ def _sparse(
     kd_weight_C: Tensor,
     temperature: float,
     out_2C: Tensor,
+    addends_AV: Tensor | None,
 ) -> None:
     tokens, vocab = student_CV.shape
     if tokens == 0:
@@ -136,12 +143,14 @@ def _sparse(
         ce_weight_C.contiguous(),
         kd_weight_C.contiguous(),
         out_2C,
+        student_CV if addends_AV is None else addends_AV,
         tokens,
         vocab,
         ids_CK.shape[1],
         student_CV.stride(0),
         temperature,
         HEATED=temperature != 1.0,
+        HALVED=addends_AV is not None,
         enable_fp_fusion=True,
         BUCKET=has_bucket,
         BLOCK_K=min(1024, triton.next_power_of_2(ids_CK.shape[1])),
