@@ -326,6 +326,14 @@ def test_several_students_have_their_own_tables_and_figures(several):
     assert "2 student settings, 3 teachers" in words
     assert "Of 3 announced claims: 0 supported, 1 contradicted (2), 2 undecided (1 and 11)" in words
     assert "Open: no runs with mixing keep_full_ce or keep_full_kd" in words
+    first = (
+        "2 A weaker teacher at alpha 1 hurts in domain. gain in domain, alpha 1: below 0 contradicted +1.00%"
+    )
+    heading = "claim statement answer effect 95% interval n p"
+    places = [
+        words.find(part) for part in ("Does a teacher help these students?", heading, first, "Every test of")
+    ]
+    assert -1 < places[0] < places[1] < places[2] < places[3] < words.find("in-domain gain")
     assert "Claims that were not announced" in words
     assert "tiny 2M, taught by weak (weak-to-strong)" in words or "linear start 0.8 end 0.0 +0.50%" in words
     names = {file.stem for file in (several.parent / "figures").glob("*.svg")}
@@ -336,6 +344,22 @@ def test_several_students_have_their_own_tables_and_figures(several):
     schedule = policies.filter(arm="linear start 0.8 end 0.0").row(0, named=True)
     assert schedule["in_domain"] == pytest.approx(0.5)
     assert schedule["ahead"] == pytest.approx(1.0 - 1.06)  # of alpha 0.4, 0.56 and on recipes a point more
+
+
+def test_teachers_of_one_seed_fold_away_where_others_have_several(tmp_path):
+    """They are in the tables and in no figure; clouds of points name their front."""
+    gains = {("weak", a): (a, 3 * a) for a in (0.1, 0.2, 0.4)} | {("strong", a): (-a, a) for a in (0.2, 0.4)}
+    study = write_study(tmp_path / "study", gains=gains, claims=[1])
+    for seed in (44, 45):
+        for alpha in (0.2, 0.4):
+            shutil.rmtree(study / "runs" / f"student-strong-{alpha}-{seed}")
+    report = report_of(study)
+    words = visible(text_of(report))
+    assert "Teachers with one seed, shown and not judged (1)" in words
+    assert "best of" not in words
+    for figure in ("heat", "domains", "trade-off"):
+        assert set(pl.read_csv(report.parent / "figures" / f"{figure}.csv")["teacher"]) == {"weak"}
+    assert "strong" in set(pl.read_csv(report.parent / "tables" / "gains.csv")["teacher"])
 
 
 @pytest.mark.browser

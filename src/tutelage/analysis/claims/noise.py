@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib import resources
-from math import inf, log2, sqrt
+from itertools import product
+from math import ceil, inf, log2, sqrt
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from tutelage.errors import UserError
 from tutelage.records import Record, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from tutelage.analysis.claims.evidence import GainsBySeed, Series
     from tutelage.analysis.claims.judge import JudgedStudy
@@ -37,6 +38,8 @@ KINDS = ("in_domain", "out_of_domain", "fitted", "after", "calibration")
 """Kinds of gain: the fields of `Noise` with parts of their own."""
 _TWO = 2
 _DIGITS = 4
+_MOST_ARMS = 40
+"""Arms of a student whose gains are held against each other; more of them tell little more, and take long."""
 _UNTOLD = 4
 """Degrees of freedom at which half of a variance is split over its sources by moments, half equally: with few
 seeds moments alone would call a source silent, or a third one all there is."""
@@ -219,17 +222,15 @@ def _moments(cells: Mapping[int, Verdict], first: _Numbers, second: _Numbers, tw
     """
     pairs: defaultdict[bool, list[float]] = defaultdict(list)
     own: defaultdict[bool, list[tuple[float, bool]]] = defaultdict(list)
-    for cell, series in first.gains.items():
+    for cell, other in _beside(cells, first.gains):
+        covariance = _covariance(first.gains[cell], second.gains.get(other, {}))
+        if covariance is None:
+            continue
         one = cells[cell]
-        for other, numbers in second.gains.items():
-            covariance = _covariance(series, numbers)
-            if covariance is None or (one.student, one.stage) != (cells[other].student, cells[other].stage):
-                continue
-            if cell == other:
-                own[one.alpha == 1].append((covariance, one.n_teachers > 1))
-            else:
-                alike = one.teacher == cells[other].teacher and one.n_teachers > 1
-                pairs[alike].append(covariance)
+        if cell == other:
+            own[one.alpha == 1].append((covariance, one.n_teachers > 1))
+        else:
+            pairs[one.teacher == cells[other].teacher and one.n_teachers > 1].append(covariance)
     least = 0.0 if first is second else -inf  # a variance that comes out below 0 by chance is 0
     everything = [variance for some in own.values() for variance, _ in some]
     between = [
@@ -259,6 +260,16 @@ def _moments(cells: Mapping[int, Verdict], first: _Numbers, second: _Numbers, tw
         left.get(False, either),
         left.get(True, either),
     )
+
+
+def _beside(cells: Mapping[int, Verdict], some: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Pairs of cells of one student and stage, each with itself too; of many cells evenly spaced ones."""
+    groups: defaultdict[tuple[str, str | None], list[int]] = defaultdict(list)
+    for cell in some:
+        groups[cells[cell].student, cells[cell].stage].append(cell)
+    for own in groups.values():
+        spaced = own[:: ceil(len(own) / _MOST_ARMS)]
+        yield from product(spaced, spaced)
 
 
 def _covariance(first: Series, second: Series) -> float | None:
