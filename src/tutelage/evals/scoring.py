@@ -86,8 +86,8 @@ class InDomain:
         """The fit, made when it is first needed; `own` if the scored domain is the training text itself."""
         if self._target is None:
             return None
-        if self._fit is None and target.version == self._target.version:
-            self._fit = own
+        if target.version == self._target.version:
+            self._fit = own  # whichever domains were scored before: its noise is that of this text
         elif self._fit is None and (documents := self._target.documents("validation")):
             tokens = _validation_tokens(self._model, self._target, documents)
             self._fit, _ = _fitted(tokens, self._target.store.vocab_size)
