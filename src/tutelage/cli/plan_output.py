@@ -206,6 +206,7 @@ def _plain_outlook(request: PlanRequest, one: Outlook) -> dict[str, Any]:
         "costs": [asdict(cost) | {"flops": cost.flops} for cost in one.costs],
         "longer_tokens": one.longer_tokens,
         "longer_gain": one.longer_gain,
+        "longer_known": one.longer_known,
         "break_even": one.break_even,
         "cache": kept.model_dump(mode="json") | {"bytes_per_token": size},
     }

@@ -321,13 +321,12 @@ def _answer(
     known = [one for one in outlooks if "in_domain" in one.gains]
     if not known:
         return "cannot say", ["no teacher is inside of what is known", _MEASURE], None
-    compared = [one for one in known if one.lead is not None]
-    if not compared:
+    if all(one.longer_gain is None for one in known):
         return _at_equal_tokens(known)
-    best = max(compared, key=lambda one: one.lead or 0.0)
-    if best.lead is None or best.lead <= 0:
-        best = max(compared, key=lambda one: one.gains["in_domain"].mean)
-    return _compared(request, best)
+    paying = [one for one in known if (one.lead or 0.0) > 0]
+    if paying:
+        return _compared(request, max(paying, key=lambda one: one.lead or 0.0))
+    return _compared(request, max(known, key=lambda one: one.gains["in_domain"].mean))
 
 
 def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list[str], Outlook]:
@@ -343,7 +342,14 @@ def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list
         f"{at} gains {gain.mean:+.2f}% in domain" if best.predicted_alpha else f"{best.teacher.name}: {_NONE}"
     )
     why = [f"{gains}; {more}"]
-    pays = best.lead is not None and best.lead > 0 and best.predicted_alpha > 0
+    if best.lead is None:
+        reach = amount(request.basis.range.tokens[1])
+        return (
+            "cannot say",
+            [*why, f"which of the two is more is not known: the law ends at {reach} tokens"],
+            best,
+        )
+    pays = best.lead > 0 and best.predicted_alpha > 0
     if pays and (gain.low is None or gain.low <= longer):
         why.append("that is in the mean: the interval of its gain holds less too")
     elif not pays and gain.mean > 0:

@@ -1,9 +1,10 @@
 """Judge the planner on finished studies: hide each pair, let it choose, compare with hindsight.
 
-Hidden are all students of one size and budget with one teacher, whatever their other settings. What is told
-of them is what is known before the first is trained: the teacher's loss and the untaught student's. Choices
-are the alphas that were run, and no teacher at all. Regret is the gain of the best of these in hindsight
-minus that of the choice, percentage points of the test split.
+Hidden are all students of one size and budget with one teacher, whatever their other settings; and, since
+pairs of one student share their untaught runs, once more with all teachers of that size and budget. What is
+told of them is what is known before the first is trained: losses of the teacher and the untaught student.
+Choices are the alphas that were run, and no teacher at all. Regret is the gain of the best of these in
+hindsight minus that of the choice, percentage points of the test split.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tutelage.planner.mixing_rule import chosen_alpha, fit_surface
 from tutelage.planner.points import SIDES, by_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tutelage.planner.points import GainSide, StudyPoints, TaughtPoint
 
@@ -38,7 +39,8 @@ class Regret:
 
     Attributes:
         side: whose gains it is of, and what it chooses by.
-        question: "alpha" of a given pair, or "teacher" and alpha of a given student.
+        question: the "alpha" of a given pair, that of a "new student" of whose size and budget no pair is
+            known, or "teacher" and alpha of a given student.
         rule: how it chooses.
         mean: over what was hidden.
         worst: the largest.
@@ -64,15 +66,11 @@ def backtest(points: StudyPoints) -> list[Regret]:
     found: list[Regret] = []
     for side in SIDES:
         known = [point for point in points.taught if side in point.gains]
-        promised: dict[PairName, tuple[float, float]] = {}
-        pairs: dict[PairName, Pair] = {}
-        for name, pair in by_pair(known).items():
-            surface = fit_surface([one for one in known if one.hidden_with != pair[0].hidden_with], side)
-            if surface is not None and len(pair) >= _FEWEST_ALPHAS:
-                pairs[name] = pair
-                promised[name] = chosen_alpha([surface], pair[0].gap, [point.alpha for point in pair])
-        found += _by_pair(pairs, side, promised)
+        pairs, promised = _promises(known, side, lambda point: point.hidden_with)
+        found += _by_pair(pairs, side, promised, "alpha")
         found += _by_student(pairs, side, promised)
+        pairs, promised = _promises(known, side, lambda point: (point.study, point.parameters, point.tokens))
+        found += _by_pair(pairs, side, promised, "new student")
     if not found:
         raise UserError(
             f"{' and '.join(points.studies)}: nothing to hide: {len(points.pairs())} pairs, of which three "
@@ -81,7 +79,23 @@ def backtest(points: StudyPoints) -> list[Regret]:
     return found
 
 
-def _by_pair(pairs: Mapping[PairName, Pair], side: GainSide, promised: Promises) -> list[Regret]:
+def _promises(
+    known: Sequence[TaughtPoint], side: GainSide, hidden: Callable[[TaughtPoint], object]
+) -> tuple[dict[PairName, Pair], Promises]:
+    """Pairs with alphas to choose from, and what a fit to those unlike them in `hidden` says."""
+    pairs: dict[PairName, Pair] = {}
+    promised: dict[PairName, tuple[float, float]] = {}
+    for name, pair in by_pair(known).items():
+        surface = fit_surface([one for one in known if hidden(one) != hidden(pair[0])], side)
+        if surface is not None and len(pair) >= _FEWEST_ALPHAS:
+            pairs[name] = pair
+            promised[name] = chosen_alpha([surface], pair[0].gap, [point.alpha for point in pair])
+    return pairs, promised
+
+
+def _by_pair(
+    pairs: Mapping[PairName, Pair], side: GainSide, promised: Promises, question: str
+) -> list[Regret]:
     """Which alpha, of a given teacher and student."""
     best = [max(0.0, *(point.gains[side] for point in pair)) for pair in pairs.values()]
     choices = {
@@ -93,7 +107,7 @@ def _by_pair(pairs: Mapping[PairName, Pair], side: GainSide, promised: Promises)
     return [
         _regret(
             side,
-            "alpha",
+            question,
             rule,
             best,
             [gain_at(*one, side) for one in zip(pairs.values(), alphas, strict=True)],

@@ -17,7 +17,7 @@ from tutelage.models.hub import build
 from tutelage.models.shapes import find_shape
 from tutelage.planner.laws import PUBLISHED, PUBLISHED_TAUGHT, SupervisedLaw
 from tutelage.planner.points import AlonePoint, StudyPoints, TaughtPoint
-from tutelage.planner.study_fit import fit_points, save_fit
+from tutelage.planner.study_fit import fit_points, load_fit, save_fit
 
 FLAT = SupervisedLaw(2.0, 500.0, 0.4, 20.0, 0.5, 0.8)
 """More tokens give next to nothing, so teachers pay."""
@@ -221,6 +221,23 @@ def test_do_not_distil_is_an_answer_of_a_fit_too(command, store, tmp_path):
     assert list(found["files"]) == ["alone.yaml"]
     assert found["teachers"][0]["gains"]["in_domain"]["mean"] > 0
     assert found["teachers"][0]["break_even"].startswith("on no budget")
+
+
+def test_what_lies_beyond_the_law_is_not_decided(command, store, flat, tmp_path):
+    """The same compute without a teacher is more tokens than any model of the fit had."""
+    points = load_fit(flat).points
+    short = points.model_copy(update={"alone": tuple(one for one in points.alone if one.tokens <= 2e4)})
+    save_fit(tmp_path / "short.json", fit_points(short))
+    asked = ("--store", store, "--fit", tmp_path / "short.json", "--teacher", "nano-150k@20K", *STUDENT)
+    found = planned(command, *asked)
+    (teacher,) = found["teachers"]
+    assert teacher["longer_tokens"] > 20_000
+    assert not teacher["longer_known"]
+    most = 100 * (1 - FLAT.loss(size("nano-50k"), 2e4) / FLAT.loss(size("nano-50k"), found["tokens"]))
+    assert teacher["longer_gain"] == pytest.approx(most, rel=1e-3)
+    assert teacher["gains"]["in_domain"]["mean"] > most
+    assert found["answer"] == "cannot say"
+    assert found["why"][-1] == "which of the two is more is not known: the law ends at 20K tokens"
 
 
 @pytest.mark.parametrize(

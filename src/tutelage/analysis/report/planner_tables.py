@@ -29,6 +29,13 @@ SIDE_WORDS: Final = MappingProxyType(
     {"in_domain": "in domain", "out_of_domain": "out, raw", "fitted": "out, fitted"}
 )
 _ROWS = 5
+_QUESTIONS: Final = MappingProxyType(
+    {
+        "alpha": "pairs: which alpha",
+        "new student": "pairs: which alpha, size and budget unseen",
+        "teacher": "students: which teacher and alpha",
+    }
+)
 
 
 def planner_section(study: JudgedStudy) -> dict[str, Any] | None:
@@ -94,13 +101,13 @@ def fit_lines(fit: StudyFit) -> list[tuple[str, str]]:
     else:
         law = fit.supervised.law
         scarce = f"({law.A:.4g} / N^{law.a:.3g} + {law.B:.4g} / D^{law.b:.3g})^{law.g:.3g}"
-        found.append(("law", f"L(N, D) = {law.irreducible:.4g} + {scarce}"))
-        found.append(("", f"{fit.supervised.free} coefficients fitted; {_off(fit.supervised)}"))
+        words = f"{fit.supervised.free} coefficients fitted, {_off(fit.supervised)}"
+        found.append(("laws", f"without a teacher: L(N, D) = {law.irreducible:.4g} + {scarce}; {words}"))
     pure = sum(point.alpha == 1 for point in fit.points.taught)
     words = f"not fitted, {pure} points of 11" if fit.distillation is None else _off(fit.distillation)
-    found.append(("", f"of pure distillation: {words}"))
+    found.append(("", f"pure distillation (alpha 1): {words}"))
     if not fit.surfaces:
-        found.append(("alpha", f"no rule: {len(fit.points.pairs())} pairs of 3, or too few alphas"))
+        found.append(("", f"no rule for alpha: {len(fit.points.pairs())} pairs of 3, or too few alphas"))
     return found
 
 
@@ -172,10 +179,7 @@ def law_table(fit: StudyFit) -> ReportTable:
 def backtest_tables(found: Sequence[Regret]) -> list[ReportTable]:
     """Mean and worst regret of each way to choose, by side: alphas of given teachers, then teachers too."""
     tables = []
-    for question, words in (
-        ("alpha", "pairs: which alpha"),
-        ("teacher", "students: which teacher and alpha"),
-    ):
+    for question, words in _QUESTIONS.items():
         some = [one for one in found if one.question == question]
         sides = list(dict.fromkeys(one.side for one in some))
         rows: list[list[TableCell | str]] = []
