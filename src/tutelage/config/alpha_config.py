@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -178,6 +179,14 @@ class _ByGap(_Bounded):
         default=20, ge=1, le=10**9, description="steps over which cross-entropies are averaged"
     )
 
+    @abstractmethod
+    def asked(self, ce: float, teacher_ce: float) -> float:
+        """Alpha that mean cross-entropies of student and teacher in nats ask for, before its bounds."""
+
+    def bounded(self, ce: float, teacher_ce: float) -> float:
+        """The same within floor and cap."""
+        return min(self.cap, max(self.floor, self.asked(ce, teacher_ce)))
+
 
 class GapDrivenAlpha(_ByGap):
     """Alpha in proportion to the student's gap to the teacher."""
@@ -188,7 +197,7 @@ class GapDrivenAlpha(_ByGap):
     )
 
     def asked(self, ce: float, teacher_ce: float) -> float:
-        """Alpha that mean cross-entropies of student and teacher in nats ask for, before its bounds."""
+        """The gap over the scale."""
         return (ce - teacher_ce) / self.scale
 
 
@@ -203,7 +212,7 @@ class AutoAlpha(_ByGap):
     cap: Fraction = Field(default=1.0, description="largest alpha")
 
     def asked(self, ce: float, teacher_ce: float) -> float:
-        """Alpha that mean cross-entropies of student and teacher in nats ask for, before its bounds."""
+        """A line over the relative gap."""
         return self.level + self.slope * (ce / max(teacher_ce, 1e-9) - 1.0)
 
 

@@ -182,7 +182,7 @@ class ByGap(_Adaptive):
         memory, config = self._memory, self._config
         if not memory["seen"]:
             return config.cap
-        return min(config.cap, max(config.floor, config.asked(memory["ce"], memory["teacher_ce"])))
+        return config.bounded(memory["ce"], memory["teacher_ce"])
 
     def _learn(self, ce: float, teacher_ce: float) -> None:
         """Update the means: plain over the first `window` steps, exponential after that."""

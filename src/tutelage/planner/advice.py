@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tutelage.models.flops import forward_flops, parameters, training_flops
-from tutelage.planner.laws import BEST_TEACHER, PAYS_BELOW, amount, paper_alpha
+from tutelage.planner.laws import BEST_TEACHER, PAYS_BELOW, amount, rule_alpha
 from tutelage.planner.ledger import ways
 from tutelage.planner.mixing_rule import Prediction, chosen_alpha
 from tutelage.planner.study_fit import interval
@@ -192,9 +192,9 @@ def _alpha(request: PlanRequest, gap: float | None) -> tuple[float, str, list[st
         words = f"rule fitted on {surface.pairs} pairs, off by {surface.error:.2g} points where left out"
         words = words if alpha else f"{_NONE}: {words}"
         return alpha, words, []
-    words = "the paper's for such a teacher (one student, 1.7B); nothing public predicts its gain"
+    words = "alpha: auto's for such a teacher (paper's student of 1.7B, mini study); no law predicts its gain"
     return (
-        paper_alpha(gap),
+        rule_alpha(gap),
         words,
         ["no correction for alpha below 1: no study was fitted (--study or --fit)"],
     )

@@ -9,10 +9,12 @@ to these points anew (.009; .018 where the points were not fitted).
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from math import log
+from math import exp, log
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from tutelage.config.alpha_config import AutoAlpha
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -163,17 +165,9 @@ PUBLISHED_ERROR = 0.018 / 2.4
 """Root mean square error of `PUBLISHED_TAUGHT` on points that were not fitted, as a part of their loss."""
 
 
-PAPER_ALPHAS = tuple(
-    (float(np.log(PUBLISHED.loss(1.14e9, 52.4e9) / PUBLISHED.loss(size, 52.4e9))), alpha)
-    for size, alpha in ((428e6, 0.2), (1.14e9, 0.2), (2.99e9, 0.6), (6.98e9, 0.8))
-)
-"""Gaps to four teachers of one student of 1.7B parameters, and its best alphas (arXiv 2605.23857)."""
-
-
-def paper_alpha(gap: float) -> float:
-    """The alpha that the paper found best at a gap, log(own loss / teacher's loss), on lines between four."""
-    gaps, alphas = zip(*PAPER_ALPHAS, strict=True)
-    return round(float(np.interp(gap, gaps, alphas)), 2)
+def rule_alpha(gap: float) -> float:
+    """The alpha of `alpha: auto` for a teacher at a gap, log(own loss / teacher's loss), to two digits."""
+    return round(AutoAlpha(policy="auto").bounded(exp(gap), 1.0), 2)
 
 
 def coefficients(law: SupervisedLaw | DistillationLaw) -> tuple[float, ...]:
