@@ -113,7 +113,7 @@ def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
         (["train", "run.yaml", "objective.alpha=0.5"], "there is no teacher"),
         (["train", "run.yaml", "tokens=lots"], "not a token budget"),
         (["train", "run.yaml", "tokens=10"], "less than one batch"),
-        (["train", "run.yaml", "nonsense"], "nonsense: no such file"),
+        (["train", "run.yaml", "nonsense"], "nonsense: neither a run file nor a setting"),
         (["train", "run.yaml", "model.shape=nano"], "model.shape = 'nano' is unknown"),
         (["train", "run.yaml", "runtime.device=cuda"], "no such device"),
         (["train", "run.yaml", "output=/proc/x"], "/proc/x"),

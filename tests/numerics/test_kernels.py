@@ -682,9 +682,10 @@ def test_cuda_tensors_get_triton(fresh_choice, monkeypatch):
 
 @torch_only
 @needs_triton
+@pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("slots", ["i32", 1])
 @pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
-def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(logits, slots):
+def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(logits, slots, halved):
     """The interpreter takes more than the compiler does; slots == 1 is a constant to Triton."""
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
@@ -696,11 +697,12 @@ def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(logits, slots):
         "ce_weights": "*fp32",
         "kd_weights": "*fp32",
         "out": "*fp32",
+        "addends": "*bf16" if halved else logits,
     }
     common |= dict.fromkeys(("tokens", "vocab", "student_stride", "teacher_stride", "stride"), "i32")
     common |= {"teacher": logits, "kept": logits, "ids": "*i64", "owners": "*i1", "probs": "*fp32"}
     common |= {"tails": "*fp32", "temperature": "fp32", "slots": slots}
-    constants = {"HEATED": True, "BUCKET": True, "BLOCK_K": 64, "BLOCK": 1024}
+    constants = {"HEATED": True, "HALVED": halved, "BUCKET": True, "BLOCK_K": 64, "BLOCK": 1024}
     for kernel in (triton_kernels.dense_kernel.fn, triton_kernels.sparse_kernel.fn):
         known = common | constants
         fixed = {name: known[name] for name in kernel.arg_names if not isinstance(known[name], str)}

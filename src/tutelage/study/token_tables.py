@@ -118,8 +118,8 @@ def read_token_comparison(directory: Path) -> TokenComparison:
     Raises:
         UserError: a file is missing or is not what the evaluation writes.
     """
+    refuse_damage(directory)
     try:
-        refuse_damage(directory)
         facts = _facts(directory / "comparison.json")
         groups = pl.read_parquet(directory / "summary.parquet")
         return TokenComparison(
@@ -133,7 +133,7 @@ def read_token_comparison(directory: Path) -> TokenComparison:
             context=facts["context"],
             groups=_with_intervals(groups),
         )
-    except (OSError, ValueError, KeyError, TypeError, PolarsError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, PolarsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{directory}: no finished token comparison ({type(error).__name__}: {reason}); delete it "

@@ -169,7 +169,7 @@ def test_a_model_on_the_hub_is_downloaded_file_by_file(files, tied, tmp_path, mo
         return shutil.copy(tied / file, tmp_path / "cache" / file)
 
     monkeypatch.setattr(slices, "hf_hub_download", download)
-    found = slices._files("some/model", "v1")
+    found = slices._downloaded_files("some/model", "v1")
     assert sorted(path.name for path in found) == sorted(path.name for path in tied.glob("*.safetensors"))
     assert asked[:2] == ["config.json", "model.safetensors.index.json"]
 
