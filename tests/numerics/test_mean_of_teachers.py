@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from divergence_definitions import definition
+from interpreted_triton import run_again, where_triton_is
 
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTransform, MeanTargets
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = {
     "plain": {},
     "one token": {"n": 1},
@@ -150,22 +145,6 @@ def test_parts_that_do_not_fit_are_named(change, message):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    INTERPRETED or importlib.util.find_spec("triton") is None, reason="no triton, or it is here"
-)
+@where_triton_is
 def test_the_triton_kernels_pass_too():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TUTELAGE_KERNELS": "triton"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        __file__,
-        "-k",
-        "not triton",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    run_again(__file__)

@@ -6,22 +6,17 @@ kernels; `test_the_triton_kernels_pass_too` starts one.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from divergence_definitions import definition
+from interpreted_triton import run_again, where_triton_is
 
 from tutelage.config.load import validate
 from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.objective import DIVERGENCES, Objective, TopK, chunked_objective, make_gate, reference_objective
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, SparseTargets
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GATES = ["teacher_certainty", "teacher_entropy", "student_entropy", "teacher_ahead", "random"]
 KEEP = 0.3
 EXTREMES = {
@@ -227,22 +222,6 @@ def test_nothing_to_learn_and_no_threshold_yet(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    INTERPRETED or importlib.util.find_spec("triton") is None, reason="no triton, or it is here"
-)
+@where_triton_is
 def test_the_triton_kernels_pass_too():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TUTELAGE_KERNELS": "triton"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        __file__,
-        "-k",
-        "not triton",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    run_again(__file__)

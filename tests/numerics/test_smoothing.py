@@ -7,19 +7,15 @@ In a process started with TRITON_INTERPRET=1 and TUTELAGE_KERNELS=triton the sam
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from divergence_definitions import definition
+from interpreted_triton import run_again, where_triton_is
 
 from tutelage.objective import DIVERGENCES, Objective, chunked_objective, reference_objective
 from tutelage.types import IGNORE_INDEX, DenseTargets, LogitTargets, LogitTransform, SparseTargets
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 N, D, E, V, PADDED = 23, 8, 6, 41, 47
 SETTINGS = [
     {"label_smoothing": 0.1},
@@ -181,14 +177,6 @@ def test_neither_of_them_changes_a_bit_of_what_is_reported():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@where_triton_is
 def test_the_triton_kernels_pass_too():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TUTELAGE_KERNELS": "triton"}
-    chosen = "plain and smoothing or nothing and z_loss or forward_kl or hard_labels or all"
-    done = subprocess.run(
-        [*command, "-k", chosen], capture_output=True, text=True, env=environment,
-        cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_again(__file__, "plain and smoothing or nothing and z_loss or forward_kl or hard_labels or all")
