@@ -111,6 +111,7 @@ def test_pages_are_found():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
 def test_all_pages_in_one_directory(order, tmp_path, warm):
     for page in PAGES[::order]:
