@@ -14,6 +14,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_demo_interrupted_and_finished(tutelage, tmp_path):
     output = tmp_path / "demo"
     command = [
