@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tutelage.cli import bars
 from tutelage.cli.main import main
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
@@ -95,6 +97,8 @@ def command(monkeypatch, capsys, tmp_path):
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tutelage", *map(str, arguments)])
+        for console in (bars.out, bars.err):  # they keep the width that they had when they were made
+            monkeypatch.setattr(console, "_width", int(os.environ["COLUMNS"]))
         with pytest.raises(SystemExit) as left:
             main()
         captured = capsys.readouterr()

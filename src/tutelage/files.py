@@ -24,7 +24,7 @@ from filelock import SoftFileLock, Timeout, lock_descriptor
 from tutelage.errors import DiskError, Stopped, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import BinaryIO
 
 
@@ -127,13 +127,18 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
 
 
+def short(number: float, units: Sequence[str] = ("", "K", "M", "B", "T")) -> str:
+    """Format a number with three digits and a unit, each a thousand of the one before: "950", "12.3K"."""
+    for unit in units[:-1]:
+        if number < 999.5:  # noqa: PLR2004 - three digits
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:,.3g}{units[-1]}"
+
+
 def size_text(count: float) -> str:
-    """Format a number of bytes with three digits and a unit: "950 bytes", "3.13 KB", "12.3 MB"."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 999.5:  # noqa: PLR2004 - three digits
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
+    """Format a number of bytes: "950 bytes", "3.13 KB", "12.3 MB"."""
+    return short(count, (" bytes", " KB", " MB", " GB", " TB"))
 
 
 @contextlib.contextmanager

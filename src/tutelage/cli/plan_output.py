@@ -16,7 +16,7 @@ from tutelage.analysis.report.planner_tables import (
 from tutelage.analysis.report.report_table import Column, ReportTable, TableCell
 from tutelage.cli.bars import out
 from tutelage.cli.stages import period
-from tutelage.planner.laws import amount
+from tutelage.files import short, size_text
 from tutelage.planner.ledger import SWEEP, cache_format
 from tutelage.planner.points import SIDES
 
@@ -39,8 +39,8 @@ _LABEL = 9
 
 def print_advice(request: PlanRequest, advice: Advice, files: Files, output: Path | None) -> None:
     """Print a plan as a card: answer, predictions, costs, what to start."""
-    student = f"{request.shape.name} on {amount(request.tokens)} tokens"
-    _line("student", f"{student}, {amount(request.parameters)} parameters without embeddings")
+    student = f"{request.shape.name} on {short(request.tokens)} tokens"
+    _line("student", f"{student}, {short(request.parameters)} parameters without embeddings")
     _line("alone", f"loss {_between(advice.alone)} nats per token, by: {request.basis.source}")
     _line("answer", advice.answer.upper())
     for text in advice.why:
@@ -113,7 +113,7 @@ def _cost_table(request: PlanRequest, advice: Advice) -> ReportTable:
     def row(name: str, cost: Expense) -> list[TableCell | str]:
         taught = cost.teacher_training + cost.teacher_forward
         price = ["" if cost.price is None else f"{cost.price:,.2f}"] * priced
-        disk = f"{amount(cost.cache_bytes)}B" if cost.cache_bytes else ""
+        disk = size_text(cost.cache_bytes) if cost.cache_bytes else ""
         return [
             name,
             cost.way,
@@ -159,7 +159,7 @@ def _print_files(files: Files, output: Path | None) -> None:
             _line("start", f"tutelage train {output / name}  ({what})")
         else:
             budget = (
-                f"{what}, {amount(float(settings['tokens']))} tokens"
+                f"{what}, {short(float(settings['tokens']))} tokens"
                 if isinstance(settings["tokens"], int)
                 else what
             )

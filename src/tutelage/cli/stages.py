@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from tutelage.files import size_text
+from tutelage.files import short, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,15 +46,6 @@ def period(seconds: float) -> str:
     if seconds < 360_000:  # noqa: PLR2004 - the same
         return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"  # noqa: PLR2004 - the same
     return f"{seconds / 86400:,.1f} days"
-
-
-def short(number: float) -> str:
-    """Format a number with three digits and a unit: "950", "12.3K", "4.56M"."""
-    for unit in ("", "K", "M", "B"):
-        if number < 999.5:  # noqa: PLR2004 - three digits
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}T"
 
 
 @dataclass(slots=True)

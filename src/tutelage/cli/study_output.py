@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.cli.bars import out, say
-from tutelage.cli.stages import period, short
-from tutelage.files import size_text
+from tutelage.cli.stages import period
+from tutelage.files import short, size_text
 from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:

@@ -150,8 +150,8 @@ def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str
 
 def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
     from tutelage.cli.bars import out, say
-    from tutelage.cli.stages import period, short
-    from tutelage.files import size_text
+    from tutelage.cli.stages import period
+    from tutelage.files import short, size_text
     from tutelage.models.devices import Hardware
     from tutelage.run_plan import plan_run
 

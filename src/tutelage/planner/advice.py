@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tutelage.files import short
 from tutelage.models.flops import forward_flops, parameters, training_flops
-from tutelage.planner.laws import BEST_TEACHER, PAYS_BELOW, amount, rule_alpha
+from tutelage.planner.laws import BEST_TEACHER, PAYS_BELOW, rule_alpha
 from tutelage.planner.ledger import ways
 from tutelage.planner.mixing_rule import Prediction, chosen_alpha
 from tutelage.planner.study_fit import interval
@@ -269,11 +270,11 @@ def _break_even(request: PlanRequest, teacher: Candidate, alpha: float) -> str:
             pays.append((float(tokens), gain.mean > longer))
     if not pays:
         return ""
-    span = f"{amount(pays[0][0])} to {amount(pays[-1][0])} tokens"
+    span = f"{short(pays[0][0])} to {short(pays[-1][0])} tokens"
     changes = [(here, now) for (_, before), (here, now) in pairwise(pays) if before != now]
     if not changes:
         return f"{'on every' if pays[0][1] else 'on no'} budget of {span}"
-    words = [f"{'above' if now else 'below'} {amount(tokens)}" for tokens, now in changes]
+    words = [f"{'above' if now else 'below'} {short(tokens)}" for tokens, now in changes]
     return f"{' and '.join(words)} tokens (looked at: {span})"
 
 
@@ -334,16 +335,16 @@ def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list
     gain, longer = best.gains["in_domain"], best.longer_gain or 0.0
     at = f"{best.teacher.name} at alpha {best.predicted_alpha:g}"
     least = "" if best.longer_known else "at least "
-    spent = f"{amount(best.longer_tokens)} tokens cost as much"
+    spent = f"{short(best.longer_tokens)} tokens cost as much"
     if request.text_tokens is not None and best.longer_tokens >= request.text_tokens:
-        spent = f"all {amount(best.longer_tokens)} tokens of the text cost no more"
+        spent = f"all {short(best.longer_tokens)} tokens of the text cost no more"
     more = f"without a teacher, {spent} and gain {least}{longer:+.2f}%"
     gains = (
         f"{at} gains {gain.mean:+.2f}% in domain" if best.predicted_alpha else f"{best.teacher.name}: {_NONE}"
     )
     why = [f"{gains}; {more}"]
     if best.lead is None:
-        reach = amount(request.basis.range.tokens[1])
+        reach = short(request.basis.range.tokens[1])
         return (
             "cannot say",
             [*why, f"which of the two is more is not known: the law ends at {reach} tokens"],
@@ -354,7 +355,7 @@ def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list
         why.append("that is in the mean: the interval of its gain holds less too")
     elif not pays and gain.mean > 0:
         why.append(
-            f"it is worth its compute only if there is no more text than {amount(request.tokens)} tokens"
+            f"it is worth its compute only if there is no more text than {short(request.tokens)} tokens"
         )
     outside = best.gains.get("fitted") or best.gains.get("out_of_domain")
     if not pays and outside is not None and outside.low is not None and outside.low > 0:

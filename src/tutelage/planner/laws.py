@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tutelage.config.alpha_config import AutoAlpha
+from tutelage.files import short
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -49,8 +50,8 @@ class Range:
             (tokens, self.tokens, "tokens"),
         ):
             if not low <= value <= high:
-                span = f"{amount(low)} to {amount(high)}" if low < high else f"{amount(low)} alone"
-                return f"outside: {amount(value)} {what}; known: {span}, {self.source}"
+                span = f"{short(low)} to {short(high)}" if low < high else f"{short(low)} alone"
+                return f"outside: {short(value)} {what}; known: {span}, {self.source}"
         return None
 
 
@@ -173,11 +174,3 @@ def rule_alpha(gap: float) -> float:
 def coefficients(law: SupervisedLaw | DistillationLaw) -> tuple[float, ...]:
     """The numbers of a law, in the order of its fields."""
     return astuple(law)
-
-
-def amount(number: float) -> str:
-    """`143M`, `12.6B`, `0.05M`: sizes as people who compare models write them."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.config.objective_config import TopK
-from tutelage.config.teacher_config import CacheTeacher, MeanTeacher, ModelTeacher
+from tutelage.config.teacher_config import CacheTeacher, ModelTeacher, single_teachers
 from tutelage.data.loader import run_loader
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
@@ -51,9 +51,8 @@ class GivenModels:
 
     def __init__(self, configs: Sequence[RunConfig]) -> None:
         paths = {config.model.path for config in configs}
-        for teacher in (config.teacher for config in configs):
-            single = teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
-            paths |= {one.path for one in single if isinstance(one, ModelTeacher)}
+        for config in configs:
+            paths |= {one.path for one in single_teachers(config.teacher) if isinstance(one, ModelTeacher)}
         there = [Path(path) for path in paths if path is not None]
         self._states = [ModelState.of(path) for path in there if path.exists()]
 

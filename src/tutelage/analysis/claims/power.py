@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tutelage.analysis.claims.judge import LEVEL
+from tutelage.analysis.claims.noise import KINDS
 from tutelage.analysis.claims.planned_study import PlannedStudy
 from tutelage.analysis.claims.registry import CLAIMS, missing_of
 from tutelage.analysis.stats import MOST_SEEDS, POWER, chance_inside
@@ -145,10 +146,7 @@ def power_of(plan: Plan, noise: Noise) -> StudyPower:
         ),
         level=level,
         noise=noise,
-        deviations={
-            kind: (noise.gain(kind, twins), noise.gain(kind, twins, alone=True))
-            for kind in ("in_domain", "out_of_domain", "fitted", "after", "calibration")
-        },
+        deviations={kind: (noise.gain(kind, twins), noise.gain(kind, twins, alone=True)) for kind in KINDS},
     )
 
 

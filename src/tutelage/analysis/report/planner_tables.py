@@ -12,7 +12,7 @@ from tutelage.analysis.study_points import points_of
 from tutelage.analysis.tables import equal_compute
 from tutelage.analysis.words import arm, plus_minus, signed
 from tutelage.errors import UserError
-from tutelage.planner.laws import amount
+from tutelage.files import short
 from tutelage.planner.mixing_rule import chosen_alpha
 from tutelage.planner.study_fit import fit_points
 
@@ -161,8 +161,8 @@ def law_table(fit: StudyFit) -> ReportTable:
         if law is None
         else [
             [
-                amount(n),
-                amount(d),
+                short(n),
+                short(d),
                 f"{loss:.4f}",
                 f"{float(law.law.loss(n, d)):.4f}",
                 f"{off:+.2%}",

@@ -16,6 +16,7 @@ from tutelage.config.teacher_config import (
     ModelTeacher,
     RunTeacher,
     SingleTeacher,
+    single_teachers,
 )
 from tutelage.data.documents import Documents, positions_of
 from tutelage.data.store import open_store
@@ -156,8 +157,8 @@ def plan_cache(config: TeachConfig) -> CachePlan:
         teacher = _completed(teacher, config.runs, "teacher")
     config = config.model_copy(update={"store": find("store", config.store, "store"), "teacher": teacher})
     store = open_store(config.store)
-    single = teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
-    places = [locate(one, config.runs)[0] for one in single if isinstance(one, RunTeacher | ModelTeacher)]
+    models = [one for one in single_teachers(teacher) if isinstance(one, RunTeacher | ModelTeacher)]
+    places = [locate(one, config.runs)[0] for one in models]
     states = tuple(ModelState.of(Path(place)) for place in places if is_local(place))
     if isinstance(teacher, MeanTeacher):
         identified = [_identified(part, config.runs, store) for part in teacher.of]
@@ -171,7 +172,7 @@ def plan_cache(config: TeachConfig) -> CachePlan:
         "teacher": fingerprint,
         "store": store.fingerprint,
     }
-    if not isinstance(teacher, MeanTeacher) and (attention := _attention(teacher)) is not None:
+    if (attention := _attention(teacher)) is not None:
         content["attn_implementation"] = attention
     path = config.output / f"{config.name}-{digest(content)}"
     return CachePlan(config, store, teacher, fingerprint, states, path)
@@ -265,7 +266,7 @@ def _record(plan: CachePlan, teacher: Teacher) -> TeacherRecord:
         fingerprint=plan.teacher_fingerprint,
         forward_flops=teacher.forward_flops,
         notes=teacher.notes,
-        attn_implementation=None if isinstance(plan.teacher, MeanTeacher) else _attention(plan.teacher),
+        attn_implementation=_attention(plan.teacher),
         parts=tuple((one.kind, _id(one)) for one in given.of) if isinstance(given, MeanTeacher) else (),
     )
 
@@ -277,7 +278,8 @@ def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> WholeTargets:
     return targets.without_padding(plan.store.vocab_size)
 
 
-def _attention(teacher: SingleTeacher) -> str | None:
+def _attention(teacher: LiveTeacher | SingleTeacher) -> str | None:
+    """How one teacher computes attention, where that was chosen; a mean is asked part by part."""
     return teacher.attn_implementation if isinstance(teacher, RunTeacher | ModelTeacher) else None
 
 
