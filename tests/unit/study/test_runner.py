@@ -5,9 +5,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
@@ -234,6 +237,42 @@ def test_a_fork_server_that_is_killed_as_a_task_starts_is_replaced_once(tmp_path
     assert left == []
     left.append(None)
     ensure_and_kill()  # the next test's workers are forked from a server with torch again
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked from a server on Linux alone")
+@pytest.mark.parametrize(("length", "forked"), [(75, True), (76, False)])
+def test_workers_start_under_a_long_temporary_directory(tmp_path, length, forked):
+    """A path of 107 bytes is the longest for a socket: `man 7 unix`; job systems give longer ones."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        long = Path(name, "x" * (length - len(name) - 1))
+        long.mkdir()
+        script = """
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+from tutelage.config.data_config import StoreConfig
+from tutelage.study.engines import StoreTask
+from tutelage.study.engines.local import LocalEngine
+
+if __name__ == "__main__":
+    broken = StoreConfig(name="none", sources=({"kind": "corpus", "name": "nothing"},))
+    with LocalEngine(1, []) as engine:
+        engine.start("store", StoreTask(config=broken, directory=Path(sys.argv[1])))
+        while not (ended := engine.wait(0.5)):
+            pass
+    print(forkserver._forkserver._forkserver_pid is not None, ended["store"].text)
+"""
+        (tmp_path / "script.py").write_text(script)
+        done = subprocess.run(
+            [sys.executable, "script.py", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"TMPDIR": str(long)},
+        )
+    assert done.stdout.startswith(f"{forked} "), done.stdout + done.stderr
+    assert "nothing" in done.stdout
 
 
 def test_a_finished_run_that_has_vanished_is_trained_again(make_config, tmp_path):

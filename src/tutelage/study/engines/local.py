@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing.connection import wait
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
     _Context = ForkServerContext | SpawnContext
 
 _GRACE_SECONDS = 30.0
+_SOCKET_ADDRESS_BYTES = 107  # the longest that Linux takes
+_SOCKET_NAME = "/pymp-01234567/listener-01234567"  # multiprocessing's, under the temporary directory
 
 
 class LocalEngine:
     """An `Engine` of long-lived worker processes.
 
     On the CPU they are forked from a server that has imported torch and done nothing else, so a worker starts
-    at once and they share that memory. CUDA does not survive a fork: with GPUs each is a fresh process.
+    at once and they share that memory. CUDA does not survive a fork: with GPUs each is a fresh process. So is
+    each where the path of the temporary directory is too long for the server's socket.
 
     A worker has one place: an equal share of the cores, and a GPU. A task of several processes gets a worker
     that has as many places, starts the processes on them, and leaves when the task has ended.
@@ -52,7 +56,7 @@ class LocalEngine:
         self._workers: list[_Worker | None] = [None] * workers
         self._not_started: dict[str, TaskOutcome] = {}
         self._context: _Context = multiprocessing.get_context("spawn")
-        if not gpus and sys.platform == "linux":
+        if not gpus and sys.platform == "linux" and _fork_server_has_an_address():
             self._context = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload(["tutelage.run"])
 
@@ -124,6 +128,10 @@ class LocalEngine:
         for worker in self._distinct():
             if worker.key == key:
                 worker.ask_to_leave()
+
+
+def _fork_server_has_an_address() -> bool:
+    return len(os.fsencode(tempfile.gettempdir() + _SOCKET_NAME)) <= _SOCKET_ADDRESS_BYTES
 
 
 class _Worker:
