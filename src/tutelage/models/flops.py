@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tutelage.models.shapes import ModelShape
@@ -61,30 +62,68 @@ def forward_flops(shape: ModelShape, vocab_size: int, context: int) -> float:
 
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """Fields of a config.json, by family, that say to how many experts of a layer a token is sent."""
+_WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "mlp", "moe")
+"""Types of layers, in a config's `layer_types`, whose queries see no keys: what they keep has one size."""
 
 
 def model_forward_flops(model: PreTrainedModel, context: int) -> float:
     """Operations of a forward pass per token, as `forward_flops` counts them, for any model.
 
-    Every matrix outside the input embedding multiplies every token, but of a layer's routed experts as many
-    as a token is sent to; shared experts count whole. That some implementations compute more (Llama 4 runs
-    all experts) is not counted. Attention is left out where the config does not name its heads.
+    Every matrix outside embeddings multiplies every token, but of a layer's routed experts as many as a
+    token is sent to; shared experts count whole. That some implementations compute more (Llama 4 runs all
+    experts) is not counted, nor are the recurrences of linear attention and state spaces beyond their
+    matrices. Attention is left out where the config does not name its heads.
     """
-    settings = model.config.get_text_config(decoder=True).to_dict()
-    experts = _first(settings, EXPERTS)
-    active = min(1.0, _first(settings, _ACTIVE) / experts) if experts else 1.0
-    head, lookup = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    used = 0.0
-    for weight in model.parameters():
-        stacked = weight.ndim == 3 and weight.shape[0] == experts  # noqa: PLR2004 - experts, rows, columns
-        if weight.ndim > 1 and (weight is head or weight is not lookup):
-            used += weight.numel() * (active or 1.0 if stacked else 1.0)
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
+    settings = config.to_dict()
+    used = _multiplied(model, settings)
     try:
         heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
     except AttributeError:
         return 2.0 * used
-    return 2.0 * used + 2.0 * context * heads * layers * _head_dim(settings, config.hidden_size // heads)
+    try:
+        kinds = list(config.layer_types or ())
+    except AttributeError:
+        kinds = []
+    kinds = kinds or ["sliding_attention"] * layers  # a window that is given without types is each layer's
+    keys = sum(_keys(kind, settings, context) for kind in kinds)
+    return 2.0 * used + 4.0 * keys * heads * _head_dim(settings, config.hidden_size // heads)
+
+
+def _multiplied(model: PreTrainedModel, settings: dict[str, Any]) -> float:
+    """Weights that multiply a token, on average over tokens."""
+    from torch.nn import Embedding  # noqa: PLC0415 - the planner does without torch
+
+    experts = _first(settings, EXPERTS)
+    sent = _first(settings, _ACTIVE) / (experts + _first(settings, ("zero_expert_num",))) if experts else 1.0
+    used = {id(head := model.get_output_embeddings().weight): float(head.numel())}
+    for module in model.modules():
+        if isinstance(module, Embedding):
+            continue
+        weights = list(module.parameters(recurse=False))
+        stacked = any(_is_stacked(weight, experts) for weight in weights)
+        for weight in weights:
+            if _is_stacked(weight, experts):
+                used.setdefault(id(weight), weight.numel() * min(1.0, sent or 1.0))
+            elif weight.ndim > 1 and not stacked:  # beside stacked matrices, theirs are the biases
+                used.setdefault(id(weight), float(weight.numel()))
+    return sum(used.values())
+
+
+def _is_stacked(weight: Tensor, experts: float) -> bool:
+    return weight.ndim == 3 and weight.shape[0] == experts  # noqa: PLR2004 - experts, rows, columns
+
+
+def _keys(kind: str, settings: dict[str, Any], context: int) -> float:
+    """Keys that a query of a layer sees, on average over a sequence."""
+    if kind in _WITHOUT_ATTENTION:
+        return 0.0
+    if kind == "chunked_attention":
+        return min(context, settings.get("attention_chunk_size") or context) / 2
+    window = context
+    if kind == "sliding_attention":
+        window = min(context, settings.get("sliding_window") or context)
+    return window - window**2 / (2 * context)
 
 
 def _first(settings: dict[str, Any], names: Iterable[str]) -> float:
@@ -102,7 +141,7 @@ def _head_dim(settings: dict[str, Any], usual: int) -> float:
     """Width of a head; where values have another than queries and keys, the mean of both."""
     if (rotary := settings.get("qk_rope_head_dim")) and (values := settings.get("v_head_dim")):
         return float(settings["qk_nope_head_dim"] + rotary + values) / 2
-    return float(settings.get("head_dim") or usual)
+    return _first(settings, ("head_dim", "kv_channels")) or float(usual)
 
 
 def training_flops(forward: float) -> float:

@@ -2,7 +2,14 @@ import pytest
 import tiny_families
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from tutelage.models.flops import (
     Parameters,
@@ -80,7 +87,7 @@ def test_forward_flops_against_torchs_own_counter(name):
 
 def test_operations_of_other_models():
     config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    weights = 2 * (4 * 32 * 32 + 2 * 32 * 128) + VOCAB * 32 + 64 * 32  # the last: position embedding
+    weights = 2 * (4 * 32 * 32 + 2 * 32 * 128) + VOCAB * 32  # positions are looked up
     assert model_forward_flops(GPT2LMHeadModel(config), 64) == 2 * weights + 2 * 64 * 32 * 2
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2))
     assert model_forward_flops(mamba, 64) == model_forward_flops(mamba, 128) > 2 * VOCAB * 32
@@ -124,8 +131,13 @@ MOE = (
     "granitemoe",
     "hunyuan_v1_moe",
     "glm4_moe",
+    "gpt_oss",
+    "jamba",
+    "jetmoe",
+    "lfm2_moe",
 )
-"""Experts alone, with shared ones beside them, with dense layers below, with heads of two widths."""
+"""Experts alone, with shared ones beside them, with dense layers below, with heads of two widths, with
+biases, with heads of their own, and in some layers of some, beside others that do not attend."""
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -140,8 +152,49 @@ def test_of_experts_those_count_that_a_token_is_sent_to(family, tmp_path):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=tokens_BT, use_cache=False)
     counted = counter.get_total_flops() / tokens_BT.numel()
-    assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=2e-3)
+    model.config.sliding_window = None  # torch counts the keys outside too
+    assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=3e-3)
     assert model_forward_flops(model, context) < counted
     every = 2 * sum(weight.numel() for weight in model.parameters() if weight.ndim > 2)
     assert every > 0.05 * counted  # experts weigh something here, and half of them are left out
     assert read_shape(model.config.to_dict(), family) is None
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "qwen3_next", "falcon_h1", "bamba"])
+def test_of_recurrent_layers_the_matrices_count_and_of_others_the_keys(family, tmp_path):
+    """By torch's own count: products with weights, and those of two activations where a layer attends."""
+    context = 16
+    model = tiny_families.tiny_model(family, tmp_path / "model").eval()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    tokens_BT = torch.randint(
+        10, tiny_families.VOCAB, (8, context), generator=torch.Generator().manual_seed(0)
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT, use_cache=False)
+    kinds, counts = model.config.layer_types, counter.get_flop_counts()
+    weights = sum(flops for kind, flops in counts["Global"].items() if kind is not torch.ops.aten.bmm)
+    attending = [name for name in counts if name.endswith(".self_attn")]
+    keys = sum(counts[name].get(torch.ops.aten.bmm, 0) for name in attending)
+    counted = (weights + keys) / tokens_BT.numel()
+    # a causal convolution is counted at the padded positions too
+    assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=0.015)
+    grows = {kind for kind in kinds if kind in ("full_attention", "hybrid")}
+    assert (model_forward_flops(model, 4 * context) > model_forward_flops(model, context)) == bool(grows)
+
+
+@pytest.mark.parametrize(("field", "value", "keys"), [
+    ("sliding_window", 16, lambda place: min(place, 16)),
+    ("sliding_window", None, lambda place: place),
+    ("sliding_window", 4096, lambda place: place),
+])  # fmt: skip
+def test_a_window_bounds_the_keys(field, value, keys):
+    context = 64
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, **{field: value},
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    weights = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1) - VOCAB * 32
+    mean = sum(keys(place + 0.5) for place in range(context)) / context
+    assert model_forward_flops(model, context) == pytest.approx(2 * weights + 2 * 4 * mean * 32)
