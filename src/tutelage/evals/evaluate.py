@@ -25,13 +25,13 @@ from tutelage.evals.domains import (
     domain_store,
     find_domain,
 )
-from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer, find_models
+from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer, find_models, load_evaluated
 from tutelage.evals.recall import left_out, questions, recall_scores, text_read
 from tutelage.evals.score_files import add_scores, read_scores
 from tutelage.evals.scoring import InDomain, save_scores, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
 from tutelage.files import lock, make_directory
-from tutelage.models.hub import load, pick_device
+from tutelage.models.hub import pick_device
 from tutelage.models.lengths import check_length
 from tutelage.names import find
 from tutelage.progress import counter
@@ -163,11 +163,10 @@ def _evaluated(
         todo = [target for target in targets if (target.name, target.version, evaluated.step) not in there]
         if todo:
             todo = with_contamination(todo, text, request.output / "stores")
-            model = load(evaluated.model)
+            model = load_evaluated(evaluated, device)
             note = check_length(model, evaluated.id, max(target.context for target in todo))
             if note is not None:
                 progress.note(note)
-            model.to(device)
             in_domain = InDomain(model, training)
         for number, target in enumerate(todo, 1):
             stage = f"{evaluated.id}: {target.name} ({number} of {len(todo)})"

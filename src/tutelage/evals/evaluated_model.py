@@ -14,7 +14,7 @@ from tutelage.errors import UserError, one_line
 from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
 from tutelage.hub_access import reading_hub
-from tutelage.models.directory import weights_fingerprint
+from tutelage.models.directory import ModelState, weights_fingerprint
 from tutelage.models.lengths import trained_length
 from tutelage.names import completed, look_up, nearest
 from tutelage.run_directory import RunDirectory
@@ -23,7 +23,8 @@ from tutelage.types import TOKENIZER_FILES, Score
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PretrainedConfig
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from tutelage.evals.token_scores import ScoreEstimate
     from tutelage.types import ScoreRole, Split
@@ -44,6 +45,7 @@ class EvaluatedModel:
         step: optimizer steps it has taken; 0 for a model that is not a run.
         tokens: training tokens it has seen; 0 for a model that is not a run.
         training_store: token store a run was trained on; None for other models.
+        state: of its files when they were identified; None: the model is in memory.
     """
 
     id: str
@@ -53,6 +55,7 @@ class EvaluatedModel:
     step: int = 0
     tokens: int = 0
     training_store: Path | None = None
+    state: ModelState | None = None
 
     @property
     def scores(self) -> Path:
@@ -160,6 +163,7 @@ def _run(path: Path) -> EvaluatedModel:
         raise UserError(
             f"{path}: the run has not finished training ({progress}); `tutelage train` resumes it"
         )
+    model_state = ModelState.of(directory.model)
     weights_fingerprint(directory.model)
     config = directory.config()
     if not all(isinstance(state.get(field), int) for field in ("step", "tokens")):
@@ -172,13 +176,29 @@ def _run(path: Path) -> EvaluatedModel:
         context=config.data.sequence_length,
         output=directory.path,
         training_store=located(config.data.store, config, directory.path),
+        state=model_state,
     )
 
 
 def _model(path: Path, name: str, output: Path) -> EvaluatedModel:
+    state = ModelState.of(path)
     identity = f"{name}-{weights_fingerprint(path)[:8]}"
     context = trained_length(_config(path)) or SUITES.context  # some families have no such number
-    return EvaluatedModel(identity, path, context, output / identity)
+    return EvaluatedModel(identity, path, context, output / identity, state=state)
+
+
+def load_evaluated(evaluated: EvaluatedModel, device: torch.device | str) -> PreTrainedModel:
+    """The model, in eval mode on a device.
+
+    Raises:
+        UserError: it cannot be loaded, or was written since it was identified.
+    """
+    from tutelage.models.hub import load  # noqa: PLC0415 - torch, which a wrong name need not cost
+
+    model = load(evaluated.model)
+    if evaluated.state is not None:
+        evaluated.state.refuse_change()
+    return model.to(device)
 
 
 def _config(path: Path) -> PretrainedConfig:

@@ -26,7 +26,7 @@ from tutelage.data.store import open_store
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError, one_line, suggestion
 from tutelage.evals.domains import DOMAINS, check_sources, domain_store, find_domain
-from tutelage.evals.evaluated_model import check_tokenizer
+from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated
 from tutelage.evals.lm_eval_tasks import (
     KINDS,
     PACKAGE_TASKS,
@@ -41,7 +41,7 @@ from tutelage.evals.token_scores import ScoreEstimate
 from tutelage.files import lock, make_directory
 from tutelage.hub_access import reading_hub
 from tutelage.installed import install_extra
-from tutelage.models.hub import load, pick_device
+from tutelage.models.hub import pick_device
 from tutelage.names import look_up
 from tutelage.progress import NullProgress, staged
 
@@ -347,9 +347,7 @@ def _model(evaluated: EvaluatedModel, batch_size: int, device: str) -> ExportedM
 
     return ExportedModel(
         load_tokenizer(evaluated.model),
-        pretrained=load(evaluated.model).to(
-            device
-        ),  # lm-eval would take NaN, and draw weights that are missing
+        pretrained=load_evaluated(evaluated, device),  # lm-eval would take NaN, and draw missing weights
         max_length=evaluated.context,
         batch_size=batch_size,
         trust_remote_code=False,

@@ -20,12 +20,12 @@ from tutelage.checksums import checked_write
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
-from tutelage.evals.evaluated_model import check_tokenizer
+from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import NextTokenModel, ScoreEstimate, ratio
 from tutelage.evals.windows import FORWARD_TOKENS, read_documents, window_batches
 from tutelage.files import lock, make_directory
-from tutelage.models.hub import body_and_head, load, pick_device
+from tutelage.models.hub import body_and_head, pick_device
 from tutelage.progress import NullProgress, staged
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.types import COPYING, PLAIN
@@ -93,7 +93,7 @@ def run_probes(
         compare_tokenizers(model.id, check_tokenizer(model).json, text, same_cuts=True)
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
-        student = load(evaluated.model).to(chosen)
+        student = load_evaluated(evaluated, chosen)
         progress = progress or NullProgress()
         write_samples(student, text, evaluated, progress)
         scores = _copying(evaluated, student, text, progress)
@@ -130,7 +130,7 @@ def _accepted(
     version = version_of(["acceptance", *settings, teacher.id, teacher.step])
 
     def measure() -> dict[str, ScoreEstimate]:
-        loaded = load(teacher.model).to(student.device)
+        loaded = load_evaluated(teacher, student.device)
         scored = sum(document.scored for document in documents)
         with staged(progress, f"{evaluated.id}: drafts for {teacher.id}", scored, "tokens") as told:
             return acceptance(student, loaded, documents, text.vocab_size, context, progress=told)

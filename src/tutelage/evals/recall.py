@@ -23,13 +23,13 @@ from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
 from tutelage.evals.contamination import ancestors, kept, located
-from tutelage.evals.evaluated_model import check_tokenizer
+from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated
 from tutelage.evals.facts import WORDS, Fact, Reading, count_read, find_facts
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import ScoreEstimate, ratio, score_tokens
 from tutelage.evals.windows import ScoredDocument
 from tutelage.files import lock, make_directory
-from tutelage.models.hub import load, pick_device
+from tutelage.models.hub import pick_device
 from tutelage.run_directory import RunDirectory
 from tutelage.types import RECALL, RECALL_BINS
 
@@ -360,6 +360,6 @@ def run_recall(
         if (note := left_out(text, asked)) is not None:
             progress.note(note)
         if not found:
-            found = recall_scores(load(evaluated.model).to(chosen), evaluated, text, asked)
+            found = recall_scores(load_evaluated(evaluated, chosen), evaluated, text, asked)
         progress.finish(stage)
     return found

@@ -20,14 +20,14 @@ from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
 from tutelage.evals.domains import SUITES, domain_store
-from tutelage.evals.evaluated_model import check_tokenizer, find_model
+from tutelage.evals.evaluated_model import check_tokenizer, find_model, load_evaluated
 from tutelage.evals.token_groups import summarise
 from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, together
 from tutelage.evals.token_scores import NextTokenModel
 from tutelage.evals.windows import read_documents, window_batches
 from tutelage.files import atomic_directory, lock, make_directory, write_json
 from tutelage.models.directory import weights_fingerprint
-from tutelage.models.hub import load, pick_device
+from tutelage.models.hub import pick_device
 from tutelage.progress import counter
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _read(
     """
     chosen = pick_device(device)
     models = {
-        role: NextTokenModel.of(load(evaluated.model).to(chosen), store.vocab_size)
+        role: NextTokenModel.of(load_evaluated(evaluated, chosen), store.vocab_size)
         for role, evaluated in roles.items()
     }
     parts: list[dict[str, np.ndarray]] = []

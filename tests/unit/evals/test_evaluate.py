@@ -7,6 +7,7 @@ import shutil
 
 import polars as pl
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
@@ -215,7 +216,7 @@ def test_what_cannot_work_is_said_before_any_compute(
         )
         arguments = ["--store", f"empty={build_store(config, tmp_path)}"]
     damage(model)
-    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(evaluate, "load_evaluated", None)
     code, _, complaint = command(
         "eval", "score", model, *(text.replace("STORE", str(store)) for text in arguments)
     )
@@ -223,6 +224,40 @@ def test_what_cannot_work_is_said_before_any_compute(
     assert message in complaint
     assert complaint.startswith("error: ")
     assert complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("score", "MODEL", "--store", "held-out=STORE"),
+        ("tasks", "MODEL", "--task", "word_analogy"),
+        ("probe", "MODEL", "--store", "STORE"),
+        ("recall", "MODEL", "--store", "STORE"),
+        ("tokens", "MODEL", "--teacher", "OTHER", "--baseline", "OTHER", "--store", "t=STORE"),
+    ],
+    ids=lambda how: how[0],
+)
+def test_a_model_that_is_written_while_it_is_read_gets_no_score(
+    how, store, model, tmp_path, command, monkeypatch
+):
+    places = {"MODEL": str(model), "OTHER": str(shutil.copytree(model, tmp_path / "other"))}
+    (model / "checksums.json").unlink(missing_ok=True)
+
+    def changed(path, *settings):
+        if path == model:
+            weights = load_file(path / "model.safetensors")
+            save_file({name: 2 * one for name, one in weights.items()}, path / "model.safetensors")
+        return load(path, *settings)
+
+    load = hub.load
+    monkeypatch.setattr(hub, "load", changed)
+    monkeypatch.chdir(tmp_path)
+    words = [places.get(word, word.replace("STORE", str(store))) for word in how]
+    code, _, complaint = command("eval", *words)
+    assert code != 0
+    assert "tiny: its files were changed while they were read; run the same command again" in complaint
+    assert not list(tmp_path.rglob("scores.jsonl"))
+    assert not list(tmp_path.rglob("comparison*"))
 
 
 def test_a_missing_field_and_an_empty_text_are_said(tmp_path, store):
