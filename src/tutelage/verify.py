@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tutelage.checksums import CARD, LISTING, difference, listed
-from tutelage.config.teacher_config import ModelTeacher, RunTeacher
+from tutelage.config.teacher_config import MeanTeacher, ModelTeacher, RunTeacher, teacher_id
 from tutelage.data.store import verify_store
 from tutelage.errors import UserError
 from tutelage.files import read_bytes
@@ -254,9 +254,8 @@ def _lost(path: Path) -> Iterator[Finding]:
         used = (config.data.store, *(domain.store for domain in config.eval.domains))
         stores |= {store.name for store in used if store.parent == config.output.parent / "data"}
         teacher = config.teacher
-        if isinstance(teacher, RunTeacher | ModelTeacher) and teacher.cache is not None:
-            name = teacher.run if isinstance(teacher, RunTeacher) else teacher.path
-            taught.add((name, teacher.cache.format.model_dump_json()))
+        if isinstance(teacher, RunTeacher | ModelTeacher | MeanTeacher) and teacher.cache is not None:
+            taught.add((teacher_id(teacher), teacher.cache.format.model_dump_json()))
     remedy = "`tutelage study run` makes it again where it is needed"
     for place in sorted(path / "data" / name for name in stores):
         if not place.is_dir():

@@ -182,6 +182,18 @@ def single_teachers(teacher: TeacherConfig | None) -> tuple[SingleTeacher, ...]:
     return teacher.of if isinstance(teacher, MeanTeacher) else (teacher,)
 
 
+def teacher_id(teacher: TeacherConfig) -> str:
+    """Run, path or Hub name of a teacher as it was given, a control's kind, or those that a mean is of."""
+    match teacher:
+        case MeanTeacher(of=of):
+            return ", ".join(teacher_id(part) for part in of)
+        case RunTeacher(run=run):
+            return run
+        case ModelTeacher(path=path) | CacheTeacher(path=path):
+            return str(path)
+    return teacher.kind
+
+
 class TeachConfig(CacheSettings):
     """One teacher cache. It lands in `<output>/<name>-<hash8>`; same config, same directory."""
 

@@ -188,6 +188,28 @@ def test_a_part_of_a_study_that_is_lost_whole_is_named(study, kind, tmp_path):
     assert wrong(study) == []
 
 
+def test_a_lost_cache_of_a_mean_is_named_by_its_teachers(tmp_path):
+    form = {"kind": "topk", "k": 4}
+    teachers = {
+        "weak": {"shape": "nano-20k", "tokens": "2K"},
+        "unigram": {"control": "unigram"},
+        "both": {"mean": ["weak", "unigram"], "cache": {"format": form}},
+    }
+    grid = {"product": {"teacher": ["both"], "alpha": [0.4]}}
+    students = {"main": {"shape": "nano-20k", "tokens": "2K", "grid": grid}}
+    run_tiny(tiny_study(teachers=teachers, students=students), tmp_path / "study")
+    assert wrong(tmp_path / "study") == []
+
+    (cache,) = (tmp_path / "study" / "caches").iterdir()
+    cache.rename(tmp_path / "kept")
+    (teacher,) = (path.name for path in (tmp_path / "study" / "runs").glob("teacher-weak-*"))
+    (found,) = wrong(tmp_path / "study")
+    assert f"the one of {teacher}, unigram with format" in found
+    assert "is lost; `tutelage study run` makes it again" in found
+    (tmp_path / "kept").rename(cache)
+    assert wrong(tmp_path / "study") == []
+
+
 def test_of_a_foreign_model_nothing_can_be_compared_and_that_is_said(tmp_path):
     model = tmp_path / "model"
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

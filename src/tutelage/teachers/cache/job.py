@@ -17,6 +17,7 @@ from tutelage.config.teacher_config import (
     RunTeacher,
     SingleTeacher,
     single_teachers,
+    teacher_id,
 )
 from tutelage.data.documents import Documents, positions_of
 from tutelage.data.store import open_store
@@ -260,14 +261,15 @@ def load_job(plan: CachePlan) -> CacheJob:
 def _record(plan: CachePlan, teacher: Teacher) -> TeacherRecord:
     """What the manifest says of the teacher."""
     given = plan.config.teacher
+    of = given.of if isinstance(given, MeanTeacher) else ()
     return TeacherRecord(
         kind=given.kind,
-        id=_id(given),
+        id=teacher_id(given),
         fingerprint=plan.teacher_fingerprint,
         forward_flops=teacher.forward_flops,
         notes=teacher.notes,
         attn_implementation=_attention(plan.teacher),
-        parts=tuple((one.kind, _id(one)) for one in given.of) if isinstance(given, MeanTeacher) else (),
+        parts=tuple((one.kind, teacher_id(one)) for one in of),
     )
 
 
@@ -281,14 +283,3 @@ def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> WholeTargets:
 def _attention(teacher: LiveTeacher | SingleTeacher) -> str | None:
     """How one teacher computes attention, where that was chosen; a mean is asked part by part."""
     return teacher.attn_implementation if isinstance(teacher, RunTeacher | ModelTeacher) else None
-
-
-def _id(teacher: LiveTeacher | SingleTeacher) -> str:
-    match teacher:
-        case MeanTeacher(of=of):
-            return ", ".join(_id(part) for part in of)
-        case RunTeacher(run=run):
-            return run
-        case ModelTeacher(path=path) | CacheTeacher(path=path):
-            return str(path)
-    return teacher.kind
