@@ -25,7 +25,11 @@ _ASK_AGAIN = 60
 
 @contextlib.contextmanager
 def reading_hub(
-    what: str, instead: str = "give the path of a local directory", *, explains: bool = True
+    what: str,
+    instead: str = "give the path of a local directory",
+    *,
+    explains: bool = True,
+    kept: bool = True,
 ) -> Iterator[None]:
     """Let a block read from the Hub; where that does not answer, it gets what was downloaded before.
 
@@ -33,6 +37,7 @@ def reading_hub(
         what: begins every message: the setting and the name that was not found on this machine.
         instead: what else would do.
         explains: put in one line what a Hub that does answer says, too; else its error goes on.
+        kept: what is read stays among the downloads, from which it can be copied; a stream does not.
 
     Raises:
         UserError: the Hub cannot be reached and what is wanted was not downloaded before; or it was reached,
@@ -59,9 +64,10 @@ def reading_hub(
         if answered:
             reason = one_line(error)
             raise UserError(f"{what}: not on this machine, and the Hub does not give it: {reason}") from None
+        earlier = f" not among earlier downloads ({constants.HF_HUB_CACHE})," if kept else ""
+        copy = ", or copy that cache from a machine that has it" if kept else ""
         raise UserError(
-            f"{what}: not on this machine, not among earlier downloads ({constants.HF_HUB_CACHE}), and the "
-            f"Hugging Face Hub {silence}; {instead}, or copy that cache from a machine that has it"
+            f"{what}: not on this machine,{earlier} and the Hugging Face Hub {silence}; {instead}{copy}"
         ) from None
 
 

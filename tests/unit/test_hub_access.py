@@ -61,6 +61,7 @@ def test_a_hub_out_of_reach_is_one_line_at_once(no_hub, ask, capfd, monkeypatch,
     assert (
         f"the Hugging Face Hub cannot be reached ({no_hub}: ConnectError; HF_ENDPOINT names a mirror)" in text
     )
+    assert ("copy that cache" in text) == (ask is not ASKED["dataset"])  # a stream leaves no copy
     assert "Retrying" not in "".join(capfd.readouterr())
     assert not constants.HF_HUB_OFFLINE
     assert not datasets_config.HF_HUB_OFFLINE

@@ -102,7 +102,9 @@ def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
         ) from None
     where = f"hub source {source.path}"
     local = Path(source.path).exists()
-    access = reading_hub(where, "read files of your own with kind: files", explains=False)
+    access = reading_hub(
+        where, "download its files and read them with kind: files", explains=False, kept=False
+    )
     number = 0
     try:
         with contextlib.nullcontext() if local else access:
