@@ -43,7 +43,7 @@ def data_build(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="settings to change, e.g. tokenizer.vocab_size=8000", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="settings to change, e.g. tokenizer.vocab_size=8000", metavar="KEY=VALUE"),
     ] = None,
     corpus: Annotated[str | None, typer.Option(help="instead of a file: a named corpus, whole")] = None,
     output: Annotated[Path, typer.Option(help="directory of stores")] = Path("stores"),

@@ -97,7 +97,7 @@ def tasks(
     task: Annotated[
         list[str],
         typer.Option(
-            help="paper, a name of lm-eval's, word_analogy, or continuation or last_word (:DOMAIN or :STORE);"
+            help="paper, a name of lm-eval's, word_analogy, or continuation or last_word (:DOMAIN or :STORE)"
             ", or of --include; may be repeated"
         ),
     ],

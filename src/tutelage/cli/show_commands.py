@@ -25,7 +25,7 @@ _LONGEST_VALUE = 48
 
 def runs(
     directory: Annotated[
-        Path, typer.Argument(help="directory of runs, or a study or its name", metavar="[DIR]")
+        Path, typer.Argument(help="directory of runs, or a study or its name", metavar="DIR")
     ] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead")] = False,
 ) -> None:

@@ -39,7 +39,7 @@ File = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="settings to change, e.g. seeds=[43,44,45]", metavar="[KEY=VALUE]..."),
+    typer.Argument(help="settings to change, e.g. seeds=[43,44,45]", metavar="KEY=VALUE"),
 ]
 Directory = Annotated[Path, typer.Argument(help="directory of a study, or its name, e.g. demo")]
 
@@ -51,7 +51,7 @@ def study_plan(
         typer.Argument(
             help="study files or presets, and settings to change; of several studies the runs they share "
             "count once",
-            metavar="FILE... [KEY=VALUE]...",
+            metavar="FILE | KEY=VALUE",
         ),
     ],
     output: Annotated[

@@ -35,7 +35,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="run file (YAML); `tutelage init run` writes one")],
     more: Annotated[
         list[str] | None,
-        typer.Argument(help="settings to change, and further run files", metavar="[KEY=VALUE | CONFIG]..."),
+        typer.Argument(help="settings to change, and further run files", metavar="KEY=VALUE | CONFIG"),
     ] = None,
     nproc: Annotated[
         int | None,
@@ -190,7 +190,7 @@ def teach(
     config: Annotated[Path, typer.Argument(help="cache file (YAML); `tutelage init cache` writes one")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="settings to change, e.g. format.ids=24", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="settings to change, e.g. format.ids=24", metavar="KEY=VALUE"),
     ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="write nothing; say what every format would take")
