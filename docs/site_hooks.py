@@ -29,6 +29,7 @@ BESIDE = {
 }
 """Files of the repository's root that are pages, and what they are called there."""
 
+_SETTINGS = tuple(f"reference/{kind}.md" for kind in ("run", "store", "study", "cache"))
 _LINK = re.compile(r"(\]\(|<img src=\")(?![a-z]+:|#|/)([^)#\s\"]+)")
 _FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 _LIST = re.compile(r"^((?![-*] |\d+\. |\s|$).+\n)(?=(?:[-*]|\d+\.) )", re.MULTILINE)
@@ -58,6 +59,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     parts = _FENCE.split(markdown)
     parts[::2] = [_LIST.sub(r"\1\n", _LINK.sub(lambda m: m[1] + _moved(m[2], source), p)) for p in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, page: Page, **_: object) -> str:
+    """Mark the pages whose tables are settings (site.css)."""
+    return f'<div class="settings">{html}</div>' if page.file.src_uri in _SETTINGS else html
 
 
 def _moved(link: str, source: str) -> str:

@@ -352,9 +352,15 @@ def loss_gap_warning(scores: Sequence[Score], directory: RunDirectory) -> str | 
         directory: of the run, whose metrics have its recent training loss.
     """
     training = directory.recent_ce()
+    config = directory.config()
+    # Fine-tuning loses on completions, and what is in domain may be the text that it began with.
+    other = {one.name for one in config.eval.domains if one.store != config.data.store}
+    passed_over = other if config.stage == "sft" else set()
     for score in scores:
         measured = score.role, score.split, score.metric
         if training is None or measured != ("in_domain", "validation", "perplexity"):
+            continue
+        if score.domain in passed_over:
             continue
         held_out = math.log(score.value)
         if abs(held_out - training) > _FAR_APART:

@@ -189,7 +189,7 @@ def words(text: str) -> Counter[str]:
     "page",
     [
         Path(sysconfig.get_paths()["stdlib"], "idlelib", "help.html"),
-        REPOSITORY / "docs/results/mini/report.html",
+        REPOSITORY / "docs/results/replication/report.html",
     ],
     ids=["help", "report"],
 )
