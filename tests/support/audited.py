@@ -40,8 +40,6 @@ def allowed(path: object) -> bool:
 
 def happened(event: str, *what: object) -> None:
     stack = [f"{frame.name} in {frame.filename}" for frame in traceback.extract_stack()[:-2]]
-    if event == "pickle.find_class" and stack[-1].endswith("multiprocessing/connection.py"):
-        return  # a message of a worker of this process
     if event.startswith("socket.") and isinstance(what[0], str | bytes) and allowed(what[0]):
         return  # a file in the output, by which this process meets its workers
     found.append([event, *map(str, what), *stack[-4:]])

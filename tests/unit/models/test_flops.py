@@ -153,7 +153,8 @@ def test_of_experts_those_count_that_a_token_is_sent_to(family, tmp_path):
         model(input_ids=tokens_BT, use_cache=False)
     counted = counter.get_total_flops() / tokens_BT.numel()
     model.config.sliding_window = None  # torch counts the keys outside too
-    assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=3e-3)
+    within = 3e-3 if family == "jamba" else 2e-3  # its convolution is counted at the padded positions too
+    assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=within)
     assert model_forward_flops(model, context) < counted
     every = 2 * sum(weight.numel() for weight in model.parameters() if weight.ndim > 2)
     assert every > 0.05 * counted  # experts weigh something here, and half of them are left out
