@@ -70,24 +70,28 @@ def model_forward_flops(model: PreTrainedModel, context: int) -> float:
     """Operations of a forward pass per token, as `forward_flops` counts them, for any model.
 
     Every matrix outside embeddings multiplies every token, but of a layer's routed experts as many as a
-    token is sent to; shared experts count whole. That some implementations compute more (Llama 4 runs all
-    experts) is not counted, nor are the recurrences of linear attention and state spaces beyond their
-    matrices. Attention is left out where the config does not name its heads.
+    token is sent to; shared experts count whole. Keys and heads are those of each layer's own config. That
+    some implementations compute more (Llama 4 runs all experts, DiffLlama its values twice) is not counted,
+    nor are the recurrences of linear attention and state spaces beyond their matrices, nor the products by
+    which sparse attention finds its keys. Attention is left out where the config does not name its heads.
     """
     config = model.config.get_text_config(decoder=True)
-    settings = config.to_dict()
-    used = _multiplied(model, settings)
+    used = _multiplied(model, config.to_dict())
     try:
-        heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+        layers = list(config.per_layer_config)
+        heads = [int(layer.num_attention_heads) for layer in layers]
     except AttributeError:
         return 2.0 * used
     try:
         kinds = list(config.layer_types or ())
     except AttributeError:
         kinds = []
-    kinds = kinds or ["sliding_attention"] * layers  # a window that is given without types is each layer's
-    keys = sum(_keys(kind, settings, context) for kind in kinds)
-    return 2.0 * used + 4.0 * keys * heads * _head_dim(settings, config.hidden_size // heads)
+    kinds = kinds or ["sliding_attention"] * len(layers)  # a window given without types is each layer's
+    seen = 0.0
+    for layer, own, kind in zip(layers, heads, kinds, strict=True):
+        settings = layer.to_dict()
+        seen += _keys(kind, settings, context) * own * _head_dim(settings, layer.hidden_size / own)
+    return 2.0 * used + 4.0 * seen
 
 
 def _multiplied(model: PreTrainedModel, settings: dict[str, Any]) -> float:
@@ -137,11 +141,12 @@ def _first(settings: dict[str, Any], names: Iterable[str]) -> float:
     return 0.0
 
 
-def _head_dim(settings: dict[str, Any], usual: int) -> float:
+def _head_dim(settings: dict[str, Any], usual: float) -> float:
     """Width of a head; where values have another than queries and keys, the mean of both."""
-    if (rotary := settings.get("qk_rope_head_dim")) and (values := settings.get("v_head_dim")):
-        return float(settings["qk_nope_head_dim"] + rotary + values) / 2
-    return _first(settings, ("head_dim", "kv_channels")) or float(usual)
+    width = _first(settings, ("head_dim", "kv_channels")) or usual
+    if plain := settings.get("qk_nope_head_dim"):
+        width = float(plain + settings["qk_rope_head_dim"])
+    return (width + (settings.get("v_head_dim") or width)) / 2
 
 
 def training_flops(forward: float) -> float:

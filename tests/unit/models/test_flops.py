@@ -184,6 +184,23 @@ def test_of_recurrent_layers_the_matrices_count_and_of_others_the_keys(family, t
     assert (model_forward_flops(model, 4 * context) > model_forward_flops(model, context)) == bool(grows)
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "mimo_v2_flash", "deepseek_v4"])
+def test_heads_have_the_width_of_their_layer(family, tmp_path):
+    """By torch's own count: wider heads in full attention, values narrower than keys."""
+    context = 16
+    model = tiny_families.tiny_model(family, tmp_path / "model").eval()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    tokens_BT = torch.randint(
+        10, tiny_families.VOCAB, (8, context), generator=torch.Generator().manual_seed(0)
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT, use_cache=False)
+    counted = counter.get_total_flops() / tokens_BT.numel()
+    model.config.sliding_window = 4 * context  # torch counts the keys outside too
+    assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=4e-3)
+
+
 @pytest.mark.parametrize(("field", "value", "keys"), [
     ("sliding_window", 16, lambda place: min(place, 16)),
     ("sliding_window", None, lambda place: place),
