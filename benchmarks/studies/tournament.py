@@ -12,7 +12,9 @@ each constant is judged as an arm too, against the others: the use of one number
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -21,15 +23,18 @@ from tutelage.analysis.gains import measure
 from tutelage.analysis.stats import half_width
 from tutelage.study.results import load_results
 
+if TYPE_CHECKING:
+    from tutelage.study.results import Results
+
 SIDES = {"raw": ("raw", "in_domain"), "out": ("raw", "out_of_domain")}
 """Columns of the table and what they hold: fit and role."""
 SIDES |= {"fitted": ("unigram", "in_domain"), "out fitted": ("unigram", "out_of_domain")}
 BOTH = (("raw", "out"), ("fitted", "out fitted"))
 
 
-def gains_of(study: Path) -> pl.DataFrame:
+def gains_of(results: Results) -> pl.DataFrame:
     """One row per pair, arm and seed: student, teacher, arm, constant, seed and the gains of `SIDES`."""
-    gains = measure(load_results(study))
+    gains = measure(results)
     cells = gains.cells.filter(~pl.col("control") & pl.col("stage").is_null())
     sides = gains.sides.filter(split="test").join(cells, on="cell")
     parts = [
@@ -69,12 +74,30 @@ def judged(table: pl.DataFrame, *, constants: bool) -> pl.DataFrame:
                 continue
             others = {key[0]: one for key, one in fixed.items() if key[0] != name}
             rows.append(
-                {"student": student, "teacher": teacher, "arm": name, "n": len(arm)}
+                {"student": student, "teacher": teacher, "arm": name, "constant": constant, "n": len(arm)}
                 | {side: shown(arm[side]) for side in SIDES}
                 | {f"regret {side}": round(best[side] - arm[side].mean(), 2) for side in SIDES}  # type: ignore[operator]
                 | {"beaten by": ", ".join(n for n, one in others.items() if beaten_by(arm, one)) or "-"}
             )
     return pl.DataFrame(rows)
+
+
+def summed(rows: pl.DataFrame) -> pl.DataFrame:
+    """One row per arm of `judged`: in how many pairs no constant beats it, and its mean regrets in points."""
+    unbeaten = (pl.col("beaten by") == "-").sum().alias("unbeaten in")
+    regrets = [f"regret {side}" for side in SIDES]
+    means = [pl.col(name).mean().round(2).alias(name) for name in regrets]
+    worst = [pl.col(name).max().alias(f"worst {name.removeprefix('regret ')}") for name in regrets]
+    return rows.group_by("arm", maintain_order=True).agg(pl.len().alias("pairs"), unbeaten, *means, *worst)
+
+
+def markdown(table: pl.DataFrame) -> str:
+    """A table as Markdown, whole."""
+    with pl.Config(
+        tbl_formatting="ASCII_MARKDOWN", tbl_rows=-1, tbl_cols=-1, tbl_width_chars=10_000,
+        fmt_str_lengths=500, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True,
+    ):  # fmt: skip
+        return re.sub(r" {2,}", " ", re.sub(r"-{4,}", "---", str(table)))
 
 
 def main() -> None:
@@ -85,17 +108,8 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--constants", action="store_true")
     arguments = parser.parse_args()
-    table = judged(gains_of(arguments.study), constants=arguments.constants)
-    unbeaten = (pl.col("beaten by") == "-").sum().alias("pairs in which no constant beats it")
-    means = [pl.col(f"regret {side}").mean().round(2) for side in SIDES]
-    with pl.Config(
-        tbl_rows=-1, tbl_cols=-1, tbl_width_chars=250, fmt_str_lengths=120, tbl_hide_column_data_types=True
-    ):
-        print(
-            table,
-            table.group_by("arm", maintain_order=True).agg(pl.len().alias("pairs"), unbeaten, *means),
-            sep="\n",
-        )
+    rows = judged(gains_of(load_results(arguments.study)), constants=arguments.constants)
+    print(markdown(rows), markdown(summed(rows)), sep="\n\n")
 
 
 if __name__ == "__main__":

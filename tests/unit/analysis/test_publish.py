@@ -1,11 +1,10 @@
 """What is published of a study: its archive gives every number of the page and of the tables again."""
 
-import importlib.util
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
+import publish
 import pytest
 from synthetic_study import write_study
 from tiny_study import TINY, run_tiny, tiny_study
@@ -18,33 +17,22 @@ from tutelage.study.results import load_results
 from tutelage.study.token_tables import runs_to_compare
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "benchmarks" / "studies" / "publish.py"
 PUBLISHED = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/results.tar.xz"))
 OLD = "mini"
 """Of an older version, which alone reads its archive (docs/results.md)."""
-NAMES = ("answer", "claims", "teachers", "arms", "spread", "power", "noise", "origin")
+NAMES = ("answer", "claims", "teachers", "arms", "spread", "power", "noise", "origin", "constants_by_pair")
 PAGE = (
     "# By hand\n\n" + "\n\n".join(f"{name}:\n<!-- numbers: {name} -->\n<!-- end -->" for name in NAMES) + "\n"
 )
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("publish", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def test_an_archive_gives_every_number_again(script, tmp_path):
+def test_an_archive_gives_every_number_again(tmp_path):
     study = write_study(tmp_path / "study", claims=[1, 2, 16])
     template = tmp_path / "template.md"
     template.write_text(f"{PAGE}\n![Heat](results/one/heat.png)\n")
     page = tmp_path / "docs" / "results.md"
     target = page.parent / "results" / "one"
-    script.publish(study, target, template, page)
+    publish.publish(study, target, template, page)
     text = page.read_text()
     assert text.startswith("# By hand\n")
     assert "helps out of domain.<br>gain out of domain, best alpha: above 0 | supported | +3.30% |" in text
@@ -52,63 +40,63 @@ def test_an_archive_gives_every_number_again(script, tmp_path):
     assert "with commit 0123abc+ (+: with uncommitted changes)." in text
     assert {path.name for path in target.iterdir()} == {"results.tar.xz", "report.html", "tables", "heat.png"}
     shutil.rmtree(study)  # the archive alone is enough
-    assert script.check(target, page) == []
+    assert publish.check(target, page) == []
 
     page.write_text(text.replace("+3.30%", "+3.40%"))
-    wrong = script.check(target, page)
+    wrong = publish.check(target, page)
     assert wrong
     assert all("+3.40%" in line and "+3.30%" in line for line in wrong)
     page.write_text(text)
     table = target / "tables" / "gains.csv"
     table.write_text(table.read_text().replace("weak", "week", 1))
-    assert script.check(target, page) == [f"{table}: not the table of the archive"]
+    assert publish.check(target, page) == [f"{table}: not the table of the archive"]
 
 
-def test_archives_are_the_same_bytes_and_name_no_directory_of_the_machine(script, tmp_path):
+def test_archives_are_the_same_bytes_and_name_no_directory_of_the_machine(tmp_path):
     study = write_study(tmp_path / "study")
     record = study / "runs" / "baseline-43" / "provenance.json"
     command = f'["{tmp_path}/bin/tutelage", "study", "run", "x.yaml", "--output", "{tmp_path}/study"]'
     record.write_text(record.read_text().replace('"tutelage demo"', command))
     first, second = tmp_path / "a.tar.xz", tmp_path / "b.tar.xz"
-    script.pack(study, first)
-    script.pack(study, second)
+    publish.pack(study, first)
+    publish.pack(study, second)
     assert first.read_bytes() == second.read_bytes()
-    unpacked = script.unpack(first, tmp_path / "again")
+    unpacked = publish.unpack(first, tmp_path / "again")
     text = (unpacked / "runs" / "baseline-43" / "provenance.json").read_text()
     assert str(tmp_path) not in text
     assert load_results(unpacked).provenance["baseline-43"].command[0] == "tutelage"
     assert load_results(unpacked).scores.equals(load_results(study).scores)
 
 
-def test_an_unfinished_study_and_a_page_without_a_place_are_refused(script, tmp_path):
+def test_an_unfinished_study_and_a_page_without_a_place_are_refused(tmp_path):
     study = write_study(tmp_path / "study")
     judged = judge_study(load_results(study))
     with pytest.raises(UserError, match="no place for numbers"):
-        script.filled("no place", judged)
+        publish.filled("no place", judged)
     with pytest.raises(UserError, match="no numbers are called 'gain'"):
-        script.filled("<!-- numbers: gain -->\n<!-- end -->", judged)
+        publish.filled("<!-- numbers: gain -->\n<!-- end -->", judged)
     page = tmp_path / "page.md"
     page.write_text(f"{PAGE}\n![Cold](target/cold.png)\n")
     with pytest.raises(UserError, match=r"no figure cold\.png; alpha\.png"):
-        script.publish(study, tmp_path / "target", page, page)
+        publish.publish(study, tmp_path / "target", page, page)
     shutil.rmtree(study / "runs" / "baseline-43")
     with pytest.raises(UserError, match="1 planned runs are not done"):
-        script.publish(study, tmp_path / "target", tmp_path / "page.md", tmp_path / "page.md")
+        publish.publish(study, tmp_path / "target", tmp_path / "page.md", tmp_path / "page.md")
 
 
 @pytest.mark.parametrize(
     "target", [path for path in PUBLISHED if path.name != OLD], ids=lambda path: path.name
 )
-def test_published_pages_say_what_their_archives_say(script, target):
+def test_published_pages_say_what_their_archives_say(target):
     pages = [target / "index.md", ROOT / "docs" / "results.md"]
     page = next(one for one in pages if one.exists() and "<!-- numbers" in one.read_text())
-    assert script.check(target, page) == []
+    assert publish.check(target, page) == []
 
 
-def test_the_default_noise_is_that_of_a_published_study(script, tmp_path):
+def test_the_default_noise_is_that_of_a_published_study(tmp_path):
     noise = default_noise()
     archive = ROOT / "docs" / "results" / noise.study / "results.tar.xz"
-    measured = measure_noise(judge_study(load_results(script.unpack(archive, tmp_path))))
+    measured = measure_noise(judge_study(load_results(publish.unpack(archive, tmp_path))))
     assert measured.model_dump() == noise.model_dump()
 
 
@@ -131,7 +119,7 @@ def test_every_seed_of_a_teacher_is_compared_sorted_by_the_next(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_is_compared_token_by_token_and_published(script, tmp_path, command):
+def test_a_study_is_compared_token_by_token_and_published(tmp_path, command):
     """A real study: claim 8 is decided by two seeds, in the archive too, and twice is once."""
     students = TINY["students"] | {"main": TINY["students"]["main"] | {"tokens": "8K"}}
     study = tiny_study(seeds=[43, 44], teacher_seeds=[1043, 1044], students=students, claims=[8])
@@ -149,10 +137,10 @@ def test_a_study_is_compared_token_by_token_and_published(script, tmp_path, comm
 
     page = tmp_path / "page.md"
     page.write_text(PAGE)
-    script.publish(tmp_path / "tiny", tmp_path / "out", page, page)
+    publish.publish(tmp_path / "tiny", tmp_path / "out", page, page)
     with tarfile.open(tmp_path / "out" / "results.tar.xz") as tar:
         assert sum(name.endswith("summary.parquet") for name in tar.getnames()) == 4
-    assert script.check(tmp_path / "out", page) == []
+    assert publish.check(tmp_path / "out", page) == []
     (eighth,) = [
         line
         for line in page.read_text().splitlines()

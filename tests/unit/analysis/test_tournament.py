@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tournament
 from synthetic_study import write_study
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "studies" / "tournament.py"
+from tutelage.study.results import load_results
+
 SALT, GAP = "salt value 0.8 until 0.3", "gap_driven floor 0.1"
 GAINS = {
     ("weak", 0.2): (0.5, 1.0),
@@ -22,16 +21,8 @@ GAINS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tournament():
-    spec = importlib.util.spec_from_file_location("tournament", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_an_arm_is_beaten_where_one_constant_has_more_on_both_sides(tournament, tmp_path):
-    table = tournament.gains_of(write_study(tmp_path / "study", gains=GAINS))
+def test_an_arm_is_beaten_where_one_constant_has_more_on_both_sides(tmp_path):
+    table = tournament.gains_of(load_results(write_study(tmp_path / "study", gains=GAINS)))
     rows = {(row["teacher"], row["arm"]): row for row in tournament.judged(table, constants=False).to_dicts()}
     assert {key: row["beaten by"] for key, row in rows.items()} == {
         ("weak", SALT): "alpha 0.2",
@@ -46,8 +37,20 @@ def test_an_arm_is_beaten_where_one_constant_has_more_on_both_sides(tournament, 
     assert (mean, half) == pytest.approx((0.2, 4.303 * 0.1 / 3**0.5), abs=0.02)  # t of 2 degrees of freedom
 
 
-def test_constants_are_judged_by_the_others(tournament, tmp_path):
-    table = tournament.gains_of(write_study(tmp_path / "study", gains=GAINS))
+def test_constants_are_judged_by_the_others(tmp_path):
+    table = tournament.gains_of(load_results(write_study(tmp_path / "study", gains=GAINS)))
     rows = tournament.judged(table, constants=True).filter(teacher="strong").to_dicts()
     found = {row["arm"]: row["beaten by"] for row in rows if row["arm"].startswith("alpha")}
     assert found == {"alpha 0.2": "alpha 0.4", "alpha 0.4": "-"}
+
+
+def test_arms_are_summed_over_pairs(tmp_path):
+    rows = tournament.judged(
+        tournament.gains_of(load_results(write_study(tmp_path / "study", gains=GAINS))), constants=False
+    )
+    salt = tournament.summed(rows).filter(arm=SALT).to_dicts()[0]
+    assert (salt["pairs"], salt["unbeaten in"]) == (2, 1)
+    # best constants out of domain: 3.0 of the weak teacher, 2.0 of the strong
+    assert salt["regret out"] == pytest.approx(((3.0 - 0.5) + (2.0 - 2.5)) / 2, abs=0.02)
+    assert salt["worst out"] == pytest.approx(2.5, abs=0.02)
+    assert tournament.markdown(rows).splitlines()[1].replace(" ", "") == "|---" * len(rows.columns) + "|"
