@@ -91,17 +91,38 @@ def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
     Returns:
         cell, fit, role, gain (point estimate), low, high (95%), n (documents).
     """
-    pairs = gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
-    roles = {domain.name: domain.role for domain in results.plan.domains}
+    test = gains.domains.filter(split="test").join(
+        gains.cells.select("cell", "stage"), on="cell", maintain_order="left"
+    )
     rows: list[tuple[object, ...]] = []
     twins = twins_of(results)
     for fit, losses in _LOSSES.items():
-        losses_of = dict(_document_losses(results, losses, twins))
+        known = results.documents.filter(pl.col(losses).is_not_null(), split="test")
+        scored = test.filter(fit=fit).join(known, on=["run", "domain"], how="semi", maintain_order="left")
         for role in ("in_domain", "out_of_domain"):
-            domains = [losses for name, losses in losses_of.items() if roles.get(name) == role]
-            if domains:
+            for pairs, texts in _alike(scored.filter(role=role)):
+                domains = [
+                    _document_losses(results, losses, domain.name, pairs, twins)
+                    for domain in results.plan.domains
+                    if domain.name in texts
+                ]
                 rows += [(cell, fit, role, *numbers) for cell, *numbers in _intervals(pairs, domains)]
     return pl.DataFrame(rows, _COLUMNS, orient="row")
+
+
+def _alike(rows: pl.DataFrame) -> Iterator[tuple[pl.DataFrame, frozenset[str]]]:
+    """Runs with their bases, of one stage and scored on the same texts: they share all documents.
+
+    What was trained on is left out, so runs of another stage may lack documents, or a text.
+    """
+    of_all = pl.len().over("cell", "domain") == pl.col("run").n_unique().over("cell")
+    texts = rows.filter(of_all).group_by("cell", "stage", maintain_order=True).agg(pl.col("domain").unique())
+    groups: dict[tuple[str | None, frozenset[str]], list[int]] = {}
+    for cell, stage, names in texts.iter_rows():
+        groups.setdefault((stage, frozenset(names)), []).append(cell)
+    for (_, names), cells in groups.items():
+        some = rows.filter(pl.col("cell").is_in(cells))
+        yield some.select("cell", "run", "base_run").unique(maintain_order=True), names
 
 
 class _DocumentLosses(NamedTuple):
@@ -123,28 +144,27 @@ class _DocumentLosses(NamedTuple):
 
 
 def _document_losses(
-    results: Results, losses: str, twins: pl.DataFrame
-) -> Iterator[tuple[str, _DocumentLosses]]:
-    test = results.documents.filter(split="test").select("run", "domain", "document", losses).drop_nulls()
-    for (domain,), rows in test.partition_by("domain", as_dict=True, maintain_order=True).items():
-        ordered = rows.sort("run", "document")
-        names = ordered["run"].unique(maintain_order=True).to_list()
-        runs_RN = ordered[losses].to_numpy().reshape(len(names), -1)
-        runs = {run: i for i, run in enumerate(names)}
-        twins_at: dict[str, list[int]] = {}
-        for base, run in twins.iter_rows():
-            if run in runs:
-                twins_at.setdefault(base, []).append(runs[run])
-        means = [runs_RN[places].mean(axis=0) for places in twins_at.values()]
-        bases_BN = np.stack(means) if means else runs_RN[:0]
-        rng = np.random.default_rng(np.frombuffer(str(domain).encode(), dtype=np.uint8))
-        draws_NK = document_draws(runs_RN.shape[1], rng)
-        bases = {base: i for i, base in enumerate(twins_at)}
-        yield str(domain), _DocumentLosses(runs, runs_RN, bases, bases_BN, draws_NK)
+    results: Results, losses: str, text: str, pairs: pl.DataFrame, twins: pl.DataFrame
+) -> _DocumentLosses:
+    bases = twins.filter(pl.col("base_run").is_in(pairs["base_run"].implode()))
+    compared = pl.col("run").is_in([*pairs["run"], *bases["run"]])
+    rows = results.documents.filter(compared, domain=text, split="test").sort("run", "document")
+    ordered = rows.select("run", losses).drop_nulls()
+    names = ordered["run"].unique(maintain_order=True).to_list()
+    runs_RN = ordered[losses].to_numpy().reshape(len(names), -1)
+    runs = {run: i for i, run in enumerate(names)}
+    twins_at: dict[str, list[int]] = {}
+    for base, run in bases.iter_rows():
+        if run in runs:
+            twins_at.setdefault(base, []).append(runs[run])
+    bases_BN = np.stack([runs_RN[places].mean(axis=0) for places in twins_at.values()])
+    rng = np.random.default_rng(np.frombuffer(text.encode(), dtype=np.uint8))
+    draws_NK = document_draws(runs_RN.shape[1], rng)
+    return _DocumentLosses(runs, runs_RN, {base: i for i, base in enumerate(twins_at)}, bases_BN, draws_NK)
 
 
 def _intervals(
-    pairs: pl.DataFrame, domains: list[_DocumentLosses]
+    pairs: pl.DataFrame, domains: Sequence[_DocumentLosses]
 ) -> Iterator[tuple[int, float, float, float, int]]:
     """(cell, mean, low, high, documents)."""
     n = sum(len(one.draws_NK) for one in domains)
@@ -212,7 +232,7 @@ def measure(results: Results) -> Gains:
     """All gains that the finished runs allow; tables without rows if there is none."""
     cells = _cells(results)
     domains = _by_domain(results, cells)
-    cells = cells.join(domains.select("cell").unique(), on="cell", how="semi")
+    cells = cells.join(domains, on="cell", how="semi")
     return from_domains(cells, domains)
 
 

@@ -199,7 +199,7 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
     settings = {run.arm: run.arm_settings for run in results.plan.runs}
     found = []
     for row in gains.cells.iter_rows(named=True):
-        own, documents = seeds[row["cell"]], noise[row["cell"]]
+        own, documents = seeds[row["cell"]], noise.get(row["cell"], {})
         n_seeds = max(estimate.n for estimate in own.values())
         learned_of = means.get(str(row["teacher"]))
         fields = {name: row[name] for name in row if name != "pair"}
@@ -290,6 +290,7 @@ def _best_cells(gains: Gains) -> dict[tuple[str, str], tuple[int, tuple[float, .
     """Cell of the best constant alpha of each pair and the alphas as good; the smaller of two equals.
 
     Chosen by the mean out-of-domain gain on the validation split. A pair without constants has its best arm.
+    One with one seed is best only where no other has more: it is shown, not judged.
     """
     valid = gains.sides.filter(split="validation", role="out_of_domain", fit="raw")
     cells = gains.cells.filter(pl.col("stage").is_null(), pl.col("teacher").is_not_null())
@@ -298,6 +299,8 @@ def _best_cells(gains: Gains) -> dict[tuple[str, str], tuple[int, tuple[float, .
     for (student, teacher), pair in rows.partition_by("student", "teacher", as_dict=True).items():
         constants = pair.filter("constant")
         some = pair if constants.is_empty() else constants
+        several = some.filter(pl.len().over("cell") > 1)
+        some = some if several.is_empty() else several
         means = some.group_by("cell", "alpha").agg(pl.col("gain").mean()).sort("cell")
         best = int(means["cell"][means["gain"].arg_max() or 0])
         table = some.pivot("cell", index="seed", values="gain", sort_columns=True).drop("seed").drop_nulls()

@@ -138,7 +138,7 @@ def load_results(directory: Path) -> Results:
 
     Raises:
         UserError: there is no valid `plan.json`, or one from before plans said which scores they mean, or
-            every text out of domain was trained on. Nothing else in the study is fatal.
+            every text out of domain, or in domain, was trained on. Nothing else in the study is fatal.
     """
     plan = load_plan(directory)
     if any(planned.evaluation is None for planned in plan.runs):
@@ -180,7 +180,7 @@ def load_results(directory: Path) -> Results:
         for run, domain in found.teachers
     ]
     comparisons, damaged = read_token_comparisons(directory)
-    _check_something_foreign(plan, found)
+    _check_both_sides(plan, found)
     learned = pl.col("teacher_run").fill_null(pl.col("teacher").replace_strict(once, return_dtype=pl.String))
     return Results(
         plan=_as_scored(plan, found),
@@ -207,15 +207,20 @@ def _versions(progress: Mapping[str, object], planned: PlanRun) -> dict[str, str
     return evaluations.get(str(planned.evaluation))
 
 
-def _check_something_foreign(plan: Plan, found: Evaluations) -> None:
-    """Raise `UserError` if nothing is left of any text outside the training distribution."""
-    outside = [domain.name for domain in plan.domains if domain.role == "out_of_domain"]
-    scored = found.scores.filter(metric="bits_per_byte", split="test")["domain"]
-    if len(scored) and not scored.is_in(outside).any():
-        raise UserError(
-            f"study {plan.name}: every test document of {', '.join(outside)} was trained on, so nothing out "
-            "of domain is scored; add a domain of other text to the study file"
-        )
+def _check_both_sides(plan: Plan, found: Evaluations) -> None:
+    """Raise `UserError` if nothing is left to score students on, in the training distribution or outside."""
+    students = [run.run for run in plan.runs if run.kind != "teacher"]
+    some = found.scores.filter(pl.col("run").is_in(students), metric="bits_per_byte", split="test")
+    for role, side, remedy in (
+        ("out_of_domain", "out of domain", "add a domain of other text to the study file"),
+        ("in_domain", "in domain", "its text repeats itself; drop what is in it twice"),
+    ):
+        names = [domain.name for domain in _as_scored(plan, found).domains if domain.role == role]
+        if some.height and not some["domain"].is_in(names).any():
+            raise UserError(
+                f"study {plan.name}: every test document of {', '.join(names)} was trained on, so nothing "
+                f"{side} is scored; {remedy}"
+            )
 
 
 def _as_scored(plan: Plan, found: Evaluations) -> Plan:

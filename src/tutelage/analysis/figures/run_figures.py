@@ -237,7 +237,7 @@ def _of_student(
 ) -> list[Figure]:
     """Figures of one student; where some arms have several seeds, those with one are in the tables alone."""
     verdicts = [v for v in verdicts if v.judged] or verdicts
-    pairs = [pair for pair in pairs if pair.best in verdicts]
+    pairs = [pair for pair in pairs if pair.teacher.name in {v.teacher for v in verdicts}]
     constants = [v for v in verdicts if v.constant]
     best = [pair.best for pair in pairs if pair.best is not None]
     alphas = Counter(v.teacher for v in constants)

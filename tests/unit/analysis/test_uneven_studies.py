@@ -1,0 +1,132 @@
+"""Studies in which runs differ in seeds, texts or documents: what is compared is compared alike."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+from synthetic_study import STUDENT, bits_per_byte, run_row, write_evaluation, write_run, write_study
+
+from tutelage.analysis.claims.judge import judge_study
+from tutelage.analysis.gains import document_draws
+from tutelage.analysis.report.html import build_report
+from tutelage.analysis.report.text import print_verdicts
+from tutelage.errors import UserError
+from tutelage.records import read_sealed, write_sealed
+from tutelage.study.results import load_results
+
+TEXTS = {"speeches": 1.65, "fables": 3.2, "recipes": 3.6}
+
+
+def reported(path):
+    """Judge a study, print it and write its page; return what was judged."""
+    judged = judge_study(load_results(path))
+    print_verdicts(judged, Console(file=io.StringIO()))
+    build_report(judged, path)
+    return judged
+
+
+def lose(run, domain, documents=None):
+    """Leave out documents of a text as scoring does where they were trained on; None: all of them."""
+    frame = pl.read_parquet(run / "documents.parquet")
+    lost = (pl.col("domain") == domain) & (True if documents is None else pl.col("document") >= documents)
+    kept = frame.filter(~lost)
+    kept.write_parquet(run / "documents.parquet")
+    rows = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["domain"] != domain]
+    for split in ("validation", "test"):
+        own = kept.filter(domain=domain, split=split)
+        of = {row["metric"]: row for row in rows if (row["domain"], row["split"]) == (domain, split)}
+        for metric, row in of.items():
+            losses = metric.replace("bits_per_byte", "nll")
+            if metric.startswith("bits") and own.height:
+                value = own[losses].sum() / np.log(2) / own["bytes"].sum()
+                found.append(row | {"value": value, "n": own.height})
+        share = 1 - own.height / frame.filter(domain=domain, split=split).height
+        found.append(of["bits_per_byte"] | {"metric": "overlap_documents", "value": share})
+    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def test_an_arm_of_one_seed_is_best_only_beside_others_of_one_seed(tmp_path):
+    study = write_study(tmp_path / "study")
+    for seed in (44, 45):
+        shutil.rmtree(study / "runs" / f"student-weak-0.4-{seed}")
+    weak = next(pair for pair in reported(study).findings.pairs if pair.teacher.name == "weak")
+    assert (weak.best.arm, weak.best.n_seeds, weak.flat) == ("alpha 0.2", 3, (0.2,))
+
+    for seed in (44, 45):
+        shutil.rmtree(study / "runs" / f"student-weak-0.2-{seed}")
+    weak = next(pair for pair in reported(study).findings.pairs if pair.teacher.name == "weak")
+    assert (weak.best.arm, weak.best.n_seeds, weak.flat) == ("alpha 0.4", 1, ())
+
+
+def test_a_text_that_students_were_trained_on_is_left_to_teachers_of_another_corpus(tmp_path):
+    study = write_study(tmp_path / "study")
+    for run in (study / "runs").iterdir():
+        if not run.name.startswith("teacher"):
+            lose(run, "fables")
+    judged = reported(study)
+    verdict = next(one for one in judged.findings.verdicts if (one.teacher, one.alpha) == ("weak", 0.4))
+    assert verdict.out_of_domain.mean == pytest.approx(3.8)  # of recipes alone
+    noise = verdict.noise["raw", "out_of_domain"]
+    assert noise.mean == pytest.approx(3.8)
+    assert noise.low < noise.mean < noise.high
+
+
+def test_a_study_whose_own_text_was_all_trained_on_is_refused_in_a_line(tmp_path):
+    study = write_study(tmp_path / "study")
+    for run in (study / "runs").iterdir():
+        if not run.name.startswith("teacher"):
+            lose(run, "speeches")
+    with pytest.raises(UserError, match="every test document of speeches was trained on, so nothing in dom"):
+        load_results(study)
+
+
+def tuned(study, stage="answers"):
+    """Add a stage after every run at alpha .4 of the weak teacher and its baseline, trained on fables."""
+    plan = read_sealed(study / "plan.json")
+    for seed in (43, 44, 45):
+        for kind, teacher, arm in (("baseline", None, None), ("student", "weak", 0.4)):
+            row = run_row(kind, STUDENT, teacher, arm, seed, (380_000, 2_000_000))
+            after = row | {"kind": "after", "stage": stage, "after": row["run"], "run": f"{row['run']}-tuned"}
+            after["baseline"] = f"baseline-{seed}-tuned" if teacher else None
+            plan["runs"].append(after)
+            run, gain = study / "runs" / after["run"], (0.5, 2.0) if teacher else None
+
+            def bits(domain, split, fit, row=row, gain=gain):
+                return bits_per_byte(row, None, gain, 0.0, TEXTS, domain, split, fit)
+
+            write_run(run, after, TEXTS, 20)
+            write_evaluation(run, teacher, TEXTS, bits, 20)
+            lose(run, "fables", documents=10)
+    write_sealed(study / "plan.json", plan)
+
+
+def test_noise_of_a_stage_that_lacks_documents_is_of_those_that_it_has(tmp_path):
+    study = write_study(tmp_path / "study")
+    tuned(study)
+    judged = reported(study)
+    (later,) = (one for one in judged.findings.verdicts if one.stage is not None)
+    found = later.noise["raw", "out_of_domain"]
+    assert found.mean == pytest.approx(later.out_of_domain.mean, rel=1e-12)
+    assert found.n == 10 + 20
+
+    drawn = []  # by its definition, a draw after the other
+    for seed in (43, 44, 45):
+        gains = []
+        for text, documents in (("fables", 10), ("recipes", 20)):
+            taught, alone = (
+                pl.read_parquet(study / "runs" / name / "documents.parquet")
+                .filter(domain=text, split="test")
+                .sort("document")["nll"]
+                for name in (f"student-weak-0.4-{seed}-tuned", f"baseline-{seed}-tuned")
+            )
+            assert len(taught) == documents
+            draws = document_draws(documents, np.random.default_rng([*text.encode()])).T
+            gains.append([100 * (1 - (taught * draw).sum() / (alone * draw).sum()) for draw in draws])
+        drawn.append(np.mean(gains, axis=0))
+    ends = np.quantile(np.mean(drawn, axis=0)[1:], [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(ends)
