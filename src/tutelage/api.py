@@ -18,7 +18,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.study_config import StudyConfig
 from tutelage.data import build, store
 from tutelage.errors import UserError
-from tutelage.names import find
+from tutelage.names import find, kind_of, look_up
 from tutelage.progress import NullProgress
 from tutelage.records import UnreadableError, read_lines
 from tutelage.study.results import load_plan, load_results
@@ -102,7 +102,10 @@ def load_scores(directory: Path | str) -> pl.DataFrame:
     Raises:
         UserError: there are no scores, or a file of them is damaged.
     """
-    place = find("run", directory, "directory") if not Path(directory).exists() else Path(directory)
+    place = Path(directory)
+    if not place.exists():
+        found = look_up("run", place, "directory") or look_up("study", place, "directory")
+        place = found or find("run", place, "directory")
     files = [
         file for pattern in ("", "*/", "runs/*/") for file in sorted(place.glob(f"{pattern}scores.jsonl"))
     ]
@@ -111,7 +114,13 @@ def load_scores(directory: Path | str) -> pl.DataFrame:
     except UnreadableError as error:
         raise UserError(f"{place}: {error}; delete the line or the file, and evaluate again") from None
     if not rows:
-        raise UserError(f"{place}: no scores.jsonl in it or in the runs in it; give the directory of a run")
+        remedy = (
+            f"this run has no scores; `tutelage eval score {place.name}` makes some, and `eval.domains` of a "
+            "run file does so at its end"
+            if kind_of(place) == "run"
+            else "no scores.jsonl in it or in the runs in it; give the directory of a run"
+        )
+        raise UserError(f"{place}: {remedy}")
     return pl.DataFrame(rows, infer_schema_length=None)
 
 

@@ -7,6 +7,7 @@ in `stores`, `data`, `runs` and `caches` there; that of a run in a config in the
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -31,7 +32,7 @@ _PLURAL: dict[DirectoryKind, str] = {"store": "stores", "run": "runs", "cache": 
 _HASH = re.compile(r"-[0-9a-f]{8}$")
 _STUDY = "tutelage-"
 """What `tutelage study run` puts before a study's name."""
-_MOST_LISTED = 12
+_MOST_LISTED, _LONGEST = 12, 200
 _LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
@@ -169,8 +170,12 @@ def _short(name: str) -> tuple[str, str]:
 def _ambiguous(what: str, name: str, kind: DirectoryKind, found: Sequence[Path]) -> UserError:
     lines = [f"{what} = {name}: {len(found)} {_PLURAL[kind]} are called so; write more of the name"]
     for path, differs in zip(found, differences([settings(path) for path in found]), strict=True):
-        words = ", ".join(f"{key} {value}" for key, value in differs.items())
-        lines.append(f"  {path}{'  ' if words else ''}{words:.200}")
+        words = [f"{key} {value}" for key, value in differs.items()]
+        fitting = list(
+            itertools.takewhile(lambda length: length <= _LONGEST, itertools.accumulate(map(len, words)))
+        )
+        cut = ", ..." if len(fitting) < len(words) else ""
+        lines.append(f"  {path}{'  ' if words else ''}{', '.join(words[: len(fitting)])}{cut}")
     rest = [f"  and {len(lines) - 1 - _MOST_LISTED} more"] if len(lines) - 1 > _MOST_LISTED else []
     return UserError("\n".join(lines[: _MOST_LISTED + 1] + rest))
 
@@ -211,7 +216,7 @@ def settings(path: Path) -> dict[str, object]:
     return dict(flat(read.get("config", read)))
 
 
-_APART = {"name", "output", "parallel", "runtime", "checkpoint", "files", "created"}
+_APART = {"name", "output", "parallel", "runtime", "checkpoint", "files", "created", "seal"}
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:

@@ -56,11 +56,13 @@ class Finding:
         path: of it.
         what: it is, in words.
         wrong: what is wrong with it and what to do; None: it is as it was written.
+        unknown: nothing is wrong with it, but there is nothing to compare it with, which `wrong` says.
     """
 
     path: Path
     what: str
     wrong: str | None = None
+    unknown: bool = False
 
 
 def verify(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
@@ -147,13 +149,13 @@ def _listed(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
             wrong = True
             yield Finding(path / name, "file", f"{reason.removeprefix('is ')}; {_remedy(name)}")
     if known and not wrong and not unknown:
-        yield Finding(path, f"{len(known)} files")
+        yield Finding(path, f"{len(known)} file{'s' * (len(known) > 1)}")
 
 
 def _foreign(path: Path) -> Finding:
     """Say of a model that another program wrote whether it can be one; if it is intact nobody knows."""
     checked = _whole(path, "model", lambda: check_directory(path))
-    return checked if checked.wrong is not None else Finding(path, "model", _FOREIGN)
+    return checked if checked.wrong is not None else Finding(path, "model", _FOREIGN, unknown=True)
 
 
 def _remedy(name: str) -> str:
@@ -179,7 +181,7 @@ def _records(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
             remedy = _REMEDIES.get(file.name, "delete it; it is made again where it is needed")
             yield Finding(file, "record", f"{reason}; {remedy}")
     if files and not wrong:
-        yield Finding(path, f"{len(files)} records")
+        yield Finding(path, f"{len(files)} record{'s' * (len(files) > 1)}")
 
 
 def _run(run: RunDirectory) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ def not_a_number(folder):
 
 KINDS = {
     quantized: "quantization_config.quant_method = 'gptq': quantized weights cannot be used here",
-    packed: "1 weights are missing, for example model.layers.0.mlp.up_proj.weight",
+    packed: "1 weight is missing, for example model.layers.0.mlp.up_proj.weight",
     not_a_number: "model.layers.1.mlp.up_proj.weight holds numbers that are not finite (NaN or infinity)",
 }
 

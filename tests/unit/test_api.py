@@ -41,6 +41,8 @@ def test_a_config_is_a_path_a_dict_or_the_object(tmp_path):
         (RUN | {"tokenz": 1}, [], r"RunConfig: tokenz: unknown setting; did you mean 'tokens'"),
         (RUN | {"seed": "1"}, [], r"RunConfig: seed = '1'"),
         (RUN, ["optim.lr"], r"override 'optim.lr': write key=value"),
+        (RUN, "tokens=8K", r"overrides is a str: give a list of texts, for example \['optim.lr=1e-3'\]"),
+        (RUN, {"tokens": "8K"}, r"overrides is a dict: give a list of texts"),
         ("nowhere.yaml", [], r"nowhere.yaml: no such file"),
         ([RUN], [], r"a list is no RunConfig: give one, a dict of its settings, or the path of a file"),
         (tt.Objective(), [], r"a Objective is no RunConfig"),
@@ -90,6 +92,13 @@ def test_scores_of_a_run_of_runs_and_of_a_study(tmp_path, monkeypatch):
     assert row == {name: some.get(name) for name in row}
     monkeypatch.chdir(place)
     assert tt.load_scores(some["run"]).equals(one)
+    (place / "runs" / some["run"] / "scores.jsonl").unlink()
+    with pytest.raises(
+        tt.UserError, match=rf"this run has no scores; `tutelage eval score {some['run']}` makes"
+    ):
+        tt.load_scores(some["run"])
+    monkeypatch.chdir(tmp_path)
+    assert tt.load_scores("study").equals(tt.load_scores(place))
     with pytest.raises(tt.UserError, match=r"give the directory of a run"):
         tt.load_scores(place / "queue" if (place / "queue").exists() else tmp_path)
     with pytest.raises(tt.UserError):

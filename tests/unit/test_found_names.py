@@ -125,6 +125,16 @@ def test_stores_that_differ_say_in_what(place):
     ]
 
 
+def test_what_differs_is_cut_between_settings(place):
+    for number in ("a", "b"):
+        config = {f"setting{key}": f"{number}{key:030}" for key in range(9)}
+        make_other(f"caches/large-{number * 8}", "cache", config=config, seal=number)
+    with pytest.raises(UserError) as error:
+        find("cache", "large", "teacher.path")
+    shown = ", ".join(f"setting{key} a{key:030}" for key in range(5))
+    assert str(error.value).splitlines()[1] == f"  caches/large-aaaaaaaa  {shown}, ..."
+
+
 def test_damaged_settings_do_not_hide_a_match(place):
     Path("runs/teacher-0a000000").mkdir()
     Path("runs/teacher-0a000000/config.yaml").write_bytes(b"\xff: [")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -106,3 +107,25 @@ def test_a_run_without_texts_to_score_loads_no_model_and_says_nothing_of_scores(
     code, _, said = command("train", run_file, *taught)
     assert code == 0
     assert "is finished; nothing to do" in said
+
+
+def test_text_in_the_place_of_settings_is_told_what_settings_are(command, tmp_path):
+    (tmp_path / "novel.txt").write_text("It was a dark night\n" * 10_000)
+    (tmp_path / "line.txt").write_text("It was a dark night\n")
+    assert command("data", "build", "novel.txt")[2] == (
+        "error: novel.txt: no settings: they have at most 65,536 characters\n"
+    )
+    assert command("data", "build", "line.txt")[2].startswith(
+        "error: line.txt: no settings: expected lines of"
+    )
+
+
+def test_a_tokenizer_is_looked_for_where_a_person_would(command, run_file):
+    assert command("train", run_file)[0] == 0
+    Path("text.yaml").write_text("{name: text, sources: [{kind: corpus, name: sotu}]}")
+    (run,) = Path("runs").iterdir()
+    code, _, said = command("data", "build", "text.yaml", f"tokenizer.path={run}")
+    assert code == 2
+    assert said.endswith(
+        f"there is no tokenizer.json in this directory; that of this run is in {run}/model\n"
+    )

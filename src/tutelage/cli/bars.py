@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -45,7 +46,12 @@ err = _Terminal(stderr=True)
 
 
 def say(label: str, text: object) -> None:
-    """Print a line of a command's result: what it is, and the value or path; once for all processes."""
+    """Print a line of a command's result: what it is, and the value; once for all processes.
+
+    A path below the working directory is shown from there, however it was found.
+    """
+    if isinstance(text, Path) and text.is_relative_to(here := Path.cwd()):
+        text = text.relative_to(here)
     if processes.place().is_main:
         out.print(f"{label:<8} {text}", soft_wrap=True)
 

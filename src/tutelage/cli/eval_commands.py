@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tutelage.errors import UserError, suggestion
-from tutelage.names import find
+from tutelage.names import find, kind_of
 
 if TYPE_CHECKING:
     from tutelage.types import Score
@@ -86,9 +86,19 @@ def score(
         say("warning", warning)
     for place in places:
         say("scores", place)
-    say(
-        "next", "`tutelage eval tokens STUDENT --teacher ... --baseline ...`: on which tokens a teacher helps"
-    )
+    if taught := [place.parent.name for place in places if _is_taught(place.parent)]:
+        say(
+            "next",
+            f"`tutelage eval tokens {taught[0]} --teacher ... --baseline ...`: where its teacher helps",
+        )
+    else:
+        say("next", "`tutelage eval probe` with the same models: how well they copy, and samples to read")
+
+
+def _is_taught(directory: Path) -> bool:
+    from tutelage.run_directory import RunDirectory
+
+    return kind_of(directory) == "run" and RunDirectory(directory).config().teacher is not None
 
 
 @eval_app.command("tasks")

@@ -96,7 +96,7 @@ def verify(
         Path, typer.Argument(help="store, cache, run or study (or its name), model, or a directory of such")
     ],
 ) -> None:
-    """Read everything in full and compare it with its checksums; exit code 1 if something is wrong."""
+    """Read everything in full and compare it with its checksums; exit code 1 if it is not all intact."""
     from tutelage import verify as checks
     from tutelage.cli.bars import RichProgress, say
     from tutelage.names import completed, find_any
@@ -105,17 +105,24 @@ def verify(
     path = completed(path, "path")
     path = path if path.exists() else find_any(str(path))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    wrong = right = 0
+    name = path.resolve().name
+    count = {"intact": 0, "wrong": 0, "unknown": 0}
     with RichProgress() as progress:
-        progress.start(path.name, size, "bytes")
-        for finding in checks.verify(path, counter(progress, path.name)):
-            wrong, right = wrong + (finding.wrong is not None), right + (finding.wrong is None)
-            if finding.wrong is None:
-                say("intact", f"{finding.path}: {finding.what}")
-            else:
-                say("wrong", f"{finding.path}: {finding.wrong}")
-        progress.finish(path.name)
-    if wrong:
-        say("next", f"{wrong} wrong, {right} intact: do what the lines say, then verify again")
+        progress.start(name, size, "bytes")
+        for finding in checks.verify(path, counter(progress, name)):
+            label = "intact" if finding.wrong is None else "unknown" if finding.unknown else "wrong"
+            count[label] += 1
+            say(label, f"{finding.path}: {finding.wrong or finding.what}")
+        progress.finish(name)
+    if count["wrong"]:
+        found = ", ".join(f"{number} {label}" for label, number in count.items() if number)
+        say("next", f"{found}: do what the lines say, then verify again")
+    elif count["unknown"]:
+        say(
+            "next",
+            f"nothing here is known to be wrong; {count['unknown']} can only be compared where it is from",
+        )
+    else:
+        say("next", "nothing to do: all is as it was written")
+    if count["wrong"] or count["unknown"]:
         raise typer.Exit(1)
-    say("next", f"nothing to do: all {right} are as they were written")

@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import merged, validate
@@ -185,13 +186,16 @@ def _without(live: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 def reference(kind: str) -> str:
     """A page in Markdown with every setting of files of this kind, section by section."""
     model, command, _ = _EXAMPLES[kind]
-    schema = model.model_json_schema()
+    schema = TypeAdapter(model).json_schema()  # with what is required, which a study's own schema leaves open
+    schema["properties"] = properties = model.model_json_schema()["properties"]
+    read = f"`{command.format(file='FILE.yaml')}` reads it; `tutelage init {kind}` writes one to start from."
+    based = " What is required may stand in a `base` instead." if "base" in properties else ""
     lines = [
         f"# Settings of a {kind}",
         "",
         f"{' '.join((model.__doc__ or '').split())}",
         "",
-        f"`{command.format(file='FILE.yaml')}` reads it; `tutelage init {kind}` writes one with all of them.",
+        read + based,
         "",
         "Written by `make reference` from the models that read the files.",
     ]

@@ -237,9 +237,17 @@ def study_stop(directory: Directory) -> None:
     directory = find("study", directory, "study")
     asked, left = stop_study(directory)
     still = f"; {left} still at it: look again with `tutelage study status {directory}`" if left else ""
-    say("asked", f"{asked} runner{'s' * (asked != 1)} to stop{still}")
+    say(
+        "asked",
+        f"{asked} runner{'s' * (asked != 1)} to stop{still}" if asked else "nobody: no runner is at work",
+    )
     say("runs", directory / "runs")
-    say("next", "`tutelage study run` with the same file resumes")
+    say(
+        "next",
+        "`tutelage study run` with the same file resumes"
+        if asked
+        else f"`tutelage study status {directory}`",
+    )
 
 
 @study_app.command("retry")
@@ -252,8 +260,12 @@ def study_retry(
     from tutelage.study.status import retry_runs
 
     directory = find("study", directory, "study")
-    for cleared in retry_runs(directory, run or []) or ["nothing had failed"]:
-        say("again", cleared)
+    if not (cleared := retry_runs(directory, run or [])):
+        say("again", "nothing: nothing had failed")
+        say("next", f"`tutelage study status {directory}`")
+        return
+    for one in cleared:
+        say("again", one)
     say("marks", directory / "queue" / "failures")
     say("next", "runners at work take them up; otherwise `tutelage study run` with the same file")
 

@@ -141,6 +141,11 @@ def _say_scores(config: RunConfig, directory: RunDirectory) -> None:
 
 def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str:
     """What to do with a trained model: let it teach, or find out whether it was taught well."""
+    if config.teacher is None and config.stage == "sft":
+        from tutelage.run_directory import named
+
+        begin = config.model.path or named(config).model.run
+        return f"beside the model it began with: `tutelage eval score {directory.id} {begin}`"
     if config.teacher is None:
         return f"teach a student with it: teacher={{kind: run, run: {directory.id}}}"
     kept = [text for text in command if not _REPLACED.match(text)]

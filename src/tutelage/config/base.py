@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+def _no_path(name: object) -> object:
+    """Refuse a path in the place of a run's name; the pattern of names would not say what to write."""
+    if isinstance(name, str) and ("/" in name or "\\" in name):
+        raise ValueError(
+            "a path; write the name of a run in the directory `output` of this config, or give the model of "
+            "another by path (RUN/model)"
+        )
+    return name
+
+
+RunName = Annotated[Name, BeforeValidator(_no_path)]
 Words = Annotated[str, Field(pattern="^[^\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\ufffe\uffff]*$")]
 """Text for people, without the characters that a terminal obeys and that no figure can hold."""
 

@@ -42,8 +42,7 @@ def load(kind: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
         UserError: a file is missing or no YAML, an override is malformed, or a field is wrong.
     """
     raw, files = _built(path, ())
-    for text in overrides:
-        raw = _overridden(raw, text)
+    raw = _changed_by(overrides, raw)
     try:
         return validate(kind, raw, " on ".join(map(str, files)))
     except WrongSettingsError:
@@ -74,18 +73,22 @@ def taken(
             f"a {type(given).__name__} is no {kind.__name__}: give one, a dict of its settings, or the path "
             "of a file"
         )
+    return validate(kind, _changed_by(overrides, raw), kind.__name__)
+
+
+def _changed_by(overrides: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Apply overrides, such as `optim.lr=1e-3`, or `sources.0.weight=2` inside a list."""
+    if not isinstance(overrides, list | tuple):
+        raise UserError(
+            f"overrides is a {type(overrides).__name__}: give a list of texts, for example ['optim.lr=1e-3']"
+        )
     for text in overrides:
-        raw = _overridden(raw, text)
-    return validate(kind, raw, kind.__name__)
-
-
-def _overridden(settings: dict[str, Any], text: str) -> dict[str, Any]:
-    """Apply one override, such as `optim.lr=1e-3`, or `sources.0.weight=2` inside a list."""
-    dotted, equals, value = text.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {text!r}: write key=value, for example optim.lr=1e-3")
-    return dict(_changed(settings, keys, parse(value, f"override {text!r}"), f"override {text!r}"))
+        dotted, equals, value = text.partition("=")
+        keys = dotted.split(".")
+        if not equals or not all(keys):
+            raise UserError(f"override {text!r}: write key=value, for example optim.lr=1e-3")
+        settings = dict(_changed(settings, keys, parse(value, f"override {text!r}"), f"override {text!r}"))
+    return settings
 
 
 def _changed(old: object, keys: Sequence[str], value: object, where: str) -> Any:  # noqa: ANN401 - any setting
@@ -160,7 +163,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     raw = parse(text, str(path))
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of settings at the top level")
+        raise UserError(
+            f"{path}: no settings: expected lines of 'name: value' (YAML); `tutelage init KIND` writes a file"
+        )
     return raw
 
 

@@ -90,7 +90,7 @@ class TopK(Section):
     """Keep the teacher's k most probable tokens."""
 
     kind: Literal["top_k"] = "top_k"
-    k: int = Field(ge=1, le=1_000_000, description="tokens to keep; at most the vocabulary")
+    k: int = Field(examples=[50], ge=1, le=1_000_000, description="tokens to keep; at most the vocabulary")
 
 
 class TopP(Section):
@@ -157,7 +157,11 @@ class Objective(Section):
         description="weight of log(Z)^2, Z the student's sum of exp(logits); 1e-4 in PaLM (arXiv 2204.02311)",
     )
     chunk_tokens: int | None = Field(
-        default=None, ge=1, le=2**30, description="tokens per head+loss chunk; default: by V"
+        default=None,
+        examples=[1024],
+        ge=1,
+        le=2**30,
+        description="tokens whose logits exist at a time; default: by vocabulary and device",
     )
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from tutelage.config.base import (
     Fraction,
     Length,
     Name,
+    RunName,
     Section,
     Seed,
     TokenCount,
@@ -49,14 +50,16 @@ class ModelConfig(LoadedModel):
     revision: str | None = Field(
         default=None, description="commit or tag on the Hub; default: what main is when the run is asked for"
     )
-    run: Name | None = Field(
+    run: RunName | None = Field(
         default=None, description="finished run in the same output directory to continue from, by name"
     )
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
-        if sum(given is not None for given in (self.shape, self.path, self.run)) != 1:
-            raise ValueError("give exactly one of 'shape', 'path' and 'run'")
+        named = {"shape": self.shape, "path": self.path, "run": self.run}
+        if len(given := [name for name, value in named.items() if value is not None]) != 1:
+            found = f"{' and '.join(given)} are given; null takes one back" if given else "none is given"
+            raise ValueError(f"give exactly one of 'shape', 'path' and 'run'; {found}")
         return self
 
 
@@ -213,7 +216,7 @@ class RunConfig(Section):
     name: Name = Field(default="run", description="readable part of the directory name; not part of the hash")
     stage: Literal["pretrain", "sft"] = Field(
         default="pretrain",
-        description="sft: fine-tune model.path, loss on completions only; the store is one of pairs",
+        description="sft: fine-tune model.run or model.path on completions alone; the store is one of pairs",
     )
     seed: Seed = Field(default=43, description="seed of the initial weights and of dropout")
     model: ModelConfig

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tutelage.config.base import Name, Section, Threads, TokenCount, refuse_alike
+from tutelage.config.base import RunName, Section, Threads, TokenCount, refuse_alike
 
 Processes = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -125,7 +125,7 @@ class RuntimeConfig(Section):
         refuse_alike("trackers", trackers)
         return trackers
 
-    branch_from: Name | None = Field(
+    branch_from: RunName | None = Field(
         default=None,
         description="shorter run with checkpoint.keep_before_decay in the same output directory, to "
         "start from: it has computed the same steps up to its decay",

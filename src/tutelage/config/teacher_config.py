@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from tutelage.config.base import BatchTokens, FilePath, Length, Name, Section, Seed, Threads
+from tutelage.config.base import BatchTokens, FilePath, Length, Name, RunName, Section, Seed, Threads
 from tutelage.config.objective_config import Temperature, TopK, TopP
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class TopKFormat(Section):
     """The k most probable ids with their log-probabilities, and the mass of the rest."""
 
     kind: Literal["topk"]
-    k: int = Field(ge=1, le=1_000_000, description="ids per position")
+    k: int = Field(examples=[50], ge=1, le=1_000_000, description="ids per position")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="stop earlier once their mass reaches this")
 
 
@@ -101,7 +101,7 @@ class RunTeacher(_LanguageModelTeacher):
     """A teacher that is a finished run in the same output directory."""
 
     kind: Literal["run"]
-    run: Name = Field(description="its name, or as much of the beginning as no other has")
+    run: RunName = Field(description="its name, or as much of the beginning as no other has")
 
 
 class ModelTeacher(_LanguageModelTeacher):

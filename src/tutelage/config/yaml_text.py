@@ -72,7 +72,7 @@ def parse(text: str, where: str) -> object:
             list or map.
     """
     if len(text) > LARGEST_TEXT:
-        raise UserError(f"{where}: {len(text):,} characters; settings have at most {LARGEST_TEXT:,}")
+        raise UserError(f"{where}: no settings: they have at most {LARGEST_TEXT:,} characters")
     try:
         node = _Loader(text).get_single_node()
         return Plain("") if node is None else _Builder(where).build(node, ())

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from tutelage.config.data_config import CorpusPairs, FilePairs, HubPairs, PairSource
 from tutelage.data.corpora import find_pairs
-from tutelage.data.row_readers import BadRowError, file_rows, hub_rows, text_of, value_of
+from tutelage.data.row_readers import WHICH_FIELD, BadRowError, file_rows, hub_rows, text_of, value_of
 from tutelage.data.tokenizer import read_settings, token_content
 from tutelage.errors import UserError
 
@@ -221,12 +221,13 @@ def _conversation(row: object, source: PairSource, where: str) -> Sequence[Messa
 
 def _message(message: object, where: str) -> Message:
     """Return one turn, with all other fields, which a template may use."""
-    role, content = (_text(message, field, where) for field in ("role", "content"))
+    hint = "every message is {role, content}"
+    role, content = (_text(message, field, where, hint) for field in ("role", "content"))
     return {**cast("Message", message), "role": role, "content": content}
 
 
-def _text(row: object, field: str, where: str) -> str:
-    text = text_of(row, field, where)
+def _text(row: object, field: str, where: str, hint: str = WHICH_FIELD) -> str:
+    text = text_of(row, field, where, hint)
     if not text or text.isspace():
         raise BadRowError(
             f"{where}: field '{field}' is empty; every prompt and completion must say something"

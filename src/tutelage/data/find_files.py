@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (
     ".txt, .md, .rst, .html, .csv, .tsv, .jsonl (each also .gz, .zst, .xz or .bz2) and .parquet can be read; "
-    "format: text reads any file as text"
+    "a list in .json has to become .jsonl, a line for each; format: text reads other plain text, such as code"
 )
 _ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 _KINDS: dict[str, Kind] = {

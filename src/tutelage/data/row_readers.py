@@ -35,6 +35,9 @@ _BATCH_ROWS = 64  # no more, because a value that is stored once can be repeated
 _BATCH_BYTES = 2**22
 
 
+WHICH_FIELD = "field (of pairs prompt, completion, messages) of the source says which is read"
+
+
 class BadRowError(UserError):
     """One row cannot be used; the message names its file and line. The rows after it can be read."""
 
@@ -128,14 +131,16 @@ def _texts(rows: Iterator[Row], field: str) -> Iterator[Text]:
             yield error
 
 
-def text_of(row: object, field: str, where: str) -> str | None:
+def text_of(row: object, field: str, where: str, hint: str = WHICH_FIELD) -> str | None:
     """Return the text of one row, without a byte order mark at its beginning; None where it is null.
+
+    `hint` ends the message where the field is not there.
 
     Raises:
         BadRowError: the row is no mapping, lacks the field, or holds something in it that is no text, or too
             much text.
     """
-    text = value_of(row, field, where)
+    text = value_of(row, field, where, hint)
     if text is None:
         return None
     if not isinstance(text, str):
@@ -155,8 +160,8 @@ def text_of(row: object, field: str, where: str) -> str | None:
     return text.removeprefix(MARK)
 
 
-def value_of(row: object, field: str, where: str) -> object:
-    """Return what one row holds in a field.
+def value_of(row: object, field: str, where: str, hint: str = WHICH_FIELD) -> object:
+    """Return what one row holds in a field; `hint` as in `text_of`.
 
     Raises:
         BadRowError: the row is one, is no mapping, or lacks the field.
@@ -166,7 +171,8 @@ def value_of(row: object, field: str, where: str) -> object:
     if not isinstance(row, dict):
         raise BadRowError(f"{where}: expected an object with the field '{field}', found {type(row).__name__}")
     if field not in row:
-        raise BadRowError(f"{where}: no field '{field}'; it has: {', '.join(map(str, row)) or 'no field'}")
+        known = ", ".join(map(str, row)) or "no field"
+        raise BadRowError(f"{where}: no field '{field}'; it has: {known}; {hint}")
     return row[field]
 
 
@@ -241,7 +247,7 @@ def _check_columns(path: Path, names: Sequence[str], fields: Sequence[str]) -> N
     for field in fields:
         if names.count(field) != 1:
             several = "no column" if field not in names else f"{names.count(field)} columns"
-            raise UserError(f"{path}: {several} '{field}'; it has: {', '.join(names)}")
+            raise UserError(f"{path}: {several} '{field}'; it has: {', '.join(names)}; {WHICH_FIELD}")
 
 
 def _parsed(line: bytes, where: str) -> object:

@@ -55,7 +55,8 @@ def find_tokenizer(path: Path) -> Path:
         UserError: there is neither, or the Hub cannot be reached and nothing was downloaded before.
     """
     path = completed(path, "tokenizer.path")
-    if path.exists() or path.is_absolute() or len(path.parts) != _NAME_PARTS or ".." in path.parts:
+    no_name = path.is_absolute() or len(path.parts) > _NAME_PARTS or ".." in path.parts
+    if path.exists() or no_name or path.suffix == ".json":
         return path
     found = download_tokenizer(f"tokenizer.path = {path.as_posix()}", path.as_posix(), None)
     if not has_tokenizer(found):
@@ -129,6 +130,9 @@ def tokenizer_json(path: Path) -> str:
     refuse_damage(file.parent, file.name)
     if not file.is_file() and has_tokenizer(path):
         return _converted(path)
+    if path.is_dir() and not file.exists():
+        own = f"; that of this run is in {path / 'model'}" if has_tokenizer(path / "model") else ""
+        raise UserError(f"tokenizer {path}: there is no tokenizer.json in this directory{own}")
     try:
         return read_bytes(file).decode("utf-8-sig")
     except OSError as error:

@@ -47,8 +47,9 @@ def compare_tokenizers(what: str, tokenizer: str, store: Store, *, same_cuts: bo
         if own.get(index) != theirs[index]:
             meaning = repr(own[index]) if index in own else "nothing"
             raise UserError(
-                f"{what}: its tokenizer differs from that of {store.path}: id {index} is {meaning} there and "
-                f"{theirs[index]!r} here; they must share one (build the store with tokenizer.path)"
+                f"{what}: its tokenizer differs from that of {store.path}: id {index} is {meaning} in the "
+                f"first and {theirs[index]!r} in the second; they must share one: build {store.path.name} "
+                "again with the first (tokenizer.path)"
             )
     different = _different_cuts(json.loads(tokenizer), json.loads(stored))
     if not different:

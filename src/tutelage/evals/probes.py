@@ -87,7 +87,7 @@ def run_probes(
     """
     path = store or evaluated.training_store
     if path is None:
-        raise UserError(f"{evaluated.id}: probes need a token store made with its tokenizer; name one")
+        raise UserError(f"{evaluated.id}: probes need a token store made with its tokenizer (--store)")
     text, chosen = open_store(path), pick_device(device)
     for model in (evaluated, teacher) if teacher else (evaluated,):
         compare_tokenizers(model.id, check_tokenizer(model).json, text, same_cuts=True)

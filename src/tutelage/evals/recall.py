@@ -347,9 +347,7 @@ def run_recall(
         _check_plain(named)
         text = TextRead(named, None)
     else:
-        raise UserError(
-            f"{evaluated.id}: recall needs the text that the model was trained on; name its token store"
-        )
+        raise UserError(f"{evaluated.id}: recall needs the text that the model was trained on (--store)")
     compare_tokenizers(evaluated.id, check_tokenizer(evaluated).json, text.store, same_cuts=True)
     chosen, stage = pick_device(device), f"{evaluated.id}: recall"
     make_directory(evaluated.output)

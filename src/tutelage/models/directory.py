@@ -127,7 +127,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no config.json, so this is no Hugging Face model directory")
+        instead = ""
+        if (directory / "adapter_config.json").is_file():
+            instead = (
+                "; it is an adapter: merge it into its model (PEFT's merge_and_unload) and save the whole"
+            )
+        elif (directory / "model" / "config.json").is_file():
+            instead = f"; it is a run, whose model is {directory / 'model'}"
+        raise UserError(f"{directory}: no config.json, so this is no Hugging Face model directory{instead}")
     return read_object(path)
 
 

@@ -178,7 +178,8 @@ def check_names(model: PreTrainedModel, missing: Iterable[str], unexpected: Iter
         UserError: naming the first of `missing`, or of `unexpected` that other layers have too.
     """
     if missing := sorted(missing):
-        raise UserError(f"{name}: {len(missing)} weights are missing, for example {missing[0]}")
+        many = "weights are" if len(missing) > 1 else "weight is"
+        raise UserError(f"{name}: {len(missing)} {many} missing, for example {missing[0]}")
     kinds = {_kind(key) for key in model.state_dict()}
     if more := sorted(key for key in unexpected if _kind(key) in kinds):
         raise UserError(

@@ -38,21 +38,30 @@ _IDS = {"labels", "targets.ids"}
 
 
 def check_types(
-    hidden_ND: object, weight_VD: object, labels_N: object, targets: object, alpha: object, objective: object
+    hidden_ND: object,
+    weight_VD: object,
+    labels_N: object,
+    targets: object,
+    alpha: object,
+    objective: object,
+    bias_V: object,
+    token_weights_N: object,
 ) -> None:
     """Raise TypeError, with what to give instead, if an argument is of another kind: the likely mistakes."""
     named = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
+    optional = {"bias": bias_V, "token_weights": token_weights_N}
     for part, name in _dense_parts(targets):
         named |= {f"{name}.hidden_NE": part.hidden_NE, f"{name}.head_VE": part.head_VE}
+        optional |= {f"{name}.bias": part.bias_V}
     if targets is not None and not isinstance(targets, Targets):
         raise TypeError(
             f"targets is a {type(targets).__name__}: give LogitTargets(logits), DenseTargets(hidden states, "
             "head weight), MeanTargets of several of these, SparseTargets(ids, probabilities, ...), or None "
             "without a teacher"
         )
+    named |= _headless_parts(targets) | {name: value for name, value in optional.items() if value is not None}
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}: {_remedy(value)}")
+        _check_tensor(name, value)
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective is a {type(objective).__name__}: give an Objective, "
@@ -88,15 +97,15 @@ def check_routing(objective: Objective, gate: Gate | None, alpha: float) -> None
 _AS_OBJECTIVE: dict[type, str] = {dict: "Objective(**settings)", str: "Objective(divergence=...)"}
 
 
-def _remedy(value: object) -> str:
+def _check_tensor(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        return
+    remedy = ""
     if isinstance(value, nn.Module):
-        return "must be a tensor; weight_and_bias(head) takes weight and bias from a head"
-    if isinstance(value, tuple | list):
-        return (
-            f"must be one tensor and not {len(value)}; of a model's hidden_states take the last, [-1], which "
-            "is after the final norm"
-        )
-    return "must be a tensor"
+        remedy = "; weight_and_bias(head) takes weight and bias from a head"
+    elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+        remedy = "; of a model's hidden_states take the last, [-1], which is after the final norm"
+    raise TypeError(f"{name} is a {type(value).__name__}: must be a tensor{remedy}")
 
 
 def check_inputs(
@@ -135,13 +144,11 @@ def check_inputs(
         tensors |= {f"{name}.hidden": part.hidden_NE, f"{name}.head": part.head_VE}
         tensors |= _bias(f"{name}.bias", part.bias_V, part.head_VE)
         _check_dense(part, name, n, vocab, cut=vocab_size is not None)
+    tensors |= _headless_parts(targets)
     if isinstance(targets, LogitTargets):
-        tensors |= {"targets.logits": targets.logits_NV}
         _check_rows("targets.logits", targets.logits_NV, n)
         _check_vocabulary(targets.logits_NV.shape[1], vocab, cut=vocab_size is not None)
     elif isinstance(targets, SparseTargets):
-        tensors |= {"targets.ids": targets.ids_NK, "targets.probs": targets.probs_NK}
-        tensors |= {"targets.tail": targets.tail_N, "targets.gold_logp": targets.gold_logp_N}
         _check_sparse(targets, n, objective)
     _check_places(tensors)
     if hidden_ND.device.type == "cpu":
@@ -207,6 +214,20 @@ def _dense_parts(targets: object) -> list[tuple[DenseTargets, str]]:
     if not targets.parts:
         raise ValueError("targets.parts (): a mean is of at least one teacher")
     return [(part, f"targets.parts[{place}]") for place, part in enumerate(targets.parts)]
+
+
+def _headless_parts(targets: object) -> dict[str, Tensor]:
+    """The tensors of targets without a head, by their names in messages."""
+    if isinstance(targets, LogitTargets):
+        return {"targets.logits": targets.logits_NV}
+    if not isinstance(targets, SparseTargets):
+        return {}
+    return {
+        "targets.ids": targets.ids_NK,
+        "targets.probs": targets.probs_NK,
+        "targets.tail": targets.tail_N,
+        "targets.gold_logp": targets.gold_logp_N,
+    }
 
 
 def _check_dense(targets: DenseTargets, name: str, n: int, vocab: int, *, cut: bool) -> None:

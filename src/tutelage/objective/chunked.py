@@ -124,7 +124,7 @@ def chunked_objective(
         TypeError: an argument is of another kind; the message says what to give.
         ValueError: naming the argument, its value and what would be right.
     """
-    check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective)
+    check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, token_weights_N)
     check_routing(objective, gate, alpha)
     call = LossCall(
         labels_N, targets, alpha, objective, gate, transform, vocab_size, token_weights_N, per_token

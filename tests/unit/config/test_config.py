@@ -95,7 +95,15 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"global_batch_tokens": 100}, "multiple of data.sequence_length (128)"),
         ({"micro_batch_tokens": 384}, "divide global_batch_tokens"),
         ({"model": {}}, "exactly one of 'shape', 'path' and 'run'"),
-        ({"model": {"shape": "a", "path": "b"}}, "exactly one of 'shape', 'path' and 'run'"),
+        (
+            {"model": {"shape": "a", "path": "b"}},
+            "exactly one of 'shape', 'path' and 'run'; shape and path are given; null takes one back",
+        ),
+        ({"model": {"run": "runs/a"}}, "model.run = 'runs/a': a path; write the name of a run in"),
+        (
+            {"teacher": {"kind": "run", "run": "/a"}, "objective": {"alpha": 0.4}},
+            "teacher.run = '/a': a path; write the name of a run in",
+        ),
         ({"seed": "43"}, "seed = '43'"),
         ({"optim": {"betas": [0.9]}}, "optim.betas"),
         ({"eval": {"domains": [{"name": "x", "stor": "y"}]}}, "eval.domains.0.stor: unknown setting"),
@@ -128,8 +136,8 @@ def test_errors_name_file_field_value_and_remedy(changes, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected a mapping"),
-        (b"- 1\n", "expected a mapping"),
+        (b"", "no settings: expected lines of 'name: value'"),
+        (b"- 1\n", "no settings: expected lines of 'name: value'"),
         (b"a: [1\n", "not valid YAML"),
         (b"\xff\xfe\x00", "cannot be read as text"),
         (b"!!python/object/apply:os.system ['true']\n", "not valid YAML"),
@@ -185,7 +193,7 @@ def test_a_file_builds_on_others_section_by_section(tmp_path):
         ({"own": "{base: {a: 1}}"}, r"own\.yaml: base = \{'a': '1'\}: give the name"),
         ({"own": "{base: own}"}, r"base = 'own': .*own\.yaml builds on .*own\.yaml, so neither has an end"),
         ({"own": "{base: b}", "b": "{base: own}"}, r"b\.yaml: base = 'own'"),
-        ({"own": "{base: b}", "b": "[1]"}, r"b\.yaml: expected a mapping"),
+        ({"own": "{base: b}", "b": "[1]"}, r"b\.yaml: no settings: expected lines of 'name: value'"),
         ({"own": "{base: b}", "b": "{tokenss: 1}"}, r"own\.yaml on .*b\.yaml: tokenss: unknown setting"),
     ],
 )

@@ -303,7 +303,7 @@ def test_bad_pairs_name_file_and_line(plain, tmp_path, row, message):
         ([], "line 1: no message of the role 'assistant', so there is nothing to learn; roles: none"),
         (QUESTION[:1], "no message of the role 'assistant', so there is nothing to learn; roles: user"),
         (QUESTION[1:], "line 1: the first message is the assistant's, so there is no prompt"),
-        ([{"role": "user"}], "line 1, message 1: no field 'content'; it has: role"),
+        ([{"role": "user"}], "message 1: no field 'content'; it has: role; every message is .role, content."),
         ([QUESTION[0], {"role": "assistant", "content": ""}], "message 2: field 'content' is empty"),
         (["hello"], r"message 1: expected an object with the field 'role', found str"),
         (

@@ -145,8 +145,11 @@ def test_tables_packed_with_a_mark_or_a_long_field(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("body,n\none,1\n", r"a\.csv: no column 'text'; it has: body, n$"),
-        ("text,text\none,1\n", r"a\.csv: 2 columns 'text'; it has: text, text$"),
+        (
+            "body,n\none,1\n",
+            r"a\.csv: no column 'text'; it has: body, n; field \(of pairs .* says which is read$",
+        ),
+        ("text,text\none,1\n", r"a\.csv: 2 columns 'text'; it has: text, text; field "),
         (
             'n,text\n1,one\n2,"two\n3,three\n',
             r"a\.csv: line 3: not valid CSV: unexpected end of data; inside",
@@ -334,7 +337,7 @@ def test_a_format_reads_files_whatever_they_are_called(folder):
     assert texts("mine/deep/LICENSE", format="text") == ["licence"]
     assert texts("mine/a.MD", "mine/b.txt", format="html") == ["# a", "b"]
     with pytest.raises(
-        UserError, match=r"LICENSE: unknown kind of file; .*format: text reads any file as text"
+        UserError, match=r"LICENSE: unknown kind of file; .*format: text reads other plain text"
     ):
         texts("mine/deep/LICENSE")
     with pytest.raises(UserError, match=r"photo\.PNG: not UTF-8 text \(byte 0 is 0x89\)"):

@@ -173,8 +173,14 @@ def test_large_vocabulary_needs_four_bytes():
 
 
 def test_bad_tokenizers_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer .*tokenizer\.json: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"there is no tokenizer\.json in this directory$"):
         load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer .*tokenizer\.json: cannot be read \(No such file"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    (model := tmp_path / "run" / "model").mkdir(parents=True)
+    word_level("</s>").save(str(model / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"no tokenizer\.json .*; that of this run is in .*run.model$"):
+        load_tokenizer(tmp_path / "run")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a tokenizer\.json"):
         load_tokenizer(tmp_path)

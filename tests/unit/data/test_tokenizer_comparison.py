@@ -38,7 +38,7 @@ def test_the_first_id_that_differs_is_named_with_both_strings(own, text):
     here, there = swapped(own, 261, 290)
     message = (
         f"teacher t: its tokenizer differs from that of {text.path}: "
-        f"id 261 is {here!r} there and {there!r} here"
+        f"id 261 is {here!r} in the first and {there!r} in the second; they must share one"
     )
     with pytest.raises(UserError) as caught:
         compare(own, text)
@@ -70,7 +70,7 @@ def test_fewer_are_not(own, text):
     gone = next(word for word, index in own["model"]["vocab"].items() if index == 299)
     del own["model"]["vocab"][gone]
     own["model"]["merges"] = [pair for pair in own["model"]["merges"] if "".join(pair) != gone]
-    with pytest.raises(UserError, match=r"id 299 is nothing there and '.+' here"):
+    with pytest.raises(UserError, match=r"id 299 is nothing in the first and '.+' in the second"):
         compare(own, text)
 
 

@@ -243,7 +243,7 @@ def test_what_cannot_be_asked_is_said(make_config, tmp_path, text, tiny_run):
     tiny_run.write_config(elsewhere, {})
     with pytest.raises(UserError, match=r"gone: not a token store"):
         run_recall(find_model(str(tiny_run.path), tmp_path), tmp_path, NullProgress())
-    with pytest.raises(UserError, match="name its token store"):
+    with pytest.raises(UserError, match=r"needs the text that the model was trained on \(--store\)"):
         run_recall(find_model(str(tiny_run.model), tmp_path), tmp_path, NullProgress())
     few = TextRead(text, (READING._replace(steps=1),))
     sentence = left_out(few, questions(few, 32, tmp_path))

@@ -90,6 +90,12 @@ def test_no_config_ends_in_a_traceback(directory, fields):
         assert "\n" not in str(error)  # noqa: PT017 - some fields are ignored, and that is fine
 
 
+def test_a_run_or_an_adapter_in_the_place_of_a_model_is_told_what_it_is(directory):
+    assert refusal(directory.parent).endswith(f"; it is a run, whose model is {directory}")
+    (directory / "config.json").rename(directory / "adapter_config.json")
+    assert "; it is an adapter: merge it into its model" in refusal(directory)
+
+
 def test_quantized_weights_are_refused(directory):
     change(directory, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "quantization_config.quant_method = 'gptq'" in refusal(directory)

@@ -180,7 +180,7 @@ def test_load_refuses_missing_weights(saved):
     weights = load_file(saved / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1 weights are missing, for example model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(UserError, match=r"1 weight is missing, for example model\.layers\.1\.mlp\.up_proj"):
         load(saved)
 
 

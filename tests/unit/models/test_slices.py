@@ -90,7 +90,7 @@ def test_tied_names_with_two_weights_are_refused(tied):
     ("change", "message"),
     [
         (lambda w: {k: v for k, v in w.items() if "layers.1.mlp.up" not in k},
-         r"1 weights are missing, for example model\.layers\.1\.mlp\.up_proj\.weight"),
+         r"1 weight is missing, for example model\.layers\.1\.mlp\.up_proj\.weight"),
         (lambda w: w | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)},
          r"config\.json speaks of fewer layers than there are weights, for example model\.layers\.7"),
         (lambda w: w | {"model.norm.weight": torch.full((32,), torch.inf)},
@@ -116,7 +116,7 @@ def test_what_transformers_does_not_use_is_left_out(tied):
 def test_a_base_model_has_no_head_and_is_refused_for_it(tmp_path):
     torch.manual_seed(0)
     hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)).model.save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match=r"1 weights are missing, for example lm_head\.weight"):
+    with pytest.raises(UserError, match=r"1 weight is missing, for example lm_head\.weight"):
         slices.describe(tmp_path / "base").load(CPU)
 
 

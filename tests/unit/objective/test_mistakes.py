@@ -33,11 +33,22 @@ MISTAKES = [
     ({"weight_VD": HEAD}, r"weight is a Linear: must be a tensor; weight_and_bias\(head\) takes weight and"),
     (
         {"hidden_ND": (HIDDEN, HIDDEN)},
-        r"hidden is a tuple: must be one tensor and not 2; .* the last",
+        r"hidden is a tuple: must be a tensor; .* the last",
     ),
     ({"hidden_ND": HIDDEN.view(2, 3, D)}, r"hidden \(2, 3, 4\): must be \[tokens, 4\].* \.flatten\(0, 1\)"),
     ({"weight_VD": HEAD.weight[0]}, r"weight \(4,\): must be \[vocabulary, width\]"),
-    ({"labels_N": LABELS.tolist()}, r"labels is a list"),
+    ({"labels_N": LABELS.tolist()}, r"labels is a list: must be a tensor$"),
+    ({"token_weights_N": [1.0] * N}, r"token_weights is a list: must be a tensor$"),
+    ({"bias_V": [0.0] * V}, r"bias is a list: must be a tensor$"),
+    ({"targets": LogitTargets(LOGITS.numpy())}, r"targets.logits is a ndarray: must be a tensor$"),
+    (
+        {"targets": dataclasses.replace(SPARSE, ids_NK=[[1]] * N)},
+        r"targets.ids is a list: must be a tensor$",
+    ),
+    (
+        {"targets": DenseTargets(HIDDEN, HEAD.weight, bias_V=[0.0] * V)},
+        r"targets.bias is a list: must be a tensor$",
+    ),
     (
         {"objective": {"temperature": 2.0}},
         r"objective is a dict: give .*, Objective\(\*\*settings\)",

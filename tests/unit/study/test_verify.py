@@ -210,7 +210,7 @@ def test_a_lost_cache_of_a_mean_is_named_by_its_teachers(tmp_path):
     assert wrong(tmp_path / "study") == []
 
 
-def test_of_a_foreign_model_nothing_can_be_compared_and_that_is_said(tmp_path):
+def test_of_a_foreign_model_nothing_can_be_compared_and_that_is_said(tmp_path, command):
     model = tmp_path / "model"
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).save_pretrained(model)
@@ -219,6 +219,10 @@ def test_of_a_foreign_model_nothing_can_be_compared_and_that_is_said(tmp_path):
     assert found.startswith(f"{model}: no checksums.json: another program wrote it")
     assert "hf cache verify" in found
     assert "again" not in found
+    code, shown, _ = command("verify", model)
+    assert code == 1
+    assert shown.startswith("unknown ")
+    assert "nothing here is known to be wrong; 1 can only be compared where it is from" in shown
 
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
