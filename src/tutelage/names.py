@@ -20,6 +20,8 @@ from tutelage.errors import UserError, suggestion
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from tutelage.config.teacher_config import TeacherConfig
+
 DirectoryKind = Literal["store", "run", "cache", "study"]
 
 _PLACES: dict[DirectoryKind, tuple[str, ...]] = {
@@ -139,6 +141,33 @@ def completed(path: Path, what: str) -> Path:
             return path
         (found,) = called
     return found
+
+
+def local_model(path: str, what: str) -> str:
+    """The path of a model with names in it completed; what is not there, a Hub name too, stays as it is."""
+    found = completed(Path(path), what)
+    return path if Path(path).exists() or not found.exists() else str(found)
+
+
+def named_teacher(teacher: TeacherConfig, runs: Path) -> TeacherConfig:
+    """The teacher, or the mean of teachers, with names of runs, models and caches replaced by ids and paths.
+
+    Raises:
+        UserError: nothing is called so, or several are.
+    """
+    from tutelage.config import teacher_config as kinds  # noqa: PLC0415 - names of directories need none
+
+    def named(one: kinds.SingleTeacher, what: str) -> kinds.SingleTeacher:
+        match one:
+            case kinds.RunTeacher(run=run):
+                return one.model_copy(update={"run": find_run_id(run, runs, f"{what}.run")})
+            case kinds.ModelTeacher(path=model):
+                return one.model_copy(update={"path": local_model(model, f"{what}.path")})
+            case kinds.CacheTeacher(path=cache):
+                return one.model_copy(update={"path": find("cache", cache, f"{what}.path", runs.parent)})
+        return one
+
+    return kinds.each_teacher(teacher, named)
 
 
 def _called(name: str, kinds: Sequence[DirectoryKind], folders: Sequence[Path]) -> list[Path]:

@@ -13,13 +13,7 @@ from tutelage.checksums import check_file, checked_write
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, load
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
-from tutelage.config.teacher_config import (
-    CacheTeacher,
-    ModelTeacher,
-    RunTeacher,
-    SingleTeacher,
-    each_teacher,
-)
+from tutelage.config.teacher_config import ModelTeacher, SingleTeacher, each_teacher
 from tutelage.config.wrong_settings import WrongSettingsError
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
@@ -27,7 +21,7 @@ from tutelage.files import flush, lock, make_directory, remove_leftovers
 from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
-from tutelage.names import completed, find, find_run_id, look_up
+from tutelage.names import find, find_run_id, local_model, look_up, named_teacher
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.row_files import append_row, keep_rows, last_row, whole_rows
 from tutelage.types import SCORING_VERSION
@@ -115,7 +109,7 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
         model = model.model_copy(update={"run": find_run_id(model.run, runs, "model.run")})
     elif model.path is not None:
         model = model.model_copy(update={"path": local_model(model.path, "model.path")})
-    teacher = each_teacher(teacher, lambda one, what: _named_teacher(one, what, runs))
+    teacher = teacher and named_teacher(teacher, runs)
     if start is not None:
         start = find_run_id(start, runs, "runtime.branch_from")
     domains = tuple(
@@ -133,23 +127,6 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
     )
 
 
-def _named_teacher(teacher: SingleTeacher, what: str, runs: Path) -> SingleTeacher:
-    match teacher:
-        case RunTeacher(run=run):
-            return teacher.model_copy(update={"run": find_run_id(run, runs, f"{what}.run")})
-        case ModelTeacher(path=model):
-            return teacher.model_copy(update={"path": local_model(model, f"{what}.path")})
-        case CacheTeacher(path=cache):
-            return teacher.model_copy(update={"path": find("cache", cache, f"{what}.path", runs.parent)})
-    return teacher
-
-
-def local_model(path: str, what: str) -> str:
-    """The path of a model with names in it completed; what is not there, a Hub name too, stays as it is."""
-    found = completed(Path(path), what)
-    return path if Path(path).exists() or not found.exists() else str(found)
-
-
 def pinned(config: RunConfig) -> RunConfig:
     """Return the config with names replaced, and models on the Hub fixed to what they are now.
 
@@ -164,7 +141,8 @@ def pinned(config: RunConfig) -> RunConfig:
     if config.model.path is not None and not Path(config.model.path).exists():
         commit = _commit(config.model.path, config.model.revision)
         changes["model"] = config.model.model_copy(update={"revision": commit})
-    changes["teacher"] = each_teacher(config.teacher, _pinned_teacher)
+    if config.teacher is not None:
+        changes["teacher"] = each_teacher(config.teacher, _pinned_teacher)
     return config.model_copy(update=changes)
 
 

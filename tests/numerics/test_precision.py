@@ -321,3 +321,17 @@ def test_chunks_of_a_whole_batch_are_slices():
     assert [x.tolist() for x in some] == [[0], [2]]
     none = list(chunks_of(torch.full((3,), IGNORE_INDEX), 2))
     assert [x.tolist() for x in none] == [[]]  # for the gates, whose counts every rank sums
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_call_without_any_label_has_no_gradient(arithmetic, dtype):
+    """A micro-batch of prompts: nothing is multiplied, and the gradients are there, as zeros."""
+    labels = torch.full((5,), IGNORE_INDEX, device=DEVICE)
+    for vocab_size in (None, 7):
+        h, w = (torch.ones(*s, dtype=dtype, device=DEVICE, requires_grad=True) for s in ((5, 4), (9, 4)))
+        targets = DenseTargets(torch.ones(5, 3, dtype=dtype, device=DEVICE), w[:, :3].detach())
+        sums = chunked_objective(h, w, labels, targets, 0.4, Objective(), vocab_size=vocab_size)
+        sums.loss.backward()
+        assert float(sums.loss.detach()) == 0.0
+        assert not h.grad.any()
+        assert not w.grad.any()

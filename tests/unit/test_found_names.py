@@ -14,8 +14,9 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import select
-from tutelage.names import completed, find, find_run_id, kind_of, look_up
-from tutelage.run_directory import local_model, named, run_id
+from tutelage.names import completed, find, find_run_id, kind_of, local_model, look_up
+from tutelage.run import run
+from tutelage.run_directory import named, run_id
 from tutelage.teachers.cache.job import plan_cache
 
 
@@ -206,6 +207,24 @@ def test_a_study_has_its_stores_beside_its_runs(make_config, store, tmp_path, mo
     shutil.copytree(store, Path("study", "data", store.name))
     config = make_config(data={"store": "speeches"}, output="study/runs")
     assert named(config).data.store == Path("study", "data", store.name)
+
+
+def test_a_run_and_its_cache_find_the_same_teachers(make_config, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = run(make_config(name="taught", tokens=512, output="runs")).model
+    by_name = {"kind": "model", "path": "runs/taught/model"}
+    cached = {"store": str(store), "context_length": 32, "format": {"kind": "topk", "k": 2}}
+
+    def plan(teacher):
+        return plan_cache(validate(TeachConfig, cached | {"teacher": teacher}, "test"))
+
+    assert plan(by_name).path == plan(by_name | {"path": str(model)}).path
+    assert named(make_config(output="runs", teacher=by_name, objective={"alpha": 0.4})).teacher.path == str(
+        Path("runs", model.parent.name, "model")
+    )
+    mean = plan({"kind": "mean", "of": [by_name, {"kind": "run", "run": "taught"}]})
+    assert [one.run for one in mean.config.teacher.of[1:]] == [model.parent.name]
+    assert mean.path == plan({"kind": "mean", "of": [{"kind": "run", "run": "tau"}] * 2}).path
 
 
 def test_caches_and_evaluations_take_names(store, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "stopping": set(),
     "agreement": {"errors", "files", "processes"},
     "launch": {"errors", "processes"},
-    "names": {"errors"},
+    "names": {"errors", "config"},
     "installed": set(),
     "hub_access": {"errors"},
     "row_files": {"files"},
@@ -92,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "train",
     },
     "study": _BASE
-    | {"agreement", "checksums", "data", "launch", "models", "processes", "progress", "records"}
+    | {"agreement", "checksums", "data", "launch", "models", "names", "processes", "progress", "records"}
     | {"installed", "stopping"}
     | {"run", "run_directory", "run_plan"},
     "planner": {"config", "errors", "evals", "files", "models", "names", "records"}

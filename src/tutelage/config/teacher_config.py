@@ -152,8 +152,15 @@ class MeanTeacher(Section):
     @model_validator(mode="after")
     def _whole(self) -> MeanTeacher:
         for place, part in enumerate(self.of):
-            if isinstance(part, RunTeacher | ModelTeacher) and part.cache is not None:
+            if not isinstance(part, RunTeacher | ModelTeacher):
+                continue
+            if part.cache is not None:
                 raise ValueError(f"of[{place}].cache: what is cached is the mean; set cache beside 'of'")
+            if self.cache is not None and part.dtype != "auto":
+                raise ValueError(
+                    f"of[{place}].dtype = {part.dtype}: a mean is cached in what the student computes in; "
+                    "leave it out"
+                )
         if self.cache is not None and isinstance(self.cache.format, HiddenFormat):
             raise ValueError(f"cache.format.kind = hidden: {_NOT_HIDDEN}")
         return self
@@ -166,13 +173,13 @@ TeacherConfig = Annotated[SingleTeacher | MeanTeacher, Field(discriminator="kind
 
 
 def each_teacher(
-    teacher: TeacherConfig | None, change: Callable[[SingleTeacher, str], SingleTeacher]
-) -> TeacherConfig | None:
+    teacher: TeacherConfig, change: Callable[[SingleTeacher, str], SingleTeacher]
+) -> TeacherConfig:
     """Change a teacher, or each that a mean is of; `change` is told what it is called in messages."""
     if isinstance(teacher, MeanTeacher):
         of = tuple(change(part, f"teacher.of[{place}]") for place, part in enumerate(teacher.of))
         return teacher.model_copy(update={"of": of})
-    return None if teacher is None else change(teacher, "teacher")
+    return change(teacher, "teacher")
 
 
 def single_teachers(teacher: TeacherConfig | None) -> tuple[SingleTeacher, ...]:

@@ -211,17 +211,10 @@ def remarks(manifest: Manifest) -> list[str]:
     return [*lines, *([changed] if changed else [])]
 
 
-def not_comparable(manifest: Manifest, split: Split | None = None) -> str | None:
-    """Say why bits per byte of a store, or of one split, do not compare across tokenizers; None if they do.
-
-    Args:
-        manifest: of the store.
-        split: the one that is scored; None: all.
-    """
-    records = [record for name, record in manifest.splits.items() if split in (None, name)]
-    changed, documents = (
-        sum(counts) for counts in zip(*((r.changed, r.documents) for r in records), strict=True)
-    )
+def not_comparable(manifest: Manifest) -> str | None:
+    """Say why bits per byte of a store do not compare across tokenizers; None if they do."""
+    records = manifest.splits.values()
+    changed, documents = (sum(record.changed for record in records), sum(r.documents for r in records))
     if changed == 0:
         return None
     return (

@@ -179,7 +179,7 @@ def anchored(config: RunConfig) -> RunConfig:
     model = config.model
     if model.path is not None and Path(model.path).exists():
         model = model.model_copy(update={"path": str(Path(model.path).absolute())})
-    teacher = each_teacher(config.teacher, _anchored_teacher)
+    teacher = config.teacher and each_teacher(config.teacher, _anchored_teacher)
     data = config.data.model_copy(update={"store": config.data.store.absolute()})
     return config.model_copy(update={"data": data, "model": model, "teacher": teacher})
 

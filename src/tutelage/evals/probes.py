@@ -31,7 +31,7 @@ from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.types import COPYING, PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -83,7 +83,8 @@ def run_probes(
         "accepted_length" of domain "acceptance:<teacher id>".
 
     Raises:
-        UserError: there is no store, or it or the teacher has another tokenizer; before any compute.
+        UserError: there is no store, it or the teacher has another tokenizer, or there is too little of the
+            text or of the model's context; before any compute.
     """
     path = store or evaluated.training_store
     if path is None:
@@ -91,6 +92,13 @@ def run_probes(
     text, chosen = open_store(path), pick_device(device)
     for model in (evaluated, teacher) if teacher else (evaluated,):
         compare_tokenizers(model.id, check_tokenizer(model).json, text, same_cuts=True)
+    documents = read_documents(text, "test", _DOCUMENTS, _DOCUMENT_TOKENS) if teacher else []
+    if not text.manifest.splits["train"].documents:
+        raise UserError(f"{path}: its training split, whose ids are copied, is empty; name another")
+    if teacher and not documents:
+        raise UserError(f"{path}: its test split, of which drafts are judged, is empty; name another")
+    if evaluated.context < len(text.begin_ids) + 3:  # two segments of two, of which the last is no input
+        raise UserError(f"{evaluated.id}: a context of {evaluated.context} tokens is too short to copy in")
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
         student = load_evaluated(evaluated, chosen)
@@ -98,7 +106,7 @@ def run_probes(
         write_samples(student, text, evaluated, progress)
         scores = _copying(evaluated, student, text, progress)
         if teacher:
-            scores += _accepted(evaluated, student, teacher, text, progress)
+            scores += _accepted(evaluated, student, teacher, text, documents, progress)
     return scores
 
 
@@ -122,9 +130,9 @@ def _accepted(
     student: PreTrainedModel,
     teacher: EvaluatedModel,
     text: Store,
+    documents: Sequence[ScoredDocument],
     progress: Progress,
 ) -> list[Score]:
-    documents = read_documents(text, "test", _DOCUMENTS, _DOCUMENT_TOKENS)
     context = min(evaluated.context, teacher.context)
     settings = [text.fingerprint, _DOCUMENTS, _DOCUMENT_TOKENS, context, DRAFT]
     version = version_of(["acceptance", *settings, teacher.id, teacher.step])
@@ -201,8 +209,8 @@ def copying_accuracy(
     predictor = NextTokenModel(*body_and_head(model.eval()), PLAIN, vocab_size)
     scored_T = torch.arange(tokens_NT.shape[1] - 1) >= tokens_NT.shape[1] - segment
     right: list[torch.Tensor] = []
-    for rows in _slices(sequences, max(1, FORWARD_TOKENS // tokens_NT.shape[1])):
-        inputs_BT, labels_BT = tokens_NT[rows, :-1], tokens_NT[rows, 1:]
+    for tokens_BT in torch.split(tokens_NT, max(1, FORWARD_TOKENS // tokens_NT.shape[1])):
+        inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
         hidden_ND = predictor.hidden(inputs_BT, scored_T.expand_as(inputs_BT))
         choice_N = torch.cat(
             [predictor.logits(part).argmax(1) for part in torch.split(hidden_ND, _LOGIT_TOKENS)]
@@ -278,10 +286,6 @@ def _acceptance_rates(
             rates[document][place] = rate
         progress(len(where[0]))
     return rates
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, n, size))
 
 
 def _accepted_lengths(rates_T: NDArray[np.float64], draft: int) -> NDArray[np.float64]:
@@ -388,11 +392,8 @@ def _page(title: str, samples: list[dict[str, Any]]) -> str:
     """The page in Markdown; texts are indented, so that nothing in them is read as markup."""
     parts = [f"# Samples of {title}"]
     for number, sample in enumerate(samples):
-        named = [
-            ("Prompt", sample["prompt"]),
-            ("The text itself", sample["text"]),
-            ("Greedy", sample["greedy"]),
-        ]
+        kinds = {"Prompt": "prompt", "The text itself": "text", "Greedy": "greedy"}
+        named = [(name, sample[kind]) for name, kind in kinds.items()]
         named += [(f"Drawn, seed {seed}", text) for seed, text in enumerate(sample["drawn"], number * _DRAWS)]
         parts.append(f"## {number + 1}")
         parts += [f"{name}:\n\n{textwrap.indent(text, '    ', lambda _: True)}" for name, text in named]

@@ -210,7 +210,8 @@ def _validation_tokens(
     progress: Callable[[int], None] = lambda _: None,
 ) -> TokenScores:
     """Every token of a validation split, some of them at all powers for the fit."""
-    every = max(1, sum(document.scored for document in documents) // FIT_TOKENS)
+    scored = sum(document.scored for document in documents)
+    every = max(1, min(scored // FIT_TOKENS, scored // len(documents)))  # or short ones have no token in it
     return score_tokens(model, documents, **target.windows, powers=POWERS, every=every, progress=progress)
 
 

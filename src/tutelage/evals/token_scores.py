@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _LOGITS = 2**20
 _FEWEST_ROWS, _MOST_ROWS = 256, 2048
+_MOST_NATS = 700.0
+"""Of which float64 holds the exponential, 1e304, and a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,10 @@ class DocumentLosses:
         return ratio(self.nll_N / math.log(2), self.bytes_N)
 
     def perplexity(self) -> ScoreEstimate:
-        """Exponential of the mean nats per token; its standard error by the delta method."""
+        """Exponential of the mean nats per token, at most 700; its standard error by the delta method."""
         mean = ratio(self.nll_N, self.tokens_N)
-        value = math.exp(mean.value)
-        ends = [None if end is None else math.exp(end) for end in (mean.low, mean.high)]
+        value = math.exp(min(mean.value, _MOST_NATS))
+        ends = [None if end is None else math.exp(min(end, _MOST_NATS)) for end in (mean.low, mean.high)]
         return ScoreEstimate(value, value * mean.stderr, *ends)
 
 

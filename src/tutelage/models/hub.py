@@ -252,17 +252,23 @@ def head_logits(
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """Read scale and softcap of the logits from a model's config."""
-    settings = model.config.to_dict()
-    scale = 1.0
-    for field in _FACTORS:
-        scale *= settings.get(field) or 1.0
-    for field in _DIVISORS:
-        scale /= settings.get(field) or 1.0
-    if base := settings.get("dim_model_base"):  # MiniCPM 3
-        scale *= base / settings["hidden_size"]
-    caps = [settings[field] for field in _SOFTCAPS if settings.get(field)]
-    return LogitTransform(scale, caps[0] if caps else None)
+    """Read scale and softcap of the logits from a model's config.
+
+    Raises:
+        UserError: they are no finite numbers above 0.
+    """
+    settings, scale = model.config.to_dict(), 1.0
+    try:
+        for field in _FACTORS:
+            scale *= settings.get(field) or 1.0
+        for field in _DIVISORS:
+            scale /= settings.get(field) or 1.0
+        if base := settings.get("dim_model_base"):  # MiniCPM 3
+            scale *= base / settings["hidden_size"]
+        caps = [settings[field] for field in _SOFTCAPS if settings.get(field)]
+        return LogitTransform(scale, caps[0] if caps else None)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.json of a {type(model).__name__}: {error}") from None
 
 
 @torch.no_grad()
@@ -277,7 +283,7 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
     """
     family = type(model).__name__
     try:
-        body, head = body_and_head(model)
+        (body, head), transform = body_and_head(model), logit_transform(model)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     rows = head.weight.shape[0]
@@ -293,7 +299,7 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
         raise UserError(f"{name}: {family} cannot be run on tokens alone: {reason}") from None
     known = hidden_BTD.shape[-1] == head.weight.shape[1]
     if known:
-        ours = transformed(head(hidden_BTD.to(head.weight.dtype)), logit_transform(model)).float()
+        ours = transformed(head(hidden_BTD.to(head.weight.dtype)), transform).float()
         known = ours.shape == theirs.shape and torch.allclose(ours, theirs.float(), rtol=1e-3, atol=1e-5)
     if not known:
         raise UserError(f"{name}: {family} computes its logits in a way not known here")

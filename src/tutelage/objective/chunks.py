@@ -90,14 +90,14 @@ def compute(
             strict=True,
         )
     )
-    if d_weight is not None:
-        d_weight[vocab:] = 0
     sums = torch.zeros(5, dtype=head.dtype, device=hidden_ND.device)
     tokens_6N = sums.new_zeros(6, len(call.labels_N)) if call.per_token else None
     dense = call.targets is not None and not isinstance(call.targets, SparseTargets)
     size = call.objective.tokens_per_chunk(vocab, hidden_ND.device.type, dense=dense)
     chunks = list(chunks_of(call.labels_N, size, 1 if hidden_ND.device.type == "cpu" else TILE))
     largest = len(call.labels_N[chunks[0]])
+    if d_weight is not None:
+        d_weight[vocab if largest else 0 :] = 0
     head = head.keeping_logits(largest)
     teacher = _Teaching.of(call.targets, vocab, largest)
     addends_SV = _room_for_addends(head, largest, call) if any(wanted) else None
@@ -114,7 +114,7 @@ def compute(
             tokens_6N[:5, rows] = losses_5C
         if d_bias is not None:
             d_bias[:vocab] += gradient_AV.sum(0, dtype=d_bias.dtype)
-        if any(wanted):
+        if any(wanted) and largest:
             gradient = head.rounded(gradient_AV)
             if d_hidden is not None:
                 d_hidden[rows] = head.to_hidden(gradient)

@@ -11,7 +11,7 @@ from tutelage.errors import UserError
 from tutelage.models.directory import hub_config, is_local, read_config
 from tutelage.models.flops import forward_flops, model_forward_flops
 from tutelage.models.shapes import find_shape, read_shape
-from tutelage.run_directory import local_model
+from tutelage.names import local_model
 
 if TYPE_CHECKING:
     from tutelage.config.study_config import TeacherSpec

@@ -40,7 +40,8 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
     """
     lead = students[0]
     progress = progress if lead.world.is_main else NullProgress()
-    first, last = min(s.step for s in students), max(s.steps for s in students)
+    last = max(s.steps for s in students)
+    first = min((s.step for s in students if s.has_steps_left), default=last)
     stage = lead.directory.id if len(students) == 1 else f"{len(students)} runs"
     if first:
         progress.note(f"resuming after step {first:,} of {last:,}")

@@ -32,7 +32,7 @@ def profiled(
     A run with fewer steps left is recorded from where as many remain.
 
     Args:
-        steps: how many; with 0 nothing is recorded.
+        steps: how many, at most those that are left; with 0 nothing is recorded.
         left: how many the run still has to take.
         directory: made if it does not exist.
         world: every process writes a file of its own.
@@ -41,6 +41,7 @@ def profiled(
     Yields:
         A function to call after every step.
     """
+    steps = min(steps, left)
     if steps == 0:
         yield _nothing
         return
@@ -55,12 +56,12 @@ def profiled(
                 f"{path}: the trace of {steps} steps; open it at ui.perfetto.dev or chrome://tracing"
             )
 
-    before = min(_BEFORE, max(0, left - steps))
+    before = min(_BEFORE, left - steps)
     warm_up = min(_WARM_UP, before)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available() and world.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    plan = schedule(wait=before - warm_up, warmup=warm_up, active=min(steps, left), repeat=1)
+    plan = schedule(wait=before - warm_up, warmup=warm_up, active=steps, repeat=1)
     with profile(
         activities=activities, schedule=plan, on_trace_ready=write, record_shapes=True, profile_memory=True
     ) as recorder:

@@ -208,20 +208,6 @@ class Student:
         Returns:
             The row of metrics.jsonl, if one was written.
         """
-        try:
-            return self._finish_step(inputs, report, parts, stopping=stopping)
-        except UserError as error:
-            self.mark_failed(error)
-            return None
-
-    def _finish_step(
-        self,
-        inputs: StepInputs,
-        report: StepReport,
-        parts: Callable[[], Mapping[str, float]],
-        *,
-        stopping: bool,
-    ) -> dict[str, float] | None:
         config, batch_tokens = self.config, self.config.global_batch_tokens
         self.policy.observe(self.step, report.ce, report.teacher_ce)
         self.step += 1
@@ -238,17 +224,20 @@ class Student:
         )
         skips = self.guard.newest(self.step, wait=branches or bool(self._owed))
         allowed = 0 if finished else config.runtime.max_skipped_steps  # no later step vouches for the last
-        if skips is not None and skips.in_a_row > allowed:
-            self._stop_skipping(skips)
-        row = None
-        if skips is not None and skips.in_a_row == 0:
-            if branches:
+        if skips is None:
+            return None
+        try:
+            if skips.in_a_row > allowed:
+                self._stop_skipping(skips)
+            if branches and skips.in_a_row == 0:
                 self._check_weights()
                 counters = self._counters(skips)
                 self.checkpoints.save(self.model, self.optimizer, counters, branch_point=True)
-            if self._owed:
-                row = self._write(report, skips, parts())
-        return row
+            if self._owed and skips.in_a_row == 0:
+                return self._write(report, skips, parts())
+        except UserError as error:
+            self.mark_failed(error)
+        return None
 
     def take_warnings(self) -> list[str]:
         """What the user should know of the training and of checkpoints that could not be written, once."""

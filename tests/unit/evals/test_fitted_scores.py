@@ -15,7 +15,8 @@ from scipy.optimize import minimize, minimize_scalar
 from transformers import AutoModelForCausalLM
 
 from tutelage.data.store import open_store
-from tutelage.evals.windows import read_documents
+from tutelage.evals import scoring
+from tutelage.evals.windows import Target, read_documents
 from tutelage.models import hub
 from tutelage.models.shapes import find_shape
 from tutelage.run import run
@@ -180,3 +181,15 @@ def test_a_model_without_a_known_training_text_has_no_score_of_its_temperature(
     metrics = set(rows_of(scores)["metric"])
     assert set(FITTED) < metrics
     assert "bits_per_byte_temperature_in_domain" not in metrics
+
+
+def test_short_documents_have_tokens_in_the_fit(trained, store, monkeypatch):
+    """Of many short documents no token might be so far from the beginning as every n-th one is."""
+    monkeypatch.setattr(scoring, "FIT_TOKENS", 5)
+    target = Target("short", "out_of_domain", open_store(store), 32, 32, 1000, 6)
+    documents = target.documents("validation")
+    assert sum(one.scored for one in documents) // scoring.FIT_TOKENS > max(one.scored for one in documents)
+    tokens = scoring._validation_tokens(hub.load(trained.model), target, documents)
+    fitted, _ = scoring._fitted(tokens, target.store.vocab_size)
+    assert fitted.documents == len(documents)
+    assert fitted.tokens == len(tokens.powered_MK) > 0

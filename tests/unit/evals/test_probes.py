@@ -15,6 +15,9 @@ from tokenizers import Tokenizer
 from told_progress import Told
 from torch import nn
 
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.data.build import build_store
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals import probes
@@ -124,7 +127,7 @@ def dense_rates(models, documents):
 
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_acceptance_is_the_dense_recomputation(models, documents, chunk, monkeypatch):
-    monkeypatch.setattr(probes._slices, "__defaults__", (chunk,))
+    monkeypatch.setattr(probes, "_LOGIT_TOKENS", chunk)
     rates = dense_rates(models, documents)
     found = acceptance(*models, documents, 300, CONTEXT, draft=3)
     flat = np.concatenate(rates)
@@ -254,3 +257,21 @@ def test_a_store_with_another_tokenizer_is_refused(evaluated_models, store, tmp_
 def test_a_model_without_a_store_needs_one(evaluated_models):
     with pytest.raises(UserError, match="student: probes need a token store"):
         run_probes(dataclasses.replace(evaluated_models[0], training_store=None))
+
+
+def test_what_cannot_be_probed_is_said_before_anything_is_written(
+    evaluated_models, store, other_store, tmp_path
+):
+    source = {"kind": "corpus", "name": "sotu"}
+    settings = {"name": "all", "sources": [source], "tokenizer": {"path": str(store)}, "max_bytes": 50_000}
+    no_test = build_store(validate(StoreConfig, settings | {"validation": 0, "test": 0}, "test"), tmp_path)
+    student, teacher = (dataclasses.replace(one, output=tmp_path / one.id) for one in evaluated_models)
+    for message, model, settings in (
+        ("training split", student, {"store": other_store}),
+        ("test split", student, {"store": no_test, "teacher": teacher}),
+        ("context of 2 tokens is too short", dataclasses.replace(student, context=2), {}),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_probes(model, **settings)
+        assert not model.output.exists()
+    assert run_probes(dataclasses.replace(student, context=3), store=no_test)[0].metric == "accuracy"

@@ -195,3 +195,13 @@ def test_one_document_has_no_standard_error():
     assert found.value == pytest.approx(1.0)
     assert math.isnan(found.stderr)
     assert (found.low, found.high) == (None, None)
+
+
+def test_the_perplexity_of_any_loss_is_a_number():
+    """A run that diverged without a NaN loses thousands of nats per token."""
+    for nats in (3.0, 690.0, 5000.0):
+        found = DocumentLosses(nats * np.array([4.0, 8.0, 3.0]), np.array([4, 8, 3]), np.array([9, 9, 9]))
+        perplexity = found.perplexity()
+        assert math.log(perplexity.value) == pytest.approx(min(nats, 700.0))
+        assert all(map(math.isfinite, (perplexity.stderr, perplexity.low, perplexity.high)))
+        assert found.bits_per_byte().value == pytest.approx(nats * 15 / 27 / math.log(2))

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -211,6 +212,16 @@ def test_load_takes_no_kernel_from_the_hub(saved, field, value, section):
     more = {field: value} if section is None else {section: {field: value}}
     (saved / "config.json").write_text(json.dumps(config | more))
     with pytest.raises(UserError, match=f"{field} = .*names code on the Hub"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("logit_scale", -1.0), ("logits_scaling", "a"), ("logits_soft_cap", [30.0])]
+)
+def test_a_factor_of_logits_that_is_none_is_named(saved, field, value):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UserError, match=f"{re.escape(str(saved))}: config.json of a LlamaForCausalLM: "):
         load(saved)
 
 

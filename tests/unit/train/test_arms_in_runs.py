@@ -293,6 +293,16 @@ def test_two_and_four_ranks_and_kills_among_them(teachers, student, mean, tmp_pa
         ),
         (
             {
+                "teacher": {
+                    "kind": "mean",
+                    "of": [{"kind": "run", "run": "x", "dtype": "bfloat16"}, {"kind": "uniform"}],
+                    "cache": {},
+                }
+            },
+            r"of\[0\].dtype = bfloat16: a mean is cached in what the student computes in",
+        ),
+        (
+            {
                 "teacher": {"kind": "mean", "of": [{"kind": "uniform"}, {"kind": "unigram"}]}
                 | {"cache": {"temperature": 2.0, "format": {"kind": "topk", "k": 4}}},
                 "objective": {"alpha": 1.0, "temperature": 2.0, "gate": {"kind": "teacher_confidence"}},

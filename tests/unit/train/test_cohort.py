@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import StopAt, assert_same_weights, losses
+from training import Notes, StopAt, assert_same_weights, losses
 
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
@@ -118,7 +118,11 @@ def test_a_stopped_cohort_goes_on_bitwise_even_from_uneven_checkpoints(members, 
     for stop in (3, 6):
         with pytest.raises(Stopped):
             run_cohort(configs, StopAt(stop))
-    resumed = run_cohort(configs)
+    with pytest.raises(Stopped):
+        run_cohort(configs, StopAt(10))
+    notes = Notes()
+    resumed = run_cohort(configs, notes)  # the large one has had its 7 steps, and nobody waits for it
+    assert "resuming after step 10 of 12" in notes.notes
     for a, b in zip(resumed, whole, strict=True):
         assert losses(a) == losses(b)
         assert_same_weights(a, b)

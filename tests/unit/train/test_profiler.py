@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from training import Notes, assert_same_weights
@@ -34,3 +35,10 @@ def test_a_trace_has_as_many_steps_as_were_asked_for(make_config, tmp_path, toke
 
 def test_a_run_without_it_has_no_trace(make_config):
     assert not (run(make_config()).path / "profile").exists()
+
+
+def test_a_run_that_is_only_to_be_exported_again_has_no_trace(make_config):
+    directory = run(make_config())
+    shutil.rmtree(directory.model)
+    assert run(make_config(runtime={"device": "cpu", "threads": 1, "profile": 2})).model.is_dir()
+    assert not (directory.path / "profile").exists()

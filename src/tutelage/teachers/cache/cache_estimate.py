@@ -95,7 +95,8 @@ def estimate_cache(config: TeachConfig) -> CacheEstimate:
     for batch in batches:
         start = time.perf_counter()
         targets = job.targets(batch)
-        _synchronize(job.device)
+        if job.device.type != "cpu":
+            torch.accelerator.synchronize()  # so that the clock includes its work
         forward += time.perf_counter() - start
         trials.append((targets, batch))
     return CacheEstimate(
@@ -146,11 +147,3 @@ def _try_format(
         seconds=seconds / tokens * positions,
         configured=choice == job.manifest.format,
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until the device has finished, so that the clock includes its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()

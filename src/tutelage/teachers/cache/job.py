@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
 from tutelage.models.directory import ModelState, identify, is_local
-from tutelage.names import find, find_run_id
+from tutelage.names import find, named_teacher
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import (
@@ -43,14 +43,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tutelage.config.teacher_config import LiveTeacher, TeachConfig
+    from tutelage.config.teacher_config import TeachConfig, TeacherConfig
     from tutelage.data.store import SplitView, Store
     from tutelage.teachers.cache.codec import Codec
     from tutelage.teachers.cache.shard import Packed
     from tutelage.teachers.live import Teacher
     from tutelage.types import WholeTargets
-
-Single = TypeVar("Single", bound=SingleTeacher)
 
 _NOT_THE_CONTENT = {"name", "store", "teacher", "device", "threads", "runs", "output"}
 
@@ -70,7 +68,7 @@ class CachePlan:
 
     config: TeachConfig
     store: Store
-    teacher: LiveTeacher
+    teacher: TeacherConfig
     teacher_fingerprint: str
     states: tuple[ModelState, ...]
     path: Path
@@ -150,12 +148,7 @@ def plan_cache(config: TeachConfig) -> CachePlan:
     Raises:
         UserError: store or teacher is missing.
     """
-    teacher = config.teacher
-    if isinstance(teacher, MeanTeacher):
-        of = tuple(_completed(part, config.runs, f"teacher.of[{i}]") for i, part in enumerate(teacher.of))
-        teacher = teacher.model_copy(update={"of": of})
-    else:
-        teacher = _completed(teacher, config.runs, "teacher")
+    teacher = named_teacher(config.teacher, config.runs)
     config = config.model_copy(update={"store": find("store", config.store, "store"), "teacher": teacher})
     store = open_store(config.store)
     models = [one for one in single_teachers(teacher) if isinstance(one, RunTeacher | ModelTeacher)]
@@ -179,16 +172,7 @@ def plan_cache(config: TeachConfig) -> CachePlan:
     return CachePlan(config, store, teacher, fingerprint, states, path)
 
 
-def _completed(teacher: Single, runs: Path, what: str) -> Single:
-    """The teacher with names of a run or a cache replaced by its id or path."""
-    if isinstance(teacher, RunTeacher):
-        return teacher.model_copy(update={"run": find_run_id(teacher.run, runs, f"{what}.run")})
-    if isinstance(teacher, CacheTeacher):
-        return teacher.model_copy(update={"path": find("cache", teacher.path, f"{what}.path")})
-    return teacher
-
-
-def _identified(teacher: Single, runs: Path, store: Store) -> tuple[Single, str]:
+def _identified(teacher: SingleTeacher, runs: Path, store: Store) -> tuple[SingleTeacher, str]:
     """The teacher with a Hub name pinned to a commit, and the identity of what it teaches."""
     if isinstance(teacher, ControlTeacher):
         return teacher, f"{teacher.kind} of {store.fingerprint}"
@@ -280,6 +264,6 @@ def _targets(teacher: Teacher, batch: Batch, plan: CachePlan) -> WholeTargets:
     return targets.without_padding(plan.store.vocab_size)
 
 
-def _attention(teacher: LiveTeacher | SingleTeacher) -> str | None:
+def _attention(teacher: TeacherConfig) -> str | None:
     """How one teacher computes attention, where that was chosen; a mean is asked part by part."""
     return teacher.attn_implementation if isinstance(teacher, RunTeacher | ModelTeacher) else None
