@@ -237,7 +237,7 @@ def _below(schema: Schema, where: str, written: Schema) -> Iterator[tuple[str, S
 
 
 def resolved(schema: Schema, node: Schema) -> Schema:
-    """The definition that a reference stands for, and the one type of an optional setting."""
+    """The definition that a reference stands for."""
     while "$ref" in node:
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
     return node

@@ -310,7 +310,8 @@ def _count(training: Sequence[Store], groups: Sequence[Sequence[Ints]]) -> list[
         [_grams([ids.setdefault(word, len(ids) + 1) for word in _words(text)]) for text in group]
         for group in texts
     ]
-    wanted = np.unique(np.concatenate([gram for group in grams for gram in group]))
+    no_gram = np.zeros(0, np.uint64)  # of texts without a document that is scored
+    wanted = np.unique(np.concatenate([no_gram, *(gram for group in grams for gram in group)]))
     found = np.zeros(len(wanted), bool)
     texts_trained_on = (text for store in training for text in _training_texts(store, tokenizer))
     for text in texts_trained_on if len(wanted) else ():

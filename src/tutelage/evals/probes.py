@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from tokenizers import Tokenizer
+from transformers import GenerationConfig
 
 from tutelage.checksums import checked_write
 from tutelage.data.store import open_store
@@ -212,9 +213,8 @@ def copying_accuracy(
     for tokens_BT in torch.split(tokens_NT, max(1, FORWARD_TOKENS // tokens_NT.shape[1])):
         inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
         hidden_ND = predictor.hidden(inputs_BT, scored_T.expand_as(inputs_BT))
-        choice_N = torch.cat(
-            [predictor.logits(part).argmax(1) for part in torch.split(hidden_ND, _LOGIT_TOKENS)]
-        )
+        parts = torch.split(hidden_ND, _LOGIT_TOKENS)
+        choice_N = torch.cat([predictor.logits(part).argmax(1) for part in parts])
         right.append((choice_N.view(len(inputs_BT), -1).cpu() == labels_BT[:, scored_T]).sum(1))
         progress(len(inputs_BT))
     return ratio(torch.cat(right).numpy(), np.full(sequences, segment - 1))
@@ -337,8 +337,9 @@ def write_samples(
     title = f"{evaluated.id}, step {evaluated.step}"
     with checked_write(evaluated.samples) as partial:
         partial.write_text(_page(title, samples), encoding="utf-8")
-    about = {"version": version, "model": evaluated.id, "step": evaluated.step}
-    write_sealed(path, about | {"samples": samples})
+    write_sealed(
+        path, {"version": version, "model": evaluated.id, "step": evaluated.step, "samples": samples}
+    )
 
 
 def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
@@ -368,6 +369,7 @@ def _continuations(
     would go on from every prompt alike.
     """
     tokens_BT = torch.tensor([prompt], device=model.device)
+    model.generation_config = GenerationConfig()  # a directory's own may penalise what was said before
     fixed: dict[str, Any] = {
         "attention_mask": torch.ones_like(tokens_BT),
         "max_new_tokens": new,
@@ -381,9 +383,7 @@ def _continuations(
     with torch.random.fork_rng(devices):
         for draw in range(_DRAWS):
             torch.manual_seed(seed + draw)
-            found.append(
-                model.generate(tokens_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **fixed)
-            )
+            found.append(model.generate(tokens_BT, do_sample=True, top_k=0, **fixed))
             progress(1)
     return [tokens_BT[0, len(prompt) :].tolist() for tokens_BT in found]
 

@@ -24,16 +24,8 @@ _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("n_embd", "n_layer", "n_head", "n_positions", "n_ctx"),
-    *(
-        "n_layers",
-        "n_heads",
-        "d_model",
-        "max_seq_len",
-        "num_layers",
-        "num_heads",
-        "context_length",
-        "state_size",
-    ),
+    *("n_layers", "n_heads", "d_model", "max_seq_len"),
+    *("num_layers", "num_heads", "context_length", "state_size"),
 )
 """Fields that count something, under the names of the families."""
 

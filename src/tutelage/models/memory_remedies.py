@@ -75,21 +75,13 @@ def _changes(needs: Footprint, length: int, memory: float) -> Iterator[Change]:
     processes = needs.replicate * needs.shards
     if needs.replicate > 1:
         yield "parallel.replicate=1", {"replicate": 1, "shards": processes}
-    more = [
-        (
-            f"{n * processes} processes, one per device",
-            _shared(needs, n),
-        )
-        for n in _MORE
-    ]
+    more = [(f"{n * processes} processes, one per device", _shared(needs, n)) for n in _MORE]
     yield from _first_fitting(needs, more, memory)
     yield from _of_teacher(needs)
     if not needs.half:
         yield "dtype=bfloat16", {"half": True}
-    yield (
-        f"objective.chunk_tokens={max(_SMALLEST_CHUNK, needs.chunk // 4)}",
-        {"chunk": max(_SMALLEST_CHUNK, needs.chunk // 4)},
-    )
+    chunk = max(_SMALLEST_CHUNK, needs.chunk // 4)
+    yield f"objective.chunk_tokens={chunk}", {"chunk": chunk}
 
 
 def _shared(needs: Footprint, times: int) -> dict[str, Any]:

@@ -21,11 +21,14 @@ _FIRST_TRY = 256
 def truncate(logp_NV: Tensor, k: int | None, p: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(ids_NK, probs_NK, tail_N) of what `most_probable` keeps; unused slots have probability 0.
 
-    The tail is summed from what was dropped: 1 minus the kept ones would lose a tail of 1e-9. Together they
-    are made to sum to 1, from which a float32 softmax of many entries is 1e-6 away.
+    The tail is summed from what was dropped: 1 minus the kept ones would lose a tail of 1e-9. It is at least
+    the smallest number there is: the 0 of a sharp teacher at a low temperature would make reverse KL
+    infinite. Together they are made to sum to 1, from which a float32 softmax of many entries is 1e-6 away.
     """
     ids_NK, logp_NK = most_probable(logp_NV, k, p)
     probs_NK, tail_N1 = logp_NK.exp(), logp_NV.exp().scatter_(-1, ids_NK, 0.0).sum(-1, keepdim=True)
+    if ids_NK.shape[1] < logp_NV.shape[1]:
+        tail_N1 = tail_N1.clamp(min=torch.finfo(tail_N1.dtype).tiny)
     total_N1 = probs_NK.sum(-1, keepdim=True) + tail_N1
     return ids_NK, probs_NK / total_N1, (tail_N1 / total_N1).squeeze(-1)
 

@@ -97,6 +97,11 @@ def test_copied_grams_are_a_plain_count(training, mixed, tmp_path):
     assert all(np.array_equal(again[key], found[key]) for key in found)
 
 
+def test_texts_that_were_trained_on_whole_have_no_grams(training, tmp_path):
+    ((n, copied),) = copied_grams([training], {("own", "test"): []}, tmp_path).values()
+    assert len(n) == len(copied) == 0
+
+
 def test_short_texts_have_no_grams():
     assert len(contamination._grams([1] * (GRAM - 1))) == 0
     assert len(contamination._grams([1] * GRAM)) == 1

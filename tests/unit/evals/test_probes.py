@@ -212,8 +212,11 @@ def test_probes_are_rows_and_come_once(evaluated_models):
     assert kept == (student.scores.read_bytes(), (student.output / "samples.json").stat().st_mtime_ns)
 
 
-def test_samples_go_on_from_held_out_text(evaluated_models, store):
-    teacher = evaluated_models[1]
+def test_samples_go_on_from_held_out_text(evaluated_models, store, tmp_path):
+    place = shutil.copytree(evaluated_models[1].model, tmp_path / "model")
+    (place / "checksums.json").unlink()
+    (place / "generation_config.json").write_text('{"repetition_penalty": 9.0}')  # of other users
+    teacher = dataclasses.replace(evaluated_models[1], model=place, output=tmp_path / "out")
     state = torch.get_rng_state()
     run_probes(teacher)
     assert torch.equal(state, torch.get_rng_state())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import typing
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from tutelage.config.teacher_config import (
     TopKFormat,
 )
 from tutelage.errors import UserError
-from tutelage.objective import Objective, chunked_objective
+from tutelage.objective import Objective, TopK, chunked_objective
 from tutelage.objective.sparse import truncate
 from tutelage.teachers.cache import codec as codec_module
 from tutelage.teachers.cache.codec import CodecSettings
@@ -219,6 +220,38 @@ def test_topk_of_all_ids_is_dense():
         for kind in (targets, rows)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
+def test_reverse_kl_from_a_sharp_teacher_is_finite(temperature):
+    """Its mass outside of the kept ids may be less than a cache stores, or than float32 holds."""
+    generator = torch.Generator().manual_seed(0)
+    student_ND, weight_VD = (torch.randn(n, 8, generator=generator) for n in (20, 333))
+    teacher_NV = 3 * torch.randn(20, 333, generator=generator)
+    teacher_NV[:, 5] += 25
+    labels_N, whole = torch.zeros(20, dtype=torch.int64), DenseTargets(teacher_NV, torch.eye(333))
+    stored = CodecSettings(333, 333, temperature, 0)
+    kept = through(TopKFormat(kind="topk", k=1), whole, labels_N, stored)
+    objective = Objective(divergence="reverse_kl", temperature=temperature, temperature_squared=False)
+    online = objective.model_copy(update={"truncation": TopK(k=1)})
+    outside_V = torch.arange(333) != 5
+    for targets, rule, least in (
+        (kept, objective, -32 + 2**-11),
+        (whole, online, math.log(torch.finfo(torch.float32).tiny)),
+    ):
+        mine_ND, true_ND = student_ND.clone().requires_grad_(), student_ND.double().requires_grad_()
+        found = chunked_objective(mine_ND, weight_VD, labels_N, targets, 1.0, rule)
+        found.loss.backward()
+        logp_NV, logq_NV = (
+            (x / temperature).log_softmax(-1) for x in (teacher_NV.double(), true_ND @ weight_VD.double().T)
+        )
+        logp_N = logp_NV[:, outside_V].logsumexp(-1).clamp(min=least)
+        logq_N = logq_NV[:, outside_V].logsumexp(-1)
+        inside_N = logq_NV[:, 5].exp() * (logq_NV[:, 5] - logp_NV[:, 5])
+        expected = (inside_N + logq_N.exp() * (logq_N - logp_N)).sum()
+        expected.backward()
+        assert float(found.kd) == pytest.approx(float(expected.detach()), rel=1e-4)
+        torch.testing.assert_close(mine_ND.grad.double(), true_ND.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_log_grid():

@@ -26,7 +26,6 @@ from tutelage.teachers.cache.packing import (
     Columns,
     log_codes,
     log_values,
-    mass_values,
     pack,
     width_of,
 )
@@ -49,7 +48,7 @@ class TopKCodec(SparseCodec):
 
     The stored ids are exactly those of online truncation. Log-probabilities, that of the tail and that of the
     label have 16 bits each and are wrong by at most 2^-12 nats. Log-probabilities below -31.9995
-    (p = 1.3e-14) become that; a tail as small becomes 0.
+    (p = 1.3e-14) become that, also of a tail: none where there is one would make reverse KL infinite.
     """
 
     def __init__(self, config: TopKFormat, settings: CodecSettings) -> None:
@@ -87,9 +86,10 @@ class TopKCodec(SparseCodec):
         else:
             ids = columns.take(tokens * k, self._id_bits).astype(np.int64).reshape(tokens, k)
             probs = np.exp(log_values(columns.take(tokens * k, LOG_BITS))).reshape(tokens, k)
-        tail, gold = columns.take(tokens, LOG_BITS), columns.take(tokens, LOG_BITS)
+        tail, gold = (log_values(columns.take(tokens, LOG_BITS)) for _ in range(2))
         columns.finish()
-        return self._targets(ids, probs, mass_values(tail), log_values(gold))
+        is_whole = k == self._settings.vocab_size and not self._bounded
+        return self._targets(ids, probs, np.exp(tail) * np.float32(not is_whole), gold)
 
     def bits_per_token(self) -> float:
         """Exact size of a position; with top-p an upper bound."""

@@ -156,12 +156,6 @@ def log_values(codes: NDArray[np.uint32]) -> NDArray[np.float32]:
     return codes.astype(np.float32) * np.float32(-_STEP)
 
 
-def mass_values(codes: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Masses whose logarithms were coded; the last code stands for 0."""
-    values: NDArray[np.float32] = np.where(codes == _SMALLEST, np.float32(0), np.exp(log_values(codes)))
-    return values
-
-
 def square_codes(
     values: NDArray[np.float64], levels: int, uniform: NDArray[np.float64]
 ) -> NDArray[np.uint32]:

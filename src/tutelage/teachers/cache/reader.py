@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
 from tutelage.config.teacher_config import HiddenFormat, incompatibility
 from tutelage.errors import UserError
 from tutelage.files import regular
-from tutelage.teachers.cache.codec import CodecSettings, HiddenRows
+from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
 from tutelage.teachers.cache.layout import HEAD_FILE, read_cache_manifest
 from tutelage.teachers.cache.shard import ShardFile
@@ -103,11 +103,8 @@ class Cache:
                     f"and {layout.positions} positions"
                 )
         rows = [self._rows(start, length) for start in starts]
-        if len(rows) == 1:
-            return rows[0]
-        if isinstance(rows[0], HiddenRows):
-            return HiddenRows.cat([part for part in rows if isinstance(part, HiddenRows)])
-        return SparseTargets.cat([part for part in rows if isinstance(part, SparseTargets)])
+        kind: Any = type(rows[0])
+        return rows[0] if len(rows) == 1 else kind.cat(rows)
 
     def head(self) -> tuple[Tensor, LogitTransform, Tensor | None]:
         """The teacher's output embedding [V, E], what it does to its logits, and its bias [V] or None.
