@@ -49,8 +49,10 @@ class CheckedFile:
         """Append `data`."""
         self._hash.update(data)
         self._file.write(data)
-        while data:
-            part, data = data[: BLOCK_BYTES - self._in_block], data[BLOCK_BYTES - self._in_block :]
+        rest = memoryview(data)  # slices of bytes would be copies
+        while rest:
+            room = BLOCK_BYTES - self._in_block
+            part, rest = rest[:room], rest[room:]
             self._sum = zlib.crc32(part, self._sum)
             self._in_block += len(part)
             if self._in_block == BLOCK_BYTES:
