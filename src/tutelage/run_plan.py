@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.config.runtime_config import uneven
 from tutelage.config.teacher_config import (
     CacheTeacher,
     ControlTeacher,
@@ -111,7 +112,7 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
 
     Raises:
         UserError: the sizes of its models or of its vocabulary are not known here, or the processes do not
-            fit the mesh that it asks for.
+            fit the mesh that it asks for, or cannot share a step evenly.
     """
     config = named(config, planning=True)
     shape = _student_shape(config)
@@ -124,6 +125,8 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
     except ValueError as error:
         raise UserError(f"run {config.name}: parallel: {error}") from None
     length = config.data.sequence_length
+    if (reason := uneven(config.global_batch_tokens // length, hardware.devices)) is not None:
+        raise UserError(f"run {config.name}: {reason}")
     return RunPlan(
         hardware=hardware,
         memory=plan_memory(needs),

@@ -64,7 +64,10 @@ domains: {medicine: {source: {kind: corpus, name: medicine}}}
 teachers: {small: {shape: nano-20k, tokens: 20K}}
 students: {student: {shape: nano-50k, tokens: 20K, grid: {product: {teacher: [small], alpha: [0.2, 0.6]}}}}
 seeds: [43, 44, 45, 46, 47]
-run: {data: {sequence_length: 64}, runtime: {device: cpu, threads: 1}}
+run:
+  data: {sequence_length: 64}
+  eval: {max_documents: 20, max_tokens: 512}
+  runtime: {device: cpu, threads: 1}
 """,
     ),
     "cache": (

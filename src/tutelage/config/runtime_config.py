@@ -83,6 +83,16 @@ class ParallelConfig(Section):
         return self.replicate, shard
 
 
+def uneven(sequences: int, processes: int) -> str | None:
+    """What is wrong with a step of so many sequences if processes cannot share it evenly, else None."""
+    if sequences % processes == 0:
+        return None
+    return (
+        f"global_batch_tokens: {sequences} sequences per step do not divide by {processes} ranks; choose a "
+        f"multiple of {processes} sequences for a step, or fewer ranks"
+    )
+
+
 class RuntimeConfig(Section):
     """Device, memory, speed and logging. Nothing here changes the result, up to rounding."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tutelage.config.runtime_config import uneven
 from tutelage.data.documents import Documents, positions_of
 from tutelage.data.hashing import permuted
 from tutelage.errors import UserError
@@ -67,11 +68,8 @@ class Loader:
                 f"the split has {len(split.tokens)} tokens, one sequence needs {sequence_length + 1} "
                 f"(sequence_length = {sequence_length} and the token after it); add text, or make it shorter"
             )
-        if sequences_per_step % world_size:
-            raise UserError(
-                f"global_batch_tokens: {sequences_per_step} sequences per step do not divide by {world_size} "
-                f"ranks; choose a multiple of {world_size} sequences for a step, or fewer ranks"
-            )
+        if (reason := uneven(sequences_per_step, world_size)) is not None:
+            raise UserError(reason)
         self._tokens, self._mask = split.tokens, split.mask
         self._documents = Documents(split) if documents else None
         self._length = sequence_length

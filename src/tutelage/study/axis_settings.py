@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from tutelage.config.base import Budget, Fraction, Name, Seed, slug
 from tutelage.config.load import digest, merged
 from tutelage.config.run_config import RunConfig
-from tutelage.errors import UserError, in_words, shown, unknown
+from tutelage.errors import UserError, in_words, shown, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -106,8 +106,11 @@ def overlay(factors: Point, where: str) -> dict[str, Any]:
         if (twin := axes.setdefault(setting_of(axis), axis)) != axis:
             raise UserError(f"{where}: axes '{twin}' and '{axis}' are the same setting; keep one")
         if path[0] not in RunConfig.model_fields:
-            known = [*sorted(OWN), *_SHORT, *RunConfig.model_fields]
-            raise unknown(f"{where}: axis", axis, known)
+            known = [*sorted(OWN), *_SHORT]
+            raise UserError(
+                f"{where}: axis '{axis:.80}' is unknown; {suggestion(axis, known)}known: {', '.join(known)}, "
+                "and settings of a run by their path, such as optim.weight_decay"
+            )
         nested: Any = value
         for key in reversed(path):
             nested = {key: nested}

@@ -77,6 +77,10 @@ def test_names_that_become_one_are_refused_naming_both(changes, first, second):
             {"students": {"main": students(seed=[1])["main"] | {"seeds": [2]}}},
             "seeds are given and are an axis too",
         ),
+        (
+            {"students": students(alphas=[0.4])},
+            "axis 'alphas' is unknown; did you mean 'alpha'? known: compute",
+        ),
         ({"run": {"seed": 5}}, "run.seed: the study sets that"),
         ({"run": {"data": {"store": "x"}}}, "run.data.store: the study sets that"),
         ({"run": {"tokens": "1K"}}, "run.tokens"),

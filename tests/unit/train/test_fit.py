@@ -51,6 +51,16 @@ def test_what_may_fit_is_trained_with_a_warning(make_config, free):
     assert [note for note in notes.warnings if "it may need" in note and "turn: " in note]
 
 
+def test_processes_that_cannot_share_a_step_get_no_plan(make_config):
+    config = make_config()
+    sequences = config.global_batch_tokens // config.data.sequence_length
+    wrong = sequences + 1
+    with pytest.raises(
+        UserError, match=rf"run tiny: global_batch_tokens: {sequences} seq.* by {wrong} ranks"
+    ):
+        plan_run(config, Hardware.named("h100", wrong))
+
+
 def test_what_fits_is_not_spoken_of(make_config, free):
     config = make_config()
     free(1.1 * plan_run(config, Hardware.here("cpu", 1)).memory.total)
