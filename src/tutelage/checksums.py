@@ -116,8 +116,10 @@ def check_file(path: Path) -> None:
     """Compare a file with the listing beside it, if that has it.
 
     Raises:
-        UnreadableError: it is missing or damaged, or the listing is.
+        UnreadableError: it is missing, damaged or no file, or the listing is damaged.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UnreadableError(path.name, "is no file")
     known = listed(path.parent).get(path.name)
     if known and (reason := difference(path, *known)) is not None:
         raise UnreadableError(path.name, reason.removeprefix("is "))

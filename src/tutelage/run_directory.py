@@ -296,8 +296,6 @@ class RunDirectory:
             UserError: it is missing or damaged, or another version of tutelage wrote it.
         """
         path = self.path / "config.yaml"
-        if path.is_fifo():  # which would be waited for
-            raise UserError(f"{path}: is no file")
         try:
             check_file(path)
             return load(RunConfig, path)

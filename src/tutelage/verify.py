@@ -91,7 +91,7 @@ def _walk(path: Path, advance: Callable[[int], None], seen: set[Path]) -> Iterat
     seen.add(path.resolve())
     if path.name.startswith(("step-", f"{BRANCH_POINT}step-")):
         reason = damage(path)
-        advance(sum(file.stat().st_size for file in path.iterdir()))
+        advance(sum(file.stat().st_size for file in path.iterdir() if file.is_file()))
         remedy = f"; delete it; {_AGAIN} goes on from the one before, or makes what is missing again"
         yield Finding(path, "checkpoint", None if reason is None else reason + remedy)
     elif (path / "shards").is_dir():

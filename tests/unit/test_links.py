@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from synthetic_study import write_study
 
 from tutelage.checksums import file_sum
 from tutelage.errors import UserError
@@ -21,10 +22,15 @@ from tutelage.files import (
     read_bytes,
     remove,
 )
+from tutelage.models.directory import weights_fingerprint
 from tutelage.records import UnreadableError, read_model, read_object
 from tutelage.run_directory import RunDirectory
 from tutelage.study.leases import Failures, Leases, ask_to_stop
+from tutelage.study.results import load_results
+from tutelage.study.status import read_status
+from tutelage.study.token_tables import read_token_comparisons
 from tutelage.train.checkpoint_files import PARTIAL, CheckpointManifest, remove_unfinished
+from tutelage.verify import verify
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links and pipes of Unix")
 
@@ -161,6 +167,50 @@ def test_what_is_no_file_is_refused_in_a_sentence(read, tmp_path, monkeypatch):
         with pytest.raises((OSError, UserError)) as caught:
             read(Path(name))
         assert name in str(caught.value)
+
+
+NO_FILES = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
+    "link to nowhere": lambda path: path.symlink_to("/nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("plant", NO_FILES.values(), ids=NO_FILES.keys())
+def test_parts_of_studies_models_and_tasks_that_are_no_files_are_named_or_left_out(plant, tmp_path):
+    study = write_study(tmp_path / "study", seeds=(43,))
+    run = study / "runs" / "student-weak-0.2-43"
+    for place in (study / "queue" / "failures" / "r.json", study / "queue" / "leases" / "r.1.json"):
+        plant(make_directory(place.parent) / place.name)
+    assert Failures(study, 1).marked() == {}
+    assert read_status(study).counts["done"] == 8
+    for name in ("documents.parquet", "scores.jsonl", "metrics.jsonl", "provenance.json"):
+        plant(moved_away(run / name))
+        (problem,) = load_results(study).problems
+        assert problem.startswith(f"{run.name}: {name}: ")
+        remove(run / name)
+        (run / f"{name}~").rename(run / name)
+    tokens = make_directory(study / "token-comparisons" / "a" / "b")
+    (tokens / "comparison.json").write_text('{"student": "s", "teacher": "t", "baseline": "b"}')
+    plant(tokens / "summary.parquet")
+    assert "no finished token comparison" in read_token_comparisons(study)[1][0]
+    plant(make_directory(run / "checkpoints" / "step-000000001") / "shard")
+    assert any(one.what == "checkpoint" and one.wrong for one in verify(study, lambda _: None))
+
+    model = make_directory(tmp_path / "model")
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    plant(model / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.*: .*(cannot be read|no \*\.safetensors)"):
+        weights_fingerprint(model)
+
+
+def moved_away(path):
+    """The path, from which a file was moved to one with a tilde."""
+    path.rename(f"{path}~")
+    return path
 
 
 def test_own_directories_are_no_links(victim, tmp_path):

@@ -38,7 +38,7 @@ from tutelage.evals.lm_eval_tasks import (
 )
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import ScoreEstimate
-from tutelage.files import lock, make_directory
+from tutelage.files import lock, make_directory, read_bytes
 from tutelage.hub_access import reading_hub
 from tutelage.installed import install_extra
 from tutelage.models.hub import pick_device
@@ -91,14 +91,15 @@ class _OwnTasks:
         files = sorted(directory.glob("**/*.yaml"))
         if not files:
             raise UserError(f"--include {directory}: no such directory, or none with task files (*.yaml)")
-        for path in files:
+        content = []
+        for path in (*files, *directory.glob("**/*.py")):
             try:
-                yaml.compose(path.read_text(encoding="utf-8"))
+                content.append((path.name, read_bytes(path).decode()))
+                if path.suffix == ".yaml":
+                    yaml.compose(content[-1][1])
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise UserError(f"--include {path}: no YAML: {one_line(error)}") from None
-        content = [
-            (path.name, path.read_text(encoding="utf-8")) for path in (*files, *directory.glob("**/*.py"))
-        ]
+                what = "no YAML" if path.suffix == ".yaml" else "no Python"
+                raise UserError(f"--include {path}: {what}: {one_line(error)}") from None
         manager = _manager([directory], defaults=False)
         return cls(
             (directory,), tuple(manager.all_subtasks), tuple(manager.all_tasks), digest(sorted(content))

@@ -208,12 +208,15 @@ def _indexed(index: Path) -> list[Path]:
 
 def _header_entries(path: Path) -> int:
     """Count the tensors of a safetensors file, and check its length against its header."""
-    size = path.stat().st_size
-    with open(path, "rb", opener=regular) as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or length > min(LARGEST_JSON, size - _LENGTH_BYTES):
-            raise UserError(f"{path}: damaged: {size:,} bytes are too few for its header")
-        header = file.read(length)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb", opener=regular) as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(LARGEST_JSON, size - _LENGTH_BYTES):
+                raise UserError(f"{path}: damaged: {size:,} bytes are too few for its header")
+            header = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         tensors = parse_json(header)
         tensors.pop("__metadata__", None)

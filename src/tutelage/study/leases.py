@@ -103,7 +103,7 @@ class Failures:
         for path in self._directory.glob("*.json"):
             try:
                 stamp = path.stat().st_mtime_ns
-            except FileNotFoundError:  # cleared just now
+            except OSError:  # cleared just now, or a link that leads nowhere
                 continue
             known = self._read.get(path.stem)
             read = known if known is not None and known[0] == stamp else (stamp, _attempts(path))

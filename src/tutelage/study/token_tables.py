@@ -11,6 +11,7 @@ from scipy import special
 
 from tutelage.checksums import refuse_damage
 from tutelage.errors import UserError, unknown
+from tutelage.files import read_bytes
 from tutelage.records import read_object
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def read_token_comparison(directory: Path) -> TokenComparison:
     refuse_damage(directory)
     try:
         facts = _facts(directory / "comparison.json")
-        groups = pl.read_parquet(directory / "summary.parquet")
+        groups = pl.read_parquet(read_bytes(directory / "summary.parquet"))
         return TokenComparison(
             student=facts["student"],
             teacher=facts["teacher"],

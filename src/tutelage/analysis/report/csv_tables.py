@@ -50,10 +50,10 @@ def save_tables(study: JudgedStudy, directory: Path) -> None:
     own_directory(directory)
     for name, table in tables_of(study).items():
         path = directory / f"{name}.csv"
-        if table.is_empty():
-            path.unlink(missing_ok=True)  # of an earlier report
-        else:
+        if not table.is_empty():
             write_text(path, table.write_csv())
+        elif path.is_file():  # of an earlier report
+            path.unlink()
 
 
 def _scores(results: Results) -> pl.DataFrame:
