@@ -15,6 +15,7 @@ import polars as pl
 
 from tutelage.analysis.stats import TextSpread, half_width, text_spread
 from tutelage.bootstrap import DRAWS
+from tutelage.study.score_tables import BEHIND
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 
     from tutelage.study.results import Results
 
-_LOSSES = {
-    "raw": "nll",
-    "temperature": "nll_temperature",
-    "unigram": "nll_unigram",
-    "temperature_in_domain": "nll_temperature_in_domain",
-}
 _CELLS_AT_ONCE = 100
 _COLUMNS = {
     "cell": pl.UInt32(),
@@ -96,7 +91,8 @@ def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
     )
     rows: list[tuple[object, ...]] = []
     twins = twins_of(results)
-    for fit, losses in _LOSSES.items():
+    for fit, metric in _METRICS.items():
+        losses = BEHIND[metric]
         known = results.documents.filter(pl.col(losses).is_not_null(), split="test")
         scored = test.filter(fit=fit).join(known, on=["run", "domain"], how="semi", maintain_order="left")
         for role in ("in_domain", "out_of_domain"):
@@ -195,12 +191,12 @@ def _intervals(
 Fit = Literal["raw", "temperature", "unigram", "temperature_in_domain"]
 Side = Literal["in_domain", "out_of_domain"]
 
-_METRICS: tuple[tuple[Fit, str], ...] = (
-    ("raw", "bits_per_byte"),
-    ("temperature", "bits_per_byte_temperature"),
-    ("unigram", "bits_per_byte_unigram"),
-    ("temperature_in_domain", "bits_per_byte_temperature_in_domain"),
-)
+_METRICS: dict[Fit, str] = {
+    "raw": "bits_per_byte",
+    "temperature": "bits_per_byte_temperature",
+    "unigram": "bits_per_byte_unigram",
+    "temperature_in_domain": "bits_per_byte_temperature_in_domain",
+}
 _CELL = ["student", "teacher", "arm", "stage"]
 
 
@@ -300,6 +296,11 @@ def twins_of(results: Results) -> pl.DataFrame:
     return first.join(untaught, on=place, nulls_equal=True).select("base_run", "run")
 
 
+def roles_of(results: Results) -> pl.DataFrame:
+    """The scored texts: domain, role."""
+    return pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
+
+
 def base_scores(results: Results) -> pl.DataFrame:
     """Scores of what runs are compared with, means over twins: base_run, domain, split, metric, value."""
     return (
@@ -311,11 +312,10 @@ def base_scores(results: Results) -> pl.DataFrame:
 
 
 def _by_domain(results: Results, cells: pl.DataFrame) -> pl.DataFrame:
-    roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
-    fits = pl.DataFrame(_METRICS, ["fit", "metric"], orient="row")
+    fits = pl.DataFrame([*_METRICS.items()], ["fit", "metric"], orient="row")
     scored = (
         results.scores.join(fits, on="metric")
-        .join(roles, on="domain")
+        .join(roles_of(results), on="domain")
         .select("run", "domain", "role", "split", "fit", "value")
     )
     base = base_scores(results).join(fits, on="metric").rename({"value": "base_value"}).drop("metric")

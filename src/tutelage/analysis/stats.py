@@ -248,6 +248,11 @@ def seeds_needed(
     return int(n[enough.argmax()]) if enough.any() else None
 
 
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other point beats on one coordinate without losing on the other."""
+    return [not any(x >= one[0] and y >= one[1] and (x, y) != one for x, y in points) for one in points]
+
+
 @dataclass(frozen=True, slots=True)
 class TextSpread:
     """How much an out-of-domain mean depends on which texts it is over.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from tutelage.analysis.claims.evidence import Series, has_setting, minus
-from tutelage.analysis.gains import base_scores
-from tutelage.analysis.stats import Estimate, t_interval
+from tutelage.analysis.gains import base_scores, roles_of
+from tutelage.analysis.stats import Estimate, on_front, t_interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -205,9 +205,8 @@ def seed_spread(results: Results) -> pl.DataFrame:
         in_domain_spread and out_of_domain_spread (standard deviation over seeds in percent of the mean; null
         for one seed). Test split.
     """
-    roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
     order = {student.name: i for i, student in enumerate(results.plan.students)}
-    scores = results.scores.filter(metric="bits_per_byte", split="test").join(roles, on="domain")
+    scores = results.scores.filter(metric="bits_per_byte", split="test").join(roles_of(results), on="domain")
     value = pl.col("value")
     return (
         results.runs.filter(kind="baseline", twin=0)
@@ -227,8 +226,7 @@ def calibration_errors(study: JudgedStudy) -> dict[int, dict[str, float]]:
     """ECE and Brier score minus the baseline's by cell: ece_in_domain, ece_out_of_domain, brier_..."""
     results = study.results
     scores = results.scores.filter(pl.col("metric").is_in(["ece", "brier"]), split="test")
-    roles = pl.DataFrame([(d.name, d.role) for d in results.plan.domains], ["domain", "role"], orient="row")
-    scores = scores.join(roles, on="domain").select("run", "domain", "role", "metric", "value")
+    scores = scores.join(roles_of(results), on="domain").select("run", "domain", "role", "metric", "value")
     pairs = study.findings.gains.domains.select("cell", "run", "base_run").unique(maintain_order=True)
     base = base_scores(results).filter(split="test").rename({"value": "base"}).drop("split")
     means = (
@@ -266,7 +264,5 @@ def _paired(first: Series, second: Series) -> Estimate | None:
 
 
 def _front(arms: Sequence[Verdict], points: Sequence[tuple[float, float]]) -> list[bool] | list[None]:
-    """Which points no other point beats on one coordinate without losing on the other; None: not judged."""
-    if not all(arm.judged for arm in arms):
-        return [None] * len(points)
-    return [not any(x >= one[0] and y >= one[1] and (x, y) != one for x, y in points) for one in points]
+    """Which points are on the front; None: not judged."""
+    return on_front(points) if all(arm.judged for arm in arms) else [None] * len(points)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from tutelage.study.plan import Plan, PlanStudent, PlanTeacher
     from tutelage.study.results import Results
-    from tutelage.types import Split
 
 Relation = Literal["weak-to-strong", "same-level", "strong-to-weak"]
 
@@ -325,17 +324,11 @@ def _domain_table(results: Results, gains: Gains) -> pl.DataFrame:
     )
 
 
-def _raw(results: Results, kind: str, split: Split) -> pl.DataFrame:
-    """Raw bits per byte of the runs of one kind."""
-    scores = results.scores.filter(metric="bits_per_byte", split=split).select("run", "domain", "value")
-    return results.runs.filter(kind=kind).join(scores, on="run")
-
-
 def _baseline(results: Results) -> pl.DataFrame:
-    value = pl.col("value")
     return (
-        _raw(results, "baseline", "test")
+        results.runs.filter(kind="baseline")
+        .join(results.scores.filter(metric="bits_per_byte", split="test"), on="run")
         .group_by("student", "domain")
-        .agg(bits_per_byte=value.mean())
+        .agg(bits_per_byte=pl.col("value").mean())
         .sort("student", "domain")
     )

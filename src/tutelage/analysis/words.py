@@ -157,14 +157,6 @@ def grey_note(verdicts: Sequence[Verdict]) -> str:
     return "" if all(v.judged for v in verdicts) else " Grey: one seed, shown and not judged."
 
 
-def count(number: float) -> str:
-    """`380K`, `2M`, `52.4B`: three significant digits."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
 def join(parts: Sequence[str]) -> str:
     """`a, b and c`; nothing of nothing."""
     if not parts:

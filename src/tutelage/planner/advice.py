@@ -144,13 +144,10 @@ def advise(request: PlanRequest, teachers: Sequence[Candidate]) -> Advice:
         outside = None
     alone = basis.alone(request.parameters, tokens) if outside is None else None
     outlooks = tuple(_outlook(request, alone, teacher) for teacher in teachers)
-    answer, why, best = _answer(request, outside or _no_law(alone), outlooks)
+    unknown = "the fitted studies have too few sizes and budgets for a law" if alone is None else None
+    answer, why, best = _answer(request, outside or unknown, outlooks)
     cost = request.prices.cost("1", training=0.0, forward=0.0, student=request.flops * tokens)
     return Advice(answer, tuple(why), alone, cost, outside, outlooks, best)
-
-
-def _no_law(alone: Prediction | None) -> str | None:
-    return None if alone is not None else "the fitted studies have too few sizes and budgets for a law"
 
 
 def _outlook(request: PlanRequest, alone: Prediction | None, teacher: Candidate) -> Outlook:
@@ -189,7 +186,7 @@ def _alpha(request: PlanRequest, gap: float | None) -> tuple[float, str, list[st
         return 0.0, "", []
     if request.side in surfaces:
         surface = surfaces[request.side]
-        alpha, _ = chosen_alpha([surface], gap)
+        alpha, _ = chosen_alpha(surface, gap)
         words = f"rule fitted on {surface.pairs} pairs, off by {surface.error:.2g} points where left out"
         words = words if alpha else f"{_NONE}: {words}"
         return alpha, words, []

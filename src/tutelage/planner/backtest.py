@@ -89,7 +89,7 @@ def _promises(
         surface = fit_surface([one for one in known if hidden(one) != hidden(pair[0])], side)
         if surface is not None and len(pair) >= _FEWEST_ALPHAS:
             pairs[name] = pair
-            promised[name] = chosen_alpha([surface], pair[0].gap, [point.alpha for point in pair])
+            promised[name] = chosen_alpha(surface, pair[0].gap, [point.alpha for point in pair])
     return pairs, promised
 
 

@@ -106,19 +106,15 @@ def fit_surfaces(points: Sequence[TaughtPoint]) -> dict[GainSide, GainSurface]:
     return {side: surface for side, surface in found.items() if surface is not None}
 
 
-def chosen_alpha(
-    surfaces: Sequence[GainSurface], gap: float, alphas: Sequence[float] = ALPHAS
-) -> tuple[float, float]:
-    """The alpha with the largest predicted gain, mean of the surfaces, and that gain; 0 if none is above 0.
+def chosen_alpha(surface: GainSurface, gap: float, alphas: Sequence[float] = ALPHAS) -> tuple[float, float]:
+    """The alpha with the largest predicted gain, and that gain; 0 if none is above 0.
 
     Alphas beyond the fitted ones are not chosen.
     """
-    low = max(surface.alphas[0] for surface in surfaces)
-    high = min(surface.alphas[1] for surface in surfaces)
-    able = [alpha for alpha in alphas if low <= alpha <= high]
-    means = [float(np.mean([surface.predict(alpha, gap).mean for surface in surfaces])) for alpha in able]
-    best = max(zip(means, able, strict=True), default=(0.0, 0.0))
-    return (best[1], best[0]) if best[0] > 0 else (0.0, 0.0)
+    low, high = surface.alphas
+    able = [(surface.predict(alpha, gap).mean, alpha) for alpha in alphas if low <= alpha <= high]
+    gain, alpha = max(able, default=(0.0, 0.0))
+    return (alpha, gain) if gain > 0 else (0.0, 0.0)
 
 
 def _features(alphas: NDArray[np.float64], gaps: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from tutelage.models.shapes import find_shape
 from tutelage.run_plan import fewest_devices
 from tutelage.study.cells import beside, single_names
 from tutelage.study.given_models import given_model, teacher_forward_flops, teacher_shape
-from tutelage.study.nodes import Cost, check_cells
+from tutelage.study.nodes import Cost, check_cells, scored_tokens
 from tutelage.study.plan import load_plan
 from tutelage.study.timings import Speeds, critical_path, makespan, read_timings
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     Speed = Callable[[str, str | None], float]
     """FLOPs per second of a run, by the names of its shape and of the teacher that runs beside it."""
-
-_SPLITS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +228,7 @@ class _Reader:
         self.left_out += [text for _, left_out in found for text in left_out]
         shapes = [one for one, _ in found if one is not None]
         processes, memory = fewest_devices(config, shape, shapes, vocab_size, self._device)
-        scored = (1 + len(self.study.domains)) * _SPLITS * config.eval.max_documents * config.eval.max_tokens
+        scored = scored_tokens(config, 1 + len(self.study.domains))
         return Work(
             key=key,
             needs=needs,

@@ -254,15 +254,17 @@ def _split_axes(factors: Point) -> tuple[Point, Point]:
 
 
 def _taught_cell(baseline: Cell, teacher: str, teaching: Point, where: str) -> Cell:
-    if "alpha" not in teaching:
+    settings = overlay(teaching, where)
+    arm = {axis_of(axis): value for axis, value in teaching.items()}  # claims know them by their short names
+    if "alpha" not in arm:
         raise UserError(f"{where}: teacher {teacher} without alpha; add the axis 'alpha'")
     return baseline.model_copy(
         update={
-            "name": cell_name(["student", baseline.student, teacher, words(teaching)], baseline.seed),
+            "name": cell_name(["student", baseline.student, teacher, words(arm)], baseline.seed),
             "kind": "student",
             "teacher": teacher,
-            "arm_settings": teaching,
-            "settings": merged(baseline.settings, overlay(teaching, where)),
+            "arm_settings": arm,
+            "settings": merged(baseline.settings, settings),
             "baseline": baseline.name,
         }
     )

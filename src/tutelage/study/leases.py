@@ -149,7 +149,7 @@ class _Watch:
 
 
 class Leases:
-    """A runner's view of the leases of a study, and its own leases. A context manager.
+    """A runner's view of the leases of a study, and its own: a context manager, not entered to look only.
 
     Args:
         directory: of the study.
@@ -167,8 +167,7 @@ class Leases:
                 "delete that directory and run the study again (finished runs are kept)"
             )
         self.token = f"{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._runners = make_directory(directory / "queue" / "runners")
-        self._leases = make_directory(directory / "queue" / "leases")
+        self._runners, self._leases = (directory / "queue" / name for name in ("runners", "leases"))
         self._beat_seconds, self._patience = beat_seconds, patience
         self._newest: dict[str, int] = {}
         self._read: dict[str, tuple[int, _Lease]] = {}
@@ -178,6 +177,8 @@ class Leases:
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
+        for place in (self._runners, self._leases):
+            make_directory(place)
         self._write(0)
         self._heart.start()
         return self
@@ -191,7 +192,7 @@ class Leases:
     def refresh(self) -> None:
         """Read what has changed on disk; the other methods answer from what this has read."""
         self._dead.clear()
-        for entry in os.scandir(self._leases):
+        for entry in os.scandir(self._leases) if self._leases.is_dir() else ():
             if found := _LEASE_NAME.fullmatch(entry.name):  # others are being written, or are no leases
                 self._newest[found[1]] = max(int(found[2]), self._newest.get(found[1], 0))
         for run, number in self._newest.items():

@@ -104,10 +104,14 @@ class Node:
     @property
     def scoring_flops(self) -> float:
         """FLOPs of scoring it when it is trained, at most."""
-        asked = self.config.eval
-        scored = len(asked.domains) * len(SCORED) * asked.max_documents * asked.max_tokens
-        scored += _RECALL_TOKENS * asked.recall
+        scored = scored_tokens(self.config, len(self.config.eval.domains))
         return scored * self.cost.flops / training_flops(self.cost.tokens)
+
+
+def scored_tokens(config: RunConfig, texts: int) -> int:
+    """Tokens of so many texts, and of recall if it is asked for, that a run is scored on, at most."""
+    asked = config.eval
+    return texts * len(SCORED) * asked.max_documents * asked.max_tokens + _RECALL_TOKENS * asked.recall
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "Provenance", "Results", "load_plan", "load_results"]
 
-_PLANNED = {
+PLANNED = {
     "run": pl.String(),
     "kind": pl.String(),
     "group": pl.String(),
@@ -38,6 +38,7 @@ _PLANNED = {
     "teacher_run": pl.String(),
     "twin": pl.Int64(),
 }
+"""Columns of `Results.runs` that a plan says, fields of `PlanRun`."""
 _MEASURED = {
     "status": pl.String(),
     "error": pl.String(),
@@ -153,7 +154,7 @@ def load_results(directory: Path) -> Results:
     provenance: dict[str, Provenance] = {}
     versions: dict[str, dict[str, str] | None] = {}
     warned: dict[str, str] = {}
-    planned_row = attrgetter(*_PLANNED)
+    planned_row = attrgetter(*PLANNED)
     once = {teacher.name: teacher.run for teacher in plan.teachers}
     for planned in plan.runs:
         path = place / planned.run
@@ -171,7 +172,7 @@ def load_results(directory: Path) -> Results:
             _add_curve(curves, planned.run, read_lines(path / "metrics.jsonl", _CurvePoint))
         with _reported(problems, planned.run, ""):
             provenance[planned.run] = read_model(path / "provenance.json", Provenance)
-    runs = pl.DataFrame(rows, schema=_PLANNED | _MEASURED, orient="row")
+    runs = pl.DataFrame(rows, schema=PLANNED | _MEASURED, orient="row")
     done = runs.filter(status="done")["run"].to_list()
     found = read_evaluations(place, {run: versions[run] for run in done}, plan)
     problems += _left_out(found.left_out, directory)

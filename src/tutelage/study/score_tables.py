@@ -49,7 +49,7 @@ DOCUMENT_COLUMNS = pl.Schema(
         "nll_temperature_in_domain": pl.Float64,
     }
 )
-_BEHIND = {
+BEHIND = {
     "bits_per_byte": "nll",
     "bits_per_byte_temperature": "nll_temperature",
     "bits_per_byte_unigram": "nll_unigram",
@@ -182,7 +182,7 @@ def _check_lines(run: str, scores: Sequence[Score]) -> None:
     for number, score in enumerate(scores, start=1):
         if score.run != run:
             raise UnreadableError(f"scores.jsonl, line {number}", f"belongs to run {score.run}")
-        if not (math.isfinite(score.value) and (score.value > 0 or score.metric not in _BEHIND)):
+        if not (math.isfinite(score.value) and (score.value > 0 or score.metric not in BEHIND)):
             raise UnreadableError(f"scores.jsonl, line {number}", f"the value is {score.value}")
 
 
@@ -268,11 +268,11 @@ def _gaps(
 
 def _disagreements(scores: pl.DataFrame, documents: pl.DataFrame) -> list[tuple[str, str]]:
     """(run, reason) where a score differs from the sum of its documents."""
-    sums = [pl.col(name).sum() / math.log(2) / pl.col("bytes").sum() for name in _BEHIND.values()]
+    sums = [pl.col(name).sum() / math.log(2) / pl.col("bytes").sum() for name in BEHIND.values()]
     behind = (
         documents.group_by(_KEYS)
         .agg(sums)
-        .rename({column: metric for metric, column in _BEHIND.items()})
+        .rename({column: metric for metric, column in BEHIND.items()})
         .unpivot(index=_KEYS, variable_name="metric", value_name="expected")
     )
     wrong = (
@@ -292,7 +292,7 @@ def _odd_ones(scores: pl.DataFrame, documents: pl.DataFrame, plan: Plan) -> pl.D
 
     Students decide what is usual; teachers are compared with them.
     """
-    compared = _BEHIND.keys() - {"bits_per_byte_temperature_in_domain"}  # a training text may lack held-out
+    compared = BEHIND.keys() - {"bits_per_byte_temperature_in_domain"}  # a training text may lack held-out
     known = scores.filter(pl.col("metric").is_in(compared))
     versions = _fingerprints(known.select(*_KEYS, "metric", "version"))
     texts = _fingerprints(documents.select(*_KEYS, "document", "bytes"))

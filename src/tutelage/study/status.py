@@ -74,7 +74,7 @@ def read_status(directory: Path, retries: int = 1) -> Status:
     marked, attempted = failures.marked(), failures.attempted()
     counts: Counter[str] = Counter()
     active: list[Active] = []
-    left: list[str] = []
+    left: set[str] = set()
     for run in plan.runs:
         place = RunDirectory(directory / "runs" / run.run)
         state = place.state()
@@ -91,14 +91,14 @@ def read_status(directory: Path, retries: int = 1) -> Status:
             word = "waiting" if standing == "not started" else "stopped"
         counts[word] += 1
         if word != "done":
-            left.append(run.run)
+            left.add(run.run)
     timings = read_timings(directory, plan)
     return Status(
         name=plan.name,
         counts=dict(counts),
         active=active,
         failed={run: reason for run, reason in marked.items() if run in left},
-        retried=sorted((attempted - marked.keys()) & set(left)),
+        retried=sorted((attempted - marked.keys()) & left),
         runners=[_described(runner) for runner in runners(directory).values()],
         seconds_left=_seconds_left(plan, left, Speeds(timings)),
         timed=len(timings),
@@ -143,7 +143,7 @@ def retry_runs(directory: Path, names: Sequence[str]) -> list[str]:
     return [run for run in names or known if failures.clear(run)]
 
 
-def _seconds_left(plan: Plan, left: Sequence[str], speeds: Speeds) -> float | None:
+def _seconds_left(plan: Plan, left: set[str], speeds: Speeds) -> float | None:
     total = 0.0
     for run in plan.runs:
         if run.run in left:

@@ -261,6 +261,14 @@ def test_a_plan_of_one_seed_or_without_an_arm_decides_nothing():
     assert power_of(plan_of(range(8), claims=[1]), default_noise()).weak == []
 
 
+def test_a_plan_without_a_taught_student_has_power_of_nothing():
+    students = {"matched": MAIN | {"grid": {"product": {"compute_of": ["weak"]}}}}
+    teachers = {"weak": {"shape": "nano-20k", "tokens": "1.25M"}}
+    plan = plan_of(range(3), claims=[19], students=students, teachers=teachers)
+    (claim,) = power_of(plan, default_noise()).claims
+    assert [(test.n, test.enough) for test in claim.tests] == [(0, False), (0, False)]
+
+
 def test_more_seeds_second_baselines_and_fewer_claims_show_smaller_effects():
     def smallest(seeds, **changes):
         return power_of(plan_of(range(seeds), **changes), default_noise()).claims[0].tests[0].smallest

@@ -43,14 +43,14 @@ def test_a_surface_and_its_best_alpha_are_found_again():
     for gap in GAPS:
         dense = np.linspace(0, 1, 2001)
         best = dense[np.argmax([surface(alpha, gap) for alpha in dense])]
-        alpha, gain = chosen_alpha([found], gap)
+        alpha, gain = chosen_alpha(found, gap)
         assert alpha == pytest.approx(best, abs=0.03) or (alpha == 0.2 and best < 0.2)
         assert gain == pytest.approx(surface(alpha, gap))
 
 
 def test_no_teacher_is_chosen_where_every_alpha_hurts():
     hurting = [point(f"t{i}", gap, a, -a) for i, gap in enumerate(GAPS) for a in ALPHAS]
-    assert chosen_alpha([fit_surface(hurting, "in_domain")], 0.0) == (0.0, 0.0)
+    assert chosen_alpha(fit_surface(hurting, "in_domain"), 0.0) == (0.0, 0.0)
 
 
 def test_a_teacher_beyond_the_fitted_ones_is_named():
@@ -114,7 +114,7 @@ def test_what_is_hidden_is_hidden():
     ]
     twins = [p.model_copy(update={"student": "s at another rate"}) for p in absurd]
     honest = fit_surface([p for p in taught if p.teacher != "t2"], "in_domain")
-    promised, _ = chosen_alpha([honest], GAPS[2], ALPHAS)
+    promised, _ = chosen_alpha(honest, GAPS[2], ALPHAS)
     found = backtest(study([p for p in taught if p.teacher != "t2"] + absurd + twins))
     regret = next(one for one in found if (one.question, one.rule) == ("alpha", "planner"))
     assert regret.worst == pytest.approx(500.0 - 500.0 * (promised == 0.2))

@@ -6,6 +6,7 @@ import pytest
 from tiny_study import run_tiny, tiny_study
 
 from tutelage.analysis.claims.judge import judge_study
+from tutelage.analysis.claims.registry import missing_of
 from tutelage.analysis.tables import equal_compute
 from tutelage.config.teacher_config import MeanTeacher
 from tutelage.errors import UserError
@@ -39,6 +40,18 @@ def students(generations=3, **settings):
 
 def arms(**changes):
     return tiny_study(**{"teachers": TEACHERS, "students": students()} | changes)
+
+
+def test_an_axis_by_its_dotted_path_is_the_arm_that_its_short_name_is():
+    def arms_of(**axes):
+        grid = {"product": {"teacher": ["weak"], **axes}}
+        group = {"shape": "nano-50k", "tokens": "4K", "grid": grid}
+        expanded = expand(arms(teachers={"weak": TEACHERS["weak"]}, students={"main": group}, claims=[9]))
+        assert 9 not in missing_of(draft_of(expanded))
+        return [(cell.name, cell.arm_settings) for cell in expanded.cells if cell.kind == "student"]
+
+    dotted = arms_of(**{"objective.alpha": [1.0], "objective.temperature": [0.5, 2.0]})
+    assert dotted == arms_of(alpha=[1.0], temperature=[0.5, 2.0])
 
 
 @pytest.mark.parametrize("seeds", [{}, {"seeds": [43, 44], "teacher_seeds": [1043, 1044]}])

@@ -83,6 +83,15 @@ def test_flops_are_told_apart_and_add_up_to_the_shapes():
     assert notes == ["demo: of 100K tokens 99,328 are trained, in whole batches of 1,024"]
 
 
+def test_questions_of_recall_are_scored_too():
+    def scoring(*settings):
+        works, _, _ = works_of([expand(load_study("mini", settings))])
+        return [work.scoring_flops for work in works]
+
+    asked, not_asked = scoring("run.eval.recall=true"), scoring()
+    assert all(more > less > 0 for more, less in zip(asked, not_asked, strict=True))
+
+
 def test_runs_that_studies_share_count_once():
     one, _, _ = works_of([expand(DEMO)])
     assert len(works_of([expand(DEMO), expand(DEMO)])[0]) == len(one)

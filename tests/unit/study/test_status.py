@@ -67,6 +67,12 @@ def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, 
     assert read_status(tmp_path).runners == []
 
 
+def test_looking_changes_nothing(nodes, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert sum(read_status(tmp_path).counts.values()) == len(nodes)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_stop_asks_and_says_who_is_still_there(nodes, tmp_path):
     with Leases(tmp_path) as leases:
         assert stop_study(tmp_path, 0.3) == (1, 1)

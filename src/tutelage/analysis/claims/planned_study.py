@@ -13,7 +13,7 @@ import polars as pl
 from tutelage.analysis.claims.evidence import GainsBySeed
 from tutelage.analysis.gains import measure
 from tutelage.analysis.verdicts import Findings, PairFinding, Verdict, nominal, relation
-from tutelage.study.results import Results
+from tutelage.study.results import PLANNED, Results
 from tutelage.study.token_tables import TokenComparison
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class PlannedStudy:
         self._text = own[0].name
         self._noise = noise
         self._rng = np.random.default_rng(0)
-        self._runs = _runs_of(plan)
+        rows = [attrgetter(*PLANNED)(run) for run in plan.runs]
+        self._runs = pl.DataFrame(rows, PLANNED, orient="row").with_columns(status=pl.lit("done"))
         self._pairs = tuple(_pairs(plan, noise.strength))
         once = {teacher.name: teacher.run for teacher in plan.teachers}
         self._shares = [_Shares.of(run, once) for run in plan.runs]
@@ -116,12 +117,15 @@ class PlannedStudy:
         """Token comparisons of one taught student of every seed, as if somebody had made them."""
         plan = self._plan
         taught = [run for run in plan.runs if run.kind == "student" and run.teacher is not None]
-        baselines = {run.run: run for run in plan.runs if run.kind == "baseline"}
-        first = taught[0]
-        others = [run.run for run in baselines.values() if run.student == first.student and run.twin == 0]
+        baselines = [run for run in plan.runs if run.kind == "baseline"]
         for run in taught:
+            first = taught[0]
             same = (run.student, run.teacher, run.arm) == (first.student, first.teacher, first.arm)
-            sorters = [other for other in others if other != run.baseline]
+            sorters = [
+                one.run
+                for one in baselines
+                if one.student == run.student and one.twin == 0 and one.run != run.baseline
+            ]
             if same and run.baseline is not None and sorters:
                 groups = pl.DataFrame(
                     {
@@ -153,17 +157,6 @@ class _Shares:
         if run.teacher is None or run.kind in {"baseline", "teacher"}:
             return cls("untaught", None)
         return cls("alone" if run.alpha == 1 else "mixed", run.teacher_run or once[run.teacher])
-
-
-def _runs_of(plan: Plan) -> pl.DataFrame:
-    """`Results.runs`, all done."""
-    columns = (
-        *("run", "kind", "group", "student", "teacher", "arm", "alpha", "constant", "seed", "baseline"),
-        *("stage", "twin", "teacher_run"),
-    )
-    rows = [attrgetter(*columns)(run) for run in plan.runs]
-    frame = pl.DataFrame(rows, columns, orient="row", infer_schema_length=None)
-    return frame.with_columns(pl.col("stage", "teacher_run").cast(pl.String), status=pl.lit("done"))
 
 
 def _pairs(plan: Plan, strength: float) -> Iterator[PairFinding]:

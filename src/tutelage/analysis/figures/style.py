@@ -16,6 +16,7 @@ import polars as pl
 import vl_convert
 from altair.utils.schemapi import debug_mode
 
+from tutelage.analysis.stats import on_front
 from tutelage.analysis.words import NO_TEACHER
 from tutelage.files import atomic_write, own_directory, write_json, write_text
 from tutelage.records import UnreadableError, read_model
@@ -237,11 +238,7 @@ def label_front(base: alt.Chart, names: Sequence[str], points: Sequence[tuple[fl
         names: of the points.
         points: their coordinates.
     """
-    on = [
-        name
-        for name, (x, y) in zip(names, points, strict=True)
-        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)
-    ]
+    on = [name for name, is_on in zip(names, on_front(points), strict=True) if is_on]
     text = base.mark_text(dy=-10, fontSize=10, align="center").encode(
         text="name:N", color=alt.value(INK), detail="name:N"
     )

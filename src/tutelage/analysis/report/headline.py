@@ -12,13 +12,13 @@ from tutelage.analysis.tables import overhead
 from tutelage.analysis.words import (
     NO_DIFFERENCE,
     ONE_SEED,
-    count,
     effect,
     join,
     level,
     plus_minus,
     score_warnings,
 )
+from tutelage.files import short
 from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def notes(results: Results, findings: Findings) -> list[str]:
     """What the numbers can and cannot show, each as one short paragraph."""
     n = sum(v.judged for v in findings.verdicts) * 2
     plan = results.plan
-    sizes = join([f"{count(s.parameters)} parameters on {count(s.tokens)} tokens" for s in plan.students])
+    sizes = join([f"{short(s.parameters)} parameters on {short(s.tokens)} tokens" for s in plan.students])
     subject = "The student has" if len(plan.students) == 1 else "The students have"
     controls = [sentence for group in _by_student(findings) for sentence in control_sentences(group)]
     unbeaten = not any(v.control for v in findings.verdicts)

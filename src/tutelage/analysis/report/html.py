@@ -19,7 +19,7 @@ from tutelage.analysis.report.csv_tables import save_tables
 from tutelage.analysis.report.planner_tables import planner_section
 from tutelage.analysis.report.recall_rows import recall_table
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN
-from tutelage.files import write_text
+from tutelage.files import short, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,8 +147,8 @@ def _student(
     return {
         "id": students.index(name) + 1,
         "name": name,
-        "about": f"{student.shape}, {words.count(student.parameters)} parameters, "
-        f"{words.count(student.tokens)} training tokens",
+        "about": f"{student.shape}, {short(student.parameters)} parameters, "
+        f"{short(student.tokens)} training tokens",
         "pairs": pairs if several else alone,
         "alone": alone if several else [],
         "verdicts": report_rows.verdict_table(verdicts, label, fitted=fitted),

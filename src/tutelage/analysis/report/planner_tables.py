@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,17 +24,13 @@ if TYPE_CHECKING:
     from tutelage.planner.law_fits import LawFit
     from tutelage.planner.study_fit import StudyFit
 
-SIDE_WORDS: Final = MappingProxyType(
-    {"in_domain": "in domain", "out_of_domain": "out, raw", "fitted": "out, fitted"}
-)
+SIDE_WORDS = {"in_domain": "in domain", "out_of_domain": "out, raw", "fitted": "out, fitted"}
 _ROWS = 5
-_QUESTIONS: Final = MappingProxyType(
-    {
-        "alpha": "pairs: which alpha",
-        "new student": "pairs: which alpha, size and budget unseen",
-        "teacher": "students: which teacher and alpha",
-    }
-)
+_QUESTIONS = {
+    "alpha": "pairs: which alpha",
+    "new student": "pairs: which alpha, size and budget unseen",
+    "teacher": "students: which teacher and alpha",
+}
 
 
 def planner_section(study: JudgedStudy) -> dict[str, Any] | None:
@@ -129,7 +124,7 @@ def surface_table(fit: StudyFit) -> ReportTable:
     rows: list[list[TableCell | str]] = []
     for side, surface in fit.surfaces.items():
         for gap in np.linspace(*surface.gaps, _ROWS):
-            alpha, _ = chosen_alpha([surface], gap)
+            alpha, _ = chosen_alpha(surface, gap)
             found = surface.predict(alpha, gap)
             ends = f"{found.low:+.2f} to {found.high:+.2f}" if alpha else ""
             rows.append(

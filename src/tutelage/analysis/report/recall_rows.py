@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from tutelage.analysis import words
+from tutelage.analysis.claims.evidence import named
 from tutelage.analysis.report.report_table import Column, ReportTable, TableCell, gain_cell
 from tutelage.analysis.stats import Estimate, t_interval
 from tutelage.types import RECALL, RECALL_BINS
@@ -56,6 +57,5 @@ def recall_table(study: JudgedStudy) -> ReportTable:
                 note = f"{cell.note}{seeds}; alone {alone:.1f}%"
                 cell = replace(cell, text=f"{change.mean:+.1f}", note=note)
             cells.append(cell)
-        name = f"{pair.student.name} from {pair.teacher.name}"
-        rows.append([name, words.arm(verdict), *cells])
+        rows.append([named(pair), words.arm(verdict), *cells])
     return ReportTable("Recall of each pair", columns, rows)

@@ -7,8 +7,10 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tutelage.analysis import words
+from tutelage.analysis.claims.evidence import named
 from tutelage.analysis.report.report_table import Column, ReportTable, TableCell, gain_cell
 from tutelage.analysis.tables import calibration_errors, equal_compute, ledger, seed_spread, tournaments
+from tutelage.files import short
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -227,7 +229,7 @@ def compute_table(study: JudgedStudy) -> ReportTable:
     )
     rows: list[list[TableCell | str]] = [
         [
-            _named(one.pair),
+            named(one.pair),
             words.arm(one.best),
             *gain_cells(one.best, fitted=False),
             _times(one.cost),
@@ -267,7 +269,7 @@ def calibration_table(study: JudgedStudy) -> ReportTable:
         own = known.get(pair.best.cell, {})
         gains = [gain_cell(pair.best.gains.get((fit, "out_of_domain"))) for fit in fits]
         changes = [f"{own[name]:+.4f}" if name in own else "" for name in errors]
-        rows.append([_named(pair), words.arm(pair.best), *gains, *changes])
+        rows.append([named(pair), words.arm(pair.best), *gains, *changes])
     return ReportTable("Calibration of each pair", columns, rows)
 
 
@@ -339,11 +341,11 @@ def cost_table(results: Results) -> ReportTable:
             *[row["student"] or ""] * several,
             row["label"],
             str(row["runs"]),
-            words.count(row["tokens"]),
+            short(row["tokens"]),
             f"{row['train_flops']:.2e}",
             f"{row['teacher_flops']:.2e}" if row["teacher_flops"] else "none",
             f"{row['seconds']:.0f}",
-            words.count(row["tokens_per_second"]),
+            short(row["tokens_per_second"]),
         ]
         for row in ledger(results).iter_rows(named=True)
     ]
@@ -358,10 +360,6 @@ def unfinished_table(results: Results) -> ReportTable:
         for row in results.unfinished.iter_rows(named=True)
     ]
     return ReportTable("Runs that are not done", columns, rows)
-
-
-def _named(pair: PairFinding) -> str:
-    return f"{pair.student.name} from {pair.teacher.name}"
 
 
 def _times(factor: float | None) -> str:
