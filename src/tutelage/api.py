@@ -21,7 +21,8 @@ from tutelage.errors import UserError
 from tutelage.names import find, kind_of, look_up
 from tutelage.progress import NullProgress
 from tutelage.records import UnreadableError, read_lines
-from tutelage.study.results import load_plan, load_results
+from tutelage.study.plan import load_plan
+from tutelage.study.results import load_results
 from tutelage.types import Score
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from synthetic_study import write_study
 import tutelage as tt
 from tutelage.config.load import taken
 from tutelage.config.run_config import RunConfig
-from tutelage.study.results import load_plan, load_results
+from tutelage.study.plan import load_plan
+from tutelage.study.results import load_results
 
 RUN = {
     "name": "a",

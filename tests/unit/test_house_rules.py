@@ -106,6 +106,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "planner",
         "study.results",
+        "study.score_tables",
         "study.plan",
         "study.token_tables",
     },

@@ -59,15 +59,14 @@ class Evidence:
         return min(1.0, 2 * min(self.support, self.contradict))
 
 
-def t_interval(differences: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Student's t interval for the mean of paired differences, one per seed.
+def t_interval(differences: ArrayLike) -> Estimate:
+    """Student's 95% t interval for the mean of paired differences, one per seed.
 
-    d +- t(n-1, (1 + confidence) / 2) * s / sqrt(n), with mean d and standard deviation s (n - 1 in the
+    d +- t(n-1, 0.975) * s / sqrt(n), with mean d and standard deviation s (n - 1 in the
     denominator) of the n differences. Exact if they are independent and normal.
 
     Args:
         differences: one number per seed; at least two.
-        confidence: coverage, between 0 and 1.
 
     Raises:
         ValueError: fewer than two differences.
@@ -77,21 +76,18 @@ def t_interval(differences: ArrayLike, confidence: float = 0.95) -> Estimate:
     if n < 2:  # noqa: PLR2004 - one value has no spread
         raise ValueError(f"a t interval needs at least two differences, got {n}")
     mean = float(values.mean())
-    half = float(half_width(np.array([n]), np.array([values.std(ddof=1)]), confidence)[0])
+    half = float(half_width(np.array([n]), np.array([values.std(ddof=1)]))[0])
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def half_width(
-    n: NDArray[np.int64], deviation: NDArray[np.float64], confidence: float = 0.95
-) -> NDArray[np.float64]:
-    """Half of the t interval of many means at once; NaN for n = 1.
+def half_width(n: NDArray[np.int64], deviation: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Half of the 95% t interval of many means at once; NaN for n = 1.
 
     Args:
         n: number of differences behind each mean.
         deviation: their standard deviation (n - 1 in the denominator).
-        confidence: coverage, between 0 and 1.
     """
-    wide: NDArray[np.float64] = special.stdtrit(n - 1, (1 + confidence) / 2) * deviation / np.sqrt(n)
+    wide: NDArray[np.float64] = special.stdtrit(n - 1, 0.975) * deviation / np.sqrt(n)
     return wide
 
 
@@ -152,13 +148,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def flat_region(gains_SA: NDArray[np.float64], best: int, level: float = 0.05) -> list[int]:
-    """Columns that cannot be told from the best: paired two-sided t tests over seeds, uncorrected.
+def flat_region(gains_SA: NDArray[np.float64], best: int) -> list[int]:
+    """Columns that cannot be told from the best: paired two-sided t tests over seeds at 5%, uncorrected.
 
     Args:
-        gains_SA: gain by seed and alpha.
+        gains_SA: gain by seed and alpha. With one seed nothing can be told apart.
         best: column of the best.
-        level: of each test. With one seed nothing can be told apart.
 
     Returns:
         Column numbers, `best` among them.
@@ -169,7 +164,7 @@ def flat_region(gains_SA: NDArray[np.float64], best: int, level: float = 0.05) -
     return [
         column
         for column in range(columns)
-        if column == best or differs(gains_SA[:, best] - gains_SA[:, column]).p > level
+        if column == best or differs(gains_SA[:, best] - gains_SA[:, column]).p > 0.05  # noqa: PLR2004
     ]
 
 

@@ -122,16 +122,13 @@ def _run(
     if not run.is_trained():
         raise UserError(f"--teacher {text}: {run.path} has no model yet; `tutelage train` goes on with it")
     shape = read_shape(read_config(run.model), text)
-    given = None if shape is not None else given_model(str(run.model), student.data.sequence_length)
-    if shape is None and given is None:
+    length = student.data.sequence_length
+    if shape is not None:
+        forward, width = forward_flops(shape, vocab_size, length), shape.hidden
+    elif (given := given_model(str(run.model), length)) is not None:
+        forward, width = given.forward_flops, given.width
+    else:
         raise UserError(f"--teacher {text}: {run.model} cannot be read")
-    forward = (
-        forward_flops(shape, vocab_size, student.data.sequence_length)
-        if shape is not None
-        else given.forward_flops
-        if given
-        else 0.0
-    )
     loss, outside, measured = measured_loss([run.scores]), None, True
     tokens = run.state().get("tokens")
     if shape is not None and isinstance(tokens, int) and (loss is None or not basis.surfaces):
@@ -149,7 +146,7 @@ def _run(
         outside=outside,
         forward_flops=forward,
         training_flops=0.0,
-        width=shape.hidden if shape is not None else given.width if given else 0,
+        width=width,
         shape=shape,
         tokens=0,
         settings={"kind": "run", "run": run.id},

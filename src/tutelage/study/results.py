@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Plan", "Provenance", "Results", "load_plan", "load_results"]
-
-PLANNED = {
-    "run": pl.String(),
-    "kind": pl.String(),
-    "group": pl.String(),
-    "student": pl.String(),
-    "teacher": pl.String(),
-    "arm": pl.String(),
-    "alpha": pl.Float64(),
-    "constant": pl.Boolean(),
-    "seed": pl.Int64(),
-    "baseline": pl.String(),
-    "stage": pl.String(),
-    "teacher_run": pl.String(),
-    "twin": pl.Int64(),
-}
+PLANNED = pl.Schema(
+    {
+        "run": pl.String(),
+        "kind": pl.String(),
+        "group": pl.String(),
+        "student": pl.String(),
+        "teacher": pl.String(),
+        "arm": pl.String(),
+        "alpha": pl.Float64(),
+        "constant": pl.Boolean(),
+        "seed": pl.Int64(),
+        "baseline": pl.String(),
+        "stage": pl.String(),
+        "teacher_run": pl.String(),
+        "twin": pl.Int64(),
+    }
+)
 """Columns of `Results.runs` that a plan says, fields of `PlanRun`."""
 _MEASURED = {
     "status": pl.String(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
@@ -49,12 +50,14 @@ DOCUMENT_COLUMNS = pl.Schema(
         "nll_temperature_in_domain": pl.Float64,
     }
 )
-BEHIND = {
-    "bits_per_byte": "nll",
-    "bits_per_byte_temperature": "nll_temperature",
-    "bits_per_byte_unigram": "nll_unigram",
-    "bits_per_byte_temperature_in_domain": "nll_temperature_in_domain",
-}
+BEHIND = MappingProxyType(
+    {
+        "bits_per_byte": "nll",
+        "bits_per_byte_temperature": "nll_temperature",
+        "bits_per_byte_unigram": "nll_unigram",
+        "bits_per_byte_temperature_in_domain": "nll_temperature_in_domain",
+    }
+)
 """Column of the documents that sums to each of these scores."""
 _AGREEMENT = 1e-6
 """Largest relative difference, from rounding, between a score and the documents behind it."""

@@ -62,14 +62,14 @@ class Status:
     error: float | None
 
 
-def read_status(directory: Path, retries: int = 1) -> Status:
+def read_status(directory: Path) -> Status:
     """Read the status of the study in `directory`.
 
     Raises:
         UserError: there is no valid plan.json.
     """
     plan = load_plan(directory)
-    leases, failures = Leases(directory), Failures(directory, retries)
+    leases, failures = Leases(directory), Failures(directory, retries=1)  # unless a runner was told otherwise
     leases.refresh()
     marked, attempted = failures.marked(), failures.attempted()
     counts: Counter[str] = Counter()

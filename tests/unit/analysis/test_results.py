@@ -8,8 +8,8 @@ from synthetic_study import write_study
 
 from tutelage.errors import UserError
 from tutelage.records import read_sealed, write_sealed
-from tutelage.study.plan import save_plan
-from tutelage.study.results import load_plan, load_results
+from tutelage.study.plan import load_plan, save_plan
+from tutelage.study.results import load_results
 from tutelage.types import SCORING_VERSION
 
 RUN = "student-weak-0.2-44"

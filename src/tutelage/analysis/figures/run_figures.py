@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,6 @@ from tutelage.analysis.figures.style import (
 )
 from tutelage.analysis.tables import calibration_errors, ledger
 from tutelage.analysis.words import NO_TEACHER, arm, grey_note
-from tutelage.config.base import slug
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -223,7 +223,7 @@ def figures(study: JudgedStudy, students: Sequence[str]) -> dict[str | None, lis
         pairs = [pair for pair in findings.pairs if pair.student.name == student]
         verdicts = [v for v in findings.verdicts if v.student == student and v.stage is None]
         if verdicts:
-            suffix = "" if len(results.plan.students) == 1 else f"-{slug(student)}"
+            suffix = "" if len(results.plan.students) == 1 else f"-{_slug(student)}"
             drawn[student] = _of_student(study, pairs, verdicts, suffix)
     drawn[None] = [cost(results)]
     return drawn
@@ -262,3 +262,7 @@ def _of_student(
     if study.results.curves.height:
         drawn += learning_curves(study, pairs, suffix)
     return drawn
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")

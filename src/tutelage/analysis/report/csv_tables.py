@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import polars as pl
 
 from tutelage.analysis.report.report_rows import policy_tables
 from tutelage.analysis.report.report_table import estimate_record
+from tutelage.analysis.stats import TextSpread
 from tutelage.analysis.words import effect, is_judged
 from tutelage.files import own_directory, write_text
 
@@ -17,12 +19,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tutelage.analysis.claims.judge import ClaimResult, JudgedStudy
-    from tutelage.analysis.stats import TextSpread
     from tutelage.analysis.verdicts import Findings
     from tutelage.study.results import Results
 
 CsvRow = dict[str, Any]
-_TEXT_FIELDS = ("n", "deviation", "least", "most", "low", "high")
 
 
 def tables_of(study: JudgedStudy) -> dict[str, pl.DataFrame]:
@@ -86,12 +86,8 @@ def _gains(findings: Findings) -> list[CsvRow]:
 
 def _texts(spread: TextSpread | None) -> CsvRow:
     if spread is None:
-        return dict.fromkeys(f"text_{name}" for name in _TEXT_FIELDS)
-    values = (spread.n, spread.deviation, spread.least, spread.most, spread.low, spread.high)
-    return {
-        f"text_{name}": value if isfinite(value) else None
-        for name, value in zip(_TEXT_FIELDS, values, strict=True)
-    }
+        return dict.fromkeys(f"text_{field.name}" for field in fields(TextSpread))
+    return {f"text_{name}": value if isfinite(value) else None for name, value in asdict(spread).items()}
 
 
 def _pairs(findings: Findings) -> list[CsvRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from tutelage.planner.law_fits import LawFit
     from tutelage.planner.study_fit import StudyFit
 
-SIDE_WORDS = {"in_domain": "in domain", "out_of_domain": "out, raw", "fitted": "out, fitted"}
+SIDE_WORDS = MappingProxyType(
+    {"in_domain": "in domain", "out_of_domain": "out, raw", "fitted": "out, fitted"}
+)
 _ROWS = 5
 _QUESTIONS = {
     "alpha": "pairs: which alpha",
