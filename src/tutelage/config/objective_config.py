@@ -165,7 +165,12 @@ class Objective(Section):
     )
 
     @model_validator(mode="after")
-    def _unbiased(self) -> Objective:
+    def _tailed(self) -> Objective:
+        if self.tail == "renormalise" and self.divergence == "reverse_kl":
+            raise ValueError(
+                "tail = renormalise leaves the teacher no mass outside of the kept tokens, and reverse_kl is "
+                "infinite where the student alone has some; use other_bucket"
+            )
         if self.tail == "none" and self.divergence not in {"forward_kl", "hard_labels"}:
             raise ValueError(f"tail = none is unbiased for forward_kl only, not for {self.divergence}")
         return self

@@ -194,6 +194,7 @@ def test_contract_state_round_trips_at_any_step(name, cut):
         ({"alpha": 0.4, "truncation": {"kind": "top_k", "k": 0}}, "objective.truncation.k = 0"),
         ({"alpha": 0.4, "truncation": {"kind": "top_p", "p": 1.5}}, "objective.truncation.p = 1.5"),
         ({"alpha": 0.4, "tail": "none", "divergence": "tvd"}, "tail = none is unbiased for forward_kl only"),
+        ({"alpha": 0.4, "tail": "renormalise", "divergence": "reverse_kl"}, "reverse_kl is infinite where"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(objective, message):
