@@ -94,14 +94,8 @@ def _devices() -> list[Check]:
     try:
         import torch
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user must hear
-        return [
-            Check(
-                "cpu",
-                False,
-                f"torch cannot be imported: {_line(error)}",
-                install_package("--force-reinstall torch"),
-            )
-        ]
+        why = f"torch cannot be imported: {_line(error)}"
+        return [Check("cpu", False, why, install_package("--force-reinstall torch"))]
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     processor = (
         f"{cpu_model() or platform.machine()}, {cores} core{'s' * (cores != 1)}, "

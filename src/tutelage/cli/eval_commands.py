@@ -141,13 +141,9 @@ def tasks(
                 include=include,
                 progress=progress,
             )
-    _print_tasks(
-        scores,
-        "task",
-        "questions",
-        [("scores", one.scores) for one in found],
-        "`tutelage eval score` measures the same models on texts",
-    )
+    files = [("scores", one.scores) for one in found]
+    hint = "`tutelage eval score` measures the same models on texts"
+    _print_tasks(scores, "task", "questions", files, hint)
 
 
 @eval_app.command("tokens")

@@ -119,9 +119,7 @@ class Loader:
         starts = self.windows(step) * self._length
         rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts])
         ids = torch.from_numpy(rows.astype(np.int64))
-        labels = ids[
-            :, 1:
-        ].clone()  # of one row the slice is contiguous, and would share memory with the inputs
+        labels = ids[:, 1:].clone()  # of one row the slice is contiguous and would share the inputs' memory
         if self._mask is not None:
             marks = np.stack([self._mask[start + 1 : start + self._length + 1] for start in starts])
             labels.masked_fill_(torch.from_numpy(marks == 0), IGNORE_INDEX)

@@ -38,15 +38,8 @@ _IMPLEMENTATIONS = tuple(
 """Fields that choose how transformers computes; a name with a slash makes it load a kernel from the Hub."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_NO_COMPUTATION = (
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-    "torch_dtype",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NO_COMPUTATION = ("transformers_version", "_name_or_path", "use_cache", "torch_dtype", *_SPECIAL_IDS)
 """Config fields that do not change what a model computes from given ids."""
 
 _ROPE_OF_OLD = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct")
@@ -299,8 +292,7 @@ def computing(config: dict[str, Any]) -> dict[str, Any]:
     left_out = set(_NO_COMPUTATION) | ({"num_experts"} if "num_local_experts" in config else set())
     if config.get("rope_parameters") is not None:
         left_out |= set(_ROPE_OF_OLD) | {"partial_rotary_factor"}
-    unset = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     fields = {name: value for name, value in config.items() if name not in left_out}
     if isinstance(text := config.get("text_config"), dict):
         fields["text_config"] = computing(text)
-    return fields | unset
+    return fields | dict.fromkeys(_SPECIAL_IDS)

@@ -41,11 +41,8 @@ if TYPE_CHECKING:
 
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite; Inkling
-_SOFTCAPS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-)  # Gemma 2; RecurrentGemma; xLSTM
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Gemma 2; RecurrentGemma; xLSTM
 """Config fields of what a family does to its logits after the head; absent, None or 1 means nothing."""
 
 _COMPARED = 64
@@ -358,9 +355,8 @@ def _difference(model: PreTrainedModel, written: Path, directory: Path) -> float
     if (name := _changed_weight(model, again)) is not None:
         raise UserError(f"{directory}: what was written is not the model in memory: {name} has changed")
     length = min(_COMPARED, trained_length(model.config) or _COMPARED)
-    tokens_BT = (torch.arange(length, device=model.device) * 7919).unsqueeze(
-        0
-    ) % again.get_input_embeddings().num_embeddings
+    rows = again.get_input_embeddings().num_embeddings
+    tokens_BT = (torch.arange(length, device=model.device) * 7919).unsqueeze(0) % rows
     training = model.training
     logits = [each.eval()(input_ids=tokens_BT, use_cache=False).logits.float() for each in (model, again)]
     model.train(training)

@@ -12,14 +12,8 @@ from tutelage.models.packed import body_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_LENGTHS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "context_length",
-    "seq_length",
-    "n_ctx",
-)  # most; GPT-2; MPT; RWKV; early BLOOM; CTRL
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length", "n_ctx")
+# most; GPT-2; MPT; RWKV; early BLOOM; CTRL
 """Config fields with the length a model was made for, in tokens."""
 
 

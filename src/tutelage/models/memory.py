@@ -109,9 +109,8 @@ def kept_bytes_of_layer(
         norms, mlp = shape.hidden * (wide + 3 * b) + 2 * _FLOAT, 3 * b * shape.mlp
     attention = 2 * b * (queries + keys) + _FLOAT * shape.heads
     if shape.family == "qwen3":
-        attention += (b if compiled else b + _FLOAT) * (queries + keys) + _FLOAT * (
-            shape.heads + shape.kv_heads
-        )
+        attention += (b if compiled else b + _FLOAT) * (queries + keys)
+        attention += _FLOAT * (shape.heads + shape.kv_heads)
     if mask_length:
         attention += b * (mask_length + 2 * (queries - keys))
     return norms + attention + mlp

@@ -106,7 +106,10 @@ class RunLog:
             The row.
         """
         facts, tokens = self._facts, counters.step * self._config.global_batch_tokens
-        values = {
+        flops = facts.training_flops, facts.teacher_flops
+        row: dict[str, float] = {
+            "step": counters.step,
+            "tokens": tokens,
             "loss": float(report.loss),
             "ce": float(report.ce),
             facts.kd: float(report.kd),
@@ -114,12 +117,6 @@ class RunLog:
             "grad_norm": float(report.grad_norm),
             "alpha": float(report.alpha),
             "lr": report.lr,
-        }
-        flops = facts.training_flops, facts.teacher_flops
-        row: dict[str, float] = {
-            "step": counters.step,
-            "tokens": tokens,
-            **values,
             **self.meter.measure(counters.step, counters.teacher_tokens, flops, parts),
             "tokens_per_parameter": round(tokens / facts.parameters, 6),
             "skipped_steps": counters.skipped,
