@@ -270,6 +270,8 @@ def one_line(written: Schema, inner: Schema) -> str:
 def allowed(schema: Schema, written: Schema) -> str:
     """The values that a setting can have, in words, with their unit."""
     node = resolved(schema, written)
+    if "words" in node:
+        return str(node["words"])
     if "oneOf" in node:
         tags = [tag for part in node["oneOf"] for tag in _tags(resolved(schema, part))]
         return f"{next(iter(tags[0]))}: {', '.join(value for tag in tags for value in tag.values())}"

@@ -14,9 +14,23 @@ from tutelage.config.wrong_settings import wrong_settings
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pydantic.fields import FieldInfo
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+def in_reference(words: str) -> FieldInfo:
+    """Annotate a type with the words for what it allows, where its schema would say less."""
+    field: FieldInfo = Field(json_schema_extra={"words": words})
+    return field
+
+
+Name = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100),
+    in_reference("name of letters, digits, '.', '_' and '-'"),
+]
 
 
 def _no_path(name: object) -> object:
@@ -158,10 +172,24 @@ def refuse_alike(what: str, names: Iterable[object]) -> None:
         seen[key] = name
 
 
-Budget = Annotated[int | str, BeforeValidator(_canonical, json_schema_input_type=int | str)]
+Budget = Annotated[
+    int | str,
+    BeforeValidator(
+        _canonical,
+        json_schema_input_type=Annotated[
+            int | str, in_reference("tokens: 50000, 50K, 1.5B, or 20x per parameter")
+        ],
+    ),
+]
 """A token budget; after validation a number, or "20x", tokens per parameter."""
 
-TokenCount = Annotated[int, BeforeValidator(_canonical_count, json_schema_input_type=int | str)]
+TokenCount = Annotated[
+    int,
+    BeforeValidator(
+        _canonical_count,
+        json_schema_input_type=Annotated[int | str, in_reference("tokens: 50000, 50K or 1.5B")],
+    ),
+]
 """A token budget that does not depend on a model's size; after validation a number."""
 
 

@@ -20,6 +20,7 @@ from tutelage.config.base import (
     Section,
     Seed,
     TokenCount,
+    in_reference,
     parse_tokens,
     refuse_alike,
     tokens_text,
@@ -129,7 +130,13 @@ def _fraction_or_tokens(warmup: object) -> object:
     return tokens_text(parse_tokens(int(warmup)))
 
 
-Warmup = Annotated[Fraction | str, BeforeValidator(_fraction_or_tokens, json_schema_input_type=float | str)]
+Warmup = Annotated[
+    Fraction | str,
+    BeforeValidator(
+        _fraction_or_tokens,
+        json_schema_input_type=Annotated[float | str, in_reference("fraction from 0 to 1, or tokens: 2M")],
+    ),
+]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -154,7 +161,7 @@ class OptimConfig(Section):
     )
     warmup: Warmup = Field(
         default=0.05,
-        description="linear warm-up: fraction of the steps, or tokens ('2M'); default in stage sft: 0.01",
+        description="linear warm-up, a fraction of the steps or in tokens; default in stage sft: 0.01",
     )
     decay: Fraction = Field(
         default=0.2, description="fraction of steps of linear decay at the end (wsd only)"
@@ -221,7 +228,7 @@ class RunConfig(Section):
     seed: Seed = Field(default=43, description="seed of the initial weights and of dropout")
     model: ModelConfig
     data: RunData
-    tokens: Budget = Field(description="training tokens: a number, '50M' or '20x' (per parameter)")
+    tokens: Budget = Field(description="training tokens")
     global_batch_tokens: BatchTokens = Field(
         default=1024, description="tokens per optimizer step, over all ranks"
     )
