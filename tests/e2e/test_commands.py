@@ -230,7 +230,7 @@ def test_data_commands(tutelage, tmp_path):
     built = tutelage("data", "build", config, "--output", tmp_path / "stores")
     assert "train" in built.stdout
     (store,) = (path for path in (tmp_path / "stores").iterdir() if path.is_dir())
-    assert "as they were written" in tutelage("verify", store).stdout
+    assert "all is as it was written" in tutelage("verify", store).stdout
     file = store / "train.bin"
     content = bytearray(file.read_bytes())
     content[10] ^= 1
