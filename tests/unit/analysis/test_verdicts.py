@@ -17,6 +17,7 @@ from tutelage.analysis.report.text import print_verdicts
 from tutelage.analysis.stats import Estimate
 from tutelage.analysis.verdicts import Verdict, judge, nominal, relation
 from tutelage.errors import UserError
+from tutelage.files import short
 from tutelage.study.results import load_results
 
 HALF = 4.302653 * 0.1 / math.sqrt(3)
@@ -315,7 +316,8 @@ def test_words_come_from_the_intervals(inside, outside, expected):
 def test_numbers_are_worded_without_a_negative_zero():
     assert words.signed(-0.04) == "+0.0%"
     assert words.signed(-0.06) == "-0.1%"
-    assert [words.count(n) for n in (12, 380_000, 2_000_000, 52_400_000_000)] == ["12", "380K", "2M", "52.4B"]
+    numbers = (12, 380_000, 999_700, 2_000_000, 52_400_000_000)
+    assert [short(n) for n in numbers] == ["12", "380K", "1M", "2M", "52.4B"]
 
 
 def test_no_finished_student_is_a_user_error(tmp_path):
