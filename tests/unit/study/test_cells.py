@@ -100,7 +100,7 @@ def test_an_axis_can_be_any_setting_of_a_run_by_its_path():
         {"clip": 0.5, "weight_decay": 0.0},
         {"clip": 0.5, "weight_decay": 0.1},
     ]
-    assert {cell.arm for cell in students} == {"alpha 0.1, objective.divergence skew_kl, objective.skew 0.2"}
+    assert {cell.arm for cell in students} == {"alpha 0.1, divergence skew_kl, objective.skew 0.2"}
     # what is not about the teacher is the baseline's too; what is about it, is not
     baselines = {cell.name: cell for cell in cells if cell.kind == "baseline"}
     assert [baselines[cell.baseline].settings["optim"] for cell in students] == [
