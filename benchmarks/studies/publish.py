@@ -6,8 +6,8 @@
 A page is Markdown by hand; what stands between `<!-- numbers: NAME -->` and `<!-- end -->` is filled in from
 the archive alone. `--check` unpacks the archive into an empty directory and complains of every number of the
 page and of every table that it does not give again. NAME is one of `answer`, `claims`, `teachers`, `arms`,
-`spread`, `power`, `noise`, `origin`, and of a tournament `policies`, `policies_by_pair`, `constants` and
-`constants_by_pair`. Pictures of the report that the page shows are copied.
+`spread`, `power`, `noise`, `origin`, and of a tournament `policies`, `policies_by_pair`, `constants`,
+`constants_by_pair` and `steadiness`. Pictures of the report that the page shows are copied.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def numbers(study: JudgedStudy) -> Iterator[tuple[str, str]]:
     yield "power", " ".join(claim_rows.found_power(study))
     yield "noise", f"```json\n{measure_noise(study).model_dump_json(indent=2)}\n```"
     yield "origin", origin(study)
-    arms = tournament.judged(tournament.gains_of(results), constants=True)
+    gains = tournament.gains_of(results)
+    yield "steadiness", tournament.markdown(tournament.steadiness(gains))
+    arms = tournament.judged(gains, constants=True)
     for name, constant in (("policies", False), ("constants", True)):
         rows = arms.filter(constant=constant).drop("constant")
         yield name, tournament.markdown(tournament.summed(rows))

@@ -24,11 +24,15 @@ from tutelage.analysis.stats import half_width
 from tutelage.study.results import load_results
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from tutelage.study.results import Results
 
 SIDES = {"raw": ("raw", "in_domain"), "out": ("raw", "out_of_domain")}
 """Columns of the table and what they hold: fit and role."""
 SIDES |= {"fitted": ("unigram", "in_domain"), "out fitted": ("unigram", "out_of_domain")}
+ENOUGH = 0.8
+"""Share of the pairs in which no constant may beat the default."""
 BOTH = (("raw", "out"), ("fitted", "out fitted"))
 
 
@@ -91,6 +95,30 @@ def summed(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.group_by("arm", maintain_order=True).agg(pl.len().alias("pairs"), unbeaten, *means, *worst)
 
 
+def steadiness(table: pl.DataFrame, draws: int = 2000) -> pl.DataFrame:
+    """In how many draws of the replicates, with replacement, a policy is unbeaten in `ENOUGH` of the pairs.
+
+    The same replicates are drawn in all pairs, since these share their untaught students.
+    """
+    drawn = np.random.default_rng(0).multinomial(n := table["seed"].n_unique(), np.full(n, 1 / n), draws) / n
+    unbeaten: dict[str, NDArray[np.int64]] = {}
+    pairs = table.sort("seed").partition_by("student", "teacher", maintain_order=True)
+    for pair in pairs:
+        arms = pair.partition_by("arm", "constant", as_dict=True, maintain_order=True)
+        means = {key: drawn @ one.select(*SIDES).to_numpy() for key, one in arms.items()}
+        constants = [mean for (_, constant), mean in means.items() if constant]
+        for (name, constant), own in means.items():
+            if not constant:
+                ahead = np.array([mean > own for mean in constants])
+                beaten = (ahead[..., 0] & ahead[..., 1]) | (ahead[..., 2] & ahead[..., 3])
+                unbeaten[name] = unbeaten.get(name, 0) + ~beaten.any(axis=0)
+    shares = [
+        {"arm": name, f"unbeaten in {ENOUGH:.0%} of pairs": f"{np.mean(count >= ENOUGH * len(pairs)):.1%}"}
+        for name, count in unbeaten.items()
+    ]
+    return pl.DataFrame(shares)
+
+
 def markdown(table: pl.DataFrame) -> str:
     """A table as Markdown, whole."""
     with pl.Config(
@@ -101,15 +129,16 @@ def markdown(table: pl.DataFrame) -> str:
 
 
 def main() -> None:
-    """Print pairs, then arms."""
+    """Print pairs, then arms, then how steady that is."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", type=Path)
     parser.add_argument("--constants", action="store_true")
     arguments = parser.parse_args()
-    rows = judged(gains_of(load_results(arguments.study)), constants=arguments.constants)
-    print(markdown(rows), markdown(summed(rows)), sep="\n\n")
+    table = gains_of(load_results(arguments.study))
+    rows = judged(table, constants=arguments.constants)
+    print(markdown(rows), markdown(summed(rows)), markdown(steadiness(table)), sep="\n\n")
 
 
 if __name__ == "__main__":

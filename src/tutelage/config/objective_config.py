@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tutelage.config.alpha_config import (
     AlphaConfig,
+    AutoAlpha,
     ConstantAlpha,
     PrequentialAlpha,
     SaltAlpha,
@@ -212,7 +213,8 @@ class ObjectiveConfig(Objective):
     """(1 - alpha) CE + alpha T^2 D(teacher, student), means over valid tokens (arXiv 2605.23857)."""
 
     alpha: AlphaConfig = Field(
-        default=ConstantAlpha(value=0.0), description="a number, auto, or a policy with its settings"
+        default=ConstantAlpha(value=0.0),
+        description="a number, auto, or a policy with its settings; default with a teacher: auto",
     )
     gate: GateConfig | None = Field(default=None, description="factor on alpha per token; default: 1")
 
@@ -231,6 +233,12 @@ class ObjectiveConfig(Objective):
     def teaches(self) -> bool:
         """Whether a teacher has any weight at any step."""
         return self.alpha.highest > 0 or self.mixing == "keep_full_kd"
+
+    def with_default_alpha(self) -> ObjectiveConfig:
+        """The objective of a run with a teacher: alpha is `auto` if none was given that `mixing` asks for."""
+        if "alpha" in self.model_fields_set or self.mixing in {"keep_full_kd", "routed"}:
+            return self
+        return self.model_copy(update={"alpha": AutoAlpha(policy="auto")})
 
     def taught_share(self, steps: int) -> float:
         """Fraction of a run's steps on which its teacher is run, by its schedule."""

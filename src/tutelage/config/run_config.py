@@ -248,7 +248,7 @@ class RunConfig(Section):
     )
     optim: OptimConfig = Field(default=OptimConfig(), validate_default=True)
     teacher: TeacherConfig | None = Field(default=None, description="no teacher: plain cross-entropy")
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), validate_default=True)
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -263,6 +263,11 @@ class RunConfig(Section):
             return optim
         warmup = optim.warmup if "warmup" in optim.model_fields_set else _SFT_WARMUP
         return optim.model_copy(update={"lr": optim.lr or _SFT_LR, "warmup": warmup})
+
+    @field_validator("objective")
+    @classmethod
+    def _default_alpha(cls, objective: ObjectiveConfig, info: ValidationInfo) -> ObjectiveConfig:
+        return objective if info.data.get("teacher") is None else objective.with_default_alpha()
 
     @model_validator(mode="after")
     def _staged(self) -> RunConfig:

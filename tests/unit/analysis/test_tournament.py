@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import polars as pl
 import pytest
 import tournament
 from synthetic_study import write_study
@@ -54,3 +55,17 @@ def test_arms_are_summed_over_pairs(tmp_path):
     assert salt["regret out"] == pytest.approx(((3.0 - 0.5) + (2.0 - 2.5)) / 2, abs=0.02)
     assert salt["worst out"] == pytest.approx(2.5, abs=0.02)
     assert tournament.markdown(rows).splitlines()[1].replace(" ", "") == "|---" * len(rows.columns) + "|"
+
+
+def test_how_steady_a_verdict_is(tmp_path):
+    table = tournament.gains_of(load_results(write_study(tmp_path / "study", gains=GAINS)))
+    lucky = pl.when(arm=GAP, teacher="strong", seed=table["seed"][0]).then(0.9).otherwise(0.0)
+    table = table.with_columns(pl.col("raw", "fitted") + lucky)  # ahead where that replicate is drawn
+
+    def shares(some):
+        return {arm: float(share.removesuffix("%")) for arm, share in tournament.steadiness(some).iter_rows()}
+
+    drawn = pytest.approx(100 * (1 - (2 / 3) ** 3), abs=3)
+    assert shares(table.filter(teacher="weak")) == {SALT: 0, GAP: 100}
+    assert shares(table.filter(teacher="strong")) == {SALT: 100, GAP: drawn}
+    assert shares(table) == {SALT: 0, GAP: drawn}  # one pair of two is not enough

@@ -10,6 +10,7 @@ from tutelage.cli.settings_pages import template
 from tutelage.config.base import parse_tokens
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import digest, load, to_yaml, validate
+from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.run_config import RunConfig
 from tutelage.config.study_config import StudyConfig
 from tutelage.config.teacher_config import ModelTeacher, TeachConfig
@@ -17,6 +18,26 @@ from tutelage.errors import UserError
 
 BASE = {"model": {"shape": "nano-50k"}, "data": {"store": "s"}, "tokens": "2M"}
 TAUGHT = BASE | {"teacher": {"kind": "unigram"}, "objective": {"alpha": 0.4}}
+
+
+def test_a_taught_run_without_alpha_is_taught_by_auto(tmp_path):
+    taught = BASE | {"teacher": {"kind": "unigram"}}
+    auto = validate(RunConfig, taught | {"objective": {"alpha": "auto"}}, "test")
+    for objective in ({}, {"objective": {}}):
+        assert validate(RunConfig, taught | objective, "test") == auto
+    (tmp_path / "run.yaml").write_text(to_yaml(auto))
+    assert load(RunConfig, tmp_path / "run.yaml") == auto
+    made = RunConfig(
+        model=auto.model, data=auto.data, tokens="2M", teacher=auto.teacher, objective=ObjectiveConfig()
+    )
+    assert made == auto
+    with pytest.raises(UserError, match="alpha is 0; raise alpha"):  # routed, there is one alpha that fits
+        validate(RunConfig, taught | {"objective": {"mixing": "routed"}}, "test")
+    kept = validate(RunConfig, taught | {"objective": {"mixing": "keep_full_kd"}}, "test").objective.alpha
+    assert kept.highest == 0  # it is always taught
+    alone = validate(RunConfig, BASE, "test").objective.alpha
+    assert alone == validate(RunConfig, BASE | {"teacher": None}, "test").objective.alpha
+    assert alone.highest == 0
 
 
 @pytest.mark.parametrize(
