@@ -190,7 +190,7 @@ def _alpha(request: PlanRequest, gap: float | None) -> tuple[float, str, list[st
         words = f"rule fitted on {surface.pairs} pairs, off by {surface.error:.2g} points where left out"
         words = words if alpha else f"{_NONE}: {words}"
         return alpha, words, []
-    words = "alpha: auto's for such a teacher (paper's student of 1.7B, mini study); no law predicts its gain"
+    words = "where auto, the default, settles for such a teacher; no law predicts its gain"
     return (
         rule_alpha(gap),
         words,
