@@ -140,18 +140,22 @@ MOE = (
 biases, with heads of their own, and in some layers of some, beside others that do not attend."""
 
 
+def counted_forward(family, directory, shape):
+    """A tiny model, and torch's own count of its forward pass over random tokens."""
+    model = tiny_families.tiny_model(family, directory).eval()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")  # an expert multiplies the tokens that are sent to it
+    tokens_BT = torch.randint(10, tiny_families.VOCAB, shape, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT, use_cache=False)
+    return model, counter
+
+
 @pytest.mark.parametrize("family", MOE)
 def test_of_experts_those_count_that_a_token_is_sent_to(family, tmp_path):
     context = 64
-    model = tiny_families.tiny_model(family, tmp_path / "model").eval()
-    model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")  # an expert multiplies the tokens that are sent to it
-    tokens_BT = torch.randint(
-        10, tiny_families.VOCAB, (2, context), generator=torch.Generator().manual_seed(0)
-    )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=tokens_BT, use_cache=False)
-    counted = counter.get_total_flops() / tokens_BT.numel()
+    model, counter = counted_forward(family, tmp_path / "model", (2, context))
+    counted = counter.get_total_flops() / (2 * context)
     model.config.sliding_window = None  # torch counts the keys outside too
     within = 3e-3 if family == "jamba" else 2e-3  # its convolution is counted at the padded positions too
     assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=within)
@@ -165,19 +169,12 @@ def test_of_experts_those_count_that_a_token_is_sent_to(family, tmp_path):
 def test_of_recurrent_layers_the_matrices_count_and_of_others_the_keys(family, tmp_path):
     """By torch's own count: products with weights, and those of two activations where a layer attends."""
     context = 16
-    model = tiny_families.tiny_model(family, tmp_path / "model").eval()
-    model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
-    tokens_BT = torch.randint(
-        10, tiny_families.VOCAB, (8, context), generator=torch.Generator().manual_seed(0)
-    )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=tokens_BT, use_cache=False)
+    model, counter = counted_forward(family, tmp_path / "model", (8, context))
     kinds, counts = model.config.layer_types, counter.get_flop_counts()
     weights = sum(flops for kind, flops in counts["Global"].items() if kind is not torch.ops.aten.bmm)
     attending = [name for name in counts if name.endswith(".self_attn")]
     keys = sum(counts[name].get(torch.ops.aten.bmm, 0) for name in attending)
-    counted = (weights + keys) / tokens_BT.numel()
+    counted = (weights + keys) / (8 * context)
     # a causal convolution is counted at the padded positions too
     assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=0.015)
     grows = {kind for kind in kinds if kind in ("full_attention", "hybrid")}
@@ -188,15 +185,8 @@ def test_of_recurrent_layers_the_matrices_count_and_of_others_the_keys(family, t
 def test_heads_have_the_width_of_their_layer(family, tmp_path):
     """By torch's own count: wider heads in full attention, values narrower than keys."""
     context = 16
-    model = tiny_families.tiny_model(family, tmp_path / "model").eval()
-    model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
-    tokens_BT = torch.randint(
-        10, tiny_families.VOCAB, (8, context), generator=torch.Generator().manual_seed(0)
-    )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=tokens_BT, use_cache=False)
-    counted = counter.get_total_flops() / tokens_BT.numel()
+    model, counter = counted_forward(family, tmp_path / "model", (8, context))
+    counted = counter.get_total_flops() / (8 * context)
     model.config.sliding_window = 4 * context  # torch counts the keys outside too
     assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=4e-3)
 
