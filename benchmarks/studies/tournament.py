@@ -98,9 +98,12 @@ def summed(rows: pl.DataFrame) -> pl.DataFrame:
 def steadiness(table: pl.DataFrame, draws: int = 2000) -> pl.DataFrame:
     """In how many draws of the replicates, with replacement, a policy is unbeaten in `ENOUGH` of the pairs.
 
-    The same replicates are drawn in all pairs, since these share their untaught students.
+    The same replicates are drawn in all pairs, since these share their untaught students. Arms that lack
+    some are left out.
     """
-    drawn = np.random.default_rng(0).multinomial(n := table["seed"].n_unique(), np.full(n, 1 / n), draws) / n
+    n = table["seed"].n_unique()
+    table = table.filter(pl.len().over("student", "teacher", "arm", "constant") == n)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws) / n
     unbeaten: dict[str, NDArray[np.int64]] = {}
     pairs = table.sort("seed").partition_by("student", "teacher", maintain_order=True)
     for pair in pairs:
