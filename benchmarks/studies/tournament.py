@@ -33,11 +33,15 @@ SIDES = {"raw": ("raw", "in_domain"), "out": ("raw", "out_of_domain")}
 SIDES |= {"fitted": ("unigram", "in_domain"), "out fitted": ("unigram", "out_of_domain")}
 ENOUGH = 0.8
 """Share of the pairs in which no constant may beat the default."""
+HAS_CONSTANTS = pl.col("constant").any().over("student", "teacher")
 BOTH = (("raw", "out"), ("fitted", "out fitted"))
 
 
 def gains_of(results: Results) -> pl.DataFrame:
-    """One row per pair, arm and seed: student, teacher, arm, constant, seed and the gains of `SIDES`."""
+    """One row per pair, arm and seed: student, teacher, arm, constant, seed and the gains of `SIDES`.
+
+    Pairs without constants are left out.
+    """
     gains = measure(results)
     cells = gains.cells.filter(~pl.col("control") & pl.col("stage").is_null())
     sides = gains.sides.filter(split="test").join(cells, on="cell")
@@ -51,7 +55,7 @@ def gains_of(results: Results) -> pl.DataFrame:
     table = parts[0].rename({"gain": "raw"})
     for name, part in zip(list(SIDES)[1:], parts[1:], strict=True):
         table = table.join(part.rename({"gain": name}), on=keys)
-    return table
+    return table.filter(HAS_CONSTANTS)
 
 
 def beaten_by(arm: pl.DataFrame, constant: pl.DataFrame) -> bool:
@@ -102,7 +106,7 @@ def steadiness(table: pl.DataFrame, draws: int = 2000) -> pl.DataFrame:
     some are left out.
     """
     n = table["seed"].n_unique()
-    table = table.filter(pl.len().over("student", "teacher", "arm", "constant") == n)
+    table = table.filter(pl.len().over("student", "teacher", "arm", "constant") == n).filter(HAS_CONSTANTS)
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws) / n
     unbeaten: dict[str, NDArray[np.int64]] = {}
     pairs = table.sort("seed").partition_by("student", "teacher", maintain_order=True)

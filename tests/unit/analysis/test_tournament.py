@@ -69,3 +69,11 @@ def test_how_steady_a_verdict_is(tmp_path):
     assert shares(table.filter(teacher="weak")) == {SALT: 0, GAP: 100}
     assert shares(table.filter(teacher="strong")) == {SALT: 100, GAP: drawn}
     assert shares(table) == {SALT: 0, GAP: drawn}  # one pair of two is not enough
+
+
+def test_a_pair_without_constants_is_no_tournament(tmp_path):
+    gains = {key: gain for key, gain in GAINS.items() if key[0] == "strong" or isinstance(key[1], str)}
+    table = tournament.gains_of(load_results(write_study(tmp_path / "study", gains=gains)))
+    assert table["teacher"].unique().to_list() == ["strong"]
+    fewer = table.filter(~(pl.col("constant") & (pl.col("seed") == table["seed"][0])))
+    assert tournament.steadiness(fewer).is_empty()  # no constant has all replicates
