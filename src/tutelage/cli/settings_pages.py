@@ -62,7 +62,8 @@ title: Does a smaller teacher help?
 corpus: {name: speeches, sources: [{kind: corpus, name: sotu}], tokenizer: {vocab_size: 512}}
 domains: {medicine: {source: {kind: corpus, name: medicine}}}
 teachers: {small: {shape: nano-20k, tokens: 20K}}
-students: {student: {shape: nano-50k, tokens: 20K, grid: {product: {teacher: [small], alpha: [0.2, 0.6, auto]}}}}
+students:
+  student: {shape: nano-50k, tokens: 20K, grid: {product: {teacher: [small], alpha: [0.2, 0.6, auto]}}}
 seeds: [43, 44, 45, 46, 47]
 run:
   data: {sequence_length: 64}
