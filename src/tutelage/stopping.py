@@ -5,6 +5,7 @@ A signal that is ignored when the process starts, as `nohup` has SIGHUP ignored,
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
 import sys
@@ -19,13 +20,39 @@ _OF_TERMINALS = [signal.SIGINT]
 if sys.platform != "win32":
     _OF_TERMINALS.append(signal.SIGHUP)  # it was closed
 _SIGNALS = [*_OF_TERMINALS, signal.SIGTERM]
+_AGAIN_SECONDS = 0.01
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt, so that it cleans up."""
-    with _handled(signal.default_int_handler):
-        yield
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt, so that it cleans up.
+
+    One that comes while an object is deleted is lost to Python, which ignores what is raised there; it is
+    raised again a moment later.
+    """
+    last: list[int] = []
+    again: list[threading.Timer] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        last[:] = [number]
+        raise KeyboardInterrupt
+
+    def ignored(found: sys.UnraisableHookArgs) -> None:
+        if last and issubclass(found.exc_type, KeyboardInterrupt):
+            again.append(threading.Timer(_AGAIN_SECONDS, _interrupt_main, last))
+            again[-1].start()
+        else:
+            hook(found)
+
+    hook = sys.unraisablehook
+    with _handled(interrupt):
+        sys.unraisablehook = ignored
+        try:
+            yield
+        finally:
+            sys.unraisablehook = hook
+            for timer in again:
+                timer.cancel()
 
 
 @contextlib.contextmanager
@@ -34,6 +61,14 @@ def stop_signal() -> Iterator[threading.Event]:
     event = threading.Event()
     with _handled(lambda *_: event.set()):
         yield event
+
+
+def _interrupt_main(number: int) -> None:
+    """Send the main thread a signal, which ends what it waits for too."""
+    if sys.platform == "win32":
+        _thread.interrupt_main(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def leave_signals_to_parent() -> None:

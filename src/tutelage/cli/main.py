@@ -82,7 +82,7 @@ def main() -> None:
     try:
         with interruptible():
             app()
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stopped:  # the latter before a command has begun
         if place().is_main:
             sys.stderr.write(f"\nstopped{f' {stopped}'.rstrip()}; run the same command again to resume\n")
         sys.exit(130)
