@@ -30,6 +30,7 @@ def interruptible() -> Iterator[None]:
     One that comes while an object is deleted is lost to Python, which ignores what is raised there; it is
     raised again a moment later.
     """
+    here = threading.get_ident()
     last: list[int] = []
     again: list[threading.Timer] = []
 
@@ -39,7 +40,7 @@ def interruptible() -> Iterator[None]:
 
     def ignored(found: sys.UnraisableHookArgs) -> None:
         if last and issubclass(found.exc_type, KeyboardInterrupt):
-            again.append(threading.Timer(_AGAIN_SECONDS, _interrupt_main, last))
+            again.append(threading.Timer(_AGAIN_SECONDS, _send, (here, *last)))
             again[-1].start()
         else:
             hook(found)
@@ -51,8 +52,9 @@ def interruptible() -> Iterator[None]:
             yield
         finally:
             sys.unraisablehook = hook
-            for timer in again:
+            for timer in again:  # none of them is to reach what comes after the block
                 timer.cancel()
+                timer.join()
 
 
 @contextlib.contextmanager
@@ -63,12 +65,12 @@ def stop_signal() -> Iterator[threading.Event]:
         yield event
 
 
-def _interrupt_main(number: int) -> None:
+def _send(thread: int, number: int) -> None:
     """Send the main thread a signal, which ends what it waits for too."""
     if sys.platform == "win32":
         _thread.interrupt_main(number)
     else:
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
+        signal.pthread_kill(thread, number)
 
 
 def leave_signals_to_parent() -> None:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tutelage.cli.main import main
 from tutelage.stopping import interruptible
 
 
@@ -51,3 +52,15 @@ def test_other_errors_of_deleted_objects_are_told_as_before(monkeypatch):
         one = Broken()
         del one
     assert told == [OSError]
+
+
+def test_a_signal_before_a_command_has_begun_is_no_traceback(monkeypatch, capsys):
+    def signalled(_app: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("typer.main.get_command", signalled)  # what is made of the command line first
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == "stopped; run the same command again to resume"
