@@ -140,7 +140,7 @@ def test_memory_is_the_high_water_mark_of_the_process(taught):
     before = metrics.peak_memory(torch.device("cpu"))
     ballast = torch.ones(64 * 2**20)  # 256 MiB
     found = rows(run(taught()))
-    assert found[0]["peak_memory_gib"] * 2**30 >= before
+    assert found[0]["peak_memory_gib"] >= round(before / 2**30, 6)  # as rows are rounded
     assert found[-1]["peak_memory_gib"] * 2**30 > ballast.nbytes
     assert all(a["peak_memory_gib"] <= b["peak_memory_gib"] for a, b in itertools.pairwise(found))
 
