@@ -214,34 +214,40 @@ def run(arguments: list[str], folder: Path, seconds: float = HANG_SECONDS, **how
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 
 
+def _changed(event: str, arguments: tuple[Any, ...]) -> object:
+    """What a file operation changes, as an audit hook is told of it; None if it only looks."""
+    if event == "open":
+        path, _, flags = arguments
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        return path if writes else None
+    return arguments[0] if event in _CHANGES else None
+
+
 def on_changes(act: Callable[[int], None], rank: int = 0) -> Callable[[int], None]:
     """Prepare a command so that `act` gets 1, 2, ... just before its changes of files in its directory.
 
-    Opening to write, renaming and removing are changes. A moment that is named by such a number lies between
-    two states of the files, and is the same on a faster machine.
+    Opening to write, renaming and removing are changes, and so is a flush, which changes what a cut of the
+    power leaves. A moment that is named by such a number lies between two states of the files, and is the
+    same on a faster machine. The processes that a study starts have no such moments.
     """
 
     def prepare(mine: int) -> None:
         if mine != rank:
             return
-        seen, place = 0, str(Path.cwd())
+        seen, place, flush = itertools.count(1), str(Path.cwd()), os.fsync
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if event == "open":
-                path, _, flags = arguments
-                if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                    return
-            elif event in _CHANGES:
-                path = arguments[0]
-            else:
-                return
+            path = _changed(event, arguments)
             if isinstance(path, str | os.PathLike):
                 text = os.fspath(path)
                 if isinstance(text, str) and (not text.startswith("/") or text.startswith(place)):
-                    seen += 1
-                    act(seen)
+                    act(next(seen))
 
+        def counted_flush(file: int) -> None:
+            act(next(seen))
+            flush(file)
+
+        os.fsync = counted_flush  # type: ignore[assignment] - a flush is no event that a hook is told of
         sys.addaudithook(hook)
 
     return prepare

@@ -1,4 +1,7 @@
-"""Cut the power: a command stops at a random change of a file, and goes on with what was on the disk by then.
+"""Cut the power: a command stops at a random moment, and goes on with what was on the disk by then.
+
+Half of the moments lie just before a change or a flush of a file, by its number; the others are a random part
+of the undisturbed time, where the processes of a study write too.
 
 The disk is an ext4 image, which is copied at that moment without being flushed; the command is killed, and
 the copy takes the disk's place under the same path. Some of the disks write names before contents
@@ -7,12 +10,14 @@ the copy takes the disk's place under the same path. Some of the disks write nam
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import time
 from typing import TYPE_CHECKING
 
-from campaigns.commands import Command, on_changes, session
+from campaigns.commands import Command, kill_at, on_changes, session
 from campaigns.judging import LOST, Verdict, broken, finish
 from campaigns.mounts import PowerCutDisk
 from campaigns.world import MOST_REDONE, TASKS, last_steps, steps_redone
@@ -36,28 +41,37 @@ def cut(world: World, dice: random.Random, name: str, _: int) -> Verdict:
     task = TASKS[name]
     truth = world.truth(task)
     options = dice.choice(_OPTIONS)
-    number = dice.randint(1, truth.changes + truth.changes // 10)
+    number, part = dice.randint(1, truth.changes + truth.changes // 10), dice.random()
+    if dice.random() < 0.5:
+        moment = f"before change {number} of {truth.changes}"
+        prepare = on_changes(kill_at(number, signal.SIGSTOP))
+    else:
+        moment, prepare = f"after {part:.0%} of the time", None
     disk = PowerCutDisk(world.place, options)
     try:
         world.restore(task.start)
         os.sync()
-        words = f"power cut before change {number} of {truth.changes}, {options}"
-        return _cut(world, task, disk, number, words)
+        command = Command(world.arguments(task), world.place, prepare=prepare)
+        _wait(command, None if prepare else part * truth.seconds)
+        return _cut(world, task, disk, command, f"power cut {moment}, {options}")
     finally:
         disk.remove()
 
 
-def _cut(world: World, task: Task, disk: PowerCutDisk, number: int, words: str) -> Verdict:
-    def stop(seen: int) -> None:
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    command = Command(world.arguments(task), world.place, prepare=on_changes(stop))
+def _wait(command: Command, seconds: float | None) -> None:
+    """Wait for some seconds, or until the command has stopped itself."""
     (process,) = command.processes
-    while not command.poll() and not _is_stopped(process):
+    end = command.began + (math.inf if seconds is None else seconds)
+    while not command.poll() and not _is_stopped(process) and time.monotonic() < end:
         time.sleep(0.005)
+
+
+def _cut(world: World, task: Task, disk: PowerCutDisk, command: Command, words: str) -> Verdict:
+    """Cut the power of a command now, and run it again."""
+    (process,) = command.processes
     for one in session(process):
-        os.kill(one, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(one, signal.SIGSTOP)
     before = last_steps(world.place)
     disk.copy()
     command.sweep()

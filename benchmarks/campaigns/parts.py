@@ -56,7 +56,7 @@ PARTS = {
     "study kills": Part(kill_study, {"study": 12}, {"study": 1}),
     "cuts": Part(
         cut,
-        {"train": 20, "resume": 6, "taught": 4, "teach": 8, "build": 6, "eval": 6, "study": 4},
+        {"train": 20, "resume": 6, "taught": 4, "teach": 8, "build": 6, "eval": 6, "study": 12},
         {"train": 1, "teach": 1, "study": 1},
         mounts=True,
     ),
