@@ -114,9 +114,6 @@ def _run_files(pattern: str) -> tuple[str, ...]:
 _UNEQUAL = {"created", "seal", "crc32"}
 """Fields of a manifest that say when it was written, and checksums over them."""
 
-_SAID_OF_THE_COMMAND = (b"| made with |", b"| command |")
-"""Lines of a model card that say with what it was made: a study goes on by another command, or code."""
-
 MOST_REDONE = 4
 """Steps that a kill may cost here: every second is saved, while the next ones are taken."""
 
@@ -297,7 +294,7 @@ def _stop(world: World, name: str, state: str) -> None:
 
 def _finish_study(world: World) -> None:
     world.restore("text")
-    world.run(*TASKS["study"].arguments)
+    world.run(*TASKS["study on"].arguments)  # a model card has the command, and both are compared
     world.keep("study")
 
 
@@ -359,8 +356,9 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - whatever can be compared
         return record if type(record) is list else {key: record[key] for key in record if key not in _UNEQUAL}
     if path.name in ("provenance.json", "config.yaml", "lock") or path.name.startswith("."):
         return None
+    # A commit beside the campaign is not its doing.
     lines = path.read_bytes().split(b"\n")
-    return b"\n".join(line for line in lines if not line.startswith(_SAID_OF_THE_COMMAND))
+    return b"\n".join(line for line in lines if not line.startswith(b"| made with |"))
 
 
 def last_steps(place: Path) -> dict[Path, int]:
