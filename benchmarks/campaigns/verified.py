@@ -57,11 +57,13 @@ def verify_damaged(world: World, dice: random.Random, name: str, _: int) -> Verd
         found = run(arguments, world.place)
         away.rename(path)
     else:
-        path = dice.choice(sorted(one for one in thing.rglob("*") if one.is_file()))
+        # What a killed command was writing is in nobody's way, and may be a state that is as good.
+        files = sorted(one for one in thing.rglob("*") if one.is_file() and not one.name.startswith("."))
+        path = dice.choice(files)
         damage = dice.choice(sorted(DAMAGES))
         words = f"{damage} of {path.relative_to(world.place)}"
         shutil.copyfile(path, kept)
-        DAMAGES[damage](path, dice, [one for one in path.parent.iterdir() if one.is_file()])
+        DAMAGES[damage](path, dice, [one for one in files if one.parent == path.parent])
         due = _must_be_named(path, kept)
         found = run(arguments, world.place)
         put_back(kept, path)

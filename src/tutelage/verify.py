@@ -26,9 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-_RECORDS = ("state.json", "provenance.json", "plan.json", "samples.json")
+_RECORDS = {
+    "state.json": "status",
+    "provenance.json": "command",
+    "plan.json": "runs",
+    "samples.json": "samples",
+}
 _FOLDERS = ("leases", "failures", "overlap")
-"""Names of JSON files that have a seal, and of directories in which all have one."""
+"""JSON files that have a seal, each with a field that only it has; directories in which all have one."""
 _RUN, _STORE = ("state.json", "config.yaml", "metrics.jsonl"), ("manifest.json", "train.bin", "train.idx")
 _SCORES = ("scores.jsonl", "documents.parquet", "calibration.json")
 _FOREIGN = (
@@ -172,16 +177,26 @@ def _records(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
     wrong = False
     for file in files:
         advance(file.stat().st_size)
-        try:
-            reason = None if is_sealed(file) else "no checksum: it cannot be compared"
-        except UnreadableError as error:
-            reason = error.reason
-        if reason is not None:
+        if (reason := _wrong_record(file)) is not None:
             wrong = True
             remedy = _REMEDIES.get(file.name, "delete it; it is made again where it is needed")
             yield Finding(file, "record", f"{reason}; {remedy}")
     if files and not wrong:
         yield Finding(path, f"{len(files)} record{'s' * (len(files) > 1)}")
+
+
+def _wrong_record(file: Path) -> str | None:
+    """Why a JSON file is not what was written; an intact one in the place of another is wrong too."""
+    try:
+        if not is_sealed(file):
+            return "no checksum: it cannot be compared"
+        fields = read_sealed(file)
+    except UnreadableError as error:
+        return error.reason
+    if file.parent.name == "overlap" and fields.get("name") != file.name:
+        return f"another file's: its name was {fields.get('name')}"
+    own = _RECORDS.get(file.name)
+    return None if own is None or own in fields else f"another file's: it has no '{own}'"
 
 
 def _run(run: RunDirectory) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ copies with changes. Words are runs of letters and digits, in lower case.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -250,15 +251,17 @@ def trained_on(
 def kept(
     path: Path, find: Callable[[], list[Any]], about: Mapping[str, object] = MappingProxyType({})
 ) -> list[Any]:
-    """What was found before and is kept in a file; where there is none, or a damaged one, find it.
+    """What was found before and is kept in a file; where there is none, or a wrong one, find it.
 
     `about` says in the file what it was found in.
     """
-    try:
-        found: list[Any] = read_sealed(path)["found"]
-    except UnreadableError:
-        found = find()
-        write_sealed(make_directory(path.parent) / path.name, {**about, "found": found})
+    with contextlib.suppress(UnreadableError):
+        fields = read_sealed(path)
+        if fields.get("name") == path.name:  # else an intact file in the place of another
+            kept_before: list[Any] = fields["found"]
+            return kept_before
+    found = find()
+    write_sealed(make_directory(path.parent) / path.name, {"name": path.name, **about, "found": found})
     return found
 
 

@@ -320,7 +320,7 @@ def write_samples(
     )
     path = evaluated.output / "samples.json"
     with contextlib.suppress(UnreadableError):  # written again
-        if read_sealed(path)["version"] == version:
+        if read_sealed(path).get("version") == version:
             return
     tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
     samples, excerpts = [], _excerpts(store, prompt + new)

@@ -104,13 +104,17 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
     """Add losses of documents; they replace those of the same domain, split and version."""
     if frame.is_empty():
         return
-    frames = [frame]
     with _again(path):
         if path.is_file():
             check_file(path)
-            frames.insert(0, pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti"))
+            try:
+                kept = pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti")
+                frame = pl.concat([kept, frame], how="diagonal_relaxed")
+            except pl.exceptions.PolarsError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UnreadableError(path.name, f"holds no losses of documents ({reason})") from None
         with checked_write(path) as partial:
-            pl.concat(frames, how="diagonal_relaxed").write_parquet(partial)
+            frame.write_parquet(partial)
 
 
 def add_calibration(path: Path, domain: str, version: str, record: dict[str, Any]) -> None:

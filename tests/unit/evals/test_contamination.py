@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
 from tutelage.data.store import open_store
 from tutelage.evals import contamination
-from tutelage.evals.contamination import GRAM, copied_grams, trained_on
+from tutelage.evals.contamination import GRAM, copied_grams, kept, trained_on
 from tutelage.evals.windows import read_documents
+from tutelage.records import write_sealed
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +108,14 @@ def test_short_texts_have_no_grams():
     assert len(contamination._grams([1] * (GRAM - 1))) == 0
     assert len(contamination._grams([1] * GRAM)) == 1
     assert len(contamination._grams([1] * 5 + [0] + [1] * GRAM)) == 1  # no gram reaches over a foreign word
+
+
+def test_what_is_kept_under_another_name_is_found_again(tmp_path):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    assert kept(first, lambda: [1]) == [1]
+    assert kept(second, lambda: [2]) == [2]
+    assert kept(first, lambda: [3]) == [1]
+    shutil.copyfile(second, first)
+    assert kept(first, lambda: [3]) == [3]
+    write_sealed(first, {"status": "done"})
+    assert kept(first, lambda: [4]) == [4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 
 import pytest
@@ -14,8 +15,10 @@ from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SPLITS
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
+from tutelage.evals.contamination import kept
 from tutelage.evals.score_files import read_scores
 from tutelage.models import hub
+from tutelage.records import write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.study.leases import Failures
 from tutelage.study.results import load_results
@@ -228,3 +231,19 @@ def test_of_a_foreign_model_nothing_can_be_compared_and_that_is_said(tmp_path, c
     weights.write_bytes(weights.read_bytes()[:-1])
     (found,) = wrong(tmp_path)
     assert "model.safetensors" in found.partition(": ")[2]
+
+
+def test_an_intact_record_in_the_place_of_another_is_named(tmp_path):
+    write_sealed(tmp_path / "state.json", {"status": "running", "step": 3})
+    write_sealed(tmp_path / "provenance.json", {"command": ["tutelage"], "sessions": []})
+    (tmp_path / "overlap").mkdir()
+    for letter in "ab":
+        kept(tmp_path / "overlap" / f"{letter}.json", lambda letter=letter: [letter])
+    assert not [line for line in wrong(tmp_path) if "another file" in line]
+
+    for place, other in (("provenance.json", "state.json"), ("overlap/a.json", "overlap/b.json")):
+        before = (tmp_path / place).read_bytes()
+        shutil.copyfile(tmp_path / other, tmp_path / place)
+        (found,) = (line for line in wrong(tmp_path) if "another file" in line)
+        assert place in found
+        (tmp_path / place).write_bytes(before)
