@@ -182,4 +182,6 @@ class _ChunkedObjective(torch.autograd.Function):
             raise RuntimeError(
                 "a second backward pass: the first handed the gradients on; call the objective again"
             )
+        if grad_loss.device.type == "cpu" and grad_loss == 1:  # a pass over the head less
+            return *gradients, None, None
         return *(None if x is None else x.mul_(grad_loss) for x in gradients), None, None

@@ -54,30 +54,40 @@ def update(
     parameters: Sequence[nn.Parameter],
     lr: float,
     clip: float,
+    divisor: Tensor,
     check: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Update the parameters from their gradients, which are clipped before and cleared afterwards.
+    """Update the parameters from their gradients, which are averaged and clipped on the way and then cleared.
+
+    Torch's fused AdamW divides gradients by `grad_scale` while it reads them, so that neither the average nor
+    clipping takes a pass over them.
 
     Args:
         optimizer: AdamW, as `adamw` makes it.
-        parameters: all that have gradients.
+        parameters: all that have gradients, of a sum of losses.
         lr: learning rate.
-        clip: the gradients' norm is brought down to it.
+        clip: the norm of the averaged gradients is brought down to it.
+        divisor: what makes averages of the sums, 0-d on the device.
         check: given the norm, returns 1.0 if nothing is to change and else 0.0, float32 on the device.
 
     Returns:
-        The global norm of the gradients before clipping.
+        The global norm of the averaged gradients before clipping.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    norm = norm / divisor
     skip = check(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # As `torch.nn.utils.clip_grad_norm_` has it.
+    scale = divisor * ((norm + 1e-6) / clip).clamp(min=1.0)
     if optimizer.defaults["fused"]:
-        optimizer.found_inf = skip  # type: ignore[attr-defined] # torch's own name for it
+        optimizer.grad_scale, optimizer.found_inf = scale, skip  # type: ignore[attr-defined] # torch's names
         optimizer.step()
-    elif not skip:  # the other implementations do not know it, so here the device is waited for
+    elif not skip:  # the other implementations know neither, so here the device is waited for
+        torch._foreach_div_(gradients, scale)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

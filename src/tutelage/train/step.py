@@ -84,7 +84,7 @@ def train_step(
                 begin_micro_batch(one.student, last=number == len(micro_batches) - 1)
                 torch.manual_seed(mixed(one.seed, number))
                 sums = loss_sums(one.student, batch, targets if one.needs_teacher else None, one.alpha)
-                (sums.loss / valid).backward()  # type: ignore[no-untyped-call]
+                sums.loss.backward()  # type: ignore[no-untyped-call]
                 metrics = sums.ce, sums.kd, sums.teacher_ce, sums.effective_alpha
                 total.add_(torch.stack([sums.loss.detach(), *metrics]))
                 watch.lap(BACKWARD, owner)
@@ -106,7 +106,8 @@ def _update(inputs: StepInputs, totals: Tensor, valid: Tensor) -> StepReport:
     distributed.sum_([totals, *gate_sums])
     loss, ce, kd, teacher_ce, alpha = (totals / valid).unbind()
     check = partial(student.guard.check, loss, ce, own_loss)
-    grad_norm = update(student.optimizer, student.parameters, inputs.lr, student.config.optim.clip, check)
+    settings = inputs.lr, student.config.optim.clip
+    grad_norm = update(student.optimizer, student.parameters, *settings, valid.float(), check)
     if student.gate is not None:
         student.gate.update(student.guard.skipped)
     return StepReport(loss, ce, kd, teacher_ce, grad_norm, alpha, inputs.lr)
