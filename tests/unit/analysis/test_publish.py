@@ -4,6 +4,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import polars as pl
 import publish
 import pytest
 from synthetic_study import write_study
@@ -91,6 +92,26 @@ def test_published_pages_say_what_their_archives_say(target):
     pages = [target / "index.md", ROOT / "docs" / "results.md"]
     page = next(one for one in pages if one.exists() and "<!-- numbers" in one.read_text())
     assert publish.check(target, page) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ([("a", 1.0 + 1e-15, None)], True),  # another processor
+        ([("a", 1.0 + 1e-6, None)], False),
+        ([("b", 1.0, None)], False),
+        ([("a", 1.0, 2)], False),
+        ([("a", 1.0, None), ("a", 1.0, None)], False),
+    ],
+)
+def test_a_table_is_compared_but_for_its_last_digits(tmp_path, changed, same):
+    columns = ["word", "gain", "n"]
+    table = pl.DataFrame([("a", 1.0, None)], schema=columns, orient="row")
+    path = tmp_path / "table.csv"
+    pl.DataFrame(changed, schema=columns, orient="row").write_csv(path)
+    assert publish._is_of(table, path) is same
+    path.write_text(path.read_text().replace("gain", "loss"))
+    assert not publish._is_of(table, path)
 
 
 def test_the_default_noise_is_that_of_a_published_study(tmp_path):
