@@ -176,12 +176,7 @@ class Command:
         """What became of it; of several processes the first that failed speaks, and all that was said."""
         codes = [code for code in self.processes.values() if code is not None]
         code = next((one for one in codes if one not in (0, 130)), codes[0])
-        texts = {
-            suffix: "".join(
-                Path(f"{log}.{suffix}").read_text(encoding="utf-8", errors="replace") for log in self._logs
-            )
-            for suffix in ("out", "err")
-        }
+        texts = {suffix: "".join(_text(f"{log}.{suffix}") for log in self._logs) for suffix in ("out", "err")}
         return Outcome(code, texts["out"], texts["err"], time.monotonic() - self.began, self._cpu, hung)
 
     def sweep(self) -> None:
@@ -190,6 +185,12 @@ class Command:
             for one in session(process):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one, signal.SIGKILL)
+
+
+def _text(log: str) -> str:
+    """What was printed; a process that was stopped at once has not begun to."""
+    path = Path(log)
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def session(leader: int) -> list[int]:

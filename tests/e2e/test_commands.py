@@ -124,7 +124,9 @@ def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
         (["report", "nowhere"], "nowhere"),
         (["schema", "runs"], "did you mean 'run'? known: run, store, study, cache"),
         (["demo", "--tokens", "many"], "not a token budget"),
-        (["demo", "--tokens", "100M", "--output", "big"], "text would repeat"),
+        pytest.param(
+            ["demo", "--tokens", "100M", "--output", "big"], "text would repeat", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(run_file, monkeypatch, capsys, arguments, message):

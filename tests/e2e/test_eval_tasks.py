@@ -26,11 +26,12 @@ def folder(store, tmp_path_factory):
     return path
 
 
-def test_models_side_by_side(folder, store, tutelage):
+def test_models_side_by_side(folder, store, command, monkeypatch):
+    monkeypatch.chdir(folder)
     task = f"continuation:{store}"
-    done = tutelage("eval", "tasks", "seed-0", "seed-1", "--task", task, "--limit", "12", cwd=folder)
-    assert "continuation_speeches" in done.stdout
-    assert "(n=12)" in done.stdout
+    _, shown, _ = command("eval", "tasks", "seed-0", "seed-1", "--task", task, "--limit", "12")
+    assert "continuation_speeches" in shown
+    assert "(n=12)" in shown
     files = sorted(folder.glob("evals/seed-*/scores.jsonl"))
     assert len(files) == 2
     rows = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]

@@ -111,8 +111,8 @@ def test_two_commands_stopped_and_continued_write_what_one_writes(teach_file, tm
     verify_cache(together)
 
 
-def test_estimate_compares_every_format_and_writes_nothing(teach_file, tmp_path, tutelage):
-    text = tutelage("teach", teach_file, "--estimate").stdout
+def test_estimate_compares_every_format_and_writes_nothing(teach_file, tmp_path, command):
+    _, text, _ = command("teach", teach_file, "--estimate")
     for kind in FORMATS:
         assert kind in text
     (marked,) = [line for line in text.splitlines() if line.strip().startswith("->")]
@@ -152,22 +152,22 @@ def test_mistakes_get_one_line_and_exit_code_2(teach_file, monkeypatch, capsys, 
     assert error.count("\n") == 1
 
 
-def test_verify_recomputes_the_checksums_of_a_cache(teach_file, tutelage, monkeypatch, capsys):
+def test_verify_recomputes_the_checksums_of_a_cache(teach_file, command):
     cache = write_cache(load(TeachConfig, teach_file, []))
-    assert f"{cache}: teacher cache" in tutelage("verify", cache).stdout
+    code, shown, _ = command("verify", cache)
+    assert code == 0
+    assert f"{cache}: teacher cache" in shown
     shard = cache / "shards" / "000001.bin"
     content = bytearray(shard.read_bytes())
     content[7] ^= 1
     shard.write_bytes(content)
-    monkeypatch.setattr(sys, "argv", ["tutelage", "verify", str(cache)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code == 1
-    assert "000001.bin: damaged (a block, tokens 1,024 to 1,055); delete" in capsys.readouterr().out
+    code, shown, _ = command("verify", cache)
+    assert code == 1
+    assert "000001.bin: damaged (a block, tokens 1,024 to 1,055); delete" in shown
 
 
-def test_schema_describes_what_is_accepted(teach_file, tmp_path, tutelage):
-    tutelage("schema", "teach", "--output", tmp_path / "teach.json")
+def test_schema_describes_what_is_accepted(teach_file, tmp_path, command):
+    command("schema", "teach", "--output", tmp_path / "teach.json")
     schema = json.loads((tmp_path / "teach.json").read_text())
     jsonschema.validate(yaml.safe_load(teach_file.read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):

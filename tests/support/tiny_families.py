@@ -85,6 +85,7 @@ _OF_A_FAMILY: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _MLA | _INDEXED,
     "gemma4_text": {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 16},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": _MLA | {"expert_ffn_hidden_size": 16, "zero_expert_num": 2, "moe_topk": 2},

@@ -89,16 +89,16 @@ def test_rows_are_counted_per_source_as_a_plain_count_does(tmp_path, kind):
     assert (second.documents, second.dropped) == (1, {"null": 1, "blank": 0, "duplicate": 1, "bad": 0})
 
 
-def test_console_and_show_say_the_counts(tmp_path, tutelage):
+def test_console_and_show_say_the_counts(tmp_path, command):
     write(tmp_path, "jsonl", [{"text": value} for value in VALUES])
     (tmp_path / "s.yaml").write_text(
         "name: left\nsources: [{kind: files, paths: [a.jsonl]}]\nvalidation: 0\ntest: 0\n"
         "tokenizer: {vocab_size: 300}\n"
     )
-    said = tutelage("data", "build", "s.yaml", cwd=tmp_path).stdout
+    _, said, _ = command("data", "build", "s.yaml")
     assert "rows left out: 2 null, 3 blank, 2 duplicate" in said
     (store,) = (tmp_path / "stores").glob("left-*")
-    shown = tutelage("data", "show", store).stdout
+    _, shown, _ = command("data", "show", store)
     assert shown.splitlines()[0].split() == [
         "source",
         "documents",
@@ -333,12 +333,13 @@ def test_a_mixture_that_uses_everything_has_nothing_to_say(tmp_path):
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, ".inf", ".nan"])
-def test_weights_that_are_no_share_are_refused(tmp_path, tutelage, weight):
+def test_weights_that_are_no_share_are_refused(tmp_path, command, weight):
     (tmp_path / "s.yaml").write_text(
         f"name: x\nsources: [{{kind: corpus, name: kjv, weight: {weight}}}, "
         "{kind: corpus, name: sotu, weight: 1.0}]\n"
     )
-    said = tutelage("data", "build", "s.yaml", cwd=tmp_path, check=2).stderr
+    code, _, said = command("data", "build", "s.yaml")
+    assert code == 2
     assert "sources.0.corpus.weight" in said or "sources.0.weight" in said
     assert "Traceback" not in said
 

@@ -163,7 +163,7 @@ def test_what_a_byte_level_vocabulary_lacks_is_found(tmp_path, texts):
     assert "🤗" in manifest.changed_example
 
 
-def test_counts_are_per_split_and_said(tmp_path, texts, tutelage):
+def test_counts_are_per_split_and_said(tmp_path, texts, command):
     tokenizer = tokenizer_of(tmp_path, "lower-casing", texts)
     chance = random.Random(0)  # noqa: S311 - no secret
     rows = [{"text": f"{chance.choice(['King', 'king'])} number {n}"} for n in range(60)]
@@ -177,7 +177,7 @@ def test_counts_are_per_split_and_said(tmp_path, texts, tutelage):
     assert "'King number " in said
     assert "' comes back as 'king number " in said
     assert said.endswith("so bits per byte compare only with those of the same tokenizer")
-    shown = tutelage("data", "show", next((tmp_path / "stores").glob("trip-*"))).stdout
+    _, shown, _ = command("data", "show", next((tmp_path / "stores").glob("trip-*")))
     assert f"note     {said}" in shown
 
 

@@ -56,8 +56,9 @@ def test_the_schema_admits_examples_and_presets_and_refuses_mistakes():
         assert not validator.is_valid(bad)
 
 
-def test_the_command_prints_the_schema(tutelage):
-    printed = json.loads(tutelage("schema", "study").stdout)
+def test_the_command_prints_the_schema(command):
+    _, shown, _ = command("schema", "study")
+    printed = json.loads(shown)
     assert printed == json.loads(json.dumps(StudyConfig.model_json_schema()))
     assert "base" in printed["properties"]
     assert {"grid", "then", "cache"} <= {
