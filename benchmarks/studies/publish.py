@@ -110,8 +110,17 @@ def _is_of(table: pl.DataFrame, path: Path) -> bool:
 
 def check(target: Path, page: Path) -> list[str]:
     """What of a page and of published tables its archive does not give again, a line each."""
+    return differences(judged_archive(target / ARCHIVE), target, page)
+
+
+def judged_archive(archive: Path) -> JudgedStudy:
+    """Judge the study in an archive."""
     with tempfile.TemporaryDirectory() as scratch:
-        judged = judge_study(load_results(unpack(target / ARCHIVE, Path(scratch))))
+        return judge_study(load_results(unpack(archive, Path(scratch))))
+
+
+def differences(judged: JudgedStudy, target: Path, page: Path) -> list[str]:
+    """What of a page and of published tables a judged study does not give, a line each."""
     text = page.read_text(encoding="utf-8")
     again = filled(text, judged)
     lines = zip(text.splitlines(), again.splitlines(), strict=False)

@@ -32,7 +32,7 @@ DEFAULT_SECONDS = 600
 _FAILED_SECONDS = 20.0
 """How long one that failed waits: the others may be busy for longer, or wait for it elsewhere."""
 
-_LOST_SECONDS = 3.0
+_LOST_SECONDS = 6.0
 """How long a process that lost another waits for the launcher to end it, or for the other's last words."""
 
 _PRINT_SECONDS = 1.0

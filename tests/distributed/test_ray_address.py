@@ -79,7 +79,8 @@ def test_what_is_no_address(address):
 @pytest.mark.parametrize(
     "answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n"]
 )
-def test_something_else_listens(answer, listener):
+def test_something_else_listens(answer, listener, monkeypatch):
+    monkeypatch.setattr("tutelage.study.engines.ray._ANSWER_SECONDS", 1.0)
     said = refused(f"127.0.0.1:{listener(answer)}")
     assert "not Ray" in said or "nothing that is Ray" in said
 

@@ -1,5 +1,6 @@
 """What is published of a study: its archive gives every number of the page and of the tables again."""
 
+import functools
 import shutil
 import tarfile
 from pathlib import Path
@@ -25,6 +26,12 @@ NAMES = ("answer", "claims", "teachers", "arms", "spread", "power", "noise", "or
 PAGE = (
     "# By hand\n\n" + "\n\n".join(f"{name}:\n<!-- numbers: {name} -->\n<!-- end -->" for name in NAMES) + "\n"
 )
+
+
+@functools.cache
+def judged(target):
+    """A published study, judged anew."""
+    return publish.judged_archive(target / publish.ARCHIVE)
 
 
 def test_an_archive_gives_every_number_again(tmp_path):
@@ -91,7 +98,7 @@ def test_an_unfinished_study_and_a_page_without_a_place_are_refused(tmp_path):
 def test_published_pages_say_what_their_archives_say(target):
     pages = [target / "index.md", ROOT / "docs" / "results.md"]
     page = next(one for one in pages if one.exists() and "<!-- numbers" in one.read_text())
-    assert publish.check(target, page) == []
+    assert publish.differences(judged(target), target, page) == []
 
 
 @pytest.mark.parametrize(
@@ -114,10 +121,9 @@ def test_a_table_is_compared_but_for_its_last_digits(tmp_path, changed, same):
     assert not publish._is_of(table, path)
 
 
-def test_the_default_noise_is_that_of_a_published_study(tmp_path):
+def test_the_default_noise_is_that_of_a_published_study():
     noise = default_noise()
-    archive = ROOT / "docs" / "results" / noise.study / "results.tar.xz"
-    measured = measure_noise(judge_study(load_results(publish.unpack(archive, tmp_path))))
+    measured = measure_noise(judged(ROOT / "docs" / "results" / noise.study))
     assert measured.model_dump() == noise.model_dump()
 
 
