@@ -196,11 +196,12 @@ def _text(log: str) -> str:
 def session(leader: int) -> list[int]:
     """Processes of the session of `leader` that have not ended."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, own = path.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[:4]
+    for name in (path.name for path in Path("/proc").iterdir() if path.name.isdigit()):
+        with contextlib.suppress(OSError):  # it has just ended
+            text = Path(f"/proc/{name}/stat").read_text(encoding="utf-8")
+            state, _, _, own = text.rsplit(")", 1)[1].split()[:4]
             if int(own) == leader and state != "Z":
-                found.append(int(path.parent.name))
+                found.append(int(name))
     return found
 
 

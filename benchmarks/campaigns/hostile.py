@@ -257,7 +257,8 @@ def plant(world: World, dice: random.Random, name: str, number: int) -> Verdict:
         culprit = {"store": world.names["STORE"], "cache": world.names["CACHE"]}.get(what[:5], "plan.json")
     outcome = run([*arguments], world.place, 60, memory=_MEMORY)
     words = f"{what}: {outcome.code} {outcome.complaint[:300]}"
-    if [*world.place.rglob("CANARY"), *world.scratch.rglob("ESCAPED*")]:
+    outside = world.scratch.glob("ESCAPED*")  # deeper lie the worlds of others
+    if [*world.place.rglob("CANARY"), *world.place.rglob("ESCAPED*"), *outside]:
         return Verdict(SILENT, f"{words}: it ran, or was written where it wanted")
     if outcome.hung or outcome.cpu > _CPU_SECONDS:
         return Verdict(HANG, f"{words}: {outcome.cpu:.0f} s")

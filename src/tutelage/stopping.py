@@ -80,6 +80,19 @@ def leave_signals_to_parent() -> None:
 
 
 @contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Hold back what a terminal sends until the block ends; a process that is started in it never gets it."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_TERMINALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Handle the signals while the block runs. Outside the main thread they are left to it."""
     if threading.current_thread() is not threading.main_thread():

@@ -11,11 +11,12 @@ import sys
 import tempfile
 import threading
 import time
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from tutelage.launch import describe
-from tutelage.stopping import leave_signals_to_parent
+from tutelage.stopping import held_back, leave_signals_to_parent
 from tutelage.study.engines import TaskOutcome
 from tutelage.study.engines.tasks import execute
 
@@ -87,6 +88,8 @@ class LocalEngine:
         gpus = [self._gpus[place % len(self._gpus)] for place in places] if self._gpus else None
         cores = set().union(*(_share(place, self.slots) or () for place in places)) or None
         several = len(places) > 1
+        if self._context.get_start_method() == "forkserver":
+            _start_fork_server()
         try:
             return _Worker(self._context, cores, gpus, several=several)
         except (OSError, EOFError):  # the server that forks workers was killed; the next try starts another
@@ -128,6 +131,16 @@ class LocalEngine:
         for worker in self._distinct():
             if worker.key == key:
                 worker.ask_to_leave()
+
+
+def _start_fork_server() -> None:
+    """Start the server that forks workers, if it does not run, without the signals of a terminal.
+
+    While it loads torch it would print a traceback on Ctrl-C; later it ignores it by itself.
+    """
+    resource_tracker.ensure_running()  # what the server starts first else, and lets the signals through again
+    with held_back():
+        forkserver.ensure_running()
 
 
 def _fork_server_has_an_address() -> bool:
