@@ -45,8 +45,6 @@ _STUDIED = {name: f"{STUDY}/{pattern}" for name, pattern in _RUN.items()} | {
     "stores of a study": f"{STUDY}/data/*/*",
 }
 
-_RETRY = "`tutelage study retry DIR` lets them be tried again"
-
 KINDS: dict[str, dict[str, str]] = {
     "train": _STORE,
     "resume": _STORE
@@ -80,19 +78,13 @@ def corrupt(world: World, dice: random.Random, name: str, _: int) -> Verdict:
     DAMAGES[damage](path, dice, files)
     where = str(path.relative_to(world.place))
     outcome = run(world.arguments(task), world.place, ranks=task.ranks)
-
-    def mend() -> None:
-        put_back(kept, path)
-        if _RETRY in outcome.err:  # a failed run is not tried again unasked: it may have cost hours
-            run(["study", "retry", STUDY], world.place)
-
     return judge(
         world,
         task,
         outcome,
         f"{damage} of {where}",
         names=(path.name, path.parent.name),
-        mend=mend,
+        mend=lambda: put_back(kept, path),
         # What is there already, and nobody asked to look at, may stay as it is.
         ignored=where,
     )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from campaigns.world import Task, World
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGINT)
-_LAUNCHER_SECONDS = {signal.SIGTERM: 2.0, signal.SIGKILL: 32.0}
-"""When a launcher ends the processes that another one has left alone."""
+_LAUNCHER_SECONDS = 2.0
+"""How long a launcher waits before it ends the processes that another one has left alone."""
 _END_SECONDS = 60.0
 _ENDINGS = {0, 1, 2, 130, *(-number for number in SIGNALS)}
 """Exit codes of a command that got a signal; a process whose partner was killed ends with an error."""
@@ -93,15 +93,14 @@ def _command_line(process: int) -> str:
 
 
 def _end_as_a_launcher_does(command: Command) -> Outcome:
-    """Wait; end the processes that are left alone by one that died, by SIGTERM and later by SIGKILL."""
-    alone, due = None, dict(_LAUNCHER_SECONDS)
+    """Wait; end the processes that are left alone by one that died."""
+    alone = None
     while not command.poll() and time.monotonic() < command.began + _END_SECONDS:
         if alone is None and any(code is not None for code in command.processes.values()):
             alone = time.monotonic()
-        for number, seconds in list(due.items()):
-            if alone is not None and time.monotonic() > alone + seconds:
-                del due[number]
-                command.send(number)
+        if alone is not None and time.monotonic() > alone + _LAUNCHER_SECONDS:
+            command.send(signal.SIGTERM)
+            alone = time.monotonic() + _END_SECONDS
         time.sleep(0.02)
     return command.wait(_END_SECONDS)
 

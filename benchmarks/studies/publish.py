@@ -102,7 +102,7 @@ def _is_of(table: pl.DataFrame, path: Path) -> bool:
     try:
         again = pl.read_csv(io.StringIO(table.write_csv()), infer_schema_length=None)
         found = pl.read_csv(path, schema_overrides=again.schema)
-        assert_frame_equal(found, again, rel_tol=1e-9, abs_tol=1e-12)
+        assert_frame_equal(found, again, rel_tol=1e-12, abs_tol=1e-13)
     except (AssertionError, pl.exceptions.PolarsError):
         return False
     return True

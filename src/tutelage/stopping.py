@@ -82,9 +82,6 @@ def leave_signals_to_parent() -> None:
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Hold back what a terminal sends until the block ends; a process that is started in it never gets it."""
-    if sys.platform == "win32":
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_TERMINALS)
     try:
         yield

@@ -194,7 +194,7 @@ def _wrong_record(file: Path) -> str | None:
     except UnreadableError as error:
         return error.reason
     if file.parent.name == "overlap" and fields.get("name") != file.name:
-        return f"another file's: its name was {fields.get('name')}"
+        return f"another file's, or of an older version: its name is {fields.get('name')}"
     own = _RECORDS.get(file.name)
     return None if own is None or own in fields else f"another file's: it has no '{own}'"
 

@@ -258,8 +258,7 @@ def kept(
     with contextlib.suppress(UnreadableError):
         fields = read_sealed(path)
         if fields.get("name") == path.name:  # else an intact file in the place of another
-            kept_before: list[Any] = fields["found"]
-            return kept_before
+            return list(fields["found"])
     found = find()
     write_sealed(make_directory(path.parent) / path.name, {"name": path.name, **about, "found": found})
     return found

@@ -285,3 +285,32 @@ def test_a_finished_run_that_has_vanished_is_trained_again(make_config, tmp_path
     (tmp_path / "queue" / "leases" / "x.json").write_text("")
     run([teacher, student], tmp_path)
     assert (weights(teacher), weights(student)) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked from a server on Linux alone")
+def test_ctrl_c_while_the_fork_server_loads_is_no_traceback():
+    """Sent again and again, from its start until a worker has worked."""
+    script = """
+import os, signal, threading, time
+from multiprocessing import forkserver, get_context
+from tutelage.study.engines import local
+
+def send():
+    while not done.wait(0.05):
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
+
+if __name__ == "__main__":
+    local.LocalEngine(1, [])
+    local._start_fork_server()
+    done = threading.Event()
+    thread = threading.Thread(target=send)
+    thread.start()
+    worker = get_context("forkserver").Process(target=time.sleep, args=(0.1,))
+    worker.start()
+    worker.join()
+    done.set()
+    thread.join()
+    print(worker.exitcode)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

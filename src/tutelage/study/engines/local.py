@@ -88,8 +88,6 @@ class LocalEngine:
         gpus = [self._gpus[place % len(self._gpus)] for place in places] if self._gpus else None
         cores = set().union(*(_share(place, self.slots) or () for place in places)) or None
         several = len(places) > 1
-        if self._context.get_start_method() == "forkserver":
-            _start_fork_server()
         try:
             return _Worker(self._context, cores, gpus, several=several)
         except (OSError, EOFError):  # the server that forks workers was killed; the next try starts another
@@ -163,6 +161,8 @@ class _Worker:
         leave, self._lifeline = context.Pipe(duplex=False)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, leave, cores, gpus), daemon=True)
+        if context.get_start_method() == "forkserver":
+            _start_fork_server()
         self.process.start()
         theirs.close()
         leave.close()
