@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage import processes
 from tutelage.errors import DiskError, Stopped, UserError, one_line
 from tutelage.files import LockedError
+from tutelage.stopping import ended_in_waits, last_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -83,6 +84,11 @@ def together(seconds: int = DEFAULT_SECONDS) -> Iterator[dict[str, object]]:
     shared = _SHARED.get(verdict["kind"], UserError)(verdict["text"])
     shared.shared = True
     raise shared from error
+
+
+def waiting_for_others() -> contextlib.AbstractContextManager[None]:
+    """Let a signal to stop end this process though torch waits for the others, one of which may be dead."""
+    return ended_in_waits(last_line() if processes.place().is_main else "")
 
 
 def last_words(error: Exception) -> str | None:
@@ -221,7 +227,8 @@ def meeting_place() -> Store:
 
     place = processes.place()
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=DEFAULT_SECONDS)))
+        with waiting_for_others():
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=DEFAULT_SECONDS)))
         store = PrefixStore("tutelage", store)
         name = _call_all(store, place) if place.is_main else _answer(store, place)
     except (DistError, RuntimeError, ValueError, TimeoutError) as error:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
+import socket
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -21,6 +23,16 @@ if sys.platform != "win32":
     _OF_TERMINALS.append(signal.SIGHUP)  # it was closed
 _SIGNALS = [*_OF_TERMINALS, signal.SIGTERM]
 _AGAIN_SECONDS = 0.01
+_DEAF_SECONDS = 1.0
+"""How long the handlers have before a call that keeps Python from running them counts as stuck."""
+
+EXIT_CODE = 130
+"""Exit code of a process that was stopped."""
+
+
+def last_line(where: str = "") -> str:
+    """What is printed when a command was stopped, after "step 12 of 100" for example."""
+    return f"\nstopped{f' {where}'.rstrip()}; run the same command again to resume\n"
 
 
 @contextlib.contextmanager
@@ -63,6 +75,44 @@ def stop_signal() -> Iterator[threading.Event]:
     event = threading.Event()
     with _handled(lambda *_: event.set()):
         yield event
+
+
+@contextlib.contextmanager
+def ended_in_waits(line: str) -> Iterator[None]:
+    """Let a signal that Python handles end the process, if a call that Python cannot interrupt goes on.
+
+    For calls of a library that wait for other processes, with nothing half done: for want of one of them they
+    can take minutes to return, and handlers run only then.
+
+    Args:
+        line: printed at such an end.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers are another's
+        yield
+        return
+    over = threading.Event()
+    ear, mouth = socket.socketpair()
+    with ear, mouth:
+        mouth.setblocking(False)
+        watch = threading.Thread(target=_watch, args=(ear, over, line), daemon=True)
+        watch.start()
+        before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            over.set()
+            mouth.shutdown(socket.SHUT_WR)
+            watch.join()
+
+
+def _watch(ear: socket.socket, over: threading.Event, line: str) -> None:
+    """End the process a moment after a signal came, unless `over` is set; what comes is its number."""
+    while heard := ear.recv(1):
+        if heard[0] in _SIGNALS and not over.wait(_DEAF_SECONDS):
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
 
 
 def _send(thread: int, number: int) -> None:

@@ -114,6 +114,20 @@ def test_a_killed_rank_is_named(training):
     assert (process.returncode, out) == (1, "")
 
 
+@pytest.mark.parametrize("where", ["store", "group", "checkpoints"])
+def test_a_process_that_waits_for_a_dead_one_hears_a_signal_to_stop(make_config, tmp_path, where):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+    script = Path(__file__).parents[1] / "support" / "deserted_rank.py"
+    done = subprocess.run([sys.executable, str(script), str(file), where],
+                          capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    code, seconds = done.stdout.split()[-2:]
+    assert int(code) == 130
+    assert float(seconds) < 5
+    assert done.stderr == "\nstopped; run the same command again to resume\n"
+
+
 def test_a_signal_is_passed_on_and_the_run_can_go_on(training):
     process, directory = training
     process.send_signal(signal.SIGTERM)

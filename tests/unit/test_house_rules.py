@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "processes": {"errors"},
     "stopping": set(),
-    "agreement": {"errors", "files", "processes"},
+    "agreement": {"errors", "files", "processes", "stopping"},
     "launch": {"errors", "processes"},
     "names": {"errors", "config"},
     "installed": set(),

@@ -23,7 +23,7 @@ from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
 from tutelage.files import NO_SPACE, errno_of, no_space
 from tutelage.processes import place
-from tutelage.stopping import interruptible
+from tutelage.stopping import EXIT_CODE, interruptible, last_line
 
 _UNLESS_ASKED = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # asks a service of the Hub to unpickle weights
@@ -84,8 +84,8 @@ def main() -> None:
             app()
     except (Stopped, KeyboardInterrupt) as stopped:  # the latter before a command has begun
         if place().is_main:
-            sys.stderr.write(f"\nstopped{f' {stopped}'.rstrip()}; run the same command again to resume\n")
-        sys.exit(130)
+            sys.stderr.write(last_line(str(stopped)))
+        sys.exit(EXIT_CODE)
     except Exception as error:
         wrong = _wrong_input(error)
         if wrong is None and place().size == 1:

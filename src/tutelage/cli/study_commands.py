@@ -167,8 +167,9 @@ def study_run(
 ) -> None:
     """Run a study, or what is left of it, and judge it.
 
-    Stopped or killed, the same command resumes. Several of them, also on machines that share the directory,
-    share the work: each run is done once, and what a killed one had begun is taken over.
+    Stopped or killed, the same command resumes; runs that failed it tries again. Several of them, also on
+    machines that share the directory, share the work: each run is done once, and what a killed one had begun
+    is taken over.
     """
     from tutelage.study.engines.local import default_cohort, local_engine, study_device
     from tutelage.study.presets import load_study

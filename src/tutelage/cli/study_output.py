@@ -102,8 +102,10 @@ def print_status(status: Status, directory: Path) -> None:
         )
     say("runs", directory / "runs")
     todo = "`tutelage study run` with the same file resumes"
-    if status.failed:
-        todo = f"mend what failed, then `tutelage study retry {directory}` and `tutelage study run`"
+    if status.failed and status.active:
+        todo = f"mend what failed, then `tutelage study retry {directory}`: runners at work take it up"
+    elif status.failed:
+        todo = "mend what failed, then `tutelage study run` with the same file tries it again"
     elif not status.counts.keys() - {"done"}:
         todo = f"`tutelage report {directory}`"
     elif status.active:

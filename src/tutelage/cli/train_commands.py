@@ -180,11 +180,12 @@ def _launch(several: int, module: list[str]) -> None:
     """Run the command in several processes; exit as the one that failed, and say so if it could not."""
     from tutelage.errors import Stopped
     from tutelage.launch import describe, launch
+    from tutelage.stopping import EXIT_CODE
 
     try:
         failed = launch(several, module)
     except Stopped:  # they have said so
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_CODE) from None
     for rank, status in failed.items():
         if status < 0:
             typer.echo(f"error: rank {rank}: {describe(status)}", err=True)

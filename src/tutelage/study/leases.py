@@ -73,8 +73,7 @@ class Failures:
         """Record a failed attempt at a run that the caller holds."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         attempt = Attempt(time=now, host=socket.gethostname(), error=error, step=step)
-        path = make_directory(self._directory) / f"{run}.json"
-        write_sealed(path, {"attempts": [one.model_dump() for one in [*_attempts(path), attempt]]})
+        self._write(run, [*_attempts(make_directory(self._directory) / f"{run}.json"), attempt])
 
     def attempted(self) -> set[str]:
         """Runs with a failed attempt."""
@@ -90,6 +89,19 @@ class Failures:
             if sum(one.step == attempts[-1].step for one in attempts) > self._retries
         }
 
+    def forgive(self) -> list[str]:
+        """Let runs that have failed for good be tried once more, and return them.
+
+        The other attempts stay, so that a run that took others with it is tried alone again.
+        """
+        runs = [*self.marked()]
+        for run in runs:
+            if self._retries:
+                self._write(run, self._read[run][1][-self._retries :])
+            else:
+                self.clear(run)
+        return runs
+
     def clear(self, run: str) -> bool:
         """Forget the attempts at a run; False if it has none."""
         path = self._directory / f"{run}.json"
@@ -97,6 +109,9 @@ class Failures:
             return False
         path.unlink(missing_ok=True)
         return True
+
+    def _write(self, run: str, attempts: list[Attempt]) -> None:
+        write_sealed(self._directory / f"{run}.json", {"attempts": [one.model_dump() for one in attempts]})
 
     def _refresh(self) -> None:
         found = {}
@@ -219,6 +234,15 @@ class Leases:
             return None
         runner = read_runner(self._runners / f"{self._read[run][1].owner}.json")
         return None if runner is None or is_gone(runner) else f"{runner.host} process {runner.pid}"
+
+    def others_at_work(self) -> bool:
+        """Whether another runner that seems to live holds a run."""
+        for _, lease in self._read.values():
+            if lease.state == "held" and lease.owner != self.token:
+                runner = read_runner(self._runners / f"{lease.owner}.json")
+                if runner is not None and not is_gone(runner) and not is_silent(runner):
+                    return True
+        return False
 
     def acquire(self, run: str, recipe: str) -> bool:
         """Take a free run; False if another runner was faster."""

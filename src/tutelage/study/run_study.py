@@ -36,7 +36,8 @@ class RunnerOptions:
     """Options of a runner, none of which changes results.
 
     Attributes:
-        retries: further attempts at a run after one that failed without getting further.
+        retries: further attempts at a run after one that failed without getting further; a runner that starts
+            while no other is at work gives runs that have failed for good one more.
         cohort: largest number of students of one teacher and seed that train together.
     """
 
@@ -74,7 +75,8 @@ def run_study(
             for line in check_texts(nodes):
                 progress.note(line)
             _publish(directory, plan_of(expanded, nodes), leases)
-        run_all(nodes, engine, leases, Failures(directory, options.retries), progress, options.cohort)
+            failures = _failures(directory, options.retries, leases, progress)
+        run_all(nodes, engine, leases, failures, progress, options.cohort)
 
 
 def build_stores(
@@ -146,6 +148,15 @@ def _preparation_lock(
         return leases.is_asked_to_stop()
 
     return lock_when_free(directory / "lock", f"study {directory}", wait)
+
+
+def _failures(directory: Path, retries: int, leases: Leases, progress: Progress) -> Failures:
+    """The failed attempts; unless others are at work, each run that has failed gets one more."""
+    failures = Failures(directory, retries)
+    leases.refresh()
+    if not leases.others_at_work() and (again := failures.forgive()):
+        progress.note(f"failed before, and tried again: {', '.join(again)}")
+    return failures
 
 
 def _publish(directory: Path, plan: Plan, leases: Leases) -> None:

@@ -76,7 +76,7 @@ def run_all(
         rest = f"; the other {finished} are finished and kept" if finished else ""
         raise UserError(
             f"{len(state.failed)} of {len(nodes)} runs failed{rest}\n{lines}\n"
-            "`tutelage study retry DIR` lets them be tried again"
+            "mend what failed; the same command tries these runs again"
         )
 
 

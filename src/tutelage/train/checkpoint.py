@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
+from tutelage import agreement
 from tutelage.checksums import FileSum
 from tutelage.errors import DiskError, UserError
 from tutelage.files import NO_SPACE, refuse_links
@@ -133,7 +134,8 @@ class Checkpoints:
             UserError: the checkpoint is damaged, or of another run, model or version.
         """
         if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            with agreement.waiting_for_others():
+                self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         if self._world.is_main:
             refuse_links(self._directory.checkpoints)
             remove_unfinished(self._directory.checkpoints)

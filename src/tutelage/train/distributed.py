@@ -84,18 +84,20 @@ def _join(
 ) -> DeviceMesh:
     """Make the process group and the mesh; a message that takes longer than `wait` ends the process."""
     on_cuda = device.type == "cuda"
+    store = PrefixStore(f"group {next(_GROUPS)}", agreement.meeting_place())
     try:
-        if not dist.is_initialized():
-            dist.init_process_group(
-                # Checkpoints that are written in the background exchange messages on the CPU.
-                "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-                timeout=wait,
-                store=PrefixStore(f"group {next(_GROUPS)}", agreement.meeting_place()),
-                rank=place.rank,
-                world_size=place.size,
-                device_id=device if on_cuda else None,
-            )
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
+        with agreement.waiting_for_others():
+            if not dist.is_initialized():
+                dist.init_process_group(
+                    # Checkpoints that are written in the background exchange messages on the CPU.
+                    "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+                    timeout=wait,
+                    store=store,
+                    rank=place.rank,
+                    world_size=place.size,
+                    device_id=device if on_cuda else None,
+                )
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES)
     except dist.DistError as error:  # two processes on one GPU, for example
         raise UserError(f"the processes cannot exchange messages: {one_line(error)}") from None
     for group in mesh.get_all_groups():  # new groups take torch's own timeout, not that of all processes

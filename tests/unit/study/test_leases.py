@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -150,6 +151,40 @@ def test_only_attempts_without_progress_count(tmp_path):
     assert failures.marked() == {}
     assert failures.attempted() == set()
     assert not failures.clear("run")
+
+
+@pytest.mark.parametrize(("retries", "kept"), [(0, []), (1, ["b"]), (2, ["a", "b"])])
+def test_a_run_that_is_forgiven_has_one_attempt_left(tmp_path, retries, kept):
+    failures = Failures(tmp_path, retries)
+    failures.add("unlucky", "once", 0)
+    for error in ["got further", "a", "b"] if retries < 2 else ["got further", "a", "a", "b"]:
+        failures.add("run", error, 0 if error == "got further" else 10)
+    assert "run" in failures.marked()
+    failures.forgive()
+    assert "run" not in failures.marked()
+    path = tmp_path / "queue" / "failures" / "run.json"
+    assert [one["error"] for one in (json.loads(path.read_text())["attempts"] if kept else [])] == kept
+    assert ("run" in failures.attempted()) == bool(kept)  # and is tried alone
+    assert ("unlucky" in failures.attempted()) == (retries > 0)
+    failures.add("run", "again", 10)
+    assert failures.marked()["run"] == "again"
+
+
+def test_others_are_at_work_if_they_hold_a_run_and_live(tmp_path):
+    with Leases(tmp_path, BEAT) as one, Leases(tmp_path, BEAT) as two:
+        one.acquire("mine", "recipe")
+        one.refresh()
+        assert not one.others_at_work()  # it may wait, as one that has just started does
+        two.acquire("theirs", "recipe")
+        one.refresh()
+        assert one.others_at_work()
+        two.release("theirs", done=False)
+        one.refresh()
+        assert not one.others_at_work()
+        two.acquire("theirs", "recipe")
+    with Leases(tmp_path, BEAT) as three:  # both ended without releasing anything
+        three.refresh()
+        assert not three.others_at_work()
 
 
 def test_the_queue_of_an_older_version_is_one_line_with_the_remedy(tmp_path):

@@ -13,6 +13,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+from tiny_study import run_tiny, tiny_study
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.errors import DiskError, Stopped, UserError
@@ -109,6 +110,30 @@ def test_runs_wait_for_what_they_need_and_failures_stop_only_dependants(make_con
     with pytest.raises(UserError, match="2 of 4"):  # tried again, and broken again
         run(nodes, tmp_path, retries=0)
     assert len(failures.attempted()) == 1
+
+
+def test_runs_that_failed_by_a_damaged_teacher_go_on_by_the_same_command_once_it_is_mended(tmp_path):
+    study, failures = tiny_study(), tmp_path / "queue" / "failures"
+    run_tiny(study, tmp_path)
+    (student,) = (tmp_path / "runs").glob("*-alpha-*")
+    (teacher,) = (tmp_path / "runs").glob("teacher-*")
+    whole = (student / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(student)
+    weights_of_teacher = teacher / "model" / "model.safetensors"
+    kept = weights_of_teacher.read_bytes()
+    weights_of_teacher.write_bytes(kept[:-4] + b"ruin")
+    for attempts in (2, 2):  # one more each time, and no more are kept than decide
+        with pytest.raises(UserError, match=r"1 of 3 runs failed[\s\S]*model\.safetensors.*\n.*same command"):
+            run_tiny(study, tmp_path)
+        assert len(json.loads((failures / f"{student.name}.json").read_text())["attempts"]) == attempts
+    weights_of_teacher.write_bytes(kept)
+    with Leases(tmp_path) as other:
+        assert other.acquire("a run of another seed", "recipe")
+        with pytest.raises(UserError, match="1 of 3 runs failed"):  # the mark is for those at work, too
+            run_tiny(study, tmp_path)
+    assert not (student / "state.json").exists()
+    run_tiny(study, tmp_path)
+    assert (student / "model" / "model.safetensors").read_bytes() == whole
 
 
 class Instant:
