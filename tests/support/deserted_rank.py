@@ -24,18 +24,18 @@ from tutelage.config.run_config import RunConfig
 from tutelage.run import run
 from tutelage.stopping import interruptible
 
+RENDEZVOUS = sys.modules["torch.distributed.rendezvous"]  # the package has a function of that name
 CALLS = {
-    "store": (sys.modules["torch.distributed.rendezvous"], "_create_c10d_store"),
-    "group": (dist, "init_process_group"),
-    "checkpoints": (dist, "new_group"),
+    "store": (RENDEZVOUS, RENDEZVOUS._create_c10d_store),
+    "group": (dist, dist.init_process_group),
+    "checkpoints": (dist, dist.new_group),
 }
-"""Calls that return when the other process makes them too, by what they make."""
+"""Calls that return when the other process makes them too, with their modules, by what they make."""
 
 
 def desert(config, where, reached):
     """Run; the second process dies instead of the call, the first says that it makes it."""
-    module, name = CALLS[where]
-    call = getattr(module, name)
+    module, call = CALLS[where]
 
     def called(*arguments, **settings):
         if processes.place().rank == 1:
@@ -43,7 +43,7 @@ def desert(config, where, reached):
         reached.touch()
         return call(*arguments, **settings)
 
-    setattr(module, name, called)
+    setattr(module, call.__name__, called)
     with interruptible():  # as the command line does
         run(config)
 

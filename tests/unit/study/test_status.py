@@ -64,6 +64,9 @@ def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, 
     for part in ("2 done", "3.250", "too hot again", "heartbeat", "75%", "study retry"):
         assert part in text
     assert read_status(tmp_path).counts["stopped"] == 2  # nobody is at it any more
+    with out.capture() as shown:
+        print_status(read_status(tmp_path), tmp_path)
+    assert "study run` with the same file tries it again" in " ".join(shown.get().split())
     assert read_status(tmp_path).runners == []
 
 
