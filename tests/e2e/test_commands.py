@@ -150,6 +150,19 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tutelage, run_file):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root to mount a small tmpfs")
+def test_a_command_does_not_look_for_garbage_in_all_it_loaded_before_it_ends(run_file):
+    """That takes a second; what was frozen is passed over."""
+    script = (
+        "import atexit, gc, sys; sys.argv = ['tutelage', 'train', sys.argv[1], '--plan'];"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 10**5, len(gc.get_objects()) < 10**4));"
+        "from tutelage.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, run_file], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("\nTrue True\n")
+
+
 def test_full_disk_is_one_line_and_nothing_is_lost(tutelage, run_file, tmp_path):
     small = tmp_path / "small"
     small.mkdir()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -78,6 +80,7 @@ def main() -> None:
     """
     for name, value in _UNLESS_ASKED.items():
         os.environ.setdefault(name, value)
+    atexit.register(gc.freeze)  # else Python looks for garbage in all of torch before it ends: a second
     prepare_streams()
     try:
         with interruptible():

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,7 +22,7 @@ from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.progress import NullProgress
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
-from tutelage.study.engines import StoreTask, TaskOutcome
+from tutelage.study.engines import StoreTask, TaskOutcome, local
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.leases import Failures, Leases, ask_to_stop
 from tutelage.study.nodes import Cost, Node
@@ -277,6 +279,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from tutelage.config.data_config import StoreConfig
 from tutelage.study.engines import StoreTask
+from tutelage.study.engines import local
 from tutelage.study.engines.local import LocalEngine
 
 if __name__ == "__main__":
@@ -298,6 +301,36 @@ if __name__ == "__main__":
         )
     assert done.stdout.startswith(f"{forked} "), done.stdout + done.stderr
     assert "nothing" in done.stdout
+
+
+def collected(_):
+    """MB of this process's own memory that looking for garbage has taken."""
+    before = own_megabytes()
+    gc.collect()
+    return str(own_megabytes() - before)
+
+
+def own_megabytes():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) // 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_what_a_worker_is_forked_with_stays_shared(monkeypatch):
+    """Objects are counted in themselves: a collection would copy the memory of all that were loaded."""
+    monkeypatch.setattr(local, "execute", collected)
+    context = multiprocessing.get_context("fork")
+    (leave, lifeline), (connection, theirs) = context.Pipe(duplex=False), context.Pipe()
+    worker = context.Process(target=local._serve, args=(theirs, leave, None, None), daemon=True)
+    gc.unfreeze()  # as a process is that has not been told of any tests
+    worker.start()
+    gc.freeze()
+    connection.send_bytes(b"")
+    assert int(connection.recv_bytes()) < 20
+    lifeline.close()
+    connection.close()
+    worker.kill()
+    worker.join()
 
 
 def test_a_finished_run_that_has_vanished_is_trained_again(make_config, tmp_path):
