@@ -118,9 +118,12 @@ def check_file(path: Path) -> None:
     Raises:
         UnreadableError: it is missing, damaged or no file, or the listing is damaged.
     """
+    _check(path, listed(path.parent).get(path.name, ()))
+
+
+def _check(path: Path, known: tuple[FileSum, ...]) -> None:
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UnreadableError(path.name, "is no file")
-    known = listed(path.parent).get(path.name)
     if known and (reason := difference(path, *known)) is not None:
         raise UnreadableError(path.name, reason.removeprefix("is "))
 
@@ -132,9 +135,9 @@ def refuse_damage(directory: Path, *names: str) -> None:
         UserError: one is missing or damaged, or the listing is.
     """
     try:
-        for name in listed(directory):
+        for name, known in listed(directory).items():
             if name in names or not (names or name == CARD or "/" in name):
-                check_file(directory / name)
+                _check(directory / name, known)
     except UnreadableError as error:
         raise UserError(
             f"{directory}: {error}; delete that directory and run again what made it, or delete its "

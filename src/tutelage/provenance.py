@@ -76,6 +76,7 @@ def code() -> str:
     return ", ".join(parts)
 
 
+@functools.cache
 def installed(package: str) -> str | None:
     """Version of a distribution; None if it is not installed."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tutelage.errors import UserError, in_words, shortened, shown, suggestion
@@ -31,7 +32,7 @@ class WrongSettingsError(UserError, ValueError):
 
 def wrong_settings(kind: type[BaseModel], error: ValidationError, where: str) -> WrongSettingsError:
     """The error for what pydantic found wrong with settings of `kind`; each line begins with `where`."""
-    schema = kind.model_json_schema()
+    schema = _schema(kind)
     found: dict[str, list[str]] = {}
     details = error.errors(include_url=False)
     for detail in details:
@@ -48,6 +49,12 @@ def wrong_settings(kind: type[BaseModel], error: ValidationError, where: str) ->
     ]
     names = dict.fromkeys(field.partition(" = ")[0] for field in found)
     return WrongSettingsError("\n".join(f"{where}: {line}" for line in lines[:_MOST_LINES]), [*names])
+
+
+@cache
+def _schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a config, which takes pydantic tens of milliseconds; for reading alone."""
+    return kind.model_json_schema()
 
 
 def _either(words: Sequence[str]) -> str:
