@@ -114,7 +114,7 @@ def generate(directory: Path, runs: int) -> None:
         directory,
         SEEDS,
         "A generated study",
-        {key: gain(key[2]) for key in wanted},
+        gains={key: gain(key[2]) for key in wanted},
         claims=range(1, 24),
         teachers=teachers,
         sizes=sizes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch.set_num_threads(1)
+
+gc.disable()  # looking for garbage in what is only being loaded takes as long as loading it
+
+
+def pytest_collection_finish():
+    """Collect garbage from here on, except in what all tests' modules have loaded."""
+    gc.freeze()
+    gc.enable()
+
 
 # A shell that starts pytest in the background has it ignore these, and so would everything that it starts.
 for number in (signal.SIGHUP, signal.SIGTERM):

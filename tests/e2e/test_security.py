@@ -175,7 +175,7 @@ def test_the_hook_sees_what_must_not_happen(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "planted.py").write_text("x = 1\n")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "work"), str(tmp_path / "foreign")],
+        [sys.executable, "-B", "-c", code, str(tmp_path / "work"), str(tmp_path / "foreign")],
         capture_output=True,
         text=True,
         check=True,

@@ -85,69 +85,73 @@ def found(function, hidden, head, targets, alpha, objective):
     return sums.kd.cpu(), h.grad.cpu(), w.grad.cpu()
 
 
-def assert_near(measured, expected):
+def assert_near(measured, expected, arithmetic="as here"):
     for mine, true in zip(measured, expected, strict=True):
-        assert float((mine.double() - true).norm() / true.norm()) <= LIMIT
+        assert float((mine.double() - true).norm() / true.norm()) <= LIMIT, arithmetic
 
 
 def logits_of(taught, head):
     return taught.double() @ head.double().T
 
 
-@pytest.fixture(
-    params=[
-        "as here",
-        "as on cuda",
-        pytest.param(
-            "on a gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-        ),
-    ]
-)
-def arithmetic(request, monkeypatch):
-    """The products of this machine, those of CUDA with its roundings by way of float32, and a GPU's own."""
-    if request.param == "on a gpu":
-        monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
-    if request.param == "as on cuda":
+ARITHMETICS = ("as here", "as on cuda", *(("on a gpu",) if torch.cuda.is_available() else ()))
+"""The products of this machine, those of CUDA with its roundings by way of float32, and a GPU's own."""
 
-        def of(hidden_ND, weight_VD):
-            half = hidden_ND.dtype
-            return HeadProducts(weight_VD.to(half), wide_dtype(hidden_ND), half)
 
-        monkeypatch.setattr(HeadProducts, "of", of)
-    return request.param
+def as_on_cuda(hidden_ND, weight_VD):
+    half = hidden_ND.dtype
+    return HeadProducts(weight_VD.to(half), wide_dtype(hidden_ND), half)
+
+
+@pytest.fixture
+def arithmetics(monkeypatch):
+    """Compute in each arithmetic in turn, so that one float64 truth serves all of them."""
+
+    def each():
+        for arithmetic in ARITHMETICS:
+            with monkeypatch.context() as patch:
+                if arithmetic == "on a gpu":
+                    patch.setattr(sys.modules[__name__], "DEVICE", "cuda")
+                if arithmetic == "as on cuda":
+                    patch.setattr(HeadProducts, "of", as_on_cuda)
+                yield arithmetic
+
+    return each
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_dense_targets(problems, divergence, overlap, arithmetic):
+def test_dense_targets(problems, divergence, overlap, arithmetics):
     for dtype in (torch.bfloat16, torch.float16):
         hidden, taught, head = problems[overlap, dtype]
         teacher = logits_of(taught, head)
         for alpha, temperature in ((1.0, 1.0), (0.4, 2.0)):
             objective = Objective(divergence=divergence, temperature=temperature, chunk_tokens=16)
             expected = truth(hidden, head, teacher, alpha, objective)
-            targets = DenseTargets(taught, head)
-            assert_near(found(chunked_objective, hidden, head, targets, alpha, objective), expected)
-            if arithmetic == "as here":
-                assert_near(found(reference_objective, hidden, head, targets, alpha, objective), expected)
+            given = hidden, head, DenseTargets(taught, head), alpha, objective
+            assert_near(found(reference_objective, *given), expected)
+            for arithmetic in arithmetics():
+                assert_near(found(chunked_objective, *given), expected, arithmetic)
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "skew_kl", "tvd"])
-def test_sparse_targets(problems, divergence, overlap, arithmetic):
+def test_sparse_targets(problems, divergence, overlap, arithmetics):
     hidden, taught, head = problems[overlap, torch.bfloat16]
     teacher = logits_of(taught, head)
     top = teacher.softmax(-1).topk(64)
     kept = SparseTargets(top.indices, top.values.float(), (1 - top.values.sum(-1)).float(), torch.zeros(N))
     objective = Objective(divergence=divergence, chunk_tokens=16)
     expected = truth(hidden, head, teacher, 1.0, objective, kept)
-    assert_near(found(chunked_objective, hidden, head, kept, 1.0, objective), expected)
+    for arithmetic in arithmetics():
+        measured = found(chunked_objective, hidden, head, kept, 1.0, objective)
+        assert_near(measured, expected, arithmetic)
 
 
 @pytest.mark.parametrize(
     ("truncation", "k", "p"), [(TopK(k=20), 20, 1.0), (TopP(p=0.95), None, 0.95)], ids=str
 )
-def test_truncated_targets(problems, truncation, k, p, arithmetic):
+def test_truncated_targets(problems, truncation, k, p, arithmetics):
     hidden, taught, head = problems[0.98, torch.bfloat16]
     teacher = logits_of(taught, head)
     ids, logp = most_probable(teacher.log_softmax(-1), k, p)
@@ -155,10 +159,12 @@ def test_truncated_targets(problems, truncation, k, p, arithmetic):
     kept = SparseTargets(ids, probs, 1 - probs.sum(-1), torch.zeros(N))
     objective = Objective(truncation=truncation, chunk_tokens=16)
     expected = truth(hidden, head, teacher, 1.0, objective, kept)
-    assert_near(found(chunked_objective, hidden, head, DenseTargets(taught, head), 1.0, objective), expected)
+    for arithmetic in arithmetics():
+        measured = found(chunked_objective, hidden, head, DenseTargets(taught, head), 1.0, objective)
+        assert_near(measured, expected, arithmetic)
 
 
-def test_sampled_targets(problems, arithmetic):
+def test_sampled_targets(problems, arithmetics):
     hidden, taught, head = problems[0.95, torch.bfloat16]
     teacher = logits_of(taught, head)
     ids = torch.multinomial(
@@ -167,20 +173,22 @@ def test_sampled_targets(problems, arithmetic):
     kept = SparseTargets(ids, torch.full((N, 50), 0.02), torch.zeros(N), torch.zeros(N))  # repeated as drawn
     objective = Objective(tail="none", chunk_tokens=16)
     expected = truth(hidden, head, teacher, 1.0, objective, kept)
-    assert_near(found(chunked_objective, hidden, head, kept, 1.0, objective), expected)
+    for arithmetic in arithmetics():
+        measured = found(chunked_objective, hidden, head, kept, 1.0, objective)
+        assert_near(measured, expected, arithmetic)
 
 
 @pytest.mark.parametrize("scale", [12.0, 40.0])
-def test_over_confident_models(scale, arithmetic):
+def test_over_confident_models(scale, arithmetics):
     hidden, taught, head = near_teacher(0.98, torch.bfloat16, scale)
     teacher = logits_of(taught, head)
     assert teacher.abs().max() > 20 * scale / 12
     for divergence in DIVERGENCES:
         objective = Objective(divergence=divergence, chunk_tokens=16)
         expected = truth(hidden, head, teacher, 0.5, objective)
-        assert_near(
-            found(chunked_objective, hidden, head, DenseTargets(taught, head), 0.5, objective), expected
-        )
+        for arithmetic in arithmetics():
+            measured = found(chunked_objective, hidden, head, DenseTargets(taught, head), 0.5, objective)
+            assert_near(measured, expected, arithmetic)
 
 
 def test_a_float32_head_is_used_as_it_is_under_and_outside_autocast(problems):
@@ -324,14 +332,15 @@ def test_chunks_of_a_whole_batch_are_slices():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_call_without_any_label_has_no_gradient(arithmetic, dtype):
+def test_a_call_without_any_label_has_no_gradient(arithmetics, dtype):
     """A micro-batch of prompts: nothing is multiplied, and the gradients are there, as zeros."""
-    labels = torch.full((5,), IGNORE_INDEX, device=DEVICE)
-    for vocab_size in (None, 7):
-        h, w = (torch.ones(*s, dtype=dtype, device=DEVICE, requires_grad=True) for s in ((5, 4), (9, 4)))
-        targets = DenseTargets(torch.ones(5, 3, dtype=dtype, device=DEVICE), w[:, :3].detach())
-        sums = chunked_objective(h, w, labels, targets, 0.4, Objective(), vocab_size=vocab_size)
-        sums.loss.backward()
-        assert float(sums.loss.detach()) == 0.0
-        assert not h.grad.any()
-        assert not w.grad.any()
+    for arithmetic in arithmetics():
+        labels = torch.full((5,), IGNORE_INDEX, device=DEVICE)
+        for vocab_size in (None, 7):
+            h, w = (torch.ones(*s, dtype=dtype, device=DEVICE, requires_grad=True) for s in ((5, 4), (9, 4)))
+            targets = DenseTargets(torch.ones(5, 3, dtype=dtype, device=DEVICE), w[:, :3].detach())
+            sums = chunked_objective(h, w, labels, targets, 0.4, Objective(), vocab_size=vocab_size)
+            sums.loss.backward()
+            assert float(sums.loss.detach()) == 0.0, arithmetic
+            assert not h.grad.any(), arithmetic
+            assert not w.grad.any(), arithmetic

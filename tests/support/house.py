@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,14 +13,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Module:
-    """One file: its path below the package, its dotted name, its text and what it parses to."""
+    """One file: its path below the package, its dotted name and its text."""
 
     path: str
     name: str
     text: str
-    tree: ast.Module
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """What the text parses to."""
+        return ast.parse(self.text)
 
     @property
     def lines(self) -> int:
@@ -33,26 +38,27 @@ class Module:
 
 
 def read_package(root: Path) -> list[Module]:
-    """Parse every file of the package whose directory is `root`."""
+    """Read every file of the package whose directory is `root`."""
     found = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         parts = [root.name, *relative.with_suffix("").parts]
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         text = path.read_text(encoding="utf-8")
-        found.append(Module(relative.as_posix(), name, text, ast.parse(text)))
+        found.append(Module(relative.as_posix(), name, text))
     return found
 
 
-def imported_names(tree: ast.AST) -> list[str]:
+@cache
+def imported_names(tree: ast.AST) -> tuple[str, ...]:
     """Dotted names of everything imported anywhere in a module, type-only imports included."""
-    names = []
+    names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
-    return names
+    return tuple(names)
 
 
 def import_graph(modules: Iterable[Module]) -> dict[str, set[str]]:

@@ -1,9 +1,13 @@
 """Write a study directory without training: files as of a real study, with effects known in advance."""
 
+import atexit
 import json
 import math
+import shutil
+import tempfile
 from dataclasses import asdict
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -47,22 +51,33 @@ PARAMETERS = 380_000
 VERSION = f"{SCORING_VERSION}-1"
 
 
-def write_study(
-    path, seeds=(43, 44, 45), title="Does a teacher help?", gains=None, description="a teacher", **more
-):
+def write_study(path, seeds=(43, 44, 45), title="Does a teacher help?", **more):
     """Write the study and return `path`.
 
     Args:
         path: where.
         seeds: of every student.
         title: heading.
-        gains: instead of GAINS; keys may begin with the name of a student.
-        description: of every teacher.
-        more: `claims`; `teachers` instead of TEACHERS; `sizes`: (parameters,
+        more: `gains` instead of GAINS, whose keys may begin with the name of a student; `description` of
+            every teacher; `claims`; `teachers` instead of TEACHERS; `sizes`: (parameters,
             tokens) by student; `offsets`: instead of OFFSETS, by seed; `noise`: standard deviation of a
             further offset of each run; `domains` instead of DOMAINS; `documents` of each text and split;
             `points` of each learning curve; `corpus`, name of the training text.
     """
+    if more:
+        return _written(path, seeds, title, **more)
+    return shutil.copytree(_template(tuple(seeds), title), path, dirs_exist_ok=True)
+
+
+@cache
+def _template(seeds, title):
+    """A study that many tests begin with, written once."""
+    directory = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, directory)
+    return _written(Path(directory), seeds, title)
+
+
+def _written(path, seeds, title, *, gains=None, description="a teacher", **more):
     domains = more.get("domains", DOMAINS)
     wanted = {(STUDENT, *k) if len(k) == 2 else k: v for k, v in (GAINS if gains is None else gains).items()}
     trained = more.get("teachers", TEACHERS)

@@ -295,7 +295,7 @@ def test_circles_and_names_used_twice_are_found(planted):
 
 def test_files_that_are_too_short_or_too_long_are_found():
     def module(path, lines):
-        return Module(path, "x", "x = 1\n" * lines, ast.Module([], []))
+        return Module(path, "x", "x = 1\n" * lines)
 
     wrong = [
         ("a.py", MIN_FILE_LINES - 1),

@@ -163,14 +163,19 @@ UNSERVED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def cache(store, tmp_path_factory):
+    """Targets that serve one objective only."""
+    config = {"store": str(store), "teacher": {"kind": "unigram"}, "context_length": 32, "device": "cpu"}
+    kept = {"format": {"ids": 4}, "output": str(tmp_path_factory.mktemp("caches"))}
+    return write_cache(validate(TeachConfig, config | kept, "test"))
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize(("asked", "message"), UNSERVED, ids=[message for _, message in UNSERVED])
 def test_each_run_of_a_cohort_is_checked_against_the_cache(
-    make_config, store, tmp_path, place, asked, message
+    make_config, cache, tmp_path, place, asked, message
 ):
-    config = {"store": str(store), "teacher": {"kind": "unigram"}, "context_length": 32, "device": "cpu"}
-    kept = {"format": {"ids": 4}, "output": str(tmp_path / "caches")}
-    cache = write_cache(validate(TeachConfig, config | kept, "test"))
     taught = {"teacher": {"kind": "cache", "path": str(cache)}, "objective": {"alpha": 0.4}}
     runs = [make_config(name=f"run-{number}", **taught) for number in range(3)]
     runs[place] = make_config(name="unserved", **(taught | {"objective": {"alpha": 0.4} | asked}))
