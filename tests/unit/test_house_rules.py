@@ -36,6 +36,7 @@ MIN_EXPLANATION = 12
 SHORT_FILES = {
     "__main__.py": "`python -m tutelage`, which torchrun needs",
     "cli/main.py": "assembles the command, and does nothing else",
+    "cli/loading.py": "what every command that needs torch begins with",
     "errors.py": "the exceptions, which everything imports",
 }
 """Files under MIN_FILE_LINES, each with its reason. The `__init__` of a directory may be short."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tutelage.cli.loading import loading
 from tutelage.errors import UserError, suggestion
 from tutelage.names import find, kind_of
 
@@ -74,7 +75,9 @@ def score(
     from tutelage.analysis.report.text import print_scores
     from tutelage.analysis.words import score_warnings
     from tutelage.cli.bars import RichProgress, out, say
-    from tutelage.evals.evaluate import EvalRequest, evaluate, select
+
+    with loading():
+        from tutelage.evals.evaluate import EvalRequest, evaluate, select
 
     domains, stores = select(domain or [], suite, store or [])
     request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
@@ -124,8 +127,10 @@ def tasks(
 ) -> None:
     """Ask models questions: accuracy on downstream tasks, by lm-eval's own evaluator."""
     from tutelage.cli.bars import RichProgress
-    from tutelage.evals.evaluated_model import find_models
-    from tutelage.evals.lm_eval import run_downstream
+
+    with loading():
+        from tutelage.evals.evaluated_model import find_models
+        from tutelage.evals.lm_eval import run_downstream
 
     scores: list[Score] = []
     found = find_models(model, output)
@@ -171,9 +176,11 @@ def tokens(
     from tutelage.analysis.figures.token_figures import comparison_figures
     from tutelage.analysis.report.text import print_token_comparison
     from tutelage.cli.bars import RichProgress, out, say
-    from tutelage.evals.evaluate import EvalRequest, select
-    from tutelage.evals.token_comparison import compare_on_texts
     from tutelage.study.token_tables import read_token_comparison
+
+    with loading():
+        from tutelage.evals.evaluate import EvalRequest, select
+        from tutelage.evals.token_comparison import compare_on_texts
 
     domains, stores = select(domain or [], suite, store or []) if domain or suite or store else ({}, {})
     request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
@@ -203,8 +210,10 @@ def probe(
 ) -> None:
     """Probe models: how well they copy in context, drafting for --teacher, and samples to read."""
     from tutelage.cli.bars import RichProgress
-    from tutelage.evals.evaluated_model import find_model, find_models
-    from tutelage.evals.probes import run_probes
+
+    with loading():
+        from tutelage.evals.evaluated_model import find_model, find_models
+        from tutelage.evals.probes import run_probes
 
     found = find_models(model, output)
     judge = find_model(teacher, output) if teacher else None
@@ -237,8 +246,10 @@ def recall(
     models that are no runs, all of the training split counts as read, once.
     """
     from tutelage.cli.bars import RichProgress
-    from tutelage.evals.evaluated_model import find_models
-    from tutelage.evals.recall import run_recall
+
+    with loading():
+        from tutelage.evals.evaluated_model import find_models
+        from tutelage.evals.recall import run_recall
 
     found = find_models(model, output)
     store = find("store", store, "--store") if store else None

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tutelage.cli.loading import loading
 from tutelage.errors import UserError, unknown
 from tutelage.files import write_text
 
@@ -97,10 +98,12 @@ def verify(
     ],
 ) -> None:
     """Read everything in full and compare it with its checksums; exit code 1 if it is not all intact."""
-    from tutelage import verify as checks
     from tutelage.cli.bars import RichProgress, say
     from tutelage.names import completed, find_any
     from tutelage.progress import counter
+
+    with loading():
+        from tutelage import verify as checks
 
     path = completed(path, "path")
     path = path if path.exists() else find_any(str(path))

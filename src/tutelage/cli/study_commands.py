@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tutelage.cli.loading import loading
 from tutelage.errors import UserError, unknown
 from tutelage.files import LockedError, lock
 from tutelage.names import find
@@ -292,11 +293,13 @@ def study_tokens(
     study scores. What is compared already is not compared again; claim 8 reads the result.
     """
     from tutelage.cli.bars import RichProgress, say
-    from tutelage.evals.evaluate import EvalRequest
-    from tutelage.evals.token_comparison import compare_on_texts
     from tutelage.run_directory import RunDirectory
     from tutelage.study.plan import load_plan
     from tutelage.study.token_tables import runs_to_compare
+
+    with loading():
+        from tutelage.evals.evaluate import EvalRequest
+        from tutelage.evals.token_comparison import compare_on_texts
 
     directory = find("study", directory, "study")
     plan = load_plan(directory)

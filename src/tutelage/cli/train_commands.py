@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tutelage.cli.loading import loading
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -105,7 +107,9 @@ def _refuse_words(texts: Sequence[str]) -> None:
 
 def _train(configs: Sequence[RunConfig], command: list[str]) -> None:
     from tutelage.cli.bars import RichProgress, say
-    from tutelage.run import run_cohort  # seconds of torch, which a wrong setting above does not wait for
+
+    with loading():  # seconds of torch, which a wrong setting above does not wait for
+        from tutelage.run import run_cohort
 
     with RichProgress() as progress:
         directories = run_cohort(configs, progress)
@@ -219,8 +223,10 @@ def teach(
 
 def _write(config: TeachConfig) -> None:
     from tutelage.cli.bars import RichProgress, say
-    from tutelage.teachers.cache.cache_writer import write_cache
-    from tutelage.teachers.cache.reader import open_cache
+
+    with loading():
+        from tutelage.teachers.cache.cache_writer import write_cache
+        from tutelage.teachers.cache.reader import open_cache
 
     with RichProgress() as progress:
         path = write_cache(config, progress)
