@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
-gc.disable()  # looking for garbage in what is only being loaded takes as long as loading it
-
-
-def pytest_collection_finish():
-    """Collect garbage from here on, except in what all tests' modules have loaded."""
-    gc.freeze()
-    gc.enable()
-
-
 # A shell that starts pytest in the background has it ignore these, and so would everything that it starts.
 for number in (signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect tests without looking for garbage among what is only being loaded, now or later: twice as fast."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

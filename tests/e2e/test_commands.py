@@ -148,8 +148,6 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tutelage, run_file):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root to mount a small tmpfs")
 def test_a_command_does_not_look_for_garbage_in_all_it_loaded_before_it_ends(run_file):
     """That takes a second; what was frozen is passed over."""
     script = (
@@ -163,6 +161,8 @@ def test_a_command_does_not_look_for_garbage_in_all_it_loaded_before_it_ends(run
     assert done.stdout.endswith("\nTrue True\n")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root to mount a small tmpfs")
 def test_full_disk_is_one_line_and_nothing_is_lost(tutelage, run_file, tmp_path):
     small = tmp_path / "small"
     small.mkdir()

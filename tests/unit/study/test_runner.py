@@ -279,7 +279,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 from tutelage.config.data_config import StoreConfig
 from tutelage.study.engines import StoreTask
-from tutelage.study.engines import local
 from tutelage.study.engines.local import LocalEngine
 
 if __name__ == "__main__":
