@@ -33,7 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Collect tests without looking for garbage among what is only being loaded, now or later: twice as fast."""
+    """Collect tests without looking for garbage among what is loaded, now or later: twice as fast."""
     gc.disable()
     try:
         return (yield)

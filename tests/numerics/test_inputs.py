@@ -69,6 +69,8 @@ def test_inputs_never_change_and_targets_can_be_used_again(kind, dtype):
         Objective(tail="renormalise"),
         Objective(tail="none"),
     ]
+    if kind == "sampled":  # which reverse KL is refused for
+        settings = [one for one in settings if one.divergence != "reverse_kl"]
     if not isinstance(targets, SparseTargets):
         settings += [Objective(truncation=TopK(k=5)), Objective(truncation=TopP(p=0.9))]
     padded = {"vocab_size": V, "transform": LogitTransform(0.5, 30.0)}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tutelage.config.base import Section
 from tutelage.config.objective_config import Objective
 from tutelage.types import (
     IGNORE_INDEX,
     DenseTargets,
     LogitTargets,
+    LogitTransform,
     MeanTargets,
     SparseTargets,
     Targets,
@@ -46,6 +49,7 @@ def check_types(
     objective: object,
     bias_V: object,
     token_weights_N: object,
+    transform: object,
 ) -> None:
     """Raise TypeError, with what to give instead, if an argument is of another kind: the likely mistakes."""
     named = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
@@ -56,12 +60,13 @@ def check_types(
     if targets is not None and not isinstance(targets, Targets):
         raise TypeError(
             f"targets is a {type(targets).__name__}: give LogitTargets(logits), DenseTargets(hidden states, "
-            "head weight), MeanTargets of several of these, SparseTargets(ids, probabilities, ...), or None "
-            "without a teacher"
+            "head weight), MeanTargets of several DenseTargets, SparseTargets(ids, probabilities, ...), or "
+            "None without a teacher"
         )
     named |= _headless_parts(targets) | {name: value for name, value in optional.items() if value is not None}
     for name, value in named.items():
         _check_tensor(name, value)
+    _check_transforms(transform, targets)
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective is a {type(objective).__name__}: give an Objective, "
@@ -76,12 +81,32 @@ def check_types(
     if isinstance(targets, SparseTargets):
         numbers["targets.temperature"] = targets.temperature
     for name, value in numbers.items():
-        if isinstance(value, str) or value is None:
+        if isinstance(value, str | list | tuple | np.ndarray) or value is None:
             raise TypeError(f"{name} {value!r}: must be a number")
 
 
-def check_routing(objective: Objective, gate: Gate | None, alpha: float) -> None:
-    """Raise ValueError if tokens are to be routed to either loss and cannot be."""
+def _check_transforms(transform: object, targets: object) -> None:
+    own = {f"{name}.transform": part.transform for part, name in _dense_parts(targets)}
+    given = {name: value for name, value in own.items() if value is not None}
+    for name, value in ({"transform": transform} | given).items():
+        if not isinstance(value, LogitTransform):
+            raise TypeError(f"{name} is a {type(value).__name__}: give LogitTransform(scale, softcap)")
+
+
+def check_gate(objective: Objective, gate: Gate | None, alpha: float, targets: Targets | None) -> None:
+    """Raise TypeError if `gate` is none, ValueError if it cannot judge these targets or route tokens."""
+    if isinstance(gate, Section | Tensor | str | dict):
+        raise TypeError(f"gate is a {type(gate).__name__}: give make_gate(settings of a gate), or None")
+    if (
+        gate is not None
+        and isinstance(targets, SparseTargets)
+        and targets.temperature != 1
+        and not gate.needs.isdisjoint({"teacher_entropy", "teacher_max"})
+    ):
+        raise ValueError(
+            f"targets.temperature {targets.temperature}: gate {type(gate).__name__} goes by the teacher's "
+            "probabilities at temperature 1, which kept ones cannot be taken to"
+        )
     if objective.mixing != "routed" or alpha == 0:
         return
     if gate is None or gate.share is None:
@@ -213,6 +238,9 @@ def _dense_parts(targets: object) -> list[tuple[DenseTargets, str]]:
         return []
     if not targets.parts:
         raise ValueError("targets.parts (): a mean is of at least one teacher")
+    for place, part in enumerate(targets.parts):
+        if not isinstance(part, DenseTargets):
+            raise TypeError(f"targets.parts[{place}] is a {type(part).__name__}: a mean is of DenseTargets")
     return [(part, f"targets.parts[{place}]") for place, part in enumerate(targets.parts)]
 
 
@@ -232,6 +260,8 @@ def _headless_parts(targets: object) -> dict[str, Tensor]:
 
 def _check_dense(targets: DenseTargets, name: str, n: int, vocab: int, *, cut: bool) -> None:
     _check_rows(f"{name}.hidden", targets.hidden_NE, n)
+    if targets.head_VE.ndim != 2:  # noqa: PLR2004 - two axes
+        raise ValueError(f"{name}.head {tuple(targets.head_VE.shape)}: must be [vocabulary, width]")
     width = targets.head_VE.shape[1]
     if targets.hidden_NE.shape[1] != width:
         raise ValueError(
@@ -295,11 +325,39 @@ def _check_values(
     low, high = int(targets.ids_NK.min()), int(targets.ids_NK.max())
     if low < 0 or high >= vocab:
         raise ValueError(f"targets.ids: {low if low < 0 else high} is outside the vocabulary of {vocab}")
+    _check_mass(targets, labels_N, vocab, objective)
+
+
+def _check_mass(targets: SparseTargets, labels_N: Tensor, vocab: int, objective: Objective) -> None:
+    """Check that what tokens with a label are taught are probabilities, and all of them."""
     if float(targets.probs_NK.min()) < 0 or float(targets.tail_N.min()) < 0:
         raise ValueError("targets.probs, targets.tail: must not be negative")
-    mass = float((targets.probs_NK.sum(-1) + targets.tail_N).max())
-    if objective.tail != "none" and mass > 1 + _MASS_TOLERANCE:
+    if float(targets.gold_logp_N.max()) > _MASS_TOLERANCE:
+        raise ValueError("targets.gold_logp: above 0; give the logarithm of the label's probability")
+    if objective.tail == "none":
+        return
+    mass_N = targets.probs_NK.sum(-1, dtype=torch.float64) + targets.tail_N
+    if float(mass_N.max()) > 1 + _MASS_TOLERANCE:
         raise ValueError(
-            f"targets.probs: with the tail they sum to {mass:.4f}, but probabilities sum to at most 1 "
-            "(weights of samples need Objective(tail='none'))"
+            f"targets.probs: with the tail they sum to {float(mass_N.max()):.4f}, but probabilities sum to "
+            "at most 1 (weights of samples need Objective(tail='none'))"
+        )
+    if objective.tail != "other_bucket" or objective.divergence == "hard_labels":
+        return
+    rounding = _MASS_TOLERANCE + 4 * torch.finfo(targets.probs_NK.dtype).eps
+    lost_N = (mass_N > 0) & (mass_N < 1 - rounding) & (labels_N != IGNORE_INDEX)
+    if lost_N.any():
+        raise ValueError(
+            f"targets.tail: with it the probabilities of token {int(lost_N.nonzero()[0])} sum to "
+            f"{float(mass_N[lost_N][0]):.4f}; give the rest of the mass as its tail, or "
+            "Objective(tail='renormalise')"
+        )
+    if objective.divergence != "reverse_kl":
+        return
+    all_N = (targets.probs_NK > 0).sum(-1) == vocab
+    sure_N = (targets.tail_N == 0) & (mass_N > 0) & ~all_N & (labels_N != IGNORE_INDEX)
+    if sure_N.any():
+        raise ValueError(
+            f"targets.tail: 0 at token {int(sure_N.nonzero()[0])}, and reverse KL from a teacher who is sure "
+            "is infinite; sum the tail from what was dropped, at least torch.finfo(torch.float32).tiny"
         )

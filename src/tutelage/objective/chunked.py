@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from tutelage.objective.checks import check_inputs, check_routing, check_types
+from tutelage.objective.checks import check_gate, check_inputs, check_types
 from tutelage.objective.chunks import LossCall, compute
 from tutelage.objective.compiled import compiled_objective
 from tutelage.objective.products import weight_and_bias
@@ -105,10 +104,12 @@ def chunked_objective(
         hidden_ND: student hidden states after the final norm, a row per token: `.flatten(0, 1)` of [B, T, D].
         weight_VD: the weight of the student's head; `weight_and_bias(head)` takes both from it.
         labels_N: int64 next-token ids, shifted already; -100 where there is no loss.
-        targets: the teacher's distributions for the same tokens; None only with alpha 0.
+        targets: the teacher's distributions for the same tokens, which get no gradient; None only with
+            alpha 0.
         alpha: weight of the divergence, one number in [0, 1].
         objective: divergence, temperature, mixing, label smoothing, z-loss.
-        gate: factor on alpha per token, from `make_gate`; None for 1. `mixing: routed` needs one.
+        gate: factor on alpha per token, from `make_gate`; None for 1. `mixing: routed` needs one. Call its
+            `update` after each optimizer step: it moves the threshold by what the calls since have counted.
         bias_V: the bias of the student's head; None for none.
         transform: of the student's logits, applied after the head.
         vocab_size: entries of the common vocabulary; later rows of either head are padding and take no
@@ -124,8 +125,8 @@ def chunked_objective(
         TypeError: an argument is of another kind; the message says what to give.
         ValueError: naming the argument, its value and what would be right.
     """
-    check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, token_weights_N)
-    check_routing(objective, gate, alpha)
+    check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, token_weights_N, transform)
+    check_gate(objective, gate, alpha, targets)
     call = LossCall(
         labels_N, targets, alpha, objective, gate, transform, vocab_size, token_weights_N, per_token
     )
@@ -169,7 +170,6 @@ class _ChunkedObjective(torch.autograd.Function):
         return loss, *metrics
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any,  # noqa: ANN401 - as above
         grad_loss: Tensor,
@@ -177,6 +177,11 @@ class _ChunkedObjective(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # Scaled in place: a second [V, D] buffer would cost as much memory as the weight itself. Autograd
         # rounds each to the dtype of its input.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: the objective has no second derivative; a penalty on its gradients needs "
+                "a loss of plain torch"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from tutelage.config.base import Section
+from tutelage.objective.sparse import merge_repeats
 from tutelage.types import SparseTargets, Targets
 
 if TYPE_CHECKING:
@@ -62,7 +64,9 @@ def _teacher(teacher_CV: Tensor | None, targets: Targets) -> Tensor:
     if teacher_CV is not None:
         return teacher_CV.softmax(-1)
     assert isinstance(targets, SparseTargets)  # noqa: S101 - dense targets come with their logits
-    return torch.cat([targets.probs_NK, targets.tail_N.unsqueeze(1)], 1)
+    _, mass_NK = merge_repeats(targets.ids_NK, targets.probs_NK)
+    given_NK = targets.ids_NK.argsort(-1).argsort(-1)  # in the order of the slots, so that sums round alike
+    return torch.cat([mass_NK.gather(1, given_NK), targets.tail_N.unsqueeze(1)], 1)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -382,5 +386,10 @@ GATES: dict[str, Callable[[Any], Gate]] = {
 
 
 def make_gate(config: settings.GateConfig | None) -> Gate | None:
-    """Build the gate of `config`, or None."""
+    """Build the gate of `config`, or None; raise TypeError if it is no settings of a gate."""
+    if config is not None and not isinstance(config, Section):
+        raise TypeError(
+            f"gate {config!r}: give settings of tutelage.config.objective_config, for example "
+            "TeacherConfidenceGate(kind='teacher_confidence')"
+        )
     return None if config is None else GATES[config.kind](config)

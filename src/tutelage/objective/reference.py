@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from tutelage.objective.checks import check_inputs, check_routing, check_types
+from tutelage.objective.checks import check_gate, check_inputs, check_types
 from tutelage.objective.divergences import DIVERGENCES
 from tutelage.objective.gates import token_stats, token_weights
 from tutelage.objective.products import dense_logits, wide_dtype
@@ -53,8 +53,8 @@ def reference_objective(
 
     Hidden states and heads are multiplied in float32, whatever their dtype; nothing given is written to.
     """
-    check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, token_weights_N)
-    check_routing(objective, gate, alpha)
+    check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, token_weights_N, transform)
+    check_gate(objective, gate, alpha, targets)
     given = labels_N, targets, alpha, objective
     check_inputs(hidden_ND, weight_VD, *given, bias_V, vocab_size, token_weights_N)
     dtype = wide_dtype(hidden_ND, weight_VD)

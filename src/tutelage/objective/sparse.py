@@ -70,13 +70,18 @@ def most_probable(logp_NV: Tensor, k: int | None, p: float = 1.0) -> tuple[Tenso
 
 
 def truncate_targets(logits_NV: Tensor, labels_N: Tensor, objective: Objective) -> SparseTargets | None:
-    """Dense teacher logits as sparse targets, where the objective truncates or takes hard labels."""
+    """Dense teacher logits as sparse targets, where the objective truncates or takes hard labels.
+
+    None if all of the vocabulary is kept: as sparse targets, probabilities that underflow would be dropped.
+    """
     truncation, t = objective.truncation, objective.temperature
     if objective.divergence == "hard_labels":
         truncation, t = TopK(k=1), 1.0
     if truncation is None:
         return None
     k, p = (truncation.k, 1.0) if isinstance(truncation, TopK) else (None, truncation.p)
+    if p == 1 and k in (None, logits_NV.shape[1]):
+        return None
     gold_N = logits_NV.log_softmax(-1).gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
     return SparseTargets(*truncate((logits_NV / t).log_softmax(-1), k, p), gold_N, t)
 
