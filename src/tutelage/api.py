@@ -146,6 +146,8 @@ def run_study(
         UserError: something in the input is wrong, or some runs failed.
         Stopped: the study was interrupted; the same call resumes.
     """
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise UserError(f"workers = {workers!r}: must be a whole number, at least 1; None chooses one")
     from tutelage.study import run_study as studies  # noqa: PLC0415 - as above
     from tutelage.study.engines.local import default_cohort, local_engine  # noqa: PLC0415 - as above
     from tutelage.study.expand import expand  # noqa: PLC0415 - as above

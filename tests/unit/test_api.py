@@ -55,6 +55,13 @@ def test_what_is_wrong_is_one_line(given, overrides, sentence):
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("workers", [-1, 0, 1.5, True, "2"])
+def test_a_number_of_workers_that_is_none_starts_nothing(workers, tmp_path):
+    with pytest.raises(tt.UserError, match=rf"workers = {workers!r}: must be a whole number, at least 1"):
+        tt.run_study("demo", tmp_path / "study", workers=workers)
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_wrong_config_does_not_wait_for_torch():
     code = (
         "import sys, tutelage as tt\n"
