@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -18,20 +17,21 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.study_config import StudyConfig
 from tutelage.data import build, store
 from tutelage.errors import UserError
-from tutelage.names import find, kind_of, look_up
+from tutelage.names import as_path, find, kind_of, look_up
 from tutelage.progress import NullProgress
 from tutelage.records import UnreadableError, read_lines
+from tutelage.run_directory import RunDirectory
 from tutelage.study.plan import load_plan
 from tutelage.study.results import load_results
 from tutelage.types import Score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.data.store import Store
     from tutelage.progress import Progress
-    from tutelage.run_directory import RunDirectory
 
 
 def build_store(
@@ -54,7 +54,7 @@ def build_store(
     Raises:
         UserError: the config or a source of text is wrong, or the disk too small.
     """
-    return build.build_store(taken(StoreConfig, config, overrides), Path(output), progress)
+    return build.build_store(taken(StoreConfig, config, overrides), as_path(output, "output"), progress)
 
 
 def open_store(directory: Path | str) -> Store:
@@ -94,16 +94,19 @@ def run(
     return run_it(loaded, progress)
 
 
-def load_scores(directory: Path | str) -> pl.DataFrame:
+def load_scores(directory: RunDirectory | Study | Path | str) -> pl.DataFrame:
     """Load the scores of a run, of all runs in a directory, or of a study, a row per `Score`.
 
     Args:
-        directory: of the run, of runs, or of a study; or its name.
+        directory: of the run, of runs, or of a study; its name; or what `run` or `open_study` returned.
 
     Raises:
         UserError: there are no scores, or a file of them is damaged.
     """
-    place = Path(directory)
+    if isinstance(directory, RunDirectory | Study):
+        place = directory.path
+    else:
+        place = as_path(directory, "directory", ", a run or a study")
     if not place.exists():
         found = look_up("run", place, "directory") or look_up("study", place, "directory")
         place = found or find("run", place, "directory")
@@ -146,6 +149,8 @@ def run_study(
         UserError: something in the input is wrong, or some runs failed.
         Stopped: the study was interrupted; the same call resumes.
     """
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise UserError(f"workers = {workers!r}: must be a whole number, at least 1; None chooses one")
     from tutelage.study import run_study as studies  # noqa: PLC0415 - as above
     from tutelage.study.engines.local import default_cohort, local_engine  # noqa: PLC0415 - as above
     from tutelage.study.expand import expand  # noqa: PLC0415 - as above
@@ -153,7 +158,7 @@ def run_study(
 
     preset = isinstance(study, str) and not study.endswith((".yaml", ".yml"))
     loaded = load_study(str(study), overrides) if preset else taken(StudyConfig, study, overrides)
-    directory = Path(output or f"tutelage-{loaded.name}")
+    directory = as_path(output or f"tutelage-{loaded.name}", "output")
     options = studies.RunnerOptions(cohort=default_cohort(loaded))
     engine = local_engine(loaded, workers)
     studies.run_study(expand(loaded), directory, engine, progress or NullProgress(), options)

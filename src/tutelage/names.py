@@ -49,6 +49,22 @@ def kind_of(path: Path) -> DirectoryKind | None:
     return None
 
 
+def as_path(given: object, what: str, others: str = "") -> Path:
+    """Make a path of what a caller in Python gave, where the error of pathlib would name no argument.
+
+    Args:
+        given: a path, or a name.
+        what: the argument, for the message.
+        others: what else it may be.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"{what} is a {type(given).__name__}: give a path or a name{others}")
+    return Path(given)
+
+
 def find(kind: DirectoryKind, path: Path | str, what: str, base: Path | None = None) -> Path:
     """The directory that a path or name stands for, or the path as it is, if it has several parts or exists.
 
@@ -60,9 +76,9 @@ def find(kind: DirectoryKind, path: Path | str, what: str, base: Path | None = N
 
     Raises:
         UserError: several are called so; the message lists them with the settings in which they differ. Or
-            it is a mere name, and nothing is called so.
+            it is a mere name, and nothing is called so; or no path at all.
     """
-    path = Path(path)
+    path = as_path(path, what)
     found = look_up(kind, path, what, base)
     if found is None and len(path.parts) == 1 and path.name and not path.exists():
         raise _unknown(what, path.name, kind, _folders(kind, base))

@@ -168,9 +168,18 @@ class MeanTargets:
 
     Attributes:
         parts: the teachers' distributions for the same tokens.
+
+    Raises:
+        TypeError: `parts` is no tuple or list, the likely mistake being the targets of one teacher.
     """
 
     parts: tuple[DenseTargets, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple | list):
+            raise TypeError(
+                f"parts is a {type(self.parts).__name__}: give a tuple with the DenseTargets of each teacher"
+            )
 
     @property
     def rows_of_head(self) -> int:

@@ -144,6 +144,14 @@ def test_parts_that_do_not_fit_are_named(change, message):
         )
 
 
+@pytest.mark.parametrize("several", [lambda parts: parts[0], iter, lambda _: None])
+def test_parts_that_are_no_tuple_are_refused(several):
+    with pytest.raises(
+        TypeError, match=r"parts is a \w+: give a tuple with the DenseTargets of each teacher"
+    ):
+        MeanTargets(several(Problem().parts))
+
+
 @pytest.mark.slow
 @where_triton_is
 def test_the_triton_kernels_pass_too():

@@ -55,6 +55,29 @@ def test_what_is_wrong_is_one_line(given, overrides, sentence):
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("workers", [-1, 0, 1.5, True, "2"])
+def test_a_number_of_workers_that_is_none_starts_nothing(workers, tmp_path):
+    with pytest.raises(tt.UserError, match=rf"workers = {workers!r}: must be a whole number, at least 1"):
+        tt.run_study("demo", tmp_path / "study", workers=workers)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("given", [None, 7, ["runs"], tt.Objective()])
+def test_what_is_no_path_is_one_line(given, tmp_path):
+    said = rf" is a {type(given).__name__}: give a path or a name"
+    with pytest.raises(tt.UserError, match=f"^store{said}$"):
+        tt.open_store(given)
+    with pytest.raises(tt.UserError, match=f"^study{said}$"):
+        tt.open_study(given)
+    with pytest.raises(tt.UserError, match=f"^directory{said}, a run or a study$"):
+        tt.load_scores(given)
+    with pytest.raises(tt.UserError, match=f"^run{said}$"):
+        tt.find_run(given)
+    if given is not None:
+        with pytest.raises(tt.UserError, match=f"^output{said}$"):
+            tt.run_study("demo", given)
+
+
 def test_a_wrong_config_does_not_wait_for_torch():
     code = (
         "import sys, tutelage as tt\n"
@@ -89,6 +112,8 @@ def test_scores_of_a_run_of_runs_and_of_a_study(tmp_path, monkeypatch):
     some = json.loads(lines[0])
     one = tt.load_scores(place / "runs" / some["run"])
     assert set(one["run"]) == {some["run"]}
+    assert tt.load_scores(tt.find_run(place / "runs" / some["run"])).equals(one)
+    assert tt.load_scores(tt.open_study(place)).equals(whole)
     row = one.filter(domain=some["domain"], split=some["split"], metric=some["metric"]).row(0, named=True)
     assert row == {name: some.get(name) for name in row}
     monkeypatch.chdir(place)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tutelage.config.wrong_settings import wrong_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from pydantic.fields import FieldInfo
 
@@ -193,8 +194,52 @@ TokenCount = Annotated[
 """A token budget that does not depend on a model's size; after validation a number."""
 
 
+def _members(wanted: object) -> list[Any]:
+    """The types of a union, without annotations."""
+    if get_origin(wanted) is Annotated:
+        return _members(get_args(wanted)[0])
+    if get_origin(wanted) in {Union, UnionType}:
+        return [member for part in get_args(wanted) for member in _members(part)]
+    return [wanted]
+
+
+def _with_tuples(value: Any, wanted: Iterable[object]) -> Any:  # noqa: ANN401 - any setting
+    """Make tuples of the lists in `value` that stand where a tuple may; all else stays as it is.
+
+    Strict as it is about other types, pydantic takes a list for a tuple from JSON alone.
+
+    Args:
+        value: a setting, or a section of them.
+        wanted: the types that it may have.
+    """
+    members = [member for one in wanted for member in _members(one)]
+    if isinstance(value, list | tuple):
+        inner = [get_args(member) for member in members if get_origin(member) is tuple]
+        if not inner:
+            return value
+        parts = (
+            _with_tuples(part, [_entry(types, place) for types in inner]) for place, part in enumerate(value)
+        )
+        return tuple(parts)
+    if isinstance(value, dict):
+        fields = [one.model_fields for one in members if isinstance(one, type) and issubclass(one, BaseModel)]
+        every = [get_args(member)[1] for member in members if get_origin(member) is dict]
+        return {
+            key: _with_tuples(part, [*every, *(known[key].annotation for known in fields if key in known)])
+            for key, part in value.items()
+        }
+    return value
+
+
+def _entry(types: Sequence[object], place: int) -> object:
+    """The type of an entry of a tuple, from the arguments of the tuple's type."""
+    return types[0] if types[-1] is Ellipsis else types[min(place, len(types) - 1)]
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values cannot be changed after loading.
+
+    In Python a list is taken wherever a tuple is, as in files.
 
     Raises:
         UserError: made in Python from values that do not fit; a line for each field.
@@ -204,7 +249,7 @@ class Section(BaseModel):
 
     def __init__(self, /, **values: Any) -> None:  # noqa: ANN401 - any setting
         try:
-            super().__init__(**values)
+            super().__init__(**_with_tuples(values, [type(self)]))
         except ValidationError as error:
             raise wrong_settings(type(self), error, type(self).__name__) from None
 

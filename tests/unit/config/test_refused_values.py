@@ -8,8 +8,11 @@ import pytest
 import yaml
 from any_settings import changed
 
+from tutelage.config.alpha_config import PiecewiseAlpha
 from tutelage.config.data_config import StoreConfig
+from tutelage.config.grid import Grid
 from tutelage.config.load import load, to_yaml, validate
+from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.run_config import RunConfig
 from tutelage.config.study_config import StudyConfig
 from tutelage.config.teacher_config import TeachConfig
@@ -84,6 +87,42 @@ def test_the_files_are_right_to_begin_with(kind, tmp_path):
     assert load(kind, path) == validate(kind, TREES[kind], "file.yaml")
     if kind is StudyConfig:
         assert works_of([expand(load(kind, path))])[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_are_taken_in_calls_as_they_are_in_files(kind):
+    assert kind(**TREES[kind]) == validate(kind, TREES[kind], "file.yaml")
+
+
+def test_lists_are_taken_at_any_depth_and_stay_what_they_are_where_anything_may_stand():
+    knots = ObjectiveConfig(alpha={"policy": "piecewise", "knots": [[0.0, 0.1], [1.0, 0.2]]}).alpha
+    assert knots == PiecewiseAlpha(policy="piecewise", knots=((0.0, 0.1), (1.0, 0.2)))
+    mean = {"kind": "mean", "of": [{"kind": "unigram"}, {"kind": "run", "run": "a"}]}
+    assert [one.kind for one in TeachConfig(store="s", teacher=mean).teacher.of] == ["unigram", "run"]
+    sources = ({"kind": "files", "paths": ["a.txt"]},)
+    assert StoreConfig(name="s", sources=sources).sources[0].paths == ("a.txt",)
+    cross = [{"product": {"teacher": ["t"]}}, {"zip": {"objective.gate": [["x"], "y"]}}]
+    grid = Grid(cross=cross, exclude=[{"objective.gate": ["y", "z"]}])
+    assert grid.points() == [{"teacher": "t", "objective.gate": ["x"]}]
+    study = StudyConfig(**changed(TREES[StudyConfig], ("run", "optim"), {"betas": [0.9, 0.99]}))
+    assert study.run["optim"] == {"betas": [0.9, 0.99]}
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "sentence"),
+    [
+        (("seed",), "3", "RunConfig: seed = '3': must be a whole number"),
+        (("eval", "recall"), 1, "RunConfig: eval.recall = 1: must be"),
+        (("optim", "betas"), ["0.9", 0.99], r"RunConfig: optim.betas.0 = '0.9': must be a number"),
+        (("optim", "betas"), [0.9], r"RunConfig: optim.betas"),
+        (("optim", "betas"), {0.9, 0.99}, "RunConfig: optim.betas: must be a list"),
+        (("eval", "domains"), "text", "RunConfig: eval.domains = 'text': must be a list"),
+        (("name",), ["a"], "RunConfig: name: must be text"),
+    ],
+)
+def test_other_types_stay_strict_in_calls(at, value, sentence):
+    with pytest.raises(UserError, match=sentence):
+        RunConfig(**changed(TREES[RunConfig], at, value))
 
 
 @pytest.mark.parametrize(

@@ -152,11 +152,26 @@ def test_a_sparse_cache_has_no_head(written):
 
 
 @pytest.mark.parametrize(
-    ("starts", "length"), [([16], 32), ([0, 33], 32), ([-32], 32), ([0], 24), ([0], 64), ([10**9], 32)]
+    ("starts", "length"),
+    [
+        ([16], 32),
+        ([0, 33], 32),
+        ([-32], 32),
+        ([0], 24),
+        ([0], 64),
+        ([10**9], 32),
+        ([0], 0),
+        ([0], -32),
+    ],
 )
 def test_places_outside_the_grid_are_refused(written, starts, length):
     with pytest.raises(ValueError, match="contexts of 32"):
         open_cache(written).read(starts, length)
+
+
+def test_no_places_at_all_are_refused(written):
+    with pytest.raises(ValueError, match="at least one place"):
+        open_cache(written).read([], 32)
 
 
 def test_more_shards_than_may_be_open_and_many_threads(written, monkeypatch):

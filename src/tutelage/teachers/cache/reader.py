@@ -92,12 +92,15 @@ class Cache:
 
         Raises:
             UserError: a block is damaged; the message names file and tokens.
-            ValueError: a start or the length is outside the grid, or beyond the split.
+            ValueError: a start or the length is outside the grid, or beyond the split; or there is no start.
         """
+        if len(starts) == 0:
+            raise ValueError("no starts: give at least one place to read from")
         layout = self.manifest.layout
         last = layout.positions - length
+        divides = length > 0 and layout.context_length % length == 0  # a negative number divides too
         for start in starts:
-            if layout.context_length % length or start % length or not 0 <= start <= last:
+            if not divides or start % length or not 0 <= start <= last:
                 raise ValueError(
                     f"start {start}, length {length}: the cache has contexts of {layout.context_length} "
                     f"and {layout.positions} positions"
