@@ -238,7 +238,8 @@ def study_stop(directory: Directory) -> None:
 
     directory = find("study", directory, "study")
     asked, left = stop_study(directory)
-    still = f"; {left} still at it: look again with `tutelage study status {directory}`" if left else ""
+    look = f"`tutelage study status {shlex.quote(str(directory))}`"
+    still = f"; {left} still at it: look again with {look}" if left else ""
     say(
         "asked",
         f"{asked} runner{'s' * (asked != 1)} to stop{still}" if asked else "nobody: no runner is at work",
@@ -246,9 +247,7 @@ def study_stop(directory: Directory) -> None:
     say("runs", directory / "runs")
     say(
         "next",
-        "`tutelage study run` with the same file resumes"
-        if asked
-        else f"`tutelage study status {directory}`",
+        "`tutelage study run` with the same file resumes" if asked else look,
     )
 
 
@@ -264,7 +263,7 @@ def study_retry(
     directory = find("study", directory, "study")
     if not (cleared := retry_runs(directory, run or [])):
         say("again", "nothing: nothing had failed")
-        say("next", f"`tutelage study status {directory}`")
+        say("next", f"`tutelage study status {shlex.quote(str(directory))}`")
         return
     for one in cleared:
         say("again", one)
@@ -324,7 +323,7 @@ def study_tokens(
             student, learned, baseline, sorter = models
             compare_on_texts(student, learned, baseline, sorter, request, progress)
     say("compared", f"{len(compared)} students on {len(asked)} texts: {directory / 'token-comparisons'}")
-    say("next", f"`tutelage report {directory}`")
+    say("next", f"`tutelage report {shlex.quote(str(directory))}`")
 
 
 def _number(text: str, where: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,7 +199,8 @@ def measured_loss(files: Iterable[Path]) -> Prediction | None:
 
 
 def _unmeasured(text: str, store: str) -> UserError:
+    typed = shlex.join([text, "--store", f"{TEXT}={store}"])
     return UserError(
         f"--teacher {text}: its loss on the student's text is not known; measure it: "
-        f"`tutelage eval score {text} --store {TEXT}={store}`, then plan again"
+        f"`tutelage eval score {typed}`, then plan again"
     )
