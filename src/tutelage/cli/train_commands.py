@@ -117,11 +117,15 @@ def _train(configs: Sequence[RunConfig], command: list[str]) -> None:
         say("run", directory.path)
         say(
             "model",
-            directory.model if directory.is_trained() else "not here: these are results of another machine",
+            directory.model if directory.is_trained() else "not here: only its results are",
         )
         if directory.scores.exists():
             _say_scores(config, directory)
-    say("next", _next(configs[0], directories[0], command))
+    lacking = [str(directory.path) for directory in directories if not directory.is_trained()]
+    if lacking:  # copied from another machine, whose scores may be all that is wanted
+        say("next", f"to have the weights here, delete {', '.join(lacking)} and run the same command")
+    else:
+        say("next", _next(configs[0], directories[0], command))
 
 
 def _say_scores(config: RunConfig, directory: RunDirectory) -> None:

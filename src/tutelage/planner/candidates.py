@@ -120,6 +120,8 @@ def _to_be_trained(name: str, budget: str, student: RunConfig, vocab_size: int, 
 def _run(
     text: str, run: RunDirectory, student: RunConfig, vocab_size: int, basis: Basis, store: str
 ) -> Candidate:
+    if run.lacks_weights():
+        raise UserError(f"--teacher {text}: {run.to_have_model()}")
     if not run.is_trained():
         raise UserError(f"--teacher {text}: {run.path} has no model yet; `tutelage train` goes on with it")
     shape = read_shape(read_config(run.model), text)
