@@ -259,6 +259,16 @@ class RunDirectory:
             return self.scores.exists() or not scored
         return not self.saved()
 
+    def lacks_weights(self) -> bool:
+        """Whether this is done without a model: a copy of results from another machine."""
+        return self.is_done() and not self.is_trained()
+
+    def to_have_model(self) -> str:
+        """What to do to have the model that is not there."""
+        if self.lacks_weights():
+            return f"only results are here, without weights; delete {self.path} and train that run again"
+        return "train that run to its end first"
+
     def _has_model(self, state: Mapping[str, Any]) -> bool:
         return (self.model / "config.json").is_file() and isinstance(state.get("step"), int)
 

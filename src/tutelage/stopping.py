@@ -110,8 +110,9 @@ def _watch(ear: socket.socket, over: threading.Event, line: str) -> None:
     """End the process a moment after a signal came, unless `over` is set; what comes is its number."""
     while heard := ear.recv(1):
         if heard[0] in _SIGNALS and not over.wait(_DEAF_SECONDS):
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # nobody reads it, or its disk is full
+                sys.stderr.write(line)
+                sys.stderr.flush()
             os._exit(EXIT_CODE)
 
 

@@ -96,6 +96,27 @@ def test_work_goes_on_where_nobody_reads_and_no_character_can_be_said(run_file, 
     assert status(directory) == "done"
 
 
+def test_work_goes_on_where_a_log_file_has_no_space_left(run_file, tmp_path):
+    file, buffered = run_file(tokens="4K"), {"PYTHONUNBUFFERED": "", "TUTELAGE_LOG_SECONDS": "0.01"}
+    script = (
+        f"{sys.executable} -m tutelage train {file} >/dev/full 2>/dev/full && "
+        f"{sys.executable} -m tutelage train {file} >/dev/full; echo $?; "
+        f"{sys.executable} -m tutelage train missing.yaml 2>/dev/full; echo $?; "
+        f"{sys.executable} -m tutelage show tiny --path >/dev/full; echo $?"
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | buffered, cwd=tmp_path, capture_output=True,
+        text=True, check=False, timeout=120,
+    )  # fmt: skip
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert status(directory) == "done"
+    assert done.stdout.split() == ["0", "2", "2"], done.stderr  # the last had nothing to do but to print
+    assert done.stderr.splitlines() == [
+        f"{directory} is finished; nothing to do",
+        "error: standard output: no space left on the device; free some and run the same command",
+    ]
+
+
 def test_what_is_printed_stands_as_it_is():
     with out.capture() as shown:
         say("run", "[x]/[/bold]:smile:/[red]y")

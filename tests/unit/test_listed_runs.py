@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -136,3 +137,19 @@ def test_a_default_that_only_one_run_writes_down_is_no_difference(listed):
     assert code == 0
     differs = {row["run"]: row["differs"] for row in json.loads(text)}
     assert differs == {"a-00000001": {"seed": 1}, "a-00000002": {"seed": 2, "optim.weight_decay": 0.3}}
+
+
+def test_a_run_whose_state_is_damaged_is_not_said_to_have_never_begun(listed):
+    state = Path("runs/teacher-11111111/state.json")
+    state.write_text(state.read_text()[:40])
+    for command in (("show", "teacher"), ("runs",)):
+        code, text, _ = listed(*command)
+        words = " ".join(text.split())
+        assert code == 0
+        assert re.search("teacher-11111111:? how far it is cannot be read", words)
+        assert "runs/teacher-11111111/state.json is damaged; the same `tutelage train`" in words
+        assert "not started" not in words
+        assert "goes on" not in words
+        assert "speeches 2.500" in words
+    row = next(row for row in json.loads(listed("runs", "--json")[1]) if row["run"] == "teacher-11111111")
+    assert row["state"] == "damaged"

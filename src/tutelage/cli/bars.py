@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,6 +15,7 @@ from tutelage import processes
 from tutelage.cli.stages import Stage, rows
 from tutelage.cli.streams import silence
 from tutelage.errors import UserError
+from tutelage.files import NO_SPACE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,11 +30,23 @@ _FIRST_SECONDS = 2.0
 
 
 class _Terminal(Console):
-    """A console on which what it is given stands as it is, and whose reader may leave while work goes on."""
+    """A console on which what it is given stands as it is, and which never ends the work.
+
+    Its reader may leave, and the disk of a log file may be full.
+    """
 
     def __init__(self, *, stderr: bool = False) -> None:
         # Square brackets and colons in a path are no markup and no emoji.
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def print(self, *objects: object, **options: Any) -> None:  # noqa: ANN401 - as rich has them
+        """Print as rich does; nothing more once there is no space left for it."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Print nothing more; the work is done to its end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,10 +91,8 @@ def score(
     for place in places:
         say("scores", place)
     if taught := [place.parent.name for place in places if _is_taught(place.parent)]:
-        say(
-            "next",
-            f"`tutelage eval tokens {taught[0]} --teacher ... --baseline ...`: where its teacher helps",
-        )
+        typed = shlex.quote(taught[0])
+        say("next", f"`tutelage eval tokens {typed} --teacher ... --baseline ...`: where its teacher helps")
     else:
         say("next", "`tutelage eval probe` with the same models: how well they copy, and samples to read")
 

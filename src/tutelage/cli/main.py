@@ -19,7 +19,7 @@ from tutelage.cli.eval_commands import eval_app
 from tutelage.cli.plan_commands import plan_app
 from tutelage.cli.reference_commands import init, models, schema, verify
 from tutelage.cli.show_commands import runs, show
-from tutelage.cli.streams import flush_streams, prepare_streams
+from tutelage.cli.streams import flush_streams, prepare_streams, tell
 from tutelage.cli.study_commands import demo, report, study_app
 from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
@@ -87,7 +87,7 @@ def main() -> None:
             app()
     except (Stopped, KeyboardInterrupt) as stopped:  # the latter before a command has begun
         if place().is_main:
-            sys.stderr.write(last_line(str(stopped)))
+            tell(last_line(str(stopped)))
         sys.exit(EXIT_CODE)
     except Exception as error:
         wrong = _wrong_input(error)
@@ -115,5 +115,5 @@ def _complain(error: Exception) -> None:
     if line is None:
         return
     if not isinstance(error, UserError) and not is_loss(error):
-        sys.stderr.write("".join(traceback.format_exception(error)))
-    sys.stderr.write(f"error: {line}\n")
+        tell("".join(traceback.format_exception(error)))
+    tell(f"error: {line}\n")

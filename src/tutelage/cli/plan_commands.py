@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -194,7 +195,8 @@ def plan_fit(
         return
     print_fit(found, judged)
     say("fit", output)
-    say("next", f"tutelage plan --fit {output} --student SHAPE --tokens TOKENS --teacher SHAPE@TOKENS")
+    typed = shlex.quote(str(output))
+    say("next", f"tutelage plan --fit {typed} --student SHAPE --tokens TOKENS --teacher SHAPE@TOKENS")
 
 
 @plan_app.command("backtest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ def _print_outlook(request: PlanRequest, one: Outlook) -> None:
 def _print_files(files: Files, output: Path | None) -> None:
     for name, (what, settings) in files.items():
         if output is not None:
-            _line("start", f"tutelage train {output / name}  ({what})")
+            _line("start", f"tutelage train {shlex.quote(str(output / name))}  ({what})")
         else:
             budget = (
                 f"{what}, {short(float(settings['tokens']))} tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -70,7 +71,7 @@ def init(
 
     kind = _known(kind)
     place = file or Path(f"{kind}.yaml")
-    text = template(kind, str(place))
+    text = template(kind, shlex.quote(str(place)))
     try:
         with place.open("x", encoding="utf-8") as new:
             new.write(text)

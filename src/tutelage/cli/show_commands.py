@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tutelage.data.store_manifest import Manifest
+    from tutelage.run_directory import RunDirectory
 
 _LONGEST_VALUE = 48
+_DAMAGED = "damaged"
+"""State of a run whose state.json is there and cannot be read."""
+_AGAIN = "the same `tutelage train` or `tutelage study run`"
 
 
 def runs(
@@ -98,6 +102,9 @@ def _row(path: Path) -> dict[str, Any]:
         scores = read_scores(directory.scores)
     except UserError as unreadable:
         scores, error = [], str(unreadable)
+    if not state and (path / "state.json").exists():
+        status = _DAMAGED
+        error = f"{path / 'state.json'} is damaged; {_AGAIN} makes it again from the last checkpoint"
     return {
         "run": directory.id,
         "path": str(path),
@@ -113,6 +120,8 @@ def _row(path: Path) -> dict[str, Any]:
 def _how_far(row: dict[str, Any]) -> str:
     from tutelage.cli.stages import period
 
+    if row["state"] == _DAMAGED:
+        return "how far it is cannot be read"
     steps = f"{row['step']:,}" + ("" if row["steps"] is None else f" of {row['steps']:,}") + " steps"
     age = "" if row["changed"] is None else f", {period(max(0.0, time.time() - row['changed']))} ago"
     return f"{row['state']}, {steps}{age}"
@@ -162,8 +171,17 @@ def _show_run(path: Path) -> None:
         if words:
             say(label, words)
     say("settings", _settings_text(_chosen(path)))
-    say("model", directory.model if directory.is_trained() else "not yet: `tutelage train` goes on")
+    say("model", _model_of(directory, row["state"]))
     say("path", path)
+
+
+def _model_of(directory: RunDirectory, status: str) -> Path | str:
+    """Where the model of a run is, or why it is not there."""
+    if directory.is_trained():
+        return directory.model
+    if status == _DAMAGED:
+        return "not known to be finished: see error"
+    return directory.to_have_model() if directory.lacks_weights() else "not yet: `tutelage train` goes on"
 
 
 def _show_cache(path: Path) -> None:

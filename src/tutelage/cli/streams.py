@@ -1,4 +1,4 @@
-"""Standard streams that cannot harm work: closed ones, readers that left, encodings of few characters."""
+"""Standard streams that cannot harm work: closed, full, without reader, of an encoding of few characters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import io
 import os
 import sys
 from typing import TYPE_CHECKING
+
+from tutelage.files import NO_SPACE, no_space
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -60,17 +62,41 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what is still written to `stream`, whose reader has left, to nowhere."""
+    """Send what is still written to `stream`, whose reader has left or whose disk is full, to nowhere."""
     with contextlib.suppress(OSError, ValueError):  # it is no file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 
+def tell(text: str) -> None:
+    """Write to standard error, if that can be written to: the exit code says the same."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        silence(sys.stderr)
+
+
 def flush_streams() -> None:
-    """Write what is left to be written, and no traceback at the end of the process if nobody reads it."""
+    """Write what is left to be written, and no traceback at the end of the process if nobody reads it.
+
+    What is left are not words about work, which a console writes at once, but the data that was asked for.
+
+    Raises:
+        SystemExit: there is no space for it.
+    """
+    full = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
             silence(stream)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            silence(stream)
+            full = full or stream is sys.stdout
+    if full:
+        tell(f"error: {no_space('standard output')}\n")
+        sys.exit(2)

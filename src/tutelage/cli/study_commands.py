@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tutelage.config.study_config import StudyConfig
     from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
+    from tutelage.study.leases import Runner
     from tutelage.study.run_study import RunnerOptions
 
 _SEEDS = 5
@@ -237,19 +238,27 @@ def study_stop(directory: Directory) -> None:
     from tutelage.study.status import stop_study
 
     directory = find("study", directory, "study")
-    asked, left = stop_study(directory)
-    still = f"; {left} still at it: look again with `tutelage study status {directory}`" if left else ""
-    say(
-        "asked",
-        f"{asked} runner{'s' * (asked != 1)} to stop{still}" if asked else "nobody: no runner is at work",
-    )
+    asked, left = stop_study(directory, tell=_say_asked)
+    look = f"`tutelage study status {shlex.quote(str(directory))}`"
+    still = f"; {left} still at it: look again with {look}" if left else ""
+    if asked:
+        say("stopped", f"{asked - left} of {asked} runner{'s' * (asked != 1)}{still}")
+    else:
+        say("asked", "nobody: no runner is at work")
     say("runs", directory / "runs")
     say(
         "next",
-        "`tutelage study run` with the same file resumes"
-        if asked
-        else f"`tutelage study status {directory}`",
+        "`tutelage study run` with the same file resumes" if asked else look,
     )
+
+
+def _say_asked(runners: Sequence[Runner], patience_seconds: float) -> None:
+    """Print who was asked to stop, before they are waited for."""
+    from tutelage.cli.bars import say
+
+    for runner in runners:
+        say("asked", f"{runner.host} process {runner.pid} to stop")
+    say("waiting", f"up to {patience_seconds:.0f} s for their checkpoints")
 
 
 @study_app.command("retry")
@@ -264,7 +273,7 @@ def study_retry(
     directory = find("study", directory, "study")
     if not (cleared := retry_runs(directory, run or [])):
         say("again", "nothing: nothing had failed")
-        say("next", f"`tutelage study status {directory}`")
+        say("next", f"`tutelage study status {shlex.quote(str(directory))}`")
         return
     for one in cleared:
         say("again", one)
@@ -324,7 +333,7 @@ def study_tokens(
             student, learned, baseline, sorter = models
             compare_on_texts(student, learned, baseline, sorter, request, progress)
     say("compared", f"{len(compared)} students on {len(asked)} texts: {directory / 'token-comparisons'}")
-    say("next", f"`tutelage report {directory}`")
+    say("next", f"`tutelage report {shlex.quote(str(directory))}`")
 
 
 def _number(text: str, where: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -101,15 +102,16 @@ def print_status(status: Status, directory: Path) -> None:
             "that of theirs (FLOPs over the speed of the others)",
         )
     say("runs", directory / "runs")
+    typed = shlex.quote(str(directory))
     todo = "`tutelage study run` with the same file resumes"
     if status.failed and status.active:
-        todo = f"mend what failed, then `tutelage study retry {directory}`: runners at work take it up"
+        todo = f"mend what failed, then `tutelage study retry {typed}`: runners at work take it up"
     elif status.failed:
         todo = "mend what failed, then `tutelage study run` with the same file tries it again"
     elif not status.counts.keys() - {"done"}:
-        todo = f"`tutelage report {directory}`"
+        todo = f"`tutelage report {typed}`"
     elif status.active:
-        todo = f"`tutelage study stop {directory}` stops it, checkpointed"
+        todo = f"`tutelage study stop {typed}` stops it, checkpointed"
     say("next", todo)
 
 

@@ -117,11 +117,15 @@ def _train(configs: Sequence[RunConfig], command: list[str]) -> None:
         say("run", directory.path)
         say(
             "model",
-            directory.model if directory.is_trained() else "not here: these are results of another machine",
+            directory.model if directory.is_trained() else "not here: only its results are",
         )
         if directory.scores.exists():
             _say_scores(config, directory)
-    say("next", _next(configs[0], directories[0], command))
+    lacking = [str(directory.path) for directory in directories if not directory.is_trained()]
+    if lacking:  # copied from another machine, whose scores may be all that is wanted
+        say("next", f"to have the weights here, delete {', '.join(lacking)} and run the same command")
+    else:
+        say("next", _next(configs[0], directories[0], command))
 
 
 def _say_scores(config: RunConfig, directory: RunDirectory) -> None:
@@ -149,9 +153,10 @@ def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str
         from tutelage.run_directory import named
 
         begin = config.model.path or named(config).model.run
-        return f"beside the model it began with: `tutelage eval score {directory.id} {begin}`"
+        both = shlex.join([directory.id, str(begin)])
+        return f"beside the model it began with: `tutelage eval score {both}`"
     if config.teacher is None:
-        return f"teach a student with it: teacher={{kind: run, run: {directory.id}}}"
+        return f"teach a student with it: {shlex.quote(f'teacher={{kind: run, run: {directory.id}}}')}"
     kept = [text for text in command if not _REPLACED.match(text)]
     alone = [*kept, f"name={config.name}-alone", "teacher=null", "objective={alpha: 0, gate: null}"]
     return f"does its teacher help? Train it alone, and compare: `tutelage train {shlex.join(alone)}`"
@@ -223,6 +228,7 @@ def teach(
 
 def _write(config: TeachConfig) -> None:
     from tutelage.cli.bars import RichProgress, say
+    from tutelage.cli.settings_pages import flow
 
     with loading():
         from tutelage.teachers.cache.cache_writer import write_cache
@@ -235,7 +241,7 @@ def _write(config: TeachConfig) -> None:
     per_token = f"{cache.bytes / positions:.2f} bytes per token"
     say("cache", path)
     say("size", f"{cache.bytes:,} bytes for {positions:,} tokens, {per_token}")
-    say("next", f"put 'teacher: {{kind: cache, path: {path}}}' into a run file")
+    say("next", f"put 'teacher: {flow({'kind': 'cache', 'path': str(path)})}' into a run file")
 
 
 def _print_estimate(config: TeachConfig) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, JsonValue
 
 from tutelage.config.base import Name
+from tutelage.config.data_config import FilesSource
 from tutelage.errors import UserError
 from tutelage.records import Record, read_manifest_file
 from tutelage.types import Split
@@ -238,10 +239,13 @@ def check_splits(config: StoreConfig, manifest: Manifest) -> None:
     if documents == 0:
         raise UserError(f"store {config.name}: the sources hold no text{known}")
     if empty:
+        files = any(isinstance(source, FilesSource) for source in config.sources)  # the one kind that is cut
+        cut = "cut text into more of them (document_bytes: 512, cut_at or cut_before of its files), "
+        more = "add text" if config.max_bytes is None else "add text or raise max_bytes"
+        ways = (cut if files else "") + more
         raise UserError(
             f"store {config.name}: split '{empty[0]}' is empty: its share is {shares[empty[0]]:.2g}, and the "
-            f"documents are {documents:,}; cut text into more of them (document_bytes: 512, cut_at or "
-            f"cut_before of its source), add text, raise the share, or set it to 0{known}"
+            f"documents are {documents:,}; {ways}, raise the share, or set it to 0{known}"
         )
 
 

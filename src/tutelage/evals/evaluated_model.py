@@ -156,6 +156,8 @@ def find_models(arguments: Sequence[str], output: Path) -> list[EvaluatedModel]:
 def _run(path: Path) -> EvaluatedModel:
     directory = RunDirectory(path.resolve())
     state = directory.state()
+    if directory.lacks_weights():
+        raise UserError(f"{path}: {directory.to_have_model()}")
     if not directory.model.is_dir():
         progress = (
             f"{state.get('status', 'not started')}, step {state.get('step', 0)} of {state.get('steps', '?')}"

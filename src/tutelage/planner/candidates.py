@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,6 +120,8 @@ def _to_be_trained(name: str, budget: str, student: RunConfig, vocab_size: int, 
 def _run(
     text: str, run: RunDirectory, student: RunConfig, vocab_size: int, basis: Basis, store: str
 ) -> Candidate:
+    if run.lacks_weights():
+        raise UserError(f"--teacher {text}: {run.to_have_model()}")
     if not run.is_trained():
         raise UserError(f"--teacher {text}: {run.path} has no model yet; `tutelage train` goes on with it")
     shape = read_shape(read_config(run.model), text)
@@ -198,7 +201,8 @@ def measured_loss(files: Iterable[Path]) -> Prediction | None:
 
 
 def _unmeasured(text: str, store: str) -> UserError:
+    typed = shlex.join([text, "--store", f"{TEXT}={store}"])
     return UserError(
         f"--teacher {text}: its loss on the student's text is not known; measure it: "
-        f"`tutelage eval score {text} --store {TEXT}={store}`, then plan again"
+        f"`tutelage eval score {typed}`, then plan again"
     )

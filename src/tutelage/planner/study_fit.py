@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -93,7 +94,8 @@ def load_fit(path: Path) -> StudyFit:
     except ValidationError as error:
         detail = error.errors()[0]
         reason = f"{'.'.join(map(str, detail['loc']))}: {in_words(detail)}"
-    raise UserError(f"{path}: no fit ({reason}); `tutelage plan fit STUDY --output {path.name}` writes one")
+    remedy = f"`tutelage plan fit STUDY --output {shlex.quote(path.name)}` writes one"
+    raise UserError(f"{path}: no fit ({reason}); {remedy}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,6 +182,7 @@ class Leases:
                 "delete that directory and run the study again (finished runs are kept)"
             )
         self.token = f"{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._directory = directory
         self._runners, self._leases = (directory / "queue" / name for name in ("runners", "leases"))
         self._beat_seconds, self._patience = beat_seconds, patience
         self._newest: dict[str, int] = {}
@@ -245,7 +246,7 @@ class Leases:
         return False
 
     def acquire(self, run: str, recipe: str) -> bool:
-        """Take a free run; False if another runner was faster."""
+        """Take a free run; False if another runner was faster. Raises `UserError` as `check_place`."""
         number = self._newest.get(run, 0) + 1
         lease = _Lease(owner=self.token, state="held", recipe=recipe)
         try:
@@ -253,6 +254,9 @@ class Leases:
                 file.write(sealed(lease.model_dump()))
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            self.check_place()
+            raise
         self._newest[run] = number
         self._read[run] = number, lease
         return True
@@ -263,6 +267,14 @@ class Leases:
         ended = lease.model_copy(update={"state": "done" if done else "released"})
         write_sealed(self._path(run, number), ended.model_dump())
         self._read[run] = number, ended
+
+    def check_place(self) -> None:
+        """Raise `UserError` if the study's directory is no longer where it was when this was entered."""
+        if not self._leases.is_dir():
+            raise UserError(
+                f"{self._directory}: has vanished while the study ran; if it was moved, move it back or give "
+                "its new place as --output, and the same command goes on"
+            )
 
     def is_asked_to_stop(self) -> bool:
         """Whether `tutelage study stop` wants this runner to end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -172,7 +173,7 @@ def load_plan(directory: Path) -> Plan:
         if not path.exists():
             raise UserError(
                 f"{directory}: no study is here, or its texts are not built yet (no plan.json); "
-                f"`tutelage study run FILE.yaml --output {directory}` makes one"
+                f"`tutelage study run FILE.yaml --output {shlex.quote(str(directory))}` makes one"
             ) from None
         raise UserError(f"{path}: {error.reason}; {_REMEDY}") from None
     if data.get("schema") != SCHEMA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
@@ -145,7 +146,7 @@ def load_results(directory: Path) -> Results:
     if any(planned.evaluation is None for planned in plan.runs):
         raise UserError(
             f"{directory / 'plan.json'}: by an older version, whose scores do not compare with today's; "
-            f"`tutelage study run FILE --output {directory}` scores the runs again"
+            f"`tutelage study run FILE --output {shlex.quote(str(directory))}` scores the runs again"
         )
     place = directory / "runs"
     problems: list[str] = []
@@ -275,7 +276,7 @@ def _left_out(reasons: Mapping[str, str], directory: Path) -> list[str]:
         more = f" and {len(others) - 1} more runs" if len(others) > 1 else ""
         found.append(
             f"{others[0]}{more}: {OTHERWISE}, and such scores do not compare; they are left out until "
-            f"`tutelage study run FILE --output {directory}` has scored them again"
+            f"`tutelage study run FILE --output {shlex.quote(str(directory))}` has scored them again"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,6 @@ def _publish(directory: Path, plan: Plan, leases: Leases) -> None:
     if others and (directory / "plan.json").exists() and load_plan(directory) != plan:
         raise UserError(
             f"{directory}: process {others[0].pid} on {others[0].host} runs another plan there; stop it "
-            f"with `tutelage study stop {directory}`, or give another --output"
+            f"with `tutelage study stop {shlex.quote(str(directory))}`, or give another --output"
         )
     save_plan(directory, plan)

@@ -50,7 +50,8 @@ def run_all(
         cohort: largest number of students of one teacher and seed that train together.
 
     Raises:
-        UserError: some runs failed; the message lists them. What finished is kept.
+        UserError: some runs failed; the message lists them. What finished is kept. Or the study's directory
+            has vanished.
         DiskError: no space is left; the running ones were stopped.
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
@@ -62,7 +63,9 @@ def run_all(
         while not state.is_over():
             state.start_ready()
             reporter.show(state.progress())
-            state.settle(engine.wait(_POLL_SECONDS))
+            outcomes = engine.wait(_POLL_SECONDS)
+            leases.check_place()  # before anything is written, which would make a part of it anew
+            state.settle(outcomes)
             if state.full_disk or stop.is_set() or leases.is_asked_to_stop():
                 state.stop()
                 if state.full_disk:  # the fault of no run: none has failed, all can go on

@@ -14,7 +14,7 @@ from tutelage.study.plan import load_plan
 from tutelage.study.timings import Speeds, estimate_error, likeness, read_timings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from tutelage.study.leases import Runner
@@ -106,8 +106,17 @@ def read_status(directory: Path) -> Status:
     )
 
 
-def stop_study(directory: Path, patience_seconds: float = 90.0) -> tuple[int, int]:
+def stop_study(
+    directory: Path,
+    patience_seconds: float = 90.0,
+    tell: Callable[[Sequence[Runner], float], None] = lambda *_: None,
+) -> tuple[int, int]:
     """Ask every living runner of a study to checkpoint and end, and wait for them.
+
+    Args:
+        directory: of the study.
+        patience_seconds: how long they are waited for.
+        tell: is called with those that were asked and with that time, before they are waited for.
 
     Returns:
         How many were asked, and how many of them have not ended.
@@ -116,9 +125,11 @@ def stop_study(directory: Path, patience_seconds: float = 90.0) -> tuple[int, in
         UserError: there is no valid plan.json.
     """
     load_plan(directory)
-    asked = [*living_runners(directory)]
+    asked = living_runners(directory)
     for token in asked:
         ask_to_stop(directory, token)
+    if asked:
+        tell([*asked.values()], patience_seconds)
     deadline = time.monotonic() + patience_seconds
     left = set(asked)
     while left and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,8 @@ def read_token_comparisons(directory: Path) -> tuple[tuple[TokenComparison, ...]
     if (directory / "mechanism").is_dir():
         problems.append(
             f"{directory / 'mechanism'}: token comparisons by an older version, which are not read; make "
-            f"them anew with `tutelage eval tokens --output {directory}` and delete that directory"
+            f"them anew with `tutelage eval tokens --output {shlex.quote(str(directory))}` and delete that "
+            "directory"
         )
     for path in sorted(directory.glob("token-comparisons/*/*/comparison.json")):
         try:

@@ -162,5 +162,9 @@ def locate(teacher: RunTeacher | ModelTeacher, runs: Path) -> tuple[str, str | N
         return teacher.path, teacher.revision
     path = runs / teacher.run / "model"
     if not path.is_dir():
-        raise UserError(f"teacher run {teacher.run}: {path} does not exist; train that run to its end first")
+        copied = f", or if only results of it are here, delete {path.parent} and train that run again"
+        raise UserError(
+            f"teacher run {teacher.run}: {path} does not exist; train that run to its end first"
+            + (copied if path.parent.is_dir() and not any(path.parent.glob("checkpoints/*")) else "")
+        )
     return str(path), None

@@ -22,6 +22,7 @@ from tutelage.models.initial_weights import fill_model
 from tutelage.models.lengths import check_length
 from tutelage.models.packed import check_documents
 from tutelage.objective import make_gate, make_policy
+from tutelage.run_directory import RunDirectory
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.teachers.cache.reader import check_serves
 from tutelage.train.layers import compile_layers, prepare_layers
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from tutelage.config.run_config import RunConfig
     from tutelage.data.store import Store
     from tutelage.progress import Progress
-    from tutelage.run_directory import RunDirectory
     from tutelage.teachers.live import Teacher
     from tutelage.train.distributed import World
 
@@ -248,12 +248,10 @@ def _start(config: RunConfig) -> str:
     """Return where the weights lie that the run starts from."""
     if config.model.path is not None:
         return config.model.path
-    path = config.output / str(config.model.run) / "model"
-    if not path.is_dir():
-        raise UserError(
-            f"model.run {config.model.run}: {path} does not exist; train that run to its end first"
-        )
-    return str(path)
+    run = RunDirectory(config.output / str(config.model.run))
+    if not run.model.is_dir():
+        raise UserError(f"model.run {config.model.run}: {run.model} does not exist; {run.to_have_model()}")
+    return str(run.model)
 
 
 def _steps(config: RunConfig, parameters: int) -> int:

@@ -140,6 +140,12 @@ def test_an_empty_split_is_refused_with_advice(tmp_path):
         build_store(config(tmp_path / "a.txt"), tmp_path)
     with pytest.raises(UserError, match=r"split 'test' is empty: its share is 0.5"):
         build_store(config(tmp_path / "a.txt", validation=0.0, test=0.5), tmp_path)
+    corpus = {"kind": "corpus", "name": "sotu"}
+    few = StoreConfig(name="few", sources=(corpus,), tokenizer=TokenizerConfig(vocab_size=300), max_bytes=300)
+    with pytest.raises(UserError, match=r"; add text or raise max_bytes, raise the share, or set") as caught:
+        build_store(few, tmp_path)
+    assert "cut" not in str(caught.value)
+    assert "document_bytes" not in str(caught.value)
     assert not list(tmp_path.glob("book-*"))
     store = open_store(build_store(config(tmp_path / "a.txt", validation=0.0, test=0.0), tmp_path))
     assert [store.manifest.splits[name].documents for name in ("train", "validation", "test")] == [1, 0, 0]

@@ -6,10 +6,16 @@ import sys
 import time
 
 import pytest
+from tiny_study import tiny_study
 
 from tutelage.errors import UserError
+from tutelage.progress import NullProgress
 from tutelage.records import read_sealed, write_sealed
+from tutelage.study.engines.local import LocalEngine
+from tutelage.study.expand import expand
 from tutelage.study.leases import Failures, Leases, ask_to_stop, is_gone, read_runner, runners
+from tutelage.study.run_study import run_study
+from tutelage.study.status import read_status
 
 BEAT = 0.05
 LESSEE = """
@@ -196,3 +202,35 @@ def test_the_queue_of_an_older_version_is_one_line_with_the_remedy(tmp_path):
     (tmp_path / "queue" / "claims").mkdir(parents=True)
     with pytest.raises(UserError, match=r"queue: by an older version.*delete that directory"):
         Leases(tmp_path)
+
+
+class Moves(NullProgress):
+    """Moves a study elsewhere as soon as one of its runs has trained."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def advance(self, stage, done):
+        if self.directory.exists() and [*self.directory.glob("runs/*/metrics.jsonl")]:
+            self.directory.rename(self.directory.with_name("moved"))
+
+
+def test_a_study_that_is_moved_while_it_trains_says_so_and_goes_on_there(tmp_path):
+    place, changes = tmp_path / "study", {"teachers": {"weak": {"shape": "nano-20k", "tokens": "12K"}}}
+    study = expand(tiny_study(**changes))
+    with pytest.raises(UserError, match=r"study: has vanished while the study ran; .* --output") as caught:
+        run_study(study, place, LocalEngine(1, []), Moves(place))
+    assert "\n" not in str(caught.value)
+    assert not (place / "plan.json").exists()
+    (record,) = (tmp_path / "moved" / "queue" / "runners").iterdir()
+    write_sealed(record, read_sealed(record) | {"pid": 2**22 + 1})  # as if this process had ended
+    run_study(study, tmp_path / "moved", LocalEngine(1, []), NullProgress())
+    assert read_status(tmp_path / "moved").counts == {"done": 3}
+
+
+def test_no_lease_is_taken_in_a_directory_that_has_vanished(tmp_path):
+    with Leases(tmp_path / "study", 5.0) as leases:
+        (tmp_path / "study").rename(tmp_path / "moved")
+        leases.refresh()
+        with pytest.raises(UserError, match="has vanished"):
+            leases.acquire("run", "recipe")

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import socket
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -81,6 +85,19 @@ def test_stop_asks_and_says_who_is_still_there(nodes, tmp_path):
         assert stop_study(tmp_path, 0.3) == (1, 1)
         assert leases.is_asked_to_stop()
     assert stop_study(tmp_path, 0.3) == (0, 0)
+
+
+def test_stop_says_whom_it_asked_and_how_long_it_waits_before_it_waits(nodes, tmp_path):
+    stop = [sys.executable, "-m", "tutelage", "study", "stop", str(tmp_path)]
+    with Leases(tmp_path) as leases:
+        process = subprocess.Popen(stop, stdout=subprocess.PIPE, text=True)
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert process.poll() is None
+        assert leases.is_asked_to_stop()
+    assert lines[0] == f"asked    {socket.gethostname()} process {os.getpid()} to stop\n"
+    assert lines[1] == "waiting  up to 90 s for their checkpoints\n"
+    rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, rest.splitlines()[0]) == (0, "stopped  1 of 1 runner")
 
 
 def test_retry_clears_what_is_named(nodes, tmp_path):

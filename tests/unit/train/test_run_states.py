@@ -9,6 +9,7 @@ import shutil
 import pytest
 from training import Notes, losses
 
+from tutelage.config.load import to_yaml
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory
 from tutelage.verify import verify
@@ -117,3 +118,30 @@ def test_done_is_what_the_files_say(finished, tmp_path):
     (copy.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\xff\n')
     assert copy.last_metrics() == {}
     assert copy.recent_ce() is None
+
+
+def test_results_without_weights_say_how_to_have_the_weights(finished, tmp_path, command):
+    original, config = finished
+    copy = RunDirectory(tmp_path / "runs" / original.id)
+    shutil.copytree(original.path, copy.path)
+    shutil.rmtree(copy.model)
+    shutil.rmtree(copy.checkpoints)
+    settings = config(tmp_path / "runs")
+    (tmp_path / "run.yaml").write_text(to_yaml(settings))
+    remedy = f"delete {copy.path} and"
+    code, shown, said = command("train", "run.yaml")
+    assert (code, "is finished; nothing to do" in said) == (0, True)
+    assert f"to have the weights here, {remedy} run the same command" in shown
+    assert "teach a student" not in shown
+    taught = ("teacher={kind: run, run: tiny}", "objective.alpha=0.4")
+    for begun in (taught, ("model={shape: null, run: tiny}",)):
+        code, _, said = command("train", "run.yaml", "name=other", *begun)
+        assert (code, f"{remedy} train that run again" in said) == (2, True), said
+    relative = f"delete runs/{copy.id} and train"
+    assert relative in command("show", "tiny")[1]
+    assert remedy in command("eval", "score", "tiny", "--store", f"own={settings.data.store}")[2]
+
+    shutil.rmtree(copy.path)
+    code, shown, _ = command("train", "run.yaml")
+    assert (code, "teach a student" in shown) == (0, True)
+    assert everything(copy)[0] == everything(original)[0]
