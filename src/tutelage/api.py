@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -119,8 +120,8 @@ def load_scores(directory: RunDirectory | Study | Path | str) -> pl.DataFrame:
         raise UserError(f"{place}: {error}; delete the line or the file, and evaluate again") from None
     if not rows:
         remedy = (
-            f"this run has no scores; `tutelage eval score {place.name}` makes some, and `eval.domains` of a "
-            "run file does so at its end"
+            f"this run has no scores; `tutelage eval score {shlex.quote(place.name)}` makes some, and "
+            "`eval.domains` of a run file does so at its end"
             if kind_of(place) == "run"
             else "no scores.jsonl in it or in the runs in it; give the directory of a run"
         )
