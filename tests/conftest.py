@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from tutelage.config.run_config import RunConfig
 
-# Torch is loaded where tests are collected, not here: the process that hands them out would load it first, while
-# the others wait.
+# Torch is loaded where tests are collected, not here: the process that hands them out would load it first,
+# while the others wait.
 
 # A shell that starts pytest in the background has it ignore these, and so would everything that it starts.
 for number in (signal.SIGHUP, signal.SIGTERM):

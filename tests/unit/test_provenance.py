@@ -44,7 +44,7 @@ def test_everything_is_json_and_present():
 
 
 def test_threads_are_torchs_own_once_torch_is_there():
-    import torch
+    import torch  # the test is about the moment of import
 
     assert provenance.collect("cpu")["threads"] == torch.get_num_threads()
 
