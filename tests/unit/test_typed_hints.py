@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.study.leases import Leases
 from tutelage.study.status import read_status
+from tutelage.teachers.cache.cache_writer import write_cache
 
 ODD = "it's, a {study}"
 
@@ -76,11 +78,21 @@ def test_a_new_file_says_how_it_is_used(kind, tmp_path, command):
         assert command(*shlex.split(hint)[1:])[2].startswith("error: ")  # its store is not there
 
 
-@pytest.mark.parametrize("folder", [ODD, "yes: #1"])
-def test_a_cache_is_named_as_yaml_reads_it(folder, store, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def cached(store, tmp_path_factory):
+    """A teacher's settings and the directory of its finished caches, which each name gets a copy of."""
+    folder = tmp_path_factory.mktemp("caches")
+    settings = {"store": store, "teacher": {"kind": "unigram"}, "context_length": 32, "device": "cpu"}
+    write_cache(TeachConfig(**settings, output=folder))
+    return settings, folder
+
+
+@pytest.mark.parametrize("folder", ["plain", ODD, "a, b", "yes: #1"])
+def test_a_cache_is_named_as_yaml_reads_it(folder, cached, tmp_path, capsys, monkeypatch):
+    settings, finished = cached
     monkeypatch.chdir(tmp_path)
-    settings = {"kind": "unigram"}
-    _write(TeachConfig(store=store, teacher=settings, context_length=32, device="cpu", output=Path(folder)))
+    shutil.copytree(finished, folder)
+    _write(TeachConfig(**settings, output=Path(folder)))
     (setting,) = re.findall(r"put '(teacher: .*)' into a run file", capsys.readouterr().out)
     teacher = yaml.safe_load(setting)["teacher"]
     assert teacher["kind"] == "cache"
