@@ -110,7 +110,7 @@ def test_mass_that_is_missing_is_asked_for(problem, function):
     silent = SparseTargets(targets.ids_NK, targets.probs_NK * 0, targets.tail_N, targets.gold_logp_N)
     assert float(function(hidden, weight, labels, silent, 0.5, Objective()).kd) == 0.0
     rest = 1 - targets.probs_NK.sum(-1)
-    for dtype in (torch.float16, torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         probs, tail = targets.probs_NK.to(dtype), rest.clamp(min=0).to(dtype)
         rounded = SparseTargets(targets.ids_NK, probs, tail, targets.gold_logp_N)
         assert function(hidden, weight, labels, rounded, 0.5, Objective()).kd.isfinite()

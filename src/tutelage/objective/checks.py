@@ -337,14 +337,14 @@ def _check_mass(targets: SparseTargets, labels_N: Tensor, vocab: int, objective:
     if objective.tail == "none":
         return
     mass_N = targets.probs_NK.sum(-1, dtype=torch.float64) + targets.tail_N
-    if float(mass_N.max()) > 1 + _MASS_TOLERANCE:
+    rounding = _MASS_TOLERANCE + 4 * torch.finfo(targets.probs_NK.dtype).eps
+    if float(mass_N.max()) > 1 + rounding:
         raise ValueError(
             f"targets.probs: with the tail they sum to {float(mass_N.max()):.4f}, but probabilities sum to "
             "at most 1 (weights of samples need Objective(tail='none'))"
         )
     if objective.tail != "other_bucket" or objective.divergence == "hard_labels":
         return
-    rounding = _MASS_TOLERANCE + 4 * torch.finfo(targets.probs_NK.dtype).eps
     lost_N = (mass_N > 0) & (mass_N < 1 - rounding) & (labels_N != IGNORE_INDEX)
     if lost_N.any():
         raise ValueError(
