@@ -11,8 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import warm_commands
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tutelage.config.run_config import RunConfig
@@ -150,3 +152,10 @@ def tutelage():
         return done
 
     return call
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory) -> Iterator[Path]:
+    """A folder with commands that need not load torch: for what a command does, not for how it starts."""
+    with warm_commands.started(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder

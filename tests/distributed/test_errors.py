@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked_ranks import free_port
 
 from tutelage.launch import launch
 from tutelage.train.checkpoint_files import checkpoint_name
@@ -143,8 +143,7 @@ def test_tasks_of_srun_train_together_without_torchrun(make_config, tmp_path):
     config = make_config()
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
     tasks = [
         subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from forked_ranks import free_port
 from training import losses, rows, weights
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -23,30 +25,47 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def on_two_ranks(tmp_path):
-    """A function that trains a run by torchrun with two processes."""
+def on_two_ranks(warm, tmp_path):
+    """A function that trains a run on two processes that torchrun starts, or that only seem to be its own."""
 
-    def train(config):
+    def train(config, launched=None):
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-                *("-m", "tutelage", "train", str(file)),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        out, err = launched(file) if launched else as_two_ranks([warm / "tutelage", "train", str(file)])
         (directory,) = config.output.iterdir()
-        assert [line.split()[0] for line in done.stdout.splitlines()][:2] == ["run", "model"]
-        assert done.stdout.count("next ") == 1  # of two processes, one speaks
-        assert done.stderr.count(f"{directory.name}: done") == 1
+        assert [line.split()[0] for line in out.splitlines()][:2] == ["run", "model"]
+        assert out.count("next ") == 1  # of two processes, one speaks
+        assert err.count(f"{directory.name}: done") == 1
         return RunDirectory(directory)
 
     return train
+
+
+def by_torchrun(file):
+    """Train a run file on two processes that torchrun starts; what was printed, and said beside it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tutelage", "train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def as_two_ranks(command):
+    """Run a command twice at once, with the variables that torchrun sets; what both printed and said."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    return tuple("".join(texts) for texts in zip(*said, strict=True))
 
 
 @pytest.fixture(params=["unigram", "cache"])
@@ -61,7 +80,8 @@ def teacher(request, store, tmp_path):
 
 def test_two_ranks_equal_one(make_config, on_two_ranks, tmp_path, teacher):
     alone = run(make_config(teacher=teacher, objective={"alpha": 0.4}))
-    two = on_two_ranks(make_config(teacher=teacher, objective={"alpha": 0.4}, output=str(tmp_path / "two")))
+    config = make_config(teacher=teacher, objective={"alpha": 0.4}, output=str(tmp_path / "two"))
+    two = on_two_ranks(config, by_torchrun)
     assert two.id == alone.id
     for a, b in zip(rows(two), rows(alone), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

@@ -22,10 +22,9 @@ def test_demo_interrupted_and_finished(tutelage, tmp_path):
         "-m",
         "tutelage",
         "demo",
+        "--quick",
         "--seeds",
         "2",
-        "--tokens",
-        "20K",
         "--output",
         str(output),
     ]

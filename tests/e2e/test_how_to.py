@@ -7,12 +7,10 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import warm_commands
-from warm_commands import install
+from warm_commands import THREADS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", *sorted(ROOT.glob("docs/how-to/*.md"))]
@@ -57,28 +55,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def run(command: str, folder: Path, more: Path | None = None) -> None:
     places = [*([more] if more else []), Path(sys.executable).parent, os.environ["PATH"]]
-    environment = os.environ | {"PATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PATH": os.pathsep.join(map(str, places))} | THREADS
     done = subprocess.run(
         command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """A folder with commands that need not load torch."""
-    place = tmp_path_factory.mktemp("warm")
-    install(place / "bin", place / "socket")
-    server = subprocess.Popen(
-        [sys.executable, warm_commands.__file__, str(place / "socket")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    while not (place / "socket").exists():
-        assert server.poll() is None
-        time.sleep(0.1)
-    yield place / "bin"
-    server.kill()
-    server.wait()
 
 
 def follow(page: Path, folder: Path, warm: Path) -> None:

@@ -13,11 +13,16 @@ import time
 import traceback
 
 
-def start(size, work):
-    """Fork processes as torchrun would start them; return their process ids by rank."""
+def free_port():
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(size, work):
+    """Fork processes as torchrun would start them; return their process ids by rank."""
+    port = free_port()
     sys.stdout.flush()
     return [_fork(rank, size, port, work) for rank in range(size)]
 

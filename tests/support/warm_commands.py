@@ -2,8 +2,9 @@
 
     python warm_commands.py SOCKET
 
-`install(folder, socket)` puts `tutelage` and `python` into a folder, for the front of PATH. They hand
-directory, environment, arguments and standard streams to the process, whose child runs the same code.
+`started(folder)` runs it, and puts `tutelage` and `python` into a folder for the front of PATH. They hand
+directory, environment, arguments and standard streams to the process, whose child runs the same code. Of no
+use where a signal is to reach the command, or a variable that a library reads when it is loaded.
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
+import time
 import traceback
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LOADED = (
     "torch",
@@ -24,6 +33,7 @@ LOADED = (
     "tutelage.evals.evaluate",
     "tutelage.run",
 )
+THREADS = {"OMP_NUM_THREADS": "1"}
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 if {name!r} == "python" and (len(sys.argv) != 2 or not sys.argv[1].endswith(".py")):
@@ -37,12 +47,21 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 
 
-def install(folder: Path, place: Path) -> None:
-    folder.mkdir()
+@contextmanager
+def started(folder: Path) -> Iterator[Path]:
+    """The folder with both commands, while the process runs."""
+    place = folder / "socket"
+    (folder / "bin").mkdir()
     for name in ("tutelage", "python"):
-        file = folder / name
+        file = folder / "bin" / name
         file.write_text(CLIENT.format(python=sys.executable, name=name, socket=str(place)))
         file.chmod(0o755)
+    with subprocess.Popen([sys.executable, __file__, str(place)], env=os.environ | THREADS) as server:
+        while not place.exists():
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield folder / "bin"
+        server.kill()
 
 
 def read(connection: socket.socket, size: int) -> bytes:
@@ -78,14 +97,14 @@ def serve(place: str) -> None:
         server.bind(f"{place}.new")
         server.listen()
         Path(f"{place}.new").rename(place)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children here
         while True:
             connection, _ = server.accept()
             size, streams, _, _ = socket.recv_fds(connection, 4, 3)
             name, arguments, folder, environment = json.loads(read(connection, int.from_bytes(size, "big")))
-            child = os.fork()
-            if child == 0:
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 server.close()
-                connection.close()
                 for number, stream in enumerate(streams):
                     os.dup2(stream, number)
                     os.close(stream)
@@ -96,11 +115,10 @@ def serve(place: str) -> None:
                 code = command(name, arguments)
                 sys.stdout.flush()
                 sys.stderr.flush()
+                connection.sendall(str(code).encode())
                 os._exit(code)
             for stream in streams:
                 os.close(stream)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            connection.sendall(str(code if code >= 0 else 128 - code).encode())
             connection.close()
 
 
