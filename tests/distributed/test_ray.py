@@ -104,7 +104,8 @@ for path in folder.glob("queue/failures/*.json"):
 @pytest.mark.timeout(1200)
 def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
     pytest.importorskip("ray")
-    teacher = make_config(name="teacher", seed=7, tokens=256 * 400, parallel={"processes": 2})
+    seldom = {"checkpoint": {"every": 40 * 256}}  # of two processes, one takes as long as ten steps
+    teacher = make_config(name="teacher", seed=7, tokens=256 * 400, parallel={"processes": 2}, **seldom)
     taught_by = [{"kind": "run", "run": run_id(teacher)}, {"kind": "unigram"}]
     configs = [teacher] + [
         make_config(name=teacher["kind"], teacher=teacher, objective={"alpha": 0.5}, tokens=256 * 40)
