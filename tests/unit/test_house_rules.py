@@ -97,7 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"installed", "stopping"}
     | {"run", "run_directory", "run_plan"},
     "planner": {"config", "errors", "evals", "files", "models", "names", "records"}
-    | {"run_directory", "run_plan", "study.cost", "study.given_models"},
+    | {"run_directory", "run_plan", "study.cache_cost", "study.given_models"},
     "analysis": {
         "types",
         "errors",

@@ -84,17 +84,18 @@ def study_plan(
     from tutelage.study.engines.local import study_device
     from tutelage.study.expand import expand
     from tutelage.study.presets import load_study
-    from tutelage.study.texts import foreseen
+    from tutelage.study.texts import foreseen, training_tokens
 
     overrides = [text for text in files if "=" in text]
     names = [text for text in files if "=" not in text]
     if not names:
         raise UserError("study plan: name a study file or a preset before KEY=VALUE settings")
     studies = [load_study(name, overrides) for name in names]
-    if device is None and all(study_device(study) == "cpu" for study in studies):
-        device = "cpu"
+    usual = "cpu" if all(study_device(study) == "cpu" for study in studies) else "h100"
     expanded = [expand(study) for study in studies]
-    found = forecast(expanded, Machine(device or "h100", devices, mfu, price), output)
+    places = [output or Path(f"tutelage-{one.study.name}") for one in expanded]
+    texts = [training_tokens(one, place) for one, place in zip(expanded, places, strict=True)]
+    found = forecast(expanded, Machine(device or usual, devices, mfu, price), output, texts)
     powers = _powers([one for one in expanded if one.study.claims], noise)
     if as_json:
         found["power"] = [asdict(power) | {"noise": power.noise.model_dump()} for power in powers]
@@ -102,8 +103,8 @@ def study_plan(
         return
     for power in powers:
         print_power(power)
-    for one in expanded:
-        for line in foreseen(one, output or Path(f"tutelage-{one.study.name}")):
+    for one, place in zip(expanded, places, strict=True):
+        for line in foreseen(one, place):
             say("warning", f"{one.study.name}: {line}")
     print_forecast(found, [shlex.join([name, *overrides]) for name in names])
 
@@ -135,9 +136,8 @@ def _say_untestable(expanded: ExpandedStudy) -> None:
         return
     plan = draft_of(expanded)
     lacking = missing_of(plan)
-    for claim in plan.claims:
-        if claim in lacking:
-            say("note", f"{plan.name}: claim {claim} is announced and cannot be decided: {lacking[claim]}")
+    for claim in (claim for claim in plan.claims if claim in lacking):
+        say("note", f"{plan.name}: claim {claim} is announced and cannot be decided: {lacking[claim]}")
 
 
 @study_app.command("run")

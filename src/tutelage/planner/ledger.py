@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat
 from tutelage.errors import UserError, lookup
 from tutelage.models.devices import DEVICES, Hardware
-from tutelage.study.cost import kept_bytes
+from tutelage.study.cache_cost import kept_bytes
 
 if TYPE_CHECKING:
     from tutelage.planner.candidates import Candidate

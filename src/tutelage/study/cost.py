@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens, tokens_text
 from tutelage.config.load import digest
-from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.models.devices import find_device
 from tutelage.models.flops import forward_flops
 from tutelage.models.shapes import find_shape
 from tutelage.run_plan import fewest_devices
-from tutelage.study.cells import beside, single_names
-from tutelage.study.given_models import given_model, teacher_forward_flops, teacher_shape
+from tutelage.study.cache_cost import CacheCosts
+from tutelage.study.cells import beside
+from tutelage.study.given_models import teacher_shape
 from tutelage.study.nodes import Cost, check_cells, scored_tokens
 from tutelage.study.plan import load_plan
 from tutelage.study.timings import Speeds, critical_path, makespan, read_timings
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
     from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import StudyConfig, TeacherSpec
-    from tutelage.config.teacher_config import Format
     from tutelage.models.devices import Device
     from tutelage.models.shapes import ModelShape
+    from tutelage.study.cache_cost import Caches
     from tutelage.study.cells import Cell
     from tutelage.study.expand import ExpandedStudy
 
@@ -44,12 +45,13 @@ class Work:
         key: its name, and what tells it from a cell of another study that has the same name.
         needs: keys of what comes first.
         cell: what it stands for.
-        cost: what is still to be computed: without the steps of another run that it starts from, and without
-            the teacher where its targets are cached.
+        cost: what is still to be computed, without the steps of another run that it starts from.
         scoring_flops: of scoring it when it is trained, at most.
         beside: shape of the teacher that runs beside it; "cached" or "control" if it computes nothing.
         processes: devices that it takes at a time.
         memory: peak bytes on each of them.
+        cache_flops: of its teacher's forward passes over the training text, if it is the first to read them
+            from a cache, and so makes that.
     """
 
     key: str
@@ -60,19 +62,12 @@ class Work:
     beside: str | None
     processes: int
     memory: float
+    cache_flops: float = 0.0
 
     @property
     def flops(self) -> float:
-        """FLOPs of training, its live teacher and scoring."""
-        return self.cost.total + self.scoring_flops
-
-
-@dataclass(frozen=True, slots=True)
-class Caches:
-    """Teacher targets that are computed once for all students: FLOPs of making them, bytes at most."""
-
-    flops: float
-    bytes: float
+        """FLOPs of training, its teacher, live or for a cache, and scoring."""
+        return self.cost.total + self.cache_flops + self.scoring_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,30 +87,33 @@ class Duration:
     path_seconds: float
 
 
-def works_of(studies: Sequence[ExpandedStudy], device: str = "h100") -> tuple[list[Work], Caches, list[str]]:
+def works_of(
+    studies: Sequence[ExpandedStudy], device: str = "h100", texts: Sequence[int | None] = ()
+) -> tuple[list[Work], Caches, list[str]]:
     """Every run of `studies` once, each after what it needs; their caches; what the estimate leaves out.
 
     Args:
         studies: what is to be run.
         device: name of the kind of device, whose memory says over how many a run is divided.
+        texts: tokens of each study's training text, None where it is not built; default: of none.
 
     Raises:
         UserError: a cell cannot be built; the message names it.
     """
     works: dict[str, Work] = {}
-    flops = size = 0.0
+    caches = CacheCosts()
     notes: list[str] = []
-    for expanded in studies:
-        found = _Reader(expanded, device)
+    for expanded, text in zip_longest(studies, texts):
+        name = expanded.study.name
+        found = _Reader(expanded, device, caches, text)
         for cell in expanded.cells:
             work = found.work(cell)
             works.setdefault(work.key, work)
-        cached = found.caches()
-        flops, size = flops + cached.flops, size + cached.bytes
-        name = expanded.study.name
         notes += [f"{name}: {text}" for text in dict.fromkeys(found.rounded)]
         notes += [f"{name}: {text}" for text in dict.fromkeys(found.left_out)]
-    return list(works.values()), Caches(flops, size), notes
+    for key, flops in caches.made_by().items():
+        works[key] = replace(works[key], cache_flops=flops)
+    return list(works.values()), caches.total, notes
 
 
 def duration(works: Sequence[Work], devices: int, speed: Speed) -> Duration:
@@ -186,13 +184,12 @@ def by_purpose(works: Sequence[Work], caches: Caches) -> dict[str, float]:
 class _Reader:
     """Costs of the cells of one study."""
 
-    def __init__(self, expanded: ExpandedStudy, device: str) -> None:
-        self._device = device
+    def __init__(self, expanded: ExpandedStudy, device: str, caches: CacheCosts, text: int | None) -> None:
+        self._device, self._caches, self._text = device, caches, text
         self.study, self.teachers = expanded.study, expanded.teachers
         self._drafts = check_cells(expanded)
         self._vocab_size = _vocab_size(expanded.study)
         self._keys: dict[str, str] = {}
-        self._read: dict[tuple[str, tuple[str, ...]], tuple[int, int, int]] = {}
         self._tokens: dict[str, int] = {}
         self.rounded: list[str] = []
         self.left_out: list[str] = []
@@ -220,9 +217,7 @@ class _Reader:
             )
         teacher = taught if cell.kind == "student" else None
         if cached := teacher is not None and teacher.cache is not None:
-            read = str(cell.teacher), cell.needs
-            length = config.data.sequence_length
-            self._read[read] = max((cost.tokens, length, vocab_size), self._read.get(read, (0, 0, 0)))
+            self._read_cache(key, cell, needs, cost.tokens, vocab_size)
         live = [] if cached or cell.compute_of is not None else parts
         found = [teacher_shape(spec, config.data.sequence_length) for spec in live]
         self.left_out += [text for _, left_out in found for text in left_out]
@@ -233,30 +228,30 @@ class _Reader:
             key=key,
             needs=needs,
             cell=cell,
-            cost=replace(
-                cost,
-                flops=cost.flops * (1 - self._shared(cell, config) / cost.tokens),
-                teacher_flops=0.0 if cached else cost.teacher_flops,
-            ),
+            cost=replace(cost, flops=cost.flops * (1 - self._shared(cell, config) / cost.tokens)),
             scoring_flops=forward_flops(shape, vocab_size, config.data.sequence_length) * scored,
             beside=None if teacher is None else "cached" if cached else _shapes(parts),
             processes=processes,
             memory=memory.total,
         )
 
-    def caches(self) -> Caches:
-        """Cached targets of the teachers that the runs so far read from disk."""
-        flops = size = 0.0
-        for (name, _), (tokens, length, vocab_size) in self._read.items():
-            spec = self.teachers[name]
-            if spec.cache is None or spec.control is not None:
-                continue
-            parts = [self.teachers[one] for one in single_names(name, self.teachers)]
-            flops += sum(teacher_forward_flops(one, vocab_size, length) for one in parts) * tokens
-            given = None if spec.model is None else given_model(spec.model, length)
-            width = find_shape(spec.shape).hidden if spec.shape is not None else given.width if given else 0
-            size += kept_bytes(spec.cache.format, vocab_size, width) * tokens
-        return Caches(flops, size)
+    def _read_cache(self, key: str, cell: Cell, needs: Sequence[str], tokens: int, vocab_size: int) -> None:
+        """Note the cache that a run reads, and say for how much text it is counted."""
+        name, length = str(cell.teacher), self._drafts[cell.name].data.sequence_length
+        self._caches.add(
+            key,
+            [needs, self.study.corpus.model_dump(mode="json")],
+            self.teachers[name],
+            beside(cell, self.teachers),
+            tokens=self._text or tokens,
+            length=length,
+            vocab_size=vocab_size,
+        )
+        if self._text is None:
+            self.left_out.append(
+                f"a cache covers the whole training text; that of {name} is counted for its longest student, "
+                "as the text is not built yet"
+            )
 
     def _shared(self, cell: Cell, config: RunConfig) -> float:
         """Tokens that a run does not train because it starts where a shorter run begins to decay."""
@@ -277,16 +272,6 @@ def _shapes(teachers: Sequence[TeacherSpec]) -> str:
     """What computes a student's targets: shapes, given models, or nothing that takes time."""
     real = [str(teacher.shape or teacher.model) for teacher in teachers if teacher.control is None]
     return " + ".join(real) or "control"
-
-
-def kept_bytes(kept: Format, vocab_size: int, width: int) -> float:
-    """Bytes per token of a cache, at most: an id takes log2 V bits, a weight two bytes."""
-    entry = ((vocab_size - 1).bit_length() + 16) / 8
-    if isinstance(kept, HiddenFormat):
-        return width * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[kept.dtype]
-    if isinstance(kept, TopKFormat):
-        return entry * kept.k
-    return entry * (kept.ids if isinstance(kept, MinVarianceFormat) else kept.draws)
 
 
 def _vocab_size(study: StudyConfig) -> int | None:
@@ -321,18 +306,24 @@ class Machine:
     price: float | None
 
 
-def forecast(studies: Sequence[ExpandedStudy], machine: Machine, directory: Path | None) -> dict[str, Any]:
+def forecast(
+    studies: Sequence[ExpandedStudy],
+    machine: Machine,
+    directory: Path | None,
+    texts: Sequence[int | None] = (),
+) -> dict[str, Any]:
     """What `studies` take, as JSON data.
 
     Args:
         studies: what is to be run; runs they share count once.
         machine: where.
         directory: of a study whose finished runs say how fast a device is; None: by the data sheet.
+        texts: tokens of each study's training text, None where it is not built; default: of none.
 
     Raises:
         UserError: a cell cannot be built, or a device is unknown.
     """
-    works, caches, notes = works_of(studies, machine.device)
+    works, caches, notes = works_of(studies, machine.device, texts)
     if not works:
         raise UserError(f"study {studies[0].study.name}: no runs; give students, or teachers to train")
     speed, words, device = _speed(machine, directory)

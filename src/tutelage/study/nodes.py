@@ -39,9 +39,9 @@ class Cost:
         tokens: training tokens, whole batches.
         parameters: of the trained model, embeddings included.
         flops: of training, forward and backward.
-        teacher_flops: of the teacher's forward passes; 0 without a teacher, with a control, or with a given
-            model that cannot be read here. Counted in every student, also where a cache pays it once for all:
-            a student's cost is its own.
+        teacher_flops: of the teacher's forward passes, as the run counts them: 0 without a teacher, with a
+            control, with targets from a cache, which is made once for all, or with a given model that cannot
+            be read here.
     """
 
     tokens: int
@@ -71,6 +71,8 @@ class Cost:
         if tokens < batch:
             raise UserError(f"{cell.name}: {tokens:,} tokens are less than one batch of {batch:,}")
         tokens -= tokens % batch
+        if cell.teacher is not None and teachers[cell.teacher].cache is not None:
+            teacher = 0.0
         taught = teacher * tokens * config.objective.taught_share(tokens // batch) if teacher else 0.0
         return cls(tokens, total, training_flops(own) * tokens, taught)
 

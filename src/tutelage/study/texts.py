@@ -84,9 +84,7 @@ def foreseen(expanded: ExpandedStudy, directory: Path) -> list[str]:
         directory: of the study. Stores in its data/, and in stores/ of the working directory, are known by
             the settings they were built with, the newest first.
     """
-    built = sorted(
-        _manifests([directory / "data", Path("stores")]), key=lambda one: one.created, reverse=True
-    )
+    built = _built(directory)
     corpus = _built_as(expanded.study.corpus, built)
     if corpus is None:
         return []
@@ -131,6 +129,18 @@ def _short(name: str, text: Manifest, config: RunConfig) -> Iterator[str]:
                 f"text {name}: its {split} split has {tokens:,} tokens, less than one window of "
                 f"{config.data.sequence_length:,}: scores on it say little; add text"
             )
+
+
+def training_tokens(expanded: ExpandedStudy, directory: Path) -> int | None:
+    """Tokens of the training text; None where it is no token store yet. `directory` as in `foreseen`."""
+    corpus = _built_as(expanded.study.corpus, _built(directory))
+    return None if corpus is None else corpus.splits["train"].tokens
+
+
+def _built(directory: Path) -> list[Manifest]:
+    """The manifests of the token stores in reach of the study in `directory`, the newest first."""
+    found = _manifests([directory / "data", Path("stores")])
+    return sorted(found, key=lambda one: one.created, reverse=True)
 
 
 def _manifests(places: Iterable[Path]) -> Iterator[Manifest]:

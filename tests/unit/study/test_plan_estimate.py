@@ -18,8 +18,10 @@ from tutelage.errors import UserError
 from tutelage.models.devices import DEVICES, find_device
 from tutelage.models.flops import forward_flops, model_forward_flops, training_flops
 from tutelage.models.shapes import find_shape
-from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, kept_bytes, works_of
+from tutelage.study.cache_cost import kept_bytes
+from tutelage.study.cost import Machine, by_kind, by_purpose, duration, forecast, works_of
 from tutelage.study.expand import expand
+from tutelage.study.plan import draft_of
 from tutelage.study.presets import demo_study, load_study, preset_names
 from tutelage.study.timings import Speeds, Timing, chain_weights, critical_path, estimate_error, makespan
 
@@ -109,6 +111,33 @@ def test_a_kept_teacher_is_run_once_and_takes_room():
     assert caches.flops == pytest.approx(TRAINED * 2 * forward)  # a teacher for each of two seeds
     assert caches.bytes == pytest.approx(TRAINED * 2 * 16 * (9 + 16) / 8)
     assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
+
+
+@pytest.mark.parametrize("text", [None, 500_000])
+def test_a_cache_covers_the_whole_text_and_takes_time(text):
+    """340,101 positions were kept for students that read 19,968 tokens; a plan said a seventeenth."""
+    raw = DEMO.model_dump(mode="json")
+    raw["teachers"]["strong"]["cache"] = {"format": {"kind": "sample_min_variance", "ids": 16}}
+    study = expand(validate(StudyConfig, raw, "test"))
+    works, caches, notes = works_of([study], texts=[text])
+    covered = 2 * (text or TRAINED)  # a teacher for each of two seeds
+    assert caches.flops == pytest.approx(covered * forward_flops(find_shape("nano-150k"), 512, 128))
+    assert caches.bytes == pytest.approx(covered * 16 * (9 + 16) / 8)
+    assert any("the whole training text" in note for note in notes) == (text is None)
+    assert duration(works, 1, lambda *_: 1e9).device == pytest.approx(
+        sum(by_purpose(works, caches).values()) / 1e9
+    )
+    makers = [work.cell.teacher for work in works if work.cache_flops]
+    assert makers == ["strong", "strong"]
+
+
+def test_a_student_of_cached_targets_is_planned_as_it_will_count_itself():
+    """Its speed is its FLOPs by the seconds that it took, in which no teacher ran."""
+    raw = DEMO.model_dump(mode="json")
+    raw["teachers"]["strong"]["cache"] = {}
+    runs = draft_of(expand(validate(StudyConfig, raw, "test"))).runs
+    (alone,) = {run.flops for run in runs if run.kind == "baseline"}
+    assert {run.flops for run in runs if run.teacher == "strong" and run.kind == "student"} == {alone}
 
 
 def test_what_cannot_be_run_is_named_before_anything_runs():
