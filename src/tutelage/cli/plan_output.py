@@ -135,7 +135,10 @@ def _cost_caption(request: PlanRequest) -> str:
     hardware = request.prices.hardware
     text = f"Time on {hardware.devices} x {hardware.name} at {hardware.device.mfu:.0%} of their peak; "
     text += f"{len(SWEEP)} runs: a sweep of alpha. Of the teacher: its training, if it is to be trained, and "
-    return text + "its forward passes, once for all runs where targets are cached."
+    text += "its forward passes, once for all runs where targets are cached: over "
+    if request.text_tokens is None:
+        return text + "the tokens of one run, but a cache covers the whole text (--store)."
+    return text + f"the {short(request.text_tokens)} tokens of the whole text."
 
 
 def _print_outlook(request: PlanRequest, one: Outlook) -> None:

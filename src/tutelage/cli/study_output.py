@@ -49,7 +49,10 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
             f"runs take up to {memory['devices']} devices each; run.parallel.processes must say so",
         )
     if found["cache_bytes"]:
-        say("cache", f"{size_text(found['cache_bytes'])} of kept teacher targets at most")
+        say(
+            "cache",
+            f"{size_text(found['cache_bytes'])} of kept teacher targets, at the most that a token takes",
+        )
     say("time", f"{period(hours['wall_seconds'])} on {found['source']}")
     say("", f"{hours['device_seconds'] / 3600:,.3g} device hours, start-up and loading not counted")
     say("energy", f"{found['energy_kwh']:,.3g} kWh at the devices' full power, cooling not counted")

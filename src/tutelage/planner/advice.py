@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import hypot, log
+from math import exp, hypot, log
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -151,16 +151,13 @@ def advise(request: PlanRequest, teachers: Sequence[Candidate]) -> Advice:
 
 
 def _outlook(request: PlanRequest, alone: Prediction | None, teacher: Candidate) -> Outlook:
-    known = alone is not None and teacher.loss is not None
-    gap = log(alone.mean / teacher.loss.mean) if alone is not None and teacher.loss is not None else 0.0
-    ratio = float(np.exp(-gap)) if known else None
-    alpha, source, checks = _alpha(request, gap if known else None)
-    gains, at = _gains(request, request.tokens, teacher, alpha) if known else ({}, 1.0)
+    gap = _gap(alone, teacher)
+    alpha, source, checks = _alpha(request, gap)
+    gains, at = _gains(request, request.tokens, teacher, alpha) if gap is not None else ({}, 1.0)
     inside = gains.get("in_domain")
-    costs = ways(teacher, request.flops, request.tokens, request.vocab_size, request.prices)
-    longer = int(costs[0].flops / request.flops)
-    if request.text_tokens is not None:
-        longer = min(longer, max(request.text_tokens, request.tokens))
+    text = request.tokens if request.text_tokens is None else request.text_tokens
+    costs = ways(teacher, request.flops, request.tokens, text, request.vocab_size, request.prices)
+    longer = int(_as_many(request, request.tokens, costs[0].flops))
     more, reached = _longer(request, request.tokens, longer)
     return Outlook(
         teacher=teacher,
@@ -169,14 +166,19 @@ def _outlook(request: PlanRequest, alone: Prediction | None, teacher: Candidate)
         gains=gains,
         predicted_alpha=at,
         loss=None if inside is None or alone is None else _after(alone.mean, inside),
-        ratio=ratio,
-        checks=(*_checks(request, teacher, gap if known else None), *checks, *_memory(request, teacher)),
+        ratio=None if gap is None else exp(-gap),
+        checks=(*_checks(request, teacher, gap), *checks, *_memory(request, teacher)),
         costs=tuple(costs),
         longer_tokens=longer,
         longer_gain=more,
         longer_known=reached,
-        break_even=_break_even(request, teacher, alpha) if inside is not None else "",
+        break_even=_break_even(request, teacher) if inside is not None else "",
     )
+
+
+def _gap(alone: Prediction | None, teacher: Candidate) -> float | None:
+    """log(loss of the untaught student / loss of the teacher); None where one is not known."""
+    return None if alone is None or teacher.loss is None else log(alone.mean / teacher.loss.mean)
 
 
 def _alpha(request: PlanRequest, gap: float | None) -> tuple[float, str, list[str]]:
@@ -204,9 +206,9 @@ def _gains(
     """Gains by side, and the alpha that they are of; none outside of what was fitted."""
     basis = request.basis
     alone = basis.alone(request.parameters, tokens)
-    if alone is None or teacher.loss is None:
+    gap = _gap(alone, teacher)
+    if alone is None or teacher.loss is None or gap is None:
         return {}, alpha
-    gap = log(alone.mean / teacher.loss.mean)
     if basis.surfaces:
         unsure = hypot(_relative(alone), _relative(teacher.loss))
         able = {side: one for side, one in basis.surfaces.items() if one.outside(gap) is None}
@@ -241,6 +243,12 @@ def _after(alone: float, gain: Prediction) -> Prediction:
     return Prediction(alone * (1 - gain.mean / _PERCENT), ends[0], ends[1])
 
 
+def _as_many(request: PlanRequest, tokens: float, flops: float) -> float:
+    """Tokens of the untaught student that cost so much, at most all of the text; `tokens` at least."""
+    many = flops / request.flops
+    return many if request.text_tokens is None else min(many, max(request.text_tokens, tokens))
+
+
 def _longer(request: PlanRequest, tokens: float, longer: float) -> tuple[float | None, bool]:
     """What more tokens give the untaught student in domain, percent, and whether the law reaches that far.
 
@@ -254,14 +262,18 @@ def _longer(request: PlanRequest, tokens: float, longer: float) -> tuple[float |
     return float(gain), reached == longer
 
 
-def _break_even(request: PlanRequest, teacher: Candidate, alpha: float) -> str:
-    """Budgets of the student at which distilling beats the same compute without a teacher."""
+def _break_even(request: PlanRequest, teacher: Candidate) -> str:
+    """Budgets of the student, as far as the text goes, at which distilling beats what as much compute gives.
+
+    Each with the alpha that is recommended there.
+    """
     low, high = request.basis.range.tokens
-    factor = 1 + teacher.forward_flops / request.flops
+    high = max(low, min(high, request.text_tokens or high))
     pays: list[tuple[float, bool]] = []
     for tokens in np.geomspace(low, high, _BUDGETS):
-        spent = tokens * factor + teacher.training_flops / request.flops
-        longer, reached = _longer(request, tokens, spent)
+        spent = tokens * (request.flops + teacher.forward_flops) + teacher.training_flops
+        longer, reached = _longer(request, tokens, _as_many(request, tokens, spent))
+        alpha, _, _ = _alpha(request, _gap(request.basis.alone(request.parameters, tokens), teacher))
         gain = _gains(request, tokens, teacher, alpha)[0].get("in_domain")
         if longer is not None and gain is not None and (reached or gain.mean <= longer):
             pays.append((float(tokens), gain.mean > longer))
@@ -281,19 +293,21 @@ def _checks(request: PlanRequest, teacher: Candidate, gap: float | None) -> list
         return [teacher.outside]
     if gap is None or teacher.loss is None:
         return []
-    ratio, basis = float(np.exp(-gap)), request.basis
+    ratio, basis = exp(-gap), request.basis
+    own = f"its loss is {ratio:.3f} of the student's own"
+    if basis.surfaces:  # a rule of these studies, so none of the published models
+        outside = (one.outside(gap) for one in basis.surfaces.values())
+        return [own, *dict.fromkeys(text for text in outside if text is not None)]
     verb = "it does" if ratio < PAYS_BELOW else "it does not"
-    rule = f"pure distillation (alpha 1) pays below {PAYS_BELOW:g}, so {verb}"
-    found = [f"its loss is {ratio:.3f} of the student's own; {rule}"]
+    found = [f"{own}; pure distillation (alpha 1) pays below {PAYS_BELOW:g}, so {verb}"]
     if ratio < BEST_TEACHER[0]:
         found.append(f"stronger than the best teachers, at {BEST_TEACHER[0]:g} to {BEST_TEACHER[1]:g}")
-    found += dict.fromkeys(text for one in basis.surfaces.values() if (text := one.outside(gap)) is not None)
     low, high = basis.teachers
-    if not basis.surfaces and not low <= teacher.loss.mean <= high:
+    if not low <= teacher.loss.mean <= high:
         found.append(
             f"outside: a teacher of {teacher.loss.mean:.3f} nats per token; known: {low:g} to {high:g}"
         )
-    if not basis.surfaces and teacher.measured:
+    if teacher.measured:
         found.append("its loss is of your text, the law's of English web text: they may not compare")
     return found
 

@@ -100,7 +100,7 @@ def cache_format(vocab_size: int, width: int) -> tuple[MinVarianceFormat | Hidde
 
 
 def ways(
-    teacher: Candidate, student_flops: float, tokens: int, vocab_size: int, prices: Prices
+    teacher: Candidate, student_flops: float, tokens: int, text_tokens: int, vocab_size: int, prices: Prices
 ) -> list[Expense]:
     """One run or a sweep, with the teacher beside the student or its targets from a cache.
 
@@ -108,18 +108,18 @@ def ways(
         teacher: whose training and forward passes are counted.
         student_flops: of the student per token, forward and backward.
         tokens: of each run.
+        text_tokens: of the training text, all of which a cache covers.
         vocab_size: of both.
         prices: of operations.
     """
     _, size = cache_format(vocab_size, teacher.width)
-    forward, own = teacher.forward_flops * tokens, student_flops * tokens
     return [
         prices.cost(
             f"{runs} {'cached' if cached else 'online'}",
             training=teacher.training_flops,
-            forward=forward * (1 if cached else runs),
-            student=own * runs,
-            cached=size * tokens if cached else 0.0,
+            forward=teacher.forward_flops * (text_tokens if cached else tokens * runs),
+            student=student_flops * tokens * runs,
+            cached=size * text_tokens if cached else 0.0,
         )
         for runs in (1, len(SWEEP))
         for cached in (False, True)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from tutelage.data.store import open_store
 from tutelage.models.flops import parameters
 from tutelage.models.hub import build
 from tutelage.models.shapes import find_shape
@@ -220,7 +221,30 @@ def test_do_not_distil_is_an_answer_of_a_fit_too(command, store, tmp_path):
     assert found["answer"] == "do not distil"
     assert list(found["files"]) == ["alone.yaml"]
     assert found["teachers"][0]["gains"]["in_domain"]["mean"] > 0
-    assert found["teachers"][0]["break_even"].startswith("on no budget")
+    assert found["teachers"][0]["break_even"] == "above 76.9K tokens (looked at: 2K to 155K tokens)"
+    # From there on the rest of the text is too little to make up for the teacher.
+    for tokens, answer in (("70K", "do not distil"), ("85K", "distil")):
+        asked = ("--store", store, "--fit", fit, "--teacher", "nano-150k@20K", *STUDENT, "--tokens", tokens)
+        again = planned(command, *asked)
+        assert again["answer"] == answer
+        assert again["teachers"][0]["break_even"] == found["teachers"][0]["break_even"]
+
+
+def test_a_cache_covers_the_whole_text(command, store, flat):
+    found = planned(command, "--store", store, "--fit", flat, "--teacher", "nano-150k@20K", *STUDENT)
+    online, *_, cached = found["teachers"][0]["costs"]
+    text = open_store(store).manifest.splits["train"].tokens
+    assert cached["teacher_forward"] / text == pytest.approx(online["teacher_forward"] / found["tokens"])
+    assert cached["cache_bytes"] == text * found["teachers"][0]["cache"]["bytes_per_token"]
+    assert cached["student"] == pytest.approx(5 * online["student"])
+
+
+def test_the_rule_of_published_models_is_not_held_against_a_rule_of_studies(command, store, flat):
+    """A card said that no alpha gains anything, and that alpha 1 pays."""
+    asked = ("--store", store, "--fit", flat, "--teacher", "nano-150k@20K", *STUDENT)
+    (first, *rest) = planned(command, *asked)["teachers"][0]["checks"]
+    assert first.endswith("of the student's own")
+    assert rest == []
 
 
 def test_what_lies_beyond_the_law_is_not_decided(command, store, flat, tmp_path):
