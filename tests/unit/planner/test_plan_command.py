@@ -237,6 +237,9 @@ def test_a_cache_covers_the_whole_text(command, store, flat):
     assert cached["teacher_forward"] / text == pytest.approx(online["teacher_forward"] / found["tokens"])
     assert cached["cache_bytes"] == text * found["teachers"][0]["cache"]["bytes_per_token"]
     assert cached["student"] == pytest.approx(5 * online["student"])
+    _, out, _ = command("plan", "--store", store, "--fit", flat, "--teacher", "nano-150k@20K", *STUDENT)
+    runs = text // found["tokens"] + 1  # so many read more than the text once
+    assert f"cache from run {runs} on: " in out
 
 
 def test_the_rule_of_published_models_is_not_held_against_a_rule_of_studies(command, store, flat):
