@@ -80,8 +80,8 @@ class PolicyResult:
 
     Attributes:
         verdict: its gains.
-        ahead: out-of-domain gain minus that of the best constant alpha, paired by seed; None for that one and
-            with less than two seeds.
+        ahead: out-of-domain gain minus that of the best constant alpha, paired by seed; None for that one,
+            without one, and with less than two seeds.
         raw_front: whether no other arm gains as much on both sides and more on one, raw; None where some
             arm has one seed.
         fitted_front: the same with the out-of-domain gain fitted.
@@ -126,7 +126,7 @@ def tournaments(study: JudgedStudy) -> list[tuple[PairFinding, list[PolicyResult
         arms = raw_gains.arms(pair.student.name, pair.teacher.name)
         if pair.best is None or all(arm.constant for arm in arms):
             continue
-        champion = raw_gains.gain(pair.best, "out_of_domain")
+        champion = raw_gains.gain(pair.best, "out_of_domain") if pair.best.constant else {}
         raw = _front(arms, [(arm.in_domain.mean, arm.out_of_domain.mean) for arm in arms])
         fitted = _front(arms, [(arm.in_domain.mean, (arm.fitted or arm.out_of_domain).mean) for arm in arms])
         policies = [

@@ -224,7 +224,8 @@ def print_fit(fit: StudyFit, studies: Sequence[JudgedStudy]) -> None:
         _print(
             ranking_table(study),
             "Each at its best alpha, gains in percent, ± half of the 95% interval over seeds. Cost of a run "
-            "and training of the teacher: as multiples of the untaught student's FLOPs.",
+            "and training of the teacher: as multiples of the untaught student's FLOPs; what made cached "
+            "targets is in neither.",
         )
     for label, text in fit_lines(fit):
         _line(label, text)

@@ -74,6 +74,8 @@ class _Done(_Status):
     parameters: int
     train_flops: float
     teacher_flops: float
+    cohort: int = Field(1, ge=1)
+    """Students that trained together."""
     evaluations: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Version of the scores of each domain, by evaluation id and domain."""
     warning: str | None = None
@@ -104,7 +106,7 @@ class Results:
         plan: what was to be run.
         runs: one row for every planned run, with what the plan says of it; `teacher_run` is null where the
             study trained no teacher of it. `status` is done, running, stopped, failed, "not started" or
-            "unreadable"; tokens, seconds and FLOPs are null unless done.
+            "unreadable"; tokens, seconds (of a cohort, its share) and FLOPs are null unless done.
         scores: run, domain, split, metric, value, n, version; only runs with a whole evaluation by the plan's
             settings, at the last step that they were scored at. Of the planned domains, and of the probes
             "copying" and "recall".
@@ -301,7 +303,13 @@ def _progress(path: Path) -> dict[str, object]:
     if status == "not started" and not run.scores.exists():
         return {"status": status}
     if status == "done":
-        return read_model(file, _Done).model_dump()
+        done = read_model(file, _Done)
+        # Each run of a cohort counts the seconds of all, who took turns.
+        share = {
+            "seconds": done.seconds / done.cohort,
+            "tokens_per_second": done.tokens_per_second * done.cohort,
+        }
+        return done.model_dump() | share
     return read_model(file, _Status).model_dump() | {"status": status}
 
 

@@ -472,3 +472,15 @@ def test_a_table_alone_says_what_is_left_out_beside_it(command, tmp_path):
     assert code == 0
     assert "| weak | not measured |" in out
     assert "left out: teacher-weak-42: documents.parquet: no such file" in complaints
+
+
+def test_ticks_of_the_teachers_sizes_are_not_rounded_to_other_sizes(tmp_path):
+    """Two digits made 1.2M of 1.25M, and 3.7M of 3.75M."""
+    teachers = {"a": (1.9, 54_400, 250_000), "b": (1.7, 102_000, 1_250_000), "c": (1.6, 213_000, 3_750_000)}
+    gains = {(name, 0.2): (1.0, 1.0) for name in teachers}
+    path = write_study(tmp_path / "study", teachers=teachers, gains=gains)
+    report_of(path)
+    drawn = (path / "figures" / "strength.svg").read_text(encoding="utf-8")
+    assert {"54.4k", "102k", "213k", "250k", "1.25M", "3.75M"} <= set(
+        re.findall(r">([\d.]+[kM])</text>", drawn)
+    )

@@ -298,6 +298,17 @@ def test_what_is_lost_of_a_run_that_was_done_is_named(study, lost):
     assert results.unfinished.select("run", "status").rows() == [(RUN, status)]
 
 
+def test_a_run_of_a_cohort_has_its_share_of_the_seconds(study):
+    """Six that took turns looked ten times slower than one alone, in the table of what a run costs."""
+    edit_json(study / "runs" / RUN / "state.json", cohort=5, seconds=600.0, tokens_per_second=1000.0)
+    edit_json(study / "runs" / "student-weak-0.2-43" / "state.json", cohort=1)
+
+    runs = load_results(study).runs.rows_by_key("run", named=True, unique=True)
+
+    assert (runs[RUN]["seconds"], runs[RUN]["tokens_per_second"]) == (120.0, 5000.0)
+    assert (runs["student-weak-0.2-43"]["seconds"], runs["student-weak-0.2-45"]["seconds"]) == (100.0, 100.0)
+
+
 def test_a_done_run_without_its_ledger_is_unreadable(study):
     (study / "runs" / RUN / "state.json").write_text('{"status": "done"}')
 

@@ -12,10 +12,13 @@ from synthetic_study import STUDENT, bits_per_byte, run_row, write_evaluation, w
 
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.gains import document_draws
+from tutelage.analysis.report.headline import notes
 from tutelage.analysis.report.html import build_report
+from tutelage.analysis.report.report_rows import policy_tables
 from tutelage.analysis.report.text import print_verdicts
 from tutelage.errors import UserError
 from tutelage.records import read_sealed, write_sealed
+from tutelage.study.plan import load_plan, save_plan
 from tutelage.study.results import load_results
 
 TEXTS = {"speeches": 1.65, "fables": 3.2, "recipes": 3.6}
@@ -130,3 +133,31 @@ def test_noise_of_a_stage_that_lacks_documents_is_of_those_that_it_has(tmp_path)
         drawn.append(np.mean(gains, axis=0))
     ends = np.quantile(np.mean(drawn, axis=0)[1:], [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx(ends)
+
+
+def test_without_a_constant_alpha_nothing_is_called_the_best_constant(tmp_path):
+    gains = {
+        ("weak", "linear start 0.8 end 0.0"): (1.0, 2.0),
+        ("weak", "salt value 0.8 until 0.3"): (2.0, 1.0),
+        ("strong", 0.2): (1.0, 2.0),
+        ("strong", "salt value 0.8 until 0.3"): (2.0, 1.0),
+    }
+    weak, strong = policy_tables(judge_study(load_results(write_study(tmp_path / "study", gains=gains))))
+    shown = [[[cell.text for _, cell in row] for row in table.shown] for table in (weak, strong)]
+    assert [row[0] for row in shown[0]] == ["linear start 0.8 end 0.0", "salt value 0.8 until 0.3"]
+    assert [row[0] for row in shown[1]] == ["0.2 (best constant)", "salt value 0.8 until 0.3"]
+    assert [row["ahead"] for row in weak.records()] == [None, None]
+    assert strong.records()[1]["ahead"] == pytest.approx(-1)
+
+
+def test_what_a_student_of_cached_targets_costs_says_what_is_not_in_it(tmp_path):
+    """The same teacher was 2.69 times the student live, and 1.00 times from a cache that cost 28 students."""
+    path = write_study(tmp_path / "study")
+    plan = load_plan(path)
+    teachers = [one.model_copy(update={"targets": "topk"}) for one in plan.teachers if one.name == "weak"]
+    others = [one for one in plan.teachers if one.name != "weak"]
+    save_plan(path, plan.model_copy(update={"teachers": (*teachers, *others)}))
+    judged = judge_study(load_results(path))
+    (cost,) = [note for note in notes(judged.results, judged.findings) if "equal compute" in note]
+    assert cost.endswith("not counted; nor are the forward passes that made the cached targets of weak.")
+    assert "mean over students" not in cost

@@ -182,7 +182,7 @@ def strength_curves(pairs: Sequence[PairFinding], suffix: str) -> Figure:
             scale=alt.Scale(type="log" if log else "linear", nice=False, padding=12),
         )
         x = x.axis(
-            format=".2~s" if log else "~f", tickCount=4, values=_ticks(data, field) if log else alt.Undefined
+            format=".3~s" if log else "~f", tickCount=4, values=_ticks(data, field) if log else alt.Undefined
         )
         base = alt.Chart().encode(x=x, color=colour)
         encoded = {} if detail is None else {"detail": detail}

@@ -197,7 +197,8 @@ def cost(results: Results) -> Figure:
         name="cost",
         title="What a run costs",
         caption="Model FLOPs of one run, mean over finished runs of its kind. A teacher in the loop adds its "
-        f"forward pass; training the teacher is a bar of its own, paid once for all its students.{rest}",
+        "forward pass, cached targets none; training the teacher is a bar of its own, paid once for all its "
+        f"students.{rest}",
         spoken="Stacked bars of FLOPs per run for each kind of run.",
         chart=chart,
         data=data,

@@ -355,9 +355,13 @@ def _cost_note(results: Results) -> list[str]:
     factors = [f"{factor:.2f} times ({name})" for name, factor in overhead(results).items()]
     if not factors:
         return []
+    mean = " (mean over students)" if len(results.plan.students) > 1 else ""
+    cached = [teacher.name for teacher in results.plan.teachers if teacher.targets]
+    made = f"; nor are the forward passes that made the cached targets of {join(cached)}" if cached else ""
     return [
         (
             "Gains are at equal tokens, not equal compute. Per token, a student with a teacher costs "
-            f"{join(factors)} the FLOPs of the student alone, the training of the teacher not counted."
+            f"{join(factors)} the FLOPs of the student alone{mean}, the training of the teacher not "
+            f"counted{made}."
         )
     ]

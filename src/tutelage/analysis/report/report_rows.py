@@ -193,7 +193,7 @@ def policy_tables(study: JudgedStudy) -> list[ReportTable]:
         for one in policies:
             v = one.verdict
             fronts = (("raw", one.raw_front), ("fitted", one.fitted_front))
-            best = " (best constant)" if v is pair.best else ""
+            best = " (best constant)" if v is pair.best and v.constant else ""
             rows.append(
                 [
                     pair.student.name,
