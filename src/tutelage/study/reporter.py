@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutelage.study.timings import Speeds, Timing, makespan
+from tutelage.study.timings import Speeds, Timing, makespan, part_done
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -180,17 +180,12 @@ class _Clock:
         return math.nan if speed is None else node.scoring_flops / speed
 
     def _add_timing(self, node: Node, state: Mapping[str, float]) -> None:
-        part, seconds = _part(state), float(state.get("seconds", 0.0)) / max(1, state.get("cohort", 1))
+        part, seconds = part_done(state), float(state.get("seconds", 0.0)) / max(1, state.get("cohort", 1))
         if part and seconds:
             self._timings[node.id] = Timing(*_likeness(node), node.cost.total * part, seconds)
 
     def _part(self, node: Node) -> float:
-        return _part(self._states[node.id])
-
-
-def _part(state: Mapping[str, float]) -> float:
-    """The fraction of its steps that a run has taken, as it last wrote."""
-    return float(state.get("step", 0) / max(1, state.get("steps", 1)))
+        return part_done(self._states[node.id])
 
 
 def _work(node: Node) -> float:

@@ -11,10 +11,10 @@ from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
 from tutelage.study.leases import Failures, Leases, ask_to_stop, is_gone, is_silent, living_runners, runners
 from tutelage.study.plan import load_plan
-from tutelage.study.timings import Speeds, estimate_error, likeness, read_timings
+from tutelage.study.timings import Speeds, estimate_error, likeness, part_done, read_timings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from tutelage.study.leases import Runner
@@ -45,8 +45,8 @@ class Status:
         failed: runs that failed for good, with the reason.
         retried: runs of which an attempt failed and that will be tried again.
         runners: host and process of each runner, and the time since its heartbeat; dead ones are named so.
-        seconds_left: training time of all runs that are not done, one after the other, by measured speed;
-            None before a run is done.
+        seconds_left: training time of what runs that are not done still have to do, one after the other, by
+            measured speed; None before a run is done.
         timed: finished runs behind that speed.
         error: median relative error of a run's estimated training time; None before two runs are done.
     """
@@ -74,7 +74,7 @@ def read_status(directory: Path) -> Status:
     marked, attempted = failures.marked(), failures.attempted()
     counts: Counter[str] = Counter()
     active: list[Active] = []
-    left: set[str] = set()
+    left: dict[str, float] = {}
     for run in plan.runs:
         place = RunDirectory(directory / "runs" / run.run)
         state = place.state()
@@ -91,14 +91,14 @@ def read_status(directory: Path) -> Status:
             word = "waiting" if standing == "not started" else "stopped"
         counts[word] += 1
         if word != "done":
-            left.add(run.run)
+            left[run.run] = run.flops * (1 - part_done(state))
     timings = read_timings(directory, plan)
     return Status(
         name=plan.name,
         counts=dict(counts),
         active=active,
         failed={run: reason for run, reason in marked.items() if run in left},
-        retried=sorted((attempted - marked.keys()) & left),
+        retried=sorted((attempted - marked.keys()) & left.keys()),
         runners=[_described(runner) for runner in runners(directory).values()],
         seconds_left=_seconds_left(plan, left, Speeds(timings)),
         timed=len(timings),
@@ -154,14 +154,15 @@ def retry_runs(directory: Path, names: Sequence[str]) -> list[str]:
     return [run for run in names or known if failures.clear(run)]
 
 
-def _seconds_left(plan: Plan, left: set[str], speeds: Speeds) -> float | None:
+def _seconds_left(plan: Plan, left: Mapping[str, float], speeds: Speeds) -> float | None:
+    """`left` has the FLOPs that runs still have to do."""
     total = 0.0
     for run in plan.runs:
         if run.run in left:
             speed = speeds.of(*likeness(plan, run))
             if speed is None:
                 return None
-            total += run.flops / speed
+            total += left[run.run] / speed
     return total
 
 

@@ -6,7 +6,7 @@ import heapq
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutelage.run_directory import RunDirectory
 
@@ -73,6 +73,11 @@ def read_timings(directory: Path, plan: Plan) -> list[Timing]:
         seconds = state["seconds"] / state.get("cohort", 1)
         found.append(Timing(*likeness(plan, run), run.flops, seconds))
     return found
+
+
+def part_done(state: Mapping[str, Any]) -> float:
+    """The fraction of its steps that a run has taken, as it last wrote in its state.json."""
+    return float(state.get("step", 0) / max(1, state.get("steps", 1)))
 
 
 def likeness(plan: Plan, run: PlanRun) -> tuple[str, str | None]:

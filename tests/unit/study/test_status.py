@@ -62,7 +62,7 @@ def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, 
     assert status.retried == [nodes[5].id]
     assert [one.run for one in status.active] == [nodes[3].id]
     assert status.error == pytest.approx(0.75)  # each by the other's speed: |2 - 1| and |1/2 - 1|
-    flops = sum(node.cost.total for node in nodes[2:])
+    flops = sum(node.cost.total for node in nodes[4:]) + sum(node.cost.total / 2 for node in nodes[2:4])
     assert flops / 2e9 <= status.seconds_left <= flops / 1e9
     text = shown.get()
     for part in ("2 done", "3.250", "too hot again", "heartbeat", "75%", "study retry"):
@@ -72,6 +72,16 @@ def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, 
         print_status(read_status(tmp_path), tmp_path)
     assert "study run` with the same file tries it again" in " ".join(shown.get().split())
     assert read_status(tmp_path).runners == []
+
+
+def test_what_a_run_has_done_is_not_left(nodes, tmp_path):
+    """Of a run that had taken 99% of its steps, all of its time was said to be left."""
+    before = read_status(tmp_path).seconds_left
+    nodes[2].directory.write_state("stopped", step=10, steps=10)
+    nodes[3].directory.write_state("running", step=10, steps=10)
+    after = read_status(tmp_path).seconds_left
+    halves = sum(node.cost.total / 2 for node in nodes[2:4])
+    assert halves / 2e9 <= before - after <= halves / 1e9
 
 
 def test_looking_changes_nothing(nodes, tmp_path):
