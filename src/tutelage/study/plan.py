@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tutelage.config.data_config import StoreConfig
-    from tutelage.config.study_config import StudyConfig, TeacherSpec
+    from tutelage.config.study_config import StudyConfig
     from tutelage.study.cells import Cell
     from tutelage.study.expand import ExpandedStudy
     from tutelage.study.nodes import Node
@@ -55,7 +55,9 @@ class PlanTeacher(Section):
     shape: str | None = Field(
         None, description="its shape; null for controls, given models, means and chains"
     )
-    of: tuple[Name, ...] = Field((), description="names of the teachers that a mean is of")
+    of: tuple[Name, ...] = Field(
+        (), description="names of the teachers that a mean is of, as their runs have them"
+    )
     tokens: int | None = Field(None, description="its training tokens, where the study trains it")
     parameters: int | None = Field(None, description="parameters, embeddings included, where known")
     run: Name | None = Field(
@@ -232,7 +234,7 @@ def _plan(expanded: ExpandedStudy, runs: Sequence[PlanRun]) -> Plan:
         seeds=study.seeds,
         students=tuple(students.values()),
         teachers=tuple(
-            _teacher(study, name, expanded.teachers, trained.get(expanded.trained_as.get(name), []))
+            _teacher(expanded, name, trained.get(expanded.trained_as.get(name), []))
             for name in expanded.teachers
         ),
         domains=(PlanDomain(name=study.in_domain, role="in_domain"), *outside),
@@ -244,10 +246,9 @@ def _plan(expanded: ExpandedStudy, runs: Sequence[PlanRun]) -> Plan:
     )
 
 
-def _teacher(
-    study: StudyConfig, name: str, teachers: Mapping[str, TeacherSpec], trained: Sequence[Planned]
-) -> PlanTeacher:
+def _teacher(expanded: ExpandedStudy, name: str, trained: Sequence[Planned]) -> PlanTeacher:
     """A teacher; `trained` are its runs, one or one for each seed."""
+    study, teachers = expanded.study, expanded.teachers
     spec, parts = teachers[name], [teachers[one] for one in single_names(name, teachers)]
     run = trained[0][1] if trained else None
     once = trained[0] if spec.seed is not None and trained else None
@@ -255,7 +256,7 @@ def _teacher(
         name=name,
         control=all(one.control is not None for one in parts),
         description=spec.description or ("" if spec.mean is None else f"mean of {', '.join(spec.mean)}"),
-        of=spec.mean or (),
+        of=tuple(expanded.trained_as.get(one, one) for one in spec.mean or ()),
         shape=spec.shape,
         tokens=None if run is None else run.tokens,
         parameters=None if run is None else run.parameters,

@@ -95,6 +95,17 @@ def test_costs_are_those_of_every_teacher_that_runs():
     assert [work.beside for work in works if work.cell.teacher == "mean"] == ["cached"]
 
 
+def test_a_mean_is_of_the_teachers_whose_runs_there_are():
+    """One that differs from another in its targets alone has no run of its own to be looked for."""
+    more = {"kept": TEACHERS["weak"] | {"cache": {}}, "mean": {"mean": ["kept", "strong", "unigram"]}}
+    plan = draft_of(expand(arms(teachers=TEACHERS | more)))
+    (mean,) = (teacher for teacher in plan.teachers if teacher.name == "mean")
+    trained = {run.teacher for run in plan.runs if run.kind == "teacher"}
+    assert mean.of == ("weak", "strong", "unigram")
+    assert trained == {"weak", "strong"}
+    assert mean.description == "mean of kept, strong, unigram"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
