@@ -115,7 +115,8 @@ def _judged(studies: list[Path]) -> list[JudgedStudy]:
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.study.results import load_results
 
-    return [judge_study(load_results(find("study", one, "study"))) for one in dict.fromkeys(studies)]
+    places = dict.fromkeys(find("study", one, "study").resolve() for one in studies)
+    return [judge_study(load_results(place)) for place in places]
 
 
 def _points(studies: list[Path]) -> StudyPoints:

@@ -154,8 +154,10 @@ def _print_outlook(request: PlanRequest, one: Outlook) -> None:
         _line("", f"beats the same compute alone {one.break_even}")
     for text in one.checks:
         _line("", text)
-    text = request.tokens if request.text_tokens is None else request.text_tokens
-    first = max(2, text // request.tokens + 1)  # of which the teacher would see more tokens than the text has
+    kept_tokens = request.tokens if request.text_tokens is None else request.text_tokens
+    first = max(
+        2, kept_tokens // request.tokens + 1
+    )  # of which the teacher would see more tokens than the text has
     _line("", f"cache from run {first:,} on: {kept.kind} ({fields}), {size:.3g} bytes a token at most")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -93,10 +94,27 @@ def by_pair(points: Iterable[TaughtPoint]) -> dict[tuple[str, str, str], list[Ta
 
 
 def together(many: Sequence[StudyPoints]) -> StudyPoints:
-    """The points of several studies as those of one."""
+    """The points of several studies as those of one; of studies of one name the later ones get a number."""
+    many = [_numbered(one, many[:i]) for i, one in enumerate(many)]
     return StudyPoints(
         studies=tuple(name for one in many for name in one.studies),
         texts=tuple(dict.fromkeys(text for one in many for text in one.texts)),
         alone=tuple(point for one in many for point in one.alone),
         taught=tuple(point for one in many for point in one.taught),
+    )
+
+
+def _numbered(points: StudyPoints, before: Sequence[StudyPoints]) -> StudyPoints:
+    """Points that no other study's go by the name of: a preset may have been run on several texts."""
+    earlier = Counter(name for one in before for name in one.studies)
+    names = {name: f"{name} ({earlier[name] + 1})" if earlier[name] else name for name in points.studies}
+    return StudyPoints(
+        studies=tuple(names[name] for name in points.studies),
+        texts=points.texts,
+        alone=tuple(
+            one.model_copy(update={"study": names.get(one.study, one.study)}) for one in points.alone
+        ),
+        taught=tuple(
+            one.model_copy(update={"study": names.get(one.study, one.study)}) for one in points.taught
+        ),
     )

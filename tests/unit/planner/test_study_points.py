@@ -36,7 +36,7 @@ SHAPES = {"weak": "nano-20k", "same": "nano-50k", "strong": "nano-150k"}
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
+def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("studies") / "made"
     write_study(path, gains=GAINS, teachers=TEACHERS, sizes={STUDENT: (102_384, 1_000_000)})
     plan = json.loads((path / "plan.json").read_text())
@@ -45,7 +45,12 @@ def judged(tmp_path_factory):
         if teacher["name"] in SHAPES:
             teacher["shape"] = SHAPES[teacher["name"]]
     (path / "plan.json").write_text(json.dumps(plan))
-    return judge_study(load_results(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def judged(made):
+    return judge_study(load_results(made))
 
 
 def test_points_are_what_the_files_say(judged):
@@ -77,6 +82,20 @@ def test_a_fit_is_the_same_when_read_back(judged, tmp_path):
     assert basis.alone(53_232, 2e6) is None
     both = fit_points(together([fit.points, fit.points.model_copy(update={"studies": ("again",)})]))
     assert both.name == "demo and again"
+
+
+def test_studies_of_one_name_are_not_taken_for_one(judged):
+    """The pairs of a preset on two texts were one pair each, which was hidden as a whole and averaged."""
+    one = points_of(judged)
+    both = together([one, one, one])
+    assert both.studies == ("demo", "demo (2)", "demo (3)")
+    assert (len(one.pairs()), len(both.pairs())) == (3, 9)
+    assert fit_points(both).surfaces["in_domain"].pairs == 9
+
+
+def test_a_study_that_is_named_twice_counts_once(made, command):
+    code, out, err = command("plan", "fit", made, made.parent / ".." / made.parent.name / made.name, "--json")
+    assert (code, json.loads(out)["points"]["studies"]) == (0, ["demo"]), err
 
 
 def test_a_damaged_fit_is_one_line(judged, tmp_path):
