@@ -96,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"agreement", "checksums", "data", "launch", "models", "names", "processes", "progress", "records"}
     | {"installed", "stopping"}
     | {"run", "run_directory", "run_plan"},
-    "planner": {"config", "errors", "evals", "files", "models", "names", "records"}
+    "planner": {"config", "data.store_manifest", "errors", "evals", "files", "models", "names", "records"}
     | {"run_directory", "run_plan", "study.cache_cost", "study.given_models"},
     "analysis": {
         "types",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tutelage.config.base import parse_tokens, slug
+from tutelage.data.store_manifest import read_manifest
 from tutelage.errors import UserError, lookup
 from tutelage.evals.score_files import read_scores
 from tutelage.models.directory import read_config
@@ -20,7 +21,7 @@ from tutelage.run_directory import RunDirectory
 from tutelage.study.given_models import given_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from tutelage.config.run_config import RunConfig
     from tutelage.models.shapes import ModelShape
@@ -132,9 +133,14 @@ def _run(
         forward, width = given.forward_flops, given.width
     else:
         raise UserError(f"--teacher {text}: {run.model} cannot be read")
-    loss, outside, measured = measured_loss([run.scores]), None, True
+    config, text_store = run.config(), student.data.store
+    own = {domain.name: _same(domain.store, text_store) for domain in config.eval.domains}
+    read_it = _same(config.data.store, text_store)
+    loss = measured_loss([run.scores], lambda domain: own.get(domain, read_it))
+    outside, measured = None, True
     tokens = run.state().get("tokens")
-    if shape is not None and isinstance(tokens, int) and (loss is None or not basis.surfaces):
+    law = (loss is None and read_it) or not basis.surfaces
+    if shape is not None and isinstance(tokens, int) and law:
         # The published laws speak of their own text, so both losses are taken from them.
         size = parameters(shape, vocab_size).non_embedding
         outside, measured = basis.range.outside(size, tokens), False
@@ -182,17 +188,29 @@ def _model(text: str, student: RunConfig, store: str) -> Candidate:
     )
 
 
-def measured_loss(files: Iterable[Path]) -> Prediction | None:
+def _same(first: Path, second: Path) -> bool:
+    """Whether two token stores hold the same, as far as both are here."""
+    try:
+        return read_manifest(first).fingerprint == read_manifest(second).fingerprint
+    except UserError:
+        return True
+
+
+def measured_loss(files: Iterable[Path], own: Callable[[str], bool] = lambda _: True) -> Prediction | None:
     """The loss on the student's text among the last scores of a model: nats per token, validation split.
 
     That is the text that is called `text`, or else one in domain.
+
+    Args:
+        files: of scores.
+        own: whether a text in domain, by its name, is the student's.
     """
     for path in files:
         rows = [
             score
             for score in read_scores(path)
             if (score.metric, score.split) == ("perplexity", "validation")
-            and (score.domain == TEXT or score.role == "in_domain")
+            and (score.domain == TEXT or (score.role == "in_domain" and own(score.domain)))
         ]
         if rows:
             last = max(rows, key=lambda score: (score.step, score.domain == TEXT))

@@ -19,6 +19,7 @@ from tutelage.models.shapes import find_shape
 from tutelage.planner.laws import PUBLISHED, PUBLISHED_TAUGHT, SupervisedLaw
 from tutelage.planner.points import AlonePoint, StudyPoints, TaughtPoint
 from tutelage.planner.study_fit import fit_points, load_fit, save_fit
+from tutelage.run import run
 
 FLAT = SupervisedLaw(2.0, 500.0, 0.4, 20.0, 0.5, 0.8)
 """More tokens give next to nothing, so teachers pay."""
@@ -200,6 +201,18 @@ def test_run_files_start_as_they_are(command, store, flat, tmp_path):
     measured = planned(command, "--store", store, "--fit", flat, "--teacher", model, *STUDENT)["teachers"][0]
     assert measured["measured"]
     assert 1 < measured["loss"]["mean"] < 10
+
+
+def test_a_run_of_another_text_has_no_loss_by_the_law_of_this_one(
+    command, store, other_store, flat, make_config
+):
+    """Of a teacher trained on scripture the law of speeches said 3.70, and its scores 3.97."""
+    teacher = run(make_config(tokens="2K"))
+    asked = ("--fit", flat, "--teacher", teacher.path, *STUDENT)
+    assert not planned(command, "--store", store, *asked)["teachers"][0]["measured"]
+    code, out, err = command("plan", "--store", other_store, *asked)
+    assert (code, out) == (2, "")
+    assert "its loss on the student's text is not known; measure it: `tutelage eval score" in err
 
 
 def test_what_is_outside_is_said_and_not_predicted(command, store, flat):
