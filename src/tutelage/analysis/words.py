@@ -103,7 +103,12 @@ def taught_by(v: Verdict) -> str:
     """`strong (stronger teacher)`, in brackets what was measured; `unigram control`; `no teacher`."""
     if v.teacher is None:
         return NO_TEACHER
-    return f"{v.teacher} control" if v.control else f"{v.teacher} ({level(v)} teacher)"
+    return f"{v.teacher} control" if v.control else f"{v.teacher} ({beside(v)})"
+
+
+def beside(v: Verdict) -> str:
+    """`stronger teacher`, as measured; `teacher not measured`."""
+    return "teacher not measured" if v.relation is None else f"{level(v)} teacher"
 
 
 def arm(v: Verdict) -> str:

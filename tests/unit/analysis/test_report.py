@@ -246,6 +246,7 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
     assert "student-unigram-0.2-43 not started" in words
     assert "student-weak-0.2-44: scores.jsonl, line 1" in words
     assert "not measured by size and tokens weak-to-strong (0.34x parameters, 1x tokens)" in words
+    assert "weak (teacher not measured, alpha 0.4) gains" in words
     assert "unigram no student of this teacher is finished control a teacher" in words
     # seeds 43 and 45: gains -0.6 and -0.7, t(1, 0.975) = 12.706, half 12.706 * 0.05
     assert "hurts in domain -0.65% -1.29 to -0.01" in words
@@ -484,3 +485,16 @@ def test_ticks_of_the_teachers_sizes_are_not_rounded_to_other_sizes(tmp_path):
     assert {"54.4k", "102k", "213k", "250k", "1.25M", "3.75M"} <= set(
         re.findall(r">([\d.]+[kM])</text>", drawn)
     )
+
+
+def test_a_tile_never_says_minus_zero(tmp_path):
+    gains = {("weak", 0.2): (-0.04, 0.5), ("weak", 0.4): (-0.06, 2.25), ("unigram", 0.2): (0.04, -12.34)}
+    path = write_study(tmp_path / "study", gains=gains, offsets={})
+    report_of(path)
+    for name in ("heat", "domains"):
+        drawn = (path / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        shown = re.findall(r">([+\u2212-][\d.]+)</text>", drawn)
+        assert {"+0.0", "\u22120.1"} <= set(shown)
+        assert "\u22120.0" not in shown
+        if name == "domains":
+            assert "\u221212.3" in shown

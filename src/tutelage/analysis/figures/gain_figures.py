@@ -44,7 +44,7 @@ def heat_map(verdicts: Sequence[Verdict], suffix: str) -> Figure:
         x=alt.X("alpha:O", title="alpha", sort=alphas).axis(format="~g", labelAngle=0),
     )
     tiles = base.mark_rect().encode(color=_tile_colour(largest))
-    numbers = base.mark_text(fontSize=10, color="#111").encode(text=alt.Text("gain:Q", format="+.1f"))
+    numbers = _tile_numbers(base)
     sides = data["side"].unique(maintain_order=True).to_list()
     step = max(34, _TITLE_WIDTH // len(alphas))
     panels = [
@@ -246,7 +246,7 @@ def domain_gains(findings: Findings, verdicts: Sequence[Verdict], suffix: str) -
         .axis(orient="top", labelAngle=0 if len(columns) <= _FEW_DOMAINS else -40),
     )  # fmt: skip
     tiles = base.mark_rect().encode(color=_tile_colour(largest))
-    numbers = base.mark_text(fontSize=10, color="#111").encode(text=alt.Text("gain:Q", format="+.1f"))
+    numbers = _tile_numbers(base)
     fits = {"raw": "raw", "unigram": "calibration fitted"}
     step = 66 if len(columns) <= _FEW_DOMAINS else 40
     panels = [
@@ -296,6 +296,15 @@ def _tile_colour(largest: float) -> alt.Color:
     """Orange to blue by gain, grey where there is one seed."""
     scale = alt.Scale(domain=[-largest, 0, largest], range=_TILES)
     return alt.Color("gain:Q", legend=None, scale=scale, condition=one_seed(_UNJUDGED))
+
+
+def _tile_numbers(base: alt.Chart) -> alt.Chart:
+    """The gain on each tile; never `-0.0`."""
+    rounded = base.transform_calculate(shown="round(datum.gain * 10) / 10 + 0")
+    numbers: alt.Chart = rounded.mark_text(fontSize=10, color="#111").encode(
+        text=alt.Text("shown:Q", format="+.1f")
+    )
+    return numbers
 
 
 def _with_origin(data: pl.DataFrame) -> pl.DataFrame:

@@ -12,9 +12,9 @@ from tutelage.analysis.tables import overhead
 from tutelage.analysis.words import (
     NO_DIFFERENCE,
     ONE_SEED,
+    beside,
     effect,
     join,
-    level,
     plus_minus,
     score_warnings,
 )
@@ -144,7 +144,7 @@ def _answer(pairs: Sequence[PairFinding], effects: Mapping[tuple[int, Side], str
 def _numbers(best: Sequence[Verdict]) -> str:
     """Every teacher's gains; of many teachers those of the best."""
     gains = [
-        f"{v.teacher} ({level(v)} teacher, {v.arm}) gains {plus_minus(v.out_of_domain)} out of domain, "
+        f"{v.teacher} ({beside(v)}, {v.arm}) gains {plus_minus(v.out_of_domain)} out of domain, "
         f"{plus_minus(v.in_domain)} in domain"
         for v in best
     ]
@@ -343,10 +343,9 @@ def _text_note(findings: Findings) -> list[str]:
     steady = sum(spread.least * spread.most > 0 for spread in clear)
     return [
         (
-            f"Intervals over seeds take the {clear[0].n} texts out of domain as given. Of {len(clear)} gains "
-            f"at best alphas that are clear over seeds, {still} are clear with the texts as a sample too and "
-            f"{steady} keep their sign whichever text is left out; the table of every teacher and alpha has "
-            "both."
+            f"Intervals over seeds take the {clear[0].n} texts out of domain as given. Gains at best alphas "
+            f"that are clear over seeds: {len(clear)}; clear with the texts as a sample too: {still}; of the "
+            f"same sign whichever text is left out: {steady}. The table of every teacher and alpha has both."
         )
     ]
 
