@@ -302,7 +302,7 @@ def _tile_numbers(base: alt.Chart) -> alt.Chart:
     """The gain on each tile; never `-0.0`."""
     rounded = base.transform_calculate(shown="round(datum.gain * 10) / 10 + 0")
     numbers: alt.Chart = rounded.mark_text(fontSize=10, color="#111").encode(
-        text=alt.Text("shown:Q", format="+.1f")
+        text=alt.Text("shown:Q", title="gain", format="+.1f")
     )
     return numbers
 
