@@ -130,6 +130,15 @@ def test_announced_claims_are_the_family_of_the_headline(tmp_path):
     assert [cell.text for _, cell in second[2:]] == ["undecided", "", "", "", ""]
 
 
+def test_a_claim_that_is_contradicted_without_one_of_its_tests_shows_the_number_that_does(tmp_path):
+    """An undertrained teacher at large alphas alone, where it was to hurt, and helps."""
+    young = {"young": (1.9, 130_000, 300_000)}
+    path = write_study(tmp_path / "study", claims=[5], teachers=young, gains={("young", 0.8): (1.0, 5.0)})
+    (row,) = answer_table(judge_study(load_results(path)).announced).shown
+    assert [cell.text for _, cell in row[2:4] + row[5:6]] == ["contradicted", "+5.50%", "3"]
+    assert row[1][1].note == "gain out of domain, alpha from 0.8: below 0"
+
+
 def test_pairs_share_a_seed(tmp_path):
     path = write_study(tmp_path / "study")
     shutil.rmtree(path / "runs" / "baseline-45")

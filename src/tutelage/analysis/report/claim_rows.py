@@ -56,12 +56,16 @@ def answer_table(outcomes: Sequence[ClaimResult]) -> ReportTable:
 
 
 def _deciding(outcome: ClaimResult) -> TestResult | None:
-    """The test that contradicts a claim most, or else supports it least; None if one has no numbers."""
+    """The test that contradicts a claim most, or else supports it least.
+
+    None if one has no numbers, unless others contradict the claim without it.
+    """
     tests = [one for one in outcome.tests if not one.test.beside]
-    if not tests or any(one.effect is None for one in tests):
-        return None
+    known = [one for one in tests if one.effect is not None]
     if outcome.answer == "contradicted":
-        return min(tests, key=lambda one: one.test.evidence().contradict)
+        return min(known, key=lambda one: one.test.evidence().contradict)
+    if not tests or len(known) < len(tests):
+        return None
     return max(tests, key=lambda one: one.test.evidence().support)
 
 
