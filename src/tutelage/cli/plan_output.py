@@ -155,9 +155,8 @@ def _print_outlook(request: PlanRequest, one: Outlook) -> None:
     for text in one.checks:
         _line("", text)
     kept_tokens = request.tokens if request.text_tokens is None else request.text_tokens
-    first = max(
-        2, kept_tokens // request.tokens + 1
-    )  # of which the teacher would see more tokens than the text has
+    # So many runs together read more tokens than the whole text has, for which the teacher runs once.
+    first = kept_tokens // request.tokens + 1
     _line("", f"cache from run {first:,} on: {kept.kind} ({fields}), {size:.3g} bytes a token at most")
 
 
