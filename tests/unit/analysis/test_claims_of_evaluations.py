@@ -51,6 +51,16 @@ def test_the_gain_by_difficulty_comes_from_token_comparisons(tmp_path):
     assert found.tests[0].test.values == pytest.approx(CONTRASTS)
 
 
+def test_a_comparison_without_a_hardest_fifth_says_nothing_of_difficulty(tmp_path):
+    """Of a text whose tokens are all as hard; the report ended with "can only call '.item()'"."""
+    study = write_study(tmp_path / "study")
+    write_contrasts(study, {43: "baseline-44", 44: "baseline-45", 45: "baseline-43"})
+    summary = study / "token-comparisons" / "seed-43" / "speeches-test-1" / "summary.parquet"
+    pl.read_parquet(summary).filter(pl.col("grouping") != "entropy contrast").write_parquet(summary)
+
+    assert outcome(study, 8).tests[0].test.values == pytest.approx({44: 0.32, 45: 0.31})
+
+
 @pytest.mark.parametrize("sorter", [None, "baseline-{}", "student-weak-0.2-{}", "teacher-weak-42"])
 def test_tokens_that_no_third_untaught_student_sorted_are_no_evidence(tmp_path, sorter):
     study = write_study(tmp_path / "study")
