@@ -86,7 +86,7 @@ class PlanRun(RunLabels):
     run: Name = Field(description="run id, the name of its directory")
     tokens: int = Field(ge=1, description="training tokens")
     parameters: int = Field(ge=1, description="parameters, embeddings included")
-    flops: float = Field(ge=0, description="estimate of its training, teacher included")
+    flops: float = Field(ge=0, description="estimate of its training, a live teacher included")
     baseline: Name | None = Field(description="run id it is compared with; null for teachers and baselines")
     after: Name | None = Field(None, description="run id that the stage went on from (kind after)")
     teacher_run: Name | None = Field(
