@@ -62,6 +62,17 @@ def test_a_number_of_workers_that_is_none_starts_nothing(workers, tmp_path):
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
+def test_a_script_that_runs_its_study_wherever_it_is_imported_is_told_so(tmp_path):
+    """Its processes imported it, and waited for the study that waited for them."""
+    (tmp_path / "script.py").write_text('import tutelage as tt\n\ntt.run_study("demo", "study")\n')
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert 'put what runs it below `if __name__ == "__main__":`' in done.stderr
+    assert done.stderr.splitlines()[-1] == "tutelage.errors.UserError: its process ended with exit code 1"
+
+
 @pytest.mark.parametrize("given", [None, 7, ["runs"], tt.Objective()])
 def test_what_is_no_path_is_one_line(given, tmp_path):
     said = rf" is a {type(given).__name__}: give a path or a name"

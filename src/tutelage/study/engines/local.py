@@ -12,10 +12,11 @@ import sys
 import tempfile
 import threading
 import time
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, spawn
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
+from tutelage.errors import UserError
 from tutelage.launch import describe
 from tutelage.stopping import held_back, leave_signals_to_parent
 from tutelage.study.engines import TaskOutcome
@@ -49,9 +50,19 @@ class LocalEngine:
     Args:
         workers: how many.
         gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES; worker i sees GPU i modulo their number.
+
+    Raises:
+        UserError: this process is itself one that is being started, and imports the script that started it.
     """
 
     def __init__(self, workers: int, gpus: list[str]) -> None:
+        try:
+            spawn.get_preparation_data("")
+        except RuntimeError:  # the script would run its study in its study, which waits for itself
+            raise UserError(
+                "a study starts processes that import the script it is run in: put what runs it below `if "
+                '__name__ == "__main__":`'
+            ) from None
         self.slots = workers
         self.largest = min(workers, len(gpus)) if gpus else workers
         self._gpus = gpus
