@@ -178,7 +178,7 @@ def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
     words = f"{student:.3g} FLOPs per token" + (f" and {teacher:.3g} of the teacher" if teacher else "")
     say("speed", f"{short(found.tokens_per_second)} tokens/s on {devices} x {hardware.name} ({words})")
     say("", f"at {hardware.device.mfu:.0%} of {hardware.device.peak_flops / 1e12:g} TFLOP/s each")
-    say("time", f"{period(found.seconds)}; start-up, scoring and waiting for disks not counted")
+    say("time", f"{period(found.seconds)}; without start-up, a cache of targets, scoring, waits for disks")
     say(
         "disk",
         f"{size_text(found.checkpoint_bytes)} of checkpoints, {size_text(found.model_bytes)} of model",
