@@ -104,7 +104,7 @@ for path in folder.glob("queue/failures/*.json"):
 @pytest.mark.timeout(1200)
 def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
     pytest.importorskip("ray")
-    seldom = {"checkpoint": {"every": 40 * 256}}  # of two processes, one takes as long as ten steps
+    seldom = {"checkpoint": {"every": 40 * 256}}  # every four steps, they take as long as those
     teacher = make_config(name="teacher", seed=7, tokens=256 * 400, parallel={"processes": 2}, **seldom)
     taught_by = [{"kind": "run", "run": run_id(teacher)}, {"kind": "unigram"}]
     configs = [teacher] + [
