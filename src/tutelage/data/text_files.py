@@ -1,7 +1,6 @@
 """Decompress and decode files of text, and take the text out of HTML.
 
-Whatever a file is, its text comes as UTF-8, without byte order marks, in blocks. Damage is an error and never
-a shorter text.
+Whatever a file is, its text comes as UTF-8, in blocks. Damage is an error and never a shorter text.
 """
 
 from __future__ import annotations
@@ -188,7 +187,8 @@ def text_blocks(path: Path, kind: Kind = "text", encoding: str | None = None) ->
         head = file.read(_BLOCK)
         if not head or head in dict(_MARKS):
             raise UserError(f"{path}: the file is empty")
-        blocks = _decoded(path, _from(file, head), _encoding_of(head, encoding, is_page=kind == "html"))
+        name = _encoding_of(head, encoding, is_page=kind == "html")
+        blocks = (block.replace(codecs.BOM_UTF8, b"") for block in _decoded(path, _from(file, head), name))
         if kind == "html":
             yield _page_text(path, blocks)
         else:
@@ -210,7 +210,7 @@ def _encoding_of(head: bytes, given: str | None, *, is_page: bool = False) -> st
 
 
 def _decoded(path: Path, blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """Decode blocks of a file; encode them as UTF-8, without byte order marks, with the line ends of Unix.
+    """Decode blocks of a file; encode them as UTF-8, of whole characters, with the line ends of Unix.
 
     Raises:
         UserError: the file is binary, or in another encoding.
@@ -223,7 +223,7 @@ def _decoded(path: Path, blocks: Iterator[bytes], encoding: str) -> Iterator[byt
         before = read - len(decoder.getstate()[0])
         read += len(block)
         try:
-            text = decoder.decode(block, final=not block).replace(MARK, "").encode()
+            text = decoder.decode(block, final=not block).encode()
         except UnicodeDecodeError as error:
             raise UserError(f"{not_decoded(str(path), error, before)}; {_OTHER_ENCODING}") from None
         except UnicodeError as error:
@@ -282,7 +282,7 @@ def lines(path: Path, encoding: str | None = None, *, as_text: bool = False) -> 
     Args:
         path: the file.
         encoding: as for `text_blocks`. Lines in UTF-8 are not checked: one may be bad, the next good.
-        as_text: check and decode the file as `text_blocks` does.
+        as_text: check and decode the file as `text_blocks` does, though marks within a line stay.
 
     Raises:
         UserError: as `opened`; or the file is empty, or not in the encoding that is not UTF-8.

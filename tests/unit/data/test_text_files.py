@@ -163,6 +163,13 @@ def test_marks_inside_rows_are_removed_where_texts_begin(tmp_path):
     parquet.write_table(table({"text": [f"{BOM}one", f"t{BOM}wo"]}), tmp_path / "a.parquet")
     assert texts(tmp_path / "a.jsonl") == ["one", f"t{BOM}wo"]
     assert texts(tmp_path / "a.parquet") == ["one", f"t{BOM}wo"]
+    table_of_text = f"text\n{BOM}one\nt{BOM}wo\n"
+    raw_rows = json.dumps({"text": f"t{BOM}wo"}, ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32-be", "gb18030"):
+        (tmp_path / "a.csv").write_bytes(table_of_text.encode(encoding))
+        (tmp_path / "b.jsonl").write_bytes(raw_rows.encode(encoding))
+        assert texts(tmp_path / "a.csv", encoding=encoding) == ["one", f"t{BOM}wo"]
+        assert texts(tmp_path / "b.jsonl", encoding=encoding) == [f"t{BOM}wo"]
 
 
 def test_a_file_with_nothing_but_a_mark_is_empty(tmp_path):
