@@ -2,7 +2,8 @@
 
 lm-eval itself puts a mark in front of every text that it scores from its beginning: the tokenizer's beginning
 of a sequence, or without one the end-of-text mark. Here such a text begins with the tokens that the tokenizer
-puts in front of it, once; if there are none, the first token is context only.
+puts in front of it, once; if there are none, the first token is context only. And no text is closed, whatever
+the tokenizer puts behind one: prompts are continued.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
     def __init__(self, own: TextTokenizer, **settings: Any) -> None:  # noqa: ANN401 - lm-eval's own
         super().__init__(**settings)
         self._own = own
+        # A tokenizer that closes texts would close prompts too, and answers would lose their first token.
+        self.tokenizer.backend_tokenizer.post_processor = own.library(markup=True).post_processor
         self.model.generation_config.suppress_tokens = padded_ids(self.model, own.vocab_size)
 
     def tell(self, advance: Callable[[int], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,6 +154,30 @@ def test_a_token_that_nothing_begins_has_a_score_all_the_same(exported, opened):
         logits = model(input_ids=torch.tensor([[begin]])).logits[0, 0, : opened.vocab_size]
     assert value == pytest.approx(float(logits.log_softmax(0)[ids[0]]), rel=1e-5)
     assert math.isfinite(value)
+
+
+def test_a_tokenizer_that_closes_texts_closes_no_prompt(exported, opened, tmp_path):
+    closing = tmp_path / "closing"
+    shutil.copytree(exported, closing)
+    tokenizer = Tokenizer.from_file(str(closing / "tokenizer.json"))
+    names = [tokenizer.id_to_token(index) for index in (*opened.begin_ids, opened.eos_id)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*names[:-1], "$A", names[-1]],
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in names],
+    )
+    tokenizer.save(str(closing / "tokenizer.json"))
+    (closing / "checksums.json").unlink()  # as of a directory that others have written
+    pairs = [("the people of the", " land"), ("x and the", " congress of the united")]
+    models = [
+        lm_eval_model.ExportedModel(load_tokenizer(path), pretrained=str(path), **DEFAULT)
+        for path in (exported, closing)
+    ]
+    answers = [
+        [value for value, _ in model.loglikelihood(asked(*pairs), disable_tqdm=True)] for model in models
+    ]
+    assert answers[0] == answers[1]
+    prompts = [model.tok_batch_encode(["the people of the"])[0].tolist() for model in models]
+    assert prompts[0] == prompts[1]
 
 
 def test_padded_ids_are_never_generated(exported, opened):
