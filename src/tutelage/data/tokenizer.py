@@ -165,7 +165,7 @@ class TextTokenizer:
     """A tokenizer and what a store must know about it.
 
     Attributes:
-        json: the exact text of its tokenizer.json.
+        json: the text of its tokenizer.json, without what ends texts, cuts them short or pads them.
         end_of_text: the token that closes every document.
         vocab_size: one more than its largest id.
         eos_id: id of `end_of_text`.
@@ -205,8 +205,6 @@ class TextTokenizer:
         """
         text = self.json if markup else _without_special_words(json.loads(self.json), self.special_tokens)
         tokenizer = Tokenizer.from_str(text)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         tokenizer.encode_special_tokens = not markup
         return tokenizer
 
@@ -280,7 +278,8 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     where that names none, it is the first of the usual ones that the tokenizer has.
 
     Tokens that the post-processor puts in front of a text are kept. Those that it appends are removed from
-    the tokenizer, so that a text encoded with it can be continued: stores close documents themselves.
+    the tokenizer, so that a text encoded with it can be continued: stores close documents themselves. So are
+    its truncation and padding, which transformers saves with it.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or it has no end-of-text token.
@@ -304,10 +303,12 @@ def load_tokenizer(path: Path) -> TextTokenizer:
 def _wrapped(text: str, tokenizer: Tokenizer, end: str) -> TextTokenizer:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     begin, begin_ids, appends = added_to_texts(tokenizer)
+    settings = json.loads(text)
+    wanted: dict[str, object] = {"truncation": None, "padding": None}
     if appends:
-        settings = json.loads(text)
-        settings["post_processor"] = _in_front(begin, begin_ids)
-        text = json.dumps(settings, ensure_ascii=False, indent=2)
+        wanted["post_processor"] = _in_front(begin, begin_ids)
+    if any(settings.get(name) != value for name, value in wanted.items()):
+        text = json.dumps(settings | wanted, ensure_ascii=False, indent=2)
     return TextTokenizer(text, end, max(vocabulary.values()) + 1, vocabulary[end], begin, begin_ids)
 
 

@@ -146,6 +146,9 @@ def test_other_families_encode_whole_texts(tmp_path):
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert (loaded.end_of_text, loaded.eos_id, loaded.vocab_size) == ("</s>", 3, 4)
     assert ids_of(loaded, "One two", "two two one two") == [[1, 2], [2, 2, 1, 2]]
+    loaded.save(tmp_path)
+    again = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # as probes and tasks read it
+    assert [again.encode(text).ids for text in ("One two", "two two one two")] == [[1, 2], [2, 2, 1, 2]]
 
 
 def test_added_tokens_may_reach_over_spaces(tmp_path):
