@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Roles = Mapping[str, EvaluatedModel]
 
 _ROLES = ("student", "teacher", "baseline")
-_VERSION = 3
+_VERSION = 4
 """Raised when a quantity or the files change; older comparisons are then made again."""
 _CHUNK_TOKENS = 1024
 _CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**25, "mps": 2**25}

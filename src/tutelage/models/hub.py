@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import hf_hub_download
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
@@ -26,9 +25,9 @@ from tutelage.models.directory import check_config, computing, is_local
 from tutelage.models.export import Base, check_tokenizer_files, complete
 from tutelage.models.lengths import trained_length
 from tutelage.models.packed import body_of
-from tutelage.objective.products import weight_and_bias
+from tutelage.objective.products import dense_logits, weight_and_bias
 from tutelage.records import read_object
-from tutelage.types import LogitTransform, transformed
+from tutelage.types import DenseTargets, LogitTransform, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -242,10 +241,13 @@ def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
 def head_logits(
     head: nn.Linear, hidden_ND: Tensor, transform: LogitTransform, vocab_size: int | None = None
 ) -> Tensor:
-    """Compute a model's float32 logits [N, V] from hidden states, without rows from `vocab_size` on."""
+    """Compute a model's logits [N, V] from hidden states, without rows from `vocab_size` on.
+
+    They are float32, or wider, and never rounded to the weights' half precision: two likely tokens would tie,
+    and models that nearly agree would differ by the rounding.
+    """
     weight_VD, bias_V = weight_and_bias(head)
-    bias_V = None if bias_V is None else bias_V[:vocab_size]
-    return transformed(F.linear(hidden_ND, weight_VD[:vocab_size], bias_V).float(), transform)
+    return dense_logits(DenseTargets(hidden_ND, weight_VD, transform, bias_V), slice(None), vocab_size)
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:

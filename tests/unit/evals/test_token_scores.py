@@ -10,7 +10,7 @@ import torch
 
 from tutelage.data.store import open_store
 from tutelage.evals import token_scores, windows
-from tutelage.evals.token_scores import DocumentLosses, ratio, score_tokens
+from tutelage.evals.token_scores import DocumentLosses, NextTokenModel, ratio, score_tokens
 from tutelage.evals.windows import read_documents
 from tutelage.models.hub import build
 from tutelage.models.shapes import find_shape
@@ -105,6 +105,16 @@ def test_batching_of_windows_and_logits_does_not_matter(model, opened, documents
     monkeypatch.setattr(token_scores, "_FEWEST_ROWS", 7)
     parts = score_tokens(model, documents, 300, CONTEXT).losses(documents)
     np.testing.assert_allclose(parts.nll_N, whole.nll_N, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_weights_are_not_rounded_to_it(dtype):
+    half = build(find_shape("nano-50k"), 300, CONTEXT, seed=1).to(dtype)
+    hidden_ND = torch.randn(64, half.config.hidden_size, dtype=dtype)
+    truth_NV = hidden_ND.double() @ half.lm_head.weight.double().T
+    logits_NV = NextTokenModel.of(half, 300).logits(hidden_ND)
+    assert logits_NV.dtype == torch.float32
+    assert (logits_NV - truth_NV).abs().max() < 1e-6 * truth_NV.abs().max()
 
 
 @pytest.mark.parametrize("tokens", [77, 2000])

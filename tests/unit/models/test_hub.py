@@ -292,10 +292,10 @@ def test_a_head_that_is_more_than_a_matrix_and_a_bias_is_refused():
     body, head = body_and_head(model)
     with torch.no_grad():
         head.bias.normal_()
-        hidden = body(input_ids=TOKENS_BT).last_hidden_state
-        torch.testing.assert_close(head_logits(head, hidden, PLAIN), model(input_ids=TOKENS_BT).logits)
-        cut = head_logits(head, hidden, PLAIN, VOCAB - 3)
-        torch.testing.assert_close(cut, model(input_ids=TOKENS_BT).logits[..., : VOCAB - 3])
+        hidden_ND = body(input_ids=TOKENS_BT).last_hidden_state.flatten(0, 1)
+        logits_NV = model(input_ids=TOKENS_BT).logits.flatten(0, 1)
+        torch.testing.assert_close(head_logits(head, hidden_ND, PLAIN), logits_NV)
+        torch.testing.assert_close(head_logits(head, hidden_ND, PLAIN, VOCAB - 3), logits_NV[:, : VOCAB - 3])
     model.lm_head = Adapted(model.lm_head)
     with pytest.raises(UserError, match="GPTJForCausalLM: it cannot teach or learn here: head"):
         body_and_head(model)
