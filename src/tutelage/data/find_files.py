@@ -52,9 +52,8 @@ def find(names: Sequence[str], kind: Kind | None = None) -> list[Path]:
 def _matches(text: str, kind: Kind | None) -> list[Path]:
     path = Path(text).expanduser()
     paths = [path]
-    if glob.has_magic(str(path)) and not path.exists():
-        paths = [Path(name) for name in sorted(glob.glob(_pattern(path), recursive=True))]  # noqa: PTH207 - absolute too
-        paths = [path for path in paths if not path.is_dir()]
+    if _is_pattern(path):
+        paths = [path for path in _globbed(path) if not path.is_dir()]
     elif path.is_dir():
         paths = [inner for inner in _inside(path) if not _why_not(inner, kind)]
         if not paths:
@@ -70,6 +69,15 @@ def _matches(text: str, kind: Kind | None) -> list[Path]:
     if not paths or not paths[0].exists():
         raise UserError(f"{text}: no such file")
     return paths
+
+
+def _is_pattern(path: Path) -> bool:
+    return glob.has_magic(str(path)) and not path.exists()
+
+
+def _globbed(path: Path) -> list[Path]:
+    """Return what a pattern matches, sorted."""
+    return [Path(name) for name in sorted(glob.glob(_pattern(path), recursive=True))]  # noqa: PTH207 - absolute too
 
 
 def _pattern(path: Path) -> str:
@@ -109,10 +117,19 @@ def _why_not(path: Path, kind: Kind | None) -> str | None:
 
 
 def passed_over(names: Sequence[str], kind: Kind | None) -> dict[str, int]:
-    """Count the files of the directories among `names` that `find` leaves out, by ending or reason."""
-    directories = [path for path in (Path(text).expanduser() for text in names) if path.is_dir()]
-    reasons = (_why_not(path, kind) for directory in directories for path in _inside(directory))
-    return dict(sorted(Counter(reason for reason in reasons if reason).items()))
+    """Count the files of the directories among `names` that `find` leaves out, by ending or reason.
+
+    A pattern stands for files alone. Of directories that it matches, the files are counted that could be read
+    and that nothing else names.
+    """
+    paths = [Path(text).expanduser() for text in names]
+    inside = (inner for path in paths if path.is_dir() for inner in _inside(path))
+    counts = Counter(reason for reason in (_why_not(inner, kind) for inner in inside) if reason)
+    matched = [one for path in paths if _is_pattern(path) for one in _globbed(path)]
+    if folders := [one for one in matched if one.is_dir() and not one.is_symlink()]:
+        below = {inner for one in folders for inner in _inside(one) if not _why_not(inner, kind)}
+        counts["in directories that a pattern matches"] = len(below.difference(find(names, kind)))
+    return dict(sorted((+counts).items()))
 
 
 def kind_of(path: Path) -> Kind | None:

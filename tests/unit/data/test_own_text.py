@@ -310,6 +310,10 @@ def test_a_directory_stands_for_what_can_be_read_in_it(folder):
         "links to directories": 1,
     }  # fmt: skip
     assert passed_over(["mine/b.txt", "mine/*.MD"], None) == {}
+    below = {"in directories that a pattern matches": 4}
+    assert passed_over(["mine/*"], None) == below
+    assert passed_over(["mine/*", "mine/deep/d.csv"], None) == {**below, **dict.fromkeys(below, 3)}
+    assert passed_over(["mine/**"], None) == passed_over(["mine/**/*.txt"], None) == {}
 
 
 def test_what_a_directory_has_besides_is_said_after_the_build(folder):
