@@ -45,6 +45,7 @@ _LARGE_PAGE = 2**16
 """Bytes of a page that gets a limit of time, and so a process of its own (20 milliseconds). The parser
 compares all attributes of a tag with each other, and where a tag ends nobody else can be sure of."""
 _PAGE_SECONDS = 3
+_XHTML_SAYS_SO = 4096  # bytes at the beginning of a page
 _HOW: dict[str, Any] = {"preserve_formatting": True, "skip_elements": ["svg", "img"]}
 _PROGRAM = f"""
 import contextlib, sys
@@ -70,6 +71,11 @@ _MARKS = (  # that of UTF-32 (little endian) begins with that of UTF-16
 _DECLARED = re.compile(  # as pages and XHTML say it
     rb"""<meta[^>]{1,200}?charset\s*=\s*["']?\s*([\w.:-]+)|^\s*<\?xml[^>]{1,100}encoding\s*=\s*["']([\w.:-]+)""",
     re.IGNORECASE,
+)
+_XHTML = re.compile(rb"""^\s*<\?xml\s|<html\s[^>]*\bxmlns\s*=\s*["']http://www\.w3\.org/1999/xhtml""")
+_CLOSED_AT_ONCE = re.compile(  # but for those that are empty in HTML too
+    rb"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
+    rb"([A-Za-z][\w:.-]*)((?:\s[^<>]*)?)/>"
 )
 _AS_BROWSERS_DO = dict.fromkeys(("iso8859-1", "ascii"), "cp1252")
 
@@ -259,6 +265,9 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
             raise UserError(
                 f"{path}: a page longer than {PAGE_LIMIT:,} bytes, which is the most that can be read"
             )
+    if _XHTML.search(page[:_XHTML_SAYS_SO]):
+        # where <title/> is an empty title; in HTML it begins one, of which all the rest would be part
+        page = bytearray(_CLOSED_AT_ONCE.sub(rb"<\1\2></\1>", page))
     if len(page) < _LARGE_PAGE:
         text: str = extract_plain_text(page.decode(), **_HOW)
         return text.encode()

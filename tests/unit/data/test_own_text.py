@@ -247,6 +247,17 @@ def test_a_page_in_xhtml_says_its_encoding_too(tmp_path):
     assert texts(tmp_path / "a.xhtml")[0].startswith("Café & bar\n")
 
 
+def test_a_tag_that_is_closed_at_once_takes_no_text_with_it_in_xhtml(tmp_path):
+    body = (
+        '<p><a id="one"/>One<br/>two</p><div class="x" /><iframe src="a"/><p>three</p><textarea/><p>four</p>'
+    )
+    for head in ("<title/>", '<script src="a.js" />', '<style type="text/css"/>', '<meta name="a"/><title/>'):
+        page = f"<html xmlns='http://www.w3.org/1999/xhtml'><head>{head}</head><body>{body}</body></html>"
+        for start in ("", '<?xml version="1.0" encoding="utf-8"?>\n<!DOCTYPE html>\n'):
+            (tmp_path / "a.xhtml").write_text(start + page)
+            assert texts(tmp_path / "a.xhtml") == ["One\ntwo\n\nthree\n\nfour"]
+
+
 def test_a_page_without_text_is_a_blank_document_and_one_that_is_too_long_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.html").write_text("<script>draw()</script>")
     assert texts(tmp_path / "a.html") == [""]
