@@ -240,6 +240,8 @@ def _tokenizer_settings(
             del settings[name]
     if settings.get("pad_token") is None:
         settings["pad_token"] = settings.get("eos_token")
+    if (read_object(directory / "tokenizer.json").get("pre_tokenizer") or {}).get("add_prefix_space"):
+        settings["add_prefix_space"] = True  # or transformers 4 turns it off
     if context is not None:
         settings["model_max_length"] = context
     return settings

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -371,6 +372,20 @@ def test_a_special_token_that_the_tokenizer_lacks_gets_no_id_beyond_the_model(st
     found = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert len(found) == VOCAB
     assert (found.pad_token_id, found.bos_token_id) == (0, None)
+
+
+def test_a_space_in_front_of_every_text_is_there_for_older_readers_too(store, tmp_path):
+    spaced = tmp_path / "spaced"
+    shutil.copytree(store, spaced)
+    tokenizer = json.loads((store / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (spaced / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (spaced / "checksums.json").unlink()
+    for source, is_set in ((store, None), (spaced, True)):
+        model = hub.build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=1)
+        hub.save(model, tmp_path / "model", source)
+        settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+        assert settings.get("add_prefix_space") is is_set
 
 
 def test_the_card_is_one_that_the_hub_reads_and_lists_scores(make_config, store, other_store):
