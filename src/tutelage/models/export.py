@@ -197,9 +197,11 @@ def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         return older
     if _GLOBAL in rope and _LOCAL in rope:  # one set per kind of layer
-        if not str(config.get("model_type")).startswith("gemma3"):
+        family = str(config.get("model_type"))
+        if family.startswith("gemma3"):
+            older["rope_local_base_freq"] = rope[_LOCAL]["rope_theta"]
+        elif family != "olmo3":  # whose kinds of layers have one theta
             return older  # transformers 4 knows no other such family, and 5 would prefer the older fields
-        older["rope_local_base_freq"] = rope[_LOCAL]["rope_theta"]
         rope = rope[_GLOBAL]
     if "rope_theta" not in rope:
         return older

@@ -24,6 +24,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo3Config,
 )
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
@@ -71,6 +72,11 @@ MODELS = {
     "yarn": rope(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=64),
     "gemma3": Gemma3TextConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
                                sliding_window=16, bos_token_id=0, eos_token_id=0, pad_token_id=None),
+    "olmo3": Olmo3Config(**SMALL, num_attention_heads=4, sliding_window=16, bos_token_id=0, eos_token_id=0,
+                         layer_types=["sliding_attention", "full_attention"], rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0,
+                           "original_max_position_embeddings": 64}}),
     "neox": GPTNeoXConfig(**SMALL, num_attention_heads=4, rope_parameters={
         "rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}),
 }  # fmt: skip
@@ -91,7 +97,7 @@ def test_older_readers_find_rotary_positions_where_they_look(exported):
     name, model, directory = exported
     config = json.loads((directory / "config.json").read_text())
     ours = model.config.rope_parameters
-    whole = ours["full_attention"] if name == "gemma3" else ours
+    whole = ours.get("full_attention", ours)
     assert config["torch_dtype"] == config["dtype"] == "float32"
     if name == "neox":
         assert (config["rotary_emb_base"], config["rotary_pct"]) == (50000.0, 0.5)
