@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from tutelage.errors import UserError
 from tutelage.evals.probes import padded_ids
+from tutelage.models.export import all_ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,10 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
         self._own = own
         # A tokenizer that closes texts would close prompts too, and answers would lose their first token.
         self.tokenizer.backend_tokenizer.post_processor = own.library(markup=True).post_processor
-        self.model.generation_config.suppress_tokens = padded_ids(self.model, own.vocab_size)
+        generation = self.model.generation_config
+        generation.suppress_tokens = padded_ids(self.model, own.vocab_size)
+        # lm-eval waits for the last of a batch, and keeps what the others write behind their ends meanwhile.
+        generation.eos_token_id = all_ends(generation.eos_token_id, own.eos_id)
 
     def tell(self, advance: Callable[[int], None]) -> None:
         """Have `advance` called with the number of requests that are finished, as they are."""

@@ -283,13 +283,16 @@ def _generation(base: Path | None, ids: dict[str, int]) -> dict[str, Any]:
     settings = read_object(base) if base is not None and base.is_file() else {}
     if settings.get("_from_model_config"):
         settings = {}
-    ends = settings.get("eos_token_id")
-    known: Sequence[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    own = ids.get("eos_token_id")
-    all_ends = list(dict.fromkeys([*known, *([] if own is None else [own])]))
-    if all_ends:
-        settings["eos_token_id"] = all_ends if len(all_ends) > 1 else all_ends[0]
+    ends = all_ends(settings.get("eos_token_id"), ids.get("eos_token_id"))
+    if ends:
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     for name in ("bos_token_id", "pad_token_id"):
         if name in ids:
             settings.setdefault(name, ids[name])
     return settings
+
+
+def all_ends(known: int | list[int] | None, own: int | None) -> list[int]:
+    """Return the ids that end a text: those `known` to a generation config, and the tokenizer's `own`."""
+    ends = [*(known if isinstance(known, list) else [known]), own]
+    return [index for index in dict.fromkeys(ends) if index is not None]

@@ -188,3 +188,16 @@ def test_padded_ids_are_never_generated(exported, opened):
         context=context, attention_mask=mask, max_length=CONTEXT, stop=["\0"], do_sample=True, temperature=3.0
     )
     assert int(written.max()) < opened.vocab_size
+
+
+@pytest.mark.parametrize("known", [None, 5, [5, 7]])
+def test_what_is_written_ends_at_the_tokenizers_end_whatever_the_model_says(
+    exported, opened, tmp_path, known
+):
+    """Else a row of a batch would go on behind its end until the last row is finished."""
+    shutil.copytree(exported, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": known}))
+    (tmp_path / "m" / "checksums.json").unlink()
+    ours = lm_eval_model.ExportedModel(load_tokenizer(exported), pretrained=str(tmp_path / "m"), **DEFAULT)
+    others = known if isinstance(known, list) else [known] * (known is not None)
+    assert ours.model.generation_config.eos_token_id == [*others, opened.eos_id]
