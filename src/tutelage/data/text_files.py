@@ -73,6 +73,9 @@ _DECLARED = re.compile(  # as pages and XHTML say it
     re.IGNORECASE,
 )
 _XHTML = re.compile(rb"""^\s*<\?xml\s|<html\s[^>]*\bxmlns\s*=\s*["']http://www\.w3\.org/1999/xhtml""")
+_EMPTY_SCRIPT = re.compile(
+    rb"<script(?:\s[^<>]*)?/>"
+)  # if a script writes one, its end would be the script's
 _CLOSED_AT_ONCE = re.compile(  # but for those that are empty in HTML too
     rb"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
     rb"([A-Za-z][\w:.-]*)((?:\s[^<>]*)?)/>"
@@ -267,7 +270,7 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
             )
     if _XHTML.search(page[:_XHTML_SAYS_SO]):
         # where <title/> is an empty title; in HTML it begins one, of which all the rest would be part
-        page = bytearray(_CLOSED_AT_ONCE.sub(rb"<\1\2></\1>", page))
+        page = bytearray(_CLOSED_AT_ONCE.sub(rb"<\1\2></\1>", _EMPTY_SCRIPT.sub(b"", page)))
     if len(page) < _LARGE_PAGE:
         text: str = extract_plain_text(page.decode(), **_HOW)
         return text.encode()
