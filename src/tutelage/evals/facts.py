@@ -35,6 +35,7 @@ _ANSWER_WORDS = 5
 _LONGEST = 128  # bytes of words and answer together
 _KEPT_TOKENS = 2**26
 _AT_ONCE = 256
+_SPACE = "▁"
 _CONTEXT = re.compile(r"[^\s.!?:;]+(?: [^\s.!?:;]+)*")
 _MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _NAME = r"[^\W\d_a-z][^\W\d_]{2,}"
@@ -188,9 +189,13 @@ def _lines(store: Store, split: Split, ranges: Iterable[tuple[int, int]]) -> Ite
             pieces += [(number, a, b) for a, b in itertools.pairwise([begin, *inner, end])]
         ends = np.array([piece[1:] for piece in pieces])
         whole = starts[np.searchsorted(starts, ends)] == ends  # of documents
-        texts = tokenizer.decode_batch([view.tokens[a:b].tolist() for _, a, b in pieces])
-        for (number, _, _), text, (begins, closes) in zip(pieces, texts, whole.tolist(), strict=True):
-            inside = text if begins or text[:1].isspace() else "".join(text.split(None, 1)[1:])
+        ids = [view.tokens[a:b].tolist() for _, a, b in pieces]
+        # The decoders of SentencePiece's kind take the space away that its first token begins with.
+        spaced = [(tokenizer.id_to_token(some_ids[0]) or "").startswith(_SPACE) for some_ids in ids]
+        read = zip(pieces, tokenizer.decode_batch(ids), spaced, whole.tolist(), strict=True)
+        for (number, _, _), text, is_spaced, (begins, closes) in read:
+            opens = begins or is_spaced or text[:1].isspace()
+            inside = text if opens else "".join(text.split(None, 1)[1:])
             if not (closes or inside[-1:].isspace()):
                 inside = "".join(inside.rsplit(None, 1)[:-1])
             for line in inside.splitlines():

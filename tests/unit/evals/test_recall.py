@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,6 +108,35 @@ def test_what_was_read_is_counted_in_the_batches_of_the_run(text, facts):
     for one in (one for one in train if one.context in untouched):
         assert f"{one.context} {one.answer}" not in read
         assert not seen[one.context]
+
+
+def test_words_that_begin_a_window_count_where_a_decoder_takes_their_space_away(text, tmp_path):
+    texts = documents(text, "train")
+    spaces = pre_tokenizers.Metaspace()
+    words = {piece for one in texts for piece, _ in spaces.pre_tokenize_str(one)}
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["</s>", *sorted(words)])}))
+    tokenizer.pre_tokenizer, tokenizer.decoder = spaces, decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    config = StoreConfig(
+        name="words",
+        sources=({"kind": "files", "paths": (str(tmp_path / "a.jsonl"),)},),
+        tokenizer=TokenizerConfig(path=tmp_path),
+        validation=0.0,
+        test=0.0,
+    )
+    built = open_store(build_store(config, tmp_path))
+    reading = READING._replace(sequence_length=8, steps=500)
+    seen, _ = count_read(built, facts := find_facts(built), reading)
+    loader, view = Loader(built.split("train"), 8, 8, READING.seed), built.split("train")
+    starts = np.concatenate([loader.windows(step) for step in range(reading.steps)]) * 8
+    read = "|".join("".join(map(tokenizer.id_to_token, view.tokens[a : a + 9])) for a in starts)
+    read = read.replace("</s>", "\n").replace("▁", " ")
+    assert len(seen) > 20
+    for one in facts:
+        phrase = re.escape(f"{one.context} {one.answer}")
+        assert seen[one.context] == len(re.findall(rf"[ \n]{phrase}(?![\w]|[.,]\d)[^\s|]*\s", read))
 
 
 class Fixed(nn.Module):
