@@ -277,9 +277,8 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     The end-of-text token is `eos_token` of the directory's tokenizer_config.json. For a single file, or
     where that names none, it is the first of the usual ones that the tokenizer has.
 
-    Tokens that the post-processor puts in front of a text are kept. Those that it appends are removed from
-    the tokenizer, so that a text encoded with it can be continued: stores close documents themselves. So are
-    its truncation and padding, which transformers saves with it.
+    Tokens that the post-processor puts in front of a text are kept. Those that it appends are removed: stores
+    close documents themselves. So are truncation, padding, and the dropout of merges, whose cuts are random.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or it has no end-of-text token.
@@ -304,7 +303,8 @@ def _wrapped(text: str, tokenizer: Tokenizer, end: str) -> TextTokenizer:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     begin, begin_ids, appends = added_to_texts(tokenizer)
     settings = json.loads(text)
-    wanted: dict[str, object] = {"truncation": None, "padding": None}
+    model = settings["model"] | dict.fromkeys({"dropout"} & settings["model"].keys())
+    wanted: dict[str, object] = {"truncation": None, "padding": None, "model": model}
     if appends:
         wanted["post_processor"] = _in_front(begin, begin_ids)
     if any(settings.get(name) != value for name, value in wanted.items()):

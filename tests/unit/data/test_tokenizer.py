@@ -151,6 +151,14 @@ def test_other_families_encode_whole_texts(tmp_path):
     assert [again.encode(text).ids for text in ("One two", "two two one two")] == [[1, 2], [2, 2, 1, 2]]
 
 
+def test_a_text_has_the_same_tokens_each_time_though_merges_were_dropped_in_training(tmp_path):
+    settings = json.loads(TRAINED.json)
+    settings["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    text = "Fellow citizens of the Senate and House of Representatives"
+    assert ids_of(load_tokenizer(tmp_path), text) == ids_of(TRAINED, text)
+
+
 def test_added_tokens_may_reach_over_spaces(tmp_path):
     tokenizer = Tokenizer.from_str(TRAINED.json)
     tokenizer.add_tokens(["the people"])
