@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from tutelage.config.teacher_config import Format
 
 
+_INDEX_BYTES = 12
+"""Of a context in the index of a cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caches:
     """Teacher targets that are computed once for all students: FLOPs of making them, bytes at most."""
@@ -79,7 +83,7 @@ class CacheCosts:
             narrow = given.width if given else 0
             width = narrow if teacher.shape is None else find_shape(teacher.shape).hidden
             flops = sum(teacher_forward_flops(one, vocab_size, length) for one in parts)
-            size = kept_bytes(teacher.cache.format, vocab_size, width)
+            size = kept_bytes(teacher.cache.format, vocab_size, width) + _INDEX_BYTES / length
             self._caches[key] = _Cache(run, flops, size, tokens)
         self._caches[key].tokens = max(tokens, self._caches[key].tokens)
 
@@ -100,10 +104,15 @@ class CacheCosts:
 
 
 def kept_bytes(kept: Format, vocab_size: int, width: int) -> float:
-    """Bytes per token of a cache, at most: an id takes log2 V bits, a weight two bytes."""
+    """Bytes per token of a cache, at most, without its index: an id takes log2 V bits, a weight two bytes.
+
+    Beside them stand numbers of the position: log p(label), the scale of int8, the mass of a top-k's rest
+    and, where top-p bounds it, how many ids it has. Samples have room for theirs: their weights are shorter.
+    """
     entry = ((vocab_size - 1).bit_length() + 16) / 8
     if isinstance(kept, HiddenFormat):
-        return width * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[kept.dtype]
+        size = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[kept.dtype]
+        return width * size + (8 if kept.dtype == "int8" else 4)
     if isinstance(kept, TopKFormat):
-        return entry * kept.k
+        return entry * kept.k + 4 + (kept.k.bit_length() / 8 if kept.top_p < 1 else 0)
     return entry * (kept.ids if isinstance(kept, MinVarianceFormat) else kept.draws)

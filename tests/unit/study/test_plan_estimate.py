@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
+from tutelage.config.teacher_config import HiddenFormat, MinVarianceFormat, MultinomialFormat, TopKFormat
 from tutelage.errors import UserError
 from tutelage.models.devices import DEVICES, find_device
 from tutelage.models.flops import forward_flops, model_forward_flops, training_flops
@@ -24,6 +25,9 @@ from tutelage.study.expand import expand
 from tutelage.study.plan import draft_of
 from tutelage.study.presets import demo_study, load_study, preset_names
 from tutelage.study.timings import Speeds, Timing, chain_weights, critical_path, estimate_error, makespan
+from tutelage.teachers.cache.codec import CodecSettings
+from tutelage.teachers.cache.formats import make_codec
+from tutelage.teachers.cache.shard import INDEX_BYTES
 
 DEMO = demo_study(2, "100K", quick=False)
 
@@ -109,7 +113,7 @@ def test_a_kept_teacher_is_run_once_and_takes_room():
     works, caches, _ = works_of([expand(validate(StudyConfig, raw, "test"))])
     forward = forward_flops(find_shape("nano-150k"), 512, 128)
     assert caches.flops == pytest.approx(TRAINED * 2 * forward)  # a teacher for each of two seeds
-    assert caches.bytes == pytest.approx(TRAINED * 2 * 16 * (9 + 16) / 8)
+    assert caches.bytes == pytest.approx(TRAINED * 2 * (16 * (9 + 16) / 8 + INDEX_BYTES / 128))
     assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
 
 
@@ -122,7 +126,7 @@ def test_a_cache_covers_the_whole_text_and_takes_time(text):
     works, caches, notes = works_of([study], texts=[text])
     covered = 2 * (text or TRAINED)  # a teacher for each of two seeds
     assert caches.flops == pytest.approx(covered * forward_flops(find_shape("nano-150k"), 512, 128))
-    assert caches.bytes == pytest.approx(covered * 16 * (9 + 16) / 8)
+    assert caches.bytes == pytest.approx(covered * (16 * (9 + 16) / 8 + INDEX_BYTES / 128))
     assert any("the whole training text" in note for note in notes) == (text is None)
     assert duration(works, 1, lambda *_: 1e9).device == pytest.approx(
         sum(by_purpose(works, caches).values()) / 1e9
@@ -229,17 +233,23 @@ def test_speed_is_that_of_the_most_alike_and_its_error_is_left_out_of_itself():
     assert Speeds([]).of("a", None) is None
 
 
-def test_kept_bytes_by_format():
-    formats = [
-        ({"kind": "topk", "k": 8}, 8 * (10 + 16) / 8),
-        ({"kind": "hidden", "dtype": "float16"}, 128.0),
-        ({"kind": "sample_multinomial", "draws": 4}, 4 * (10 + 16) / 8),
-    ]
-    for kept, expected in formats:
-        raw = DEMO.model_dump(mode="json")
-        raw["teachers"]["strong"]["cache"] = {"format": kept}
-        spec = validate(StudyConfig, raw, "t").teachers["strong"].cache
-        assert kept_bytes(spec.format, 1000, 64) == expected
+@pytest.mark.parametrize("vocab_size", [257, 1000, 128_000])
+@pytest.mark.parametrize(
+    ("kept", "is_exact"),
+    [
+        (TopKFormat(kind="topk", k=8), True),
+        (TopKFormat(kind="topk", k=50, top_p=0.9), False),
+        *((HiddenFormat(kind="hidden", dtype=dtype), True) for dtype in ("float32", "float16", "int8")),
+        *((MultinomialFormat(kind="sample_multinomial", draws=draws), False) for draws in (1, 50, 4095)),
+        *((MinVarianceFormat(ids=ids), False) for ids in (1, 16, 200)),
+    ],
+)
+def test_kept_bytes_are_the_most_that_a_codec_takes(kept, is_exact, vocab_size):
+    settings = CodecSettings(vocab_size, 64, 1.0, 0)
+    stored = make_codec(kept, settings).bits_per_token() / 8
+    planned = kept_bytes(kept, vocab_size, 64)
+    assert planned >= stored
+    assert planned == stored or not is_exact
 
 
 def test_plan_is_quick_and_loads_no_torch():
@@ -277,7 +287,7 @@ def test_a_given_teacher_costs_what_a_run_counts(kept, tmp_path):
             flops = TRAINED * expected[work.cell.teacher]
             assert work.cost.teacher_flops == (0 if kept else pytest.approx(flops))
     assert caches.flops == pytest.approx(TRAINED * sum(expected.values()) if kept else 0)
-    assert caches.bytes == pytest.approx(TRAINED * 2 * 96 * 4 if kept else 0)
+    assert caches.bytes == pytest.approx(TRAINED * 2 * (96 * 4 + 4 + INDEX_BYTES / 128) if kept else 0)
     memory = {work.cell.teacher: work.memory for work in works if work.cell.kind == "student"}
     assert kept or memory["strong"] > memory["weak"]
     left_out = f"demo: the memory of {tmp_path / 'weak'} is left out; how its family computes is not known"
