@@ -48,6 +48,13 @@ def test_what_is_next_for_a_study_can_be_typed(study, command):
         assert command(*typed(shown))[0] == 0
 
 
+def test_what_is_next_for_a_plan_is_run_in_the_directory_that_it_asked(study, command):
+    words = ["demo", "title=why, though", "--output", ODD]
+    code, shown, _ = command("study", "plan", *words)
+    assert code == 0
+    assert shlex.split(re.search(r"next +tutelage (.*)", shown)[1]) == ["study", "run", *words]
+
+
 def test_a_study_at_work_is_stopped_by_what_its_status_says(study):
     run = read_status(study)
     (study / "runs" / (name := next((study / "runs").iterdir()).name) / "state.json").unlink()

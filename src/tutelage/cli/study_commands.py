@@ -106,7 +106,7 @@ def study_plan(
     for one, place in zip(expanded, places, strict=True):
         for line in foreseen(one, place):
             say("warning", f"{one.study.name}: {line}")
-    print_forecast(found, [shlex.join([name, *overrides]) for name in names])
+    print_forecast(found, [shlex.join([name, *overrides]) for name in names], output)
 
 
 def _powers(studies: Sequence[ExpandedStudy], noise: Path | None) -> list[StudyPower]:
@@ -163,7 +163,8 @@ def study_run(
         int | None,
         typer.Option(
             min=1,
-            help="train up to this many students of one teacher and seed together; default: 6 on cpu, or 1",
+            help="train up to so many students of a teacher and seed together; default: 6 if the study's "
+            "runtime.device is cpu, or 1",
         ),
     ] = None,
 ) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from tutelage.study.status import Status
 
 
-def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
-    """Print a forecast, and how to run the study `files`."""
+def print_forecast(found: dict[str, Any], files: Sequence[str], output: Path | None) -> None:
+    """Print a forecast, and how to run the study `files`, a single one in the directory `output`."""
     table = Table("runs", box=None, pad_edge=False)
     for name in ("number", "tokens"):
         table.add_column(name, justify="right")
@@ -61,8 +61,9 @@ def print_forecast(found: dict[str, Any], files: Sequence[str]) -> None:
         say("cost", f"{found['cost']:,.2f} at {found['price']:g} per device hour")
     for note in found["notes"]:
         say("note", note)
+    where = "" if output is None or len(files) > 1 else f" --output {shlex.quote(str(output))}"
     for file in files:
-        say("next", f"tutelage study run {file}")
+        say("next", f"tutelage study run {file}{where}")
 
 
 def print_power(power: StudyPower) -> None:
