@@ -214,7 +214,8 @@ class ObjectiveConfig(Objective):
 
     alpha: AlphaConfig = Field(
         default=ConstantAlpha(value=0.0),
-        description="a number, auto, or a policy with its settings; default with a teacher: auto",
+        description="a number, auto, or a policy with its settings; default with a teacher: auto, but 0 if "
+        "mixing is keep_full_kd, and none if it is routed",
     )
     gate: GateConfig | None = Field(default=None, description="factor on alpha per token; default: 1")
 

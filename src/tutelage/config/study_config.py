@@ -94,9 +94,7 @@ class DomainSpec(Section):
 
     source: Source = Field(description="where it comes from")
     role: Role = Field(default="out_of_domain", description="is it the training distribution?")
-    max_bytes: Bytes | None = Field(
-        default=None, description="read no more text than this, in bytes of UTF-8"
-    )
+    max_bytes: Bytes | None = Field(default=None, description="stop after this much text, in bytes of UTF-8")
 
 
 class PostTraining(Section):

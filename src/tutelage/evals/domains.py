@@ -45,7 +45,7 @@ class Domain(Section):
     role: Role = Field("out_of_domain", description="for models whose training text is not known")
     validation: Fraction = Field(0.5, description="fraction of documents, by hash, on which fits are made")
     test: Fraction = Field(0.5, description="fraction of documents, by hash, that are scored")
-    max_bytes: int | None = Field(None, ge=1, description="read no more text than this")
+    max_bytes: int | None = Field(None, ge=1, description="stop after this much text")
     length_extrapolation: float = Field(1.0, ge=1.0, description="window length over the trained length")
 
 
