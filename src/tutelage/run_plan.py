@@ -6,10 +6,12 @@ allocated and no device needs to be there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.config.base import whole_batches
 from tutelage.config.runtime_config import uneven
 from tutelage.config.teacher_config import (
     CacheTeacher,
@@ -357,9 +359,8 @@ def _entry_bytes(kept: TopKFormat | MinVarianceFormat | MultinomialFormat) -> fl
 
 
 def _checkpoints(config: RunConfig, steps: int) -> int:
-    """Checkpoints that are on disk at once, with the one that is being written."""
-    trained, kept = steps * config.global_batch_tokens, config.checkpoint
-    count = min(kept.keep + 1, max(1, trained // kept.every))
-    if kept.keep_every is not None:
-        count += trained // kept.keep_every
-    return count + kept.keep_before_decay
+    """Checkpoints that are on disk at once, at most, with the one that is being written."""
+    batch, kept = config.global_batch_tokens, config.checkpoint
+    written = math.ceil(steps / whole_batches(kept.every, batch))  # the last step has one in any case
+    for_good = 0 if kept.keep_every is None else steps // whole_batches(kept.keep_every, batch)
+    return min(kept.keep + 1, written) + for_good + kept.keep_before_decay

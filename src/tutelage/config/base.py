@@ -79,6 +79,11 @@ _UNIT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _DECIMALS = 4
 
 
+def whole_batches(tokens: int, batch: int) -> int:
+    """Steps from one thing to the next that is due every so many tokens, at least 1."""
+    return max(1, tokens // batch)
+
+
 def parse_tokens(budget: int | str, parameters: int | None = None) -> int:
     """Turn a token budget into a number of tokens.
 

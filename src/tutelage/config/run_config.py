@@ -24,6 +24,7 @@ from tutelage.config.base import (
     parse_tokens,
     refuse_alike,
     tokens_text,
+    whole_batches,
 )
 from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.runtime_config import CheckpointConfig, ParallelConfig, RuntimeConfig
@@ -355,7 +356,7 @@ class RunConfig(Section):
             ("checkpoint.keep_every", self.checkpoint.keep_every),
         ):
             if every is not None and every % batch and every < trained:
-                whole = max(1, every // batch) * batch
+                whole = whole_batches(every, batch) * batch
                 notes.append(f"{field} = {every:,}: every {whole:,} tokens, in whole batches of {batch:,}")
         if self.eval.every is not None and self.eval.every >= trained:
             notes.append(

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from tutelage import agreement
 from tutelage.checksums import FileSum
+from tutelage.config.base import whole_batches
 from tutelage.errors import DiskError, UserError
 from tutelage.files import NO_SPACE, refuse_links
 from tutelage.run_directory import recipe
@@ -100,9 +101,9 @@ class Checkpoints:
         self._directory = directory
         self._settings = config.checkpoint
         self._world = world
-        self._every = max(1, config.checkpoint.every // config.global_batch_tokens)
-        kept = config.checkpoint.keep_every
-        self._keep_every = None if kept is None else max(1, kept // config.global_batch_tokens)
+        kept, batch = config.checkpoint.keep_every, config.global_batch_tokens
+        self._every = whole_batches(config.checkpoint.every, batch)
+        self._keep_every = None if kept is None else whole_batches(kept, batch)
         replicate, shard = (1, 1) if world.mesh is None else world.mesh.shape
         self._origin = CheckpointOrigin(directory.id, recipe(config), replicate, shard)
         self._timeout = timedelta(seconds=config.parallel.timeout)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.config.base import whole_batches
 from tutelage.config.teacher_config import kd_name
 from tutelage.data.hashing import mixed
 from tutelage.errors import UserError
@@ -170,8 +171,8 @@ class Student:
         All processes do, since the model may be spread over them. `evaluate` must leave weights and gradients
         as they are, and do nothing the second time: a resumed run passes the same steps again.
         """
-        every = self.config.eval.every
-        if every is None or self.step == 0 or self.step % max(1, every // self.config.global_batch_tokens):
+        every, batch = self.config.eval.every, self.config.global_batch_tokens
+        if every is None or self.step == 0 or self.step % whole_batches(every, batch):
             return
         began = time.perf_counter()
         with eagerly():

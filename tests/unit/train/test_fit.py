@@ -92,6 +92,27 @@ def test_the_command_plans_for_devices_that_are_not_here(command, store, tmp_pat
     assert "did you mean 'h100'" in err
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "left"),
+    [
+        ({"every": 7, "keep": 2}, 2),  # after steps 7 and 10
+        ({"every": 2.9, "keep": 100}, 5),  # every two steps, in whole batches
+        ({"every": 6, "keep": 1, "keep_every": 3.9}, 4),
+        ({"every": 100, "keep": 3}, 1),
+    ],
+)
+def test_checkpoints_take_no_more_of_the_disk_than_planned(checkpoint, left, make_config):
+    config = make_config()
+    batch = config.global_batch_tokens
+    counts = {name: number if name == "keep" else int(number * batch) for name, number in checkpoint.items()}
+    config = make_config(tokens=10 * batch, checkpoint=counts)
+    plan = plan_run(config, Hardware.here("cpu", 1))
+    done = run(config)
+    weights = done.state()["parameters"]
+    assert len(done.saved()) == left
+    assert left <= plan.checkpoint_bytes / (12 * weights) <= left + 1  # one is being written
+
+
 @pytest.mark.parametrize("option", [("--device", "cpu"), ("--devices", "2")])
 def test_a_device_to_plan_for_is_none_to_train_on(command, store, tmp_path, option):
     (tmp_path / "run.yaml").write_text(f"model: {{shape: nano-20k}}\ndata: {{store: {store}}}\ntokens: 20K\n")
