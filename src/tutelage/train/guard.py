@@ -154,5 +154,5 @@ def advice(skips: Skips, ranks: Sequence[int], starts: Sequence[int]) -> str:
     return (
         f"step {skips.first}: {what}, on {place} of the training split; "
         f"the updates of steps {skips.first} to {skips.step} were skipped (runtime.max_skipped_steps); "
-        f"{remedy} (the last checkpoint is intact)"
+        f"{remedy} (what checkpoints it has are intact)"
     )

@@ -78,7 +78,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
                 raise Stopped(f"after step {step + 1:,} of {last:,}")
             if not left:
                 break
-    progress.finish(stage)
+    progress.finish(stage, "failed" if all(student.error for student in students) else "done")
 
 
 def _take_step(

@@ -251,7 +251,7 @@ class Student:
         if distributed.anywhere(not are_finite(self.parameters)):
             raise UserError(
                 f"{self.directory.path}: step {self.step}: its update made weights that are not finite; "
-                "lower optim.lr (the last checkpoint is intact)"
+                "lower optim.lr (what checkpoints it has are intact)"
             )
 
     def _stop_skipping(self, skips: Skips) -> None:

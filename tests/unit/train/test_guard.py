@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from poison import poisoned, trained_plainly
+from told_progress import Told
 from training import StopAt, assert_same_weights, losses, opened, rows, weights
 
 from tutelage.errors import Stopped, UserError
@@ -135,10 +136,13 @@ def test_too_many_in_a_row_stop_the_run_with_step_and_positions(make_config, all
 
 def test_a_run_is_not_finished_by_updates_that_were_skipped(make_config):
     config = make_config()
+    told = Told()
     with poisoned(12), pytest.raises(UserError, match="steps 12 to 12 were skipped"):
-        run(config)
+        run(config, told)
+    assert told.stages[run_id(config)][-1] == "failed"
     assert not directory_of(config).model.exists()
-    assert run(config).is_done()  # from the checkpoint of step 8, this time without poison
+    assert run(config, told).is_done()  # from the checkpoint of step 8, this time without poison
+    assert told.stages[run_id(config)][-1] == "done"
 
 
 def test_the_count_survives_a_restart(make_config, tmp_path):
