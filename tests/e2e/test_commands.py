@@ -119,6 +119,7 @@ def test_a_second_process_is_refused(run_file, tmp_path, tutelage):
         (["train", "run.yaml", "output=/proc/x"], "/proc/x"),
         (["data", "build", "--corpus", "sotuu"], "did you mean 'sotu'"),
         (["data", "build"], "give a store file or --corpus"),
+        (["data", "build", "--corpus", "sotu", "max_bytes=9"], "--corpus NAME, which takes no KEY=VALUE"),
         (["verify", "nowhere"], "nowhere"),
         (["data", "show", "."], "no store, run, cache or study is called so"),
         (["report", "nowhere"], "nowhere"),

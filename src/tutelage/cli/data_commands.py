@@ -45,7 +45,7 @@ def data_build(
         list[str] | None,
         typer.Argument(help="settings to change, e.g. tokenizer.vocab_size=8000", metavar="KEY=VALUE"),
     ] = None,
-    corpus: Annotated[str | None, typer.Option(help="instead of a file: a named corpus, whole")] = None,
+    corpus: Annotated[str | None, typer.Option(help="instead of these: a named corpus, whole")] = None,
     output: Annotated[Path, typer.Option(help="directory of stores")] = Path("stores"),
 ) -> None:
     """Build a token store from text: read, deduplicate, split by document, tokenise, checksum."""
@@ -66,7 +66,7 @@ def _store_config(config: Path | None, corpus: str | None, overrides: list[str])
     from tutelage.config.load import load, validate
 
     if (config is None) == (corpus is None):
-        raise UserError("data build: give a store file or --corpus NAME")
+        raise UserError("data build: give a store file or --corpus NAME, which takes no KEY=VALUE")
     if config is not None:
         return load(StoreConfig, config, overrides)
     return validate(
