@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -210,7 +211,9 @@ class Student:
             The row of metrics.jsonl, if one was written.
         """
         config, batch_tokens = self.config, self.config.global_batch_tokens
-        self.policy.observe(self.step, report.ce, report.teacher_ce)
+        # A skipped step may have a finite loss, where its gradient alone is not.
+        heard = report.ce.masked_fill(self.guard.skipped > 0, math.nan)
+        self.policy.observe(self.step, heard, report.teacher_ce)
         self.step += 1
         self.teacher_tokens += batch_tokens if inputs.needs_teacher else 0
         finished = self.step == self.steps

@@ -169,6 +169,17 @@ def test_a_step_that_is_not_finite_leaves_the_others_of_a_cohort_alone(make_conf
     assert_same_weights(bad, alone)
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_policy_has_seen_the_steps_whose_update_was_made(make_config, what):
+    config = make_config(
+        teacher={"kind": "unigram"}, objective={"alpha": {"policy": "gap_driven", "window": 100}}
+    )
+    with poisoned(6, 7, what=what):
+        found = rows(run(config))
+    seen = {row["step"]: row["policy_seen"] for row in found}  # all but the step itself
+    assert seen == {step: step - 1 - 2 * (step > 7) for step in range(1, 13) if step not in (6, 7)}
+
+
 @pytest.mark.parametrize(
     "objective",
     [
