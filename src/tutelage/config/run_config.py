@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -186,7 +187,7 @@ class OptimConfig(Section):
         """Steps of linear warm-up in a run of `steps`, each of `batch_tokens`."""
         if isinstance(self.warmup, str):
             return math.ceil(parse_tokens(self.warmup) / batch_tokens)
-        return math.ceil(self.warmup * steps)
+        return math.ceil(Decimal(repr(self.warmup)) * steps)  # as written: 0.07 of 100 steps is 7, not 8
 
     def decay_steps(self, steps: int) -> int:
         """Steps of linear decay at the end of a wsd run of `steps`."""

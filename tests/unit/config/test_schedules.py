@@ -64,6 +64,13 @@ def test_the_rate_is_what_the_words_say_and_never_jumps(schedule, warmup, decay,
     assert max(rates) == pytest.approx(1.0)
 
 
+def test_a_warm_up_of_so_many_hundredths_has_so_many_of_a_hundred_steps():
+    for hundredths in range(101):
+        config = OptimConfig(warmup=hundredths / 100)
+        assert [config.warmup_steps(100 * n, 256) for n in (1, 2, 7)] == [n * hundredths for n in (1, 2, 7)]
+        assert config.warmup_steps(101, 256) == hundredths + (hundredths > 0)
+
+
 def test_the_two_cases_of_the_list():
     said = refused(optim={"schedule": "wsd", "warmup": 0.5, "decay": 0.8})
     assert "warmup (0.5) and decay (0.8) take 1.3 of the run" in said
