@@ -30,7 +30,6 @@ from tutelage.config.base import (
 from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.runtime_config import CheckpointConfig, ParallelConfig, RuntimeConfig
 from tutelage.config.teacher_config import (
-    ControlTeacher,
     LoadedModel,
     MeanTeacher,
     ModelTeacher,
@@ -39,6 +38,7 @@ from tutelage.config.teacher_config import (
     incompatibility,
     masks_documents,
     single_teachers,
+    sorts_in_vain,
 )
 from tutelage.types import RECALL, Role
 
@@ -384,14 +384,9 @@ class RunConfig(Section):
             reason = incompatibility(cache.format, cache.temperature, objective, "teacher.cache")
             if reason is not None:
                 raise ValueError(reason)
-        controls = [one.kind for one in single_teachers(self.teacher) if isinstance(one, ControlTeacher)]
-        if gate in {"teacher_entropy", "teacher_certainty"} and len(controls) == len(
-            single_teachers(self.teacher)
-        ):
-            raise ValueError(
-                f"objective.gate.kind = {gate} sorts tokens, but the {controls[0]} teacher is equally "
-                "uncertain about all; choose another gate or teacher"
-            )
+        reason = sorts_in_vain(objective, [one.kind for one in single_teachers(self.teacher)])
+        if reason is not None:
+            raise ValueError(reason)
         if isinstance(objective.alpha, WsdAlpha) and self.optim.schedule != "wsd":
             raise ValueError(
                 f"objective.alpha.policy = wsd follows the learning rate, but optim.schedule = "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -11,7 +11,7 @@ from tutelage.config.base import BatchTokens, FilePath, Length, Name, RunName, S
 from tutelage.config.objective_config import Temperature, TopK, TopP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tutelage.config.objective_config import ObjectiveConfig
 
@@ -305,6 +305,23 @@ def incompatibility(
             "unbiased for forward_kl only; use that, or a cache of format topk or hidden"
         )
     return None
+
+
+def sorts_in_vain(objective: ObjectiveConfig, kinds: Sequence[str]) -> str | None:
+    """Return a message if a gate is to sort tokens by an uncertainty that is the same for all, else None.
+
+    Args:
+        objective: of the student.
+        kinds: of its teacher, or of those that a mean is of.
+    """
+    gate = None if objective.gate is None else objective.gate.kind
+    controls = get_args(ControlTeacher.model_fields["kind"].annotation)
+    if gate not in {"teacher_entropy", "teacher_certainty"} or not kinds or set(kinds) - set(controls):
+        return None
+    return (
+        f"objective.gate.kind = {gate} sorts tokens, but the {kinds[0]} teacher is equally uncertain about "
+        "all; choose another gate or teacher"
+    )
 
 
 def kd_name(objective: ObjectiveConfig, retained: Format | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -129,6 +129,7 @@ def _cache(config: CacheTeacher, context: TeacherContext) -> CachedTeacher:
 
 def _mean(config: MeanTeacher, context: TeacherContext) -> AveragedTeacher:
     """Build each teacher; a cache among them has to hold whole distributions."""
+    context = replace(context, objective=None)  # what it asks for is asked of the mean
     parts = []
     for place, part in enumerate(config.of):
         teacher = TEACHERS[part.kind].make(part, context)

@@ -204,6 +204,16 @@ def test_the_run_is_named_by_the_caches_content(make_config, teach, tmp_path):
         ({}, {"divergence": "reverse_kl"}, "unbiased for forward_kl only"),
         ({"format": {"kind": "topk", "k": 4}}, {"truncation": {"kind": "top_k", "k": 2}}, "sparse already"),
         ({"context_length": 48}, {}, "sequence_length = 32"),
+        (
+            {"teacher": {"kind": "unigram"}},
+            {"gate": {"kind": "teacher_certainty"}},
+            "the unigram teacher is equally uncertain",
+        ),
+        (
+            {"teacher": {"kind": "mean", "of": [{"kind": "uniform"}, {"kind": "unigram"}]}},
+            {"gate": {"kind": "teacher_entropy"}},
+            "the uniform teacher is equally uncertain",
+        ),
     ],
 )
 def test_what_a_cache_cannot_give_is_refused_before_training(make_config, teach, changes, objective, message):
@@ -213,6 +223,17 @@ def test_what_a_cache_cannot_give_is_refused_before_training(make_config, teach,
     with pytest.raises(UserError, match=message) as caught:
         run(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cached_control_in_a_mean_leaves_a_gate_something_to_sort(make_config, teach, teacher):
+    control = teach(teacher={"kind": "unigram"}, format={"kind": "hidden"})
+    parts = [{"kind": "cache", "path": str(control)}, {"kind": "model", "path": str(teacher.model)}]
+    config = make_config(
+        teacher={"kind": "mean", "of": parts},
+        objective={"alpha": 0.5, "gate": {"kind": "teacher_entropy"}},
+        tokens=256,
+    )
+    assert run(config).is_done()
 
 
 def test_a_cache_of_another_text_is_refused(make_config, teach, store, tmp_path):

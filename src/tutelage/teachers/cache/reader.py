@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from tutelage.config.teacher_config import HiddenFormat, incompatibility
+from tutelage.config.teacher_config import HiddenFormat, incompatibility, sorts_in_vain
 from tutelage.errors import UserError
 from tutelage.files import regular
 from tutelage.teachers.cache.codec import CodecSettings
@@ -210,7 +210,8 @@ def check_serves(path: Path, objective: ObjectiveConfig) -> None:
     """Raise UserError if a cache cannot give what an objective asks for."""
     manifest = read_cache_manifest(path)
     reason = incompatibility(manifest.format, manifest.temperature, objective, str(path))
-    if reason is not None:
+    kinds = [kind for kind, _ in manifest.teacher.parts] or [manifest.teacher.kind]
+    if (reason := reason or sorts_in_vain(objective, kinds)) is not None:
         raise UserError(reason)
 
 
