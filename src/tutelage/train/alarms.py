@@ -22,10 +22,10 @@ _NOTABLE = 0.02
 
 
 class LossBand:
-    """The course of the last 32 logged losses, as their median and median absolute deviation.
+    """The course of the last 32 logged cross-entropies, as their median and median absolute deviation.
 
-    A loss is a spike if it lies above the median by more than 6 robust standard deviations (1.4826 times the
-    median absolute deviation) and by more than 5%; at least 8 losses must be known.
+    One is a spike if it lies above the median by more than 6 robust standard deviations (1.4826 times the
+    median absolute deviation) and by more than 5%; at least 8 must be known.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class LossBand:
         self._outside = False
 
     def check(self, step: int, loss: float) -> str | None:
-        """Take note of a logged loss; return a sentence if a spike begins with it."""
+        """Take note of a logged cross-entropy; return a sentence if a spike begins with it."""
         outside, text = False, None
         if len(self._losses) >= _ENOUGH:
             median = statistics.median(self._losses)
@@ -42,8 +42,8 @@ class LossBand:
             outside = loss > median + above
             if outside and not self._outside:
                 text = (
-                    f"step {step:,}: loss {loss:.3f} is a spike: the median of the last {len(self._losses)} "
-                    f"logged is {median:.3f}, and up to {median + above:.3f} is usual"
+                    f"step {step:,}: cross-entropy {loss:.3f} is a spike: the median of the last "
+                    f"{len(self._losses)} logged is {median:.3f}, and up to {median + above:.3f} is usual"
                 )
         self._outside = outside
         self._losses.append(loss)

@@ -134,7 +134,7 @@ class RunLog:
     def _look_at(self, row: Mapping[str, float], parts: Mapping[str, float]) -> list[str]:
         """Sentences for what begins to be wrong with a row."""
         step = int(row["step"])
-        found = [self._losses.check(step, row["loss"])]
+        found = [self._losses.check(step, row["ce"])]  # the loss itself jumps where alpha does
         if parts:
             per_step = self._config.global_batch_tokens / max(row["tokens_per_second"], 1e-9)
             found.append(self._stragglers.check(step, self.meter.own_seconds, per_step))

@@ -39,7 +39,9 @@ def test_a_spike_is_said_once_and_the_next_one_again():
         assert band.check(step, loss) is None
     text = band.check(21, 5.0)
     median = f"{statistics.median(losses[:20]):.3f}"
-    assert text.startswith(f"step 21: loss 5.000 is a spike: the median of the last 20 logged is {median}, ")
+    assert text.startswith(
+        f"step 21: cross-entropy 5.000 is a spike: the median of the last 20 logged is {median}, "
+    )
 
 
 def test_a_few_losses_are_not_enough_to_know_what_is_usual():

@@ -67,6 +67,15 @@ def test_salt_drops_the_teacher_and_its_cost(make_config):
     assert json.loads((checkpoint / "counters.json").read_text())["teacher_tokens"] == 6 * 256
 
 
+def test_a_teacher_that_is_dropped_is_no_spike_of_the_loss(make_config):
+    salt = {"policy": "salt", "value": 1.0, "until": 0.8}
+    directory = run(make_config(teacher=TEACHER, objective={"alpha": salt}))
+    taught, alone = losses(directory)[8:10]
+    assert alone["loss"] > 2 * taught["loss"]
+    assert alone["ce"] < 1.05 * taught["ce"]
+    assert directory.state()["warnings"] == []
+
+
 def test_a_gate_scales_the_logged_alpha(make_config):
     log = losses(run(make_config(teacher=TEACHER, objective=OBJECTIVES["student_entropy"])))
     assert all(0 <= row["alpha"] <= 0.5 for row in log)
