@@ -259,7 +259,8 @@ _PLACES = 10_000
 def taught_share(alpha: AlphaConfig, steps: int) -> float:
     """Fraction of a run's steps on which the teacher is run; it is not where alpha is 0.
 
-    Exact up to 10,000 steps; of longer runs so many are looked at.
+    Exact up to 10,000 steps; of longer runs so many are looked at. Of `wsd` every step is counted, though its
+    alpha ends at 0 where the learning rate does.
     """
     match alpha:
         case PrequentialAlpha():  # the first step of a probe is not scored
