@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -64,8 +65,7 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
                 teacher.prefetch(upcoming)
             # One whose checkpoint is further along waits for the others.
             due = [student for student in students if student.has_steps_left and student.step == step]
-            for student in due:
-                student.maybe_evaluate(evaluate)
+            _score(due, students, evaluate)
             taken = partial(progress.advance, stage, step + 1)
             row, stopping = _take_step(due, batches, ahead.waited, stop, taken)
             step_profiler()
@@ -79,6 +79,16 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
             if not left:
                 break
     progress.finish(stage, "failed" if all(student.error for student in students) else "done")
+
+
+def _score(due: Sequence[Student], students: Sequence[Student], evaluate: Callable[[Student], None]) -> None:
+    """Score the students of which that is asked before their next step; all wait, so no clock counts it."""
+    began = time.perf_counter()
+    for student in due:
+        student.maybe_evaluate(evaluate)
+    seconds = time.perf_counter() - began
+    for student in students:
+        student.log.meter.pause(seconds)
 
 
 def _take_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -167,7 +166,7 @@ class Student:
         return StepInputs(self, alpha, lr, self.policy.needs_teacher_ce(step), seed)
 
     def maybe_evaluate(self, evaluate: Callable[[Student], None]) -> None:
-        """Call `evaluate` between two steps if `eval.every` is due; its time is not training time.
+        """Call `evaluate` between two steps if `eval.every` is due.
 
         All processes do, since the model may be spread over them. `evaluate` must leave weights and gradients
         as they are, and do nothing the second time: a resumed run passes the same steps again.
@@ -175,11 +174,9 @@ class Student:
         every, batch = self.config.eval.every, self.config.global_batch_tokens
         if every is None or self.step == 0 or self.step % whole_batches(every, batch):
             return
-        began = time.perf_counter()
         with eagerly():
             evaluate(self)
         self.model.train()
-        self.log.meter.pause(time.perf_counter() - began)
 
     @property
     def logs_next(self) -> bool:

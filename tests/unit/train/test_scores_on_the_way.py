@@ -106,7 +106,8 @@ def test_progress_is_told_the_scores(make_config, evaluation):
     assert len(progress.notes) == 2
 
 
-def test_time_for_scoring_is_not_training_time(make_config, evaluation, monkeypatch):
+@pytest.mark.parametrize("students", [1, 2])
+def test_time_for_scoring_is_not_training_time(make_config, evaluation, monkeypatch, students):
     clock = [0.0]
 
     def slow(*arguments, **settings):
@@ -114,11 +115,12 @@ def test_time_for_scoring_is_not_training_time(make_config, evaluation, monkeypa
         return []
 
     real = time.perf_counter
-    monkeypatch.setattr("tutelage.train.student.time.perf_counter", lambda: real() + clock[0])
+    monkeypatch.setattr("tutelage.train.loop.time.perf_counter", lambda: real() + clock[0])
     monkeypatch.setattr(evaluate, "score_run", slow)
-    directory = run(make_config(eval=evaluation | {"every": EVERY}))
-    assert clock[0] == 3000.0
-    assert directory.state()["seconds"] < 500
+    configs = [make_config(eval=evaluation | {"every": EVERY}, seed=seed) for seed in range(students)]
+    directories = run_cohort(configs)
+    assert clock[0] == 3000.0 * students
+    assert all(directory.state()["seconds"] < 500 for directory in directories)
 
 
 @pytest.mark.parametrize(
