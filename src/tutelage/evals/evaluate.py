@@ -172,7 +172,7 @@ def _evaluated(
             stage = f"{evaluated.id}: {target.name} ({number} of {len(todo)})"
             scored_tokens = sum(one.scored for split in SCORED for one in target.documents(split))
             progress.start(stage, scored_tokens, "tokens")
-            for line in remarks(target.store.manifest):
+            for line in (*remarks(target.store.manifest), *target.lacks):
                 progress.note(f"{target.name}: {line}")
             scored = score_domain(model, evaluated, target, in_domain, counter(progress, stage))
             save_scores(evaluated, target, scored)

@@ -223,6 +223,17 @@ class Target:
         """Arguments of `score_tokens`: vocabulary and windows."""
         return {"vocab_size": self.store.vocab_size, "context": self.context, "stride": self.stride}
 
+    @property
+    def lacks(self) -> list[str]:
+        """Sentences on what is not scored because every document that it takes was trained on."""
+        found = []
+        for split in SCORED:
+            everything = self.store.manifest.splits[split].documents
+            if 0 < everything == len(self.trained_on.get(split, ())):
+                what = "nothing is fitted to it" if split == "validation" else "it has no scores"
+                found.append(f"every document of split '{split}' was trained on and is left out, so {what}")
+        return found
+
     def documents(self, split: Split) -> list[ScoredDocument]:
         """The documents of a split that are scored."""
         left_out = self.trained_on.get(split, frozenset())

