@@ -57,11 +57,13 @@ def started(folder: Path) -> Iterator[Path]:
         file.write_text(CLIENT.format(python=sys.executable, name=name, socket=str(place)))
         file.chmod(0o755)
     with subprocess.Popen([sys.executable, __file__, str(place)], env=os.environ | THREADS) as server:
-        while not place.exists():
-            assert server.poll() is None
-            time.sleep(0.1)
-        yield folder / "bin"
-        server.kill()
+        try:
+            while not place.exists():
+                assert server.poll() is None
+                time.sleep(0.1)
+            yield folder / "bin"
+        finally:
+            server.kill()
 
 
 def read(connection: socket.socket, size: int) -> bytes:

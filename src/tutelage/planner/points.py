@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -11,7 +11,7 @@ from pydantic import Field
 from tutelage.records import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 GainSide = Literal["in_domain", "out_of_domain", "fitted"]
 SIDES: tuple[GainSide, ...] = ("in_domain", "out_of_domain", "fitted")
@@ -85,6 +85,9 @@ class StudyPoints(Record, extra="forbid"):
         return by_pair(self.taught)
 
 
+_Point = TypeVar("_Point", "AlonePoint", "TaughtPoint")
+
+
 def by_pair(points: Iterable[TaughtPoint]) -> dict[tuple[str, str, str], list[TaughtPoint]]:
     """Group points by study, student and teacher, each group by rising alpha."""
     found: dict[tuple[str, str, str], list[TaughtPoint]] = {}
@@ -111,10 +114,11 @@ def _numbered(points: StudyPoints, before: Sequence[StudyPoints]) -> StudyPoints
     return StudyPoints(
         studies=tuple(names[name] for name in points.studies),
         texts=points.texts,
-        alone=tuple(
-            one.model_copy(update={"study": names.get(one.study, one.study)}) for one in points.alone
-        ),
-        taught=tuple(
-            one.model_copy(update={"study": names.get(one.study, one.study)}) for one in points.taught
-        ),
+        alone=_renamed(points.alone, names),
+        taught=_renamed(points.taught, names),
     )
+
+
+def _renamed(points: Iterable[_Point], names: Mapping[str, str]) -> tuple[_Point, ...]:
+    """Points with other names of their studies."""
+    return tuple(one.model_copy(update={"study": names.get(one.study, one.study)}) for one in points)
