@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tutelage.errors import Stopped, UserError
+from tutelage.loading import loading
 from tutelage.processes import place
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
             f"this process is one of {place().size} already (WORLD_SIZE); give the number of processes to "
             "torchrun, to srun or to --nproc"
         )
-    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - slow
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
-    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry  # noqa: PLC0415 - slow
-    from torch.distributed.launcher.api import elastic_launch  # noqa: PLC0415 - slow
-    from torch.distributed.run import config_from_args, parse_args  # noqa: PLC0415 - slow
+    with loading():
+        from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - slow
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - slow
+        from torch.distributed.elastic.rendezvous import rendezvous_handler_registry  # noqa: PLC0415 - slow
+        from torch.distributed.launcher.api import elastic_launch  # noqa: PLC0415 - slow
+        from torch.distributed.run import config_from_args, parse_args  # noqa: PLC0415 - slow
 
     rendezvous_handler_registry.register(_BACKEND, _meet_on_loopback)
     options = ["--rdzv-backend", _BACKEND, "--rdzv-endpoint", _LOOPBACK, "--nproc-per-node", str(processes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ class Murder(NullProgress):
 
 def test_runs_of_two_processes_survive_a_kill_and_equal_those_of_one(make_config, tmp_path, monkeypatch):
     monkeypatch.setenv("TUTELAGE_TEST", str(tmp_path))
+    forkserver._forkserver._stop()  # an earlier test's has not this in its environment
 
     def study(folder, processes):
         common = {"parallel": {"processes": processes}, "output": str(tmp_path / folder / "runs")}

@@ -36,7 +36,8 @@ MIN_EXPLANATION = 12
 SHORT_FILES = {
     "__main__.py": "`python -m tutelage`, which torchrun needs",
     "cli/main.py": "assembles the command, and does nothing else",
-    "cli/loading.py": "what every command that needs torch begins with",
+    "loading.py": "what every process that needs torch begins with",
+    "study/engines/forked.py": "one import, under a name that multiprocessing can be told",
     "errors.py": "the exceptions, which everything imports",
 }
 """Files under MIN_FILE_LINES, each with its reason. The `__init__` of a directory may be short."""
@@ -54,7 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     "processes": {"errors"},
     "stopping": set(),
     "agreement": {"errors", "files", "processes", "stopping"},
-    "launch": {"errors", "processes"},
+    "launch": {"errors", "loading", "processes"},
+    "loading": set(),
     "names": {"errors", "config"},
     "installed": set(),
     "hub_access": {"errors"},
@@ -93,8 +95,8 @@ ALLOWED: dict[str, set[str]] = {
         "train",
     },
     "study": _BASE
-    | {"agreement", "checksums", "data", "launch", "models", "names", "processes", "progress", "records"}
-    | {"installed", "stopping"}
+    | {"agreement", "checksums", "data", "launch", "loading", "models", "names", "processes", "progress"}
+    | {"installed", "records", "stopping"}
     | {"run", "run_directory", "run_plan"},
     "planner": {"config", "data.store_manifest", "errors", "evals", "files", "models", "names", "records"}
     | {"run_directory", "run_plan", "study.cache_cost", "study.given_models"},
@@ -130,7 +132,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": _BASE
     | {"data", "models", "teachers", "evals", "study", "planner", "analysis"}
-    | {"agreement", "launch", "names", "processes", "progress", "provenance", "run", "run_directory"}
+    | {
+        "agreement",
+        "launch",
+        "loading",
+        "names",
+        "processes",
+        "progress",
+        "provenance",
+        "run",
+        "run_directory",
+    }
     | {"installed", "run_plan", "stopping", "verify"},
 }
 """What the modules of a room may import from tutelage, besides their own room."""

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import gc
 from contextlib import suppress
-from tutelage.cli.loading import loading
+from tutelage.loading import loading
 
 with loading():
     collects = gc.isenabled()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tutelage.cli.loading import loading
 from tutelage.errors import UserError, suggestion
+from tutelage.loading import loading
 from tutelage.names import find, kind_of
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from tutelage.cli.loading import loading
 from tutelage.errors import UserError, unknown
 from tutelage.files import write_text
+from tutelage.loading import loading
 
 _Kind = Annotated[str, typer.Argument(help="run, store, study or cache")]
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tutelage.cli.loading import loading
 from tutelage.errors import UserError, unknown
 from tutelage.files import LockedError, lock
+from tutelage.loading import loading
 from tutelage.names import find
 
 if TYPE_CHECKING:

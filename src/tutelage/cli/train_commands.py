@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tutelage.cli.loading import loading
+from tutelage.loading import loading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

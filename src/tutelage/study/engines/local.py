@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
@@ -71,7 +70,7 @@ class LocalEngine:
         self._context: _Context = multiprocessing.get_context("spawn")
         if not gpus and sys.platform == "linux" and _fork_server_has_an_address():
             self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload(["tutelage.run"])
+            self._context.set_forkserver_preload(["tutelage.study.engines.forked"])
 
     def __enter__(self) -> Self:
         return self
@@ -229,7 +228,6 @@ class _Worker:
 def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpus: list[str] | None) -> None:
     """Execute tasks as they arrive. What a terminal sends reaches workers too; it is the parent's matter."""
     leave_signals_to_parent()
-    gc.freeze()  # a collection writes into every object that it looks at: 100 MB would not be shared any more
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if cores is not None:

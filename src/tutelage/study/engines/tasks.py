@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tutelage.agreement import last_words
 from tutelage.errors import Stopped, UserError
 from tutelage.launch import describe, launch
+from tutelage.loading import loading
 from tutelage.processes import place
 from tutelage.stopping import interruptible, leave_signals_to_parent
 from tutelage.study.engines import TASK, RunTask, StoreTask, TaskOutcome, outcome_of
@@ -42,8 +43,8 @@ def _execute(task: Task) -> TaskOutcome:
             return TaskOutcome(status="done", text=str(build_store(task.config, task.directory)))
         if task.processes > 1:
             return run_in_processes(task)
-        from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
-
+        with loading():
+            from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
         run_cohort(task.configs)
     except KeyboardInterrupt:
         return TaskOutcome(status="stopped")
@@ -91,7 +92,8 @@ def read_outcome(folder: Path) -> TaskOutcome | None:
 
 def _serve(folder: Path, parent: int) -> int:
     """Be one of the processes, until the task has ended; return the exit status."""
-    from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
+    with loading():
+        from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
 
     leave_signals_to_parent()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()

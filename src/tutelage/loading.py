@@ -1,7 +1,7 @@
-"""Load what a command needs while the garbage collector rests.
+"""Load what a command or a worker needs while the garbage collector rests.
 
 Torch and transformers are 400,000 objects that stay for good. Looking for garbage among them takes a fifth of
-the time that a command needs to begin, and once more a second when it ends.
+the time that a process needs to begin, and once more a second when it ends.
 """
 
 from __future__ import annotations
