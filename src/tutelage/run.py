@@ -197,7 +197,8 @@ def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserE
                 closing.callback(student.close)
                 student.resume(cohort=len(students))
                 if world.is_main and student.step:
-                    _show_earlier_scores(student)
+                    # again: a kill may have taken them along
+                    student.log.show_scores(read_scores(student.directory.scores))
             if world.is_main:
                 for student in students:
                     _announce(student, progress)
@@ -276,19 +277,12 @@ def _evaluate(progress: Progress, student: Student) -> None:
     scores = use_model(student.module, score)
     if not main:
         return
-    student.log.show_scores(scores, student.step)
+    student.log.show_scores(scores)
     _warn_of_loss_gap(scores, student.directory, progress)
     bits = [s for s in scores if (s.metric, s.split) == ("bits_per_byte", "validation")]
     if bits:
         values = ", ".join(f"{score.domain} {score.value:.3f}" for score in bits)
         progress.note(f"step {student.step:,}, bits per byte of validation text: {values}")
-
-
-def _show_earlier_scores(student: Student) -> None:
-    """Send a resumed run's scores to its trackers again: a kill may have taken them along."""
-    scores = read_scores(student.directory.scores)
-    for step in sorted({score.step for score in scores}):
-        student.log.show_scores([score for score in scores if score.step == step], step)
 
 
 def _export(students: Sequence[Student]) -> None:
@@ -324,9 +318,11 @@ def _score(runs: Sequence[Run], progress: Progress) -> None:
             scored = config, directory, model.to(hub.pick_device(config.runtime.device)), step
             scores = evaluate.score_run(*scored, finished=True, progress=counter(progress, stage))
             _warn_of_loss_gap(scores, directory, progress)
-            send_scores(config, directory.path, scores, step)
             progress.finish(stage)
-        show_in_card(directory.scores, read_scores(directory.scores))  # of a model that is exported again
+        scores = read_scores(directory.scores)
+        show_in_card(directory.scores, scores)  # of a model that is exported again
+        for failure in send_scores(config, directory.path, scores, step):  # those of a stopped session too
+            progress.note(f"warning: {directory.id}: {failure}")
         _mark_scored(config, directory, scoring_seconds=round(time.perf_counter() - began, 3))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.train.alarms import LossBand, Stragglers
 from tutelage.train.metrics import Meter
-from tutelage.train.trackers import open_trackers, scores_row
+from tutelage.train.trackers import Trackers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tutelage.run_directory import RunDirectory
     from tutelage.train.checkpoint import Counters
     from tutelage.train.distributed import World
-    from tutelage.train.trackers import Tracker
     from tutelage.types import Score, StepReport
 
 
@@ -63,7 +62,7 @@ class RunLog:
         self.warnings: list[str] = []
         self._config, self._directory, self._is_main = config, directory, world.is_main
         self._facts = RunFacts(0, 0, 0.0, 0.0, "kd", 1)
-        self._trackers: list[Tracker] = []
+        self._trackers: Trackers | None = None
         self._losses, self._stragglers = LossBand(), Stragglers()
         self._skipped = self.logged = 0
 
@@ -71,7 +70,7 @@ class RunLog:
         """Go on where a checkpoint stands: drop later rows, open the trackers, start the clock.
 
         Raises:
-            UserError: a tracker's package is not installed.
+            UserError: a tracker does not start, and no step was taken yet.
         """
         self._facts, self._skipped, self.logged = facts, counters.skipped, counters.logged
         if self._is_main:
@@ -79,20 +78,20 @@ class RunLog:
             self.warnings += [] if lost is None else [lost]
             if counters.step:  # a lost state.json is made again from the checkpoint
                 self.record(counters)
-            self._trackers = open_trackers(
-                self._config, self._directory.path, counters.step, self._directory.metrics()
-            )
+            place = self._config, self._directory.path, counters.step
+            self._trackers = Trackers(*place, self._directory.metrics())
         self.meter.start(counters.step, counters.teacher_tokens, counters.seconds)
 
-    def show_scores(self, scores: Sequence[Score], step: int) -> None:
-        """Send scores after `step` steps to the trackers."""
-        for tracker in self._trackers if scores else ():
-            tracker.log(scores_row(scores, step))
+    def show_scores(self, scores: Sequence[Score]) -> None:
+        """Send scores to the trackers."""
+        if self._trackers is not None:
+            self._trackers.log_scores(scores)
 
     def close(self) -> None:
         """Close the trackers."""
-        for tracker in self._trackers:
-            tracker.close()
+        if self._trackers is not None:
+            self._trackers.close()
+            self.warnings += [f"{self._directory.id}: {text}" for text in self._trackers.take_failures()]
 
     def write(self, report: StepReport, counters: Counters, parts: Mapping[str, float]) -> dict[str, float]:
         """Write a row and the run's state, and look for what deserves a warning; waits for the device.
@@ -126,9 +125,11 @@ class RunLog:
         self.logged = counters.step
         if self._is_main:
             self._directory.append_metrics(row)
-            for tracker in self._trackers:
-                tracker.log(row)
-            self.record(counters, self._look_at(row, parts))
+            warnings = self._look_at(row, parts)
+            if self._trackers is not None:
+                self._trackers.log(row)
+                warnings += self._trackers.take_failures()
+            self.record(counters, warnings)
         return row
 
     def _look_at(self, row: Mapping[str, float], parts: Mapping[str, float]) -> list[str]:

@@ -128,7 +128,7 @@ class Student:
         """Load the newest checkpoint, if there is one, and open the trackers.
 
         Raises:
-            UserError: the checkpoint is damaged, or a tracker's package is not installed.
+            UserError: the checkpoint is damaged; or a tracker does not start, and no step was taken yet.
         """
         counters = self.checkpoints.load(self.model, self.optimizer)
         if counters.policy:
