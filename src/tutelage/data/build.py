@@ -77,7 +77,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     progress = progress or NullProgress()
     ready, chat, named = _given_tokenizer(config)
     sources = [describe(source) for source in config.sources]
-    identity = {
+    identity: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "config": _hashed(config),
         "sources": sources,
@@ -134,6 +134,8 @@ def _hashed(config: StoreConfig) -> dict[str, Any]:
         source.pop("paths", None)
     if config.tokenizer.path is not None:  # then nothing else in its section is used
         fields.pop("tokenizer")
+    if config.uses_chat:
+        fields["bytes"] = "of text alone"  # stores of old counted end marks between turns too
     return fields
 
 

@@ -94,9 +94,9 @@ class Chat:
             )
         if roles[0] == "assistant":
             raise BadRowError(f"{where}: the first message is the assistant's, so there is no prompt")
-        for message in messages:
+        for text in _strings(messages):
             for token in self._special:
-                if token in message["content"]:
+                if token in text:
                     raise BadRowError(
                         f"{where}: a message spells the special token '{token}', with which text could fake "
                         "a turn; take it out"
@@ -112,6 +112,18 @@ class Chat:
             reason = " ".join(str(error).split())
             raise BadRowError(f"{where}: the chat template refuses it ({reason})") from None
         return text
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Yield all text in a value: of roles and of calls to tools as well, which a template may render."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in (*value.keys(), *value.values()):
+            yield from _strings(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)
 
 
 def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:

@@ -10,6 +10,9 @@ drops (white space, often) belongs to the token after it, and at the end of the 
 character that several tokens share, a token that is made of bytes (byte-level vocabularies, byte fallback)
 takes the bytes it is made of, any other takes none, and the last of them takes what is left.
 
+Special tokens that a chat template wrote are no text: they stand for no bytes, between turns as at the end of
+a document, so that the bytes of an answer do not depend on how many turns there were before it.
+
 `RoundTrip` finds the documents whose text differs after decoding.
 """
 
@@ -48,6 +51,7 @@ class SourceBytes:
         self._text_tokenizer = tokenizer
         self._own_V = _own_bytes(settings, tokenizer.vocab_size)
         self._lossless = settings.get("normalizer") is None
+        self._marks = _marks(settings, tokenizer)
         self._aligned: dict[bool, Tokenizer] = {}
 
     def count(self, text: str, ids_N: NDArray[Any], *, markup: bool = False) -> NDArray[np.uint32]:
@@ -58,6 +62,11 @@ class SourceBytes:
             ids_N: its ids.
             markup: whether special tokens in `text` are meant as such.
         """
+        counts_N = self._count(text, ids_N, markup=markup)
+        return np.where(np.isin(ids_N, self._marks), np.uint32(0), counts_N) if markup else counts_N
+
+    def _count(self, text: str, ids_N: NDArray[Any], *, markup: bool) -> NDArray[np.uint32]:
+        """Count the bytes per token, those of special tokens too."""
         own_N = self._own_V[ids_N]
         size = len(text.encode())
         if self._lossless and (own_N != _UNKNOWN).all() and own_N.sum() == size:
@@ -73,6 +82,14 @@ class SourceBytes:
             tokenizer.post_processor = None  # that of byte-level tokenizers trims spaces off the offsets
             self._aligned[markup] = tokenizer
         return self._aligned[markup]
+
+
+def _marks(settings: dict[str, Any], tokenizer: TextTokenizer) -> list[int]:
+    """Return the ids of special tokens, but for the one that stands for unknown text."""
+    model, vocabulary = settings["model"], tokenizer.library(markup=True).get_vocab(with_added_tokens=True)
+    unknown = vocabulary.get(model.get("unk_token") or "", model.get("unk_id"))  # the latter is of Unigram
+    ids = [vocabulary[token] for token in tokenizer.special_tokens if token in vocabulary]
+    return [number for number in ids if number != unknown]
 
 
 def _own_bytes(settings: dict[str, Any], vocab_size: int) -> NDArray[np.int64]:
