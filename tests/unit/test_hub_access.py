@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import os
 import socket
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 from datasets import config as datasets_config
 from huggingface_hub import constants
+from tiny_families import tiny_model
 
 from tutelage import hub_access
 from tutelage.config.data_config import HubSource
 from tutelage.data.row_readers import hub_rows
+from tutelage.data.store import open_store
 from tutelage.data.tokenizer import find_tokenizer
+from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.evals.evaluated_model import find_model
 from tutelage.models import hub, slices
@@ -127,3 +131,62 @@ def test_who_asks_for_no_hub_is_reminded_of_it(no_hub, monkeypatch):
     with pytest.raises(UserError, match="the Hugging Face Hub is not asked, since HF_HUB_OFFLINE is set"):
         hub_config(NAME)
     assert constants.HF_HUB_OFFLINE
+
+
+def cache_of(files: dict[str, bytes], tmp_path: Path) -> Path:
+    """The cache that a download of these files leaves: blobs with hashes for names, and links to them."""
+    place = tmp_path / "cache" / f"models--{NAME.replace('/', '--')}"
+    snapshot = place / "snapshots" / ("0" * 40)
+    for directory in (snapshot, place / "blobs", place / "refs"):
+        directory.mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    for name, content in files.items():
+        as_git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+        digest = hashlib.sha256(content) if name.endswith(".safetensors") else as_git
+        (place / "blobs" / digest.hexdigest()).write_bytes(content)
+        (snapshot / name).symlink_to(place / "blobs" / digest.hexdigest())
+    return snapshot
+
+
+@pytest.fixture
+def files(store, tmp_path) -> dict[str, bytes]:
+    """A model with the tokenizer of `store`, as the files of a repository."""
+    tiny_model("llama", tmp_path / "made")
+    made = {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()}
+    return made | {name: (store / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_download_that_is_not_what_the_hub_has_is_refused(no_hub, tmp_path, files, damaged):
+    """The length is right: no library looks further."""
+    snapshot = cache_of(files, tmp_path)
+    asked = {"evaluated": lambda: find_model(NAME, tmp_path / "evals")}
+    if damaged != "tokenizer.json":
+        asked |= {"model": lambda: hub.load(NAME), "slices": lambda: slices.describe(NAME)}
+    if damaged != "model.safetensors":
+        asked |= {"tokenizer": lambda: find_tokenizer(Path(NAME))}
+    for ask in asked.values():
+        ask()
+    blob = (snapshot / damaged).resolve()
+    content = bytearray(blob.read_bytes())
+    content[-4] ^= 1
+    blob.write_bytes(content)
+    for ask in asked.values():
+        with pytest.raises(UserError, match=f"{NAME}.*: {damaged} is not what the Hub has") as caught:
+            ask()
+        assert str(blob) in str(caught.value)
+
+
+def test_half_a_download_is_not_taken_for_all_there_is(no_hub, tmp_path, files, store):
+    """Its config.json alone, as `hub_commit` leaves it, does not say that a model has no tokenizer."""
+    cache_of({"config.json": files["config.json"]}, tmp_path)
+    compared = "teacher T", NAME, open_store(store)
+    setting = {"setting": "teacher.assume_same_tokenizer"}
+    for ask in (
+        lambda: find_tokenizer(Path(NAME)),
+        lambda: find_model(NAME, tmp_path / "evals"),
+        lambda: check_model_tokenizer(*compared, **setting),
+    ):
+        with pytest.raises(UserError, match=r"not among earlier downloads .* cannot be reached"):
+            ask()
+    assert check_model_tokenizer(*compared, assume=True, **setting).ids == 0

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tutelage.checksums import refuse_damage, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import read_bytes, write_json
-from tutelage.hub_access import reading_hub
+from tutelage.hub_access import downloaded
 from tutelage.names import completed
 from tutelage.records import parse_json, read_object
 from tutelage.types import TOKENIZER_FILES
@@ -58,25 +58,23 @@ def find_tokenizer(path: Path) -> Path:
     no_name = path.is_absolute() or len(path.parts) > _NAME_PARTS or ".." in path.parts
     if path.exists() or no_name or path.suffix == ".json":
         return path
-    found = download_tokenizer(f"tokenizer.path = {path.as_posix()}", path.as_posix(), None)
+    found = download_tokenizer(f"tokenizer.path = {path.as_posix()}", path.as_posix(), None, needed=True)
     if not has_tokenizer(found):
         raise UserError(f"tokenizer.path = {path}: the Hub's repository has no tokenizer")
     return found
 
 
-def download_tokenizer(what: str, name: str, revision: str | None) -> Path:
+def download_tokenizer(what: str, name: str, revision: str | None, *, needed: bool) -> Path:
     """Return the directory into which a Hub repository's config and tokenizer files (if any) were downloaded.
 
-    `what` begins the message.
+    `what` begins the message; `needed`: without a tokenizer the repository is of no use.
 
     Raises:
-        UserError: there is no such repository, or the Hub cannot be reached and nothing was downloaded yet.
+        UserError: there is no such repository; the Hub cannot be reached, and nothing that is needed was
+            downloaded yet; or a file is damaged.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for what is not on this machine
-
-    wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
-    with reading_hub(what):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    wanted = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    return downloaded(what, name, revision, wanted, has_tokenizer if needed else Path.is_dir)
 
 
 def special_tokens(place: Path, tokenizer: TextTokenizer) -> dict[str, str]:

@@ -120,7 +120,9 @@ def check_model_tokenizer(
     Raises:
         UserError: the tokenizers differ, or the model has none and `assume` is not set.
     """
-    place = Path(model) if Path(model).exists() else download_tokenizer(what, model, revision)
+    place = Path(model)
+    if not place.exists():
+        place = download_tokenizer(f"{what}: its tokenizer", model, revision, needed=not assume)
     if not has_tokenizer(place):
         if not assume:
             raise UserError(

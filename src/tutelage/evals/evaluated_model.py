@@ -13,7 +13,7 @@ from tutelage.data.tokenizer_comparison import check_rows
 from tutelage.errors import UserError, one_line
 from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
-from tutelage.hub_access import reading_hub
+from tutelage.hub_access import downloaded
 from tutelage.models.directory import ModelState, weights_fingerprint
 from tutelage.models.lengths import trained_length
 from tutelage.names import completed, look_up, nearest
@@ -214,10 +214,11 @@ def _config(path: Path) -> PretrainedConfig:
 
 
 def _downloaded(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for models on the Hub
+    def has_weights(directory: Path) -> bool:
+        return any(directory.glob("*.safetensors"))
 
-    with reading_hub(f"{name}: {nearest('run', name)}no run is called so"):
-        return Path(snapshot_download(name, allow_patterns=list(_NEEDED)))
+    what = f"{name}: {nearest('run', name)}no run is called so"
+    return downloaded(what, name, None, _NEEDED, has_weights)
 
 
 def check_tokenizer(evaluated: EvaluatedModel) -> TextTokenizer:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from tutelage.checksums import CARD, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import atomic_directory
-from tutelage.hub_access import reading_hub
+from tutelage.hub_access import checked_snapshot, reading_hub
 from tutelage.models.directory import check_config, computing, is_local
 from tutelage.models.export import Base, check_tokenizer_files, complete
 from tutelage.models.lengths import trained_length
@@ -101,10 +101,12 @@ def load(
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     access = contextlib.nullcontext() if local else reading_hub(f"model {name}", explains=False)
     with errors_of_loading(name, attn_implementation), access:
+        snapshot = None
         if not local:
-            file = hf_hub_download(name, "config.json", revision=revision)
-            check_config(read_object(Path(file)), f"{name}: config.json")
-        with _quietly(bars=not local):
+            file = Path(hf_hub_download(name, "config.json", revision=revision))
+            check_config(read_object(file), f"{name}: config.json")
+            snapshot = file.parent
+        with _quietly(bars=not local), checked_snapshot(name, snapshot):
             model, report = AutoModelForCausalLM.from_pretrained(
                 name,
                 revision=revision or "main",

@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from tutelage.errors import UserError, one_line
-from tutelage.hub_access import reading_hub
+from tutelage.hub_access import check_downloads, reading_hub
 from tutelage.models.directory import check_config, is_local, weight_files
 from tutelage.models.hub import body_and_head, check_names, errors_of_loading, not_finite
 from tutelage.models.sharding import materialise, own_rows
@@ -289,7 +289,9 @@ def _downloaded_files(name: str, revision: str | None) -> list[Path]:
     """Download the weights of a model on the Hub, if they are not here yet."""
 
     def download(file: str) -> Path:
-        return Path(hf_hub_download(name, file, revision=revision))
+        path = Path(hf_hub_download(name, file, revision=revision))
+        check_downloads(name, [path])
+        return path
 
     check_config(read_object(download("config.json")), f"{name}: config.json")
     try:
