@@ -89,17 +89,19 @@ def downloaded(
         name: of the repository.
         revision: commit or tag; None: the main branch.
         wanted: names or patterns of files.
-        is_enough: whether what was downloaded before will do, if the Hub does not answer.
+        is_enough: whether the files in a directory will do.
 
     Raises:
         UserError: as `reading_hub`, or a file is damaged.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for what is not on this machine
+    from huggingface_hub import list_repo_files, snapshot_download  # noqa: PLC0415 - as above
 
     with reading_hub(what) as answers:
         place = Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
-        if not answers and not is_enough(place):
+        if not is_enough(place) and not answers:
             raise FileNotFoundError
+        if not is_enough(place):  # the library returns what is here, too, if the Hub answers with an error
+            list_repo_files(name, revision=revision)
     check_downloads(name, sorted({file for pattern in wanted for file in place.glob(pattern)}))
     return place
 

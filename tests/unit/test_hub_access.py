@@ -190,3 +190,39 @@ def test_half_a_download_is_not_taken_for_all_there_is(no_hub, tmp_path, files, 
         with pytest.raises(UserError, match=r"not among earlier downloads .* cannot be reached"):
             ask()
     assert check_model_tokenizer(*compared, assume=True, **setting).ids == 0
+
+
+def test_an_error_of_the_hub_does_not_make_half_a_download_whole(tmp_path):
+    """It answers, but with errors: the library then returns what was downloaded before, whatever that is."""
+
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(200 if self.path == "/" else 500)
+
+        def do_GET(self):
+            self.send_error(500)
+
+        def log_message(self, *_):
+            pass
+
+    cache_of({"config.json": b"{}"}, tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }
+        script = (
+            "from pathlib import Path; from tutelage.data.tokenizer import find_tokenizer; "
+            f"find_tokenizer(Path({NAME!r}))"
+        )
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(
+            command, env=os.environ | where, capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        server.shutdown()
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        f"tokenizer.path = {NAME}: not on this machine, and the Hub does not give it: Server error '500"
+        in last
+    )
