@@ -139,13 +139,17 @@ LeaseState = Literal["free", "ours", "theirs", "done"]
 
 
 class Runner(Record):
-    """A runner's own record; `machine` is None where processes of others cannot be seen."""
+    """A runner's own record; `machine` is None where processes of others cannot be seen.
+
+    `plan` is the digest of the plan that it works on, None while it prepares the study or waits to.
+    """
 
     host: str
     machine: str | None
     pid: int
     beat: int
     time: float
+    plan: str | None = None
 
 
 class _Lease(Record):
@@ -189,13 +193,15 @@ class Leases:
         self._read: dict[str, tuple[int, _Lease]] = {}
         self._watched: dict[str, _Watch] = {}
         self._dead: dict[str, bool] = {}
-        self._leave = threading.Event()
+        self._beats = 0
+        self._plan: str | None = None
+        self._writing, self._leave = threading.Lock(), threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
         for place in (self._runners, self._leases):
             make_directory(place)
-        self._write(0)
+        self._write()
         self._heart.start()
         return self
 
@@ -276,22 +282,32 @@ class Leases:
                 "its new place as --output, and the same command goes on"
             )
 
+    def work_on(self, plan: str) -> None:
+        """Let others know the digest of the plan that this runner works on from now on."""
+        self._plan = plan
+        self._write()
+
     def is_asked_to_stop(self) -> bool:
         """Whether `tutelage study stop` wants this runner to end."""
         return (self._runners / f"{self.token}.stop").exists()
 
     def _beat(self) -> None:
-        beat = 0
         while not self._leave.wait(self._beat_seconds):
-            beat += 1
+            self._beats += 1
             with contextlib.suppress(UserError, OSError):  # a full disk: others take over if it stays so
-                self._write(beat)
+                self._write()
 
-    def _write(self, beat: int) -> None:
-        runner = Runner(
-            host=socket.gethostname(), machine=_machine(), pid=os.getpid(), beat=beat, time=time.time()
-        )
-        write_sealed(self._runners / f"{self.token}.json", runner.model_dump())
+    def _write(self) -> None:
+        with self._writing:  # the newest record is the last to be written
+            runner = Runner(
+                host=socket.gethostname(),
+                machine=_machine(),
+                pid=os.getpid(),
+                beat=self._beats,
+                time=time.time(),
+                plan=self._plan,
+            )
+            write_sealed(self._runners / f"{self.token}.json", runner.model_dump())
 
     def _path(self, run: str, number: int) -> Path:
         return self._leases / f"{run}.{number}.json"

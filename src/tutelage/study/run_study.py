@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
@@ -16,7 +17,7 @@ from tutelage.stopping import stop_signal
 from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases, is_silent, living_runners
 from tutelage.study.nodes import Stores, bind, check_cells
-from tutelage.study.plan import Plan, load_plan, plan_of, save_plan
+from tutelage.study.plan import Plan, plan_of, save_plan
 from tutelage.study.runner import run_all
 from tutelage.study.texts import check_texts, other_texts
 
@@ -161,15 +162,16 @@ def _failures(directory: Path, retries: int, leases: Leases, progress: Progress)
 
 
 def _publish(directory: Path, plan: Plan, leases: Leases) -> None:
-    """Write plan.json, unless a live runner works on another plan."""
-    others = [
-        runner
-        for token, runner in living_runners(directory).items()
-        if token != leases.token and not is_silent(runner)
-    ]
-    if others and (directory / "plan.json").exists() and load_plan(directory) != plan:
-        raise UserError(
-            f"{directory}: process {others[0].pid} on {others[0].host} runs another plan there; stop it "
-            f"with `tutelage study stop {shlex.quote(str(directory))}`, or give another --output"
-        )
+    """Write plan.json, unless a live runner works on another plan.
+
+    Runners that wait to prepare the study work on none yet: the same command may have been started twice.
+    """
+    ours = digest(plan.model_dump(mode="json"))
+    for runner in living_runners(directory).values():
+        if runner.plan not in (None, ours) and not is_silent(runner):
+            raise UserError(
+                f"{directory}: process {runner.pid} on {runner.host} runs another plan there; stop it "
+                f"with `tutelage study stop {shlex.quote(str(directory))}`, or give another --output"
+            )
     save_plan(directory, plan)
+    leases.work_on(ours)
