@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from functools import partial
 from itertools import chain
@@ -19,7 +20,7 @@ from tutelage.train.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tutelage.train.student import Student
     from tutelage.types import Batch
@@ -65,9 +66,12 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
                 teacher.prefetch(upcoming)
             # One whose checkpoint is further along waits for the others.
             due = [student for student in students if student.has_steps_left and student.step == step]
-            _score(due, students, evaluate)
+            with _not_timed(students):
+                for student in due:
+                    student.maybe_evaluate(evaluate)
             taken = partial(progress.advance, stage, step + 1)
-            row, stopping = _take_step(due, batches, ahead.waited, stop, taken)
+            with _not_timed([student for student in students if student not in due]):
+                row, stopping = _take_step(due, batches, ahead.waited, stop, taken)
             step_profiler()
             if row is not None:
                 progress.describe(stage, row)
@@ -81,11 +85,11 @@ def train(students: Sequence[Student], progress: Progress, evaluate: Callable[[S
     progress.finish(stage, "failed" if all(student.error for student in students) else "done")
 
 
-def _score(due: Sequence[Student], students: Sequence[Student], evaluate: Callable[[Student], None]) -> None:
-    """Score the students of which that is asked before their next step; all wait, so no clock counts it."""
+@contextlib.contextmanager
+def _not_timed(students: Sequence[Student]) -> Iterator[None]:
+    """Do not count the time of the block, in which these students wait, as their training time."""
     began = time.perf_counter()
-    for student in due:
-        student.maybe_evaluate(evaluate)
+    yield
     seconds = time.perf_counter() - began
     for student in students:
         student.log.meter.pause(seconds)

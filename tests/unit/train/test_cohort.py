@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import Notes, StopAt, assert_same_weights, losses
+from training import Notes, StopAt, assert_same_weights, losses, rows
 
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
@@ -126,6 +127,25 @@ def test_a_stopped_cohort_goes_on_bitwise_even_from_uneven_checkpoints(members, 
     for a, b in zip(resumed, whole, strict=True):
         assert losses(a) == losses(b)
         assert_same_weights(a, b)
+
+
+def test_a_student_that_waits_for_the_others_is_not_timed(members, monkeypatch):
+    """The clock of one whose checkpoint was further along ran while the others caught up."""
+    configs, clock, real = members()[:2], [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
+
+    class Slow(StopAt):
+        def advance(self, stage, step):
+            clock[0] += 100.0
+            super().advance(stage, step)
+
+    for some, stop in ((configs[:1], 8), (configs, 2)):
+        with pytest.raises(Stopped):
+            run_cohort(some, Slow(stop))
+    ahead, behind = run_cohort(configs, Slow(None))
+    for directory in (ahead, behind):
+        assert 1200 <= directory.state()["seconds"] < 1300
+        assert all(row["tokens_per_second"] == pytest.approx(2.56, rel=0.1) for row in rows(directory))
 
 
 def test_a_student_that_breaks_is_left_out_and_the_others_finish(make_config):
