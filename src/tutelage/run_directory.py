@@ -241,7 +241,7 @@ class RunDirectory:
         return _read(self.path / "state.json")
 
     def is_trained(self) -> bool:
-        """Whether the model is there, and known after how many steps; it is left to score it."""
+        """Whether the model is there, and the state is that of the last step; it is left to score it."""
         return self._has_model(self.state())
 
     def is_done(self) -> bool:
@@ -270,7 +270,9 @@ class RunDirectory:
         return "train that run to its end first"
 
     def _has_model(self, state: Mapping[str, Any]) -> bool:
-        return (self.model / "config.json").is_file() and isinstance(state.get("step"), int)
+        step = state.get("step")
+        is_last = isinstance(step, int) and step == state.get("steps", step)
+        return is_last and (self.model / "config.json").is_file()
 
     def write_state(self, status: str, **fields: object) -> None:
         """Update state.json: `status` is running, stopped, done or failed; other fields stay."""

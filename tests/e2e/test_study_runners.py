@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from tiny_study import TINY
 
 from tutelage.files import lock
+from tutelage.records import read_sealed, write_sealed
 
 
 @pytest.fixture
@@ -28,15 +30,26 @@ def command(study, *settings):
     return [sys.executable, "-m", "tutelage", "study", "run", str(study), *settled]
 
 
-def start(study, *settings):
+def start(study, *settings, **variables):
     return subprocess.Popen(
-        command(study, *settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(study, *settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | variables,
+        start_new_session=True,
     )
 
 
 def records(study):
     """What the runners of a study have written about themselves."""
     return [json.loads(path.read_text()) for path in (study.parent / "output/queue/runners").glob("*.json")]
+
+
+def states(study):
+    """The state of every run that has begun, by its directory."""
+    found = (study.parent / "output" / "runs").glob("*/state.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
 
 
 def until(true, seconds=60.0):
@@ -68,3 +81,38 @@ def test_a_runner_of_another_plan_is_refused(study):
     assert "runs another plan there; stop it with `tutelage study stop " in refused.stderr
     said, _ = first.communicate(timeout=120)
     assert first.returncode == 0, said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
+def test_a_runner_mends_what_it_has_written_over_where_locks_end_at_the_machine(study, tmp_path):
+    """It was suspended until another, which no lock kept away, had taken over its run and finished it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    here.joinpath("sitecustomize.py").write_text(
+        "import filelock\nfilelock.lock_descriptor = lambda *_, **__: True\n"
+    )
+    locks = {"PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
+    long = "students.main.tokens=20K"
+    first = start(study, long, **locks)
+    until(
+        lambda: any(
+            "student" in run and 2 < state.get("step", 0) < 40 for run, state in states(study).items()
+        )
+    )
+    os.killpg(first.pid, signal.SIGSTOP)
+    (begun,) = [run for run, state in states(study).items() if state["status"] == "running"]
+    (record,) = (study.parent / "output/queue/runners").iterdir()
+    write_sealed(record, read_sealed(record) | {"pid": 2**22 + 1})  # others see it as dead at once
+    second = start(study, long, **locks)
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    tables = {path: path.read_bytes() for path in (study.parent / "output/tables").iterdir()}
+    done = states(study)[begun]
+    first.send_signal(signal.SIGCONT)  # it sees that all is finished ...
+    time.sleep(2.0)
+    os.killpg(first.pid, signal.SIGCONT)  # ... and its worker goes on where it was
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, said
+    assert {state["status"] for state in states(study).values()} == {"done"}
+    assert states(study)[begun]["step"] == done["step"]
+    assert {path: path.read_bytes() for path in tables} == tables

@@ -174,6 +174,8 @@ class RunnerState:
             members = self.tasks.pop(key)
             for node in members:
                 if self._lease(node) != "ours":  # taken over meanwhile: not ours to judge
+                    # Where locks end at the machine it may have written over a finished run until now.
+                    self.finished.discard(node.id)
                     continue
                 if outcome.status == "done":
                     self.finished.add(node.id)
@@ -198,7 +200,8 @@ class RunnerState:
         """How the runs stand."""
         left = [node for node in self.nodes if node.id not in self.finished]
         theirs = {node.id for node in left if self._lease(node) == "theirs"}
-        return StudyProgress(self.nodes, self._ours(), theirs, set(self.finished), dict(self.failed))
+        ours = self._ours() - self.finished
+        return StudyProgress(self.nodes, ours, theirs, set(self.finished), dict(self.failed))
 
     def _free_slots(self) -> int:
         """Processes that the engine has room for."""
