@@ -67,7 +67,6 @@ class Failures:
     def __init__(self, directory: Path, retries: int) -> None:
         self._directory = directory / "queue" / "failures"
         self._retries = retries
-        self._read: dict[str, tuple[int, list[Attempt]]] = {}
 
     def add(self, run: str, error: str, step: int) -> None:
         """Record a failed attempt at a run that the caller holds."""
@@ -77,15 +76,13 @@ class Failures:
 
     def attempted(self) -> set[str]:
         """Runs with a failed attempt."""
-        self._refresh()
-        return set(self._read)
+        return set(self._read())
 
     def marked(self) -> dict[str, str]:
         """Runs that have failed for good, and why the last attempt did."""
-        self._refresh()
         return {
             run: attempts[-1].error
-            for run, (_, attempts) in self._read.items()
+            for run, attempts in self._read().items()
             if sum(one.step == attempts[-1].step for one in attempts) > self._retries
         }
 
@@ -94,10 +91,11 @@ class Failures:
 
         The other attempts stay, so that a run that took others with it is tried alone again.
         """
-        runs = [*self.marked()]
+        attempts = self._read()
+        runs = [run for run in self.marked() if run in attempts]
         for run in runs:
             if self._retries:
-                self._write(run, self._read[run][1][-self._retries :])
+                self._write(run, attempts[run][-self._retries :])
             else:
                 self.clear(run)
         return runs
@@ -113,18 +111,10 @@ class Failures:
     def _write(self, run: str, attempts: list[Attempt]) -> None:
         write_sealed(self._directory / f"{run}.json", {"attempts": [one.model_dump() for one in attempts]})
 
-    def _refresh(self) -> None:
-        found = {}
-        for path in self._directory.glob("*.json"):
-            try:
-                stamp = path.stat().st_mtime_ns
-            except OSError:  # cleared just now, or a link that leads nowhere
-                continue
-            known = self._read.get(path.stem)
-            read = known if known is not None and known[0] == stamp else (stamp, _attempts(path))
-            if read[1]:
-                found[path.stem] = read
-        self._read = found
+    def _read(self) -> dict[str, list[Attempt]]:
+        """The attempts at every run; the files are few, and their times may be too coarse to tell changes."""
+        found = {path.stem: _attempts(path) for path in self._directory.glob("*.json")}
+        return {run: attempts for run, attempts in found.items() if attempts}
 
 
 def _attempts(path: Path) -> list[Attempt]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -157,6 +158,14 @@ def test_only_attempts_without_progress_count(tmp_path):
     assert failures.marked() == {}
     assert failures.attempted() == set()
     assert not failures.clear("run")
+
+
+def test_attempts_within_the_same_second_are_told_apart_where_files_have_whole_seconds(tmp_path):
+    failures, path = Failures(tmp_path, retries=1), tmp_path / "queue" / "failures" / "run.json"
+    for marked in ({}, {"run": "hot"}):
+        failures.add("run", "hot", 0)
+        os.utime(path, (1, 1))
+        assert failures.marked() == marked
 
 
 @pytest.mark.parametrize(("retries", "kept"), [(0, []), (1, ["b"]), (2, ["a", "b"])])
