@@ -55,11 +55,13 @@ ON_RAY = """
 import sys
 from pathlib import Path
 from tutelage.config.run_config import RunConfig
+from tutelage.run_directory import run_id
 from tutelage.study.engines import RunTask
 from tutelage.study.engines.ray import RayEngine
 
+config = RunConfig.model_validate_json(sys.argv[1])
 with RayEngine(None, 2, "cpu") as engine:
-    engine.start("run", RunTask(configs=(RunConfig.model_validate_json(sys.argv[1]),)))
+    engine.start("run", RunTask(configs=(config,), ids=(run_id(config),)))
     while not (ended := engine.wait(0.5)):
         pass
     print(ended)

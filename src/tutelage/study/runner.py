@@ -166,7 +166,8 @@ class RunnerState:
             if taken:
                 key = next(self._keys)
                 self.tasks[key] = taken
-                self.engine.start(key, RunTask(configs=tuple(node.config for node in taken)))
+                configs, ids = zip(*((node.config, node.id) for node in taken), strict=True)
+                self.engine.start(key, RunTask(configs=configs, ids=ids))
 
     def settle(self, outcomes: Mapping[str, TaskOutcome]) -> None:
         """Record the outcomes of tasks that have ended and release their leases."""

@@ -137,6 +137,26 @@ def test_runs_that_failed_by_a_damaged_teacher_go_on_by_the_same_command_once_it
     assert (student / "model" / "model.safetensors").read_bytes() == whole
 
 
+def test_a_given_teacher_that_is_replaced_after_the_plan_makes_its_student_another_run(make_config, tmp_path):
+    """The planned one was called done, and was not there."""
+    small, other = (node(make_config(name="teacher", seed=seed)) for seed in (7, 8))
+    run([small, other], tmp_path)
+    given = tmp_path / "given"
+    shutil.copytree(small.config.output / small.id / "model", given)
+    taught_by = {"teacher": {"kind": "model", "path": str(given)}, "objective": {"alpha": 0.5}}
+    planned = node(make_config(name="student", **taught_by), kind="student")
+    shutil.rmtree(given)
+    shutil.copytree(other.config.output / other.id / "model", given)
+    with pytest.raises(
+        UserError, match=r"1 of 1 runs failed\n.*changed since the study was planned.*\n.*same"
+    ):
+        run([planned], tmp_path)
+    again = node(make_config(name="student", **taught_by), kind="student")
+    run([again], tmp_path)
+    assert again.id != planned.id
+    assert status(again) == "done"
+
+
 class Instant:
     """An engine that writes down which run it was given, and says at once that it is done."""
 

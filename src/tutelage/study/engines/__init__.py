@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class RunTask(Section):
-    """Train and score runs, together if there are several."""
+    """Train and score runs, together if there are several; `ids` are those that they were planned with."""
 
     kind: Literal["runs"] = "runs"
     configs: tuple[RunConfig, ...]
+    ids: tuple[str, ...]
 
     @property
     def processes(self) -> int:

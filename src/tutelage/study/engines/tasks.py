@@ -24,6 +24,9 @@ from tutelage.stopping import interruptible, leave_signals_to_parent
 from tutelage.study.engines import TASK, RunTask, StoreTask, TaskOutcome, outcome_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tutelage.run_directory import RunDirectory
     from tutelage.study.engines import Task
 
 _POLL_SECONDS = 1.0
@@ -45,12 +48,21 @@ def _execute(task: Task) -> TaskOutcome:
             return run_in_processes(task)
         with loading():
             from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
-        run_cohort(task.configs)
+        _check_ids(task, run_cohort(task.configs))
     except KeyboardInterrupt:
         return TaskOutcome(status="stopped")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other runs continue, and this is recorded
         return outcome_of(error)
     return TaskOutcome(status="done")
+
+
+def _check_ids(task: RunTask, made: Sequence[RunDirectory]) -> None:
+    """Raise UserError if runs have become others, because what names them by its content was changed."""
+    if tuple(directory.id for directory in made) != task.ids:
+        raise UserError(
+            "its text, or the model that it was given, has changed since the study was planned, so it is "
+            "another run now; start the study again, which plans it anew"
+        )
 
 
 def run_in_processes(task: RunTask) -> TaskOutcome:
@@ -100,7 +112,7 @@ def _serve(folder: Path, parent: int) -> int:
     task = RunTask.model_validate_json((folder / "task.json").read_bytes())
     try:
         with interruptible():
-            run_cohort(task.configs)
+            _check_ids(task, run_cohort(task.configs))
     except Stopped as stopped:
         outcome = outcome_of(stopped)
     except Exception as error:  # noqa: BLE001 - as in `execute`
