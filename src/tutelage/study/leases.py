@@ -229,17 +229,26 @@ class Leases:
         """Host and process of the runner that holds `run`; None if none does, as far as can be seen."""
         if run not in self._read or self._read[run][1].state != "held":
             return None
-        runner = read_runner(self._runners / f"{self._read[run][1].owner}.json")
+        runner = read_runner(self._record(self._read[run][1].owner))
         return None if runner is None or is_gone(runner) else f"{runner.host} process {runner.pid}"
+
+    def others(self) -> dict[str, Runner]:
+        """Other runners that seem to live, by token: their heartbeats are about as new as ours.
+
+        The file system says how new both are, whose clock is the same for all.
+        """
+        now = self._record(self.token).stat().st_mtime
+        found = {}
+        for token, runner in living_runners(self._directory).items():
+            with contextlib.suppress(FileNotFoundError):  # it has ended just now
+                if token != self.token and now - self._record(token).stat().st_mtime < _FRESH_SECONDS:
+                    found[token] = runner
+        return found
 
     def others_at_work(self) -> bool:
         """Whether another runner that seems to live holds a run."""
-        for _, lease in self._read.values():
-            if lease.state == "held" and lease.owner != self.token:
-                runner = read_runner(self._runners / f"{lease.owner}.json")
-                if runner is not None and not is_gone(runner) and not is_silent(runner):
-                    return True
-        return False
+        holders = {lease.owner for _, lease in self._read.values() if lease.state == "held"}
+        return not holders.isdisjoint(self.others())
 
     def acquire(self, run: str, recipe: str) -> bool:
         """Take a free run; False if another runner was faster. Raises `UserError` as `check_place`."""
@@ -297,7 +306,10 @@ class Leases:
                 time=time.time(),
                 plan=self._plan,
             )
-            write_sealed(self._runners / f"{self.token}.json", runner.model_dump())
+            write_sealed(self._record(self.token), runner.model_dump())
+
+    def _record(self, token: str) -> Path:
+        return self._runners / f"{token}.json"
 
     def _path(self, run: str, number: int) -> Path:
         return self._leases / f"{run}.{number}.json"
@@ -314,7 +326,7 @@ class Leases:
         """Whether a runner's process is gone or too many of its heartbeats were missed; once a reading."""
         if owner in self._dead:
             return self._dead[owner]
-        runner = read_runner(self._runners / f"{owner}.json")
+        runner = read_runner(self._record(owner))
         beat, now = None if runner is None else runner.beat, time.monotonic()
         watch = self._watched.setdefault(owner, _Watch(beat, 0, now))
         if watch.beat != beat:

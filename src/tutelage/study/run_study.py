@@ -15,7 +15,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.files import lock_when_free, make_directory
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import StoreTask
-from tutelage.study.leases import Failures, Leases, is_silent, living_runners
+from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import Stores, bind, check_cells
 from tutelage.study.plan import Plan, plan_of, save_plan
 from tutelage.study.runner import run_all
@@ -167,8 +167,8 @@ def _publish(directory: Path, plan: Plan, leases: Leases) -> None:
     Runners that wait to prepare the study work on none yet: the same command may have been started twice.
     """
     ours = digest(plan.model_dump(mode="json"))
-    for runner in living_runners(directory).values():
-        if runner.plan not in (None, ours) and not is_silent(runner):
+    for runner in leases.others().values():
+        if runner.plan not in (None, ours):
             raise UserError(
                 f"{directory}: process {runner.pid} on {runner.host} runs another plan there; stop it "
                 f"with `tutelage study stop {shlex.quote(str(directory))}`, or give another --output"

@@ -201,10 +201,12 @@ def test_others_are_at_work_if_they_hold_a_run_and_live(tmp_path):
         three.refresh()
         assert not three.others_at_work()
         far = {"host": "far", "machine": None, "pid": 1, "beat": 0}
+        record = tmp_path / "queue" / "runners" / f"{two.token}.json"
         for age, at_work in ((0, True), (3600, False)):  # elsewhere only the heartbeat tells
-            record = far | {"time": time.time() - age}
-            write_sealed(tmp_path / "queue" / "runners" / f"{two.token}.json", record)
-            assert three.others_at_work() == at_work
+            for skew in (-600, 0, 600):  # whatever its clock says
+                write_sealed(record, far | {"time": time.time() + skew})
+                os.utime(record, (time.time() - age,) * 2)
+                assert three.others_at_work() == at_work
 
 
 def test_the_queue_of_an_older_version_is_one_line_with_the_remedy(tmp_path):
