@@ -108,13 +108,13 @@ def print_status(status: Status, directory: Path) -> None:
     say("runs", directory / "runs")
     typed = shlex.quote(str(directory))
     todo = "`tutelage study run` with the same file resumes"
-    if status.failed and status.active:
+    if status.failed and status.at_work:
         todo = f"mend what failed, then `tutelage study retry {typed}`: runners at work take it up"
     elif status.failed:
         todo = "mend what failed, then `tutelage study run` with the same file tries it again"
     elif not status.counts.keys() - {"done"}:
         todo = f"`tutelage report {typed}`"
-    elif status.active:
+    elif status.at_work:
         todo = f"`tutelage study stop {typed}` stops it, checkpointed"
     say("next", todo)
 

@@ -45,6 +45,7 @@ class Status:
         failed: runs that failed for good, with the reason.
         retried: runs of which an attempt failed and that will be tried again.
         runners: host and process of each runner, and the time since its heartbeat; dead ones are named so.
+        at_work: whether one of them seems to live, if only between two runs.
         seconds_left: training time of what runs that are not done still have to do, one after the other, by
             measured speed; None before a run is done.
         timed: finished runs behind that speed.
@@ -57,6 +58,7 @@ class Status:
     failed: dict[str, str]
     retried: list[str]
     runners: list[str]
+    at_work: bool
     seconds_left: float | None
     timed: int
     error: float | None
@@ -100,6 +102,7 @@ def read_status(directory: Path) -> Status:
         failed={run: reason for run, reason in marked.items() if run in left},
         retried=sorted((attempted - marked.keys()) & left.keys()),
         runners=[_described(runner) for runner in runners(directory).values()],
+        at_work=not all(is_silent(runner) for runner in living_runners(directory).values()),
         seconds_left=_seconds_left(plan, left, Speeds(timings)),
         timed=len(timings),
         error=estimate_error(timings),

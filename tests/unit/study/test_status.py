@@ -13,6 +13,7 @@ from rich.console import Console
 from tutelage.cli.bars import RichProgress, err, out
 from tutelage.cli.study_output import print_status
 from tutelage.errors import UserError
+from tutelage.records import read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cost import Machine, forecast
 from tutelage.study.expand import expand
@@ -72,6 +73,25 @@ def test_states_are_told_apart_and_estimates_held_against_what_runs_took(nodes, 
         print_status(read_status(tmp_path), tmp_path)
     assert "study run` with the same file tries it again" in " ".join(shown.get().split())
     assert read_status(tmp_path).runners == []
+
+
+def test_what_is_next_depends_on_who_is_at_work_not_on_what_is_held(nodes, tmp_path):
+    Failures(tmp_path, 1).clear(nodes[4].id)
+
+    def following():
+        with out.capture() as shown:
+            print_status(read_status(tmp_path), tmp_path)
+        return " ".join(shown.get().split())
+
+    with Leases(tmp_path) as leases:
+        assert "study stop" in following()  # between two runs
+        leases.acquire(nodes[3].id, "recipe")
+        assert "study stop" in following()
+        record = tmp_path / "queue" / "runners" / f"{leases.token}.json"
+        write_sealed(record, read_sealed(record) | {"machine": "another", "time": 0.0})
+        assert "silent" in following()
+        assert "study stop" not in following()  # nobody would answer
+        assert "`tutelage study run` with the same file resumes" in following()
 
 
 def test_what_a_run_has_done_is_not_left(nodes, tmp_path):
