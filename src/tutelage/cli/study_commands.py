@@ -84,7 +84,7 @@ def study_plan(
     from tutelage.study.engines.local import study_device
     from tutelage.study.expand import expand
     from tutelage.study.presets import load_study
-    from tutelage.study.texts import foreseen, training_tokens
+    from tutelage.study.texts import built_texts, foreseen, training_tokens
 
     overrides = [text for text in files if "=" in text]
     names = [text for text in files if "=" not in text]
@@ -93,9 +93,9 @@ def study_plan(
     studies = [load_study(name, overrides) for name in names]
     usual = "cpu" if all(study_device(study) == "cpu" for study in studies) else "h100"
     expanded = [expand(study) for study in studies]
-    places = [output or Path(f"tutelage-{one.study.name}") for one in expanded]
-    texts = [training_tokens(one, place) for one, place in zip(expanded, places, strict=True)]
-    found = forecast(expanded, Machine(device or usual, devices, mfu, price), output, texts)
+    built = [built_texts(output or Path(f"tutelage-{one.study.name}")) for one in expanded]
+    tokens = [training_tokens(one, texts) for one, texts in zip(expanded, built, strict=True)]
+    found = forecast(expanded, Machine(device or usual, devices, mfu, price), output, tokens)
     powers = _powers([one for one in expanded if one.study.claims], noise)
     if as_json:
         found["power"] = [asdict(power) | {"noise": power.noise.model_dump()} for power in powers]
@@ -103,8 +103,8 @@ def study_plan(
         return
     for power in powers:
         print_power(power)
-    for one, place in zip(expanded, places, strict=True):
-        for line in foreseen(one, place):
+    for one, texts in zip(expanded, built, strict=True):
+        for line in foreseen(one, texts):
             say("warning", f"{one.study.name}: {line}")
     print_forecast(found, [shlex.join([name, *overrides]) for name in names], output)
 

@@ -76,15 +76,13 @@ def check_texts(nodes: Sequence[Node]) -> list[str]:
     return list(remarks)
 
 
-def foreseen(expanded: ExpandedStudy, directory: Path) -> list[str]:
+def foreseen(expanded: ExpandedStudy, built: Sequence[Manifest]) -> list[str]:
     """What `check_texts` would say of the texts that are token stores already.
 
     Args:
         expanded: the study, of which nothing need be built.
-        directory: of the study. Stores in its data/, and in stores/ of the working directory, are known by
-            the settings they were built with, the newest first.
+        built: as `built_texts` finds them; they are known by the settings they were built with.
     """
-    built = _built(directory)
     corpus = _built_as(expanded.study.corpus, built)
     if corpus is None:
         return []
@@ -131,14 +129,17 @@ def _short(name: str, text: Manifest, config: RunConfig) -> Iterator[str]:
             )
 
 
-def training_tokens(expanded: ExpandedStudy, directory: Path) -> int | None:
-    """Tokens of the training text; None where it is no token store yet. `directory` as in `foreseen`."""
-    corpus = _built_as(expanded.study.corpus, _built(directory))
+def training_tokens(expanded: ExpandedStudy, built: Sequence[Manifest]) -> int | None:
+    """Tokens of the training text; None where it is no token store yet. `built` as in `foreseen`."""
+    corpus = _built_as(expanded.study.corpus, built)
     return None if corpus is None else corpus.splits["train"].tokens
 
 
-def _built(directory: Path) -> list[Manifest]:
-    """The manifests of the token stores in reach of the study in `directory`, the newest first."""
+def built_texts(directory: Path) -> list[Manifest]:
+    """The manifests of token stores that the study in `directory` may be about, the newest first.
+
+    They lie in its data/, and in stores/ of the working directory.
+    """
     found = _manifests([directory / "data", Path("stores")])
     return sorted(found, key=lambda one: one.created, reverse=True)
 

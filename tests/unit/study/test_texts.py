@@ -12,7 +12,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.study.expand import expand
 from tutelage.study.nodes import Stores, bind
-from tutelage.study.texts import check_texts, foreseen, other_texts
+from tutelage.study.texts import built_texts, check_texts, foreseen, other_texts
 
 PAIRS = {"name": "pairs", "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}], "max_bytes": 20_000}
 STAGED = {"main": TINY["students"]["main"] | {"then": ["tuned"]}}
@@ -74,7 +74,7 @@ def test_too_short_a_text_is_said_by_the_plan_and_refused_before_training(
     stores, directory, changes, said, planned
 ):
     study = tiny_study(**changes)
-    lines = foreseen(expand(study), directory)
+    lines = foreseen(expand(study), built_texts(directory))
     assert any(said in line for line in lines) == planned, lines
     nodes = bind(expand(study), stores, directory / "runs", open_store(stores.corpus).vocab_size)
     with pytest.raises(UserError, match=re.escape(said)):
@@ -83,12 +83,12 @@ def test_too_short_a_text_is_said_by_the_plan_and_refused_before_training(
 
 def test_what_is_long_enough_is_not_spoken_of(directory, tmp_path):
     fitting = expand(tiny_study(**lengths(32, **staged(32))))
-    assert foreseen(fitting, directory) == []
+    assert foreseen(fitting, built_texts(directory)) == []
     assert (
-        foreseen(expand(tiny_study(**CASES["a budget above the text"][0])), tmp_path) == []
+        foreseen(expand(tiny_study(**CASES["a budget above the text"][0])), built_texts(tmp_path)) == []
     )  # nothing built
     other = lengths(32, teachers=teacher("300K")) | {"corpus": SPEECHES | {"tokenizer": {"vocab_size": 400}}}
-    assert foreseen(expand(tiny_study(**other)), directory) == []  # in other tokens
+    assert foreseen(expand(tiny_study(**other)), built_texts(directory)) == []  # in other tokens
 
 
 def test_a_budget_may_be_all_whole_sequences_of_the_text_and_no_more(stores, directory):
@@ -96,11 +96,12 @@ def test_a_budget_may_be_all_whole_sequences_of_the_text_and_no_more(stores, dir
     fits = (has - 1) // 256 * 256
     for tokens, expected in ((fits, 0), (fits + 256, 1)):
         study = tiny_study(**lengths(256, teachers=teacher(tokens)))
-        assert len([line for line in foreseen(expand(study), directory) if "repeat" in line]) == expected
+        lines = foreseen(expand(study), built_texts(directory))
+        assert len([line for line in lines if "repeat" in line]) == expected
 
 
 def test_scored_texts_shorter_than_a_window_are_remarked_on(directory):
     domains = {"scripture": {"source": {"kind": "corpus", "name": "kjv"}, "max_bytes": 100_000}}
     study = tiny_study(**lengths(16384, domains=domains, teachers=teacher("16384"), students={}))
-    lines = foreseen(expand(study), directory)
+    lines = foreseen(expand(study), built_texts(directory))
     assert [line for line in lines if line.startswith("text in-domain: its test split has")], lines
