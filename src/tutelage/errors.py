@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 _Entry = TypeVar("_Entry")
 
 
-_CONTROL = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What would move a terminal's cursor, end a line or cannot be written; a file's name can hold it."""
+_CONTROL = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What would move a terminal's cursor, turn the order of a line, end it, or cannot be written; the name of a
+file can hold it."""
 
 
 _BEGINNING, _END = 500, 295
+
+
+def without_controls(text: str) -> str:
+    """Write what a terminal would obey as escapes that it shows; ends of lines stay."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _both_ends(line: str) -> str:
@@ -39,8 +45,7 @@ class UserError(Exception):
     shared = False
 
     def __init__(self, message: str) -> None:
-        plain = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], message)
-        super().__init__("\n".join(map(_both_ends, plain.split("\n"))))
+        super().__init__("\n".join(map(_both_ends, without_controls(message).split("\n"))))
 
 
 class DiskError(UserError):

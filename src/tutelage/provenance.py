@@ -54,8 +54,12 @@ def collect(device: str) -> dict[str, Any]:
 
 
 def command() -> list[str]:
-    """The arguments of this process, the program first, as they may be shown to others."""
-    return [without_secrets(argument) for argument in sys.argv]
+    """The arguments of this process, the program first, as they may be shown to others.
+
+    A name that is not UTF-8, which no file of text can hold, has escapes in the place of its bytes.
+    """
+    plain = (argument.encode(errors="backslashreplace").decode() for argument in sys.argv)
+    return [without_secrets(argument) for argument in plain]
 
 
 def without_secrets(text: str) -> str:

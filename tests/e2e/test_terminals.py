@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.text import Text
 from tiny_study import TINY
 
 from tutelage.cli.bars import out, say
@@ -137,6 +138,44 @@ def test_short_commands_end_quietly(tmp_path, store):
     assert b"Traceback" not in done.stderr
     assert b"Broken" not in done.stderr
     done.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("arguments", ["schema run", "--help", "--version"])
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_a_reader_that_leaves_changes_no_exit_code(arguments, buffering):
+    script = f"set -o pipefail; {sys.executable} -m tutelage {arguments} | true"
+    plain = os.environ | {"PYTHONUNBUFFERED": buffering}
+    done = subprocess.run(["bash", "-c", script], env=plain, capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_wrong_copy_is_told_by_the_exit_code_whoever_reads(store, tmp_path):
+    copy = shutil.copytree(store, tmp_path / "copy")
+    (copy / "train.bin").write_bytes(b"")
+    script = f"set -o pipefail; {sys.executable} -m tutelage verify {copy} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_terminal_obeys_no_name_of_a_file():
+    name = "a\x1b[31m\x07\u202eb"
+    with out.capture() as shown:
+        say("intact", name)
+        out.print(Text(name, style="bold"))
+    assert shown.get() == "intact   a\\x1b[31m\\u202eb\na\\x1b[31m\\u202eb\n"
+
+
+@pytest.mark.parametrize("place", [b"dir", b"di\xff"])
+def test_names_that_are_not_utf8_are_refused_before_any_work(run_file, tmp_path, place):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/" + place)
+    os.mkdir(folder)  # noqa: PTH102 - pathlib has no use for such names either
+    command = [sys.executable, "-m", "tutelage", "train", run_file(tokens="4K"), b"name=\xfe"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "not UTF-8" in done.stderr
+    assert os.listdir(folder) == []  # noqa: PTH208
 
 
 @pytest.mark.slow

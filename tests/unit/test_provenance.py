@@ -120,3 +120,8 @@ def test_what_is_secret_is_not_recorded(monkeypatch):
     assert {text: provenance.without_secrets(text) for text in shown} == shown
     monkeypatch.setattr("sys.argv", ["/home/ann/bin/tutelage", *shown])
     assert provenance.collect("cpu")["command"] == ["~/bin/tutelage", *shown.values()]
+
+
+def test_a_name_that_is_no_text_is_recorded_as_one(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tutelage", "\udcffx.yaml"])
+    assert provenance.collect("cpu")["command"] == ["tutelage", "\\udcffx.yaml"]

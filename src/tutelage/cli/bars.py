@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.segment import Segment
 
 from tutelage import processes
 from tutelage.cli.stages import Stage, rows
 from tutelage.cli.streams import silence
-from tutelage.errors import UserError
+from tutelage.errors import UserError, without_controls
 from tutelage.files import NO_SPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
     from typing import Self
+
+    from rich.console import ConsoleOptions, RenderableType
 
 LOG_SECONDS = "TUTELAGE_LOG_SECONDS"
 """Environment variable: seconds between lines where there is no terminal; 0 for none."""
@@ -32,7 +35,8 @@ _FIRST_SECONDS = 2.0
 class _Terminal(Console):
     """A console on which what it is given stands as it is, and which never ends the work.
 
-    Its reader may leave, and the disk of a log file may be full.
+    Its reader may leave, and the disk of a log file may be full. Names of files that came from elsewhere are
+    shown and not obeyed.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -47,6 +51,11 @@ class _Terminal(Console):
             if error.errno not in NO_SPACE:
                 raise
             self.on_broken_pipe()
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, which itself lets escape sequences in a text through."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(without_controls(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
         """Print nothing more; the work is done to its end."""

@@ -84,6 +84,7 @@ def main() -> None:
     prepare_streams()
     try:
         with interruptible():
+            _check_place()
             app()
     except (Stopped, KeyboardInterrupt) as stopped:  # the latter before a command has begun
         if place().is_main:
@@ -97,6 +98,19 @@ def main() -> None:
         sys.exit(1 if wrong is None else 2)
     finally:
         flush_streams()
+
+
+def _check_place() -> None:
+    """Refuse paths that are no text, before any work: several libraries that read and write files do."""
+    try:
+        here = os.path.realpath(".")
+    except FileNotFoundError:
+        raise UserError("the working directory was removed; change to one that exists") from None
+    for path in (here, *sys.argv[1:]):
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: not UTF-8, which names of files must be here; rename it") from None
 
 
 def _wrong_input(error: Exception) -> UserError | None:

@@ -42,11 +42,44 @@ def prepare_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
     codecs.register_error("plain", _plainly)
-    sys.stdout = sys.stdout or _nothing()
-    sys.stderr = sys.stderr or _nothing()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="plain")
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+
+
+class _Lasting(io.TextIOWrapper):
+    """A standard stream whose reader may leave: what is written from then on goes nowhere.
+
+    So the exit code of a command is that of its work, whoever reads how much of what it prints.
+    """
+
+    def write(self, text: str) -> int:
+        """Write."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            silence(self)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush."""
+        try:
+            super().flush()
+        except BrokenPipeError:
+            silence(self)
+
+    def close(self) -> None:
+        """Leave open what is beneath, which is Python's own stream too."""
+
+
+def _lasting(stream: TextIO | None) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, _Lasting):
+        return stream or _nothing()
+    return _Lasting(
+        stream.buffer,
+        encoding=stream.encoding,
+        errors="plain",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _nothing() -> TextIO:
@@ -79,7 +112,7 @@ def tell(text: str) -> None:
 
 
 def flush_streams() -> None:
-    """Write what is left to be written, and no traceback at the end of the process if nobody reads it.
+    """Write what is left to be written.
 
     What is left are not words about work, which a console writes at once, but the data that was asked for.
 
@@ -90,8 +123,6 @@ def flush_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
-            silence(stream)
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
