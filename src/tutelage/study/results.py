@@ -117,8 +117,8 @@ class Results:
         provenance: of done runs, by run id.
         token_comparisons: of its runs, as `tutelage eval tokens --output STUDY` leaves them there.
         problems: one sentence for each file that was left out, and why.
-        warnings: one sentence for each reason to trust numbers less: texts that were trained on, runs whose
-            held-out loss is far from their training loss.
+        warnings: one sentence for each reason to trust numbers less: texts that were trained on.
+        run_warnings: what runs were warned of, such as a held-out loss far from their training loss.
     """
 
     plan: Plan
@@ -130,6 +130,7 @@ class Results:
     token_comparisons: tuple[TokenComparison, ...]
     problems: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    run_warnings: tuple[str, ...] = ()
 
     @property
     def unfinished(self) -> pl.DataFrame:
@@ -150,13 +151,12 @@ def load_results(directory: Path) -> Results:
             f"{directory / 'plan.json'}: by an older version, whose scores do not compare with today's; "
             f"`tutelage study run FILE --output {shlex.quote(str(directory))}` scores the runs again"
         )
-    place = directory / "runs"
-    problems: list[str] = []
+    place, problems = directory / "runs", list[str]()
     rows: list[tuple[object, ...]] = []
     curves: dict[str, list[object]] = {name: [] for name in _CURVE_COLUMNS}
     provenance: dict[str, Provenance] = {}
     versions: dict[str, dict[str, str] | None] = {}
-    warned: dict[str, str] = {}
+    warned: list[str] = []
     planned_row = attrgetter(*PLANNED)
     once = {teacher.name: teacher.run for teacher in plan.teachers}
     for planned in plan.runs:
@@ -165,8 +165,8 @@ def load_results(directory: Path) -> Results:
         with _reported(problems, planned.run, ""):
             progress = _progress(path)
             versions[planned.run] = _versions(progress, planned)
-            if progress.get("warning"):
-                warned[planned.run] = str(progress["warning"])
+            if warning := progress.get("warning"):
+                warned.append(f"{planned.run}: {warning}")
         rows.append(planned_row(planned) + tuple(progress.get(name) for name in _MEASURED))
         if progress["status"] != "done":
             problems += _lost(path)
@@ -195,7 +195,8 @@ def load_results(directory: Path) -> Results:
         provenance=provenance,
         token_comparisons=comparisons,
         problems=(*problems, *damaged),
-        warnings=tuple(_seen_texts(plan, found) + [f"{run}: {text}" for run, text in warned.items()]),
+        warnings=tuple(_seen_texts(plan, found)),
+        run_warnings=tuple(warned),
     )
 
 

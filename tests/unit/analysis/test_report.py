@@ -1,4 +1,5 @@
 import html
+import itertools
 import json
 import re
 import shutil
@@ -88,6 +89,43 @@ def test_tables_and_figures_are_accessible(report):
     assert page.count("<th scope=") == len(re.findall(r"<th[ >]", page))
     assert len(re.findall(r'role="img" aria-label="[^"]{20,}"', page)) == len(FIGURES)
     assert re.findall(r"<h(\d)", page)[0] == "1"
+
+
+def outline_of(page):
+    """(Levels of headings in order, names of regions by `aria-label` or heading, headings of columns)."""
+    headings = [(int(level), name) for level, name in re.findall(r"<h(\d)[^>]*>(.*?)</h", page, re.DOTALL)]
+    ids = dict(re.findall(r'id="([^"]+)">([^<]*)</h', page))
+    regions = [ids[name] for name in re.findall(r'<section aria-labelledby="([^"]+)"', page)]
+    regions += re.findall(r'role="region" aria-label="([^"]*)"', page)
+    return [level for level, _ in headings], regions, re.findall(r'<th scope="col"[^>]*>(.*?)</th>', page)
+
+
+def assert_outlined(page):
+    levels, regions, columns = outline_of(page)
+
+    assert all(below <= above + 1 for above, below in itertools.pairwise(levels)), levels
+    assert len(regions) == len(set(regions)), regions
+    assert all(columns)
+    assert page.count("<svg") == page.count('<div aria-hidden="true"><svg')
+
+
+def test_a_reader_of_one_student_finds_every_part_by_its_own_name(report):
+    assert_outlined(text_of(report))
+
+
+def test_a_reader_of_several_students_finds_every_part_by_its_own_name(several):
+    assert_outlined(text_of(several))
+
+
+def test_many_warnings_of_runs_fold_away(tmp_path):
+    study = write_study(tmp_path / "study")
+    warned = sorted(path for path in (study / "runs").iterdir())
+    for run in warned:
+        state = json.loads((run / "state.json").read_text())
+        (run / "state.json").write_text(json.dumps(state | {"warning": "a loss spike"}))
+    page = text_of(report_of(study))
+
+    assert f"<summary>Warnings of runs ({len(warned)})</summary>" in page
 
 
 def test_figures_are_files_with_their_numbers(report):

@@ -85,6 +85,7 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
         costs=report_rows.cost_table(results),
         planner=planner_section(study),
         notes=headline.notes(results, findings),
+        warnings=results.run_warnings,
         provenance=_provenance(results),
         unfinished=report_rows.unfinished_table(results),
         problems=results.problems,

@@ -238,7 +238,7 @@ def compute_table(study: JudgedStudy) -> ReportTable:
         ]
         for one in equal_compute(study)
     ]
-    return ReportTable("Equal tokens and equal compute", columns, rows)
+    return ReportTable("Each pair at equal tokens and equal compute", columns, rows)
 
 
 def calibration_table(study: JudgedStudy) -> ReportTable:

@@ -251,7 +251,7 @@ def print_problems(results: Results, console: Console) -> None:
         console.print(Text(f"warning: {warning}"))
     for problem in results.problems:
         console.print(Text(f"left out: {problem}"))
-    for warning in results.warnings:
+    for warning in (*results.warnings, *results.run_warnings):
         console.print(Text(f"warning: {warning}"))
     if results.unfinished.height:
         some = results.unfinished.select("run", "status").rows()[:_UNFINISHED_NAMED]
