@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
@@ -208,8 +209,17 @@ def _members(wanted: object) -> list[Any]:
     return [wanted]
 
 
+def plain_number(value: object) -> object:
+    """Make a number of numpy one of Python, which strict types ask for; all else stays as it is."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
 def _with_tuples(value: Any, wanted: Iterable[object]) -> Any:  # noqa: ANN401 - any setting
-    """Make tuples of the lists in `value` that stand where a tuple may; all else stays as it is.
+    """Make tuples of the lists in `value` that stand where a tuple may, and plain numbers of numpy's.
 
     Strict as it is about other types, pydantic takes a list for a tuple from JSON alone.
 
@@ -233,7 +243,7 @@ def _with_tuples(value: Any, wanted: Iterable[object]) -> Any:  # noqa: ANN401 -
             key: _with_tuples(part, [*every, *(known[key].annotation for known in fields if key in known)])
             for key, part in value.items()
         }
-    return value
+    return plain_number(value)
 
 
 def _entry(types: Sequence[object], place: int) -> object:

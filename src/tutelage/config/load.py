@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tutelage.config.base import plain_number
 from tutelage.config.wrong_settings import WrongSettingsError, wrong_settings
 from tutelage.config.yaml_text import LARGEST_TEXT, fitted, parse
 from tutelage.errors import UserError, one_line
@@ -178,13 +179,19 @@ def validate(kind: type[Model], data: object, where: str) -> Model:
         WrongSettingsError: naming `where`, the field, the value and what is allowed.
     """
     try:
-        text = json.dumps(fitted(data, kind), default=str)
+        text = json.dumps(fitted(data, kind), default=_plain)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: no settings ({one_line(error)})") from None
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         raise wrong_settings(kind, error, where) from None
+
+
+def _plain(value: object) -> object:
+    """Write what JSON has no word for, such as a path, as text, but for numbers of numpy."""
+    number = plain_number(value)
+    return str(value) if number is value else number
 
 
 def digest(data: object) -> str:

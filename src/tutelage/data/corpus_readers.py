@@ -141,7 +141,7 @@ def wikipedia(files: PackageFiles) -> Iterator[str]:
     for source in re.findall(r"(?s)<text[^>]*>(.*?)</text>", dump):
         text = html.unescape(source)
         if not text.lower().startswith("#redirect"):
-            yield _plain_wikitext(text)
+            yield plain_wikitext(text)
 
 
 def cloud_api(files: PackageFiles) -> Iterator[str]:
@@ -171,12 +171,14 @@ def _plain_html(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t]+", " ", text)).strip()
 
 
-def _plain_wikitext(text: str) -> str:
+def plain_wikitext(text: str) -> str:
     """Return the prose of an article in wiki markup."""
     text = re.sub(r"(?s)<!--.*?-->|<ref[^>/]*/>|<(ref|math|gallery|timeline)\b[^>]*>.*?</\1>", "", text)
     text = _without(r"\{\{[^{}]*\}\}", "", text)
     text = _without(r"(?s)\{\|(?:(?!\{\||\|\}).)*\|\}", "", text)
-    text = _without(r"\[\[(?:[A-Za-z-]+:[^\[\]]*|(?:[^\[\]|]*\|)*([^\[\]|]*))\]\]", r"\1", text)
+    # A space after the colon is that of a title ("Ben-Hur: A Tale of the Christ"), but for a few pictures.
+    apart = r"(?:(?:File|Image|Category):|[A-Za-z-]+:(?! ))[^\[\]]*"
+    text = _without(rf"\[\[(?:{apart}|(?:[^\[\]|]*\|)*([^\[\]|]*))\]\]", r"\1", text)
     text = re.sub(r"\[\w+://[^\s\]]+ ?([^\]]*)\]", r"\1", text)
     text = re.sub(r"(?m)^[*#:;]+ *|^=+ *|[ =]+$|'{2,}", "", re.sub(r"<[^>]+>", "", text))
     return re.sub(r"\n{3,}", "\n\n", html.unescape(text).replace(" ()", "")).strip()

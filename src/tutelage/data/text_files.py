@@ -270,7 +270,8 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
             )
     if _XHTML.search(page[:_XHTML_SAYS_SO]):
         # where <title/> is an empty title; in HTML it begins one, of which all the rest would be part
-        page = bytearray(_CLOSED_AT_ONCE.sub(rb"<\1\2></\1>", _EMPTY_SCRIPT.sub(b"", page)))
+        plain = _EMPTY_SCRIPT.sub(b"", _without_sections(page))
+        page = bytearray(_CLOSED_AT_ONCE.sub(rb"<\1\2></\1>", plain))
     if len(page) < _LARGE_PAGE:
         text: str = extract_plain_text(page.decode(), **_HOW)
         return text.encode()
@@ -286,6 +287,17 @@ def _page_text(path: Path, blocks: Iterator[bytes]) -> bytes:
         f"{path}: its {len(page):,} bytes of HTML cannot be parsed in {_PAGE_SECONDS} seconds; the usual "
         "reason is a tag with tens of thousands of attributes"
     )
+
+
+def _without_sections(page: bytearray) -> bytes:
+    """Write CDATA sections of XHTML as text with references; in HTML they are comments up to a ">"."""
+    found, done = bytearray(), 0
+    while (start := page.find(b"<![CDATA[", done)) >= 0 and (end := page.find(b"]]>", start)) >= 0:
+        section = page[start + len(b"<![CDATA[") : end]
+        found += page[done:start]
+        found += section.replace(b"&", b"&amp;").replace(b"<", b"&lt;").replace(b">", b"&gt;")
+        done = end + len(b"]]>")
+    return bytes(found + page[done:])
 
 
 def lines(path: Path, encoding: str | None = None, *, as_text: bool = False) -> Iterator[bytes | None]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,6 +170,19 @@ def test_files_that_are_no_settings(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         load(RunConfig, path)
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = {"name": "a", "seed": np.int64(3), "model": {"shape": "nano-20k"}, "tokens": np.int32(8000)}
+    settings |= {"data": {"store": "s"}, "optim": {"lr": np.float32(0.5), "betas": [np.float64(0.5), 0.5]}}
+    config = validate(RunConfig, settings, "a run")
+
+    assert (config.seed, config.optim.lr, config.optim.betas) == (3, 0.5, (0.5, 0.5))
+    made = ObjectiveConfig(alpha=np.float32(0.5), chunk_tokens=np.int64(4), temperature=np.float16(2))
+    assert (made.alpha.value, made.chunk_tokens, made.temperature) == (0.5, 4, 2.0)
+    for wrong in (np.True_, np.array([1]), np.complex64(1)):
+        with pytest.raises(UserError, match="chunk_tokens"):
+            ObjectiveConfig(chunk_tokens=wrong)
 
 
 def test_override_without_equals_sign(tmp_path):

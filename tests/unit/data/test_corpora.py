@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tutelage.data.corpora import CORPORA, PackageFiles, find_corpus
-from tutelage.data.corpus_readers import python_source
+from tutelage.data.corpus_readers import plain_wikitext, python_source
 from tutelage.errors import UserError
 
 EXPECTED = {  # documents, bytes of UTF-8
@@ -16,7 +16,7 @@ EXPECTED = {  # documents, bytes of UTF-8
     "kjv": (1_189, 4_136_263),
     "shakespeare": (730, 4_954_258),
     "medicine": (549, 2_245_450),
-    "wikipedia": (106, 2_879_959),
+    "wikipedia": (106, 2_880_150),
     "licences": (1_420, 10_270_598),
     "cloud_api": (438, 6_819_168),
 }
@@ -64,6 +64,19 @@ def test_definitions_are_unquoted():
     assert documents[0].startswith("Deviation from the norm of height with respect to that which is expected")
     assert all(text.count("\n") == 29 for text in documents[:-1])
     assert not any("\\" in text for text in documents)
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("[[2001: A Space Odyssey (film)|2001]], [[Ben-Hur: A Tale]]", "2001, Ben-Hur: A Tale"),
+        ("[[Mission: Impossible|the film]], [[Star Trek: Voyager]]", "the film, Star Trek: Voyager"),
+        ("a[[Category:Films]][[File: a.jpg|thumb|of [[Dune: Part Two|Dune]]]][[fr:Film]][[wikt:b|b]]", "a"),
+        ("[[:Category:Films|films]]", "films"),
+    ],
+)
+def test_of_links_in_an_article_titles_stay_and_namespaces_go(markup, text):
+    assert plain_wikitext(markup) == text
 
 
 def test_python_source_is_the_library_without_tests():

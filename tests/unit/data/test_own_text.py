@@ -247,6 +247,19 @@ def test_a_page_in_xhtml_says_its_encoding_too(tmp_path):
     assert texts(tmp_path / "a.xhtml")[0].startswith("Café & bar\n")
 
 
+def test_a_cdata_section_of_xhtml_is_text(tmp_path):
+    sections = {
+        "<![CDATA[a < b && c > d <b>not bold</b> ]]>": "a < b && c > d <b>not bold</b>",
+        "<![CDATA[x <br/> <![CDATA[ y]]>z": "x <br/> <![CDATA[ yz",
+        "<script>//<![CDATA[\nf('</script>') //]]></script>one": "one",
+        "<!-- <![CDATA[ x > y ]]> -->two": "two",
+        "three<![CDATA[]]>four": "threefour",
+    }
+    for section, text in sections.items():
+        (tmp_path / "a.xhtml").write_text(f"<?xml version='1.0'?><html><body><p>{section}</p></body></html>")
+        assert texts(tmp_path / "a.xhtml") == [text]
+
+
 def test_a_tag_that_is_closed_at_once_takes_no_text_with_it_in_xhtml(tmp_path):
     body = (
         '<p><a id="one"/>One<br/>two</p><div class="x" /><iframe src="a"/><p>three</p><textarea/><p>four</p>'
