@@ -139,7 +139,9 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
         flops=(
             training_flops(forward_flops(shape, vocab_size, length)),
             sum(forward_flops(teacher, vocab_size, length) for teacher in teachers)
-            * config.objective.taught_share(steps),
+            * config.objective.taught_share(
+                steps, lr_vanishes=config.optim.vanishes(steps, config.global_batch_tokens)
+            ),
         ),
         checkpoint_bytes=_CHECKPOINT_BYTES * weights * _checkpoints(config, steps),
         model_bytes=_WEIGHT_BYTES[config.export_dtype] * weights,

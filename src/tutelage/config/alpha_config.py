@@ -256,16 +256,22 @@ _PLACES = 10_000
 
 
 @functools.lru_cache(maxsize=1024)  # every student of a study asks
-def taught_share(alpha: AlphaConfig, steps: int) -> float:
+def taught_share(alpha: AlphaConfig, steps: int, lr_vanishes: bool) -> float:
     """Fraction of a run's steps on which the teacher is run; it is not where alpha is 0.
 
-    Exact up to 10,000 steps; of longer runs so many are looked at. Of `wsd` every step is counted, though its
-    alpha ends at 0 where the learning rate does.
+    Exact up to 10,000 steps; of longer runs so many are looked at.
+
+    Args:
+        alpha: of the run.
+        steps: of the run.
+        lr_vanishes: whether the learning rate of the last step is 0, as `OptimConfig.vanishes` says of wsd.
     """
     match alpha:
         case PrequentialAlpha():  # the first step of a probe is not scored
             return 1.0 - math.ceil(steps / alpha.period) / steps
-        case WsdAlpha() | GapDrivenAlpha() | AutoAlpha():
+        case WsdAlpha():
+            return 1.0 - lr_vanishes / steps
+        case GapDrivenAlpha() | AutoAlpha():
             return 1.0
     places = min(steps, _PLACES)
     return sum(alpha.at(place / max(1, places - 1)) > 0 for place in range(places)) / places

@@ -241,9 +241,9 @@ class ObjectiveConfig(Objective):
             return self
         return self.model_copy(update={"alpha": AutoAlpha(policy="auto")})
 
-    def taught_share(self, steps: int) -> float:
-        """Fraction of a run's steps on which its teacher is run, by its schedule."""
-        return 1.0 if self.mixing == "keep_full_kd" else taught_share(self.alpha, steps)
+    def taught_share(self, steps: int, *, lr_vanishes: bool) -> float:
+        """Fraction of a run's steps on which its teacher is run, as `alpha_config.taught_share` has it."""
+        return 1.0 if self.mixing == "keep_full_kd" else taught_share(self.alpha, steps, lr_vanishes)
 
     @model_validator(mode="after")
     def _routed(self) -> ObjectiveConfig:

@@ -197,6 +197,10 @@ class OptimConfig(Section):
         """The first step of the linear decay of a wsd run; `steps` if there is none."""
         return max(self.warmup_steps(steps, batch_tokens), steps - self.decay_steps(steps))
 
+    def vanishes(self, steps: int, batch_tokens: int) -> bool:
+        """Whether a wsd run ends on a learning rate of 0."""
+        return self.final_lr == 0 and self.decay_start(steps, batch_tokens) < steps
+
     def check_fits(self, steps: int, batch_tokens: int) -> None:
         """Raise ValueError if a run of `steps` has no room for the warm-up and what comes after it."""
         warmup = self.warmup_steps(steps, batch_tokens)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tutelage.config.base import Section
+from tutelage.config.base import Section, plain_number
 from tutelage.config.objective_config import Objective
+from tutelage.objective.gates import Random
 from tutelage.types import (
     IGNORE_INDEX,
     DenseTargets,
@@ -93,10 +94,19 @@ def _check_transforms(transform: object, targets: object) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}: give LogitTransform(scale, softcap)")
 
 
-def check_gate(objective: Objective, gate: Gate | None, alpha: float, targets: Targets | None) -> None:
+def check_gate(
+    objective: Objective, gate: Gate | None, alpha: float, targets: Targets | None, labels_N: Tensor
+) -> None:
     """Raise TypeError if `gate` is none, ValueError if it cannot judge these targets or route tokens."""
     if isinstance(gate, Section | Tensor | str | dict):
         raise TypeError(f"gate is a {type(gate).__name__}: give make_gate(settings of a gate), or None")
+    if isinstance(gate, Random) and targets is not None and gate.draws_N is not None:
+        drawn, n = gate.draws_N, labels_N.numel()
+        if not isinstance(drawn, Tensor) or drawn.shape != (n,):
+            gave = f"{type(drawn).__name__} {tuple(np.shape(drawn))}"
+            raise ValueError(
+                f"gate random: draw() gave a {gave}: must be a tensor ({n},), a number per token"
+            )
     if (
         gate is not None
         and isinstance(targets, SparseTargets)
@@ -157,7 +167,7 @@ def check_inputs(
         )
     n = _check_student(hidden_ND, weight_VD, labels_N)
     rows = weight_VD.shape[0]
-    vocab = rows if vocab_size is None else vocab_size
+    vocab = rows if vocab_size is None else plain_number(vocab_size)
     if not isinstance(vocab, int) or isinstance(vocab, bool) or not 1 <= vocab <= rows:
         raise ValueError(f"vocab_size {vocab}: must be a whole number from 1 to the student's {rows} rows")
     tensors = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}

@@ -126,7 +126,7 @@ def chunked_objective(
         ValueError: naming the argument, its value and what would be right.
     """
     check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, token_weights_N, transform)
-    check_gate(objective, gate, alpha, targets)
+    check_gate(objective, gate, alpha, targets, labels_N)
     call = LossCall(
         labels_N, targets, alpha, objective, gate, transform, vocab_size, token_weights_N, per_token
     )

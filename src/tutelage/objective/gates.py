@@ -195,17 +195,17 @@ class Random(_Stateless):
 
     def __init__(self, config: settings.RandomGate) -> None:
         self.share = self._keep = config.keep
-        self._draws_N: Tensor | None = None
+        self.draws_N: Tensor | None = None
 
     def begin(self, draw: Callable[[], Tensor]) -> None:
         """Take the numbers of the call's tokens."""
-        self._draws_N = draw()
+        self.draws_N = draw()
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Factors [C]. Raises ValueError if `begin` was not called."""
-        if self._draws_N is None:
+        if self.draws_N is None:
             raise ValueError("gate random: call begin(draw) before each call of the objective")
-        return (self._draws_N[stats.rows] < self._keep).float()
+        return (self.draws_N[stats.rows] < self._keep).float()
 
 
 class _Above:

@@ -54,7 +54,7 @@ def reference_objective(
     Hidden states and heads are multiplied in float32, whatever their dtype; nothing given is written to.
     """
     check_types(hidden_ND, weight_VD, labels_N, targets, alpha, objective, bias_V, token_weights_N, transform)
-    check_gate(objective, gate, alpha, targets)
+    check_gate(objective, gate, alpha, targets, labels_N)
     given = labels_N, targets, alpha, objective
     check_inputs(hidden_ND, weight_VD, *given, bias_V, vocab_size, token_weights_N)
     dtype = wide_dtype(hidden_ND, weight_VD)

@@ -73,8 +73,9 @@ class Cost:
         tokens -= tokens % batch
         if cell.teacher is not None and teachers[cell.teacher].cache is not None:
             teacher = 0.0
-        taught = teacher * tokens * config.objective.taught_share(tokens // batch) if teacher else 0.0
-        return cls(tokens, total, training_flops(own) * tokens, taught)
+        vanishes = config.optim.vanishes(tokens // batch, batch)
+        taught = config.objective.taught_share(tokens // batch, lr_vanishes=vanishes)
+        return cls(tokens, total, training_flops(own) * tokens, teacher * tokens * taught)
 
 
 @dataclass(frozen=True, slots=True)

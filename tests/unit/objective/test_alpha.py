@@ -245,13 +245,14 @@ def cpu_seconds(call):
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("steps", [1, 2, 7, 101])
-def test_contract_plans_know_on_which_share_of_steps_a_teacher_is_run(name, steps):
-    """Of wsd the last step is left out: its learning rate, and so alpha, may end at 0."""
+@pytest.mark.parametrize("ends", [{}, {"final_lr": 0.0}, {"final_lr": 0.0, "decay": 0.0}, {"final_lr": 0.1}])
+def test_contract_plans_know_on_which_share_of_steps_a_teacher_is_run(name, steps, ends):
+    optim = WSD.model_copy(update=ends)
     for changes in ({}, {"first": 0.0}, {"start": 0.0}, {"knots": [[0.2, 0.0], [0.6, 0.0], [0.7, 0.5]]}):
         if changes.keys() - POLICIES[name].model_fields.keys():
             continue
         settings = validate(ObjectiveConfig, {"alpha": {"policy": name} | EXAMPLES[name] | changes}, "test")
-        policy = make(name, **changes)
+        policy = make_policy(settings.alpha, partial(learning_rate, optim, 1.0, batch_tokens=1))
         run = [policy.alpha(step, steps) > 0 or policy.needs_teacher_ce(step) for step in range(steps)]
-        missed = int(name == "wsd" and not run[-1])
-        assert settings.taught_share(steps) == pytest.approx((sum(run) + missed) / steps)
+        share = settings.taught_share(steps, lr_vanishes=optim.vanishes(steps, 1))
+        assert share == pytest.approx(sum(run) / steps)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tutelage as tt
+from tutelage.config.objective_config import RandomGate
+from tutelage.objective import make_gate
 from tutelage.types import DenseTargets, LogitTargets, SparseTargets
 
 N, D, V = 6, 4, 11
@@ -101,3 +104,19 @@ def test_a_number_as_text_is_one_line(field):
     with pytest.raises(ValueError, match=rf"{field} = '2'") as refused:
         tt.Objective(**{field: "2"})
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_a_whole_number_of_numpy_is_one(kind):
+    given = GIVEN | {"weight_VD": torch.randn(V + 2, D), "targets": LogitTargets(torch.randn(N, V))}
+    expected, found = (tt.chunked_objective(**given, vocab_size=size).loss for size in (V, kind(V)))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("drawn", [torch.rand(N - 1), torch.rand(N + 1), torch.rand(2, 3), [0.5] * N])
+@pytest.mark.parametrize("objective", [tt.chunked_objective, tt.reference_objective])
+def test_a_random_gate_wants_a_number_for_each_token(drawn, objective):
+    gate = make_gate(RandomGate(kind="random"))
+    gate.begin(lambda: drawn)
+    with pytest.raises(ValueError, match=r"gate random: draw\(\) gave .*: must be a tensor \(6,\)"):
+        objective(**GIVEN, gate=gate)
