@@ -29,7 +29,8 @@ def points_of(study: JudgedStudy) -> StudyPoints:
         UserError: a shape of its plan is not in the table of shapes.
     """
     results = study.results
-    losses = _losses(results)
+    scored = _losses(results)
+    losses = {run: loss for run, (loss, _) in scored.items()}
     found = [
         point
         for pair in study.by_fit["raw"].pairs()
@@ -39,15 +40,17 @@ def points_of(study: JudgedStudy) -> StudyPoints:
     return StudyPoints(
         studies=(results.plan.name,),
         texts=(results.plan.in_domain,),
+        versions=tuple(sorted({version for _, version in scored.values()})),
         alone=tuple(_alone(results, losses)),
         taught=tuple(found),
     )
 
 
-def _losses(results: Results) -> dict[str, float]:
-    """Nats per token in domain on the validation split, by run."""
+def _losses(results: Results) -> dict[str, tuple[float, str]]:
+    """Nats per token in domain on the validation split and the version of that score, by run."""
     rows = results.scores.filter(metric="perplexity", split="validation", domain=results.plan.in_domain)
-    return {run: log(value) for run, value in rows.select("run", "value").iter_rows()}
+    scores = rows.select("run", "value", "version").iter_rows()
+    return {run: (log(value), version) for run, value, version in scores}
 
 
 def _alone(results: Results, losses: Mapping[str, float]) -> list[AlonePoint]:

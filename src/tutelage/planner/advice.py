@@ -144,7 +144,11 @@ def advise(request: PlanRequest, teachers: Sequence[Candidate]) -> Advice:
         outside = None
     alone = basis.alone(request.parameters, tokens) if outside is None else None
     outlooks = tuple(_outlook(request, alone, teacher) for teacher in teachers)
-    unknown = "the fitted studies have too few sizes and budgets for a law" if alone is None else None
+    unknown = (
+        "the fitted studies have too few sizes and budgets for a law, or several texts"
+        if alone is None
+        else None
+    )
     answer, why, best = _answer(request, outside or unknown, outlooks)
     cost = request.prices.cost("1", training=0.0, forward=0.0, student=request.flops * tokens)
     return Advice(answer, tuple(why), alone, cost, outside, outlooks, best)

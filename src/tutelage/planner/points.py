@@ -67,8 +67,16 @@ class StudyPoints(Record, extra="forbid"):
 
     studies: tuple[str, ...]
     texts: tuple[str, ...] = Field(description="training texts, by the names that the studies have for them")
+    versions: tuple[str, ...] = Field(
+        (), description="of the scores that losses are from: losses compare within one; empty in older fits"
+    )
     alone: tuple[AlonePoint, ...]
     taught: tuple[TaughtPoint, ...]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether all losses are of one text, tokenizer and way of scoring; gains and gaps always compare."""
+        return len(self.versions) < 2  # noqa: PLR2004 - none is known of older fits
 
     def settings(self) -> list[tuple[float, float, float]]:
         """(parameters, tokens, loss) of every size and budget, the median over models that have them.
@@ -102,6 +110,7 @@ def together(many: Sequence[StudyPoints]) -> StudyPoints:
     return StudyPoints(
         studies=tuple(name for one in many for name in one.studies),
         texts=tuple(dict.fromkeys(text for one in many for text in one.texts)),
+        versions=tuple(dict.fromkeys(version for one in many for version in one.versions)),
         alone=tuple(point for one in many for point in one.alone),
         taught=tuple(point for one in many for point in one.taught),
     )
@@ -114,6 +123,7 @@ def _numbered(points: StudyPoints, before: Sequence[StudyPoints]) -> StudyPoints
     return StudyPoints(
         studies=tuple(names[name] for name in points.studies),
         texts=points.texts,
+        versions=points.versions,
         alone=_renamed(points.alone, names),
         taught=_renamed(points.taught, names),
     )

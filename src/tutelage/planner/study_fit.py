@@ -48,13 +48,13 @@ class StudyFit(Record, extra="forbid"):
 
 
 def fit_points(points: StudyPoints) -> StudyFit:
-    """Fit what can be fitted.
+    """Fit what can be fitted: laws of losses to those of one text, the rule for alpha to gains on any.
 
     Raises:
         UserError: there is nothing to fit.
     """
-    settings = points.settings()
-    pure = [point for point in points.taught if point.alpha == 1]
+    settings = points.settings() if points.comparable else []
+    pure = [point for point in points.taught if point.alpha == 1 and points.comparable]
     found = StudyFit(
         points=points,
         supervised=fit_supervised(*zip(*settings, strict=True)) if settings else None,
@@ -159,7 +159,8 @@ def basis_of(fit: StudyFit) -> Basis:
     """The laws and the rule that studies gave, in the range of their students and teachers."""
     points = fit.points
     settings = points.settings()
-    texts = "one text" if len(points.texts) == 1 else f"{len(points.texts)} texts"
+    number = max(len(points.texts), len(points.versions))
+    texts = "one text" if number == 1 else f"{number} texts"
     pure = [point.teacher_loss for point in points.taught if point.alpha == 1] or [0.0]
     return Basis(
         source=f"fit to {fit.name}",
@@ -174,5 +175,5 @@ def basis_of(fit: StudyFit) -> Basis:
         taught_half_width=0.0 if fit.distillation is None else fit.distillation.half_width,
         teachers=(min(pure), max(pure)),
         surfaces=fit.surfaces,
-        measured={(n, d): loss for n, d, loss in settings},
+        measured={(n, d): loss for n, d, loss in settings if points.comparable},
     )

@@ -11,7 +11,7 @@ from synthetic_study import write_study
 
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report.html import build_report
-from tutelage.analysis.report.planner_tables import planner_section
+from tutelage.analysis.report.planner_tables import fit_lines, planner_section
 from tutelage.analysis.study_points import points_of
 from tutelage.errors import UserError
 from tutelage.models.flops import parameters
@@ -91,6 +91,25 @@ def test_studies_of_one_name_are_not_taken_for_one(judged):
     assert both.studies == ("demo", "demo (2)", "demo (3)")
     assert (len(one.pairs()), len(both.pairs())) == (3, 9)
     assert fit_points(both).surfaces["in_domain"].pairs == 9
+
+
+def test_losses_of_two_texts_make_no_law_and_are_no_measurements(judged):
+    one = points_of(judged)
+    assert one.versions == (synthetic_study.VERSION,)
+    sizes = [(n, d) for n in (1e5, 4e5, 1e6) for d in (1e6, 4e6)]
+    alone = [
+        one.alone[0].model_copy(update={"parameters": n, "tokens": d, "loss": 9 * n**-0.1}) for n, d in sizes
+    ]
+    one = one.model_copy(update={"alone": tuple(alone)})
+    again = one.model_copy(update={"studies": ("other",)})
+    other = again.model_copy(update={"versions": ("another text",)})
+    alike, both = fit_points(together([one, again])), fit_points(together([one, other]))
+    assert alike.supervised is not None
+    assert alike.surfaces == both.surfaces
+    assert (both.supervised, both.distillation) == (None, None)
+    assert basis_of(alike).alone(1e6, 1e6) is not None
+    assert basis_of(both).alone(1e6, 1e6) is None
+    assert any("2 texts or tokenizers do not compare" in text for _, text in fit_lines(both))
 
 
 def test_a_study_that_is_named_twice_counts_once(made, command):

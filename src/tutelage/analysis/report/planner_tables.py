@@ -92,7 +92,11 @@ def fit_lines(fit: StudyFit) -> list[tuple[str, str]]:
     settings = fit.points.settings()
     pairs = f"{len(fit.points.pairs())} pairs at {len(fit.points.taught)} alphas"
     found = [("fit", f"{fit.name}: {len(settings)} sizes and budgets without a teacher, {pairs}")]
-    if fit.supervised is None:
+    if not fit.points.comparable:
+        found.append(
+            ("law", f"none, and no losses: {len(fit.points.versions)} texts or tokenizers do not compare")
+        )
+    elif fit.supervised is None:
         found.append(
             ("law", f"of models without a teacher: not fitted, {len(settings)} sizes and budgets of 5")
         )
