@@ -30,6 +30,7 @@ BESIDE = {
 """Files of the repository's root that are pages, and what they are called there."""
 
 _SETTINGS = tuple(f"reference/{kind}.md" for kind in ("run", "store", "study", "cache"))
+_SHIM = "https://unpkg.com/iframe-worker/shim"
 _LINK = re.compile(r"(\]\(|<img src=\")(?![a-z]+:|#|/)([^)#\s\"]+)")
 _FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 _LIST = re.compile(r"^((?![-*] |\d+\. |\s|$).+\n)(?=(?:[-*]|\d+\.) )", re.MULTILINE)
@@ -64,6 +65,16 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 def on_page_content(html: str, page: Page, **_: object) -> str:
     """Mark the pages whose tables are settings (site.css)."""
     return f'<div class="settings">{html}</div>' if page.file.src_uri in _SETTINGS else html
+
+
+def on_post_page(output: str, page: Page, **_: object) -> str:
+    """Let a page take from its own site what the theme takes from a server so that search works from disk."""
+    return output.replace(_SHIM, posixpath.relpath("iframe_worker.js", posixpath.dirname(page.url) or "."))
+
+
+def on_post_template(output_content: str, **_: object) -> str:
+    """The same for the page of a wrong address."""
+    return output_content.replace(_SHIM, "iframe_worker.js")
 
 
 def _moved(link: str, source: str) -> str:

@@ -50,6 +50,20 @@ def test_the_reference_has_every_command_and_every_public_name(site):
     assert {name for name in public if not re.search(rf'id="[\w.]*\.{name}"', names)} == set()
 
 
+def test_no_page_fetches_anything_from_elsewhere(site):
+    fetched = re.compile(r'<script[^>]*\ssrc="?([^"\s>]+)|<link[^>]*rel="?stylesheet"?[^>]*href="?([^"\s>]+)')
+    pages = [*site.rglob("*.html")]
+    assert len(pages) > 30
+    for page in pages:
+        if page.name == "report.html":
+            continue  # studies' own pages, which fetch nothing at all
+        files = [script or style for script, style in fetched.findall(page.read_text())]
+        assert any("iframe_worker.js" in file for file in files), page
+        for file in files:
+            assert (page.parent / file.partition("?")[0]).is_file() or page.name == "404.html", (page, file)
+            assert "://" not in file, (page, file)
+
+
 def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
     (tmp_path / "docs" / "how-to").mkdir(parents=True)
     for name in ("README", "LAB", "CONTRIBUTING", "CHANGELOG", "SECURITY"):
