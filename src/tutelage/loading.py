@@ -6,6 +6,7 @@ the time that a process needs to begin, and once more a second when it ends.
 
 from __future__ import annotations
 
+import functools
 import gc
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,6 +25,14 @@ def loading() -> Iterator[None]:
     try:
         yield
     finally:
-        if not gc.get_freeze_count():
-            gc.freeze()
+        _freeze_once()
         gc.enable()
+
+
+@functools.cache
+def _freeze_once() -> None:
+    """Freeze, the first time; whether that was done, the number of frozen objects does not say.
+
+    From Python 3.12 on some are frozen when a process begins.
+    """
+    gc.freeze()

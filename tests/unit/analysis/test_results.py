@@ -283,10 +283,10 @@ def test_runs_that_are_not_done_are_listed_and_not_counted(study):
 @pytest.mark.parametrize("lost", ["state.json", "scores.jsonl", "model"])
 def test_what_is_lost_of_a_run_that_was_done_is_named(study, lost):
     run = study / "runs" / RUN
-    for part in ("model", "checkpoints/step-199"):
+    for part in ("model", "checkpoints/step-1953"):
         (run / part).mkdir(parents=True)
         (run / part / "config.json").write_text("{}")
-    edit_json(run / "state.json", step=199)
+    edit_json(run / "state.json", step=1953)
     assert load_results(study).problems == ()
 
     shutil.rmtree(run / lost) if lost == "model" else (run / lost).unlink()
