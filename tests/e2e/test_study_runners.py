@@ -16,6 +16,8 @@ from tiny_study import TINY
 from tutelage.files import lock
 from tutelage.records import read_sealed, write_sealed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def study(tmp_path):

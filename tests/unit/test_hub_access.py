@@ -192,6 +192,7 @@ def test_half_a_download_is_not_taken_for_all_there_is(no_hub, tmp_path, files, 
     assert check_model_tokenizer(*compared, assume=True, **setting).ids == 0
 
 
+@pytest.mark.slow  # the library asks again and again
 def test_an_error_of_the_hub_does_not_make_half_a_download_whole(tmp_path):
     """It answers, but with errors: the library then returns what was downloaded before, whatever that is."""
 
