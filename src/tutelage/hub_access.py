@@ -24,6 +24,7 @@ _SECONDS = 4.0
 """How long the Hub may take to answer at all."""
 _ASK_AGAIN = 60
 """Seconds after which it is asked again whether it answers."""
+INSTEAD = "give the path of a local directory"
 _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 """Name of a file in the Hub's cache: its SHA-1 as git counts it; of a large file its SHA-256."""
 
@@ -31,7 +32,7 @@ _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 @contextlib.contextmanager
 def reading_hub(
     what: str,
-    instead: str = "give the path of a local directory",
+    instead: str = INSTEAD,
     *,
     explains: bool = True,
     kept: bool = True,
@@ -80,7 +81,12 @@ def reading_hub(
 
 
 def downloaded(
-    what: str, name: str, revision: str | None, wanted: Sequence[str], is_enough: Callable[[Path], bool]
+    what: str,
+    name: str,
+    revision: str | None,
+    wanted: Sequence[str],
+    is_enough: Callable[[Path], bool],
+    instead: str = INSTEAD,
 ) -> Path:
     """Return the directory into which files of a repository were downloaded, now or before.
 
@@ -90,13 +96,14 @@ def downloaded(
         revision: commit or tag; None: the main branch.
         wanted: names or patterns of files.
         is_enough: whether the files in a directory will do.
+        instead: what else would do, where the Hub is silent.
 
     Raises:
         UserError: as `reading_hub`, or a file is damaged.
     """
     from huggingface_hub import list_repo_files, snapshot_download  # noqa: PLC0415 - as above
 
-    with reading_hub(what) as answers:
+    with reading_hub(what, instead) as answers:
         place = Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
         if not is_enough(place) and not answers:
             raise FileNotFoundError

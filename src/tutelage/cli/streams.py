@@ -51,6 +51,16 @@ class _Lasting(io.TextIOWrapper):
     So the exit code of a command is that of its work, whoever reads how much of what it prints.
     """
 
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="plain",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self._beneath = stream  # it would close the buffer of both if nobody held it any more
+
     def write(self, text: str) -> int:
         """Write."""
         try:
@@ -73,13 +83,7 @@ class _Lasting(io.TextIOWrapper):
 def _lasting(stream: TextIO | None) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, _Lasting):
         return stream or _nothing()
-    return _Lasting(
-        stream.buffer,
-        encoding=stream.encoding,
-        errors="plain",
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
+    return _Lasting(stream)
 
 
 def _nothing() -> TextIO:

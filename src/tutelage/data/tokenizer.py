@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tutelage.checksums import refuse_damage, write_checksums
 from tutelage.errors import UserError, one_line
 from tutelage.files import read_bytes, write_json
-from tutelage.hub_access import downloaded
+from tutelage.hub_access import INSTEAD, downloaded
 from tutelage.names import completed
 from tutelage.records import parse_json, read_object
 from tutelage.types import TOKENIZER_FILES
@@ -64,17 +64,20 @@ def find_tokenizer(path: Path) -> Path:
     return found
 
 
-def download_tokenizer(what: str, name: str, revision: str | None, *, needed: bool) -> Path:
+def download_tokenizer(
+    what: str, name: str, revision: str | None, *, needed: bool, instead: str = INSTEAD
+) -> Path:
     """Return the directory into which a Hub repository's config and tokenizer files (if any) were downloaded.
 
-    `what` begins the message; `needed`: without a tokenizer the repository is of no use.
+    `what` begins the message; `needed`: without a tokenizer the repository is of no use; `instead`: what else
+    would do.
 
     Raises:
         UserError: there is no such repository; the Hub cannot be reached, and nothing that is needed was
             downloaded yet; or a file is damaged.
     """
     wanted = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-    return downloaded(what, name, revision, wanted, has_tokenizer if needed else Path.is_dir)
+    return downloaded(what, name, revision, wanted, has_tokenizer if needed else Path.is_dir, instead)
 
 
 def special_tokens(place: Path, tokenizer: TextTokenizer) -> dict[str, str]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from tutelage.data.tokenizer import added_to_texts, download_tokenizer, has_tokenizer, tokenizer_json
 from tutelage.errors import UserError, one_line
+from tutelage.hub_access import INSTEAD
 
 if TYPE_CHECKING:
     from tutelage.data.store import Store
@@ -122,7 +123,9 @@ def check_model_tokenizer(
     """
     place = Path(model)
     if not place.exists():
-        place = download_tokenizer(f"{what}: its tokenizer", model, revision, needed=not assume)
+        instead = f"{INSTEAD}, or set {setting}: true if you know it to be that of {store.path}"
+        begin = f"{what}: its tokenizer"
+        place = download_tokenizer(begin, model, revision, needed=not assume, instead=instead)
     if not has_tokenizer(place):
         if not assume:
             raise UserError(
