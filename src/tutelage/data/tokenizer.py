@@ -69,8 +69,7 @@ def download_tokenizer(
 ) -> Path:
     """Return the directory into which a Hub repository's config and tokenizer files (if any) were downloaded.
 
-    `what` begins the message; `needed`: without a tokenizer the repository is of no use; `instead`: what else
-    would do.
+    `what` and `instead` as in `reading_hub`; `needed`: without a tokenizer the repository is of no use.
 
     Raises:
         UserError: there is no such repository; the Hub cannot be reached, and nothing that is needed was
