@@ -25,6 +25,7 @@ _SECONDS = 4.0
 _ASK_AGAIN = 60
 """Seconds after which it is asked again whether it answers."""
 INSTEAD = "give the path of a local directory"
+"""What else would do, wherever a name of the Hub may stand."""
 _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 """Name of a file in the Hub's cache: its SHA-1 as git counts it; of a large file its SHA-256."""
 
