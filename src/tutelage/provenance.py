@@ -37,7 +37,7 @@ def collect(device: str) -> dict[str, Any]:
         `platform`, `cpu` (model), `cpus` (logical), `threads` (torch's, None before torch is imported)
         and `device` (with its name).
     """
-    commit, dirty = _commit(Path(__file__))
+    commit, dirty = _loaded_commit()
     cpu = cpu_model()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -73,7 +73,7 @@ def without_secrets(text: str) -> str:
 @functools.cache
 def code() -> str:
     """Versions and commit in one line: "tutelage 0.1.0, torch 2.13.0, commit 0123abc, changed"."""
-    commit, dirty = _commit(Path(__file__))
+    commit, dirty = _loaded_commit()
     parts = [f"{name} {installed(name)}" for name in ("tutelage", "torch", "transformers")]
     parts += [f"commit {commit[:12]}"] if commit else []
     parts += ["changed"] if dirty else []
@@ -98,6 +98,15 @@ def cpu_model() -> str | None:
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string")
     return platform.processor() or None
+
+
+@functools.cache
+def _loaded_commit() -> tuple[str | None, bool | None]:
+    """Commit of this source tree, and whether it was changed, when this process first asked.
+
+    What changes in the tree later is not what the process has loaded, and computes its next run with.
+    """
+    return _commit(Path(__file__))
 
 
 def _commit(source: Path) -> tuple[str | None, bool | None]:

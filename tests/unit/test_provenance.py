@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -67,6 +68,15 @@ def test_the_commit_is_that_of_the_checkout(checkout):
     assert provenance._commit(checkout / "src" / "code.py") == (head, True)
 
 
+def test_the_commit_is_that_of_what_the_process_has_loaded(checkout, monkeypatch):
+    monkeypatch.setattr(provenance, "__file__", str(checkout / "src" / "code.py"))
+    monkeypatch.setattr(provenance, "_loaded_commit", functools.cache(provenance._loaded_commit.__wrapped__))
+    first = provenance.collect("cpu")
+    (checkout / "src" / "code.py").write_text("x = 2\n")
+    assert [first[name] for name in ("commit", "dirty")] == [_git(checkout, "rev-parse", "HEAD"), False]
+    assert provenance.collect("cpu")["dirty"] is False
+
+
 def test_a_copy_in_somebody_elses_checkout_has_no_commit(checkout):
     copy = checkout / "venv" / "code.py"
     copy.parent.mkdir()
@@ -76,6 +86,7 @@ def test_a_copy_in_somebody_elses_checkout_has_no_commit(checkout):
 
 def test_nothing_fails_without_git_or_with_an_odd_device(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(provenance, "_loaded_commit", provenance._loaded_commit.__wrapped__)
     found = provenance.collect("cuda:99")
     assert (found["commit"], found["dirty"]) == (None, None)
     assert found["device"].startswith("cuda:99 (")
