@@ -12,7 +12,7 @@ from torch import nn
 
 from tutelage.objective.checks import check_gate, check_inputs, check_types
 from tutelage.objective.chunks import LossCall, compute
-from tutelage.objective.compiled import compiled_objective
+from tutelage.objective.compiled import compiled_objective, refuse_second_derivative
 from tutelage.objective.products import weight_and_bias
 from tutelage.types import PLAIN, LossSums, TokenLosses
 
@@ -177,11 +177,7 @@ class _ChunkedObjective(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # Scaled in place: a second [V, D] buffer would cost as much memory as the weight itself. Autograd
         # rounds each to the dtype of its input.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True: the objective has no second derivative; a penalty on its gradients needs "
-                "a loss of plain torch"
-            )
+        refuse_second_derivative()
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(

@@ -74,8 +74,18 @@ def compiled_objective(
         call.per_token,
         wanted,
     )
-    loss, *metrics = sums.unbind()
+    # Copies, since a view could not be changed in place.
+    loss, *metrics = (total.clone() for total in sums)
     return [loss, *(x.detach() for x in metrics), *([tokens_6N] if call.per_token else [])]
+
+
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: the objective has no second derivative; a penalty on its gradients needs "
+            "a loss of plain torch"
+        )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -141,12 +151,12 @@ def _shapes(
     labels_N: Tensor,
     *rest: Any,  # noqa: ANN401 - the other arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Shapes of the outputs, for the compiler."""
+    """Shapes and strides of the outputs, for the compiler."""
     *_, per_token, wanted = rest
     like = hidden_ND.new_empty(5, dtype=wide_dtype(hidden_ND, weight_VD))
     tokens_6N = like.new_empty(6, labels_N.shape[0]) if per_token else like.new_empty(0)
     d_hidden, d_weight, d_bias = (
-        like.new_empty(x.shape) if wants and x is not None else like.new_empty(0)
+        torch.empty_like(x, dtype=like.dtype) if wants and x is not None else like.new_empty(0)
         for wants, x in zip(wanted, (hidden_ND, weight_VD, bias_V), strict=True)
     )
     return like, tokens_6N, d_hidden, d_weight, d_bias
@@ -166,6 +176,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _scale(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | list[None] | None, ...]:  # noqa: ANN401 - as above
     """Scale them by the gradient of the loss, and round each once, to the dtype of its input."""
+    refuse_second_derivative()
     gradients = [
         None if dtype is None else (x * grad_sums[0]).to(dtype)
         for dtype, x in zip(ctx.dtypes, ctx.saved_tensors, strict=True)

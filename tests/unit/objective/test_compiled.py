@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from tutelage.config.objective_config import TeacherBetterGate
 from tutelage.objective import Objective, ObjectiveHead, TopK, chunked_objective, make_gate
@@ -112,3 +113,41 @@ def test_a_gate_is_refused_where_it_would_count_wrongly():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"gate: it counts tokens in Python"):
         torch.compile(gated, fullgraph=True, backend="eager")(HIDDEN)
+
+
+@pytest.mark.parametrize("transposed", [(True, False), (False, True)])
+def test_gradients_have_the_strides_that_the_compiler_is_told(transposed):
+    """Inductor ends with an AssertionError where they differ: a head that is another layer's transpose."""
+    hidden, weight = (
+        x.detach().T.contiguous().T if turned else x.detach()
+        for x, turned in zip((HIDDEN, WEIGHT), transposed, strict=True)
+    )
+    args = [hidden, weight, None, LABELS, None, [TAUGHT @ HEAD.T], "logits", 1.0, [1.0, 1.0], None, None]
+    alpha = torch.tensor(0.4, dtype=torch.float64)
+    args += [PLAIN.model_dump_json(), alpha, None, False, [True, True, False]]
+    operator = torch.ops.tutelage.chunked_objective.default
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        told = operator(*args)
+    assert [x.stride() for x in told] == [x.stride() for x in operator(*args)]
+
+
+def test_a_sum_can_be_changed_in_place():
+    def mean(hidden):
+        loss = chunked_objective(hidden, WEIGHT, LABELS, LogitTargets(TAUGHT @ HEAD.T), 0.4, PLAIN).loss
+        loss /= N
+        return loss
+
+    torch._dynamo.reset()
+    found = torch.compile(mean, fullgraph=True, backend="eager")(HIDDEN)
+    torch.testing.assert_close(found, mean(HIDDEN))
+
+
+def test_a_second_derivative_is_refused():
+    def loss(hidden):
+        return chunked_objective(hidden, WEIGHT, LABELS, None, 0.0, PLAIN).loss
+
+    torch._dynamo.reset()
+    hidden = HIDDEN.clone().requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(hidden)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(compiled, hidden, create_graph=True)
