@@ -10,6 +10,7 @@ This module imports no torch, so that the analysis and the command line can use 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -107,9 +108,12 @@ class LogitTransform:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        for field, value in (("scale", self.scale), ("softcap", self.softcap)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"logit transform {field} {value}: must be a finite number above 0")
+        given: dict[str, object] = {"scale": self.scale, "softcap": self.softcap}
+        for field, value in given.items():
+            if value is None and field == "softcap":
+                continue
+            if not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+                raise ValueError(f"logit transform {field} {value!r}: must be a finite number above 0")
 
 
 PLAIN = LogitTransform()
@@ -243,9 +247,16 @@ class SparseTargets:
 
     @staticmethod
     def cat(parts: Sequence[SparseTargets]) -> SparseTargets:
-        """The tokens of several targets of one temperature, one after the other."""
+        """The tokens of several targets, one after the other.
+
+        Raises:
+            ValueError: they are of several temperatures.
+        """
         import torch  # noqa: PLC0415 - this module is free to import
 
+        temperatures = sorted({part.temperature for part in parts})
+        if len(temperatures) > 1:
+            raise ValueError(f"temperatures {temperatures}: must be one, since the tokens share it")
         return SparseTargets(
             torch.cat([part.ids_NK for part in parts]),
             torch.cat([part.probs_NK for part in parts]),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from tutelage.config import objective_config as settings
+from tutelage.config.alpha_config import ConstantAlpha
 from tutelage.objective import (
     DIVERGENCES,
     Objective,
@@ -14,8 +17,10 @@ from tutelage.objective import (
     TopP,
     chunked_objective,
     make_gate,
+    make_policy,
     reference_objective,
 )
+from tutelage.objective.gates import TeacherBetter
 from tutelage.types import DenseTargets, LogitTargets, MeanTargets, SparseTargets
 
 N, D, V, K = 400, 8, 50, 16
@@ -156,7 +161,16 @@ def test_a_second_derivative_is_refused(problem):
         ({"gate": "teacher_better"}, "gate is a str: give make_gate"),
         ({"gate": GATE}, "gate is a TeacherBetterGate: give make_gate"),
         ({"gate": torch.zeros(V)}, "gate is a Tensor"),
+        ({"gate": lambda stats: stats.ce_C}, "gate is a function: give make_gate"),
+        ({"gate": TeacherBetter}, "gate is a type: give make_gate"),
+        ({"gate": 0.5}, "gate is a float: give make_gate"),
         ({"alpha": [0.4]}, r"alpha \[0.4\]: must be a number"),
+        ({"alpha": True}, "alpha True: must be a number"),
+        ({"alpha": ConstantAlpha(value=0.4)}, "alpha ConstantAlpha.*: must be a number"),
+        (
+            {"alpha": make_policy(ConstantAlpha(value=0.4), lambda *_: 1.0)},
+            "alpha .*Schedule.*: must be a nu",
+        ),
         ({"alpha": np.full(2, 0.4)}, "alpha array"),
         ({"transform": None}, "transform is a NoneType: give LogitTransform"),
         ({"transform": 30.0}, "transform is a float: give LogitTransform"),
@@ -171,9 +185,29 @@ def test_arguments_of_another_kind_are_named(problem, function, changes, message
         function(hidden, weight, labels, **given)
 
 
-def test_a_gate_is_made_of_its_settings():
-    with pytest.raises(TypeError, match="gate 'teacher_better': give settings"):
-        make_gate("teacher_better")
+def test_a_gate_and_a_policy_are_made_of_their_settings():
+    for wrong in ("teacher_better", ConstantAlpha(value=0.4), Objective()):
+        with pytest.raises(TypeError, match="gate .*: give settings"):
+            make_gate(wrong)
+    for wrong in ("auto", 0.4, {"policy": "auto"}, GATE):
+        with pytest.raises(TypeError, match="alpha .*: give settings"):
+            make_policy(wrong, lambda *_: 1.0)
+
+
+def test_targets_of_several_temperatures_are_no_targets(problem):
+    cold = top(problem[3], problem[2])
+    with pytest.raises(ValueError, match=r"temperatures \[1.0, 2.0\]: must be one"):
+        SparseTargets.cat([cold, dataclasses.replace(cold, temperature=2.0)])
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_dtypes_and_devices_that_cannot_be_computed_with(problem, device):
+    hidden, weight, labels, _ = (x.to(device) for x in problem)
+    hidden, message = (
+        (hidden, "hidden is on meta") if device == "meta" else (hidden.to(torch.float8_e5m2), "must")
+    )
+    with pytest.raises(ValueError, match=message):
+        chunked_objective(hidden, weight, labels, None, 0.0, Objective())
 
 
 @pytest.mark.parametrize("shape", [(V,), (1, V, D)], ids=str)

@@ -8,7 +8,10 @@ from operator import attrgetter
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 from tutelage.objective import DIVERGENCES, Objective, TopK, TopP, chunked_objective, reference_objective
@@ -177,6 +180,9 @@ def test_numbers_of_truncations_and_transforms_are_checked():
     for p in (0.0, 1.5, -1.0, float("nan")):
         with pytest.raises(ValueError, match="p = "):
             TopP(p=p)
+    for value in (None, "2", torch.tensor(2.0)):  # of a learned scale there would be no gradient
+        with pytest.raises(ValueError, match="scale"):
+            LogitTransform(value)
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale"):
             LogitTransform(value)
@@ -256,10 +262,33 @@ def test_a_head_that_is_more_than_its_weight_is_refused():
     assert weight_and_bias(plain) == (plain.weight, plain.bias)
     assert weight_and_bias(nn.Linear(D, V, bias=False))[1] is None
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, V))
-    for head in (Adapted(plain), Scaled(D, V), normed, nn.Sequential(plain), nn.Embedding(V, D)):
+    others = nn.Sequential(plain), nn.Embedding(V, D), None, plain.weight
+    for head in (Adapted(plain), Scaled(D, V), normed, *others):
         for use in (weight_and_bias, lambda head: ObjectiveHead(head, Objective())):
             with pytest.raises(ValueError, match=r"head .*: must be a linear layer and no more; merge"):
                 use(head)
+
+
+def test_a_head_whose_tensors_are_no_parameters_is_given_whole():
+    """FSDP puts tensors there while it computes; a frozen bias may be a buffer, which was left out."""
+    head = nn.Linear(D, V)
+    weight, bias = head.weight.detach(), head.bias.detach()
+    del head.weight, head.bias
+    head.weight = weight
+    head.register_buffer("bias", bias)
+    assert weight_and_bias(head) == (weight, bias)
+
+
+def test_a_parameter_that_is_spread_over_processes_is_refused():
+    hidden, weight, labels, _ = problem()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        part = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        for given in ((hidden, part), (part, weight)):
+            with pytest.raises(TypeError, match=r"is a DTensor.*: .*ObjectiveHead.*full_tensor\(\)"):
+                chunked_objective(*given, labels, None, 0.0, Objective())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_objective_head_uses_the_bias():

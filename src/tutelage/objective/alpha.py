@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, get_args
 
 import torch
 
-from tutelage.config.alpha_config import AutoAlpha, GapDrivenAlpha, PrequentialAlpha, WsdAlpha
+from tutelage.config.alpha_config import AlphaConfig, AutoAlpha, GapDrivenAlpha, PrequentialAlpha, WsdAlpha
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
-
-    from tutelage.config.alpha_config import AlphaConfig
 
 
 class Policy(Protocol):
@@ -49,7 +47,15 @@ def make_policy(alpha: AlphaConfig, lr_fraction: Callable[[int, int], float]) ->
     Args:
         alpha: its settings.
         lr_fraction: (step, steps) -> learning rate as a fraction of its peak, in [0, 1]; `wsd` follows it.
+
+    Raises:
+        TypeError: `alpha` is no settings of a policy.
     """
+    if not isinstance(alpha, get_args(AlphaConfig)[0]):
+        raise TypeError(
+            f"alpha {alpha!r}: give settings of tutelage.config.alpha_config, for example "
+            "ConstantAlpha(value=0.4)"
+        )
     match alpha:
         case GapDrivenAlpha() | AutoAlpha():
             return ByGap(alpha)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from tutelage.config.base import Section, plain_number
+from tutelage.config.base import plain_number
 from tutelage.config.objective_config import Objective
-from tutelage.objective.gates import Random
+from tutelage.objective.gates import Gate, Random
 from tutelage.types import (
     IGNORE_INDEX,
     DenseTargets,
@@ -20,9 +19,6 @@ from tutelage.types import (
     SparseTargets,
     Targets,
 )
-
-if TYPE_CHECKING:
-    from tutelage.objective.gates import Gate
 
 
 class NotFiniteError(ValueError):
@@ -39,6 +35,7 @@ class NotFiniteError(ValueError):
 
 _MASS_TOLERANCE = 1e-3
 _IDS = {"labels", "targets.ids"}
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 def check_types(
@@ -82,7 +79,7 @@ def check_types(
     if isinstance(targets, SparseTargets):
         numbers["targets.temperature"] = targets.temperature
     for name, value in numbers.items():
-        if isinstance(value, str | list | tuple | np.ndarray) or value is None:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             raise TypeError(f"{name} {value!r}: must be a number")
 
 
@@ -98,7 +95,7 @@ def check_gate(
     objective: Objective, gate: Gate | None, alpha: float, targets: Targets | None, labels_N: Tensor
 ) -> None:
     """Raise TypeError if `gate` is none, ValueError if it cannot judge these targets or route tokens."""
-    if isinstance(gate, Section | Tensor | str | dict):
+    if gate is not None and (isinstance(gate, type) or not isinstance(gate, Gate)):
         raise TypeError(f"gate is a {type(gate).__name__}: give make_gate(settings of a gate), or None")
     if isinstance(gate, Random) and targets is not None and gate.draws_N is not None:
         drawn, n = gate.draws_N, labels_N.numel()
@@ -133,6 +130,11 @@ _AS_OBJECTIVE: dict[type, str] = {dict: "Objective(**settings)", str: "Objective
 
 
 def _check_tensor(name: str, value: object) -> None:
+    if isinstance(value, DTensor):
+        raise TypeError(
+            f"{name} is a DTensor, of which each process has a part: of a head call ObjectiveHead(head, "
+            "objective), around which FSDP gathers it; of the rest give .full_tensor()"
+        )
     if isinstance(value, Tensor):
         return
     remedy = ""
@@ -302,13 +304,15 @@ def _check_sparse(targets: SparseTargets, n: int, objective: Objective) -> None:
 
 def _check_places(tensors: dict[str, Tensor]) -> None:
     device = tensors["hidden"].device
+    if device.type == "meta":
+        raise ValueError("hidden is on meta: must be on a device where tensors have values")
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}: must be on {device}, where hidden is")
         if name in _IDS:
             fits, right = tensor.dtype == torch.int64, "int64"
         else:
-            fits, right = tensor.is_floating_point(), "floating point"
+            fits, right = tensor.dtype in _FLOATS, "float32, bfloat16, float16 or float64"
         if not fits:
             raise ValueError(f"{name} is {tensor.dtype}: must be {right}")
 

@@ -54,14 +54,16 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         ValueError: the head computes something else too, which would be silently left out: an adapter (LoRA),
             quantised weights, another layer.
     """
-    parameters = dict(head.named_parameters())
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    if not plain or parameters.keys() - {"weight", "bias"}:
+    if (
+        not isinstance(head, nn.Linear)
+        or type(head).forward is not nn.Linear.forward
+        or dict(head.named_parameters()).keys() - {"weight", "bias"}
+    ):
         raise ValueError(
             f"head {type(head).__module__}.{type(head).__name__}: must be a linear layer and no more; merge "
             "an adapter (LoRA) into it, or leave the head out of the adapter's target modules"
         )
-    return parameters["weight"], parameters.get("bias")
+    return head.weight, head.bias
 
 
 @dataclass(frozen=True, slots=True)

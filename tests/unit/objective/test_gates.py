@@ -213,3 +213,19 @@ def test_a_step_that_is_skipped_moves_no_threshold(kind, bad):
     gate(stats(ce=[1.0], student_entropy=[5.0], teacher_entropy=[5.0]))
     end_step(gate)
     assert gate.state() != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_the_process_does_not_matter(dtype):
+    values = torch.linspace(0.0, 8.0, 1000)
+    states = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            gate = make("student_entropy", keep=0.3)
+            gate(stats(student_entropy=values, ce=values + 1, teacher_ce=values))
+            gate.update(torch.zeros(()))
+            states.append(gate.state())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert states[0] == states[1]
