@@ -169,7 +169,7 @@ def test_a_second_derivative_is_refused(problem):
         ({"alpha": ConstantAlpha(value=0.4)}, "alpha ConstantAlpha.*: must be a number"),
         (
             {"alpha": make_policy(ConstantAlpha(value=0.4), lambda *_: 1.0)},
-            "alpha .*Schedule.*: must be a nu",
+            r"alpha .*Schedule.*: must be",
         ),
         ({"alpha": np.full(2, 0.4)}, "alpha array"),
         ({"transform": None}, "transform is a NoneType: give LogitTransform"),
@@ -187,10 +187,10 @@ def test_arguments_of_another_kind_are_named(problem, function, changes, message
 
 def test_a_gate_and_a_policy_are_made_of_their_settings():
     for wrong in ("teacher_better", ConstantAlpha(value=0.4), Objective()):
-        with pytest.raises(TypeError, match="gate .*: give settings"):
+        with pytest.raises(TypeError, match=r"gate .*: give settings"):
             make_gate(wrong)
     for wrong in ("auto", 0.4, {"policy": "auto"}, GATE):
-        with pytest.raises(TypeError, match="alpha .*: give settings"):
+        with pytest.raises(TypeError, match=r"alpha .*: give settings"):
             make_policy(wrong, lambda *_: 1.0)
 
 

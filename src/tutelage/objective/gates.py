@@ -9,11 +9,11 @@ on every rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
 
 import torch
 
-from tutelage.config.base import Section
+from tutelage.config import objective_config as settings
 from tutelage.objective.sparse import merge_repeats
 from tutelage.types import SparseTargets, Targets
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tutelage.config import objective_config as settings
     from tutelage.config.objective_config import Objective
     from tutelage.types import Rows
 
@@ -97,6 +96,7 @@ class TokenStats:
     rows: Rows = field(default_factory=lambda: slice(None))
 
 
+@runtime_checkable
 class Gate(Protocol):
     """One gate of one run.
 
@@ -221,7 +221,7 @@ class _Above:
 
     def __init__(self, keep: float) -> None:
         self._keep = self._share = keep
-        self._threshold = torch.tensor(self.LOWEST)
+        self._threshold = torch.tensor(self.LOWEST, dtype=torch.float32)
         self._counts: Tensor | None = None
 
     @property
@@ -243,7 +243,7 @@ class _Above:
     def above(self, values_C: Tensor, ce_C: Tensor) -> Tensor:
         if self._counts is None:
             self._threshold = self._threshold.to(values_C.device)
-            self._counts = torch.zeros(self.BINS, device=values_C.device)
+            self._counts = torch.zeros(self.BINS, dtype=torch.float32, device=values_C.device)
         bins_C = self._to_bins(values_C).long()
         bins_C = bins_C.clamp(0, self.BINS - 1)  # a number that is not finite becomes any integer
         # Neither tokens without loss nor those with nothing left to learn are counted.
@@ -387,7 +387,7 @@ GATES: dict[str, Callable[[Any], Gate]] = {
 
 def make_gate(config: settings.GateConfig | None) -> Gate | None:
     """Build the gate of `config`, or None; raise TypeError if it is no settings of a gate."""
-    if config is not None and not isinstance(config, Section):
+    if config is not None and not isinstance(config, get_args(settings.GateConfig)[0]):
         raise TypeError(
             f"gate {config!r}: give settings of tutelage.config.objective_config, for example "
             "TeacherConfidenceGate(kind='teacher_confidence')"
