@@ -194,6 +194,20 @@ def test_a_gate_and_a_policy_are_made_of_their_settings():
             make_policy(wrong, lambda *_: 1.0)
 
 
+@pytest.mark.parametrize("tail", ["renormalise", "none"])
+def test_probabilities_in_half_precision_are_added_and_divided_in_float32(problem, tail):
+    """Rounded once, by whoever gave them: not again when those of an id are added, nor by their sum."""
+    hidden, weight, labels, logits = problem
+    kept = top(logits, labels)
+    half = dataclasses.replace(kept, ids_NK=kept.ids_NK // 2, probs_NK=(0.9 * kept.probs_NK).bfloat16())
+    wide = dataclasses.replace(half, probs_NK=half.probs_NK.float())
+    found, expected = (
+        chunked_objective(hidden, weight, labels, targets, 0.5, Objective(tail=tail))
+        for targets in (half, wide)
+    )
+    torch.testing.assert_close(found.kd, expected.kd, rtol=1e-6, atol=0)
+
+
 def test_targets_of_several_temperatures_are_no_targets(problem):
     cold = top(problem[3], problem[2])
     with pytest.raises(ValueError, match=r"temperatures \[1.0, 2.0\]: must be one"):

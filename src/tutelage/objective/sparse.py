@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tutelage.config.objective_config import TopK
+from tutelage.objective.products import wide_dtype
 from tutelage.types import SparseTargets
 
 if TYPE_CHECKING:
@@ -99,7 +100,11 @@ def apply_hard_labels(sparse: SparseTargets, objective: Objective) -> tuple[Spar
 
 
 def merge_repeats(ids_NK: Tensor, probs_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots by rising id, with all the probability of an id in its first slot and 0 in its others."""
+    """Slots by rising id, with all the probability of an id in its first slot and 0 in its others.
+
+    Probabilities become float32 or wider: they are added here, and divided by their sum later.
+    """
+    probs_NK = probs_NK.to(wide_dtype(probs_NK))
     ids_NK, order_NK = ids_NK.sort(dim=-1)
     is_first_NK = torch.ones_like(ids_NK, dtype=torch.bool)
     is_first_NK[:, 1:] = ids_NK[:, 1:] != ids_NK[:, :-1]
