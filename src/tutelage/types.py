@@ -214,8 +214,8 @@ class LogitTargets:
 class SparseTargets:
     """A few token ids per position with their teacher probabilities.
 
-    Slots come in any order. A slot of probability 0 is unused, whatever id it holds: that id is not kept.
-    Of an id that stands in several slots the probabilities are added.
+    Slots come in any order. A slot of probability 0 is unused, whatever id of the vocabulary it holds: that
+    id is not kept. Of an id that stands in several slots the probabilities are added.
 
     Attributes:
         ids_NK: int64, at least one per position.
