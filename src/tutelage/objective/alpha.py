@@ -26,7 +26,7 @@ class Policy(Protocol):
     """One alpha policy of one run."""
 
     def alpha(self, step: int, steps: int) -> float:
-        """Alpha in [0, 1] of 0-based optimizer step `step` of `steps`."""
+        """Alpha in [0, 1] of 0-based optimizer step `step` of `steps`; after the last, that of the last."""
 
     def needs_teacher_ce(self, step: int) -> bool:
         """Whether `observe` needs the teacher's cross-entropy of `step`, whatever alpha is."""
@@ -63,7 +63,7 @@ def make_policy(alpha: AlphaConfig, lr_fraction: Callable[[int, int], float]) ->
             return Prequential(alpha)
         case WsdAlpha():
             return Schedule(lambda step, steps: alpha.peak * lr_fraction(step, steps))
-    return Schedule(lambda step, steps: alpha.at(step / (steps - 1) if steps > 1 else 0.0))
+    return Schedule(lambda step, steps: alpha.at(min(1.0, step / (steps - 1)) if steps > 1 else 0.0))
 
 
 class Schedule:

@@ -85,6 +85,13 @@ def test_a_run_of_one_step_takes_the_first_value(name):
     assert make(name).alpha(0, 1) == make(name).alpha(0, 101)
 
 
+@pytest.mark.parametrize("name", ["piecewise", "linear", "cosine", "two_phase", "salt"])
+def test_a_loop_that_goes_on_keeps_the_last_value(name):
+    """Linear ones left [0, 1], and a cosine rose again."""
+    policy = make(name)
+    assert {policy.alpha(step, 101) for step in (101, 150, 1000)} == {policy.alpha(100, 101)}
+
+
 def test_wsd_follows_the_learning_rate_to_the_digit():
     policy = make("wsd", peak=1.0)
     assert [policy.alpha(step, 37) for step in range(37)] == [
