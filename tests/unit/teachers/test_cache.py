@@ -82,7 +82,7 @@ def one_line(caught):
 
 
 def test_every_position_has_the_teachers_probability_of_the_next_token(written, text):
-    cache, tokens = open_cache(written), open_store(text).split("train").tokens[:].astype("int64")
+    cache, tokens = open_cache(str(written)), open_store(text).split("train").tokens[:].astype("int64")
     layout = cache.manifest.layout
     assert layout.positions == len(tokens) - 1
     counts = torch.bincount(torch.from_numpy(tokens), minlength=300).double() + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
@@ -21,7 +22,6 @@ from tutelage.types import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     import torch
     from torch import Tensor
@@ -158,13 +158,14 @@ class Cache:
             return file
 
 
-def open_cache(path: Path) -> Cache:
+def open_cache(path: Path | str) -> Cache:
     """Open a teacher cache and check that it is complete.
 
     Raises:
         UserError: it is no cache, has another schema version, is unfinished, or a file is missing or has
             the wrong size.
     """
+    path = Path(path)
     manifest = read_cache_manifest(path)
     layout = manifest.layout
     present = {file.name for file in (path / "shards").glob("*.bin")}
