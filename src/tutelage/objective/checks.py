@@ -198,8 +198,8 @@ def _check_student(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> in
         raise ValueError(f"weight {tuple(weight_VD.shape)}: must be [vocabulary, width], as nn.Linear has it")
     if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:  # noqa: PLR2004 - two axes
         raise ValueError(
-            f"hidden {tuple(hidden_ND.shape)}: must be [tokens, {weight_VD.shape[-1]}], a row per token; of "
-            "states per sequence, .flatten(0, 1)"
+            f"hidden {tuple(hidden_ND.shape)}: must be [tokens, {weight_VD.shape[1]}], a row per token, as "
+            f"weight {tuple(weight_VD.shape)} is [vocabulary, width]; of states per sequence, .flatten(0, 1)"
         )
     n = hidden_ND.shape[0]
     if labels_N.shape != (n,) or labels_N.dtype != torch.int64:

@@ -39,6 +39,7 @@ MISTAKES = [
         r"hidden is a tuple: must be a tensor; .* the last",
     ),
     ({"hidden_ND": HIDDEN.view(2, 3, D)}, r"hidden \(2, 3, 4\): must be \[tokens, 4\].* \.flatten\(0, 1\)"),
+    ({"weight_VD": HEAD.weight.T}, r"hidden \(6, 4\): .*as weight \(4, 11\) is \[vocabulary, width\]"),
     ({"weight_VD": HEAD.weight[0]}, r"weight \(4,\): must be \[vocabulary, width\]"),
     ({"labels_N": LABELS.tolist()}, r"labels is a list: must be a tensor$"),
     ({"token_weights_N": [1.0] * N}, r"token_weights is a list: must be a tensor$"),
