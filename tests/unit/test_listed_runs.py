@@ -14,6 +14,7 @@ import yaml
 
 from tutelage.config.load import load
 from tutelage.config.teacher_config import TeachConfig
+from tutelage.data.store import open_store
 from tutelage.evals.score_files import add_scores
 from tutelage.files import is_locked, lock
 from tutelage.run_directory import RunDirectory
@@ -153,3 +154,17 @@ def test_a_run_whose_state_is_damaged_is_not_said_to_have_never_begun(listed):
         assert "speeches 2.500" in words
     row = next(row for row in json.loads(listed("runs", "--json")[1]) if row["run"] == "teacher-11111111")
     assert row["state"] == "damaged"
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_no_number_of_a_store_is_cut(listed, store, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    shutil.copytree(store, Path("stores", store.name))
+    code, text, _ = listed("show", "speeches")
+    opened = open_store(store)
+    assert code == 0
+    assert "…" not in text
+    for split in opened.manifest.splits.values():
+        assert {f"{split.tokens:,}", f"{split.bytes:,}"} <= set(text.split())
+    tables = text.partition("fingerprint")[0]
+    assert max(len(line.rstrip()) for line in tables.splitlines()) <= width

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.segment import Segment
 
 from tutelage import processes
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from typing import Self
 
     from rich.console import ConsoleOptions, RenderableType
+    from rich.table import Table
 
 LOG_SECONDS = "TUTELAGE_LOG_SECONDS"
 """Environment variable: seconds between lines where there is no terminal; 0 for none."""
 
 _DEFAULT_SECONDS = 30.0
 _FIRST_SECONDS = 2.0
+_ANY_WIDTH = 10_000
+"""More columns than a table has: what it asks for is not bounded by the terminal's."""
 
 
 class _Terminal(Console):
@@ -76,6 +80,19 @@ def say(label: str, text: object) -> None:
         text = text.relative_to(here)
     if processes.place().is_main:
         out.print(f"{label:<8} {text}", soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table, or where it is wider than the terminal its rows as text, so that no number is cut."""
+    if Measurement.get(out, out.options.update(width=_ANY_WIDTH), table).maximum <= out.width:
+        out.print(table)
+        return
+    headings = [str(column.header).strip() for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        cells = zip(headings, map(str, row), strict=True)
+        out.print(" · ".join(f"{heading} {cell}" for heading, cell in cells if cell))
+    if table.caption is not None:
+        out.print(table.caption)
 
 
 class RichProgress:

@@ -210,12 +210,12 @@ def show_store(path: Path) -> None:
     """Print what a token store holds, what was left out of it, and what else is unusual about it."""
     from rich.table import Table
 
-    from tutelage.cli.bars import out, say
+    from tutelage.cli.bars import print_table, say
     from tutelage.data.store import open_store
     from tutelage.data.store_manifest import remarks
 
     opened = open_store(path)
-    out.print(_sources_table(opened.manifest))
+    print_table(_sources_table(opened.manifest))
     table = Table("split", box=None)
     for column in ("documents", "tokens", "bytes", "bytes/token"):
         table.add_column(column, justify="right")
@@ -223,7 +223,7 @@ def show_store(path: Path) -> None:
         ratio = split.bytes / split.tokens if split.tokens else 0.0
         table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}")
     table.caption = f"vocabulary {opened.vocab_size:,} · fingerprint {opened.fingerprint[:16]}"
-    out.print(table)
+    print_table(table)
     for line in remarks(opened.manifest):
         say("note", line)
     say("store", path)

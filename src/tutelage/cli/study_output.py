@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.cli.bars import out, say
+from tutelage.cli.bars import out, print_table, say
 from tutelage.cli.stages import period
 from tutelage.files import short, size_text
 from tutelage.run_directory import RunDirectory
@@ -29,7 +29,7 @@ def print_forecast(found: dict[str, Any], files: Sequence[str], output: Path | N
     for kind, row in found["runs"].items():
         table.add_row(kind, f"{row['runs']:,}", short(row["tokens"]))
     table.add_row("all", f"{found['total_runs']:,}", short(found["total_tokens"]))
-    out.print(table)
+    print_table(table)
     table = Table("\nwork", box=None, pad_edge=False)
     table.add_column("\nFLOPs", justify="right")
     table.add_column("\nshare", justify="right")
@@ -37,7 +37,7 @@ def print_forecast(found: dict[str, Any], files: Sequence[str], output: Path | N
     for purpose, flops in found["flops"].items():
         table.add_row(purpose, f"{flops:.3g}", f"{flops / total:.1%}")
     table.add_row("all", f"{total:.3g}", "")
-    out.print(table)
+    print_table(table)
     _print_sizes(found["sizes"])
     memory, hours, path = found["memory"], found["time"], found["critical_path"]
     out.print()
@@ -91,7 +91,7 @@ def _print_sizes(sizes: Sequence[dict[str, Any]]) -> None:
             f"{row['bytes'] / 1e9:.3g}",
             f"{row['hours']:,.3g}",
         )
-    out.print(table)
+    print_table(table)
 
 
 def print_status(status: Status, directory: Path) -> None:
@@ -135,7 +135,7 @@ def _print_runs(status: Status, directory: Path) -> None:
                 f"{part:.0%}",
                 *_measured(RunDirectory(directory / "runs" / one.run), one.tokens),
             )
-        out.print(table)
+        print_table(table)
     for runner in status.runners:
         say("runner", runner)
     for run, reason in status.failed.items():
