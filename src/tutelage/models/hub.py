@@ -154,7 +154,8 @@ def errors_of_loading(name: str, attn_implementation: str | None) -> Iterator[No
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a wrong field of a config can raise anything
-        reason = one_line(error)
+        told = error.__cause__ if isinstance(error, OSError) else None  # it blames names for a cut download
+        reason = one_line(told if isinstance(told, Exception) else error)
         if attn_implementation is not None and "attention" in reason.lower():
             raise UserError(
                 f"{name}: attn_implementation = {attn_implementation}: {reason.split('. ')[0].rstrip('.')}; "

@@ -29,6 +29,7 @@ from tutelage.models.hub import (
     body_and_head,
     build,
     check_logits,
+    errors_of_loading,
     head_logits,
     load,
     logit_transform,
@@ -190,6 +191,13 @@ def test_load_refuses_a_config_that_is_no_causal_model(saved, text):
     (saved / "config.json").write_text(text)
     with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
         load(saved)
+
+
+def test_a_download_that_is_cut_is_told_in_the_words_of_what_cut_it():
+    """Transformers asks to look for a directory of the same name."""
+    told = pytest.raises(UserError, match=r"^a/b: cannot be loaded .*: peer closed connection$")
+    with told, errors_of_loading("a/b", None):
+        raise OSError("Can't load the model for 'a/b'") from ConnectionError("peer closed connection")
 
 
 def test_load_never_runs_a_directorys_own_code(saved):
