@@ -46,8 +46,18 @@ def _no_path(name: object) -> object:
 
 
 RunName = Annotated[Name, BeforeValidator(_no_path)]
-Words = Annotated[str, Field(pattern="^[^\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\ufffe\uffff]*$")]
-"""Text for people, without the characters that a terminal obeys and that no figure can hold."""
+_UNSHOWN = re.compile("[\\0-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\u2028\u2029\ufffe\uffff]")
+
+
+def for_people(text: str) -> str:
+    """Refuse characters that a terminal obeys or that no figure can hold; raises `ValueError`."""
+    if found := _UNSHOWN.search(text):
+        raise ValueError(f"holds {found[0]!a}, which no figure can show; take it out")
+    return text
+
+
+Words = Annotated[str, AfterValidator(for_people)]
+"""Text for people."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Range that torch, numpy and the data order all accept."""

@@ -7,13 +7,14 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from tutelage.config.base import Fraction, Name, Section, Words
+from tutelage.config.base import Fraction, Name, Section, Words, for_people
 from tutelage.config.load import validate
 from tutelage.errors import UserError
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import evaluation_id
+from tutelage.study.axis_settings import words
 from tutelage.study.cells import RunLabels, single_names
 from tutelage.study.nodes import Cost, check_cells
 from tutelage.types import Role
@@ -95,6 +96,12 @@ class PlanRun(RunLabels):
     evaluation: str | None = Field(
         None, description="identity of what it is scored on; state.json has the versions of those scores"
     )
+
+    @field_validator("arm_settings")
+    @classmethod
+    def _for_people(cls, arm: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        for_people(words(arm or {}))
+        return arm
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanRun:

@@ -17,6 +17,7 @@ from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.report.text import print_verdicts
 from tutelage.errors import UserError
+from tutelage.records import read_sealed, write_sealed
 from tutelage.study.results import load_results
 
 FIGURES = ("heat", "alpha", "trade-off", "domains", "calibration", "learning", "cost")
@@ -502,6 +503,15 @@ def test_names_that_a_terminal_obeys_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"plan\.json") as caught:
         report_of(study)
     assert "\x1b" not in str(caught.value)
+    spoil(write_study(tmp_path / "other"), "\u2028")
+    with pytest.raises(UserError, match=r"name = .* holds '\\u2028', which no figure can show"):
+        report_of(tmp_path / "other")
+    study = write_study(tmp_path / "third")
+    plan = read_sealed(study / "plan.json")
+    plan["runs"][-1]["arm_settings"] = {"alpha": 0.2, "optim.schedule": "a\u2029b"}
+    write_sealed(study / "plan.json", plan)
+    with pytest.raises(UserError, match=r"runs\.\d+\.arm_settings.* holds '\\u2029'"):
+        report_of(study)
 
 
 def test_a_table_alone_says_what_is_left_out_beside_it(command, tmp_path):
