@@ -1,6 +1,17 @@
 """Training objective. For use on its own: `from tutelage.objective import Objective, chunked_objective`."""
 
-from tutelage.config.objective_config import Objective, TopK, TopP
+from tutelage.config.objective_config import (
+    Objective,
+    RandomGate,
+    StudentEntropyGate,
+    TeacherAheadGate,
+    TeacherBetterGate,
+    TeacherCertaintyGate,
+    TeacherConfidenceGate,
+    TeacherEntropyGate,
+    TopK,
+    TopP,
+)
 from tutelage.objective.alpha import Policy, make_policy
 from tutelage.objective.checks import NotFiniteError
 from tutelage.objective.chunked import ObjectiveHead, chunked_objective
@@ -18,6 +29,13 @@ __all__ = [
     "Objective",
     "ObjectiveHead",
     "Policy",
+    "RandomGate",
+    "StudentEntropyGate",
+    "TeacherAheadGate",
+    "TeacherBetterGate",
+    "TeacherCertaintyGate",
+    "TeacherConfidenceGate",
+    "TeacherEntropyGate",
     "TokenStats",
     "TopK",
     "TopP",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
+from tutelage import objective
 from tutelage.config.load import validate
-from tutelage.config.objective_config import ObjectiveConfig
+from tutelage.config.objective_config import GateConfig, ObjectiveConfig
 from tutelage.objective import GATES, TokenStats, make_gate
 
 
@@ -229,3 +231,9 @@ def test_the_default_dtype_of_the_process_does_not_matter(dtype):
         finally:
             torch.set_default_dtype(torch.float32)
     assert states[0] == states[1]
+
+
+def test_the_settings_of_every_gate_are_where_the_objective_is():
+    known = {option.__name__: option for option in get_args(get_args(GateConfig)[0])}
+    assert known.keys() <= set(objective.__all__)
+    assert all(vars(objective)[name] is option for name, option in known.items())
