@@ -62,7 +62,9 @@ def os_errors_to_user_errors(path: Path) -> Iterator[None]:
             raise DiskError(no_space(path)) from None
         if number in _FORBIDDEN:
             reason = os.strerror(number)
-            raise UserError(f"{path}: cannot be written ({reason}); choose another directory") from None
+            raise UserError(
+                f"{path}: cannot be written ({reason}); use a directory where you may write (a copy will do)"
+            ) from None
         raise
 
 
@@ -96,7 +98,7 @@ def refuse_links(path: Path) -> None:
     if sys.platform != "win32":
         for place in (path, *path.parents):
             if place.is_symlink() and place.lstat().st_uid not in {0, os.geteuid()}:
-                raise UserError(f"{place}: a link that another user made; remove it or choose another output")
+                raise UserError(f"{place}: a link that another user made; remove it or use another directory")
 
 
 def own_directory(path: Path) -> Path:
