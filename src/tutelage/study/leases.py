@@ -225,11 +225,15 @@ class Leases:
             return "ours"
         return "free" if self._is_dead(lease.owner) else "theirs"
 
+    def holder(self, run: str) -> str | None:
+        """Token of the runner, dead or alive, that was the last to take `run` and has not given it back."""
+        _, lease = self._read.get(run, (0, None))
+        return None if lease is None or lease.state != "held" else lease.owner
+
     def owner(self, run: str) -> str | None:
         """Host and process of the runner that holds `run`; None if none does, as far as can be seen."""
-        if run not in self._read or self._read[run][1].state != "held":
-            return None
-        runner = read_runner(self._record(self._read[run][1].owner))
+        token = self.holder(run)
+        runner = None if token is None else read_runner(self._record(token))
         return None if runner is None or is_gone(runner) else f"{runner.host} process {runner.pid}"
 
     def others(self) -> dict[str, Runner]:

@@ -44,7 +44,8 @@ class Status:
         active: the runs that runners work on.
         failed: runs that failed for good, with the reason.
         retried: runs of which an attempt failed and that will be tried again.
-        runners: host and process of each runner, and the time since its heartbeat; dead ones are named so.
+        runners: host and process of each runner, and the time since its heartbeat; dead ones are named so, as
+            long as nobody has taken over what they held.
         at_work: whether one of them seems to live, if only between two runs.
         seconds_left: training time of what runs that are not done still have to do, one after the other, by
             measured speed; None before a run is done.
@@ -95,13 +96,18 @@ def read_status(directory: Path) -> Status:
         if word != "done":
             left[run.run] = run.flops * (1 - part_done(state))
     timings = read_timings(directory, plan)
+    holders = {leases.holder(run) for run in left}
     return Status(
         name=plan.name,
         counts=dict(counts),
         active=active,
         failed={run: reason for run, reason in marked.items() if run in left},
         retried=sorted((attempted - marked.keys()) & left.keys()),
-        runners=[_described(runner) for runner in runners(directory).values()],
+        runners=[
+            _described(runner)
+            for token, runner in runners(directory).items()
+            if token in holders or not is_gone(runner)
+        ],
         at_work=not all(is_silent(runner) for runner in living_runners(directory).values()),
         seconds_left=_seconds_left(plan, left, Speeds(timings)),
         timed=len(timings),

@@ -94,6 +94,21 @@ def test_what_is_next_depends_on_who_is_at_work_not_on_what_is_held(nodes, tmp_p
         assert "`tutelage study run` with the same file resumes" in following()
 
 
+def test_a_dead_runner_is_listed_until_its_runs_are_taken_over(nodes, tmp_path):
+    with Leases(tmp_path, beat_seconds=600) as dead, Leases(tmp_path) as heir:
+        record = tmp_path / "queue" / "runners" / f"{dead.token}.json"
+        dead.acquire(nodes[3].id, "recipe")
+        with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+            gone.wait()
+        write_sealed(record, read_sealed(record) | {"pid": gone.pid})
+        listed = read_status(tmp_path).runners
+        assert f"{socket.gethostname()} process {gone.pid}: dead" in listed
+        assert len(listed) == 2
+        heir.refresh()
+        assert heir.acquire(nodes[3].id, "recipe")
+        assert [line.partition(": ")[2][:9] for line in read_status(tmp_path).runners] == ["heartbeat"]
+
+
 def test_what_a_run_has_done_is_not_left(nodes, tmp_path):
     """Of a run that had taken 99% of its steps, all of its time was said to be left."""
     before = read_status(tmp_path).seconds_left
