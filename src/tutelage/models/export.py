@@ -171,7 +171,9 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
     config = read_object(path)
     rows = int(config["vocab_size"]) if isinstance(config.get("vocab_size"), int) else None
     path.write_text(_text(for_older_readers(config) | _model_ids(config, ids, rows)), encoding="utf-8")
-    generation = _generation(None if base is None else base.directory / _GENERATION, ids)
+    named = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    nameless = [index for index in range(rows or 0) if index not in named]
+    generation = _generation(None if base is None else base.directory / _GENERATION, ids, nameless)
     (directory / _GENERATION).write_text(_text(generation), encoding="utf-8")
 
 
@@ -278,8 +280,11 @@ def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int | None) ->
     return found
 
 
-def _generation(base: Path | None, ids: dict[str, int]) -> dict[str, Any]:
-    """Write generation_config.json: the base's, if it has one, with the ids that end and pad a text."""
+def _generation(base: Path | None, ids: dict[str, int], nameless: Sequence[int]) -> dict[str, Any]:
+    """Write generation_config.json: the base's, if it has one, with the ids that end and pad a text.
+
+    Rows of the head that are no token of the tokenizer took no part in training, and are not to be written.
+    """
     settings = read_object(base) if base is not None and base.is_file() else {}
     if settings.get("_from_model_config"):
         settings = {}
@@ -289,6 +294,8 @@ def _generation(base: Path | None, ids: dict[str, int]) -> dict[str, Any]:
     for name in ("bos_token_id", "pad_token_id"):
         if name in ids:
             settings.setdefault(name, ids[name])
+    if nameless:
+        settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or ()), *nameless})
     return settings
 
 

@@ -231,7 +231,12 @@ def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingM
     model.get_input_embeddings().padding_idx = None  # nothing is padded here, so no token may stand still
     beyond = check_length(model, what, length)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
-    notes = tokenizer.notes if beyond is None else (*tokenizer.notes, beyond)
+    notes = [*tokenizer.notes, *([] if beyond is None else [beyond])]
+    if tokenizer.ids > store.vocab_size:
+        notes.append(
+            f"{what}: its tokenizer has {tokenizer.ids:,} ids, {store.path} {store.vocab_size:,}: the others "
+            "get no probability in training and in the scores of this run, and are left as they are"
+        )
     base = Base(tokenizer.directory, tokenizer=tokenizer.is_the_stores)
 
     def check(loaded: PreTrainedModel) -> None:
@@ -241,7 +246,7 @@ def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingM
             check_documents(hub.body_and_head(loaded)[0], what)
 
     loads = None if pending is None else pending.load
-    return _StartingModel(model, config.optim.lr or _FALLBACK_LR, base, notes, loads, check)
+    return _StartingModel(model, config.optim.lr or _FALLBACK_LR, base, tuple(notes), loads, check)
 
 
 def _start(config: RunConfig) -> str:

@@ -335,6 +335,9 @@ def test_a_start_models_tokenizer_template_and_generation_are_kept(chatting, mak
         assert generation["eos_token_id"] == [0, 303]
         assert (generation["temperature"], generation["top_p"]) == (0.6, 0.9)
         assert (generation["bos_token_id"], generation["pad_token_id"]) == (300, 301)
+        assert generation["suppress_tokens"] == [*range(304, 320)]  # no tokens, so nobody trained them
+        notes = json.loads((done.path / "provenance.json").read_text())["notes"]
+        assert any("its tokenizer has 304 ids" in note and " 300: the others" in note for note in notes)
         config = json.loads((done.model / "config.json").read_text())
         assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (0, 300, 301)
         assert (found.bos_token_id, found.pad_token_id) == (300, 301)
