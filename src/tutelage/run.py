@@ -6,7 +6,6 @@ Open the students, open the teacher (write its cache if asked), train, export, s
 from __future__ import annotations
 
 import contextlib
-import glob
 import shutil
 import time
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from tutelage import agreement, processes, provenance
 from tutelage.config.load import to_yaml
 from tutelage.data.store import open_store
+from tutelage.earlier_runs import earlier_runs
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.evals import evaluate
 from tutelage.evals.contamination import anchored
@@ -239,9 +239,11 @@ def _announce(student: Student, progress: Progress) -> None:
     """Write config.yaml, provenance.json and state.json, and tell the user what to know before training."""
     config, directory = student.config, student.directory
     scoring = evaluate.domain_notes(config, directory, student.steps)
-    notes = [*student.notes, *scoring, *_changed_inputs(config, directory)]
+    kept = anchored(config)
+    earlier = earlier_runs(directory, kept.model_dump(mode="json"))
+    notes = [*student.notes, *scoring, *earlier]
     record = provenance.collect(str(student.world.device)) | {"notes": notes}
-    directory.write_config(to_yaml(anchored(config)), record)
+    directory.write_config(to_yaml(kept), record)
     for note in notes:
         progress.note(note)
     if student.epochs > 1:
@@ -253,17 +255,6 @@ def _announce(student: Student, progress: Progress) -> None:
     for text in config.rounding(student.steps, student.parameter_count):
         progress.note(text)
     directory.write_state("running", parameters=student.parameter_count, steps=student.steps)
-
-
-def _changed_inputs(config: RunConfig, directory: RunDirectory) -> Iterator[str]:
-    """A sentence for each run of the same settings, whose inputs must have had other content."""
-    text = to_yaml(anchored(config)).encode()
-    for other in sorted(directory.path.parent.glob(f"{glob.escape(config.name)}-*/config.yaml")):
-        if other.parent != directory.path and other.is_file() and other.read_bytes() == text:
-            yield (
-                f"{other.parent} has the same settings: the token store, or the model that it names as start "
-                "or teacher, has changed since, so this is another run"
-            )
 
 
 def _evaluate(progress: Progress, student: Student) -> None:

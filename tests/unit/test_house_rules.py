@@ -71,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
     "run_directory": _BASE
     | {"checksums", "records", "row_files", "data", "models", "names", "teachers.cache.layout"},
+    "earlier_runs": {"config", "errors", "files", "names", "run_directory"},
     "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
     "train": _BASE
     | _ROOMS
@@ -89,6 +90,7 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "processes",
         "provenance",
+        "earlier_runs",
         "run_directory",
         "run_plan",
         "stopping",

@@ -10,8 +10,9 @@ import pytest
 from training import Notes, losses
 
 from tutelage.config.load import to_yaml
+from tutelage.earlier_runs import earlier_runs
 from tutelage.run import run
-from tutelage.run_directory import RunDirectory
+from tutelage.run_directory import RunDirectory, run_id
 from tutelage.verify import verify
 
 
@@ -101,6 +102,40 @@ def test_rows_that_are_lost_whole_are_named_by_verify_and_by_the_next_start(fini
     notes = Notes()
     run(config(tmp_path / "runs"), notes)
     assert any(f"{log}: cut; the rows after step" in note for note in notes.notes), notes.notes
+
+
+def test_a_run_that_begins_says_what_an_edited_file_leaves_behind(finished, tmp_path):
+    """Whoever stopped a run, changed a setting and went on got another run, without a word."""
+    original, config = finished
+    shutil.copytree(original.path, tmp_path / "runs" / original.id)
+    left = RunDirectory(tmp_path / "runs" / original.id)
+    before = config(tmp_path / "runs")
+
+    def said(changes):
+        settings = before.model_copy(update=changes)
+        begins = RunDirectory(tmp_path / "runs" / run_id(settings))
+        return [*earlier_runs(begins, settings.model_dump(mode="json"))]
+
+    assert said({"seed": before.seed + 1}) == []  # a finished one is as it was meant
+    (renamed,) = said({"name": "new"})
+    assert f"{left.path} (done, " in renamed
+    assert "with name=tiny what it has computed is not computed again" in renamed
+    left.write_state("stopped", step=1)
+    assert said({}) == []  # it goes on
+    assert said({"micro_batch_tokens": 64}) == []
+    (edited,) = said({"seed": before.seed + 1})
+    assert f"{left.path} (stopped, 1 of " in edited
+    assert f"other settings (seed = {before.seed}) and is left as it is" in edited
+    assert said({"name": "new", "seed": before.seed + 1}) == []
+    with left.lock():  # somebody is at it
+        assert said({"seed": before.seed + 1}) == []
+    notes = Notes()
+    run(before.model_copy(update={"seed": before.seed + 1}), notes)
+    assert edited in notes.notes
+    moved = RunDirectory(tmp_path / "runs" / "tiny-00000000")
+    left.path.rename(moved.path)
+    (changed,) = earlier_runs(left, before.model_dump(mode="json"))
+    assert changed.startswith(f"{moved.path} has the same settings: the token store")
 
 
 def test_done_is_what_the_files_say(finished, tmp_path):
