@@ -362,11 +362,11 @@ def _copy_branch_point(student: Student) -> None:
             "and train that run again, or drop runtime.branch_from"
         )
     ours, theirs = _before_decay(config), _before_decay(other.config())
-    for field, value in ours.items():
-        if value != theirs[field]:
+    for field in ours | theirs:
+        if ours.get(field) != theirs.get(field):
             raise UserError(
                 f"runtime.branch_from {other.id}: it is no beginning of this run: {field} is "
-                f"{theirs[field]} there and {value} here"
+                f"{theirs.get(field)} there and {ours.get(field)} here"
             )
     if step > config.optim.decay_start(student.steps, config.global_batch_tokens):
         raise UserError(
@@ -379,9 +379,10 @@ def _copy_branch_point(student: Student) -> None:
         adopt(partial_directory, directory.id, recipe(config))
 
 
-def _before_decay(config: RunConfig) -> dict[str, Any]:
-    """The fields that decide every step before the decay."""
-    return {name: value for name, value in recipe(config).items() if name != "tokens"}
+def _before_decay(config: RunConfig) -> dict[str, object]:
+    """The settings that decide every step before the decay, by their dotted names."""
+    later = {"tokens", "export_dtype", "optim.decay", "optim.final_lr"}
+    return {name: value for name, value in _fields(recipe(config)) if name not in later}
 
 
 __all__ = ["RunDirectory", "Stopped", "UserError", "run", "run_cohort"]

@@ -54,6 +54,23 @@ def test_a_longer_run_from_a_shorter_ones_branch_point_is_bitwise_the_one_traine
         assert branch.state()["tokens"] == alone.state()["tokens"]
 
 
+def test_what_follows_the_branch_point_may_differ_from_the_shorter_run(make_config, tmp_path):
+    """Another decay was refused; weights exported in bfloat16 were a traceback."""
+    changes = {"export_dtype": "bfloat16", "optim": OPTIM | {"decay": 0.5, "final_lr": 0.0}}
+    run(short := budget(make_config, 8))
+    watcher = Began()
+    branch = run(budget(make_config, 16, short, **changes), watcher)
+    assert watcher.step == 6
+    alone = run(budget(make_config, 16, **changes, output=str(tmp_path / "alone")))
+    assert alone.id == branch.id
+    assert_same_weights(branch, alone)
+    with pytest.raises(UserError, match=r"objective\.z_loss is None there and 0\.0001 here"):
+        run(budget(make_config, 16, short, objective={"z_loss": 1e-4}))
+    run(smooth := budget(make_config, 8, objective={"z_loss": 1e-4}))
+    with pytest.raises(UserError, match=r"objective\.z_loss is 0\.0001 there and None here"):
+        run(budget(make_config, 16, smooth))
+
+
 def test_a_branch_goes_on_from_its_own_checkpoint_once_it_has_one(make_config, tmp_path):
     short = budget(make_config, 8)
     run(short)
