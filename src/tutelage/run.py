@@ -17,7 +17,7 @@ from tutelage.data.store import open_store
 from tutelage.earlier_runs import earlier_runs
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.evals import evaluate
-from tutelage.evals.contamination import anchored
+from tutelage.evals.contamination import anchored, read_again
 from tutelage.evals.score_files import read_scores, show_in_card
 from tutelage.files import atomic_directory, check_place, write_text
 from tutelage.models import hub
@@ -241,7 +241,7 @@ def _announce(student: Student, progress: Progress) -> None:
     scoring = evaluate.domain_notes(config, directory, student.steps)
     kept = anchored(config)
     earlier = earlier_runs(directory, kept.model_dump(mode="json"))
-    notes = [*student.notes, *scoring, *earlier]
+    notes = [*student.notes, *scoring, *earlier, *read_again(config, directory.path)]
     record = provenance.collect(str(student.world.device)) | {"notes": notes}
     directory.write_config(to_yaml(kept), record)
     for note in notes:

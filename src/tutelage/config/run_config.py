@@ -150,7 +150,8 @@ class OptimConfig(Section):
         examples=[0.001],
         gt=0,
         le=1e30,
-        description="peak learning rate; default: the shape's tuned one, 1e-5 in stage sft",
+        description="peak learning rate; default: the shape's tuned one, 3e-4 from model.path or model.run, "
+        "1e-5 in stage sft",
     )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW beta1, beta2")
     eps: float = Field(default=1e-8, ge=1e-30, le=1, description="AdamW epsilon")

@@ -82,6 +82,24 @@ def training_text(config: RunConfig, directory: Path) -> TrainingText:
     )
 
 
+def read_again(config: RunConfig, directory: Path) -> Iterator[str]:
+    """A sentence for each run that a run continues and that read the same text in the same order."""
+    own = open_store(config.data.store).fingerprint
+    _, *before = ancestors(config, directory, [])
+    for one, place in before:
+        read = [store.fingerprint for store in _stores(iter([(one, place)]), [])]
+        if read == [own] and _order(one) == _order(config):
+            yield (
+                f"{place.name}, which this run continues, has read this text in this order (data.seed "
+                f"= {one.data.seed}): its batches come again; another data.seed reads in another order"
+            )
+
+
+def _order(config: RunConfig) -> tuple[int, int]:
+    """What decides the order in which a run reads a text."""
+    return config.data.seed, config.data.sequence_length
+
+
 def located(path: Path, config: RunConfig, directory: Path) -> Path:
     """Find a path of a run's configuration from any working directory.
 

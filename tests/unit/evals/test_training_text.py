@@ -15,7 +15,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.data.build import build_store
 from tutelage.data.store import open_store
-from tutelage.evals.contamination import training_text
+from tutelage.evals.contamination import read_again, training_text
 from tutelage.run import run
 from tutelage.teachers.cache.cache_writer import write_cache
 
@@ -78,6 +78,21 @@ def test_a_run_that_goes_on_from_another_has_seen_its_text(make_config, first, o
     rows = pl.read_ndjson(directory.scores)
     assert set(rows["role"]) == {"in_domain"}
     assert rows.filter(metric="overlap_documents")["value"].to_list() == [0.0]
+
+
+@pytest.mark.parametrize("how", ["run", "path"])
+def test_a_run_that_reads_again_what_it_goes_on_from_has_read_is_told(make_config, store, first, how):
+    """By default the second reads the same text in the same order: its first batches are the first's."""
+    start = {how: first.id if how == "run" else str(first.model)}
+    text = {"store": str(first.config().data.store), "sequence_length": 32}
+
+    def told(**changes):
+        config = make_config(model=start, data=text | changes)
+        return [*read_again(config, config.output / "second")]
+
+    (note,) = told()
+    assert note.startswith(f"{first.id}, which this run continues, has read this text in this order")
+    assert told(seed=7) == told(sequence_length=64) == told(store=str(store)) == []
 
 
 @pytest.mark.parametrize("how", ["run", "model", "cache"])
