@@ -267,12 +267,16 @@ class RunDirectory:
         """What to do to have the model that is not there."""
         if self.lacks_weights():
             return f"only results are here, without weights; delete {self.path} and train that run again"
+        if self._at_last_step(self.state()):
+            return "the same `tutelage train` writes it again from the last checkpoint"
         return "train that run to its end first"
 
-    def _has_model(self, state: Mapping[str, Any]) -> bool:
+    def _at_last_step(self, state: Mapping[str, Any]) -> bool:
         step = state.get("step")
-        is_last = isinstance(step, int) and step == state.get("steps", step)
-        return is_last and (self.model / "config.json").is_file()
+        return isinstance(step, int) and step == state.get("steps", step)
+
+    def _has_model(self, state: Mapping[str, Any]) -> bool:
+        return self._at_last_step(state) and (self.model / "config.json").is_file()
 
     def write_state(self, status: str, **fields: object) -> None:
         """Update state.json: `status` is running, stopped, done or failed; other fields stay."""

@@ -181,7 +181,11 @@ def _model_of(directory: RunDirectory, status: str) -> Path | str:
         return directory.model
     if status == _DAMAGED:
         return "not known to be finished: see error"
-    return directory.to_have_model() if directory.lacks_weights() else "not yet: `tutelage train` goes on"
+    if directory.lacks_weights():
+        return directory.to_have_model()
+    return (
+        f"not there; {directory.to_have_model()}" if status == "done" else "not yet: `tutelage train` goes on"
+    )
 
 
 def _show_cache(path: Path) -> None:

@@ -158,6 +158,8 @@ def _run(path: Path) -> EvaluatedModel:
     state = directory.state()
     if directory.lacks_weights():
         raise UserError(f"{path}: {directory.to_have_model()}")
+    if not directory.model.is_dir() and state.get("status") == "done":
+        raise UserError(f"{path}: its model is not there; {directory.to_have_model()}")
     if not directory.model.is_dir():
         progress = (
             f"{state.get('status', 'not started')}, step {state.get('step', 0)} of {state.get('steps', '?')}"

@@ -155,6 +155,17 @@ def test_done_is_what_the_files_say(finished, tmp_path):
     assert copy.recent_ce() is None
 
 
+def test_a_lost_model_is_not_said_to_be_untrained(finished, tmp_path, command):
+    """It was "done, step 12 of 12", and had not finished training."""
+    original, _ = finished
+    shutil.copytree(original.path, tmp_path / "runs" / original.id)
+    shutil.rmtree(tmp_path / "runs" / original.id / "model")
+    again = "not there; the same `tutelage train` writes it again from the last checkpoint"
+    assert again in command("show", original.id)[1]
+    code, _, said = command("eval", "score", original.id)
+    assert (code, f"its model is {again}" in said) == (2, True), said
+
+
 def test_results_without_weights_say_how_to_have_the_weights(finished, tmp_path, command):
     original, config = finished
     copy = RunDirectory(tmp_path / "runs" / original.id)
