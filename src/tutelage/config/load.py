@@ -159,7 +159,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: a directory; give a file of settings (YAML)") from None
+        own = path / "config.yaml"  # of a run
+        hint = f"; {own} has those of this run" if own.is_file() else ""
+        raise UserError(f"{path}: a directory; give a file of settings (YAML){hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     raw = parse(text, str(path))

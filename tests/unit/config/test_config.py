@@ -259,6 +259,9 @@ def test_a_file_of_another_kind_is_named_in_one_line(tmp_path):
             assert "\n" not in str(wrong.value)
     with pytest.raises(UserError, match="a directory; give a file of settings"):
         load(RunConfig, tmp_path)
+    (tmp_path / "config.yaml").write_text("name: a")
+    with pytest.raises(UserError, match=r"\(YAML\); .*config\.yaml has those of this run$"):
+        load(RunConfig, tmp_path)
 
 
 def test_a_section_of_another_kind_replaces_one(tmp_path):
