@@ -132,7 +132,7 @@ def plan_run(config: RunConfig, hardware: Hardware) -> RunPlan:
     return RunPlan(
         hardware=hardware,
         memory=plan_memory(needs),
-        remedies=list(remedies(needs, config.data.sequence_length, hardware.memory)),
+        remedies=list(remedies(needs, length, hardware.memory, more_devices=not hardware.shared)),
         least=least_memory(needs),
         steps=steps,
         tokens=steps * config.global_batch_tokens,

@@ -73,6 +73,7 @@ class Hardware:
         devices: how many there are.
         memory: bytes on each that a run may fill.
         cuda: whether they are GPUs of NVIDIA's.
+        shared: whether they are processes on one memory, of which more of them have no more.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Hardware:
     devices: int
     memory: float
     cuda: bool
+    shared: bool = False
 
     @property
     def kind(self) -> str:
@@ -105,7 +107,8 @@ class Hardware:
         """
         from tutelage.models.hub import pick_device  # noqa: PLC0415 - as below
 
-        return cls.here(pick_device(asked).type, processes)
+        here = cls.here(pick_device(asked).type, processes)
+        return replace(here, memory=here.memory / processes) if here.shared else here
 
     @classmethod
     def here(cls, kind: str, processes: int, *, free: bool = True) -> Hardware:
@@ -117,7 +120,7 @@ class Hardware:
             free: False to count all memory of a GPU.
         """
         if kind != "cuda":
-            return cls("cpu", find_device("cpu"), processes, _available(), cuda=False)
+            return cls("cpu", find_device("cpu"), processes, _available(), cuda=False, shared=True)
         import torch  # noqa: PLC0415 - the plan for devices of the table needs none
 
         name = torch.cuda.get_device_name()

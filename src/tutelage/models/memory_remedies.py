@@ -40,7 +40,9 @@ def least_memory(needs: Footprint) -> float:
     return plan_memory(replace(needs, recomputation="full", chunk=_SMALLEST_CHUNK)).total
 
 
-def remedies(needs: Footprint, sequence_length: int, memory: float) -> Iterator[Remedy]:
+def remedies(
+    needs: Footprint, sequence_length: int, memory: float, *, more_devices: bool = True
+) -> Iterator[Remedy]:
     """Changes that lower the memory of a run, each on its own; then all of them together.
 
     Where a number is to be chosen it is the first that makes the run fit, or the last that helps.
@@ -49,9 +51,11 @@ def remedies(needs: Footprint, sequence_length: int, memory: float) -> Iterator[
         needs: what the memory depends on.
         sequence_length: tokens of a sequence.
         memory: bytes that a device has.
+        more_devices: whether more processes would have more memory together.
     """
     now, together, tried = plan_memory(needs).total, needs, 0
-    for setting, change in _changes(needs, sequence_length, memory):
+    devices = _MORE if more_devices else ()
+    for setting, change in _changes(needs, sequence_length, memory, devices):
         found = plan_memory(replace(needs, **change)).total
         if found < now:
             together, tried = replace(together, **change), tried + 1
@@ -60,7 +64,7 @@ def remedies(needs: Footprint, sequence_length: int, memory: float) -> Iterator[
         yield Remedy("all of these", plan_memory(together).total)
 
 
-def _changes(needs: Footprint, length: int, memory: float) -> Iterator[Change]:
+def _changes(needs: Footprint, length: int, memory: float, devices: Sequence[int]) -> Iterator[Change]:
     micro, passes = needs.micro_batch, needs.micro_batches
     parts = [n for n in range(2, micro // length + 1) if micro // length % n == 0]
     smaller = [
@@ -75,7 +79,7 @@ def _changes(needs: Footprint, length: int, memory: float) -> Iterator[Change]:
     processes = needs.replicate * needs.shards
     if needs.replicate > 1:
         yield "parallel.replicate=1", {"replicate": 1, "shards": processes}
-    more = [(f"{n * processes} processes, one per device", _shared(needs, n)) for n in _MORE]
+    more = [(f"{n * processes} processes, one per device", _shared(needs, n)) for n in devices]
     yield from _first_fitting(needs, more, memory)
     yield from _of_teacher(needs)
     if not needs.half:

@@ -51,6 +51,17 @@ def test_what_may_fit_is_trained_with_a_warning(make_config, free):
     assert [note for note in notes.warnings if "it may need" in note and "turn: " in note]
 
 
+def test_processes_on_a_cpu_have_its_memory_together(make_config, monkeypatch):
+    """Each was said to have all of it, and more of them to need less."""
+    monkeypatch.setattr("tutelage.models.devices._available", lambda: 8e5)
+    assert Hardware.of_run("cpu", 4).memory == 2e5
+    named, config = Hardware.named("cpu", 1), make_config(model={"shape": "nano-20m"})
+    small = Hardware(named.name, named.device, 1, 8e5, named.cuda)
+    for hardware, advised in ((small, True), (Hardware.of_run("cpu", 1), False)):
+        settings = [one.setting for one in plan_run(config, hardware).remedies]
+        assert any("processes, one per device" in one for one in settings) == advised
+
+
 def test_processes_that_cannot_share_a_step_get_no_plan(make_config):
     config = make_config()
     sequences = config.global_batch_tokens // config.data.sequence_length
