@@ -41,6 +41,14 @@ def test_what_is_broken_says_how_to_mend_it(checks):
     assert [check.name for check in checks.values() if check.ok and check.fix is not None] == []
 
 
+def test_a_command_that_mends_is_not_broken_by_a_narrow_screen(command, monkeypatch):
+    mend = "/home/someone/a/long/way/.venv/bin/python -m pip install -e '/home/someone/tutelage[trackers]'"
+    found = [doctor.Check("wandb", ok=False, required=False, detail="not installed", fix=mend)]
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert mend in command("doctor")[1]
+
+
 def test_an_absent_part_is_reported_with_its_command():
     check = doctor._optional("tutelage_no_such_module", "pip install it")
     assert (check.ok, check.required, check.detail, check.fix) == (

@@ -181,7 +181,8 @@ def doctor() -> None:
     for check in checks:
         out.print("ok" if check.ok else "--", style="green" if check.ok else "yellow", end="  ")
         out.print(f"{check.name:<22}", end="")
-        out.print(check.detail + (f"  ->  {check.fix}" if check.fix else ""))
+        # A command that is broken where the screen ends cannot be copied.
+        out.print(check.detail + (f"  ->  {check.fix}" if check.fix else ""), soft_wrap=True)
     broken = [check.name for check in checks if check.required and not check.ok]
     say("next", f"mend {', '.join(broken)}" if broken else "everything needed works: `tutelage demo`")
     raise typer.Exit(int(bool(broken)))
