@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config.base import parse_tokens
 from tutelage.config.load import digest, merged, validate
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
+from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops, kd_cost_factor, parameters, training_flops
@@ -90,6 +91,7 @@ class Node:
         cost: estimate of its cost.
         replicate: place of its seed in a study whose seeds have teachers of their own, each a whole
             repetition of the study; else 0.
+        cache: what tells the cache that it reads from others, and FLOPs of writing that; None without one.
     """
 
     id: str
@@ -98,6 +100,7 @@ class Node:
     needs: tuple[str, ...]
     cost: Cost
     replicate: int = 0
+    cache: tuple[str, float] | None = None
 
     @property
     def directory(self) -> RunDirectory:
@@ -169,8 +172,22 @@ class _Binder:
         config = pinned(config)
         needs = tuple(self.nodes[name].id for name in cell.needs)
         replicate = self._replicates.get(cell.seed, 0)
-        node = self.nodes[cell.name] = Node(run_id(config), cell, config, needs, cost, replicate)
+        made = run_id(config), cell, config, needs, cost, replicate, self._cache(cell, config)
+        node = self.nodes[cell.name] = Node(*made)
         return node
+
+    def _cache(self, cell: Cell, config: RunConfig) -> tuple[str, float] | None:
+        """The cache of its teacher's targets that the run of a cell reads."""
+        spec = None if cell.teacher is None else self.teachers[cell.teacher]
+        if config.teacher is None or spec is None or spec.cache is None or spec.control is not None:
+            return None
+        text, length = open_store(config.data.store).manifest, config.data.sequence_length
+        parts = beside(cell, self.teachers)
+        flops = sum(teacher_forward_flops(part, self.vocab_size, length) for part in parts)
+        key = digest(
+            [config.teacher.model_dump(mode="json"), config.data.model_dump(mode="json", exclude={"seed"})]
+        )
+        return key, flops * text.splits["train"].tokens
 
     @cached_property
     def _replicates(self) -> dict[int, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tutelage.study.timings import Speeds, Timing, makespan, part_done
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tutelage.progress import Progress
     from tutelage.study.nodes import Node
@@ -150,12 +150,27 @@ class _Clock:
         ended = standing.finished | standing.failed.keys()
         rest = [node for node in standing.nodes if node.id not in ended]
         costs = {node.id: self._seconds(node) for node in rest}
+        for run, seconds in self._caching(standing, rest):
+            costs[run] += seconds
         if any(math.isnan(cost) for cost in costs.values()):
             return math.nan
         needs = {node.id: [need for need in node.needs if need in costs] for node in rest}
         widths = {node.id: node.config.parallel.processes for node in rest}
         others = sum(widths[run] for run in standing.elsewhere if run in widths)
         return makespan(costs, needs, max(self._slots + others, *widths.values(), 1), widths)
+
+    def _caching(self, standing: StudyProgress, rest: Sequence[Node]) -> Iterator[tuple[str, float]]:
+        """Seconds that caches of targets still take, with the run that writes each.
+
+        That is the first of those that read it, as long as none of them has taken a step.
+        """
+        begun = {run for run, state in self._states.items() if state.get("step", 0)} | standing.finished
+        written = {node.cache[0] for node in standing.nodes if node.cache is not None and node.id in begun}
+        for node in rest:
+            if node.cache is not None and node.cache[0] not in written:
+                written.add(node.cache[0])
+                speed = self._speeds.of(*_likeness(node))
+                yield node.id, math.nan if speed is None else node.cache[1] / speed
 
     def _seconds(self, node: Node) -> float:
         """Seconds of a device that a run still takes."""

@@ -9,10 +9,15 @@ import sys
 
 import pytest
 from rich.console import Console
+from tiny_study import tiny_study
 
 from tutelage.cli.bars import RichProgress, err, out
 from tutelage.cli.study_output import print_status
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
+from tutelage.models.flops import forward_flops
+from tutelage.models.shapes import find_shape
+from tutelage.progress import NullProgress
 from tutelage.records import read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.study.cost import Machine, forecast
@@ -210,3 +215,40 @@ def test_in_a_terminal_the_table_has_state_loss_speed_and_time_left(nodes, tmp_p
     assert "elsewhere" in next(line for line in last_drawn if nodes[2].cell.name in line)
     assert "2 of 11 runs are finished already" in shown
     assert any("2 done · 1 failed" in line for line in last_drawn if "11 runs" in line)
+
+
+class Left(NullProgress):
+    """Remembers how many seconds a study was said to have left."""
+
+    def describe(self, stage, figures):
+        if stage.endswith(" runs"):
+            self.seconds = figures["seconds_left"]
+
+
+def test_a_cache_that_is_still_to_be_written_takes_time(store, other_store, tmp_path):
+    """The time left was that of the runs that read it, as if it were there."""
+    taught_by = {"product": {"teacher": ["weak"], "alpha": [0.2, 0.4]}}
+    study = tiny_study(
+        teachers={"weak": {"shape": "nano-20k", "tokens": "4K", "cache": {}}},
+        students={"main": {"shape": "nano-50k", "tokens": "4K", "grid": taught_by}},
+    )
+    stores = Stores(store, dict.fromkeys(study.domains, other_store), {}, {})
+    nodes = bind(expand(study), stores, tmp_path / "runs", 300)
+    for node in nodes:
+        node.directory.path.mkdir(parents=True)
+        node.directory.write_state(
+            "done", seconds=node.cost.total / 1e6, scoring_seconds=0.0, step=4, steps=4
+        )
+    taught = [node for node in nodes if node.config.teacher is not None]
+    others = {node.id for node in nodes if node.config.teacher is None}
+    tokens, length = open_store(store).manifest.splits["train"].tokens, taught[0].config.data.sequence_length
+    writing = tokens * forward_flops(find_shape("nano-20k"), 300, length) / 1e6
+    training = sum(node.cost.total for node in taught) / 1e6
+    reporter = StudyReporter(told := Left(), nodes, 1)
+    reporter.show(StudyProgress(nodes, set(), set(), others, {}))
+    assert len(taught) == 2
+    assert told.seconds == pytest.approx(training + writing)  # one cache for both
+    first = taught[0]
+    first.directory.write_state("running", seconds=first.cost.total / 4e6, step=1, steps=4)
+    reporter.show(StudyProgress(nodes, {first.id}, set(), others, {}))
+    assert told.seconds == pytest.approx(training - first.cost.total / 4e6)
