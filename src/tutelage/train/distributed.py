@@ -14,7 +14,6 @@ import torch
 from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tutelage import agreement, processes
 from tutelage.errors import UserError, one_line
@@ -101,7 +100,7 @@ def _join(
     except dist.DistError as error:  # two processes on one GPU, for example
         raise UserError(f"the processes cannot exchange messages: {one_line(error)}") from None
     for group in mesh.get_all_groups():  # new groups take torch's own timeout, not that of all processes
-        _set_pg_timeout(wait, group)
+        group.set_timeout(wait)
     return mesh
 
 

@@ -43,9 +43,16 @@ def no_group(monkeypatch, cuda):
             def __exit__(self, *_):
                 return None
 
+        class Group:
+            def __init__(self, name):
+                self._name = name
+
+            def set_timeout(self, wait):
+                done.append(("timeout", wait.total_seconds(), self._name))
+
         class Mesh:
             def get_all_groups(self):
-                return ["a", "b"]
+                return [Group("a"), Group("b")]
 
         def mesh(device_type, shape, *, mesh_dim_names):
             done.append(("mesh", device_type, shape, mesh_dim_names))
@@ -59,11 +66,6 @@ def no_group(monkeypatch, cuda):
         monkeypatch.setattr(distributed, "PrefixStore", lambda _, store: store)
         monkeypatch.setattr(distributed.dist, "init_process_group", group)
         monkeypatch.setattr(distributed, "init_device_mesh", mesh)
-        monkeypatch.setattr(
-            distributed,
-            "_set_pg_timeout",
-            lambda wait, group: done.append(("timeout", wait.total_seconds(), group)),
-        )
         world = distributed.start(RuntimeConfig(device="cuda"), parallel or ParallelConfig(timeout=90))
         return done, world
 
