@@ -187,7 +187,7 @@ def read_manifest_file(
         version: the schema version that this package reads.
         field: a field that tells this kind of manifest from others, in every version.
         what: the kind of directory, in words: "token store".
-        remedy: the command that makes one.
+        remedy: what makes one, in words: "`tutelage data build`".
 
     Raises:
         UserError: it is missing, damaged, is no such manifest, or has another schema version.
@@ -195,7 +195,7 @@ def read_manifest_file(
     path = directory / "manifest.json"
     if not path.exists():
         missing = "has no manifest.json" if directory.is_dir() else "no such directory"
-        raise UserError(f"{directory}: not a {what} ({missing}); `{remedy}` makes one")
+        raise UserError(f"{directory}: not a {what} ({missing}); {remedy} makes one")
     try:
         text = _text(path)
         head = _parse(path.name, text, _Head)
@@ -203,7 +203,7 @@ def read_manifest_file(
         if head.schema_version != version and field in fields:
             raise UserError(
                 f"{directory}: {what} of schema version {head.schema_version}, this version reads {version}; "
-                f"build it again with `{remedy}`"
+                f"build it again with {remedy}"
             )
         fields = {"schema_version": head.schema_version, **fields}
         fields.pop(_SEAL, None)
@@ -211,7 +211,7 @@ def read_manifest_file(
     except UnreadableError as error:
         raise UserError(f"{path}: not the manifest of a {what} ({error.reason})") from None
     if text != sealed(fields):
-        raise UserError(f"{path}: damaged: it is not what was written; delete it and run `{remedy}` again")
+        raise UserError(f"{path}: damaged: it is not what was written; delete it and run {remedy} again")
     return manifest
 
 

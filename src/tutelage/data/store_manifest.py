@@ -158,7 +158,7 @@ def read_manifest(store: Path) -> Manifest:
         version=SCHEMA_VERSION,
         field="sources",
         what="token store",
-        remedy="tutelage data build",
+        remedy="`tutelage data build`",
     )
     _check_complete(store / "manifest.json", manifest)
     return manifest

@@ -397,6 +397,27 @@ def test_a_cache_of_other_content_under_the_same_name_is_not_touched(teaching, t
     assert tree(path) == before
 
 
+def test_a_finished_cache_of_other_content_in_its_place_is_not_taken_for_it(teaching, tree):
+    config = teaching()
+    other = write_cache(teaching(teacher={"kind": "uniform"}))
+    path = write_cache(config)
+    assert read_cache_manifest(path).fingerprint == plan_cache(config).fingerprint
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    with pytest.raises(UserError, match="holds a teacher cache of other content"):
+        write_cache(config)
+    assert tree(path) == tree(other)
+
+
+def test_a_shard_of_another_cache_is_written_again(teaching, tree):
+    config = teaching()
+    path, other = write_cache(config), write_cache(teaching(seed=1))
+    expected = tree(path)
+    shutil.copy(other / "shards" / "000003.bin", path / "shards" / "000003.bin")
+    write_cache(config)
+    assert tree(path) == expected
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 512 KB."""

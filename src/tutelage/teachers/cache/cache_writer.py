@@ -24,7 +24,7 @@ from tutelage.records import write_manifest_file
 from tutelage.stopping import stop_signal
 from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
-from tutelage.teachers.cache.reader import file_sha256, open_cache
+from tutelage.teachers.cache.reader import file_sha256
 from tutelage.teachers.cache.shard import ShardFile, ShardWriter
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from tutelage.config.teacher_config import TeachConfig
     from tutelage.progress import Progress
-    from tutelage.teachers.cache.job import CacheJob
+    from tutelage.teachers.cache.job import CacheJob, CachePlan
     from tutelage.teachers.cache.layout import CacheManifest
     from tutelage.teachers.cache.shard import Packed
 
@@ -59,7 +59,7 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
     """
     progress = progress or NullProgress()
     plan = plan_cache(config)
-    if _is_finished(plan.path):
+    if _is_finished(plan):
         remove_stale_files(plan.path)
         progress.note(f"{plan.path} is finished; nothing to do")
         return plan.path
@@ -86,12 +86,27 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
     return plan.path
 
 
-def _is_finished(path: Path) -> bool:
+def _is_finished(plan: CachePlan) -> bool:
+    """Whether the cache is there, by its manifest, head and the indexes of its shards.
+
+    Raises:
+        UserError: there is one of other content.
+    """
     try:
-        open_cache(path).check_head()
+        manifest = read_cache_manifest(plan.path)
     except UserError:
         return False
-    return True
+    if manifest.fingerprint != plan.fingerprint:
+        raise _of_other_content(plan.path)
+    has_head = manifest.head_sha256 in (None, file_sha256(plan.path / HEAD_FILE))
+    return has_head and not ShardIndex(plan.path, manifest).missing()
+
+
+def _of_other_content(path: Path) -> UserError:
+    return UserError(
+        f"{path}: holds a teacher cache of other content, which was put there; move it away or delete it, "
+        "or choose another name or output"
+    )
 
 
 def _check_space(job: CacheJob, tokens: int) -> None:
@@ -120,7 +135,7 @@ def _write_manifest(job: CacheJob, stop: threading.Event) -> None:
             _remove_leftovers(path / name)
         known = read_cache_manifest(path) if (path / MANIFEST_FILE).exists() else manifest
         if known.fingerprint != manifest.fingerprint or known.layout != manifest.layout:
-            raise UserError(f"{path}: holds a teacher cache of other content; choose another name or output")
+            raise _of_other_content(path)
         sha256 = known.head_sha256
         if manifest.format.kind == "hidden" and (sha256 is None or file_sha256(path / HEAD_FILE) != sha256):
             with atomic_write(path / HEAD_FILE) as partial:
@@ -168,7 +183,7 @@ class ShardIndex:
 
     def refresh(self) -> None:
         """Look for shards that other processes have finished."""
-        present = {path.name for path in (self._cache / "shards").iterdir()}
+        present = {path.name for path in (self._cache / "shards").glob("*.bin")}
         for shard in self.missing():
             if self.file(shard).name in present:
                 self.is_finished(shard)

@@ -33,6 +33,7 @@ from tutelage.teachers.cache.layout import (
     Layout,
     TeacherRecord,
     read_cache_manifest,
+    targets_fingerprint,
 )
 from tutelage.teachers.cache.shard import INDEX_BYTES, packed
 from tutelage.teachers.kinds import TEACHERS, TeacherContext, locate
@@ -72,6 +73,13 @@ class CachePlan:
     teacher_fingerprint: str
     states: tuple[ModelState, ...]
     path: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """What the manifest's `fingerprint` is to be."""
+        teacher = self.teacher_fingerprint, _attention(self.teacher)
+        context_length = self.config.context_length
+        return targets_fingerprint(self.config, self.store.fingerprint, context_length, *teacher)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ from tutelage.types import LogitTransform
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tutelage.config.teacher_config import TeachConfig
+
 SCHEMA_VERSION = 3
 """Raised when the files of a cache change. It is part of a cache's name, so old ones are not continued.
 1: the manifest listed the finished shards with a checksum of each. 2: it said nothing of a document
@@ -28,6 +30,8 @@ mask and had no seal."""
 
 MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"
+WRITERS = "`tutelage teach` (or the run or study that keeps it)"
+"""What writes a cache and what is missing of it, for messages."""
 
 
 class TeacherRecord(Record, extra="forbid"):
@@ -131,13 +135,24 @@ class CacheManifest(Record, extra="forbid"):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over what determines the targets; name, place, shards and compression do not count."""
-        content = self.model_dump(
-            mode="json",
-            include={"store", "split", "document_mask", "dtype", "format", "temperature", "seed"},
-        ) | {"teacher": self.teacher.fingerprint, "context_length": self.layout.context_length}
-        if self.teacher.attn_implementation is not None:
-            content["attn_implementation"] = self.teacher.attn_implementation
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        teacher = self.teacher.fingerprint, self.teacher.attn_implementation
+        return targets_fingerprint(self, self.store, self.layout.context_length, *teacher)
+
+
+def targets_fingerprint(
+    settings: CacheManifest | TeachConfig,
+    store: str,
+    context_length: int,
+    teacher: str,
+    attn_implementation: str | None,
+) -> str:
+    """The `fingerprint` of a cache with these settings, store, context length and teacher."""
+    names = {"document_mask", "dtype", "format", "temperature", "seed"}
+    content = settings.model_dump(mode="json", include=names)
+    content |= {"store": store, "split": "train", "teacher": teacher, "context_length": context_length}
+    if attn_implementation is not None:
+        content["attn_implementation"] = attn_implementation
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_cache_manifest(cache: Path) -> CacheManifest:
@@ -152,5 +167,5 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
         version=SCHEMA_VERSION,
         field="teacher",
         what="teacher cache",
-        remedy="tutelage teach",
+        remedy=WRITERS,
     )

@@ -15,7 +15,7 @@ from tutelage.errors import UserError
 from tutelage.files import regular
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
-from tutelage.teachers.cache.layout import HEAD_FILE, read_cache_manifest
+from tutelage.teachers.cache.layout import HEAD_FILE, WRITERS, read_cache_manifest
 from tutelage.teachers.cache.shard import ShardFile
 from tutelage.teachers.live import Teacher
 from tutelage.types import DenseTargets, SparseTargets
@@ -131,7 +131,7 @@ class Cache:
         expected = self.manifest.head_sha256
         if expected is not None and file_sha256(self.path / HEAD_FILE) != expected:
             raise UserError(
-                f"{self.path / HEAD_FILE}: missing or damaged; run the same `tutelage teach` again to mend it"
+                f"{self.path / HEAD_FILE}: missing or damaged; run the same {WRITERS} again to mend it"
             )
 
     def _rows(self, start: int, length: int) -> CachedRows:
@@ -175,7 +175,7 @@ def open_cache(path: Path | str) -> Cache:
         known = sum(file.removesuffix(".bin").isdecimal() for file in present)
         raise UserError(
             f"{missing}: missing, {known} of {layout.shards} shards done; "
-            "run the same `tutelage teach` again, which computes just what is missing"
+            f"run the same {WRITERS} again, which computes just what is missing"
         )
     sizes = [ShardFile(path, manifest, shard).bytes for shard in range(layout.shards)]
     return Cache(path, manifest, sum(sizes))

@@ -18,6 +18,7 @@ import zstandard
 
 from tutelage.errors import UserError
 from tutelage.files import regular
+from tutelage.teachers.cache.layout import WRITERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,5 +145,5 @@ class ShardFile:
         tokens = tokens or self._manifest.layout.positions_of(self._shard)
         return UserError(
             f"{self._path}: damaged ({what}, tokens {tokens.start:,} to {tokens.stop - 1:,}); "
-            "delete this file and run the same `tutelage teach` again, which computes just it"
+            f"delete this file and run the same {WRITERS} again, which computes just it"
         )
