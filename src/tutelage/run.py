@@ -26,7 +26,7 @@ from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, 
 from tutelage.run_plan import check_fits, out_of_memory
 from tutelage.stopping import stop_signal
 from tutelage.train import distributed
-from tutelage.train.checkpoint_files import BRANCH_POINT, adopt, checkpoint_name, damage
+from tutelage.train.checkpoint_files import adopt, checkpoint_name, damage
 from tutelage.train.loop import train
 from tutelage.train.out_of_memory import LackOfMemoryError
 from tutelage.train.parallel import use_model
@@ -350,16 +350,18 @@ def _copy_branch_point(student: Student) -> None:
     if config.runtime.branch_from is None or directory.saved():
         return
     other = RunDirectory(config.output / config.runtime.branch_from)
-    step, found = next(iter(other.saved(BRANCH_POINT).items()), (0, None))
-    if found is None:
+    kept = other.branch_point()
+    if kept is None:
         raise UserError(
             f"runtime.branch_from {other.id}: {other.path} has no checkpoint from where its decay "
-            "begins; train it with checkpoint.keep_before_decay: true, or drop runtime.branch_from"
+            "begins; train it with checkpoint.keep_before_decay: true, or drop runtime.branch_from (in a "
+            "study, the same command does)"
         )
+    step, found = kept
     if (reason := damage(found)) is not None:
         raise UserError(
             f"runtime.branch_from {other.id}: {found} cannot be started from ({reason}); remove {other.path} "
-            "and train that run again, or drop runtime.branch_from"
+            f"and train that run again, or drop runtime.branch_from (in a study, remove {found})"
         )
     ours, theirs = _before_decay(config), _before_decay(other.config())
     for field in ours | theirs:

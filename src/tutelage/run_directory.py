@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
+BRANCH_POINT = "branch-point-"
+"""Prefix of the checkpoint that longer runs start from."""
+
+
 def run_id(config: RunConfig) -> str:
     """Return `<name>-<hash8>`, the name of the run's directory.
 
@@ -235,6 +239,10 @@ class RunDirectory:
         name = re.compile(re.escape(prefix) + "step-([0-9]{1,18})")
         matches = [(name.fullmatch(path.name), path) for path in self.checkpoints.iterdir() if path.is_dir()]
         return dict(sorted((int(match[1]), path) for match, path in matches if match is not None))
+
+    def branch_point(self) -> tuple[int, Path] | None:
+        """Step and place of the checkpoint that longer runs start from, if it was kept."""
+        return next(iter(self.saved(BRANCH_POINT).items()), None)
 
     def state(self) -> dict[str, Any]:
         """Contents of state.json; empty before the run has started, and where they cannot be read."""

@@ -17,10 +17,10 @@ from tutelage.files import read_bytes
 from tutelage.models.directory import check_directory
 from tutelage.records import UnreadableError, is_sealed, read_object, read_sealed
 from tutelage.row_files import checked_rows, split_row
-from tutelage.run_directory import RunDirectory
+from tutelage.run_directory import BRANCH_POINT, RunDirectory
 from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import verify_cache
-from tutelage.train.checkpoint_files import BRANCH_POINT, COUNTERS, damage
+from tutelage.train.checkpoint_files import COUNTERS, damage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

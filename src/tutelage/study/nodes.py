@@ -19,7 +19,7 @@ from tutelage.study.cells import beside
 from tutelage.study.given_models import teacher_forward_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tutelage.config.study_config import StudyConfig, TeacherSpec
@@ -170,9 +170,14 @@ class _Binder:
         if cell.compute_of is not None:
             config = config.model_copy(update={"tokens": cost.tokens})
         config = pinned(config)
+        run = run_id(config)
+        if cell.branch_from is not None and _begins_anew(run, config, self.nodes[cell.branch_from]):
+            config = config.model_copy(
+                update={"runtime": config.runtime.model_copy(update={"branch_from": None})}
+            )
         needs = tuple(self.nodes[name].id for name in cell.needs)
         replicate = self._replicates.get(cell.seed, 0)
-        made = run_id(config), cell, config, needs, cost, replicate, self._cache(cell, config)
+        made = run, cell, config, needs, cost, replicate, self._cache(cell, config)
         node = self.nodes[cell.name] = Node(*made)
         return node
 
@@ -227,6 +232,27 @@ class _Binder:
             for name, spec in self.study.domains.items()
         ]
         return [inside, *outside]
+
+
+def _begins_anew(run: str, config: RunConfig, shorter: Node) -> bool:
+    """Whether a branch that has not begun is trained from its beginning, which has the same result.
+
+    The shorter run is finished and has no branch point: it was trained when none was longer, or only its
+    results were copied here.
+    """
+    begun = RunDirectory(config.output / run).saved()
+    return not begun and shorter.directory.is_done() and shorter.directory.branch_point() is None
+
+
+def begun_anew(nodes: Sequence[Node]) -> Iterator[str]:
+    """A line for each branch that is still to be trained from its beginning."""
+    for node in nodes:
+        shorter = node.cell.branch_from
+        if shorter is not None and node.config.runtime.branch_from is None and not node.directory.is_done():
+            yield (
+                f"{node.cell.name} is trained from its beginning: {shorter} is finished and has no "
+                "checkpoint from where its decay begins"
+            )
 
 
 def _teacher_section(

@@ -16,7 +16,7 @@ from tutelage.files import lock_when_free, make_directory
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases
-from tutelage.study.nodes import Stores, bind, check_cells
+from tutelage.study.nodes import Stores, begun_anew, bind, check_cells
 from tutelage.study.plan import Plan, plan_of, save_plan
 from tutelage.study.runner import run_all
 from tutelage.study.texts import check_texts, other_texts
@@ -74,7 +74,7 @@ def run_study(
         with _preparation_lock(directory, leases, progress):
             stores = build_stores(expanded, directory / "data", engine, leases, progress)
             nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
-            for line in check_texts(nodes):
+            for line in (*check_texts(nodes), *begun_anew(nodes)):
                 progress.note(line)
             _publish(directory, plan_of(expanded, nodes), leases)
             failures = _failures(directory, options.retries, leases, progress)

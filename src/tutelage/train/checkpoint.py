@@ -30,9 +30,8 @@ from tutelage.checksums import FileSum
 from tutelage.config.base import whole_batches
 from tutelage.errors import DiskError, UserError
 from tutelage.files import NO_SPACE, refuse_links
-from tutelage.run_directory import recipe
+from tutelage.run_directory import BRANCH_POINT, recipe
 from tutelage.train.checkpoint_files import (
-    BRANCH_POINT,
     COUNTERS,
     CheckpointManifest,
     CheckpointOrigin,

@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 COUNTERS, MANIFEST = "counters.json", "manifest.json"
 PARTIAL = ".partial-"
-BRANCH_POINT = "branch-point-"
-"""Prefix of the checkpoint that longer runs start from."""
-
 _FORMAT = 1
 _OLDER = "state.safetensors"
 _DTYPES = {dtype: name for name, dtype in DTYPE_MAP.items()}

@@ -12,7 +12,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
 from tutelage.study.expand import expand
-from tutelage.study.nodes import Stores, bind
+from tutelage.study.nodes import Stores, begun_anew, bind
 from tutelage.study.plan import load_plan
 from tutelage.teachers.cache.reader import verify_cache
 
@@ -93,6 +93,33 @@ def test_branching_does_not_change_ids_and_wrong_schedules_are_named(store, othe
     assert ids[0] == ids[1]
     with pytest.raises(UserError, match=r"teacher-nano-20k-2K: .*need optim\.schedule = wsd"):
         bind(expand(study(run={})), stores, tmp_path, 300)
+
+
+def test_a_branch_begins_anew_where_the_finished_shorter_run_has_kept_no_branch_point(
+    store, other_store, tmp_path
+):
+    one = expand(study(grid={"product": {"shape": ["nano-20k"], "tokens": ["2K", "4K"]}}))
+    stores = Stores(store, {"scripture": other_store}, {}, {})
+
+    def bound():
+        return bind(one, stores, tmp_path, 300)
+
+    short, long = bound()
+    assert long.config.runtime.branch_from == short.id
+    short.directory.path.mkdir()
+    short.directory.write_state("done")  # a copy of results, or trained before there was a longer one
+    _, anew = bound()
+    assert anew.config == long.config.model_copy(update={"runtime": short.config.runtime})
+    assert (anew.id, anew.needs) == (long.id, long.needs)
+    assert [line.partition(":")[0] for line in begun_anew([short, anew])] == [
+        "teacher-nano-20k-4K is trained from its beginning"
+    ]
+    kept = short.directory.checkpoints / "branch-point-step-000000005"
+    kept.mkdir(parents=True)
+    assert bound()[1].config == long.config
+    kept.rmdir()
+    (long.directory.checkpoints / "step-000000006").mkdir(parents=True)  # it has begun, as a branch
+    assert bound()[1].config == long.config
 
 
 @pytest.mark.slow
