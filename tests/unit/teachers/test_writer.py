@@ -17,7 +17,7 @@ from manifests import change_manifest
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.models import hub, shapes
 from tutelage.progress import NullProgress
 from tutelage.teachers.cache.cache_writer import write_cache
@@ -431,7 +431,7 @@ def small_disk(tmp_path):
 
 
 def test_what_will_not_fit_is_refused_at_the_start(teaching, small_disk):
-    with pytest.raises(UserError, match=r"needs about [1-9]\d?\.\d+ MB more, free are \d{3} KB") as caught:
+    with pytest.raises(DiskError, match=r"needs about [1-9]\d?\.\d+ MB more, free are \d{3} KB") as caught:
         write_cache(teaching(format={"kind": "topk", "k": 100}, output=str(small_disk)))
     assert "\n" not in str(caught.value)
     assert not list(small_disk.rglob("*.bin"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.files import (
     LockedError,
     atomic_write,
@@ -114,9 +114,10 @@ def _check_space(job: CacheJob, tokens: int) -> None:
     needed = tokens * job.bytes_per_token + job.head_bytes
     free = free_bytes(job.plan.path)
     if needed > free:
-        raise UserError(
-            f"{job.plan.path}: the cache needs about {size_text(needed)} more, free are "
-            f"{size_text(free)}; choose another output or a smaller format (--estimate compares them)"
+        raise DiskError(
+            f"{job.plan.path}: the cache needs about {size_text(needed)} more, free are {size_text(free)}; "
+            "free some and run the same command, or choose another output or a smaller format (`tutelage "
+            "teach --estimate` compares them)"
         )
 
 
