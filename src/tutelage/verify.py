@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from tutelage.config.teacher_config import CacheSettings
+    from tutelage.teachers.cache.layout import CacheManifest
+
 _RECORDS = {
     "state.json": "status",
     "provenance.json": "command",
@@ -272,15 +275,23 @@ def _lost(path: Path) -> Iterator[Finding]:
         stores |= {store.name for store in used if store.parent == config.output.parent / "data"}
         teacher = config.teacher
         if isinstance(teacher, RunTeacher | ModelTeacher | MeanTeacher) and teacher.cache is not None:
-            taught.add((teacher_id(teacher), teacher.cache.format.model_dump_json()))
+            length, mask = config.data.sequence_length, bool(config.data.document_mask)
+            taught.add((teacher_id(teacher), *_kept(teacher.cache), length, mask))
     remedy = "`tutelage study run` makes it again where it is needed"
     for place in sorted(path / "data" / name for name in stores):
         if not place.is_dir():
             yield Finding(place, "token store", f"lost; {remedy}")
     with contextlib.suppress(UserError):  # a cache that cannot be opened, which is named by itself
         known = [read_cache_manifest(place) for place in (path / "caches").glob("*/")]
-        there = {(cache.teacher.id, cache.format.model_dump_json()) for cache in known}
-        for name, form in sorted(taught - there):
-            yield Finding(
-                path / "caches", "teacher cache", f"the one of {name} with format {form} is lost; {remedy}"
-            )
+        there = {
+            (cache.teacher.id, *_kept(cache), cache.layout.context_length, cache.document_mask)
+            for cache in known
+        }
+        for name, form, temperature, length, _ in sorted(taught - there):
+            which = f"with format {form} at temperature {temperature:g}, contexts of {length:,} tokens"
+            yield Finding(path / "caches", "teacher cache", f"the one of {name} {which}, is lost; {remedy}")
+
+
+def _kept(settings: CacheSettings | CacheManifest) -> tuple[str, float]:
+    """What a cache keeps of its teacher's distributions."""
+    return settings.format.model_dump_json(), settings.temperature

@@ -22,6 +22,7 @@ from tutelage.records import write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.study.leases import Failures
 from tutelage.study.results import load_results
+from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache
 from tutelage.train.checkpoint_files import damage
 from tutelage.verify import verify
@@ -197,19 +198,25 @@ def test_a_lost_cache_of_a_mean_is_named_by_its_teachers(tmp_path):
         "weak": {"shape": "nano-20k", "tokens": "2K"},
         "unigram": {"control": "unigram"},
         "both": {"mean": ["weak", "unigram"], "cache": {"format": form}},
+        "warm": {"mean": ["weak", "unigram"], "cache": {"format": form, "temperature": 2.0}},
     }
-    grid = {"product": {"teacher": ["both"], "alpha": [0.4]}}
+    points = {"teacher": ["both", "warm"], "temperature": [1.0, 2.0]}
+    grid = {"cross": [{"zip": points}, {"product": {"alpha": [0.4]}}]}
     students = {"main": {"shape": "nano-20k", "tokens": "2K", "grid": grid}}
     run_tiny(tiny_study(teachers=teachers, students=students), tmp_path / "study")
     assert wrong(tmp_path / "study") == []
 
-    (cache,) = (tmp_path / "study" / "caches").iterdir()
-    cache.rename(tmp_path / "kept")
     (teacher,) = (path.name for path in (tmp_path / "study" / "runs").glob("teacher-weak-*"))
-    (found,) = wrong(tmp_path / "study")
-    assert f"the one of {teacher}, unigram with format" in found
-    assert "is lost; `tutelage study run` makes it again" in found
-    (tmp_path / "kept").rename(cache)
+    caches = [*(tmp_path / "study" / "caches").iterdir()]
+    assert len(caches) == 2
+    for cache in caches:
+        cache.rename(tmp_path / "kept")
+        (found,) = wrong(tmp_path / "study")
+        temperature = read_cache_manifest(tmp_path / "kept").temperature
+        assert f"the one of {teacher}, unigram with format" in found
+        assert f"at temperature {temperature:g}" in found
+        assert "is lost; `tutelage study run` makes it again" in found
+        (tmp_path / "kept").rename(cache)
     assert wrong(tmp_path / "study") == []
 
 
