@@ -56,7 +56,7 @@ class PlanTeacher(Section):
     shape: str | None = Field(
         None, description="its shape; null for controls, given models, means and chains"
     )
-    of: tuple[Name, ...] = Field(
+    of: tuple[Words, ...] = Field(
         (), description="names of the teachers that a mean is of, as their runs have them"
     )
     tokens: int | None = Field(None, description="its training tokens, where the study trains it")

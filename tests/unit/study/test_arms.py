@@ -106,6 +106,13 @@ def test_a_mean_is_of_the_teachers_whose_runs_there_are():
     assert mean.description == "mean of kept, strong, unigram"
 
 
+def test_a_mean_is_of_points_of_a_grid_under_their_names():
+    grid = {"product": {"shape": ["nano-20k"], "tokens": ["2K", "3K"]}}
+    more = {"{shape}@{tokens}": {"grid": grid}, "mean": {"mean": ["nano-20k@*"]}}
+    plan = draft_of(expand(arms(teachers=TEACHERS | more)))
+    assert {teacher.name: teacher.of for teacher in plan.teachers}["mean"] == ("nano-20k@2K", "nano-20k@3K")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
