@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 RunKind = Literal["teacher", "baseline", "student", "after"]
 
+_ANY_PARAMETERS = 1_000_000
+"""Sorts budgets per parameter, of models that are not there yet: enough to tell 1.5x from 1.6x."""
+
 
 class RunLabels(Section):
     """What a run of a study stands for; runs that differ in seed and twin alone are replicates."""
@@ -246,7 +249,13 @@ def _branched(cells: Iterable[Cell], teachers: Mapping[str, TeacherSpec]) -> lis
         corpus = None if spec.corpus is None else spec.corpus.model_dump(mode="json")
         families.setdefault(digest([recipe, corpus]), []).append(cell)
     for family in families.values():
-        family.sort(key=lambda cell: parse_tokens(cell.tokens, 1))
+        if len(unlike := {isinstance(cell.tokens, str): cell for cell in family}) > 1:
+            raise UserError(
+                f"{unlike[False].name} and {unlike[True].name}: one branches from the other, and which is "
+                "shorter is not known yet; give tokens of both as numbers or both per parameter, not "
+                f"{tokens_text(unlike[False].tokens)} and {unlike[True].tokens}"
+            )
+        family.sort(key=lambda cell: parse_tokens(cell.tokens, _ANY_PARAMETERS))
         for shorter, cell in zip([None, *family], family, strict=False):
             start = {} if shorter is None else {"branch_from": shorter.name, "needs": (shorter.name,)}
             settings = merged(cell.settings, {"checkpoint": {"keep_before_decay": cell is not family[-1]}})

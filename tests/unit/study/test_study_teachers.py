@@ -72,6 +72,19 @@ def test_budgets_are_chained_from_the_smallest_to_the_largest():
     assert all(cell.branch_from is None for cell in expand(study(branch_from_shorter=False)).cells)
 
 
+def test_budgets_per_parameter_are_chained_by_length_and_not_with_others():
+    grid = {"product": {"shape": ["nano-20k"], "tokens": ["1.4x", "0.6x", "0.9x"]}}
+    cells = {cell.tokens: cell for cell in expand(study(grid=grid)).cells}
+    assert [cells[one].branch_from for one in ("0.6x", "0.9x", "1.4x")] == [
+        None,
+        cells["0.6x"].name,
+        cells["0.9x"].name,
+    ]
+    mixed = {"product": {"shape": ["nano-20k"], "tokens": ["1x", "4K"]}}
+    with pytest.raises(UserError, match=r"teacher-nano-20k-4K and teacher-nano-20k-1x: .* not 4K and 1x"):
+        expand(study(grid=mixed))
+
+
 def test_other_recipes_are_other_branch_points(store, other_store, tmp_path):
     grid = {"product": {"shape": ["nano-20k"], "tokens": ["2K", "4K"], "lr": [0.001, 0.002]}}
     spec = {"branch_from_shorter": True, "run": {"optim": OPTIM}, "grid": grid}
