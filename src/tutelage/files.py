@@ -69,10 +69,11 @@ def os_errors_to_user_errors(path: Path) -> Iterator[None]:
 
 
 def errno_of(error: Exception) -> int:
-    """Return the operating system's number of an error; libraries in Rust put it only into the message."""
+    """Return the number of an error of the system; of some libraries it is only in the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
+    where = r"\[Errno (\d+)\]" if isinstance(error, shutil.Error) else r"\(os error (\d+)\)"
+    found = re.search(where, str(error))
     return int(found[1]) if found else 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.files import (
     LockedError,
     atomic_directory,
@@ -75,6 +76,21 @@ def order(monkeypatch):
     monkeypatch.setattr(os, "rename", renamed)
     monkeypatch.setattr(os, "replace", renamed)
     return steps
+
+
+def test_a_disk_that_fills_up_while_a_directory_is_copied_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+
+    def refused(_, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    with (
+        pytest.raises(DiskError, match="b: no space left on the device"),
+        atomic_directory(tmp_path / "b") as partial,
+    ):
+        shutil.copytree(tmp_path / "a", partial, dirs_exist_ok=True, copy_function=refused)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
