@@ -253,18 +253,20 @@ def from_domains(cells: pl.DataFrame, domains: pl.DataFrame) -> Gains:
 
 def _cells(results: Results) -> pl.DataFrame:
     """Constant alphas first and rising, then the other arms in the plan's order."""
-    students = {student.name: i for i, student in enumerate(results.plan.students)}
-    teachers = {teacher.name: i for i, teacher in enumerate(results.plan.teachers)}
+    students = [student.name for student in results.plan.students]
+    teachers = [teacher.name for teacher in results.plan.teachers]
     controls = [teacher.name for teacher in results.plan.teachers if teacher.control]
     return (
         results.runs.filter(pl.col("baseline").is_not_null())
         .unique(_CELL, keep="first", maintain_order=True)
         .with_columns(
             control=pl.col("teacher").is_in(controls).fill_null(value=True),
-            place=pl.col("student").replace_strict(students, return_dtype=pl.Int64),
-            teacher_place=pl.col("teacher").replace_strict(
-                teachers, default=len(teachers), return_dtype=pl.Int64
-            ),
+            place=pl.col("student").cast(pl.Enum(students)).to_physical().cast(pl.Int64),
+            teacher_place=pl.col("teacher")
+            .cast(pl.Enum(teachers))
+            .to_physical()
+            .cast(pl.Int64)
+            .fill_null(len(teachers)),
         )
         .sort(
             "place",

@@ -203,6 +203,10 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
     _say_untestable(expanded)
     with RichProgress() as progress:
         run_study(expanded, directory, engine, progress, options)
+    if all(cell.kind != "student" for cell in expanded.cells):
+        say("note", "the study has no student with a teacher, so there is nothing to judge")
+        say("runs", directory / "runs")
+        return
     judged = judge_study(load_results(directory))
     print_verdicts(judged, out)
     out.print()
@@ -214,12 +218,8 @@ def run_and_report(study: StudyConfig, directory: Path, engine: Engine, options:
     say("report", directory / "report.html")
     say("runs", directory / "runs")
     seeds = len(study.seeds)
-    more = (
-        ""
-        if seeds >= _SEEDS
-        else f"; more seeds than {seeds} for narrower intervals, at best {_SEEDS} or more"
-    )
-    say("next", f"open the report in a browser{more}")
+    more = f"; more seeds than {seeds} for narrower intervals, at best {_SEEDS} or more"
+    say("next", f"open the report in a browser{more if seeds < _SEEDS else ''}")
 
 
 @study_app.command("status")

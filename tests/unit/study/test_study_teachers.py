@@ -7,13 +7,18 @@ import json
 import pytest
 from tiny_study import run_tiny, tiny_study
 
+from tutelage.analysis.claims.judge import judge_study
+from tutelage.cli.study_commands import run_and_report
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
 from tutelage.run_directory import RunDirectory
+from tutelage.study.engines.local import LocalEngine
 from tutelage.study.expand import expand
 from tutelage.study.nodes import Stores, begun_anew, bind
-from tutelage.study.plan import load_plan
+from tutelage.study.plan import draft_of, load_plan, save_plan
+from tutelage.study.results import load_results
+from tutelage.study.run_study import RunnerOptions
 from tutelage.teachers.cache.reader import verify_cache
 
 TEACHER = {
@@ -133,6 +138,17 @@ def test_a_branch_begins_anew_where_the_finished_shorter_run_has_kept_no_branch_
     kept.rmdir()
     (long.directory.checkpoints / "step-000000006").mkdir(parents=True)  # it has begun, as a branch
     assert bound()[1].config == long.config
+
+
+def test_a_study_of_teachers_alone_is_run_and_not_judged(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tutelage.study.run_study.run_study", lambda *_: None)
+    run_and_report(study(), tmp_path, LocalEngine(1, []), RunnerOptions())
+    assert "nothing to judge" in capsys.readouterr().out
+    plan = draft_of(expand(study()))
+    runs = tuple(run.model_copy(update={"evaluation": "0"}) for run in plan.runs)
+    save_plan(tmp_path, plan.model_copy(update={"runs": runs}))
+    with pytest.raises(UserError, match="there is nothing to report yet"):
+        judge_study(load_results(tmp_path))
 
 
 @pytest.mark.slow
