@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from tutelage.checksums import CARD, LISTING, difference, listed
-from tutelage.config.teacher_config import MeanTeacher, ModelTeacher, RunTeacher, teacher_id
+from tutelage.config.teacher_config import (
+    MeanTeacher,
+    ModelTeacher,
+    RunTeacher,
+    single_teachers,
+    teacher_id,
+)
 from tutelage.data.store import verify_store
 from tutelage.errors import UserError
 from tutelage.files import read_bytes
@@ -23,7 +30,7 @@ from tutelage.teachers.cache.reader import verify_cache
 from tutelage.train.checkpoint_files import COUNTERS, damage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tutelage.config.teacher_config import CacheSettings
@@ -276,7 +283,8 @@ def _lost(path: Path) -> Iterator[Finding]:
         teacher = config.teacher
         if isinstance(teacher, RunTeacher | ModelTeacher | MeanTeacher) and teacher.cache is not None:
             length, mask = config.data.sequence_length, bool(config.data.document_mask)
-            taught.add((teacher_id(teacher), *_kept(teacher.cache), length, mask))
+            names = _names(teacher_id(one) for one in single_teachers(teacher))
+            taught.add((names, *_kept(teacher.cache), length, mask))
     remedy = "`tutelage study run` makes it again where it is needed"
     for place in sorted(path / "data" / name for name in stores):
         if not place.is_dir():
@@ -284,12 +292,22 @@ def _lost(path: Path) -> Iterator[Finding]:
     with contextlib.suppress(UserError):  # a cache that cannot be opened, which is named by itself
         known = [read_cache_manifest(place) for place in (path / "caches").glob("*/")]
         there = {
-            (cache.teacher.id, *_kept(cache), cache.layout.context_length, cache.document_mask)
+            (
+                _names([one for _, one in cache.teacher.parts] or [cache.teacher.id]),
+                *_kept(cache),
+                cache.layout.context_length,
+                cache.document_mask,
+            )
             for cache in known
         }
         for name, form, temperature, length, _ in sorted(taught - there):
             which = f"with format {form} at temperature {temperature:g}, contexts of {length:,} tokens"
             yield Finding(path / "caches", "teacher cache", f"the one of {name} {which}, is lost; {remedy}")
+
+
+def _names(teachers: Iterable[str]) -> str:
+    """Names of teachers without the places of models, which a cache has as they were given."""
+    return ", ".join(PurePath(one).name for one in teachers)
 
 
 def _kept(settings: CacheSettings | CacheManifest) -> tuple[str, float]:

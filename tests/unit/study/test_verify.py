@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import pytest
+from manifests import change_manifest
 from tiny_study import run_tiny, tiny_study
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -217,6 +218,11 @@ def test_a_lost_cache_of_a_mean_is_named_by_its_teachers(tmp_path):
         assert f"at temperature {temperature:g}" in found
         assert "is lost; `tutelage study run` makes it again" in found
         (tmp_path / "kept").rename(cache)
+        # A model's path is in the cache as it was given, relative to where the study was started, say.
+        record = read_cache_manifest(cache).teacher
+        parts = [["model", f"given/{name}"] for _, name in record.parts]
+        given = {"id": ", ".join(name for _, name in parts), "parts": parts}
+        change_manifest(cache, teacher=record.model_dump(mode="json") | given)
     assert wrong(tmp_path / "study") == []
 
 
