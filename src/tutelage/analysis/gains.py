@@ -263,7 +263,7 @@ def _cells(results: Results) -> pl.DataFrame:
             control=pl.col("teacher").is_in(controls).fill_null(value=True),
             place=pl.col("student").cast(pl.Enum(students)).to_physical().cast(pl.Int64),
             teacher_place=pl.col("teacher")
-            .cast(pl.Enum(teachers))
+            .cast(pl.Enum(teachers), strict=False)
             .to_physical()
             .cast(pl.Int64)
             .fill_null(len(teachers)),
