@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _LONGEST = 120
+_ANY_RECIPE = "[0-9a-f]" * 8
 
 
 def earlier_runs(directory: RunDirectory, config: Mapping[str, Any]) -> Iterator[str]:
@@ -31,35 +32,34 @@ def earlier_runs(directory: RunDirectory, config: Mapping[str, Any]) -> Iterator
     if directory.state():
         return
     name, _, recipe = directory.id.rpartition("-")
+    for other in _called(directory, f"*-{recipe}"):
+        their_name = other.id.rpartition("-")[0]
+        yield (
+            f"{other.path} ({_how_far(other)}) is this run under another name; with name={their_name} what "
+            "it has computed is not computed again"
+        )
     mine = _deciding(dict(flat(config)))
-    for path in sorted({*_called(directory, f"{glob.escape(name)}-*"), *_called(directory, f"*-{recipe}")}):
-        other = RunDirectory(path)
-        theirs = _deciding(settings(path))
-        their_name, _, their_recipe = other.id.rpartition("-")
-        _, differ = differences([mine, theirs])
-        if their_recipe == recipe:
+    for other in _called(directory, f"{glob.escape(name)}-{_ANY_RECIPE}"):
+        theirs = _deciding(settings(other.path))
+        if mine == theirs:
             yield (
-                f"{path} ({_how_far(other)}) is this run under another name; with name={their_name} what it "
-                "has computed is not computed again"
+                f"{other.path} has the same settings: the token store, or the model that it names as start "
+                "or teacher, has changed since, so this is another run"
             )
-        elif their_name == name and mine == theirs:
-            yield (
-                f"{path} has the same settings: the token store, or the model that it names as start or "
-                "teacher, has changed since, so this is another run"
-            )
-        elif their_name == name and theirs and other.status() not in {"done", "not started"}:
+        elif theirs and other.status() not in {"done", "not started"}:
+            differ = differences([mine, theirs])[1]
             words = shortened(", ".join(f"{key} = {value}" for key, value in differ.items()), _LONGEST)
             yield (
-                f"{path} ({_how_far(other)}) has other settings ({words}) and is left as it is: this is "
-                "another run, from its beginning"
+                f"{other.path} ({_how_far(other)}) has other settings ({words}) and is left as it is: this "
+                "is another run, from its beginning"
             )
 
 
-def _called(directory: RunDirectory, pattern: str) -> Iterator[Any]:
+def _called(directory: RunDirectory, pattern: str) -> Iterator[RunDirectory]:
     """Runs beside this one that nobody works on, by the pattern of their names."""
-    for path in directory.path.parent.glob(pattern):
+    for path in sorted(directory.path.parent.glob(pattern)):
         if path != directory.path and kind_of(path) == "run" and not is_locked(path / "lock"):
-            yield path
+            yield RunDirectory(path)
 
 
 def _deciding(values: Mapping[str, object]) -> dict[str, object]:

@@ -256,6 +256,7 @@ def _cells(results: Results) -> pl.DataFrame:
     students = [student.name for student in results.plan.students]
     teachers = [teacher.name for teacher in results.plan.teachers]
     controls = [teacher.name for teacher in results.plan.teachers if teacher.control]
+    # Places by Enum, since `replace_strict` refuses a plan without students.
     return (
         results.runs.filter(pl.col("baseline").is_not_null())
         .unique(_CELL, keep="first", maintain_order=True)

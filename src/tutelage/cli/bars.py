@@ -87,10 +87,12 @@ def print_table(table: Table) -> None:
     if Measurement.get(out, out.options.update(width=_ANY_WIDTH), table).maximum <= out.width:
         out.print(table)
         return
+    from tutelage.analysis.report.report_table import as_items
+
     headings = [str(column.header).strip() for column in table.columns]
-    for row in zip(*(column.cells for column in table.columns), strict=True):
-        cells = zip(headings, map(str, row), strict=True)
-        out.print(" · ".join(f"{heading} {cell}" for heading, cell in cells if cell))
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    for text in as_items(headings, [*zip(*columns, strict=True)], out.width):
+        out.print(text)
     if table.caption is not None:
         out.print(table.caption)
 

@@ -84,11 +84,12 @@ def training_text(config: RunConfig, directory: Path) -> TrainingText:
 
 def read_again(config: RunConfig, directory: Path) -> Iterator[str]:
     """A sentence for each run that a run continues and that read the same text in the same order."""
-    own = open_store(config.data.store).fingerprint
     _, *before = ancestors(config, directory, [])
     for one, place in before:
+        if _order(one) != _order(config):
+            continue
         read = [store.fingerprint for store in _stores(iter([(one, place)]), [])]
-        if read == [own] and _order(one) == _order(config):
+        if read == [open_store(config.data.store).fingerprint]:
             yield (
                 f"{place.name}, which this run continues, has read this text in this order (data.seed "
                 f"= {one.data.seed}): its batches come again; another data.seed reads in another order"

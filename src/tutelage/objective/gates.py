@@ -389,7 +389,7 @@ def make_gate(config: settings.GateConfig | None) -> Gate | None:
     """Build the gate of `config`, or None; raise TypeError if it is no settings of a gate."""
     if config is not None and not isinstance(config, get_args(settings.GateConfig)[0]):
         raise TypeError(
-            f"gate {config!r}: give settings of tutelage.config.objective_config, for example "
+            f"gate {config!r}: give settings of tutelage.objective, for example "
             "TeacherConfidenceGate(kind='teacher_confidence')"
         )
     return None if config is None else GATES[config.kind](config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.base import parse_tokens
@@ -19,7 +19,7 @@ from tutelage.study.cells import beside
 from tutelage.study.given_models import teacher_forward_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tutelage.config.study_config import StudyConfig, TeacherSpec
@@ -186,13 +186,17 @@ class _Binder:
         spec = None if cell.teacher is None else self.teachers[cell.teacher]
         if config.teacher is None or spec is None or spec.cache is None or spec.control is not None:
             return None
-        text, length = open_store(config.data.store).manifest, config.data.sequence_length
-        parts = beside(cell, self.teachers)
+        length, parts = config.data.sequence_length, beside(cell, self.teachers)
         flops = sum(teacher_forward_flops(part, self.vocab_size, length) for part in parts)
         key = digest(
             [config.teacher.model_dump(mode="json"), config.data.model_dump(mode="json", exclude={"seed"})]
         )
-        return key, flops * text.splits["train"].tokens
+        return key, flops * self._training_tokens(config.data.store)
+
+    @cached_property
+    def _training_tokens(self) -> Callable[[Path], int]:
+        """Tokens of a store that students read; each is opened once, however many students there are."""
+        return cache(lambda store: open_store(store).manifest.splits["train"].tokens)
 
     @cached_property
     def _replicates(self) -> dict[int, int]:

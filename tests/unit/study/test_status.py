@@ -20,6 +20,7 @@ from tutelage.models.shapes import find_shape
 from tutelage.progress import NullProgress
 from tutelage.records import read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory
+from tutelage.study import nodes as study_nodes
 from tutelage.study.cost import Machine, forecast
 from tutelage.study.expand import expand
 from tutelage.study.leases import Failures, Leases
@@ -225,7 +226,7 @@ class Left(NullProgress):
             self.seconds = figures["seconds_left"]
 
 
-def test_a_cache_that_is_still_to_be_written_takes_time(store, other_store, tmp_path):
+def test_a_cache_that_is_still_to_be_written_takes_time(store, other_store, tmp_path, monkeypatch):
     """The time left was that of the runs that read it, as if it were there."""
     taught_by = {"product": {"teacher": ["weak"], "alpha": [0.2, 0.4]}}
     study = tiny_study(
@@ -233,7 +234,10 @@ def test_a_cache_that_is_still_to_be_written_takes_time(store, other_store, tmp_
         students={"main": {"shape": "nano-50k", "tokens": "4K", "grid": taught_by}},
     )
     stores = Stores(store, dict.fromkeys(study.domains, other_store), {}, {})
+    opened = []
+    monkeypatch.setattr(study_nodes, "open_store", lambda path: (opened.append(path), open_store(path))[1])
     nodes = bind(expand(study), stores, tmp_path / "runs", 300)
+    assert opened == [store]  # once, for both students
     for node in nodes:
         node.directory.path.mkdir(parents=True)
         node.directory.write_state(

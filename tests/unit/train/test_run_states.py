@@ -127,6 +127,8 @@ def test_a_run_that_begins_says_what_an_edited_file_leaves_behind(finished, tmp_
     assert f"{left.path} (stopped, 1 of " in edited
     assert f"other settings (seed = {before.seed}) and is left as it is" in edited
     assert said({"name": "new", "seed": before.seed + 1}) == []
+    shutil.copytree(left.path, tmp_path / "runs" / "tiny-more-00000000")  # another name that begins like it
+    assert said({"seed": before.seed + 1}) == [edited]
     with left.lock():  # somebody is at it
         assert said({"seed": before.seed + 1}) == []
     notes = Notes()

@@ -14,7 +14,7 @@ from tutelage.analysis import words
 from tutelage.analysis.stats import Estimate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
 
@@ -119,13 +119,7 @@ class ReportTable:
                 [beside(row), textwrap.indent(textwrap.fill(row[widest], width - 4), "    ")] for row in rows
             ]
             return [beside(self.headings), *itertools.chain.from_iterable(below)]
-        items = (
-            " · ".join(
-                f"{name} {cell}".strip() for name, cell in zip(self.headings, row, strict=True) if cell
-            )
-            for row in rows
-        )
-        return [textwrap.fill(line, width, subsequent_indent="    ") for line in items]
+        return as_items(self.headings, rows, width)
 
     def markdown(self) -> str:
         """Markdown, as the README has it; notes stand below what they are of."""
@@ -149,6 +143,15 @@ class ReportTable:
                     record[column.key] = value
             found.append(record)
         return found
+
+
+def as_items(headings: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> list[str]:
+    """Rows as text of at most `width` characters a line: each cell that has something after its heading."""
+    items = (
+        " · ".join(f"{name} {cell}".strip() for name, cell in zip(headings, row, strict=True) if cell)
+        for row in rows
+    )
+    return [textwrap.fill(line, width, subsequent_indent="    ") for line in items]
 
 
 def estimate_record(key: str, estimate: Estimate | None) -> dict[str, Any]:
