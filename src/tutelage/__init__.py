@@ -23,6 +23,7 @@ _HOME = {
     "MeanTargets": "tutelage.types",
     "Objective": "tutelage.config.objective_config",
     "ObjectiveHead": "tutelage.objective",
+    "RichProgress": "tutelage.cli.bars",
     "RunConfig": "tutelage.config.run_config",
     "RunDirectory": "tutelage.run_directory",
     "Score": "tutelage.types",

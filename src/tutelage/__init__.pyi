@@ -6,6 +6,7 @@ from tutelage.api import open_store as open_store
 from tutelage.api import open_study as open_study
 from tutelage.api import run as run
 from tutelage.api import run_study as run_study
+from tutelage.cli.bars import RichProgress as RichProgress
 from tutelage.config.data_config import StoreConfig as StoreConfig
 from tutelage.config.objective_config import Objective as Objective
 from tutelage.config.objective_config import TopK as TopK

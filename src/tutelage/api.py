@@ -47,7 +47,7 @@ def build_store(
         config: the path of a store file, its settings as a dict, or a `StoreConfig`.
         output: directory of stores.
         overrides: settings to change, as on the command line: `["tokenizer.vocab_size=8000"]`.
-        progress: is told how far it is; `tutelage.cli.bars.RichProgress` shows bars. None: silence.
+        progress: is told how far it is; `tutelage.RichProgress` shows rows. None: silence.
 
     Returns:
         Its directory, `<output>/<name>-<hash8>`.
@@ -83,7 +83,7 @@ def run(
     Args:
         config: the path of a run file, its settings as a dict, or a `RunConfig`.
         overrides: settings to change, as on the command line: `["tokens=1M", "optim.lr=1e-3"]`.
-        progress: is told how far it is; `tutelage.cli.bars.RichProgress` shows bars. None: silence.
+        progress: is told how far it is; `tutelage.RichProgress` shows rows. None: silence.
 
     Raises:
         UserError: something in the input is wrong, before compute is spent where that can be known.
@@ -144,7 +144,7 @@ def run_study(
         output: its directory; None: `tutelage-NAME`.
         overrides: settings to change, as on the command line: `["seeds=[43,44,45]"]`.
         workers: runs at a time; None: one per GPU, or per core (at most 4).
-        progress: is told how far it is; None: silence.
+        progress: is told how far it is; `tutelage.RichProgress` shows rows. None: silence.
 
     Raises:
         UserError: something in the input is wrong, or some runs failed.

@@ -47,6 +47,10 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__("\n".join(map(_both_ends, without_controls(message).split("\n"))))
 
+    def _render_traceback_(self) -> list[str]:
+        """Lines that a notebook shows; IPython asks for them in the place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class DiskError(UserError):
     """A full disk refused to be written; nothing else is wrong, and with space the same call goes on."""
@@ -57,6 +61,10 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 
     Its text says how far the work was, such as "after step 120 of 400", where that is known.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """Lines that a notebook shows."""
+        return [f"{f'stopped {self}'.rstrip()}; run the cell again to resume"]
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from tutelage.errors import UserError, without_controls
 from tutelage.files import NO_SPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -32,6 +33,7 @@ LOG_SECONDS = "TUTELAGE_LOG_SECONDS"
 
 _DEFAULT_SECONDS = 30.0
 _FIRST_SECONDS = 2.0
+_CELL_SECONDS = 0.5
 _ANY_WIDTH = 10_000
 """More columns than a table has: what it asks for is not bounded by the terminal's."""
 
@@ -97,12 +99,40 @@ def print_table(table: Table) -> None:
         out.print(table.caption)
 
 
+class _Cell:
+    """The rows in the output of a notebook's cell. There rich's own `Live` would need `ipywidgets`."""
+
+    def __init__(self, draw: Callable[[], Group]) -> None:
+        from IPython.display import DisplayHandle
+
+        self._draw = draw
+        self._handle = DisplayHandle()
+        self._drawn = -math.inf
+
+    def start(self) -> None:
+        """Show them for the first time, above what the cell prints later."""
+        self._handle.display(self._text(), raw=True)
+
+    def refresh(self) -> None:
+        """Draw them anew in their place, if it is time for it."""
+        if time.monotonic() - self._drawn >= _CELL_SECONDS:
+            self._handle.update(self._text(), raw=True)
+
+    def stop(self) -> None:
+        """Clear them."""
+        self._handle.update({"text/plain": ""}, raw=True)
+
+    def _text(self) -> dict[str, str]:
+        self._drawn = time.monotonic()
+        return {"text/plain": "\n".join(str(row) for row in self._draw().renderables)}
+
+
 class RichProgress:
     """A `tutelage.progress.Progress` on standard error: in a terminal rows per stage, gone when it ends.
 
-    Without a terminal, as in a log file, a line every `LOG_SECONDS` says how far the stage is that began
-    first. With or without, a note or the end of a stage is a line. Of the processes of one job only the first
-    prints. A context manager.
+    In a notebook the rows stand in the output of the cell. Elsewhere, as in a log file, a line every
+    `LOG_SECONDS` says how far the stage is that began first. Everywhere a note or the end of a stage is a
+    line. Of the processes of one job only the first prints. A context manager.
 
     Raises:
         UserError: `LOG_SECONDS` is no number.
@@ -113,21 +143,23 @@ class RichProgress:
         self._every = _log_seconds()
         self._stages: dict[str, Stage] = {}
         self._last, self._seen = 0.0, ""
-        self._live: Live | None = None
+        self._rows: Live | _Cell | None = None
         if err.is_terminal and self._prints:
-            self._live = Live(get_renderable=self._screen, console=err, transient=True, refresh_per_second=5)
+            self._rows = Live(get_renderable=self._screen, console=err, transient=True, refresh_per_second=5)
+        elif err.is_jupyter and self._prints:
+            self._rows = _Cell(self._screen)
 
     def __enter__(self) -> Self:
         self.start("preparing")
-        if self._live is not None:
-            self._live.start()
+        if self._rows is not None:
+            self._rows.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        if self._rows is not None:
+            self._rows.stop()
 
     def start(self, stage: str, total: float | None = None, unit: str = "", done: float = 0) -> None:
         """Add a stage."""
@@ -138,12 +170,12 @@ class RichProgress:
     def advance(self, stage: str, done: float) -> None:
         """Say how much is done."""
         self._stages[stage].done = done
-        self._log(stage)
+        self._show(stage)
 
     def describe(self, stage: str, figures: Mapping[str, float | str]) -> None:
         """Show figures."""
         self._stages[stage].figures = figures
-        self._log(stage)
+        self._show(stage)
 
     def finish(self, stage: str, outcome: str = "done") -> None:
         """Remove a stage and print a line instead."""
@@ -155,10 +187,14 @@ class RichProgress:
         if self._prints:
             err.print(text, soft_wrap=True)
 
+    def _show(self, stage: str) -> None:
+        if isinstance(self._rows, _Cell):  # a terminal's are drawn by a thread
+            self._rows.refresh()
+        elif self._rows is None and self._every and stage == next(iter(self._stages)):
+            self._log(stage)
+
     def _log(self, stage: str) -> None:
         """Print a line if it is time for one: soon after the first figures of a stage, then regularly."""
-        if self._live is not None or not self._every or stage != next(iter(self._stages)):
-            return
         now, one = time.monotonic(), self._stages[stage]
         if one.done == one.total:  # its end is a line
             return
