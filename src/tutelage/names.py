@@ -121,6 +121,15 @@ def _folders(kind: DirectoryKind, base: Path | None) -> list[Path]:
     return [root / place for root in dict.fromkeys((Path(), base or Path())) for place in _PLACES[kind]]
 
 
+def typed(kind: DirectoryKind, path: Path) -> str:
+    """What to type for a directory: the shortest name that finds it and no other, else its path."""
+    for name in (_HASH.sub("", path.name), path.name):
+        called = _called(name, (kind,), _folders(kind, None))
+        if [one.resolve() for one in called] == [path.resolve()]:
+            return name
+    return str(path)
+
+
 def find_run_id(name: str, runs: Path, what: str) -> str:
     """The id of the run in the directory `runs` that is called `name`.
 

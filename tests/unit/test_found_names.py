@@ -14,7 +14,7 @@ from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import select
-from tutelage.names import completed, find, find_run_id, kind_of, local_model, look_up
+from tutelage.names import completed, find, find_run_id, kind_of, local_model, look_up, typed
 from tutelage.run import run
 from tutelage.run_directory import named, run_id
 from tutelage.teachers.cache.job import plan_cache
@@ -243,3 +243,21 @@ def test_caches_and_evaluations_take_names(store, tmp_path, monkeypatch):
 def test_a_model_that_is_not_there_keeps_its_spelling(place, path):
     """`./nowhere` is refused at once as a directory; `nowhere` might be on the Hub."""
     assert local_model(path, "teacher.path") == path
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("stores/sotu-44444444", "sotu"),
+        ("data/kjv-55555555", "kjv-55555555"),  # another is called so
+        ("stores/kjv-77777777", "kjv-77777777"),
+        ("my stores/speeches-88888888", "my stores/speeches-88888888"),
+        ("my stores/sotu-99999999", "my stores/sotu-99999999"),  # its name would find another
+    ],
+)
+def test_what_is_to_be_typed_for_a_store_finds_it(place, path, name):
+    for other in ("stores/kjv-77777777", "my stores/speeches-88888888", "my stores/sotu-99999999"):
+        make_other(other, "store")
+    for given in (Path(path), place / path):
+        assert typed("store", given) == (name if name != path else str(given))
+        assert find("store", typed("store", given), "store").resolve() == (place / path).resolve()

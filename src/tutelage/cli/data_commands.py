@@ -50,15 +50,15 @@ def data_build(
 ) -> None:
     """Build a token store from text: read, deduplicate, split by document, tokenise, checksum."""
     from tutelage.cli.bars import RichProgress, say
+    from tutelage.cli.settings_pages import flow
     from tutelage.data.build import build_store
+    from tutelage.names import typed
 
     settings = _store_config(config, corpus, overrides or [])
     with RichProgress() as progress:
         path = build_store(settings, output, progress)
     show_store(path)
-    say(
-        "next", f"put 'data: {{store: {settings.name}}}' into a run file, or {path.name} if there are several"
-    )
+    say("next", f"put 'data: {flow({'store': typed('store', path)})}' into a run file")
 
 
 def _store_config(config: Path | None, corpus: str | None, overrides: list[str]) -> StoreConfig:
