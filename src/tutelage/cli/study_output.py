@@ -63,7 +63,7 @@ def print_forecast(found: dict[str, Any], files: Sequence[str], output: Path | N
         say("note", note)
     where = "" if output is None or len(files) > 1 else f" --output {shlex.quote(str(output))}"
     for file in files:
-        say("next", f"tutelage study run {shlex.quote(file)}{where}")
+        say("next", f"tutelage study run {file}{where}")
 
 
 def print_power(power: StudyPower) -> None:
