@@ -101,7 +101,7 @@ class PairFinding:
         relation: measured by the two; None if one is missing.
         nominal: the pair by parameters and tokens; None where the teacher's are not known.
         best: verdict at the alpha with the largest out-of-domain gain on the validation split; None if no
-            student of this teacher is finished.
+            student of this teacher is finished, or none is scored on such text.
         flat: alphas that cannot be told from the best on the validation split, best included; none where
             there is one seed, which tells nothing apart.
     """

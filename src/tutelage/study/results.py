@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import polars as pl
 from pydantic import Field
 
+from tutelage.data.store_manifest import SCORED
 from tutelage.errors import UserError
 from tutelage.records import Record, UnreadableError, read_lines, read_model
 from tutelage.run_directory import RunDirectory
@@ -51,10 +52,10 @@ _MEASURED = {
     "teacher_flops": pl.Float64(),
 }
 _SEEN = {
-    "overlap_documents": "{:.1%} of its test documents were trained on; they are left out",
-    "overlap_near_documents": "{:.1%} of its scored test documents are copies of training text with changes",
-    "teacher_overlap_documents": "{:.1%} of its test documents were trained on by a teacher alone",
-    "teacher_overlap_near_documents": "{:.1%} of its scored test documents are copies, with changes, of text "
+    "overlap_documents": "{:.1%} of its {} documents were trained on; they are left out",
+    "overlap_near_documents": "{:.1%} of its scored {} documents are copies of training text with changes",
+    "teacher_overlap_documents": "{:.1%} of its {} documents were trained on by a teacher alone",
+    "teacher_overlap_near_documents": "{:.1%} of its scored {} documents are copies, with changes, of text "
     "that a teacher alone was trained on",
 }
 """Sentences about the shares of documents that were seen in training."""
@@ -254,14 +255,17 @@ def _seen_texts(plan: Plan, found: Evaluations) -> list[str]:
     """
     students = [run.run for run in plan.runs if run.kind != "teacher"]
     shares = found.scores.filter(pl.col("run").is_in(students), pl.col("metric").is_in([*_SEEN]))
-    most = shares.group_by("domain", "metric", maintain_order=True).agg(pl.col("value").max())
-    known = {(domain, metric): share for domain, metric, share in most.iter_rows()}
+    most = shares.group_by("domain", "metric", "split").agg(pl.col("value").max())
+    known = {tuple(keys): share for *keys, share in most.iter_rows()}
     inside = {*_inside(plan, found)}
     sentences = []
     for domain in plan.domains:
         for metric, text in _SEEN.items():
-            if known.get((domain.name, metric), 0.0) > 0:
-                sentences.append(f"{domain.name}: {text.format(known[domain.name, metric])}")
+            sentences += [
+                f"{domain.name}: {text.format(share, split)}"
+                for split in SCORED
+                if (share := known.get((domain.name, metric, split), 0.0)) > 0
+            ]
         if domain.role != "in_domain" and domain.name in inside:
             sentences.append(
                 f"{domain.name}: planned as out of domain, but it is of the training text's kind"

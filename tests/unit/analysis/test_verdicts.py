@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -13,6 +14,7 @@ from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report import headline
 from tutelage.analysis.report.claim_rows import answer_table
 from tutelage.analysis.report.headline import supported
+from tutelage.analysis.report.html import build_report
 from tutelage.analysis.report.text import print_verdicts
 from tutelage.analysis.stats import Estimate
 from tutelage.analysis.verdicts import Verdict, judge, nominal, relation
@@ -291,6 +293,20 @@ def test_only_controls_is_no_answer(tmp_path):
     findings = findings_of(tmp_path, gains={("unigram", 0.1): (-1.0, 0.2)})
 
     assert headline_of(findings).startswith("No real teacher has a finished student yet")
+
+
+def test_without_validation_text_out_of_domain_nothing_is_chosen(tmp_path):
+    """As where all of it was trained on."""
+    path = write_study(tmp_path / "study", gains={("weak", 0.4): (-0.6, 2.0), ("unigram", 0.4): (0.0, 0.1)})
+    results = load_results(path)
+    outside = [domain.name for domain in results.plan.domains if domain.role == "out_of_domain"]
+    kept = ~(pl.col("domain").is_in(outside) & (pl.col("split") == "validation"))
+    scores, documents = (table.filter(kept) for table in (results.scores, results.documents))
+    study = judge_study(replace(results, scores=scores, documents=documents))
+
+    assert all(pair.best is None for pair in study.findings.pairs)
+    assert headline_of(study.findings).startswith("Not judged: an arm is chosen by validation text out of d")
+    assert "Not judged: an arm is chosen" in build_report(study, path).read_text()
 
 
 def test_without_a_control_the_notes_say_so(tmp_path):

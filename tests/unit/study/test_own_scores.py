@@ -215,6 +215,10 @@ def test_the_report_says_what_was_seen_and_by_whom(contaminated):
         "of its test documents were trained on by a teacher alone",
     ):
         assert text in warnings
+    shares = results.scores.filter(domain="trained", metric="overlap_documents").group_by("split")
+    for split, most in shares.agg(pl.col("value").max()).iter_rows():
+        said = f"trained: {most:.1%} of its {split} documents were trained on; they are left out"
+        assert results.warnings.count(said) == 1
     assert "other: " in warnings
     (foreign,) = (run.run for run in results.plan.runs if run.kind == "teacher" and run.teacher == "foreign")
     assert sorted(problem for problem in results.problems if problem.startswith(foreign)) == [

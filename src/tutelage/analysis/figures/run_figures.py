@@ -111,10 +111,11 @@ def learning_curves(study: JudgedStudy, pairs: Sequence[PairFinding], suffix: st
         key=lambda pair: -pair.best.out_of_domain.mean if pair.best else 0.0,
     )
     kept = [pair for pair in pairs if pair in ranked[:_MOST_CURVES]]
-    cells = [pair.best.cell for pair in kept if pair.best is not None]
-    gains = study.findings.gains.domains.select("cell", "run", "base_run", "seed").unique()
-    chosen = gains.filter(pl.col("cell").is_in(cells))
     names = {pair.best.cell: pair.teacher.name for pair in kept if pair.best is not None}
+    if not names:  # no pair has a gain out of domain
+        return []
+    gains = study.findings.gains.domains.select("cell", "run", "base_run", "seed").unique()
+    chosen = gains.filter(pl.col("cell").is_in(list(names)))
     taught = chosen.select(
         "run", "seed", teacher=pl.col("cell").replace_strict(names, return_dtype=pl.String)
     )

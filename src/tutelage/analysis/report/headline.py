@@ -68,6 +68,10 @@ _NO_CONTROL = (
     "unigram, can gain out of domain too, so a gain alone does not show that the teacher taught anything."
 )
 _NO_REAL = "No real teacher has a finished student yet; only controls can be judged."
+_NO_CHOICE = (
+    "Not judged: an arm is chosen by validation text out of domain, and no such text is scored; add a domain "
+    "of other text. The table has the gains of every arm."
+)
 _ENOUGH_SEEDS = 5
 _FEW = 2
 _NAMED = 5
@@ -86,9 +90,13 @@ def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
         pairs = [pair for pair in findings.pairs if pair.student.name == student]
         if len(students) == 1 or any(pair.best is not None for pair in pairs):
             name = "" if len(students) == 1 else f"{student}: "
-            answers.append(
-                _shown(pairs, name) if announced else _answer(pairs, supported(findings, student), name)
-            )
+            real = any(v.teacher and not v.control for v in findings.verdicts if v.student == student)
+            if not _best(pairs):
+                answers.append(f"{name}{_NO_CHOICE if real else _NO_REAL}")
+            elif announced:
+                answers.append(_shown(pairs, name))
+            else:
+                answers.append(_answer(pairs, supported(findings, student), name))
     return answers
 
 
@@ -112,13 +120,11 @@ def _best(pairs: Sequence[PairFinding]) -> list[Verdict]:
 def _shown(pairs: Sequence[PairFinding], name: str) -> str:
     """Numbers of one student, without a word on whether they are more than noise."""
     best = [v for v in _best(pairs) if v.judged] or _best(pairs)
-    return f"{name or 'Gains: '}{_numbers(best)}." if best else f"{name}{_NO_REAL}"
+    return f"{name or 'Gains: '}{_numbers(best)}."
 
 
 def _answer(pairs: Sequence[PairFinding], effects: Mapping[tuple[int, Side], str], name: str) -> str:
     best = _best(pairs)
-    if not best:
-        return f"{name}{_NO_REAL}"
     judged = [v for v in best if v.judged]
     if not judged:
         return f"{name}Not judged: {_numbers(best)}. {ONE_SEED}"
