@@ -108,7 +108,8 @@ def add_documents(path: Path, frame: pl.DataFrame) -> None:
         if path.is_file():
             check_file(path)
             try:
-                kept = pl.read_parquet(path).join(frame, on=["domain", "split", "version"], how="anti")
+                kept = pl.read_parquet(path, glob=False)
+                kept = kept.join(frame, on=["domain", "split", "version"], how="anti")
                 frame = pl.concat([kept, frame], how="diagonal_relaxed")
             except pl.exceptions.PolarsError as error:
                 reason = " ".join(str(error).split())[:200]

@@ -15,12 +15,17 @@ def frame(losses, version="a"):
     return pl.DataFrame({**names, "document": list(range(count)), "nats": losses})
 
 
-def test_losses_replace_those_of_the_same_version_alone(tmp_path):
-    path = tmp_path / "documents.parquet"
+@pytest.mark.parametrize("name", ["run", "run[1]", "ru?"])
+def test_losses_replace_those_of_the_same_version_alone(tmp_path, name):
+    """Where a name could be read as a pattern too, which fits another run's file."""
+    for other in dict.fromkeys(("run1", name)):
+        (tmp_path / other).mkdir()
+    add_documents(tmp_path / "run1" / "documents.parquet", frame([9.0], version="c"))
+    path = tmp_path / name / "documents.parquet"
     add_documents(path, frame([1.0, 2.0]))
     add_documents(path, frame([5.0], version="b"))
     add_documents(path, frame([3.0, 4.0]))
-    found = pl.read_parquet(path).sort("version", "document")
+    found = pl.read_parquet(path, glob=False).sort("version", "document")
     assert found["nats"].to_list() == [3.0, 4.0, 5.0]
 
 
