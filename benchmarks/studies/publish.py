@@ -26,11 +26,13 @@ import polars as pl
 import tournament
 from polars.testing import assert_frame_equal
 
+from tutelage.analysis import words
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.claims.noise import measure_noise
 from tutelage.analysis.report import claim_rows, headline, report_rows
 from tutelage.analysis.report.csv_tables import tables_of
 from tutelage.analysis.report.html import build_report
+from tutelage.analysis.report.report_table import Column, ReportTable
 from tutelage.analysis.report.text import markdown
 from tutelage.errors import UserError
 from tutelage.files import write_text
@@ -38,9 +40,10 @@ from tutelage.records import read_sealed, sealed
 from tutelage.study.results import load_results
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tutelage.analysis.claims.judge import JudgedStudy
+    from tutelage.analysis.verdicts import Verdict
 
 ARCHIVE = "results.tar.xz"
 OF_RUNS = ("state.json", "provenance.json", "scores.jsonl", "documents.parquet", "metrics.jsonl")
@@ -160,7 +163,7 @@ def numbers(study: JudgedStudy) -> Iterator[tuple[str, str]]:
     yield "claims", claim_rows.answer_table(study.announced).markdown()
     yield "teachers", markdown(findings)
     several = [verdict for verdict in findings.verdicts if verdict.judged]
-    yield "arms", report_rows.gain_table(several).markdown()
+    yield "arms", _arms(several).markdown()
     yield "spread", report_rows.spread_table(results).markdown()
     yield "power", " ".join(claim_rows.found_power(study))
     yield "noise", f"```json\n{measure_noise(study).model_dump_json(indent=2)}\n```"
@@ -172,6 +175,25 @@ def numbers(study: JudgedStudy) -> Iterator[tuple[str, str]]:
         rows = arms.filter(constant=constant).drop("constant")
         yield name, tournament.markdown(tournament.summed(rows))
         yield f"{name}_by_pair", tournament.markdown(rows)
+
+
+def _arms(verdicts: Sequence[Verdict]) -> ReportTable:
+    """Gains of arms in short, a row each."""
+    columns = ("student", "teacher", "alpha", "n", "in domain", "out of domain", "out of domain, fitted")
+    rows = [
+        [
+            v.student,
+            v.teacher or words.NO_TEACHER,
+            words.arm(v),
+            str(v.n_seeds),
+            *(
+                "" if one is None else words.plus_minus(one)
+                for one in (v.in_domain, v.out_of_domain, v.fitted)
+            ),
+        ]
+        for v in verdicts
+    ]
+    return ReportTable("Every arm", tuple(map(Column, columns)), rows)
 
 
 def origin(study: JudgedStudy) -> str:

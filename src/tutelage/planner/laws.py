@@ -80,14 +80,6 @@ class SupervisedLaw:
         scarce = _scarcity(self.A, self.a, self.B, self.b, parameters, tokens)
         return np.asarray(self.irreducible + np.exp(self.g * scarce))
 
-    def tokens_for(self, parameters: float, loss: float) -> float:
-        """Training tokens with which an untaught model has a loss; infinite if no number is enough."""
-        reducible = loss - self.irreducible
-        if reducible <= 0:
-            return float("inf")
-        rest = reducible ** (1 / self.g) - self.A / parameters**self.a
-        return float("inf") if rest <= 0 else float((self.B / rest) ** (1 / self.b))
-
 
 @dataclass(frozen=True, slots=True)
 class DistillationLaw:

@@ -44,14 +44,6 @@ def test_root_mean_square_of_the_checked_points_is_that_of_points_that_were_not_
     assert math.sqrt(np.mean(errors**2)) < 0.018
 
 
-def test_tokens_that_a_loss_takes_are_the_inverse_of_the_law():
-    for tokens in (4e9, 5e10, 5e11):
-        loss = float(PUBLISHED.loss(1.14e9, tokens))
-        assert PUBLISHED.tokens_for(1.14e9, loss) == pytest.approx(tokens, rel=1e-9)
-    assert PUBLISHED.tokens_for(1.14e9, 1.2) == math.inf  # below what no text can teach
-    assert PUBLISHED.tokens_for(1.14e9, float(PUBLISHED.loss(1.14e9, 1e30)) - 1e-3) == math.inf
-
-
 def test_what_is_outside_of_a_range_is_said():
     assert PUBLISHED_RANGE.outside(1.14e9, 50e9) is None
     assert PUBLISHED_RANGE.outside(50e3, 50e9) == (

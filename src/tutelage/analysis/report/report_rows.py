@@ -70,25 +70,6 @@ def short_verdicts(findings: Findings, title: str) -> ReportTable:
     return ReportTable(title, tuple(Column(heading) for heading in headings), rows)
 
 
-def gain_table(verdicts: Sequence[Verdict]) -> ReportTable:
-    """Gains of arms in short, a row each."""
-    columns = ("student", "teacher", "alpha", "n", "in domain", "out of domain", "out of domain, fitted")
-    rows: list[list[TableCell | str]] = [
-        [
-            v.student,
-            v.teacher or words.NO_TEACHER,
-            words.arm(v),
-            str(v.n_seeds),
-            *(
-                "" if one is None else words.plus_minus(one)
-                for one in (v.in_domain, v.out_of_domain, v.fitted)
-            ),
-        ]
-        for v in verdicts
-    ]
-    return ReportTable("Every arm", tuple(map(Column, columns)), rows)
-
-
 def few_verdicts(findings: Findings) -> list[Verdict]:
     """All verdicts, or of more than would be read the best of each pair."""
     if len(findings.verdicts) <= _MANY:
