@@ -278,8 +278,7 @@ def _cells(results: Results) -> pl.DataFrame:
             nulls_last=[False, False, False, False, True],
             maintain_order=True,
         )
-        .with_columns(pair=pl.col("place") * (len(teachers) + 1) + pl.col("teacher_place"))
-        .select(*_CELL, "alpha", "control", "constant", "pair")
+        .select(*_CELL, "alpha", "control", "constant")
         .with_row_index("cell")
     )
 

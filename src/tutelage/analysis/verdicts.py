@@ -201,10 +201,9 @@ def _verdicts(results: Results, gains: Gains, bits: _Bits) -> tuple[Verdict, ...
         own, documents = seeds[row["cell"]], noise.get(row["cell"], {})
         n_seeds = max(estimate.n for estimate in own.values())
         learned_of = means.get(str(row["teacher"]))
-        fields = {name: row[name] for name in row if name != "pair"}
         found.append(
             Verdict(
-                **fields,
+                **row,
                 arm_settings=settings[row["arm"]] or {},
                 relation=bits.relation(row["teacher"], row["student"]),
                 gains=own,

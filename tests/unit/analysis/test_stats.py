@@ -13,6 +13,7 @@ from tutelage.analysis.stats import (
     flat_region,
     half_width,
     holm,
+    on_front,
     seeds_needed,
     stays_within,
     t_interval,
@@ -120,6 +121,11 @@ def test_the_flat_region_holds_what_cannot_be_told_from_the_best():
 
     assert flat_region(gains, 0) == [0, 1]
     assert flat_region(gains[:1], 0) == [0, 1, 2]  # one seed tells nothing apart
+
+
+def test_on_the_front_is_what_no_other_beats_on_both():
+    points = [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0), (2.0, 1.0), (0.0, 0.0), (1.0, 2.0), (2.0, 2.0)]
+    assert on_front(points) == [True, True, True, False, False, False, True]  # equals do not beat each other
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.5, 0.3], [0.1, 0.9, 0.2, 0.3], [-1.0, 2.0, 0.5, 0.4, 1.1]])

@@ -176,7 +176,8 @@ def test_same_level_is_within_one_percent(teacher, expected):
     ("parameters", "tokens", "expected"),
     [
         (380_000, 2_000_000, "same-level"), (380_000, 1_000_000, "weak-to-strong"),
-        (500_000, 2_000_000, "strong-to-weak"), (500_000, 1_000_000, "mixed"), (None, None, None),
+        (500_000, 2_000_000, "strong-to-weak"), (500_000, 1_000_000, "mixed"),
+        (None, None, None), (500_000, None, None),
     ],
 )  # fmt: skip
 def test_the_nominal_label_is_by_parameters_and_tokens(whole, parameters, tokens, expected):

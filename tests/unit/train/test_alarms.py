@@ -54,6 +54,12 @@ def test_a_rise_of_less_than_a_twentieth_is_no_spike_however_steady_the_loss():
     assert spikes([3.0] * 10 + [3.2]) == [11]
 
 
+def test_a_spike_is_six_standard_deviations_by_the_median_absolute_deviation():
+    """Losses of 2.5 and 3.5 in turn: median 3, deviation .5, so 3 + 6 x 1.4826 x .5 = 7.448 is usual."""
+    assert spikes([2.5, 3.5] * 4 + [7.44]) == []
+    assert spikes([2.5, 3.5] * 4 + [7.46]) == [9]
+
+
 def warned(rows, step_seconds=1.0):
     check = Stragglers()
     return [step for step, row in enumerate(rows, 1) if check.check(step, row, step_seconds) is not None]

@@ -192,7 +192,7 @@ def _verdicts(plan: Plan, cells: pl.DataFrame, pairs: Sequence[PairFinding]) -> 
     relations = {(pair.student.name, pair.teacher.name): pair.relation for pair in pairs}
     for row in cells.iter_rows(named=True):
         yield Verdict(
-            **{name: row[name] for name in row if name != "pair"},
+            **row,
             arm_settings=settings[row["arm"]] or {},
             relation=relations.get((row["student"], row["teacher"])),
             gains={},
