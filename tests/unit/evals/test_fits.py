@@ -107,6 +107,24 @@ def test_weights_at_the_ends():
     assert np.isfinite(found.mixed_noise.nats(9))
 
 
+@pytest.mark.parametrize(("temperature", "found"), [(9.0, 5.0), (0.2, 1 / 3)])
+def test_temperatures_are_found_from_a_third_to_five(world, temperature, found):
+    rng, logits_NV, unigram_V = world
+    labels_N = drawn(rng, np.exp(log_softmax(logits_NV / temperature)))
+    assert fit_of(logits_NV, labels_N, unigram_V).temperature == pytest.approx(found, rel=1e-3)
+
+
+def test_a_unigram_of_no_use_adds_no_noise(world):
+    """Its weight is held at 0 by the bound, so it is the fit of the temperature alone."""
+    rng, logits_NV, _ = world
+    labels_N = drawn(rng, np.exp(log_softmax(logits_NV / 1.5)))
+    less_N = np.exp(at_powers(logits_NV, labels_N, [1 / 1.5])[:, 0]) * rng.uniform(0.1, 0.9, N)
+    found = fit(at_powers(logits_NV, labels_N), less_N, DOCUMENT_N)
+    assert found.weight == 0.0
+    assert found.mixed_noise.linear == pytest.approx(found.alone_noise.linear, rel=1e-3)
+    assert found.mixed_noise.curved == pytest.approx(found.alone_noise.curved, rel=1e-3)
+
+
 def test_own_unigram_leaves_the_own_document_out():
     document_N = np.array([0, 0, 0, 1, 1, 2])
     label_N = np.array([3, 3, 1, 3, 2, 1])
