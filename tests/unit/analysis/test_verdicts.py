@@ -266,6 +266,19 @@ def test_a_lesser_control_clears_the_teachers(tmp_path):
     assert "smoothing alone does not explain theirs" in said
 
 
+def test_a_control_that_is_within_noise_of_a_teacher_is_not_cleared_by_the_means(tmp_path):
+    """Of two equal gains one mean is the larger, by a coin's toss."""
+    gains = {("weak", 0.4): (0.0, 3.1), ("unigram", 0.1): (-1.0, 3.0)}
+    found = findings_of(tmp_path, gains=gains, noise=0.3)
+    real, control = (verdict_of(found, name, alpha).out_of_domain for name, alpha in gains)
+    assert 0 < real.mean - control.mean < 0.5
+    said = headline_of(found)
+
+    assert said.startswith("Out of domain yes, but not clearly more than smoothing does: weak (")
+    assert "out of domain, not clearly less than weak: smoothing alone may explain its gain there." in said
+    assert "does not explain" not in "".join(headline.control_sentences(found, found.pairs))
+
+
 @pytest.mark.parametrize(
     ("gains", "lead"),
     [

@@ -22,7 +22,7 @@ from tutelage.files import short
 from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from tutelage.analysis.claims.judge import ClaimResult
     from tutelage.analysis.gains import Side
@@ -96,7 +96,7 @@ def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
             elif announced:
                 answers.append(_shown(pairs, name))
             else:
-                answers.append(_answer(pairs, supported(findings, student), name))
+                answers.append(_answer(findings, pairs, student, name))
     return answers
 
 
@@ -123,16 +123,19 @@ def _shown(pairs: Sequence[PairFinding], name: str) -> str:
     return f"{name or 'Gains: '}{_numbers(best)}."
 
 
-def _answer(pairs: Sequence[PairFinding], effects: Mapping[tuple[int, Side], str], name: str) -> str:
-    best = _best(pairs)
+def _answer(findings: Findings, pairs: Sequence[PairFinding], student: str, name: str) -> str:
+    best, effects = _best(pairs), supported(findings, student)
     judged = [v for v in best if v.judged]
     if not judged:
         return f"{name}Not judged: {_numbers(best)}. {ONE_SEED}"
     outside = {v.cell: effects.get((v.cell, "out_of_domain")) for v in judged}
     helping = [v for v in judged if outside[v.cell] == "helps"]
     inside = [v for v in judged if effects.get((v.cell, "in_domain")) == "helps"]
-    if helping and all(_matching(pairs, v) for v in helping):
+    controls = _controls(pairs)
+    if helping and all(any(_as_much(c, v) for c in controls) for v in helping):
         lead = "Out of domain yes, but no more than smoothing does"
+    elif helping and all(any(_explains(findings, c, v) for c in controls) for v in helping):
+        lead = "Out of domain yes, but not clearly more than smoothing does"
     elif helping:
         lead = "Yes, out of domain" if len(helping) == len(best) else "Some do, out of domain"
     elif inside:
@@ -141,7 +144,7 @@ def _answer(pairs: Sequence[PairFinding], effects: Mapping[tuple[int, Side], str
         lead = "No clear gain" if any(word != "hurts" for word in outside.values()) else "No"
     answer = [f"{name}{lead}: {_summary(judged, len(helping), len(inside))}."]
     if helping:
-        answer += [*control_sentences(pairs), *_fitted_sentence(helping)]
+        answer += [*control_sentences(findings, pairs), *_fitted_sentence(helping)]
     if len(judged) < len(best):
         answer.append(f"{len(best) - len(judged)} more with one seed are shown, not judged.")
     return " ".join(answer)
@@ -190,13 +193,13 @@ def _left(verdict: Verdict, fitted: Estimate) -> str:
     return f"{verdict.teacher} has no clear gain left ({size})"
 
 
-def control_sentences(pairs: Sequence[PairFinding]) -> list[str]:
+def control_sentences(findings: Findings, pairs: Sequence[PairFinding]) -> list[str]:
     """What each control says about the real teachers' out-of-domain gains, of one student.
 
     Of one seed nothing: neither its control's gain nor its teachers' is told from noise.
     """
     gaining = [v for v in _best(pairs) if v.judged and v.out_of_domain.mean > 0]
-    return [_control_sentence(control, gaining) for control in _controls(pairs) if gaining]
+    return [_control_sentence(findings, control, gaining) for control in _controls(pairs) if gaining]
 
 
 def _controls(pairs: Sequence[PairFinding]) -> list[Verdict]:
@@ -204,24 +207,37 @@ def _controls(pairs: Sequence[PairFinding]) -> list[Verdict]:
     return [v for v in best if v.control and v.judged]
 
 
-def _matching(pairs: Sequence[PairFinding], real: Verdict) -> list[Verdict]:
-    """Controls whose out-of-domain gain (point estimate) is as large as that of a real teacher."""
-    return [c for c in _controls(pairs) if c.out_of_domain.mean >= real.out_of_domain.mean]
+def _as_much(control: Verdict, real: Verdict) -> bool:
+    """Whether the control's out-of-domain gain (point estimate) is as large as that of a real teacher."""
+    return control.out_of_domain.mean >= real.out_of_domain.mean
 
 
-def _control_sentence(control: Verdict, gaining: Sequence[Verdict]) -> str:
-    matched = [v for v in gaining if control.out_of_domain.mean >= v.out_of_domain.mean]
+def _explains(findings: Findings, control: Verdict, real: Verdict) -> bool:
+    """Whether the real teacher's out-of-domain gain is not clearly more than the control's.
+
+    By a paired t test over the seeds that both have: a larger mean alone is a coin's toss.
+    """
+    rows = findings.gains.sides.filter(split="test", fit="raw", role="out_of_domain")
+    mine, theirs = (rows.filter(cell=v.cell).select("seed", "gain") for v in (real, control))
+    both = mine.join(theirs, on="seed")
+    more = both["gain"] - both["gain_right"]
+    return len(more) <= 1 or exceeds(more.to_numpy()).support > LEVEL / 2
+
+
+def _control_sentence(findings: Findings, control: Verdict, gaining: Sequence[Verdict]) -> str:
+    matched = [v for v in gaining if _explains(findings, control, v)]
     size = plus_minus(control.out_of_domain)
-    gain = f"The {control.teacher} control, which knows nothing of the context, gains {size}"
+    gain = f"The {control.teacher} control, which knows nothing of the context, gains {size} out of domain"
     if not matched:
-        return f"{gain} out of domain, less than every real teacher: smoothing alone does not explain theirs."
+        return f"{gain}, clearly less than every real teacher: smoothing alone does not explain theirs."
     few = len(matched) <= _FEW
     names = join([str(v.teacher) for v in matched]) if few else f"{len(matched)} of {len(gaining)} teachers"
     theirs = "its gain" if len(matched) == 1 else "their gains"
-    return (
-        f"{gain} out of domain, as much as or more than {names}: "
-        f"smoothing alone is enough to explain {theirs} there."
-    )
+    if all(_as_much(control, v) for v in matched):
+        return (
+            f"{gain}, as much as or more than {names}: smoothing alone is enough to explain {theirs} there."
+        )
+    return f"{gain}, not clearly less than {names}: smoothing alone may explain {theirs} there."
 
 
 def notes(results: Results, findings: Findings) -> list[str]:
@@ -230,7 +246,9 @@ def notes(results: Results, findings: Findings) -> list[str]:
     plan = results.plan
     sizes = join([f"{short(s.parameters)} parameters on {short(s.tokens)} tokens" for s in plan.students])
     subject = "The student has" if len(plan.students) == 1 else "The students have"
-    controls = [sentence for group in _by_student(findings) for sentence in control_sentences(group)]
+    controls = [
+        sentence for group in _by_student(findings) for sentence in control_sentences(findings, group)
+    ]
     unbeaten = not any(v.control for v in findings.verdicts)
     return [
         *(f"Warning: {warning}" for warning in warnings_of_scores(results)),
