@@ -26,7 +26,7 @@ FEWEST_PAIRS, FEWEST_POINTS = 3, 6
 _SLACK = 0.1
 """Part of the fitted gaps by which a gap may lie beyond them."""
 ALPHAS = tuple(round(step / 20, 2) for step in range(1, 21))
-"""Alphas that are chosen from."""
+"""Alphas that are chosen from, beside the least and the most that were fitted."""
 
 
 class Prediction(NamedTuple):
@@ -106,13 +106,16 @@ def fit_surfaces(points: Sequence[TaughtPoint]) -> dict[GainSide, GainSurface]:
     return {side: surface for side, surface in found.items() if surface is not None}
 
 
-def chosen_alpha(surface: GainSurface, gap: float, alphas: Sequence[float] = ALPHAS) -> tuple[float, float]:
+def chosen_alpha(
+    surface: GainSurface, gap: float, alphas: Sequence[float] | None = None
+) -> tuple[float, float]:
     """The alpha with the largest predicted gain, and that gain; 0 if none is above 0.
 
     Alphas beyond the fitted ones are not chosen.
     """
     low, high = surface.alphas
-    able = [(surface.predict(alpha, gap).mean, alpha) for alpha in alphas if low <= alpha <= high]
+    asked = (low, *ALPHAS, high) if alphas is None else alphas
+    able = [(surface.predict(alpha, gap).mean, alpha) for alpha in asked if low <= alpha <= high]
     gain, alpha = max(able, default=(0.0, 0.0))
     return (alpha, gain) if gain > 0 else (0.0, 0.0)
 

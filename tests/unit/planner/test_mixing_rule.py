@@ -53,6 +53,13 @@ def test_no_teacher_is_chosen_where_every_alpha_hurts():
     assert chosen_alpha(fit_surface(hurting, "in_domain"), 0.0) == (0.0, 0.0)
 
 
+def test_an_alpha_between_the_steps_that_are_looked_at_is_chosen_too():
+    """Of a study at alpha 1/3 alone the rule found no alpha that gains anything."""
+    alpha = 1 / 3
+    found = fit_surface(points((*GAPS, 0.2), (alpha,)), "in_domain")
+    assert chosen_alpha(found, 0.08) == (alpha, pytest.approx(surface(alpha, 0.08), abs=0.05))
+
+
 def test_a_teacher_beyond_the_fitted_ones_is_named():
     found = fit_surface(points(), "in_domain")
     assert found.outside(0.05) is None
