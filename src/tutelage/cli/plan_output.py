@@ -90,7 +90,7 @@ def _gain_table(advice: Advice) -> ReportTable:
     rows: list[list[TableCell | str]] = []
     for one in advice.outlooks:
         gains = [_gain(one.gains.get(side)) for side in sides]
-        longer = "unknown" if one.longer_gain is None else f"{one.longer_gain:+.2f}"
+        longer = _gain(one.longer_gain)
         alpha = f"{one.predicted_alpha:g}" if one.gains else ""
         known = one.longer_known or one.longer_gain is None
         rows.append([one.teacher.name, alpha, *gains, longer if known else f"> {longer}"])
@@ -212,7 +212,8 @@ def _plain_outlook(request: PlanRequest, one: Outlook) -> dict[str, Any]:
         "checks": one.checks,
         "costs": [asdict(cost) | {"flops": cost.flops} for cost in one.costs],
         "longer_tokens": one.longer_tokens,
-        "longer_gain": one.longer_gain,
+        "longer_gain": None if one.longer_gain is None else one.longer_gain.mean,
+        "longer": None if one.longer_gain is None else one.longer_gain._asdict(),
         "longer_known": one.longer_known,
         "break_even": one.break_even,
         "cache": kept.model_dump(mode="json") | {"bytes_per_token": size},

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tutelage.models.shapes import ModelShape
     from tutelage.planner.candidates import Candidate
     from tutelage.planner.ledger import Expense, Prices
-    from tutelage.planner.mixing_rule import GainSurface
     from tutelage.planner.points import GainSide
     from tutelage.planner.study_fit import Basis
 
@@ -99,18 +98,17 @@ class Outlook:
     checks: tuple[str, ...]
     costs: tuple[Expense, ...]
     longer_tokens: int
-    longer_gain: float | None
+    longer_gain: Prediction | None
     longer_known: bool
     break_even: str
 
     @property
     def lead(self) -> float | None:
-        """Gain in domain minus what the same compute gives without a teacher, percentage points."""
-        gain = self.gains.get("in_domain")
-        if gain is None or self.longer_gain is None:
-            return None
-        lead = gain.mean - self.longer_gain
-        return None if lead > 0 and not self.longer_known else lead
+        """Gain in domain minus what the same compute gives without a teacher, percentage points.
+
+        None where no law says which of the two is more.
+        """
+        return _lead(self.gains.get("in_domain"), self.longer_gain, known=self.longer_known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +214,7 @@ def _gains(
     if basis.surfaces:
         unsure = hypot(_relative(alone), _relative(teacher.loss))
         able = {side: one for side, one in basis.surfaces.items() if one.outside(gap) is None}
-        return {side: _unsure(one, alpha, gap, unsure) for side, one in able.items()}, alpha
+        return {side: one.predict(alpha, gap, unsure) for side, one in able.items()}, alpha
     low, high = basis.teachers
     if basis.taught is None or not low <= teacher.loss.mean <= high:
         return {}, 1.0
@@ -231,16 +229,6 @@ def _relative(loss: Prediction) -> float:
     return 0.0 if loss.low is None or loss.high is None else (loss.high - loss.low) / (2 * loss.mean)
 
 
-def _unsure(surface: GainSurface, alpha: float, gap: float, half_width: float) -> Prediction:
-    """A gain with the interval of the surface and, of a gap that is not measured, that of the gap."""
-    if alpha == 0:
-        return Prediction(0.0, 0.0, 0.0)
-    found = surface.predict(alpha, gap)
-    ends = [surface.predict(alpha, gap + side * half_width).mean for side in (-1, 1)]
-    half = hypot(found.mean - (found.low or 0.0), (ends[1] - ends[0]) / 2)
-    return Prediction(found.mean, found.mean - half, found.mean + half)
-
-
 def _after(alone: float, gain: Prediction) -> Prediction:
     """The loss that a gain in percent leaves."""
     ends = [None if end is None else alone * (1 - end / _PERCENT) for end in (gain.high, gain.low)]
@@ -253,7 +241,18 @@ def _as_many(request: PlanRequest, tokens: float, flops: float) -> float:
     return many if request.text_tokens is None else min(many, max(request.text_tokens, tokens))
 
 
-def _longer(request: PlanRequest, tokens: float, longer: float) -> tuple[float | None, bool]:
+def _lead(gain: Prediction | None, longer: Prediction | None, *, known: bool) -> float | None:
+    """A gain minus what more tokens give, or `known` is False and they give at least that.
+
+    None where that is less than the law of more tokens can tell.
+    """
+    if gain is None or longer is None:
+        return None
+    lead = gain.mean - longer.mean
+    return None if longer.holds(gain.mean) or (lead > 0 and not known) else lead
+
+
+def _longer(request: PlanRequest, tokens: float, longer: float) -> tuple[Prediction | None, bool]:
     """What more tokens give the untaught student in domain, percent, and whether the law reaches that far.
 
     Beyond its range it is what the most tokens of the range give, which more cannot fall below.
@@ -262,8 +261,12 @@ def _longer(request: PlanRequest, tokens: float, longer: float) -> tuple[float |
     reached = min(longer, basis.range.tokens[1])
     if basis.law is None or basis.range.outside(size, tokens) is not None:
         return None, False
-    gain = _PERCENT * (1 - basis.law.loss(size, reached) / basis.law.loss(size, tokens))
-    return float(gain), reached == longer
+    left = float(basis.law.loss(size, reached) / basis.law.loss(size, tokens))
+    gain = _PERCENT * (1 - left)
+    if basis.spread is None:
+        return Prediction(gain, None, None), reached == longer
+    half = _PERCENT * left * basis.spread.between(size, tokens, reached)
+    return Prediction(gain, max(gain - half, 0.0), min(gain + half, _PERCENT)), reached == longer
 
 
 def _break_even(request: PlanRequest, teacher: Candidate) -> str:
@@ -279,12 +282,14 @@ def _break_even(request: PlanRequest, teacher: Candidate) -> str:
         longer, reached = _longer(request, tokens, _as_many(request, tokens, spent))
         alpha, _, _ = _alpha(request, _gap(request.basis.alone(request.parameters, tokens), teacher))
         gain = _gains(request, tokens, teacher, alpha)[0].get("in_domain")
-        if longer is not None and gain is not None and (reached or gain.mean <= longer):
-            pays.append((float(tokens), gain.mean > longer))
+        if (lead := _lead(gain, longer, known=reached)) is not None:
+            pays.append((float(tokens), lead > 0))
     if not pays:
         return ""
     span = f"{short(pays[0][0])} to {short(pays[-1][0])} tokens"
-    changes = [(here, now) for (_, before), (here, now) in pairwise(pays) if before != now]
+    changes = [
+        (here if now else there, now) for (there, before), (here, now) in pairwise(pays) if before != now
+    ]
     if not changes:
         return f"{'on every' if pays[0][1] else 'on no'} budget of {span}"
     words = [f"{'above' if now else 'below'} {short(tokens)}" for tokens, now in changes]
@@ -342,29 +347,29 @@ def _answer(
     paying = [one for one in known if (one.lead or 0.0) > 0]
     if paying:
         return _compared(request, max(paying, key=lambda one: one.lead or 0.0))
-    return _compared(request, max(known, key=lambda one: one.gains["in_domain"].mean))
+    unsure = [one for one in known if one.lead is None]
+    return _compared(request, max(unsure or known, key=lambda one: one.gains["in_domain"].mean))
 
 
 def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list[str], Outlook]:
     """The answer about a teacher that can be compared with the same compute without it."""
-    gain, longer = best.gains["in_domain"], best.longer_gain or 0.0
+    gain, more = best.gains["in_domain"], best.longer_gain
+    longer = 0.0 if more is None else more.mean
     at = f"{best.teacher.name} at alpha {best.predicted_alpha:g}"
     least = "" if best.longer_known else "at least "
     spent = f"{short(best.longer_tokens)} tokens cost as much"
     if request.text_tokens is not None and best.longer_tokens >= request.text_tokens:
         spent = f"all {short(best.longer_tokens)} tokens of the text cost no more"
-    more = f"without a teacher, {spent} and gain {least}{longer:+.2f}%"
+    alone = f"without a teacher, {spent} and gain {least}{longer:+.2f}%"
     gains = (
         f"{at} gains {gain.mean:+.2f}% in domain" if best.predicted_alpha else f"{best.teacher.name}: {_NONE}"
     )
-    why = [f"{gains}; {more}"]
+    why = [f"{gains}; {alone}"]
     if best.lead is None:
-        reach = short(request.basis.range.tokens[1])
-        return (
-            "cannot say",
-            [*why, f"which of the two is more is not known: the law ends at {reach} tokens"],
-            best,
-        )
+        limit = f"the law ends at {short(request.basis.range.tokens[1])} tokens"
+        if more is not None and more.holds(gain.mean):
+            limit = f"the law's points leave {more.low:+.2f}% to {more.high:+.2f}% open for more tokens"
+        return "cannot say", [*why, f"which of the two is more is not known: {limit}"], best
     pays = best.lead > 0 and best.predicted_alpha > 0
     if pays and (gain.low is None or gain.low <= longer):
         why.append("that is in the mean: the interval of its gain holds less too")

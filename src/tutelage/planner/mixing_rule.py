@@ -36,6 +36,10 @@ class Prediction(NamedTuple):
     low: float | None
     high: float | None
 
+    def holds(self, value: float) -> bool:
+        """Whether a number lies inside of the interval; none does where it is not known."""
+        return self.low is not None and self.high is not None and self.low < value < self.high
+
 
 class GainSurface(Record, extra="forbid"):
     """Gains of one side by alpha and gap, in percent."""
@@ -52,11 +56,20 @@ class GainSurface(Record, extra="forbid"):
     gaps: tuple[float, float] = Field(description="least and most")
     alphas: tuple[float, float] = Field(description="least and most")
 
-    def predict(self, alpha: float, gap: float) -> Prediction:
-        """The gain of a pair that is not known, with the interval that holds 95% of such pairs' means."""
-        mean = float(_features(np.array([alpha]), np.array([gap]))[0] @ self.coefficients)
+    def predict(self, alpha: float, gap: float, unsure: float = 0.0) -> Prediction:
+        """The gain of a pair that is not known, with the interval that holds 95% of such pairs' means.
+
+        Args:
+            alpha: 0 gains nothing, for sure.
+            gap: of the pair.
+            unsure: half of the interval of a gap that is not measured, which the gain's interval contains.
+        """
+        if alpha == 0:
+            return Prediction(0.0, 0.0, 0.0)
+        gaps = np.array([gap, gap - unsure, gap + unsure])
+        mean, low, high = (_features(np.full(3, alpha), gaps) @ self.coefficients).tolist()
         spread = np.sqrt(self.variance[0] + self.variance[1] * alpha**2)
-        half = float(stdtrit(self.pairs - 1, 0.975) * spread)
+        half = float(np.hypot(stdtrit(self.pairs - 1, 0.975) * spread, (high - low) / 2))
         return Prediction(mean, mean - half, mean + half)
 
     def outside(self, gap: float) -> str | None:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from tutelage.errors import UserError, in_words
 from tutelage.planner.law_fits import DistillationFit, SupervisedFit, fit_distillation, fit_supervised
+from tutelage.planner.law_spread import LawSpread
 from tutelage.planner.laws import (
     PUBLISHED,
     PUBLISHED_ERROR,
@@ -106,9 +107,9 @@ class Basis:
         source: what it was fitted on, in a few words.
         range: of students and teachers.
         law: of models without a teacher; None without one.
-        half_width: of its 95% interval, as a part of the loss; None where it is not known.
+        spread: how sure it is; None where that is not known.
         taught: law of pure distillation; None without one.
-        taught_half_width: as `half_width`.
+        taught_half_width: of its 95% interval, as a part of the loss.
         teachers: least and largest loss of the teachers that `taught` was fitted on.
         surfaces: gains of mixing by side; none where no study was fitted.
         measured: losses of models without a teacher, by parameters and tokens; they go before the law.
@@ -117,7 +118,7 @@ class Basis:
     source: str
     range: Range
     law: SupervisedLaw | None
-    half_width: float | None
+    spread: LawSpread | None
     taught: DistillationLaw | None
     taught_half_width: float
     teachers: tuple[float, float]
@@ -130,14 +131,15 @@ class Basis:
             return Prediction(self.measured[parameters, tokens], None, None)
         if self.law is None:
             return None
-        return interval(float(self.law.loss(parameters, tokens)), self.half_width)
+        half_width = None if self.spread is None else self.spread.at(parameters, tokens)
+        return interval(float(self.law.loss(parameters, tokens)), half_width)
 
 
 def interval(mean: float, half_width: float | None) -> Prediction:
     """A prediction with an interval of `half_width` parts of it on each side; None: with none."""
     if half_width is None:
         return Prediction(mean, None, None)
-    return Prediction(mean, mean * (1 - half_width), mean * (1 + half_width))
+    return Prediction(mean, mean * max(1 - half_width, 0.0), mean * (1 + half_width))
 
 
 def published() -> Basis:
@@ -146,7 +148,7 @@ def published() -> Basis:
         source="published laws, arXiv 2502.08606",
         range=PUBLISHED_RANGE,
         law=PUBLISHED,
-        half_width=None,
+        spread=None,
         taught=PUBLISHED_TAUGHT,
         taught_half_width=_NORMAL * PUBLISHED_ERROR,
         teachers=PUBLISHED_TEACHERS,
@@ -170,7 +172,9 @@ def basis_of(fit: StudyFit) -> Basis:
             f"{texts} ({', '.join(points.texts)}) of {fit.name}",
         ),
         law=None if fit.supervised is None else fit.supervised.law,
-        half_width=None if fit.supervised is None else fit.supervised.half_width,
+        spread=None
+        if fit.supervised is None
+        else LawSpread.of(fit.supervised, [n for n, _, _ in settings], [d for _, d, _ in settings]),
         taught=None if fit.distillation is None else fit.distillation.law,
         taught_half_width=0.0 if fit.distillation is None else fit.distillation.half_width,
         teachers=(min(pure), max(pure)),

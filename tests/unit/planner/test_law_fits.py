@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tutelage.planner.law_fits import fit_distillation, fit_supervised
+from tutelage.planner.law_spread import LawSpread, slopes
 from tutelage.planner.laws import PUBLISHED, DistillationLaw, SupervisedLaw
 
 SIZES = np.repeat([20e3, 50e3, 150e3, 400e3], 3)
@@ -38,6 +39,47 @@ def test_few_points_fit_three_coefficients_and_fewer_none():
     assert fit_distillation(*[losses[:10]] * 5) is None
 
 
+def test_a_corner_that_the_points_leave_open_has_a_wide_interval():
+    """Of models with 20 tokens a parameter each, parameters and tokens can change places in the law."""
+    known, n = SupervisedLaw(1.3, 400.0, 0.37, 2e3, 0.45, 0.5), np.geomspace(2e4, 4e5, 7)
+    losses = known.loss(n, 20 * n) * np.exp(np.random.default_rng(0).normal(0, 0.005, 7))
+    found = fit_supervised(n, 20 * n, losses)
+    spread = LawSpread.of(found, n, 20 * n)
+    off = {
+        place: abs(found.law.loss(*place) / known.loss(*place) - 1) for place in ((9e4, 1.8e6), (2e4, 8e6))
+    }
+    assert off[9e4, 1.8e6] <= spread.at(9e4, 1.8e6) <= 1.5 * found.half_width
+    assert 10 * found.half_width < off[2e4, 8e6] <= spread.at(2e4, 8e6)
+    more = known.loss(2e4, 8e6) / known.loss(2e4, 4e5) - found.law.loss(2e4, 8e6) / found.law.loss(2e4, 4e5)
+    assert 0.1 < abs(more) <= spread.between(2e4, 4e5, 8e6)
+
+
+def test_corners_of_a_grid_are_little_less_sure_than_its_middle():
+    losses = PUBLISHED.loss(SIZES, BUDGETS) * np.exp(np.random.default_rng(0).normal(0, 0.005, 12))
+    found = fit_supervised(SIZES, BUDGETS, losses)
+    spread = LawSpread.of(found, SIZES, BUDGETS)
+    assert found.half_width < spread.at(9e4, 1e6) < spread.at(2e4, 3.75e6) < 1.6 * found.half_width
+
+
+def test_the_slopes_of_a_spread_are_those_of_the_law():
+    """By finite differences: E, the parts at the middle, and the logarithms of the exponents."""
+    law, middle, place = SupervisedLaw(1.3, 400.0, 0.37, 2e3, 0.45, 0.5), (9e4, 1e6), (3e4, 4e6)
+
+    def log_loss(shift):
+        part_n = law.A / middle[0] ** law.a + shift[1]
+        part_d = law.B / middle[1] ** law.b + shift[2]
+        a, b, g = law.a * np.exp(shift[3]), law.b * np.exp(shift[4]), law.g * np.exp(shift[5])
+        moved = SupervisedLaw(
+            law.irreducible + shift[0], part_n * middle[0] ** a, a, part_d * middle[1] ** b, b, g
+        )
+        return np.log(moved.loss(*place))
+
+    steps = 1e-6 * np.eye(6)
+    expected = [(log_loss(step) - log_loss(-step)) / 2e-6 for step in steps]
+    found = slopes(law, middle, *(np.array([value]) for value in place))[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_intervals_hold_as_many_new_points_as_they_say():
     random, known = np.random.default_rng(0), SupervisedLaw(1.3, 400.0, 0.408, 2e3, 0.431, 0.452)
@@ -46,8 +88,9 @@ def test_intervals_hold_as_many_new_points_as_they_say():
         n, d = 10 ** random.uniform(4.3, 5.6, 7), 10 ** random.uniform(5.4, 6.6, 7)
         losses = known.loss(n, d) * np.exp(random.normal(0, 0.01, 7))
         found = fit_supervised(n[:6], d[:6], losses[:6])
-        inside += abs(losses[6] / found.law.loss(n[6], d[6]) - 1) <= found.half_width
-    assert inside / trials >= 0.85
+        spread = LawSpread.of(found, n[:6], d[:6])
+        inside += abs(losses[6] / found.law.loss(n[6], d[6]) - 1) <= spread.at(n[6], d[6])
+    assert inside / trials >= 0.9
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -278,6 +279,28 @@ def test_what_lies_beyond_the_law_is_not_decided(command, store, flat, tmp_path)
     assert teacher["gains"]["in_domain"]["mean"] > most
     assert found["answer"] == "cannot say"
     assert found["why"][-1] == "which of the two is more is not known: the law ends at 20K tokens"
+
+
+def test_what_the_points_of_a_law_leave_open_is_not_decided(command, store, flat, tmp_path):
+    """A study with as many tokens a parameter everywhere does not say what more tokens give."""
+    points, random = load_fit(flat).points, np.random.default_rng(0)
+    sizes = np.geomspace(2e4, 4e5, 7)
+    losses = FLAT.loss(sizes, sizes / 2) * np.exp(random.normal(0, 0.005, 7))
+    alone = [
+        AlonePoint(study="made", name=f"{n:.0f}", parameters=n, tokens=n / 2, loss=loss, runs=3)
+        for n, loss in zip(sizes, losses, strict=True)
+    ]
+    save_fit(tmp_path / "fit.json", fit_points(points.model_copy(update={"alone": tuple(alone)})))
+    asked = ("--store", store, "--fit", tmp_path / "fit.json", "--teacher", "nano-150k@30K", *STUDENT)
+    found = planned(command, *asked, "--tokens", "26K")
+    (teacher,) = found["teachers"]
+    assert teacher["longer"]["low"] < teacher["gains"]["in_domain"]["mean"] < teacher["longer"]["high"]
+    assert found["answer"] == "cannot say"
+    assert re.fullmatch(
+        r"which of the two is more is not known: the law's points leave \+0\.00% to \+\d+\.\d\d% open for "
+        "more tokens",
+        found["why"][-1],
+    )
 
 
 @pytest.mark.parametrize(
