@@ -20,6 +20,7 @@ from tutelage.errors import UserError, suggestion
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from tutelage.config.run_config import RunConfig
     from tutelage.config.teacher_config import TeacherConfig
 
 DirectoryKind = Literal["store", "run", "cache", "study"]
@@ -291,3 +292,14 @@ def differences(many: Sequence[Mapping[str, object]]) -> list[dict[str, object]]
     keys = dict.fromkeys(key for one in many for key in one)
     differ = [key for key in keys if any(one.get(key) != many[0].get(key) for one in many)]
     return [{key: one[key] for key in differ if one.get(key) is not None} for one in many]
+
+
+def located(path: Path, config: RunConfig, directory: Path) -> Path:
+    """Find a path of a run's configuration from any working directory.
+
+    Relative paths in it are relative to the directory in which the run was started, which is not recorded.
+    But the way from the run directories to the path is the same as then, also after both moved together.
+    """
+    if path.is_absolute() and path.exists():
+        return path
+    return Path(os.path.normpath(directory.absolute().parent / os.path.relpath(path, config.output)))

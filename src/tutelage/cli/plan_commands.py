@@ -14,6 +14,8 @@ from tutelage.errors import UserError, lookup
 from tutelage.names import find
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.planner.advice import PlanRequest
     from tutelage.planner.points import GainSide, StudyPoints
@@ -108,22 +110,29 @@ def _basis(studies: list[Path], fit: Path | None) -> Basis:
         raise UserError("plan: --study and --fit both say what to predict by; give one")
     if fit is not None:
         return basis_of(load_fit(fit))
-    return basis_of(fit_points(_points(studies))) if studies else published()
+    return basis_of(fit_points(_points(_judged(studies)))) if studies else published()
 
 
-def _judged(studies: list[Path]) -> list[JudgedStudy]:
+def _judged(studies: list[Path]) -> dict[Path, JudgedStudy]:
+    """Studies by their directories, each once."""
     from tutelage.analysis.claims.judge import judge_study
     from tutelage.study.results import load_results
 
     places = dict.fromkeys(find("study", one, "study").resolve() for one in studies)
-    return [judge_study(load_results(place)) for place in places]
+    return {place: judge_study(load_results(place)) for place in places}
 
 
-def _points(studies: list[Path]) -> StudyPoints:
+def _points(judged: Mapping[Path, JudgedStudy]) -> StudyPoints:
     from tutelage.analysis.study_points import points_of
+    from tutelage.planner.candidates import learned_text
     from tutelage.planner.points import together
 
-    return together([points_of(one) for one in _judged(studies)])
+    found = []
+    for place, study in judged.items():
+        untaught = study.results.runs.filter(kind="baseline", status="done")["run"]
+        text = learned_text(place, untaught)
+        found.append(points_of(study).model_copy(update={"stores": () if text is None else (text,)}))
+    return together(found)
 
 
 def _request(
@@ -168,7 +177,16 @@ def _request(
         prices=Prices(devices, price),
         side=side,
         text_tokens=None if text is None else text.manifest.splits["train"].tokens,
+        notes=(_OTHER_TEXT,)
+        if text is not None and basis.stores and text.fingerprint not in basis.stores
+        else (),
     )
+
+
+_OTHER_TEXT = (
+    "--store is not the token store that the studies were run on: losses on another text, split or tokenizer "
+    "do not compare, and then nothing here holds"
+)
 
 
 @plan_app.command("fit")
@@ -182,19 +200,17 @@ def plan_fit(
     Each is tried on what was left out of it: sizes and budgets one by one, pairs of student and teacher one
     by one.
     """
-    from tutelage.analysis.study_points import points_of
     from tutelage.cli.bars import say
     from tutelage.cli.plan_output import print_fit
-    from tutelage.planner.points import together
     from tutelage.planner.study_fit import fit_points, save_fit
 
     judged = _judged(study)
-    found = fit_points(together([points_of(one) for one in judged]))
+    found = fit_points(_points(judged))
     save_fit(output, found)
     if as_json:
         sys.stdout.write(found.model_dump_json(indent=2) + "\n")
         return
-    print_fit(found, judged)
+    print_fit(found, [*judged.values()])
     say("fit", output)
     typed = shlex.quote(str(output))
     say("next", f"tutelage plan --fit {typed} --student SHAPE --tokens TOKENS --teacher SHAPE@TOKENS")
@@ -211,7 +227,7 @@ def plan_backtest(study: Studies, as_json: AsJson = False) -> None:
     from tutelage.cli.plan_output import print_backtest
     from tutelage.planner.backtest import backtest
 
-    points = _points(study)
+    points = _points(_judged(study))
     found = backtest(points)
     if as_json:
         sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")

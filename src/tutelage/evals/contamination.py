@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.errors import UserError
 from tutelage.files import make_directory
+from tutelage.names import located
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers.cache.layout import read_cache_manifest
@@ -99,17 +99,6 @@ def read_again(config: RunConfig, directory: Path) -> Iterator[str]:
 def _order(config: RunConfig) -> tuple[int, int]:
     """What decides the order in which a run reads a text."""
     return config.data.seed, config.data.sequence_length
-
-
-def located(path: Path, config: RunConfig, directory: Path) -> Path:
-    """Find a path of a run's configuration from any working directory.
-
-    Relative paths in it are relative to the directory in which the run was started, which is not recorded.
-    But the way from the run directories to the path is the same as then, also after both moved together.
-    """
-    if path.is_absolute() and path.exists():
-        return path
-    return Path(os.path.normpath(directory.absolute().parent / os.path.relpath(path, config.output)))
 
 
 _Run = tuple[RunConfig, Path]

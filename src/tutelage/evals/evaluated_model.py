@@ -11,12 +11,11 @@ from tutelage import provenance
 from tutelage.data.tokenizer import TextTokenizer, load_tokenizer
 from tutelage.data.tokenizer_comparison import check_rows
 from tutelage.errors import UserError, one_line
-from tutelage.evals.contamination import located
 from tutelage.evals.domains import SUITES
 from tutelage.hub_access import downloaded
 from tutelage.models.directory import ModelState, weights_fingerprint
 from tutelage.models.lengths import trained_length
-from tutelage.names import completed, look_up, nearest
+from tutelage.names import completed, located, look_up, nearest
 from tutelage.run_directory import RunDirectory
 from tutelage.types import TOKENIZER_FILES, Score
 

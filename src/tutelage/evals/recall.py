@@ -22,7 +22,7 @@ from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
-from tutelage.evals.contamination import ancestors, kept, located
+from tutelage.evals.contamination import ancestors, kept
 from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated
 from tutelage.evals.facts import WORDS, Fact, Reading, count_read, find_facts
 from tutelage.evals.score_files import add_scores, known_scores, version_of
@@ -30,6 +30,7 @@ from tutelage.evals.token_scores import ScoreEstimate, ratio, score_tokens
 from tutelage.evals.windows import ScoredDocument
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import pick_device
+from tutelage.names import located
 from tutelage.run_directory import RunDirectory
 from tutelage.types import RECALL, RECALL_BINS
 

@@ -45,6 +45,7 @@ class PlanRequest:
         prices: of operations.
         side: whose gain the alpha is chosen for.
         text_tokens: of the store's training split; None without a store.
+        notes: what there is to say of the basis, sentences.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class PlanRequest:
     prices: Prices
     side: GainSide
     text_tokens: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> float:
@@ -149,7 +151,7 @@ def advise(request: PlanRequest, teachers: Sequence[Candidate]) -> Advice:
     )
     answer, why, best = _answer(request, outside or unknown, outlooks)
     cost = request.prices.cost("1", training=0.0, forward=0.0, student=request.flops * tokens)
-    return Advice(answer, tuple(why), alone, cost, outside, outlooks, best)
+    return Advice(answer, (*why, *request.notes), alone, cost, outside, outlooks, best)
 
 
 def _outlook(request: PlanRequest, alone: Prediction | None, teacher: Candidate) -> Outlook:

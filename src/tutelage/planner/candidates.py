@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from tutelage.evals.score_files import read_scores
 from tutelage.models.directory import read_config
 from tutelage.models.flops import forward_flops, parameters, training_flops
 from tutelage.models.shapes import LADDER, read_shape
-from tutelage.names import look_up
+from tutelage.names import located, look_up
 from tutelage.planner.mixing_rule import Prediction
 from tutelage.run_directory import RunDirectory
 from tutelage.study.given_models import given_model
@@ -194,6 +195,16 @@ def _same(first: Path, second: Path) -> bool:
         return read_manifest(first).fingerprint == read_manifest(second).fingerprint
     except UserError:
         return True
+
+
+def learned_text(directory: Path, runs: Iterable[str]) -> str | None:
+    """Fingerprint of the token store that runs of a study learned from; None if it is not here any more."""
+    for run in runs:
+        place = RunDirectory(directory / "runs" / run)
+        with contextlib.suppress(UserError):
+            config = place.config()
+            return read_manifest(located(config.data.store, config, place.path)).fingerprint
+    return None
 
 
 def measured_loss(files: Iterable[Path], own: Callable[[str], bool] = lambda _: True) -> Prediction | None:

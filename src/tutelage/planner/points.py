@@ -70,6 +70,9 @@ class StudyPoints(Record, extra="forbid"):
     versions: tuple[str, ...] = Field(
         (), description="of the scores that losses are from: losses compare within one; empty in older fits"
     )
+    stores: tuple[str, ...] = Field(
+        (), description="fingerprints of the token stores that runs learned from; none where they were lost"
+    )
     alone: tuple[AlonePoint, ...]
     taught: tuple[TaughtPoint, ...]
 
@@ -111,6 +114,7 @@ def together(many: Sequence[StudyPoints]) -> StudyPoints:
         studies=tuple(name for one in many for name in one.studies),
         texts=tuple(dict.fromkeys(text for one in many for text in one.texts)),
         versions=tuple(dict.fromkeys(version for one in many for version in one.versions)),
+        stores=tuple(dict.fromkeys(store for one in many for store in one.stores)),
         alone=tuple(point for one in many for point in one.alone),
         taught=tuple(point for one in many for point in one.taught),
     )
@@ -124,6 +128,7 @@ def _numbered(points: StudyPoints, before: Sequence[StudyPoints]) -> StudyPoints
         studies=tuple(names[name] for name in points.studies),
         texts=points.texts,
         versions=points.versions,
+        stores=points.stores,
         alone=_renamed(points.alone, names),
         taught=_renamed(points.taught, names),
     )

@@ -113,6 +113,7 @@ class Basis:
         teachers: least and largest loss of the teachers that `taught` was fitted on.
         surfaces: gains of mixing by side; none where no study was fitted.
         measured: losses of models without a teacher, by parameters and tokens; they go before the law.
+        stores: fingerprints of the token stores that all of this is of, as far as they are known.
     """
 
     source: str
@@ -124,6 +125,7 @@ class Basis:
     teachers: tuple[float, float]
     surfaces: Mapping[GainSide, GainSurface]
     measured: Mapping[tuple[float, float], float]
+    stores: tuple[str, ...] = ()
 
     def alone(self, parameters: float, tokens: float) -> Prediction | None:
         """The loss of a model without a teacher; None where it was not measured and there is no law."""
@@ -180,4 +182,5 @@ def basis_of(fit: StudyFit) -> Basis:
         teachers=(min(pure), max(pure)),
         surfaces=fit.surfaces,
         measured={(n, d): loss for n, d, loss in settings if points.comparable},
+        stores=points.stores,
     )

@@ -17,6 +17,7 @@ from tutelage.data.store import open_store
 from tutelage.models.flops import parameters
 from tutelage.models.hub import build
 from tutelage.models.shapes import find_shape
+from tutelage.planner.candidates import learned_text
 from tutelage.planner.laws import PUBLISHED, PUBLISHED_TAUGHT, SupervisedLaw
 from tutelage.planner.points import AlonePoint, StudyPoints, TaughtPoint
 from tutelage.planner.study_fit import fit_points, load_fit, save_fit
@@ -214,6 +215,22 @@ def test_a_run_of_another_text_has_no_loss_by_the_law_of_this_one(
     code, out, err = command("plan", "--store", other_store, *asked)
     assert (code, out) == (2, "")
     assert "its loss on the student's text is not known; measure it: `tutelage eval score" in err
+
+
+def test_a_fit_to_another_text_is_said(command, store, other_store, flat, make_config, tmp_path):
+    """The name of a text was all that a fit knew of it, and two texts may have one."""
+    student = run(make_config(tokens="2K"))
+    text = learned_text(student.path.parents[1], ["lost-00000000", student.path.name])
+    assert text == open_store(student.config().data.store).fingerprint
+    points = load_fit(flat).points.model_copy(update={"stores": (text,)})
+    save_fit(tmp_path / "fit.json", fit_points(points))
+    said = {}
+    for place in (store, other_store):
+        asked = ("--fit", tmp_path / "fit.json", "--teacher", "nano-150k@20K", *STUDENT)
+        said[open_store(place).fingerprint] = planned(command, "--store", place, *asked)["why"]
+    assert not any("--store" in line for line in said.pop(text))
+    ((*_, last),) = said.values()
+    assert last.startswith("--store is not the token store that the studies were run on: ")
 
 
 def test_what_is_outside_is_said_and_not_predicted(command, store, flat):
