@@ -251,7 +251,8 @@ def _lead(gain: Prediction | None, longer: Prediction | None, *, known: bool) ->
     if gain is None or longer is None:
         return None
     lead = gain.mean - longer.mean
-    return None if longer.holds(gain.mean) or (lead > 0 and not known) else lead
+    unsure = gain.mean > 0 and longer.holds(gain.mean)  # more tokens never give less than nothing
+    return None if unsure or (lead > 0 and not known) else lead
 
 
 def _longer(request: PlanRequest, tokens: float, longer: float) -> tuple[Prediction | None, bool]:
@@ -268,7 +269,7 @@ def _longer(request: PlanRequest, tokens: float, longer: float) -> tuple[Predict
     if basis.spread is None:
         return Prediction(gain, None, None), reached == longer
     half = _PERCENT * left * basis.spread.between(size, tokens, reached)
-    return Prediction(gain, max(gain - half, 0.0), min(gain + half, _PERCENT)), reached == longer
+    return Prediction(gain, gain - half, gain + half), reached == longer
 
 
 def _break_even(request: PlanRequest, teacher: Candidate) -> str:
