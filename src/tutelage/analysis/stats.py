@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-_DIGITS = 9
+DIGITS = 9
 """Differences are rounded to this many digits: less is rounding error, which would look like certainty."""
 MOST_SEEDS = 100
 """More are not looked at."""
@@ -98,7 +98,7 @@ def exceeds(differences: ArrayLike, bound: float = 0.0) -> Evidence:
         differences: one number per seed; at least two.
         bound: what the mean is compared with.
     """
-    values = np.round(np.asarray(differences, dtype=np.float64) - bound, _DIGITS)
+    values = np.round(np.asarray(differences, dtype=np.float64) - bound, DIGITS)
     n, mean, error = len(values), float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
     if error == 0.0:
         support = 0.5 if mean == 0.0 else float(mean < 0)
@@ -237,7 +237,7 @@ def seeds_needed(
         The smallest number of at least 2 with that power; None if a hundred would not do.
     """
     values = np.asarray(differences, dtype=np.float64)
-    deviation = max(float(values.std(ddof=1)), 10.0**-_DIGITS)
+    deviation = max(float(values.std(ddof=1)), 10.0**-DIGITS)
     n = np.arange(2, MOST_SEEDS + 1)
     enough = chance_inside(n, float(values.mean()), deviation, low, high, level) >= power
     return int(n[enough.argmax()]) if enough.any() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tutelage.analysis.stats import DIGITS
 from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def effect(estimate: Estimate) -> str:
     """
     if not is_judged(estimate):
         return NOT_JUDGED
-    if estimate.low > 0:
+    if round(estimate.low, DIGITS) > 0:
         return "helps"
-    return "hurts" if estimate.high < 0 else NO_DIFFERENCE
+    return "hurts" if round(estimate.high, DIGITS) < 0 else NO_DIFFERENCE
 
 
 def interval_name(verdict: Verdict) -> str:

@@ -226,6 +226,13 @@ def test_cells_of_several_students_are_kept_apart(tmp_path):
     assert [text.split(":")[0] for text in headline.headline(found, ())] == ["tiny 2M", "wide 2M"]
 
 
+def test_rounding_errors_are_no_effect():
+    """Of students that score as the untaught ones do the table said `helps`, +0.0% ± 0.0."""
+    assert words.effect(Estimate(8.3e-15, 3.2e-15, 1.3e-14, 3)) == "no clear difference"
+    assert words.effect(Estimate(-8.3e-15, -1.3e-14, -3.2e-15, 3)) == "no clear difference"
+    assert words.effect(Estimate(2e-8, 1e-8, 3e-8, 3)) == "helps"
+
+
 def test_alpha_is_chosen_on_validation_not_on_test(tmp_path):
     path = write_study(tmp_path / "study", seeds=(43,))
     student = path / "runs" / "student-weak-0.2-43"
