@@ -35,6 +35,7 @@ from tutelage.evals.lm_eval_tasks import (
     build_package_task,
     build_task,
     held_out_texts,
+    seeded,
 )
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import ScoreEstimate
@@ -290,7 +291,7 @@ def _prepared(
     here = f"{', '.join(_OFFLINE)} need no Hub"
     access = reading_hub(f"task {name}: its data", f"choose another ({here})", explains=False)
     try:
-        with access if on_hub else contextlib.nullcontext():
+        with access if on_hub else contextlib.nullcontext(), seeded(_SEED), _quiet():
             loaded = manager.load([name])
             leaves = list(loaded["tasks"].values())
             for task in leaves:
@@ -298,8 +299,7 @@ def _prepared(
                     task.set_config(key="num_fewshot", value=paper.shots)
                 elif task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
-            with _quiet():
-                shown = [_shown(task, limit) for task in leaves]
+            shown = [_shown(task, limit) for task in leaves]
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a task file and its data can be wrong in any way
@@ -340,7 +340,8 @@ def _shown(task: Task, limit: int | None) -> list[str]:
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     metrics = sorted(task.higher_is_better())
     texts = [[instance.args, task.doc_to_target(instance.doc)] for instance in task.instances]
-    return [str(task.VERSION), *metrics, digest(texts)]
+    bare = any(one.request_type == "loglikelihood" and not one.args[0] for one in task.instances)
+    return [str(task.VERSION), *metrics, digest(texts), *["answers whole without a prompt"] * bare]
 
 
 def _model(evaluated: EvaluatedModel, batch_size: int, device: str) -> ExportedModel:
@@ -362,7 +363,7 @@ def _scores(
 
     for leaf in task.leaves:
         leaf.set_fewshot_seed(seed=_SEED)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), seeded(_SEED):
         torch.manual_seed(_SEED)
         found = evaluate(model, task.loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
     names = [task.name] if task.name in found["results"] else [leaf.task_name for leaf in task.leaves]

@@ -75,8 +75,9 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
             context, continuation = request.args
             if context:
                 given, scored = self._encode_pair(context, continuation)
-            else:
-                given, scored = self._beginning(continuation)
+            else:  # all of it is scored: answers that begin with other tokens are compared with one another
+                given = [*self._own.begin_ids] or [self._own.eos_id]
+                scored = self.tok_encode(continuation, add_special_tokens=False)
             if len(scored) > self.max_length:
                 raise UserError(
                     f"task {request.task_name}: an answer to question {request.doc_id} has {len(scored)} "

@@ -8,6 +8,7 @@ prompt is as long as the trained context allows, at least half of it, and at mos
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -32,6 +33,25 @@ if TYPE_CHECKING:
 
     from tutelage.data.corpus_readers import PackageFiles
     from tutelage.data.store import Store
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Have task files draw as with lm-eval's command line: some shuffle their answers as they are read.
+
+    Else a task would have other questions for each model, and for the same one at each call.
+
+    Args:
+        seed: of numpy; that of Python is 0 there.
+    """
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that task files draw from
+    random.seed(0)
+    np.random.seed(seed)  # noqa: NPY002 - as above
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002 - as above
 
 
 class PaperTask(NamedTuple):

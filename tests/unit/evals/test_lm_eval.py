@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,29 @@ def test_a_task_file_of_ones_own_is_asked_quietly_and_counts_by_its_content(eval
     with (folder / "helpers.py").open("a", encoding="utf-8") as file:
         file.write("# another version\n")
     assert run_downstream(evaluated, ["own"], include=folder)[0].version != first[0].version
+
+
+@needs_lm_eval
+def test_a_task_that_shuffles_its_answers_is_the_same_for_every_model(evaluated, tmp_path):
+    """As gpqa does, by Python's random numbers, as it is read."""
+    folder = own_task(tmp_path / "own", [" of the lord", " of the states", " of peace", " of war"])
+    with (folder / "own.yaml").open("a", encoding="utf-8") as file:
+        file.write("process_docs: !function helpers.shuffled\n")
+    with (folder / "helpers.py").open("a", encoding="utf-8") as file:
+        file.write(
+            "import random\n"
+            "def shuffled(docs):\n"
+            "    order = random.sample(range(4), 4)\n"
+            "    shuffle = lambda doc: {'a': [doc['a'][i] for i in order]}\n"
+            "    return docs.map(shuffle, load_from_cache_file=False)\n"
+        )
+    random.seed(5)
+    found = [
+        run_downstream(dataclasses.replace(evaluated, output=tmp_path / name), ["own"], include=folder)
+        for name in "abc"
+    ]
+    assert len({score.version for scores in found for score in scores}) == 1
+    assert random.random() == random.Random(5).random()  # noqa: S311 - what was drawn is put back
 
 
 @needs_lm_eval
