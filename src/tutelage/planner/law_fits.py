@@ -12,7 +12,14 @@ from pydantic import Field
 from scipy.optimize import least_squares
 from scipy.special import stdtrit
 
-from tutelage.planner.laws import PUBLISHED, PUBLISHED_TAUGHT, DistillationLaw, SupervisedLaw, coefficients
+from tutelage.planner.laws import (
+    OF_EXPONENTS,
+    PUBLISHED,
+    PUBLISHED_TAUGHT,
+    DistillationLaw,
+    SupervisedLaw,
+    coefficients,
+)
 from tutelage.records import Record
 
 if TYPE_CHECKING:
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 
     Build = Callable[[NDArray[np.float64]], "Law"]
     Predict = Callable[["Law", NDArray[np.intp]], NDArray[np.float64]]
+    Unusual = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 Law = TypeVar("Law", SupervisedLaw, DistillationLaw)
 
@@ -33,6 +41,10 @@ _STARTS = 6
 _FARTHEST = 80.0
 _CALLS, _STEPS = 600, 50
 """At most of a search; of one that begins at the fit of nearly the same points a quarter."""
+_NOISE, _ROUNDS = 0.01, 4
+"""Noise of log losses that a fit begins with, and how often it is found anew from what the fit is off by."""
+_MEDIAN = 0.6745
+"""Of absolute normal numbers, as a part of their standard deviation; an outlier does not move it."""
 _FOLDS = 16
 """Parts that many points are left out in; few are left out one by one."""
 
@@ -80,7 +92,9 @@ class DistillationFit(LawFit):
 def fit_supervised(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> SupervisedFit | None:
     """Fit the law of models without a teacher: six coefficients, or E, A and B beside published exponents.
 
-    The one that predicts left-out points better; None with fewer than five points.
+    The one that predicts left-out points better; None with fewer than five points. Where points say little of
+    the six's exponents these are near the published ones: two budgets, or as many tokens a parameter
+    everywhere, can be fitted by exponents that are absurd between and beside the points.
 
     Args:
         parameters: without embeddings, of each model; one entry per size and budget.
@@ -110,9 +124,12 @@ def fit_supervised(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) 
     def predict(law: SupervisedLaw, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
         return law.loss(n[chosen], d[chosen])
 
+    def unusual(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (x - np.log(coefficients(PUBLISHED)))[[2, 4, 5]] / OF_EXPONENTS
+
     fits = [
-        _fit(build, predict, starts, measured)
-        for build, starts in ((all_free, wide), (scaled, narrow))
+        _fit(build, predict, starts, measured, far)
+        for build, starts, far in ((all_free, wide, unusual), (scaled, narrow, None))
         if len(measured) >= len(starts[0]) + _SPARE
     ]
     best = min(fits, key=lambda fit: fit.error, default=None)
@@ -165,8 +182,19 @@ def _fit(
     predict: Predict[Law],
     starts: Sequence[NDArray[np.float64]],
     measured: NDArray[np.float64],
+    unusual: Unusual | None = None,
 ) -> LawFit:
-    """The best of the fits from all starts; points are left out from there on."""
+    """The best of the fits from all starts; points are left out from there on.
+
+    Args:
+        build: a law from what is searched.
+        predict: losses of some of the points.
+        starts: of the search.
+        measured: losses of the points.
+        unusual: standard deviations by which what is searched is off what is usual. They count as so many of
+            the noise of a point, so that they decide where the points say little.
+    """
+    noise = _NOISE
 
     def solved(
         start: NDArray[np.float64], chosen: NDArray[np.intp], part: int = 1
@@ -174,6 +202,8 @@ def _fit(
         def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
             with np.errstate(all="ignore"):
                 found = np.log(predict(build(x), chosen) / measured[chosen])
+            if unusual is not None:
+                found = np.concatenate([found, noise * unusual(x)])
             return np.nan_to_num(found, nan=1e3, posinf=1e3, neginf=-1e3)
 
         # Squares first: far from the minimum Huber's loss is nearly linear and leads there slowly.
@@ -185,6 +215,10 @@ def _fit(
 
     everything = np.arange(len(measured))
     _, best = min((solved(start, everything) for start in starts), key=lambda one: one[0])
+    for _ in range(0 if unusual is None else _ROUNDS):
+        off = np.median(np.abs(np.log(predict(build(best), everything) / measured)))
+        noise = float(off / _MEDIAN * np.sqrt(len(measured) / (len(measured) - len(best))))
+        _, best = solved(best, everything)
     law = build(best)
     left_out = np.empty(len(measured))
     for fold in range(min(_FOLDS, len(measured))):

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from scipy.special import stdtrit
 
+from tutelage.planner.laws import OF_EXPONENTS
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from tutelage.planner.law_fits import SupervisedFit
     from tutelage.planner.laws import SupervisedLaw
 
-_OF_EXPONENTS = (0.4, 0.4, 0.7)
-"""Standard deviations of the logarithms of a, b and g before anything is measured: as far apart as published
-laws are (.34, .28 and 1 in arXiv 2203.15556; .408, .431 and .452 in arXiv 2502.08606)."""
 _LEAST = 1e-12
 
 
@@ -49,7 +48,7 @@ class LawSpread:
         free = len(n) - fit.free
         noise = float(np.sum(np.square(fit.residuals)) / free)
         slopes_PC = slopes(fit.law, middle, n, d)
-        known_CC = slopes_PC.T @ slopes_PC + noise * np.diag([0.0, 0.0, 0.0, *np.power(_OF_EXPONENTS, -2.0)])
+        known_CC = slopes_PC.T @ slopes_PC + noise * np.diag([0.0, 0.0, 0.0, *np.power(OF_EXPONENTS, -2.0)])
         size_C = np.sqrt(np.maximum(np.diag(known_CC), np.finfo(np.float64).tiny))
         values_C, vectors_CC = np.linalg.eigh(known_CC / np.outer(size_C, size_C))
         scaled_CC = vectors_CC / size_C[:, None]

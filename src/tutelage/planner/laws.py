@@ -140,6 +140,9 @@ def _scarcity(
 
 
 PUBLISHED = SupervisedLaw(irreducible=1.220, A=3355.0, a=0.408, B=18186.0, b=0.431, g=0.452)
+OF_EXPONENTS = (0.4, 0.4, 0.7)
+"""Standard deviations of the logarithms of a, b and g before anything is measured: as far apart as published
+laws are (.34, .28 and 1 in arXiv 2203.15556; .408, .431 and .452 in arXiv 2502.08606)."""
 PUBLISHED_TAUGHT = DistillationLaw(
     c0=2.3661,
     c1f1=303.63,

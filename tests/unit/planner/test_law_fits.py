@@ -23,6 +23,17 @@ def test_all_coefficients_are_found_again():
     assert found.error < 1e-6
 
 
+def test_exponents_of_which_points_say_little_are_near_the_published_ones():
+    """With two budgets any exponent of tokens fits; between them the law was off by 6.7%."""
+    known, sizes = SupervisedLaw(1.3, 400.0, 0.37, 2e3, 0.45, 0.5), np.repeat([2e4, 5e4, 1.5e5, 4e5], 2)
+    budgets = np.tile([250e3, 3.75e6], 4)
+    for seed in (3, 5):
+        noise = np.random.default_rng(seed).normal(0, 0.005, 8)
+        found = fit_supervised(sizes, budgets, known.loss(sizes, budgets) * np.exp(noise))
+        assert found.free == 6
+        assert found.law.loss(9e4, 1e6) == pytest.approx(known.loss(9e4, 1e6), rel=0.01)
+
+
 def test_an_outlier_does_not_move_the_law():
     known = SupervisedLaw(1.5, PUBLISHED.A, PUBLISHED.a, PUBLISHED.B, PUBLISHED.b, PUBLISHED.g)
     losses = known.loss(SIZES, BUDGETS)
