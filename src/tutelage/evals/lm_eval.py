@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 _SEED = 1234  # lm-eval's own, so that few-shot examples are those of its command line
 _BOOTSTRAP = 1000
+_BY_A_METRIC = (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 _OFFLINE = (*KINDS, *PACKAGE_TASKS)
 
 
@@ -363,9 +364,13 @@ def _scores(
 
     for leaf in task.leaves:
         leaf.set_fewshot_seed(seed=_SEED)
-    with torch.random.fork_rng(), seeded(_SEED):
-        torch.manual_seed(_SEED)
-        found = evaluate(model, task.loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+    try:
+        with torch.random.fork_rng(), seeded(_SEED):
+            torch.manual_seed(_SEED)
+            found = evaluate(model, task.loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+    except _BY_A_METRIC as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"task {task.name}: no score by the metrics of its task file ({reason})") from error
     names = [task.name] if task.name in found["results"] else [leaf.task_name for leaf in task.leaves]
     for name in names:
         row, directions = found["results"][name], found["higher_is_better"][name]

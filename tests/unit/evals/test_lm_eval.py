@@ -321,6 +321,16 @@ def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
             {"answers": [" of"], "output_type": "generate_until", "doc_to_choice": None},
             r"task own: answers of up to 256 tokens are asked for, and the model's context is 96",
         ),
+        (
+            {
+                "answers": "xyz" * 300,  # one word, whose perplexity no float holds
+                "output_type": "loglikelihood_rolling",
+                "doc_to_choice": None,
+                "doc_to_target": "a",
+                "metric_list": [{"metric": "word_perplexity"}],
+            },
+            r"task own: no score by the metrics of its task file \(OverflowError: math range error\)",
+        ),
     ]
     for changes, message in cases:
         folder = own_task(tmp_path / "own", **changes)
