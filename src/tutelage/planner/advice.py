@@ -197,11 +197,8 @@ def _alpha(request: PlanRequest, gap: float | None) -> tuple[float, str, list[st
         words = words if alpha else f"{_NONE}: {words}"
         return alpha, words, []
     words = "where auto, the default, settles for such a teacher; no law predicts its gain"
-    return (
-        rule_alpha(gap),
-        words,
-        ["no correction for alpha below 1: no study was fitted (--study or --fit)"],
-    )
+    missing = "no correction for alpha below 1: no study was fitted (--study or --fit)"
+    return rule_alpha(gap), words, [missing]
 
 
 def _gains(
@@ -278,9 +275,9 @@ def _break_even(request: PlanRequest, teacher: Candidate) -> str:
     Each with the alpha that is recommended there.
     """
     low, high = request.basis.range.tokens
-    high = max(low, min(high, request.text_tokens or high))
+    high = min(high, request.text_tokens or high)
     pays: list[tuple[float, bool]] = []
-    for tokens in np.geomspace(low, high, _BUDGETS):
+    for tokens in np.geomspace(low, high, _BUDGETS) if low < high else ():
         spent = tokens * (request.flops + teacher.forward_flops) + teacher.training_flops
         longer, reached = _longer(request, tokens, _as_many(request, tokens, spent))
         alpha, _, _ = _alpha(request, _gap(request.basis.alone(request.parameters, tokens), teacher))
@@ -360,10 +357,12 @@ def _compared(request: PlanRequest, best: Outlook) -> tuple[Recommendation, list
     longer = 0.0 if more is None else more.mean
     at = f"{best.teacher.name} at alpha {best.predicted_alpha:g}"
     least = "" if best.longer_known else "at least "
-    spent = f"{short(best.longer_tokens)} tokens cost as much"
-    if request.text_tokens is not None and best.longer_tokens >= request.text_tokens:
-        spent = f"all {short(best.longer_tokens)} tokens of the text cost no more"
+    spent, text = f"{short(best.longer_tokens)} tokens cost as much", request.text_tokens
+    if text is not None and best.longer_tokens >= text:
+        spent = f"all {short(text)} tokens of the text cost no more"
     alone = f"without a teacher, {spent} and gain {least}{longer:+.2f}%"
+    if text is not None and request.tokens >= text:
+        alone = f"without a teacher, there is no more text: all {short(text)} tokens are read already"
     gains = (
         f"{at} gains {gain.mean:+.2f}% in domain" if best.predicted_alpha else f"{best.teacher.name}: {_NONE}"
     )

@@ -261,6 +261,30 @@ def test_do_not_distil_is_an_answer_of_a_fit_too(command, store, tmp_path):
         assert again["teachers"][0]["break_even"] == found["teachers"][0]["break_even"]
 
 
+def test_a_budget_beyond_the_text_is_not_called_text(command, store, flat):
+    """Of 155K tokens a card said that all 200K tokens of the text cost no more."""
+    asked = ("--store", store, "--fit", flat, "--teacher", "nano-150k@20K", *STUDENT, "--tokens", "200K")
+    found = planned(command, *asked)
+    assert found["why"][0].endswith(
+        "; without a teacher, there is no more text: all 155K tokens are read already"
+    )
+    assert found["teachers"][0]["longer_gain"] == 0
+
+
+def test_no_budgets_are_looked_at_where_the_text_ends_before_the_law_begins(command, store, flat, tmp_path):
+    """The card said "on every budget of 200K to 200K tokens"."""
+    points = load_fit(flat).points
+    late = points.model_copy(update={"alone": tuple(one for one in points.alone if one.tokens >= 2e5)})
+    more = [
+        one.model_copy(update={"tokens": 4e5, "loss": float(FLAT.loss(one.parameters, 4e5))})
+        for one in late.alone
+    ]
+    late = late.model_copy(update={"alone": (*late.alone, *more)})
+    save_fit(tmp_path / "late.json", fit_points(late))
+    asked = ("--fit", tmp_path / "late.json", "--teacher", "nano-150k@300K", *STUDENT, "--tokens", "250K")
+    assert planned(command, "--store", store, *asked)["teachers"][0]["break_even"] == ""
+
+
 def test_a_cache_covers_the_whole_text(command, store, flat):
     found = planned(command, "--store", store, "--fit", flat, "--teacher", "nano-150k@20K", *STUDENT)
     online, *_, cached = found["teachers"][0]["costs"]
