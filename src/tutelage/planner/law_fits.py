@@ -41,8 +41,9 @@ _STARTS = 6
 _FARTHEST = 80.0
 _CALLS, _STEPS = 600, 50
 """At most of a search; of one that begins at the fit of nearly the same points a quarter."""
-_NOISE, _ROUNDS = 0.01, 4
-"""Noise of log losses that a fit begins with, and how often it is found anew from what the fit is off by."""
+_NOISE, _ROUNDS = 0.005, 4
+"""Noise of log losses, at most that of seeds: by what a fit is off more the law is wrong, not its exponents
+unusual. How often it is found anew from what the fit is off by."""
 _MEDIAN = 0.6745
 """Of absolute normal numbers, as a part of their standard deviation; an outlier does not move it."""
 _FOLDS = 16
@@ -217,7 +218,8 @@ def _fit(
     _, best = min((solved(start, everything) for start in starts), key=lambda one: one[0])
     for _ in range(0 if unusual is None else _ROUNDS):
         off = np.median(np.abs(np.log(predict(build(best), everything) / measured)))
-        noise = float(off / _MEDIAN * np.sqrt(len(measured) / (len(measured) - len(best))))
+        found = off / _MEDIAN * np.sqrt(len(measured) / (len(measured) - len(best)))
+        noise = min(_NOISE, float(found))
         _, best = solved(best, everything)
     law = build(best)
     left_out = np.empty(len(measured))
