@@ -140,7 +140,7 @@ def check_tokenizer_files(source: Path) -> None:
             raise UserError(f"{source}: no {name}; without its tokenizer a model is of no use")
 
 
-def complete(directory: Path, store: Path, base: Base | None, context: int | None) -> None:
+def complete(directory: Path, store: Path, base: Base | None, context: int | None, rows: int) -> None:
     """Add everything but weights to a directory that transformers has just written.
 
     Args:
@@ -148,6 +148,7 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
         store: directory with the tokenizer that the model was trained with.
         base: directory of the model it was initialised from.
         context: longest sequence in tokens; None if unbounded.
+        rows: of the model's head.
 
     Raises:
         UserError: a tokenizer file is missing or damaged.
@@ -169,10 +170,9 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
     ids = _special_ids(tokenizer, settings)
     path = directory / "config.json"
     config = read_object(path)
-    rows = int(config["vocab_size"]) if isinstance(config.get("vocab_size"), int) else None
     path.write_text(_text(for_older_readers(config) | _model_ids(config, ids, rows)), encoding="utf-8")
     named = set(tokenizer.get_vocab(with_added_tokens=True).values())
-    nameless = [index for index in range(rows or 0) if index not in named]
+    nameless = [index for index in range(rows) if index not in named]
     generation = _generation(None if base is None else base.directory / _GENERATION, ids, nameless)
     (directory / _GENERATION).write_text(_text(generation), encoding="utf-8")
 
@@ -264,7 +264,7 @@ def _id(tokenizer: Tokenizer, token: object) -> int | None:
     return index
 
 
-def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int | None) -> dict[str, Any]:
+def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int) -> dict[str, Any]:
     """Choose the special ids of config.json: the tokenizer's, else the model's own.
 
     A pad id that is also the end-of-text id stays out: whoever trains the model further would freeze the
@@ -273,7 +273,7 @@ def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int | None) ->
     found: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own = config.get(name)
-        known = isinstance(own, int) and (rows is None or own < rows)
+        known = isinstance(own, int) and own < rows
         found[name] = ids.get(name, own if known else None)
     if found["pad_token_id"] == found["eos_token_id"]:
         found["pad_token_id"] = None

@@ -95,13 +95,15 @@ def model_forward_flops(model: PreTrainedModel, context: int) -> float:
 
 
 def _multiplied(model: PreTrainedModel, settings: dict[str, Any]) -> float:
-    """Weights that multiply a token, on average over tokens."""
+    """Weights that multiply a token of text, on average over tokens."""
     from torch.nn import Embedding  # noqa: PLC0415 - the planner does without torch
+
+    from tutelage.models.packed import body_of  # noqa: PLC0415 - which imports it too
 
     experts = _first(settings, EXPERTS)
     sent = _first(settings, _ACTIVE) / (experts + _first(settings, ("zero_expert_num",))) if experts else 1.0
     used = {id(head := model.get_output_embeddings().weight): float(head.numel())}
-    for module in model.modules():
+    for module in body_of(model).modules():
         if isinstance(module, Embedding):
             continue
         weights = list(module.parameters(recurse=False))

@@ -343,7 +343,8 @@ def save(
                 model.save_pretrained(partial)
         finally:
             model.generation_config = own
-        complete(partial, store, base, trained_length(model.config))
+        rows = model.get_output_embeddings().weight.shape[0]
+        complete(partial, store, base, trained_length(model.config), rows)
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
         write_checksums(partial)

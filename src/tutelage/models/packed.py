@@ -31,6 +31,19 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
     return next((part for part in model.children() if isinstance(part, PreTrainedModel)), found)
 
 
+def freeze_beside(model: PreTrainedModel) -> None:
+    """Freeze what a model has beside body and head, as the part that sees pictures: text does not reach it.
+
+    Of processes that share the weights, each sends zeros where it has no gradient, and by these the weights
+    would decay.
+    """
+    parts = (body_of(model), model.get_output_embeddings())
+    used = {weight for part in parts for weight in part.parameters()}
+    for weight in model.parameters():
+        if weight not in used:
+            weight.requires_grad_(requires_grad=False)
+
+
 def hidden_states(body: PreTrainedModel, batch: Batch) -> Tensor:
     """Compute a body's hidden states after the final norm, [B, T, D].
 

@@ -20,7 +20,7 @@ from tutelage.models.directory import ModelState
 from tutelage.models.export import Base
 from tutelage.models.initial_weights import fill_model
 from tutelage.models.lengths import check_length
-from tutelage.models.packed import check_documents
+from tutelage.models.packed import check_documents, freeze_beside
 from tutelage.objective import make_gate, make_policy
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers import TeacherContext, make_teacher
@@ -229,6 +229,7 @@ def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingM
     pending = None if world.mesh is None else slices.describe(*described)
     model = hub.load(*described) if pending is None else pending.model
     model.get_input_embeddings().padding_idx = None  # nothing is padded here, so no token may stand still
+    freeze_beside(model)
     beyond = check_length(model, what, length)
     tokenizer.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
     notes = [*tokenizer.notes, *([] if beyond is None else [beyond])]
