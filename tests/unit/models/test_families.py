@@ -37,6 +37,22 @@ def test_logits_are_those_of_transformers(family, tmp_path):
     assert torch.equal(transformed(head(hidden_BTD), logit_transform(again)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cap_in_float32_is_known_in_half_precision(dtype, tmp_path):
+    torch.manual_seed(0)
+    model = hf.xLSTMForCausalLM(
+        hf.xLSTMConfig(vocab_size=VOCAB, hidden_size=32, num_heads=2, num_hidden_layers=1)
+    )
+    model.lm_head.weight.data.normal_()
+    model.to(dtype).save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.dtype == dtype
+    with torch.no_grad():
+        logits = again(input_ids=torch.arange(4).unsqueeze(0), use_cache=False).logits
+    assert logits.dtype == torch.float32
+    assert logits.abs().max() > 8  # of which a cap of 30 takes .2, and half precision does not have that much
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beyond_its_length_a_model_is_refused_or_a_note_is_made(family, tmp_path):
     model = written(family, tmp_path)
