@@ -29,7 +29,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models.devices import Hardware
 from tutelage.models.directory import hub_config, is_local, read_config
-from tutelage.models.flops import forward_flops, parameters, training_flops
+from tutelage.models.flops import forward_flops, is_shape_of, parameters, training_flops
 from tutelage.models.memory import Footprint, plan_memory
 from tutelage.models.memory_remedies import least_memory, remedies
 from tutelage.models.shapes import find_shape, read_shape
@@ -319,9 +319,11 @@ def _shape_of_run(config: RunConfig, run: str, field: str) -> ModelShape:
 
 
 def _shape_at(path: str, revision: str | None, field: str) -> ModelShape:
+    from tutelage.models.hub import outline  # noqa: PLC0415 - loads torch, which shapes do without
+
     settings = read_config(Path(path)) if is_local(path) else hub_config(path, revision)
     shape = read_shape(settings, path)
-    if shape is None:
+    if shape is None or not is_shape_of(shape, outline(path, settings)):
         raise UserError(
             f"{field} = {path}: the plan knows the sizes of attention with rotary positions and a gated MLP "
             f"(Llama, Qwen, Mistral, ...), not of model_type {settings.get('model_type')}; such a run can be "

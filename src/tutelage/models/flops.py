@@ -50,6 +50,25 @@ def parameters(shape: ModelShape, vocab_size: int) -> Parameters:
     return Parameters(non_embedding + embeddings * vocab_size * shape.hidden, non_embedding)
 
 
+_SMALL = 0.05
+"""Part of a model's weights, without embedding and head, that its biases and further norms may be."""
+
+
+def is_shape_of(shape: ModelShape, model: PreTrainedModel) -> bool:
+    """Whether a model has as many weights as the shape that its config.json seems to describe.
+
+    No field says whether an MLP has a gate (Phi and GPT-NeoX have none), or what
+    layers without attention hold.
+
+    Args:
+        shape: by `tutelage.models.shapes.read_shape`.
+        model: made from the same config.json; may be on the meta device.
+    """
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    counted: int = sum(weight.numel() for weight in {*model.parameters()} - ends)
+    return abs(parameters(shape, 0).non_embedding - counted) <= _SMALL * counted
+
+
 def forward_flops(shape: ModelShape, vocab_size: int, context: int) -> float:
     """Operations of a forward pass per token, averaged over a sequence of `context` tokens.
 

@@ -13,9 +13,8 @@ from tutelage.config.base import parse_tokens, slug
 from tutelage.data.store_manifest import read_manifest
 from tutelage.errors import UserError, lookup
 from tutelage.evals.score_files import read_scores
-from tutelage.models.directory import read_config
 from tutelage.models.flops import forward_flops, parameters, training_flops
-from tutelage.models.shapes import LADDER, read_shape
+from tutelage.models.shapes import LADDER
 from tutelage.names import located, look_up
 from tutelage.planner.mixing_rule import Prediction
 from tutelage.run_directory import RunDirectory
@@ -126,13 +125,8 @@ def _run(
         raise UserError(f"--teacher {text}: {run.to_have_model()}")
     if not run.is_trained():
         raise UserError(f"--teacher {text}: {run.path} has no model yet; `tutelage train` goes on with it")
-    shape = read_shape(read_config(run.model), text)
-    length = student.data.sequence_length
-    if shape is not None:
-        forward, width = forward_flops(shape, vocab_size, length), shape.hidden
-    elif (given := given_model(str(run.model), length)) is not None:
-        forward, width = given.forward_flops, given.width
-    else:
+    given = given_model(str(run.model), student.data.sequence_length)
+    if given is None:
         raise UserError(f"--teacher {text}: {run.model} cannot be read")
     config, text_store = run.config(), student.data.store
     own = {domain.name: _same(domain.store, text_store) for domain in config.eval.domains}
@@ -141,9 +135,9 @@ def _run(
     outside, measured = None, True
     tokens = run.state().get("tokens")
     law = (loss is None and read_it) or not basis.surfaces
-    if shape is not None and isinstance(tokens, int) and law:
+    if given.shape is not None and isinstance(tokens, int) and law:
         # The published laws speak of their own text, so both losses are taken from them.
-        size = parameters(shape, vocab_size).non_embedding
+        size = parameters(given.shape, vocab_size).non_embedding
         outside, measured = basis.range.outside(size, tokens), False
         loss = basis.alone(size, tokens) if outside is None else None
     if loss is None and outside is None:
@@ -154,10 +148,10 @@ def _run(
         loss=loss,
         measured=measured,
         outside=outside,
-        forward_flops=forward,
+        forward_flops=given.forward_flops,
         training_flops=0.0,
-        width=width,
-        shape=shape,
+        width=given.width,
+        shape=given.shape,
         tokens=0,
         settings={"kind": "run", "run": run.id},
         output=run.path.parent,

@@ -3,6 +3,7 @@ import tiny_families
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -14,6 +15,7 @@ from transformers import (
 from tutelage.models.flops import (
     Parameters,
     forward_flops,
+    is_shape_of,
     kd_cost_factor,
     model_forward_flops,
     parameters,
@@ -189,6 +191,19 @@ def test_heads_have_the_width_of_their_layer(family, tmp_path):
     counted = counter.get_total_flops() / (8 * context)
     model.config.sliding_window = 4 * context  # torch counts the keys outside too
     assert model_forward_flops(model, 2 * context) == pytest.approx(counted, rel=4e-3)
+
+
+COUNTED = ("llama", "qwen2", "qwen3", "gemma2", "olmo2", "stablelm", "glm4", "phi3", "cohere")
+WITHOUT_A_GATE = ("phi", "gpt_neox", "starcoder2", "nemotron", "nanochat")
+OTHER_LAYERS = ("bamba", "falcon_h1", "lfm2", "qwen3_5_text", "recurrent_gemma", "hrm_text")
+
+
+@pytest.mark.parametrize("family", COUNTED + WITHOUT_A_GATE + OTHER_LAYERS)
+def test_a_shape_that_does_not_count_a_models_weights_is_not_its_own(family):
+    config = tiny_families.tiny_config(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert is_shape_of(read_shape(config.to_dict(), family), model) == (family in COUNTED)
 
 
 @pytest.mark.parametrize(("field", "value", "keys"), [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from training import Notes
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Starcoder2Config
 
 from tutelage.errors import UserError
 from tutelage.models.devices import Hardware
@@ -140,3 +140,15 @@ def test_a_shape_is_read_from_the_config_of_a_model(change):
     shape = read_shape(config.to_dict(), "somewhere")
     model = AutoModelForCausalLM.from_config(config)
     assert parameters(shape, 320).total == sum(p.numel() for p in model.parameters())
+
+
+def test_a_family_whose_weights_the_formula_does_not_count_has_no_plan(make_config, free, tmp_path):
+    """Starcoder 2 has the fields of Llama and an MLP without a gate: less than the formula would say."""
+    config = Starcoder2Config(hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=2, vocab_size=300)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "start")
+    run_config = make_config(model={"path": str(tmp_path / "start"), "assume_same_tokenizer": True})
+    with pytest.raises(UserError, match=r"model\.path = .*start: .*, not of model_type starcoder2;"):
+        plan_run(run_config, Hardware.here("cpu", 1))
+    free(1.0)
+    assert check_fits(run_config, "cpu", 1) is None  # nothing is refused by a formula that is another's
