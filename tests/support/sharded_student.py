@@ -16,6 +16,7 @@ import forked_ranks
 import pytest
 import torch
 from families import FAMILIES, VOCAB
+from tiny_families import tiny_config
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -246,7 +247,8 @@ def check_cohort(make):
 def check_families():
     """Gradients of every family, over two processes with other tokens each, are those of the whole batch."""
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
-    for family, settings in FAMILIES.items():
+    normed = {"inkling_text": partial(tiny_config, "inkling_text")}  # its embedding has a norm in it
+    for family, settings in (FAMILIES | normed).items():
         whole, sharded = (_family(settings()) for _ in range(2))
         shard_model(sharded.model, Sharding(mesh, None, reshard_after_forward=True), sharded, sharded.head)
         for rank in range(dist.get_world_size()):

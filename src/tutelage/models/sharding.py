@@ -107,7 +107,9 @@ def shard_model(
     for layer in decoder_layers(model):
         sharding.apply(layer)
     if embedding.weight is not output.weight:
-        sharding.apply(embedding).set_unshard_in_backward(False)  # its gradient needs only the ids
+        group = sharding.apply(embedding)
+        if len([*embedding.parameters()]) == 1:  # Inkling's has a norm in it
+            group.set_unshard_in_backward(False)  # the gradient of a table needs only the ids
         # The backward pass begins with the head, so there is nothing to gain from gathering it again.
         sharding.apply(head or output, reshard_after_forward=False)
     sharding.apply(root or model, reshard_after_forward=False)
