@@ -223,7 +223,7 @@ class _Reader:
         self.left_out += [text for _, left_out in found for text in left_out]
         shapes = [one for one, _ in found if one is not None]
         processes, memory = fewest_devices(config, shape, shapes, vocab_size, self._device)
-        scored = scored_tokens(config, 1 + len(self.study.domains))
+        scored = scored_tokens(config, cost.tokens)
         return Work(
             key=key,
             needs=needs,

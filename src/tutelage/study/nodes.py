@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.config.base import parse_tokens
+from tutelage.config.base import parse_tokens, whole_batches
 from tutelage.config.load import digest, merged, validate
 from tutelage.config.run_config import NOT_THE_RESULT, RunConfig
 from tutelage.data.store import open_store
@@ -20,7 +21,6 @@ from tutelage.study.given_models import teacher_forward_flops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from tutelage.config.study_config import StudyConfig, TeacherSpec
     from tutelage.config.teacher_config import CacheSettings
@@ -109,15 +109,18 @@ class Node:
 
     @property
     def scoring_flops(self) -> float:
-        """FLOPs of scoring it when it is trained, at most."""
-        scored = scored_tokens(self.config, len(self.config.eval.domains))
+        """FLOPs of scoring it, at most."""
+        scored = scored_tokens(self.config, self.cost.tokens)
         return scored * self.cost.flops / training_flops(self.cost.tokens)
 
 
-def scored_tokens(config: RunConfig, texts: int) -> int:
-    """Tokens of so many texts, and of recall if it is asked for, that a run is scored on, at most."""
-    asked = config.eval
-    return texts * len(SCORED) * asked.max_documents * asked.max_tokens + _RECALL_TOKENS * asked.recall
+def scored_tokens(config: RunConfig, tokens: int) -> int:
+    """Tokens that a run of so many tokens is scored on, on the way and at its end, at most."""
+    asked, batch = config.eval, config.global_batch_tokens
+    read = len(asked.domains) * len(SCORED) * asked.max_documents * asked.max_tokens
+    steps = tokens // batch
+    on_the_way = 0 if asked.every is None else (steps - 1) // whole_batches(asked.every, batch)
+    return (on_the_way + 1) * (read + _RECALL_TOKENS * asked.recall)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +218,7 @@ class _Binder:
             "name": cell.name,
             "data": {"store": str(store)},
             "output": str(self.output),
-            "eval": {"domains": self._domains()},
+            "eval": {"domains": _domains(self.study, self.stores.corpus, self.stores.domains)},
         }
         if cell.branch_from is not None:
             places["runtime"] = {"branch_from": self.nodes[cell.branch_from].id}
@@ -229,13 +232,13 @@ class _Binder:
         ids = [self.nodes[need].id for need in cell.needs]
         return _teacher_section(beside(cell, self.teachers), ids, self.teachers[name].cache)
 
-    def _domains(self) -> list[dict[str, str]]:
-        inside = {"name": self.study.in_domain, "store": str(self.stores.corpus), "role": "in_domain"}
-        outside = [
-            {"name": name, "store": str(self.stores.domains[name]), "role": spec.role}
-            for name, spec in self.study.domains.items()
-        ]
-        return [inside, *outside]
+def _domains(study: StudyConfig, corpus: Path, others: Mapping[str, Path]) -> list[dict[str, str]]:
+    """The texts that every run is scored on."""
+    inside = {"name": study.in_domain, "store": str(corpus), "role": "in_domain"}
+    outside = [
+        {"name": name, "store": str(others[name]), "role": spec.role} for name, spec in study.domains.items()
+    ]
+    return [inside, *outside]
 
 
 def _begins_anew(run: str, config: RunConfig, shorter: Node) -> bool:
@@ -286,7 +289,12 @@ def draft_config(study: StudyConfig, cell: Cell, teachers: Mapping[str, TeacherS
     Raises:
         UserError: a setting is wrong; the message names study and cell.
     """
-    stand_in: dict[str, Any] = {"data": {"store": "store"}, "name": cell.name[:100]}
+    store = Path("store")
+    stand_in: dict[str, Any] = {
+        "data": {"store": str(store)},
+        "name": cell.name[:100],
+        "eval": {"domains": _domains(study, store, dict.fromkeys(study.domains, store))},
+    }
     if cell.kind == "after":
         stand_in["model"] = {"run": "run"}
     elif cell.kind == "student" and cell.teacher is not None:

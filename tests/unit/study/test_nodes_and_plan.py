@@ -14,6 +14,7 @@ from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
+from tutelage.study.cost import works_of
 from tutelage.study.expand import expand
 from tutelage.study.nodes import Stores, bind, check_cells
 from tutelage.study.plan import draft_of, plan_of
@@ -99,6 +100,18 @@ def test_a_wrong_setting_of_all_runs_is_named(store, other_store, tmp_path):
     stores = Stores(store, dict.fromkeys(study.domains, other_store), {}, {})
     with pytest.raises(UserError, match="did you mean 'lr'"):
         bind(expand(study), stores, tmp_path, 300)
+
+
+def test_runs_may_be_scored_on_the_way_which_both_estimates_count(store, other_store, tmp_path):
+    def scored(**changes):
+        run = tiny_study().run
+        expanded = expand(tiny_study(run=run | {"eval": run["eval"] | changes}))
+        stores = Stores(store, {"scripture": other_store}, {}, {})
+        works, _, _ = works_of([expanded])
+        return [one.scoring_flops for one in (*bind(expanded, stores, tmp_path, 300), *works)]
+
+    # of 15 steps every third, and at the end
+    assert scored(every="1K") == pytest.approx([5 * flops for flops in scored()])
 
 
 def test_a_draft_is_the_plan_but_for_run_ids(store, other_store, tmp_path):
