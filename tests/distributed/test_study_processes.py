@@ -12,6 +12,7 @@ import pytest
 from training import assert_same_weights, rows
 
 from tutelage.progress import NullProgress
+from tutelage.provenance import command
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
 from tutelage.study.engines.local import LocalEngine
@@ -87,3 +88,5 @@ def test_runs_of_two_processes_survive_a_kill_and_equal_those_of_one(make_config
         assert_same_weights(two.directory, one.directory, rtol=1e-3, atol=2e-3)
         states = [json.loads((each.directory.path / "state.json").read_text()) for each in (two, one)]
         assert [state["status"] for state in states] == ["done", "done"]
+        made = json.loads((two.directory.path / "provenance.json").read_text())
+        assert made["command"] == command()

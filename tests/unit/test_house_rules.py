@@ -98,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "study": _BASE
     | {"agreement", "checksums", "data", "launch", "loading", "models", "names", "processes", "progress"}
-    | {"installed", "records", "stopping"}
+    | {"installed", "provenance", "records", "stopping"}
     | {"run", "run_directory", "run_plan"},
     "planner": {"config", "data.store_manifest", "errors", "evals", "files", "models", "names", "records"}
     | {"run_directory", "run_plan", "study.cache_cost", "study.given_models"},

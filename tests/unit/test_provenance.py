@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from tutelage import provenance
+from tutelage.config.data_config import StoreConfig
+from tutelage.study.engines import StoreTask
+from tutelage.study.engines.tasks import execute
 
 
 @pytest.fixture
@@ -136,3 +139,15 @@ def test_what_is_secret_is_not_recorded(monkeypatch):
 def test_a_name_that_is_no_text_is_recorded_as_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["tutelage", "\udcffx.yaml"])
     assert provenance.collect("cpu")["command"] == ["tutelage", "\\udcffx.yaml"]
+
+
+def test_a_task_that_was_sent_has_the_command_that_asked_for_it(tmp_path, monkeypatch):
+    """Not that of the process of Ray's, or of a launcher, which holds addresses and cannot be repeated."""
+    asked = ["tutelage", "study", "run", "study.yaml"]
+    monkeypatch.setattr(sys, "argv", [*asked, "token=abc"])
+    nothing = StoreConfig(name="none", sources=({"kind": "corpus", "name": "nothing"},))
+    task = StoreTask(config=nothing, directory=tmp_path).model_dump_json()
+    assert "abc" not in task
+    monkeypatch.setattr(sys, "argv", ["default_worker.py", "--gcs-address=10.0.0.1:6379"])
+    execute(task)
+    assert provenance.collect("cpu")["command"] == [*asked, "token=***"]

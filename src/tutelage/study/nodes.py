@@ -232,6 +232,7 @@ class _Binder:
         ids = [self.nodes[need].id for need in cell.needs]
         return _teacher_section(beside(cell, self.teachers), ids, self.teachers[name].cache)
 
+
 def _domains(study: StudyConfig, corpus: Path, others: Mapping[str, Path]) -> list[dict[str, str]]:
     """The texts that every run is scored on."""
     inside = {"name": study.in_domain, "store": str(corpus), "role": "in_domain"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
+from tutelage import provenance
 from tutelage.config.base import Section
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.run_config import RunConfig
@@ -18,7 +20,17 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-class RunTask(Section):
+class _Sent(Section):
+    """What is sent to another process, maybe of another machine."""
+
+    command: tuple[str, ...] = Field(default_factory=lambda: tuple(provenance.command()))
+
+    def act_for_sender(self) -> None:
+        """Let provenance in this process be the command that asked for the task, which can be repeated."""
+        sys.argv = [*self.command]  # as multiprocessing does with processes of its own
+
+
+class RunTask(_Sent):
     """Train and score runs, together if there are several; `ids` are those that they were planned with."""
 
     kind: Literal["runs"] = "runs"
@@ -31,7 +43,7 @@ class RunTask(Section):
         return self.configs[0].parallel.processes
 
 
-class StoreTask(Section):
+class StoreTask(_Sent):
     """Build a token store."""
 
     kind: Literal["store"] = "store"

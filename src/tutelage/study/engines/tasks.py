@@ -39,6 +39,7 @@ def execute(task: str) -> str:
 
 
 def _execute(task: Task) -> TaskOutcome:
+    task.act_for_sender()
     try:
         if isinstance(task, StoreTask):
             from tutelage.data.build import build_store  # noqa: PLC0415 - as below
@@ -110,6 +111,7 @@ def _serve(folder: Path, parent: int) -> int:
     leave_signals_to_parent()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     task = RunTask.model_validate_json((folder / "task.json").read_bytes())
+    task.act_for_sender()
     try:
         with interruptible():
             _check_ids(task, run_cohort(task.configs))
