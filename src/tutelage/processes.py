@@ -29,11 +29,13 @@ class Place:
         rank: number of the process, from 0.
         local_rank: its number among those of its machine.
         size: how many there are.
+        local_size: how many of them are on its machine, at least.
     """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -58,7 +60,7 @@ def place() -> Place:
     rank = _number("RANK", 0)
     if rank >= size:
         raise UserError(f"RANK={rank} must be less than WORLD_SIZE={size}")
-    return Place(rank, _number("LOCAL_RANK", 0), size)
+    return Place(rank, _number("LOCAL_RANK", 0), size, _number("LOCAL_WORLD_SIZE", 1))
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -77,8 +79,17 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
     rank, local_rank = (_of_slurm(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
     environment.update({"WORLD_SIZE": tasks, "RANK": str(rank), "LOCAL_RANK": str(local_rank)})
+    counts = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    environment["LOCAL_WORLD_SIZE"] = str(tasks_on_node(counts, _of_slurm(environment, "SLURM_NODEID", "0")))
     environment.setdefault("MASTER_ADDR", first_node(nodes))
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + (job * 7 + step) % _PORTS))
+
+
+def tasks_on_node(counts: str, node: int) -> int:
+    """How many tasks a node has by a list of Slurm's, such as `8(x3),2`; 1 where that is not said."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    each = [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+    return each[node] if node < len(each) else 1
 
 
 def first_node(nodes: str) -> str:
@@ -100,6 +111,6 @@ def _number(name: str, missing: int) -> int:
     text = os.environ.get(name, "")
     if not text:
         return missing
-    if not text.isdecimal() or len(text) > _DIGITS or (name == "WORLD_SIZE" and int(text) == 0):
+    if not text.isdecimal() or len(text) > _DIGITS or (name.endswith("WORLD_SIZE") and int(text) == 0):
         raise UserError(f"{name}={text:.80}: it must be a whole number, as torchrun sets it")
     return int(text)

@@ -190,6 +190,8 @@ def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserE
     parallel = runs[0][0].parallel
     world = distributed.start(runs[0][0].runtime, parallel)
     with contextlib.ExitStack() as closing:
+        with agreement.together(parallel.timeout):  # apart: the first to open takes of what others see free
+            _check_memory(runs, world, progress)
         with agreement.together(parallel.timeout):
             students = _open(runs, world, progress)
             given.refuse_change()
@@ -205,7 +207,7 @@ def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserE
         try:
             train(students, progress, partial(_evaluate, progress))
         except LackOfMemoryError as error:
-            table = out_of_memory(runs[0][0], world.device.type, world.size)
+            table = out_of_memory(runs[0][0], world.device.type, world.size, world.local_size)
             raise UserError("\n".join([str(error), *table])) from error
     for student in students:
         for warning in student.take_warnings():
@@ -218,11 +220,16 @@ def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserE
     return None
 
 
+def _check_memory(runs: Sequence[Run], world: World, progress: Progress) -> None:
+    """Refuse a run that cannot fit into the memory that is free, and warn of one that may not."""
+    for config, _ in runs:
+        warning = check_fits(config, world.device.type, world.size, world.local_size)
+        if warning and world.is_main:
+            progress.note(f"warning: {warning}")
+
+
 def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:
     """Open students and teacher, whose cache is written if asked for; give branches their checkpoint."""
-    for config, _ in runs:
-        if (warning := check_fits(config, world.device.type, world.size)) and world.is_main:
-            progress.note(f"warning: {warning}")
     students = [open_student(config, directory, world) for config, directory in runs]
     taught = [student for student in students if student.config.teacher is not None]
     if taught:

@@ -204,7 +204,7 @@ def footprint(
     )
 
 
-def check_fits(config: RunConfig, kind: str, processes: int) -> str | None:
+def check_fits(config: RunConfig, kind: str, processes: int, together: int) -> str | None:
     """Refuse a run that cannot fit into the memory that is free now, before anything of it is there.
 
     Only what no setting of its mesh could make fit is refused; what the formula puts above the free memory
@@ -214,6 +214,7 @@ def check_fits(config: RunConfig, kind: str, processes: int) -> str | None:
         config: the run.
         kind: type of the device, as torch names it.
         processes: of the run.
+        together: how many of them are on this machine.
 
     Returns:
         A warning if the run may not fit, else None.
@@ -222,7 +223,7 @@ def check_fits(config: RunConfig, kind: str, processes: int) -> str | None:
         UserError: it cannot fit; the message has the table and what to turn.
     """
     try:
-        plan = plan_run(config, Hardware.here(kind, processes))
+        plan = plan_run(config, Hardware.here(kind, processes, together))
     except UserError:  # of a model of another family; what is wrong is said when the run is opened
         return None
     if plan.fits:
@@ -230,16 +231,17 @@ def check_fits(config: RunConfig, kind: str, processes: int) -> str | None:
     return _explain(config, plan, refuse=plan.least > plan.hardware.memory)
 
 
-def out_of_memory(config: RunConfig, kind: str, processes: int) -> list[str]:
+def out_of_memory(config: RunConfig, kind: str, processes: int, together: int) -> list[str]:
     """What to tell the user of a run that has run out of memory: the plan's table and what to turn.
 
     Args:
         config: the run.
         kind: type of the device, as torch names it.
         processes: of the run.
+        together: how many of them are on this machine.
     """
     try:
-        plan = plan_run(config, Hardware.here(kind, processes, free=False))
+        plan = plan_run(config, Hardware.here(kind, processes, together, free=False))
     except UserError as error:  # of a model of another family
         return [f"turn: a smaller micro_batch_tokens; there is no plan of this run ({error})"]
     return plan.memory_lines(remedies=True)

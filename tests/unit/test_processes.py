@@ -8,7 +8,7 @@ import pytest
 
 from tutelage import processes
 from tutelage.errors import UserError
-from tutelage.processes import Place, adopt_slurm, first_node, place
+from tutelage.processes import Place, adopt_slurm, first_node, place, tasks_on_node
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -18,6 +18,8 @@ SRUN = {
     "SLURM_JOB_ID": "71234",
     "SLURM_STEP_ID": "2",
     "SLURM_STEP_NODELIST": "gpu[07-08,11]",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_NODEID": "1",
 }
 
 
@@ -26,7 +28,7 @@ def environment(monkeypatch):
     """A function that sets variables, and none of the others that are read."""
 
     def variables(values):
-        for name in TORCHRUN:
+        for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -44,6 +46,8 @@ def test_a_process_alone_is_the_main_one_whatever_its_rank(alone, environment):
 def test_torchruns_variables_are_read(environment):
     environment(TORCHRUN)
     assert place() == Place(rank=5, local_rank=1, size=8)
+    environment(TORCHRUN | {"LOCAL_WORLD_SIZE": "2"})
+    assert place() == Place(rank=5, local_rank=1, size=8, local_size=2)
     assert not place().is_main
 
 
@@ -54,6 +58,7 @@ def test_torchruns_variables_are_read(environment):
         ({"LOCAL_RANK": "", "MASTER_PORT": ""}, "not LOCAL_RANK, MASTER_PORT:"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
         ({"RANK": "9" * 5000}, "RANK=9"),
         ({"RANK": "8"}, "RANK=8 must be less than WORLD_SIZE=8"),
     ],
@@ -68,10 +73,11 @@ def test_what_is_missing_or_wrong_is_named(changes, named, environment):
 def test_tasks_of_srun_become_processes():
     variables = dict(SRUN)
     adopt_slurm(variables)
-    assert {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
+    assert {name: variables[name] for name in variables.keys() - SRUN.keys() - {"MASTER_PORT"}} == {
         "RANK": "9",
         "WORLD_SIZE": "16",
         "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
         "MASTER_ADDR": "gpu07",
     }
     other = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -81,6 +87,14 @@ def test_tasks_of_srun_become_processes():
     next_step = SRUN | {"SLURM_STEP_ID": "3"}
     adopt_slurm(next_step)
     assert next_step["MASTER_PORT"] != other["MASTER_PORT"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "node", "tasks"),
+    [("4", 0, 4), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("1,2(x2),5", 2, 2), ("", 0, 1), ("2(x3)", 3, 1)],
+)
+def test_tasks_of_a_node_are_read_from_slurms_list(counts, node, tasks):
+    assert tasks_on_node(counts, node) == tasks
 
 
 @pytest.mark.parametrize("wrong", [{"SLURM_PROCID": ""}, {"SLURM_JOB_ID": "7_1"}])

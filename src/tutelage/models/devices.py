@@ -107,20 +107,21 @@ class Hardware:
         """
         from tutelage.models.hub import pick_device  # noqa: PLC0415 - as below
 
-        here = cls.here(pick_device(asked).type, processes)
-        return replace(here, memory=here.memory / processes) if here.shared else here
+        return cls.here(pick_device(asked).type, processes, processes)
 
     @classmethod
-    def here(cls, kind: str, processes: int, *, free: bool = True) -> Hardware:
+    def here(cls, kind: str, processes: int, together: int, *, free: bool = True) -> Hardware:
         """The devices of this machine of one of torch's types, with the memory that is free now.
 
         Args:
             kind: the type.
             processes: how many there are.
+            together: how many of them are on this machine, and share its memory if they are on the CPU.
             free: False to count all memory of a GPU.
         """
         if kind != "cuda":
-            return cls("cpu", find_device("cpu"), processes, _available(), cuda=False, shared=True)
+            memory = _available() / together
+            return cls("cpu", find_device("cpu"), processes, memory, cuda=False, shared=True)
         import torch  # noqa: PLC0415 - the plan for devices of the table needs none
 
         name = torch.cuda.get_device_name()

@@ -40,6 +40,7 @@ class World:
         rank: number of the process, from 0.
         local_rank: its number among those of its machine.
         size: how many processes there are.
+        local_size: how many of them are on its machine, at least.
         mesh: all devices, by copy ("replicate") and part of a copy ("shard"); None for one process.
     """
 
@@ -47,6 +48,7 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    local_size: int = 1
     mesh: DeviceMesh | None = None
 
     @property
@@ -75,7 +77,7 @@ def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> World:
         device = _own_device(device, place)
     with agreement.together(parallel.timeout):
         mesh = _join(device, place, shape, timedelta(seconds=parallel.timeout))
-    return World(device, place.rank, place.local_rank, place.size, mesh)
+    return World(device, place.rank, place.local_rank, place.size, place.local_size, mesh)
 
 
 def _join(

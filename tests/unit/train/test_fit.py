@@ -19,7 +19,7 @@ def free(monkeypatch):
     """Set the memory that is free on every device of this machine."""
 
     def set_to(size):
-        found = Hardware.here("cpu", 1)
+        found = Hardware.here("cpu", 1, 1)
         here = Hardware(found.name, found.device, found.devices, size, found.cuda)
         monkeypatch.setattr(Hardware, "here", lambda *_, **__: here)
 
@@ -28,7 +28,7 @@ def free(monkeypatch):
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(make_config, free):
     config = make_config()
-    least = plan_run(config, Hardware.here("cpu", 1)).least
+    least = plan_run(config, Hardware.here("cpu", 1, 1)).least
     free(0.9 * least)
     with pytest.raises(
         UserError, match=r"run tiny: it needs .* GB on each device, and .* GB are free"
@@ -43,7 +43,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(make_config, free
 
 def test_what_may_fit_is_trained_with_a_warning(make_config, free):
     config = make_config()
-    plan = plan_run(config, Hardware.here("cpu", 1))
+    plan = plan_run(config, Hardware.here("cpu", 1, 1))
     assert plan.least < plan.memory.total
     free((plan.least + plan.memory.total) / 2)
     notes = Notes()
@@ -62,6 +62,16 @@ def test_processes_on_a_cpu_have_its_memory_together(make_config, monkeypatch):
         assert any("processes, one per device" in one for one in settings) == advised
 
 
+def test_processes_that_start_on_a_cpu_have_its_memory_together(make_config, monkeypatch):
+    """Those of other machines have theirs."""
+    config = make_config()
+    least = plan_run(config, Hardware.here("cpu", 4, 1)).least
+    monkeypatch.setattr("tutelage.models.devices._available", lambda: 3 * least)
+    with pytest.raises(UserError, match=r"needs .* GB on each device, and .* GB are free"):
+        check_fits(config, "cpu", 4, 4)
+    check_fits(config, "cpu", 4, 2)
+
+
 def test_processes_that_cannot_share_a_step_get_no_plan(make_config):
     config = make_config()
     sequences = config.global_batch_tokens // config.data.sequence_length
@@ -74,12 +84,12 @@ def test_processes_that_cannot_share_a_step_get_no_plan(make_config):
 
 def test_what_fits_is_not_spoken_of(make_config, free):
     config = make_config()
-    free(1.1 * plan_run(config, Hardware.here("cpu", 1)).memory.total)
-    assert check_fits(config, "cpu", 1) is None
+    free(1.1 * plan_run(config, Hardware.here("cpu", 1, 1)).memory.total)
+    assert check_fits(config, "cpu", 1, 1) is None
 
 
 def test_a_run_out_of_memory_gets_the_table(make_config):
-    lines = out_of_memory(make_config(), "cpu", 1)
+    lines = out_of_memory(make_config(), "cpu", 1, 1)
     assert any(line.startswith("weights") for line in lines)
     assert any(line.startswith("turn: ") for line in lines)
 
@@ -117,7 +127,7 @@ def test_checkpoints_take_no_more_of_the_disk_than_planned(checkpoint, left, mak
     batch = config.global_batch_tokens
     counts = {name: number if name == "keep" else int(number * batch) for name, number in checkpoint.items()}
     config = make_config(tokens=10 * batch, checkpoint=counts)
-    plan = plan_run(config, Hardware.here("cpu", 1))
+    plan = plan_run(config, Hardware.here("cpu", 1, 1))
     done = run(config)
     weights = done.state()["parameters"]
     assert len(done.saved()) == left
@@ -149,6 +159,6 @@ def test_a_family_whose_weights_the_formula_does_not_count_has_no_plan(make_conf
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "start")
     run_config = make_config(model={"path": str(tmp_path / "start"), "assume_same_tokenizer": True})
     with pytest.raises(UserError, match=r"model\.path = .*start: .*, not of model_type starcoder2;"):
-        plan_run(run_config, Hardware.here("cpu", 1))
+        plan_run(run_config, Hardware.here("cpu", 1, 1))
     free(1.0)
-    assert check_fits(run_config, "cpu", 1) is None  # nothing is refused by a formula that is another's
+    assert check_fits(run_config, "cpu", 1, 1) is None  # nothing is refused by a formula that is another's
