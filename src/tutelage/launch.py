@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 from tutelage.errors import Stopped, UserError
@@ -64,10 +65,11 @@ def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
 
     rendezvous_handler_registry.register(_BACKEND, _meet_on_loopback)
     options = ["--rdzv-backend", _BACKEND, "--rdzv-endpoint", _LOOPBACK, "--nproc-per-node", str(processes)]
-    with _as_before():
+    with _as_before(), tempfile.TemporaryDirectory(prefix="tutelage-") as notes:
         for name in _INTERFACES:
             os.environ.setdefault(name, _INTERFACE)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+        options += ["--log-dir", notes]  # else the launcher leaves a directory for each start
         asked = parse_args([*options, "-m", *module])  # type: ignore[no-untyped-call]
         config, command, arguments = config_from_args(asked)
         handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]

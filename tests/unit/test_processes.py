@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tutelage import processes
 from tutelage.errors import UserError
+from tutelage.launch import launch
 from tutelage.processes import Place, adopt_slurm, first_node, place, tasks_on_node
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -146,3 +148,12 @@ def test_no_other_module_reads_these_variables():
         if any(f'"{name}"' in path.read_text(encoding="utf-8") for name in TORCHRUN)
     ]
     assert readers == ["processes.py"]
+
+
+def test_a_start_of_processes_leaves_nothing_behind(tmp_path, monkeypatch):
+    """torch's launcher left a directory for each start, so two or more for every run of a study."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert launch(1, ["keyword"]) == {}  # a module of Python's that does nothing
+    assert list(tmp_path.iterdir()) == []
