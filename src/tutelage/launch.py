@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.errors import Stopped, UserError
 from tutelage.loading import loading
-from tutelage.processes import place
+from tutelage.processes import cores, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,7 +68,7 @@ def launch(processes: int, module: Sequence[str]) -> dict[int, int]:
     with _as_before(), tempfile.TemporaryDirectory(prefix="tutelage-") as notes:
         for name in _INTERFACES:
             os.environ.setdefault(name, _INTERFACE)
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
         options += ["--log-dir", notes]  # else the launcher leaves a directory for each start
         asked = parse_args([*options, "-m", *module])  # type: ignore[no-untyped-call]
         config, command, arguments = config_from_args(asked)
@@ -133,8 +133,3 @@ def _as_before() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

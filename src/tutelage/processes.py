@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,11 @@ def place() -> Place:
     if rank >= size:
         raise UserError(f"RANK={rank} must be less than WORLD_SIZE={size}")
     return Place(rank, _number("LOCAL_RANK", 0), size, _number("LOCAL_WORLD_SIZE", 1))
+
+
+def cores() -> int:
+    """Cores that this process may use: a batch system, or `taskset`, may give it a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 from tutelage import processes
 from tutelage.errors import UserError
 from tutelage.launch import launch
-from tutelage.processes import Place, adopt_slurm, first_node, place, tasks_on_node
+from tutelage.processes import Place, adopt_slurm, cores, first_node, place, tasks_on_node
+from tutelage.study.engines.local import default_workers
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -157,3 +160,14 @@ def test_a_start_of_processes_leaves_nothing_behind(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert launch(1, ["keyword"]) == {}  # a module of Python's that does nothing
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores are taken away on Linux alone")
+def test_a_study_takes_the_cores_that_it_was_given():
+    """Slurm gives a job some of a machine's; a worker for each of the machine's would share them."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert (cores(), default_workers()) == (1, 1)
+    finally:
+        os.sched_setaffinity(0, before)

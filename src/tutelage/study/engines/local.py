@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.errors import UserError
 from tutelage.launch import describe
+from tutelage.processes import cores
 from tutelage.stopping import held_back, leave_signals_to_parent
 from tutelage.study.engines import TaskOutcome
 from tutelage.study.engines.tasks import execute
@@ -272,7 +273,7 @@ def visible_gpus() -> list[str]:
 
 def default_workers() -> int:
     """One single-threaded worker per core, at most four, so that memory stays under 4 GiB."""
-    return max(1, min(4, os.cpu_count() or 1))
+    return min(4, cores())
 
 
 def local_engine(study: StudyConfig, workers: int | None) -> LocalEngine:
