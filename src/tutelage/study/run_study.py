@@ -13,6 +13,7 @@ from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import Stopped, UserError
 from tutelage.files import lock_when_free, make_directory
+from tutelage.processes import place
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases
@@ -68,6 +69,11 @@ def run_study(
         Stopped: on Ctrl-C or `tutelage study stop`; the same call resumes.
     """
     options = options or RunnerOptions()
+    if (size := place().size) > 1:
+        raise UserError(
+            f"this process is one of {size} (WORLD_SIZE), but a study itself starts the processes of its "
+            "runs: start `tutelage study run` without torchrun; several of them share the study"
+        )
     check_cells(expanded)
     make_directory(directory)
     with engine, Leases(directory) as leases:

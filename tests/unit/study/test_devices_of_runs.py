@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tiny_study import run_tiny, tiny_study
 
 from tutelage.errors import UserError
 from tutelage.progress import NullProgress
@@ -93,3 +94,13 @@ def test_a_run_has_no_more_processes_than_there_are_gpus():
     assert LocalEngine(4, ["0", "1"]).largest == 2
     assert LocalEngine(1, ["0", "1"]).largest == 1
     assert LocalEngine(3, []).largest == 3
+
+
+def test_a_study_is_not_started_by_torchrun(tmp_path, monkeypatch):
+    """Its runs would each wait for processes of another study."""
+    torchrun = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"one of 2 \(WORLD_SIZE\).* without torchrun"):
+        run_tiny(tiny_study(), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
