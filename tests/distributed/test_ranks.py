@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -151,3 +152,22 @@ def test_two_ranks_score_once_and_stay_in_step(make_config, on_two_ranks, store,
     found, expected = ([row["loss"] for row in losses(directory)] for directory in (two, alone))
     assert len(found) == 12
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_ranks_go_on_at_a_step_at_which_they_are_scored(make_config, on_two_ranks, store, tmp_path):
+    """Scoring is their first pass then, and training could not use what FSDP had made in it."""
+    evaluation = {
+        "every": 5 * 256,
+        "domains": [{"name": "speeches", "store": str(store), "role": "in_domain"}],
+        "max_documents": 2,
+        "max_tokens": 80,
+    }
+    saving = {"checkpoint": {"every": 5 * 256, "keep": 3}, "output": str(tmp_path / "two")}
+    two = on_two_ranks(make_config(**saving))
+    expected = weights(two)
+    for left in (two.saved()[10], two.saved()[12], two.model):
+        shutil.rmtree(left)
+    (two.path / "state.json").unlink()
+    two = on_two_ranks(make_config(eval=evaluation, **saving))
+    assert pl.read_ndjson(two.scores)["step"].unique().sort().to_list() == [5, 10, 12]
+    torch.testing.assert_close(weights(two), expected, rtol=0, atol=0)

@@ -219,7 +219,7 @@ class NextTokenModel:
         return head_logits(self.head, hidden_ND, self.transform, self.vocab_size)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode FSDP, if this is its first pass, would keep tensors unfit for training
 def score_tokens(
     model: PreTrainedModel,
     documents: Sequence[ScoredDocument],
