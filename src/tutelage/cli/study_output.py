@@ -142,6 +142,13 @@ def _print_runs(status: Status, directory: Path) -> None:
         say("failed", f"{run}: {reason}")
     for run in status.retried:
         say("again", f"{run}: an attempt failed")
+    if others := status.not_planned:
+        first, more = others[0], f" and {len(others) - 1} more" if len(others) > 1 else ""
+        say(
+            "others",
+            f"{first}{more}: there, but not in this plan, which has been edited or is one of a part; what no "
+            "version of the study needs any more may be deleted",
+        )
 
 
 def _measured(directory: RunDirectory, tokens: int) -> tuple[str, str, str]:

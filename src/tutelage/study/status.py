@@ -49,6 +49,8 @@ class Status:
         at_work: whether one of them seems to live, if only between two runs.
         seconds_left: training time of what runs that are not done still have to do, one after the other, by
             measured speed; None before a run is done.
+        not_planned: runs that are there and not in the plan, which was another when they were made, or is one
+            of a part of the study.
         timed: finished runs behind that speed.
         error: median relative error of a run's estimated training time; None before two runs are done.
     """
@@ -61,6 +63,7 @@ class Status:
     runners: list[str]
     at_work: bool
     seconds_left: float | None
+    not_planned: list[str]
     timed: int
     error: float | None
 
@@ -110,6 +113,7 @@ def read_status(directory: Path) -> Status:
         ],
         at_work=not all(is_silent(runner) for runner in living_runners(directory).values()),
         seconds_left=_seconds_left(plan, left, Speeds(timings)),
+        not_planned=_not_planned(directory / "runs", plan),
         timed=len(timings),
         error=estimate_error(timings),
     )
@@ -161,6 +165,13 @@ def retry_runs(directory: Path, names: Sequence[str]) -> list[str]:
         raise UserError(f"{directory}: no run {unknown[0]} in its plan; `tutelage study status` names them")
     failures = Failures(directory, 0)
     return [run for run in names or known if failures.clear(run)]
+
+
+def _not_planned(runs: Path, plan: Plan) -> list[str]:
+    """Names of the runs in a directory that a plan does not have."""
+    planned = {run.run for run in plan.runs}
+    others = sorted(path for path in runs.glob("*/") if path.name not in planned)
+    return [path.name for path in others if RunDirectory(path).status() != "not started"]
 
 
 def _seconds_left(plan: Plan, left: Mapping[str, float], speeds: Speeds) -> float | None:

@@ -115,6 +115,19 @@ def test_a_dead_runner_is_listed_until_its_runs_are_taken_over(nodes, tmp_path):
         assert [line.partition(": ")[2][:9] for line in read_status(tmp_path).runners] == ["heartbeat"]
 
 
+def test_runs_that_an_edited_study_has_dropped_are_named(nodes, tmp_path):
+    assert read_status(tmp_path).not_planned == []
+    for name in ("student-dropped-2", "student-dropped-1", "no-run"):
+        (tmp_path / "runs" / name).mkdir()
+    for name in ("student-dropped-2", "student-dropped-1"):
+        RunDirectory(tmp_path / "runs" / name).write_state("stopped")
+    status = read_status(tmp_path)
+    assert status.not_planned == ["student-dropped-1", "student-dropped-2"]
+    with out.capture() as shown:
+        print_status(status, tmp_path)
+    assert "student-dropped-1 and 1 more: there, but not in this plan" in " ".join(shown.get().split())
+
+
 def test_what_a_run_has_done_is_not_left(nodes, tmp_path):
     """Of a run that had taken 99% of its steps, all of its time was said to be left."""
     before = read_status(tmp_path).seconds_left

@@ -175,7 +175,8 @@ def open_cache(path: Path | str) -> Cache:
         known = sum(file.removesuffix(".bin").isdecimal() for file in present)
         raise UserError(
             f"{missing}: missing, {known} of {layout.shards} shards done; "
-            f"run the same {WRITERS} again, which computes just what is missing"
+            f"run the same {WRITERS} again, which computes just what is missing, or delete {path} if nothing "
+            "needs it any more"
         )
     sizes = [ShardFile(path, manifest, shard).bytes for shard in range(layout.shards)]
     return Cache(path, manifest, sum(sizes))
