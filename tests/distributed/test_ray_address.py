@@ -106,3 +106,13 @@ def test_on_the_command_line(closed_port, tmp_path):
     assert done.stderr.startswith("error: --ray-address 127.0.0.1")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "st").exists()
+
+
+def test_a_cluster_that_is_started_here_needs_a_short_path(tmp_path, monkeypatch):
+    """Job systems give directories with longer ones than sockets may have."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # what the engine sets, to be restored
+    with pytest.raises(UserError, match=r"no cluster can be started here .*RAY_TMPDIR=/tmp"):
+        RayEngine("local", 1, "cpu").__enter__()

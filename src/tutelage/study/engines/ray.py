@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
 from tutelage.installed import install_extra
 from tutelage.study.engines import TaskOutcome, ray_train
 from tutelage.study.engines.tasks import execute
@@ -72,6 +72,11 @@ class RayEngine:
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = self._options["address"]
             raise UserError(f"--ray-address {where}: {' '.join(str(error).split())}") from None
+        except OSError as error:  # of a cluster that is started here
+            raise UserError(
+                f"--engine ray: no cluster can be started here ({one_line(error)}); if a path is too long, "
+                "RAY_TMPDIR=/tmp chooses another directory than TMPDIR"
+            ) from None
         resources = self._ray.cluster_resources()
         gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
         self.largest = self.slots = self._workers or gpus or int(resources.get("CPU", 1))
