@@ -233,8 +233,8 @@ def meeting_place() -> Store:
         name = _call_all(store, place) if place.is_main else _answer(store, place)
     except (DistError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
-            f"rank {place.rank}: the other processes of {place.size} were not found within "
-            f"{DEFAULT_SECONDS} seconds (MASTER_ADDR, MASTER_PORT): {one_line(error, 120)}"
+            f"the other processes of {place.size} were not found ({' '.join(str(error).split()):.200}): all "
+            f"must start within {DEFAULT_SECONDS} seconds, with a MASTER_PORT that nothing else uses"
         ) from None
     return PrefixStore(name, store)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tutelage import processes
+from tutelage.agreement import meeting_place
 from tutelage.errors import UserError
 from tutelage.launch import launch
 from tutelage.processes import Place, adopt_slurm, cores, first_node, place, tasks_on_node
@@ -171,3 +173,11 @@ def test_a_study_takes_the_cores_that_it_was_given():
         assert (cores(), default_workers()) == (1, 1)
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_a_port_that_another_program_has_is_the_reason_that_is_named(environment):
+    with socket.create_server(("", 0)) as taken:
+        here = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(taken.getsockname()[1])}
+        environment(TORCHRUN | here)
+        with pytest.raises(UserError, match=r"^the other processes of 8 were not found .*EADDRINUSE"):
+            meeting_place()
