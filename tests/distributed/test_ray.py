@@ -63,7 +63,8 @@ class Stopper(NullProgress):
                 words = (path / "cmdline").read_bytes().split(b"\\0")
             except OSError:
                 continue
-            if b"RANK=1" in variables and b"tutelage.study.engines.tasks" in words and not self.killed:
+            ours = {b"RANK=1", b"TUTELAGE_TEST=" + os.environb[b"TUTELAGE_TEST"]}  # no other test's
+            if ours.issubset(variables) and b"tutelage.study.engines.tasks" in words and not self.killed:
                 os.kill(int(path.name), signal.SIGKILL)
                 self.killed = True
     def advance(self, stage, done):
@@ -113,16 +114,19 @@ def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
     ]
     there = [config.model_copy(update={"output": tmp_path / "ray" / "runs"}) for config in configs]
     text = json.dumps([config.model_dump_json() for config in there])
+    killed = tmp_path / "ray" / "queue" / "ray" / run_id(teacher) / "left-by-a-killed-attempt"
+    killed.mkdir(parents=True)
     done = subprocess.run(
         [sys.executable, "-c", ON_RAY, str(tmp_path / "ray"), text],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"RAY_worker_niceness": "0"},
+        env=os.environ | {"RAY_worker_niceness": "0", "TUTELAGE_TEST": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped ['stopped']" in done.stdout
     assert "most 2" in done.stdout  # with one core per node, on both
+    assert not list((tmp_path / "ray" / "queue" / "ray").iterdir())
     assert "\nrank 1: its process ended by signal SIGKILL (out of memory?)\n" in done.stdout
     ours, theirs = [], []
     for config, other in zip(configs, there, strict=True):
@@ -135,3 +139,5 @@ def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
     assert two == pytest.approx(alone, rel=1e-4)
     assert len(rows(theirs[0])) == 400  # stopped, killed and resumed, each step is there once
     assert_same_weights(ours[2], theirs[2])
+    commands = [json.loads((one.path / "provenance.json").read_text())["command"] for one in theirs]
+    assert commands == [["-c", str(tmp_path / "ray"), text]] * 3  # not Ray's own

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,8 @@ def train_there(task: str, folder: str, board: Any, *, on_gpus: bool) -> str:  #
     os.chdir(folder)
     runs = RunTask.model_validate_json(task)
     # Ray Train wants a place that all nodes see.
-    place, name = runs.configs[0].output.resolve().parent / "queue" / "ray", uuid.uuid4().hex
+    place, name = runs.configs[0].output.resolve().parent / "queue" / "ray", runs.ids[0]
+    shutil.rmtree(place / name, ignore_errors=True)  # of an attempt that was killed; nobody else has this run
     trainer = TorchTrainer(
         _process,
         train_loop_config={"task": task, "folder": folder, "board": board},
