@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from training import assert_same_weights, rows
@@ -141,3 +142,31 @@ def test_two_nodes_share_a_study_stop_and_go_on(make_config, tmp_path):
     assert_same_weights(ours[2], theirs[2])
     commands = [json.loads((one.path / "provenance.json").read_text())["command"] for one in theirs]
     assert commands == [["-c", str(tmp_path / "ray"), text]] * 3  # not Ray's own
+
+
+LOST = """
+import os, signal, sys
+from pathlib import Path
+from tutelage.config.data_config import StoreConfig
+from tutelage.study.engines import StoreTask
+from tutelage.study.engines.ray import RayEngine
+
+nothing = StoreConfig(name="none", sources=({"kind": "corpus", "name": "nothing"},))
+with RayEngine("local", 1, "cpu") as engine:
+    ours = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (raylet,) = [child for child in ours if b"/raylet\\0" in Path("/proc", child, "cmdline").read_bytes()]
+    os.kill(int(raylet), signal.SIGKILL)
+    engine.start("store", StoreTask(config=nothing, directory=Path(".")))
+    while not (ended := engine.wait(0.5)):
+        pass
+print(ended["store"].status, ended["store"].text)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_a_lost_cluster_is_no_fault_of_a_task():
+    """Every run of a study failed, one after the other, each twice."""
+    pytest.importorskip("ray")
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, check=True)
+    assert "\nlost the Ray cluster has ended (The task's local raylet died" in "\n" + done.stdout

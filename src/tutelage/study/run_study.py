@@ -127,7 +127,7 @@ def _build_all(
                 engine.start(key, tasks[key])
             for key, outcome in engine.wait(_POLL_SECONDS).items():
                 running.remove(key)
-                if outcome.status in {"failed", "disk"}:
+                if outcome.status in {"failed", "disk", "lost"}:
                     raise UserError(outcome.text)
                 if outcome.status == "done":
                     built[key] = Path(outcome.text)

@@ -51,7 +51,7 @@ def run_all(
 
     Raises:
         UserError: some runs failed; the message lists them. What finished is kept. Or the study's directory
-            has vanished.
+            has vanished, or the engine has no machines left.
         DiskError: no space is left; the running ones were stopped.
         Stopped: on Ctrl-C or `tutelage study stop`, after the running ones have written their checkpoints.
     """
@@ -66,11 +66,9 @@ def run_all(
             outcomes = engine.wait(_POLL_SECONDS)
             leases.check_place()  # before anything is written, which would make a part of it anew
             state.settle(outcomes)
-            if state.full_disk or stop.is_set() or leases.is_asked_to_stop():
+            if state.hindered or stop.is_set() or leases.is_asked_to_stop():
                 state.stop()
-                if state.full_disk:  # the fault of no run: none has failed, all can go on
-                    raise DiskError(state.full_disk)
-                raise Stopped
+                raise state.hindered or Stopped
             state.refresh()
     reporter.show(state.progress())
     if state.failed:
@@ -106,7 +104,8 @@ class RunnerState:
     failed: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, list[Node]] = field(default_factory=dict)
     not_before: dict[str, float] = field(default_factory=dict)
-    full_disk: str = ""
+    hindered: UserError | None = None
+    """What is wrong that is the fault of no run: none has failed, and all can go on when it is mended."""
 
     def __post_init__(self) -> None:
         self._recipes = {node.id: _recipe(node) for node in self.nodes}
@@ -182,8 +181,8 @@ class RunnerState:
                     self.finished.add(node.id)
                 elif outcome.status == "busy":
                     self.not_before[node.id] = time.monotonic() + _BUSY_SECONDS
-                elif outcome.status == "disk":
-                    self.full_disk = outcome.text
+                elif outcome.status in {"disk", "lost"}:
+                    self.hindered = (DiskError if outcome.status == "disk" else UserError)(outcome.text)
                 elif outcome.status == "failed" and not (len(members) > 1 and node.directory.is_done()):
                     own = node.directory.state().get("error") if len(members) > 1 else None
                     self.failures.add(node.id, own or outcome.text, _checkpoint(node))

@@ -177,11 +177,14 @@ class Instant:
         return {self.key: self.outcome}
 
 
-def test_a_full_disk_ends_the_study_and_is_no_failure_of_a_run(make_config, tmp_path):
+@pytest.mark.parametrize(("status", "error"), [("disk", DiskError), ("lost", UserError)])
+def test_a_full_disk_or_a_lost_cluster_ends_the_study_and_is_no_failure_of_a_run(
+    make_config, tmp_path, status, error
+):
     nodes = [node(make_config(name="a")), node(make_config(name="b", seed=7))]
     failures = Failures(tmp_path, 0)
-    engine = Instant("disk", "runs/a: no space left")
-    with Leases(tmp_path, 0.2) as leases, pytest.raises(DiskError, match="runs/a: no space left"):
+    engine = Instant(status, "no more")
+    with Leases(tmp_path, 0.2) as leases, pytest.raises(error, match=r"^no more$"):
         run_all(nodes, engine, leases, failures, Recorded())
     assert len(engine.started) == 1
     assert (failures.attempted(), failures.marked()) == (set(), {})

@@ -64,12 +64,12 @@ TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind"
 class TaskOutcome(Section):
     """How a task ended.
 
-    `stopped`: it can be resumed; `busy`: another process works on it; `failed`: `text` says why; `disk`: no
-    space is left, as `text` says, which is no fault of the task. Of a store that is done, `text` is its
-    directory.
+    `stopped`: it can be resumed; `busy`: another process works on it; `failed`: `text` says why. No fault of
+    the task, but as bad for any other, as `text` says: `disk`: no space is left; `lost`: the engine has no
+    machine left to run it on. Of a store that is done, `text` is its directory.
     """
 
-    status: Literal["done", "stopped", "busy", "failed", "disk"]
+    status: Literal["done", "stopped", "busy", "failed", "disk", "lost"]
     text: str = ""
 
 

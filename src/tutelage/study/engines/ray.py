@@ -128,6 +128,9 @@ class RayEngine:
         except errors.RayError as error:
             if key in self._cancelled:
                 return TaskOutcome(status="stopped")
+            if isinstance(error, errors.LocalRayletDiedError):  # by which this process reaches all of it
+                text = f"the Ray cluster has ended ({one_line(error, 200)}); the same command goes on"
+                return TaskOutcome(status="lost", text=text)
             return TaskOutcome(status="failed", text=" ".join(str(error).split())[:500])
 
 
