@@ -149,6 +149,42 @@ def test_a_fit_predicts_by_its_surface_and_chooses_its_best_alpha(command, store
     assert found["best"] == "nano-150k@20K"
 
 
+TEACHERS = ("--teacher", "nano-20k@20K", "--teacher", "nano-350k@20K", "--teacher", "nano-150k@20K")
+
+
+def test_of_several_teachers_the_one_that_leads_most_is_named(command, store, flat):
+    found = planned(command, "--store", store, "--fit", flat, *TEACHERS, *STUDENT)
+    leads = {
+        one["teacher"]: one["gains"]["in_domain"]["mean"] - one["longer_gain"] for one in found["teachers"]
+    }
+    assert found["best"] == max(leads, key=leads.get)
+    assert len({*leads.values()}) == 3
+
+
+def test_without_a_law_the_one_that_gains_most_at_equal_tokens_is_named(command, store, flat, tmp_path):
+    """Four measured models are too few for a law, so what more tokens give is not known."""
+    points, tokens, own = load_fit(flat).points, 4000 // 256 * 256, 20_000 // 256 * 256
+    alone = [
+        AlonePoint(
+            study="made",
+            name=name,
+            parameters=size(name),
+            tokens=d,
+            loss=float(FLAT.loss(size(name), d)),
+            runs=3,
+        )
+        for name, d in [("nano-50k", tokens), *((name, own) for name in SHAPES if name != "nano-50k")]
+    ]
+    save_fit(tmp_path / "few.json", fit_points(points.model_copy(update={"alone": tuple(alone)})))
+    found = planned(command, "--store", store, "--fit", tmp_path / "few.json", *TEACHERS, *STUDENT)
+    gains = {one["teacher"]: one["gains"]["in_domain"]["mean"] for one in found["teachers"]}
+    assert found["best"] == max(gains, key=gains.get)
+    assert found["answer"] == "distil"
+    assert found["why"][0].startswith(f"{found['best']} at alpha ")
+    assert found["why"][0].endswith(f"gains {gains[found['best']]:+.2f}% in domain on the same tokens")
+    assert "as much compute gives without a teacher is not known" in found["why"][1]
+
+
 @pytest.mark.slow
 def test_run_files_start_as_they_are(command, store, flat, tmp_path):
     asked = (
