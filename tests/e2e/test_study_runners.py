@@ -74,9 +74,11 @@ def test_two_runners_that_start_a_study_anew_at_the_same_moment_share_it(study):
 
 def test_a_runner_of_another_plan_is_refused(study):
     first = start(study)
-    until(lambda: [one for one in records(study) if one["plan"]])
+    until(lambda: states(study))  # while it prepares the study, others wait for it
     first.send_signal(signal.SIGSTOP)  # or it would have ended before the other looks
-    refused = subprocess.run(command(study, "seeds=[44]"), capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        command(study, "seeds=[44]"), capture_output=True, text=True, timeout=120, check=False
+    )
     first.send_signal(signal.SIGCONT)
     assert refused.returncode == 2
     assert f"process {first.pid} on" in refused.stderr
