@@ -133,15 +133,19 @@ def test_two_ranks_choose_the_alphas_of_one(objective, tolerance, make_config, o
             assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance)
 
 
-def test_two_ranks_score_once_and_stay_in_step(make_config, on_two_ranks, store, tmp_path):
-    evaluation = {
+def on_the_way(store):
+    """Settings of a run that is scored after every fifth step."""
+    return {
         "every": 5 * 256,
         "domains": [{"name": "speeches", "store": str(store), "role": "in_domain"}],
         "max_documents": 4,
         "max_tokens": 80,
     }
-    two = on_two_ranks(make_config(eval=evaluation, output=str(tmp_path / "two")))
-    alone = run(make_config(eval=evaluation))
+
+
+def test_two_ranks_score_once_and_stay_in_step(make_config, on_two_ranks, store, tmp_path):
+    two = on_two_ranks(make_config(eval=on_the_way(store), output=str(tmp_path / "two")))
+    alone = run(make_config(eval=on_the_way(store)))
     ours, theirs = (pl.read_ndjson(directory.scores) for directory in (two, alone))
     key = ["step", "domain", "split", "metric", "version", "n"]
     assert ours.select(key).equals(theirs.select(key))
@@ -156,18 +160,12 @@ def test_two_ranks_score_once_and_stay_in_step(make_config, on_two_ranks, store,
 
 def test_two_ranks_go_on_at_a_step_at_which_they_are_scored(make_config, on_two_ranks, store, tmp_path):
     """Scoring is their first pass then, and training could not use what FSDP had made in it."""
-    evaluation = {
-        "every": 5 * 256,
-        "domains": [{"name": "speeches", "store": str(store), "role": "in_domain"}],
-        "max_documents": 2,
-        "max_tokens": 80,
-    }
     saving = {"checkpoint": {"every": 5 * 256, "keep": 3}, "output": str(tmp_path / "two")}
     two = on_two_ranks(make_config(**saving))
     expected = weights(two)
     for left in (two.saved()[10], two.saved()[12], two.model):
         shutil.rmtree(left)
     (two.path / "state.json").unlink()
-    two = on_two_ranks(make_config(eval=evaluation, **saving))
+    two = on_two_ranks(make_config(eval=on_the_way(store), **saving))
     assert pl.read_ndjson(two.scores)["step"].unique().sort().to_list() == [5, 10, 12]
     torch.testing.assert_close(weights(two), expected, rtol=0, atol=0)
