@@ -324,6 +324,16 @@ def test_tokens_of_a_document_are_no_independent_evidence():
     assert whole["stderr"] > 3 * naive
 
 
+def test_the_standard_error_of_few_documents_is_that_of_their_deviations():
+    """Of four documents, divided by three: sqrt(4/3 sum of (sum of a document - mean x tokens)^2) / all."""
+    tokens = synthetic(np.random.default_rng(6), 4)
+    (whole,) = summarise(tokens, 20).filter(quantity="gain", of="student", grouping="all").to_dicts()
+    gain = (tokens["gold_logp.student"] - tokens["gold_logp.baseline"]).to_numpy()
+    owner = tokens["document"].to_numpy()
+    off = [(gain[owner == d] - gain.mean()).sum() for d in range(4)]
+    assert whole["stderr"] == pytest.approx(math.sqrt(4 / 3 * np.square(off).sum()) / len(gain), rel=1e-9)
+
+
 def test_one_document_has_no_standard_error():
     rows = summarise(synthetic(np.random.default_rng(5), 1), 20)
     assert rows["stderr"].null_count() == rows.height
