@@ -87,6 +87,13 @@ def test_what_is_wrong_is_one_line_of_a_cell(kernel, call, said):
     assert line.startswith(said)
 
 
+def test_a_cell_shows_controls_in_a_name_and_does_not_obey_them(kernel):
+    code = 'progress = tt.RichProgress()\nprogress.start("a\\x1b[31mb", 2, "steps")\nprogress.__enter__()'
+    shown = texts(in_cell(kernel, f"import tutelage as tt\n{code};"), "display_data")
+    assert any(r"a\x1b[31mb" in text for text in shown), shown
+    assert not any("\x1b" in text for text in shown)
+
+
 def test_an_error_of_ours_keeps_its_traceback(kernel):
     (shown,) = in_cell(kernel, "1 / 0")
     assert len(shown["content"]["traceback"]) > 1

@@ -124,7 +124,8 @@ class _Cell:
 
     def _text(self) -> dict[str, str]:
         self._drawn = time.monotonic()
-        return {"text/plain": "\n".join(str(row) for row in self._draw().renderables)}
+        rows = (str(row) for row in self._draw().renderables)
+        return {"text/plain": without_controls("\n".join(rows))}  # as `_Terminal` does; a cell obeys them too
 
 
 class RichProgress:

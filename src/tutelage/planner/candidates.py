@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import shlex
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _model(text: str, student: RunConfig, store: str) -> Candidate:
             f"--teacher {text}: no shape with its tokens (llama-8b@50B), no run, and no model that can be "
             "read here is called so"
         )
-    loss = measured_loss(sorted(_EVALS.glob(f"{Path(text).name}-????????/scores.jsonl")))
+    loss = measured_loss(sorted(_EVALS.glob(f"{glob.escape(Path(text).name)}-????????/scores.jsonl")))
     if loss is None:
         raise _unmeasured(text, store)
     return Candidate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from functools import partial
 
 import numpy as np
@@ -251,6 +252,22 @@ def test_a_run_of_another_text_has_no_loss_by_the_law_of_this_one(
     code, out, err = command("plan", "--store", other_store, *asked)
     assert (code, out) == (2, "")
     assert "its loss on the student's text is not known; measure it: `tutelage eval score" in err
+
+
+def test_a_model_has_no_loss_of_another_that_its_name_would_fit_as_a_pattern(
+    command, store, flat, make_config, tmp_path
+):
+    model = run(make_config(tokens="2K")).model
+    asked = ("--store", store, "--fit", flat, *STUDENT, "--teacher")
+    for name, code in (("mod1", 2), ("mod[1]", 2)):
+        shutil.copytree(model, tmp_path / name)
+        assert command("plan", *asked, tmp_path / name)[0] == code
+    score = ("eval", "score", "--store", f"text={store}", "--max-documents", "1")
+    assert command(*score, tmp_path / "mod1")[0] == 0
+    assert planned(command, *asked, tmp_path / "mod1")["teachers"][0]["measured"]
+    assert "its loss on the student's text is not known" in command("plan", *asked, tmp_path / "mod[1]")[2]
+    assert command(*score, tmp_path / "mod[1]")[0] == 0
+    assert planned(command, *asked, tmp_path / "mod[1]")["teachers"][0]["measured"]
 
 
 def test_a_fit_to_another_text_is_said(command, store, other_store, flat, make_config, tmp_path):
