@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked_ranks import free_port
+from forked_ranks import free_port, said_by
 
 from tutelage.launch import launch
 from tutelage.train.checkpoint_files import checkpoint_name
@@ -143,22 +143,15 @@ def test_tasks_of_srun_train_together_without_torchrun(make_config, tmp_path):
     config = make_config()
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    port = free_port()
+    port = str(free_port())
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tutelage", "train", str(file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | slurm
-            | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": str(port), "WORLD_SIZE": ""},
-        )
+    ranks = [
+        os.environ
+        | slurm
+        | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port, "WORLD_SIZE": ""}
         for rank in ("0", "1")
     ]
-    printed = [task.communicate(timeout=240) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], printed
+    printed = said_by([[sys.executable, "-m", "tutelage", "train", str(file)]] * 2, ranks)
     (directory,) = config.output.iterdir()
     assert json.loads((directory / "state.json").read_text())["status"] == "done"
     assert f"run      {directory}" in printed[0][0]

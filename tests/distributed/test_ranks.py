@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from forked_ranks import free_port
+from forked_ranks import free_port, said_by
 from training import losses, rows, weights
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -54,18 +54,8 @@ def by_torchrun(file):
 def as_two_ranks(command):
     """Run a command twice at once, with the variables that torchrun sets; what both printed and said."""
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    ranks = [os.environ | group | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    said = said_by([command] * 2, ranks)
     return tuple("".join(texts) for texts in zip(*said, strict=True))
 
 

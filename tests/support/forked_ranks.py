@@ -1,23 +1,55 @@
 """Run a function on several processes without paying for torch's import in each: they are forked.
 
 For scripts that have started no threads and no device; what a launcher does is tested with the launcher.
+`said_by` waits for processes that a test started itself.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
+from contextlib import ExitStack
+
+PORTS = range(25_000, 32_000)  # below those that any connection of another test may be given meanwhile
 
 
 def free_port():
     """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+
+
+def said_by(commands, environments, seconds=240):
+    """Run commands that need one another; what each printed and said. One that fails ends the wait."""
+    pipe = subprocess.PIPE
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+            )
+            for command, environment in zip(commands, environments, strict=True)
+        ]
+        for process in started:
+            stack.callback(process.kill)
+        end = time.monotonic() + seconds
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            assert time.monotonic() < end, codes
+            time.sleep(0.05)
+        said = [process.communicate() for process in started if process.returncode is not None]
+        assert codes == [0] * len(codes), (codes, said)
+        return said
 
 
 def start(size, work):

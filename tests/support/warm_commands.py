@@ -56,14 +56,16 @@ def started(folder: Path) -> Iterator[Path]:
         file = folder / "bin" / name
         file.write_text(CLIENT.format(python=sys.executable, name=name, socket=str(place)))
         file.chmod(0o755)
-    with subprocess.Popen([sys.executable, __file__, str(place)], env=os.environ | THREADS) as server:
+    with subprocess.Popen(
+        [sys.executable, __file__, str(place)], env=os.environ | THREADS, start_new_session=True
+    ) as server:
         try:
             while not place.exists():
                 assert server.poll() is None
                 time.sleep(0.1)
             yield folder / "bin"
         finally:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)  # and a command that nobody waits for any more
 
 
 def read(connection: socket.socket, size: int) -> bytes:
