@@ -5,12 +5,14 @@ Nothing else in the package reads these variables. No torch is needed here.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tutelage import control_groups
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,8 +67,12 @@ def place() -> Place:
 
 
 def cores() -> int:
-    """Cores that this process may use: a batch system, or `taskset`, may give it a part of the machine's."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """Cores that this process may use: a batch system, `taskset` or a container may give it a part of all.
+
+    A part of a core counts as one, as it does for joblib.
+    """
+    here = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return math.ceil(min(here, control_groups.cores()))
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:

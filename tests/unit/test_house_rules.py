@@ -52,7 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": set(),
     "bootstrap": set(),
     "progress": set(),
-    "processes": {"errors"},
+    "control_groups": set(),
+    "processes": {"control_groups", "errors"},
     "stopping": set(),
     "agreement": {"errors", "files", "processes", "stopping"},
     "launch": {"errors", "loading", "processes"},
@@ -66,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "config": {"types", "errors"},
     "data": _BASE | {"checksums", "hub_access", "installed", "names", "progress", "records"},
-    "models": {"types", "errors", "files", "checksums", "hub_access", "records", "objective.products"},
+    "models": {"types", "errors", "files", "checksums", "hub_access", "records", "objective.products"}
+    | {"control_groups", "processes"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
     "run_directory": _BASE

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tutelage import control_groups
 from tutelage.errors import lookup
 
 _USABLE = 0.9
 """Part of a device's memory that a run may fill: CUDA, NCCL and gaps in the allocator take the rest."""
-_GROUPS, _MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -137,34 +137,4 @@ def _available() -> float:
         return float("inf")
     fields = dict(line.split(":") for line in _MEMINFO.read_text(encoding="utf-8").splitlines())
     free, swap = (1024.0 * int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
-    return min(free, _left_in_groups()) + swap
-
-
-def _left_in_groups() -> float:
-    """Bytes that the control groups of this process leave it: a container's, or a batch system's of a job.
-
-    A group that is not mounted here, as where a container sees its own as the root, has none of its own.
-    """
-    left = [float("inf")]
-    for line in _GROUPS.read_text(encoding="utf-8").splitlines() if _GROUPS.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            mount, files = _MOUNT, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            mount = _MOUNT / "memory"
-        else:
-            continue
-        group = mount / path.strip("/")
-        left += [_left_in(one, *files) for one in (group, *group.parents) if one.is_relative_to(mount)]
-    return max(0.0, min(left))
-
-
-def _left_in(group: Path, most: str, used: str, cached: str) -> float:
-    """Bytes that one group leaves; what it keeps of files gives way to what programs ask for."""
-    try:
-        limit, usage = ((group / name).read_text(encoding="ascii").strip() for name in (most, used))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    except OSError:
-        return float("inf")
-    return float("inf") if limit == "max" else float(limit) - float(usage) + float(stat.get(cached, 0))
+    return min(free, control_groups.memory_left()) + swap

@@ -26,6 +26,7 @@ from tutelage.models.export import Base, check_tokenizer_files, complete
 from tutelage.models.lengths import trained_length
 from tutelage.models.packed import body_of
 from tutelage.objective.products import dense_logits, weight_and_bias
+from tutelage.processes import cores
 from tutelage.records import read_object
 from tutelage.types import DenseTargets, LogitTransform, transformed
 
@@ -214,9 +215,12 @@ def _quietly(*, bars: bool) -> Iterator[None]:
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is the first available of cuda, mps, cpu.
 
+    Torch is left no more threads than this process has cores: it does not know of a container's quota.
+
     Raises:
         UserError: torch does not see it.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)

@@ -63,11 +63,11 @@ def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> World:
     Raises:
         UserError: the device is missing, there are too few, or the processes do not fit the mesh asked for.
     """
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
     place = processes.place()
     with agreement.together(parallel.timeout):
         device = hub.pick_device(runtime.device)
+        if runtime.threads is not None:
+            torch.set_num_threads(runtime.threads)
         if place.size == 1:
             return World(device)
         try:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from tutelage import control_groups
 from tutelage.models import devices
 from tutelage.models.devices import DEVICES, Hardware, recognise_device
 
@@ -45,8 +46,8 @@ def machine(tmp_path, monkeypatch):
         "MemTotal: 9999999 kB\nMemAvailable: 8388608 kB\nSwapFree: 1048576 kB\n"
     )
     monkeypatch.setattr(devices, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(devices, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(devices, "_MOUNT", tmp_path / "mount")
+    monkeypatch.setattr(control_groups, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(control_groups, "_MOUNT", tmp_path / "mount")
     return tmp_path
 
 

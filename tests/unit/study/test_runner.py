@@ -19,6 +19,7 @@ from tiny_study import run_tiny, tiny_study
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.errors import DiskError, Stopped, UserError
+from tutelage.processes import cores
 from tutelage.progress import NullProgress
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
@@ -245,6 +246,14 @@ def test_stop_checkpoints_and_the_same_call_goes_on(make_config, tmp_path):
     with Leases(tmp_path, 0.2) as leases:
         leases.refresh()
         assert all(leases.acquire(one.id, "recipe") for one in nodes)
+
+
+def test_workers_share_the_cores(make_config, tmp_path):
+    """One that is forked after torch was loaded has the threads of all cores, and its own cores alone."""
+    one = node(make_config(runtime={"device": "cpu"}))
+    run([one], tmp_path, workers=cores())
+    made = json.loads((one.config.output / one.id / "provenance.json").read_text())
+    assert made["threads"] == 1
 
 
 def test_two_runners_share_the_work(make_config, tmp_path):

@@ -98,12 +98,13 @@ class LocalEngine:
 
     def _new_worker(self, places: list[int]) -> _Worker:
         gpus = [self._gpus[place % len(self._gpus)] for place in places] if self._gpus else None
-        cores = set().union(*(_share(place, self.slots) or () for place in places)) or None
+        given = set().union(*(_share(place, self.slots) or () for place in places)) or None
+        threads = max(1, cores() * len(places) // self.slots)
         several = len(places) > 1
         try:
-            return _Worker(self._context, cores, gpus, several=several)
+            return _Worker(self._context, given, threads, gpus, several=several)
         except (OSError, EOFError):  # the server that forks workers was killed; the next try starts another
-            return _Worker(self._context, cores, gpus, several=several)
+            return _Worker(self._context, given, threads, gpus, several=several)
 
     def _distinct(self) -> list[_Worker]:
         """The workers; one that has several places, once."""
@@ -166,13 +167,19 @@ class _Worker:
     """
 
     def __init__(
-        self, context: _Context, cores: set[int] | None, gpus: list[str] | None, *, several: bool
+        self,
+        context: _Context,
+        given: set[int] | None,
+        threads: int,
+        gpus: list[str] | None,
+        *,
+        several: bool,
     ) -> None:
         self.key: str | None = None
         self.several = several
         leave, self._lifeline = context.Pipe(duplex=False)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, leave, cores, gpus), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, leave, given, threads, gpus), daemon=True)
         if context.get_start_method() == "forkserver":
             _start_fork_server()
         self.process.start()
@@ -226,19 +233,21 @@ class _Worker:
         return TaskOutcome(status="failed", text=describe(self.process.exitcode or 0))
 
 
-def _serve(connection: Connection, leave: Connection, cores: set[int] | None, gpus: list[str] | None) -> None:
+def _serve(
+    connection: Connection, leave: Connection, given: set[int] | None, threads: int, gpus: list[str] | None
+) -> None:
     """Execute tasks as they arrive. What a terminal sends reaches workers too; it is the parent's matter."""
     leave_signals_to_parent()
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    if cores is not None:
-        os.sched_setaffinity(0, cores)
+    if given is not None:
+        os.sched_setaffinity(0, given)
     leaving = threading.Event()
     threading.Thread(target=_follow, args=(leave, leaving), daemon=True).start()
     while not leaving.is_set():
         try:
             task = connection.recv_bytes()
-            connection.send_bytes(execute(task.decode()).encode())
+            connection.send_bytes(execute(task.decode(), threads).encode())
         except (EOFError, ConnectionError):  # nobody is left to answer
             return
 

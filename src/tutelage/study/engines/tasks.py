@@ -19,7 +19,7 @@ from tutelage.agreement import last_words
 from tutelage.errors import Stopped, UserError
 from tutelage.launch import describe, launch
 from tutelage.loading import loading
-from tutelage.processes import place
+from tutelage.processes import cores, place
 from tutelage.stopping import interruptible, leave_signals_to_parent
 from tutelage.study.engines import TASK, RunTask, StoreTask, TaskOutcome, outcome_of
 
@@ -32,13 +32,18 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 1.0
 
 
-def execute(task: str) -> str:
-    """Do a task, both given and answered as JSON, so that it can be sent anywhere."""
+def execute(task: str, threads: int | None = None) -> str:
+    """Do a task, both given and answered as JSON, so that it can be sent anywhere.
+
+    Args:
+        task: what to do.
+        threads: how many torch may take at most; None for as many as this process has cores.
+    """
     with interruptible():
-        return _execute(TASK.validate_json(task)).model_dump_json()
+        return _execute(TASK.validate_json(task), threads or cores()).model_dump_json()
 
 
-def _execute(task: Task) -> TaskOutcome:
+def _execute(task: Task, threads: int) -> TaskOutcome:
     task.act_for_sender()
     try:
         if isinstance(task, StoreTask):
@@ -48,7 +53,10 @@ def _execute(task: Task) -> TaskOutcome:
         if task.processes > 1:
             return run_in_processes(task)
         with loading():
+            import torch  # noqa: PLC0415 - slow
+
             from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
+        torch.set_num_threads(min(torch.get_num_threads(), threads))  # a forked one has the server's number
         _check_ids(task, run_cohort(task.configs))
     except KeyboardInterrupt:
         return TaskOutcome(status="stopped")

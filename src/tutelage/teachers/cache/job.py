@@ -202,9 +202,9 @@ def load_job(plan: CachePlan) -> CacheJob:
     positions = store.manifest.splits["train"].tokens - 1
     if positions < 1:
         raise UserError(f"{store.path}: the train split is empty, so there is nothing to teach")
+    device = hub.pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = hub.pick_device(config.device)
     context = TeacherContext(
         store,
         config.runs,
