@@ -10,8 +10,10 @@ import contextlib
 import functools
 import itertools
 import json
+import threading
 import time
 import uuid
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from tutelage.files import LockedError
 from tutelage.stopping import ended_in_waits, last_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch._C._distributed_c10d import Store
 
@@ -111,8 +113,9 @@ def last_words(error: Exception) -> str | None:
         time.sleep(_LOST_SECONDS)
     first = str(place.rank)
     if meeting_place.cache_info().currsize:  # one that never found the others does not look for them again
+        say = functools.partial(meeting_place().compare_set, "failed", "", first)
         with contextlib.suppress(Exception):  # the store may be gone as well
-            first = meeting_place().compare_set("failed", "", first).decode()
+            first = _within(_LOST_SECONDS, say).decode()
     if first != str(place.rank):
         return None
     if lost:
@@ -175,20 +178,46 @@ def _read(store: Store, key: str, rank: int, left: float, seconds: float) -> _Wo
     """What a process said, which may take it until `left` of the `seconds` are over."""
     from torch.distributed import DistError  # noqa: PLC0415 - as above
 
-    deadline, pause, reason = time.monotonic() + left, _POLL_SECONDS, "timeout"
-    try:
+    deadline = time.monotonic() + left
+
+    def wait() -> bytes:
+        pause = _POLL_SECONDS
         # Not by the store's own wait, in which a process sees no signal.
         while not store.check([key]) and time.monotonic() < deadline:
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS)
-        if store.check([key]):
-            word: _Word = json.loads(store.get(key))
+        return store.get(key) if store.check([key]) else b""
+
+    reason = "timeout"
+    try:
+        if said := _within(left + _LOST_SECONDS, wait):
+            word: _Word = json.loads(said)
             return word
+    except TimeoutError:
+        reason = "the process that all write to is stopped or out of reach"
     except (DistError, RuntimeError) as error:
         reason = one_line(error, 120)
     raise UserError(
         f"rank {rank} did not answer within {seconds:.0f} seconds (parallel.timeout), or has ended: {reason}"
     )
+
+
+def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
+    """Return what a call to the store does, made in a thread: it has no end where the store is out of reach.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    answer: Future[bytes] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(timeout=seconds)
 
 
 def _judge(words: list[_Word]) -> tuple[str, str]:

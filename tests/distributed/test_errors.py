@@ -128,6 +128,45 @@ def test_a_process_that_waits_for_a_dead_one_hears_a_signal_to_stop(make_config,
     assert done.stderr == "\nstopped; run the same command again to resume\n"
 
 
+FROZEN = """
+import os, signal
+from tutelage.agreement import last_words, meeting_place, together
+from tutelage.errors import UserError
+meeting_place()
+if os.environ["RANK"] == "0":
+    os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    with together(1):
+        pass
+except UserError as error:
+    print(error)
+    print(last_words(error), flush=True)
+"""
+
+
+def test_a_process_whose_store_is_out_of_reach_ends_all_the_same():
+    """What asks a machine that is frozen, or behind a cable that was pulled, has no end by itself."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", FROZEN],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    )
+    with first, second:
+        try:
+            said, _ = second.communicate(timeout=60)
+        finally:
+            first.kill()
+            second.kill()
+    error = "rank 0 did not answer within 1 seconds (parallel.timeout), or has ended: "
+    error += "the process that all write to is stopped or out of reach"
+    assert said.splitlines() == [error, f"rank 1: {error}"]
+
+
 def test_a_signal_is_passed_on_and_the_run_can_go_on(training):
     process, directory = training
     process.send_signal(signal.SIGTERM)
