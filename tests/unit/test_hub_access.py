@@ -78,12 +78,23 @@ def test_what_was_downloaded_before_is_used(no_hub, tmp_path):
     (snapshot / "config.json").write_text('{"model_type": "llama"}')
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    script = f"from tutelage.models.directory import hub_config; print(hub_config({NAME!r}))"
+    script = f"""
+from pathlib import Path
+from tutelage.models.directory import hub_config
+print(hub_config({NAME!r}))
+Path({str(snapshot)!r}, "adapter_config.json").write_text("{{}}")
+try:
+    hub_config({NAME!r})
+except Exception as error:
+    print(error)
+"""
     where = {"HF_ENDPOINT": no_hub, "HF_HUB_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | where, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "{'model_type': 'llama'}\n"
+    config, adapted = done.stdout.splitlines()
+    assert config == "{'model_type': 'llama'}"
+    assert adapted.startswith(f"{NAME}: adapter_config.json: it is an adapter")
     assert "Retrying" not in done.stderr
 
 

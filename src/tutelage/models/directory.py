@@ -5,6 +5,7 @@ No torch is imported.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _IMPLEMENTATIONS = tuple(
 )
 """Fields that choose how transformers computes; a name with a slash makes it load a kernel from the Hub."""
 
+_ADAPTER = "adapter_config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NO_COMPUTATION = ("transformers_version", "_name_or_path", "use_cache", "torch_dtype", *_SPECIAL_IDS)
@@ -99,25 +101,36 @@ def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
 
 def _hub_config_file(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - only for models on the Hub
+    from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415 - as above
 
     with reading_hub(f"model {name}"):
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        path = Path(hf_hub_download(name, "config.json", revision=revision))
+        with contextlib.suppress(EntryNotFoundError):  # as it should be; or there is no Hub to ask
+            hf_hub_download(name, _ADAPTER, revision=revision)
+            raise _adapted(name)
+    return path
+
+
+def _adapted(name: str) -> UserError:
+    """What to say of an adapter, and of a model with one beside it, which transformers adds if it has PEFT."""
+    return UserError(
+        f"{name}: {_ADAPTER}: it is an adapter: merge it into its model (PEFT's merge_and_unload) and save "
+        "the whole, or, to use the model without it, remove the file"
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Read `config.json` of a model directory.
 
     Raises:
-        UserError: it is missing or holds no JSON object.
+        UserError: it is missing or holds no JSON object, or the directory holds an adapter.
     """
     path = directory / "config.json"
+    if (directory / _ADAPTER).is_file():
+        raise _adapted(str(directory))
     if not path.is_file():
         instead = ""
-        if (directory / "adapter_config.json").is_file():
-            instead = (
-                "; it is an adapter: merge it into its model (PEFT's merge_and_unload) and save the whole"
-            )
-        elif (directory / "model" / "config.json").is_file():
+        if (directory / "model" / "config.json").is_file():
             instead = f"; it is a run, whose model is {directory / 'model'}"
         raise UserError(f"{directory}: no config.json, so this is no Hugging Face model directory{instead}")
     return read_object(path)
@@ -169,22 +182,22 @@ def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files of a directory: those its index names, or all.
+    """List the files with the weights of a directory, as transformers does: one, or those its index names.
 
     Raises:
         UserError: there are none, or the index names one that is not there.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file() and not (directory / "model.safetensors").is_file():
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
         return _indexed(index)
-    if found := sorted(directory.glob("*.safetensors")):
-        return found
     if any(directory.glob("pytorch_model*.bin")):
         raise UserError(
             f"{directory}: pytorch_model.bin is a pickle, which can run code; if you trust it, convert it: "
             "AutoModelForCausalLM.from_pretrained(path, use_safetensors=False).save_pretrained(new_path)"
         )
-    raise UserError(f"{directory}: no *.safetensors, so there are no weights to load")
+    raise UserError(f"{directory}: no model.safetensors, and no index of several, so no weights to load")
 
 
 def _indexed(index: Path) -> list[Path]:

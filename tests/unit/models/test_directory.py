@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tutelage.errors import UserError
+from tutelage.models import slices
 from tutelage.models.directory import identify, weights_fingerprint
 from tutelage.models.hub import build, load
 from tutelage.models.shapes import find_shape
@@ -93,7 +94,21 @@ def test_no_config_ends_in_a_traceback(directory, fields):
 def test_a_run_or_an_adapter_in_the_place_of_a_model_is_told_what_it_is(directory):
     assert refusal(directory.parent).endswith(f"; it is a run, whose model is {directory}")
     (directory / "config.json").rename(directory / "adapter_config.json")
-    assert "; it is an adapter: merge it into its model" in refusal(directory)
+    assert "adapter_config.json: it is an adapter: merge it into its model" in refusal(directory)
+
+
+def test_an_adapter_beside_a_model_is_refused(directory):
+    """It would be added to the weights on one process where PEFT is installed, and nowhere else."""
+    (directory / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json: it is an adapter: merge it into its model" in refusal(directory)
+
+
+def test_files_beside_the_weights_are_no_weights(directory):
+    weights = load_file(directory / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, directory / "model_ema.safetensors")
+    found, expected = slices.describe(directory).load(torch.device("cpu")), load(directory)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
 
 
 def test_quantized_weights_are_refused(directory):
