@@ -112,7 +112,7 @@ def _hub_config_file(name: str, revision: str | None) -> Path:
 
 
 def _adapted(name: str) -> UserError:
-    """What to say of an adapter, and of a model with one beside it, which transformers adds if it has PEFT."""
+    """What to say of an adapter, and of a model with one beside it: where PEFT is installed it is added."""
     return UserError(
         f"{name}: {_ADAPTER}: it is an adapter: merge it into its model (PEFT's merge_and_unload) and save "
         "the whole, or, to use the model without it, remove the file"

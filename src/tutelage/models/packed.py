@@ -65,21 +65,25 @@ def hidden_states(body: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def check_documents(body: PreTrainedModel, what: str) -> None:
+def check_documents(body: PreTrainedModel, what: str, length: int) -> None:
     """Check that a model can keep documents apart: no family is known by name, two documents are tried.
 
-    The second must not depend on the first, and must read as it does alone.
+    The second must not depend on the first, which ends where the longest can, and must read as it does alone.
 
     Args:
         body: as `tutelage.models.hub.body_and_head` gives it, on any device.
         what: begins the message.
+        length: tokens of a sequence, for which the model has positions.
 
     Raises:
-        UserError: it cannot, as Mamba, whose state goes on, and BLOOM, whose positions are distances.
+        UserError: it cannot, as Mamba, whose state goes on, BLOOM, whose positions are distances, and Phi-3,
+            where a document beyond its original length turns the rotary positions of all in a batch.
     """
     family, training = type(body).__name__, body.training
     device = next(body.parameters()).device
-    places_T = torch.cat([torch.arange(_FIRST), torch.arange(_SECOND)]).to(device).unsqueeze(0)
+    first_T, second_T = torch.arange(_FIRST), torch.arange(_SECOND)
+    first_T[1:] += max(0, length - _FIRST)
+    places_T = torch.cat([first_T, second_T]).to(device).unsqueeze(0)
     tokens_T = torch.arange(1, _FIRST + _SECOND + 1, device=device).unsqueeze(0)
     tokens_T = tokens_T % body.get_input_embeddings().num_embeddings
     other_T = torch.cat([tokens_T[:, -_FIRST:], tokens_T[:, _FIRST:]], 1)

@@ -103,7 +103,8 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
         pending.load(context.device)
         teacher.use(lambda loaded: hub.check_logits(loaded, path))
     if context.document_mask:
-        teacher.use(lambda loaded: check_documents(hub.body_and_head(loaded)[0], what))
+        length = context.context_length
+        teacher.use(lambda loaded: check_documents(hub.body_and_head(loaded)[0], what, length))
     return teacher
 
 

@@ -244,7 +244,7 @@ def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingM
         if pending is not None:  # else that was done when it was loaded
             hub.check_logits(loaded, path)
         if config.data.document_mask:
-            check_documents(hub.body_and_head(loaded)[0], what)
+            check_documents(hub.body_and_head(loaded)[0], what, length)
 
     loads = None if pending is None else pending.load
     return _StartingModel(model, config.optim.lr or _FALLBACK_LR, base, tuple(notes), loads, check)

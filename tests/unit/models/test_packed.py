@@ -26,8 +26,13 @@ MORE = {
     "qwen3-next": lambda: hf.Qwen3NextConfig(**GROUPED, head_dim=8, num_experts=0, linear_num_key_heads=2,
                                              linear_num_value_heads=2, linear_key_head_dim=8,
                                              linear_value_head_dim=8),
+    "phi3-longrope": lambda: hf.Phi3Config(**GROUPED, original_max_position_embeddings=16, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4,
+        "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
+    "llama-dynamic": lambda: hf.LlamaConfig(**GROUPED | {"max_position_embeddings": 16}, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
 }  # fmt: skip
-REFUSED.add("qwen3-next")
+REFUSED |= {"qwen3-next", "phi3-longrope", "llama-dynamic"}
 ALL = {name: make for name, make in (FAMILIES | MORE).items() if name != "falcon"}
 
 
@@ -76,7 +81,7 @@ def assert_apart(model):
 @torch.no_grad()
 def test_a_document_is_read_as_if_it_were_alone(family):
     model = model_of(ALL[family]())
-    check_documents(body_and_head(model)[0], "model x")
+    check_documents(body_and_head(model)[0], "model x", 24)
     assert not model.training
     assert_apart(model)
 
@@ -106,7 +111,7 @@ def test_flex_attention():
 def test_a_family_that_cannot_is_refused_in_one_sentence(family):
     model = model_of(ALL[family]()).train()
     with pytest.raises(UserError, match=r"^model x: \w+ cannot keep the documents .* apart") as caught:
-        check_documents(body_and_head(model)[0], "model x")
+        check_documents(body_and_head(model)[0], "model x", 24)
     assert "\n" not in str(caught.value)
     assert model.training
 
