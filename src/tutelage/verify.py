@@ -26,7 +26,7 @@ from tutelage.records import UnreadableError, is_sealed, read_object, read_seale
 from tutelage.row_files import checked_rows, split_row
 from tutelage.run_directory import BRANCH_POINT, RunDirectory
 from tutelage.teachers.cache.layout import read_cache_manifest
-from tutelage.teachers.cache.reader import verify_cache
+from tutelage.teachers.cache.reader import damaged_parts
 from tutelage.train.checkpoint_files import COUNTERS, damage
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _walk(path: Path, advance: Callable[[int], None], seen: set[Path]) -> Iterat
         remedy = f"; delete it; {_AGAIN} goes on from the one before, or makes what is missing again"
         yield Finding(path, "checkpoint", None if reason is None else reason + remedy)
     elif (path / "shards").is_dir():
-        yield _whole(path, "teacher cache", lambda: verify_cache(path, advance))
+        yield from _cache(path, advance)
     elif _has(path, _STORE):
         yield _whole(path, "token store", lambda: verify_store(path, advance))
     else:
@@ -136,6 +136,16 @@ def _whole(path: Path, what: str, check: Callable[[], object]) -> Finding:
     except UserError as error:
         return Finding(path, what, str(error).removeprefix(f"{path}: "))
     return Finding(path, what)
+
+
+def _cache(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
+    """Name all that is wrong with a teacher cache, since each shard is mended by itself."""
+    intact = True
+    for error in damaged_parts(path, advance):
+        intact = False
+        yield Finding(path, "teacher cache", str(error).removeprefix(f"{path}: "))
+    if intact:
+        yield Finding(path, "teacher cache")
 
 
 def _listed(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from tutelage.teachers.cache.codec import HiddenRows
 from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache, verify_cache
 from tutelage.types import SparseTargets
+from tutelage.verify import verify
 
 FORMATS = [
     {"kind": "topk", "k": 5},
@@ -254,6 +255,24 @@ def test_a_shard_of_another_size_is_refused_at_the_start_and_made_anew(written, 
     assert write_cache(teaching(format=FORMATS[0], batch_tokens=4096)) == written
     assert tree(written) == before
     assert {path: path.stat().st_mtime_ns for path in others} == others
+
+
+def test_verify_names_all_that_is_damaged(teaching):
+    path = write_cache(teaching(format={"kind": "hidden"}))
+    assert [finding.wrong for finding in verify(path, lambda _: None)] == [None]
+    flip(path / "head.safetensors", -1)
+    for shard in (0, 2):
+        flip(path / "shards" / f"{shard:06d}.bin", 40)
+    (path / "shards" / "000001.bin").write_bytes(b"")
+    (path / "shards" / "000003.bin").unlink()
+    wrong = [finding.wrong for finding in verify(path, lambda _: None)]
+    named = (
+        "000003.bin: missing",
+        "head.safetensors: missing or damaged",
+        *(f"00000{n}.bin" for n in range(3)),
+    )
+    assert len(wrong) == len(named)
+    assert all(name in text for name, text in zip(named, wrong, strict=True))
 
 
 def test_a_damaged_head_is_found_and_mended(teaching, tree):

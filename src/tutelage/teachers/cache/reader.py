@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from tutelage.teachers.live import Teacher
 from tutelage.types import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from torch import Tensor
@@ -167,36 +168,71 @@ def open_cache(path: Path | str) -> Cache:
     """
     path = Path(path)
     manifest = read_cache_manifest(path)
+    if (missing := _missing(path, manifest)) is not None:
+        raise missing
+    sizes = [ShardFile(path, manifest, shard).bytes for shard in range(manifest.layout.shards)]
+    return Cache(path, manifest, sum(sizes))
+
+
+def _missing(path: Path, manifest: CacheManifest) -> UserError | None:
+    """What to say of the shards that are not there; None if all are."""
     layout = manifest.layout
     present = {file.name for file in (path / "shards").glob("*.bin")}
     files = (path / layout.file(shard) for shard in range(layout.shards))
     missing = next((file for file in files if file.name not in present), None)  # few are there to be passed
-    if missing is not None:
-        known = sum(file.removesuffix(".bin").isdecimal() for file in present)
-        raise UserError(
-            f"{missing}: missing, {known} of {layout.shards} shards done; "
-            f"run the same {WRITERS} again, which computes just what is missing, or delete {path} if nothing "
-            "needs it any more"
-        )
-    sizes = [ShardFile(path, manifest, shard).bytes for shard in range(layout.shards)]
-    return Cache(path, manifest, sum(sizes))
+    if missing is None:
+        return None
+    known = sum(file.removesuffix(".bin").isdecimal() for file in present)
+    return UserError(
+        f"{missing}: missing, {known} of {layout.shards} shards done; "
+        f"run the same {WRITERS} again, which computes just what is missing, or delete {path} if nothing "
+        "needs it any more"
+    )
 
 
-def verify_cache(path: Path, advance: Callable[[int], None] = lambda _: None) -> Cache:
-    """Open a teacher cache and recompute every checksum; `advance` is told the bytes as they are read.
+def damaged_parts(path: Path, advance: Callable[[int], None]) -> Iterator[UserError]:
+    """Read a teacher cache in full: what is wrong with its manifest, its head and each of its shards.
+
+    Args:
+        path: its directory.
+        advance: told the bytes as they are read.
+    """
+    try:
+        manifest = read_cache_manifest(path)
+    except UserError as error:
+        yield error
+        return
+    if (missing := _missing(path, manifest)) is not None:
+        yield missing
+    numbers = (file.stem for file in (path / "shards").glob("*.bin"))
+    shards = sorted({int(number) for number in numbers if number.isdecimal()})
+    there = [shard for shard in shards if shard < manifest.layout.shards]
+    checks: list[Callable[[], None]] = [Cache(path, manifest, 0).check_head]
+    checks += [partial(_check_shard, path, manifest, shard, advance) for shard in there]
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            yield error
+
+
+def _check_shard(path: Path, manifest: CacheManifest, shard: int, advance: Callable[[int], None]) -> None:
+    file = ShardFile(path, manifest, shard)
+    file.check_index()
+    for block in manifest.layout.blocks_of(shard):
+        file.block(block, check=True)
+    advance(file.bytes)
+
+
+def verify_cache(path: Path) -> Cache:
+    """Open a teacher cache and recompute every checksum.
 
     Raises:
         UserError: as `open_cache`, or something is damaged; the message names file and tokens.
     """
-    cache = open_cache(path)
-    cache.check_head()
-    for shard in range(cache.manifest.layout.shards):
-        file = ShardFile(path, cache.manifest, shard)
-        file.check_index()
-        for block in cache.manifest.layout.blocks_of(shard):
-            file.block(block, check=True)
-        advance(file.bytes)
-    return cache
+    for error in damaged_parts(path, lambda _: None):
+        raise error
+    return open_cache(path)
 
 
 def file_sha256(path: Path) -> str | None:
