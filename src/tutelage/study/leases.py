@@ -41,12 +41,16 @@ _LEASE_NAME = re.compile(r"([^.].*)\.([0-9]{1,9})\.json")
 
 
 class Attempt(Record):
-    """One failed attempt; `step` is that of the checkpoint from which it would have resumed."""
+    """One failed attempt.
+
+    It would have resumed from the checkpoint of `step`; `shards` of caches were finished, if it needs one.
+    """
 
     time: str
     host: str
     error: str
     step: int
+    shards: int = 0
 
 
 class _Attempts(Record):
@@ -68,10 +72,10 @@ class Failures:
         self._directory = directory / "queue" / "failures"
         self._retries = retries
 
-    def add(self, run: str, error: str, step: int) -> None:
+    def add(self, run: str, error: str, step: int, shards: int = 0) -> None:
         """Record a failed attempt at a run that the caller holds."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        attempt = Attempt(time=now, host=socket.gethostname(), error=error, step=step)
+        attempt = Attempt(time=now, host=socket.gethostname(), error=error, step=step, shards=shards)
         self._write(run, [*_attempts(make_directory(self._directory) / f"{run}.json"), attempt])
 
     def attempted(self) -> set[str]:
@@ -83,7 +87,7 @@ class Failures:
         return {
             run: attempts[-1].error
             for run, attempts in self._read().items()
-            if sum(one.step == attempts[-1].step for one in attempts) > self._retries
+            if (got := [(one.step, one.shards) for one in attempts]).count(got[-1]) > self._retries
         }
 
     def forgive(self) -> list[str]:

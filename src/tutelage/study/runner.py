@@ -185,7 +185,7 @@ class RunnerState:
                     self.hindered = (DiskError if outcome.status == "disk" else UserError)(outcome.text)
                 elif outcome.status == "failed" and not (len(members) > 1 and node.directory.is_done()):
                     own = node.directory.state().get("error") if len(members) > 1 else None
-                    self.failures.add(node.id, own or outcome.text, _checkpoint(node))
+                    self.failures.add(node.id, own or outcome.text, _checkpoint(node), _shards(node))
                 self.leases.release(node.id, done=outcome.status == "done")
 
     def stop(self) -> None:
@@ -250,3 +250,9 @@ def _recipe(node: Node) -> str:
 def _checkpoint(node: Node) -> int:
     """The step from which the run would resume."""
     return max(node.directory.saved(), default=0)
+
+
+def _shards(node: Node) -> int:
+    """Finished shards of the study's caches, if the run reads one: it may be the one that writes it."""
+    caches = node.config.output.parent / "caches"
+    return 0 if node.cache is None else sum(1 for _ in caches.glob("*/shards/*.bin"))

@@ -191,6 +191,25 @@ def test_a_full_disk_or_a_lost_cluster_ends_the_study_and_is_no_failure_of_a_run
     assert (failures.attempted(), failures.marked()) == (set(), {})
 
 
+def test_a_writer_of_a_cache_that_gets_further_before_each_kill_has_not_failed(make_config, tmp_path):
+    class Killed(Instant):
+        """A worker that is killed, the first three times after it has finished one more shard."""
+
+        def wait(self, seconds):
+            if len(self.started) <= 3:
+                (shards / f"{len(self.started):06d}.bin").touch()
+            return super().wait(seconds)
+
+    one = dataclasses.replace(node(make_config()), cache=("key", 1.0))
+    shards = one.config.output.parent / "caches" / "one" / "shards"
+    shards.mkdir(parents=True)
+    engine, failures = Killed("failed", "killed"), Failures(tmp_path, retries=1)
+    with Leases(tmp_path, 0.2) as leases, pytest.raises(UserError, match="1 of 1 runs failed"):
+        run_all([one], engine, leases, failures, Recorded())
+    assert len(engine.started) == 4
+    assert failures.marked() == {one.id: "killed"}
+
+
 def test_one_replicate_is_run_before_the_next_and_the_longest_chain_of_each_first(make_config, tmp_path):
     nodes = []
     for seed, place in ((44, 1), (43, 0)):
