@@ -271,6 +271,15 @@ def test_progress_counts_positions_and_bytes(teaching):
     assert watcher.calls[-1] == (watcher.tokens, cache.bytes)
 
 
+def test_progress_counts_what_others_have_written(teaching, tmp_path):
+    config = teaching()
+    whole, path = write_cache(elsewhere(config, tmp_path / "other")), plan_cache(config).path
+    watcher = Recorded(2, lambda: shutil.copytree(whole / "shards", path / "shards", dirs_exist_ok=True))
+    cache = open_cache(write_cache(config, watcher))
+    assert watcher.calls == sorted(watcher.calls)
+    assert watcher.calls[-1] == (cache.manifest.layout.positions, cache.bytes)
+
+
 def test_a_finished_cache_is_left_alone(teaching):
     path = write_cache(teaching())
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}

@@ -81,6 +81,8 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
             if not any(written) and stop.wait(_POLL_SECONDS):  # other processes hold all that is left
                 raise Stopped
             index.refresh()
+            if index.tokens:  # of others too
+                writer.report(index.tokens, index.bytes)
     progress.finish(plan.path.name)
     remove_stale_files(plan.path)
     return plan.path
@@ -225,10 +227,10 @@ class _Writer:
                 for block in blocks:
                     out.add(block)
                 done += tokens
-                self._report(done, size + out.bytes)
+                self.report(done, size + out.bytes)
             out.finish(self.job.manifest, shard)
 
-    def _report(self, done: int, size: int) -> None:
+    def report(self, done: int, size: int) -> None:
         """Tell how many positions of the cache are written, in how many bytes."""
         stage = self.job.plan.path.name
         self.progress.advance(stage, done)
