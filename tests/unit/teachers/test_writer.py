@@ -443,7 +443,7 @@ def test_what_will_not_fit_is_refused_at_the_start(teaching, small_disk):
     with pytest.raises(DiskError, match=r"needs about [1-9]\d?\.\d+ MB more, free are \d{3} KB") as caught:
         write_cache(teaching(format={"kind": "topk", "k": 100}, output=str(small_disk)))
     assert "\n" not in str(caught.value)
-    assert not list(small_disk.rglob("*.bin"))
+    assert not list(small_disk.rglob("shards"))
 
 
 def test_a_disk_that_fills_up_keeps_finished_shards_and_the_same_call_goes_on(

@@ -66,11 +66,12 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
     job = load_job(plan)
     for note in job.teacher.notes:
         progress.note(note)
-    make_directory(plan.path / "shards")
+    make_directory(config.output)
     with stop_signal() as stop, ThreadPoolExecutor(1, thread_name_prefix="encoder") as encoder:
         index = ShardIndex(plan.path, job.manifest)
         positions = job.manifest.layout.positions
         _check_space(job, positions - index.tokens)
+        make_directory(plan.path / "shards")
         _write_manifest(job, stop)
         if index.tokens:
             progress.note(f"resuming after {index.tokens:,} of {positions:,} tokens")
