@@ -260,8 +260,10 @@ def _overlaps(target: Target) -> Iterator[_Measurement]:
             continue
         scored = len(found.grams_N)
         yield _share(f"{who}_documents", len(found.trained_on), found.documents)
-        if found.grams_N.sum():
-            yield _Measurement("test", f"{who}_8grams", ratio(found.copied_N, found.grams_N), scored)
+        some_N = found.grams_N > 0  # documents of fewer words say nothing
+        if some_N.any():
+            copied = ratio(found.copied_N[some_N], found.grams_N[some_N])
+            yield _Measurement("test", f"{who}_8grams", copied, scored)
             yield _share(f"{who}_near_documents", found.near, scored)
 
 

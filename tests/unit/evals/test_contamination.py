@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
 from tutelage.data.store import open_store
-from tutelage.evals import contamination
+from tutelage.evals import contamination, scoring
 from tutelage.evals.contamination import GRAM, copied_grams, kept, trained_on
 from tutelage.evals.windows import read_documents
 from tutelage.records import write_sealed
@@ -119,3 +120,12 @@ def test_what_is_kept_under_another_name_is_found_again(tmp_path):
     assert kept(first, lambda: [3]) == [3]
     write_sealed(first, {"status": "done"})
     assert kept(first, lambda: [4]) == [4]
+
+
+def test_documents_without_grams_leave_the_interval_a_number():
+    grams_N, copied_N = np.array([0, 4, 0, 6]), np.array([0, 1, 0, 3])
+    found = contamination.Contamination(4, frozenset(), grams_N, copied_N)
+    target = SimpleNamespace(contamination={"test": found}, teacher_contamination={})
+    (score,) = (one.estimate for one in scoring._overlaps(target) if one.metric == "overlap_8grams")
+    assert score.value == 0.4
+    assert 0.25 <= score.low <= 0.4 <= score.high <= 0.5
