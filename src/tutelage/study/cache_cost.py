@@ -38,12 +38,14 @@ class _Cache:
         flops: of the teacher's forward pass, per token.
         bytes: on disk per token, at most.
         tokens: that it covers.
+        head: bytes of the teacher's head, which stands beside hidden states.
     """
 
     first: str
     flops: float
     bytes: float
     tokens: int
+    head: float
 
 
 class CacheCosts:
@@ -84,7 +86,8 @@ class CacheCosts:
             width = narrow if teacher.shape is None else find_shape(teacher.shape).hidden
             flops = sum(teacher_forward_flops(one, vocab_size, length) for one in parts)
             size = kept_bytes(teacher.cache.format, vocab_size, width) + _INDEX_BYTES / length
-            self._caches[key] = _Cache(run, flops, size, tokens)
+            head = 4.0 * vocab_size * width if isinstance(teacher.cache.format, HiddenFormat) else 0.0
+            self._caches[key] = _Cache(run, flops, size, tokens, head)
         self._caches[key].tokens = max(tokens, self._caches[key].tokens)
 
     def made_by(self) -> dict[str, float]:
@@ -99,7 +102,8 @@ class CacheCosts:
         """All of them."""
         known = self._caches.values()
         return Caches(
-            sum(one.flops * one.tokens for one in known), sum(one.bytes * one.tokens for one in known)
+            sum(one.flops * one.tokens for one in known),
+            sum(one.bytes * one.tokens + one.head for one in known),
         )
 
 

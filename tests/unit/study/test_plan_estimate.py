@@ -115,6 +115,11 @@ def test_a_kept_teacher_is_run_once_and_takes_room():
     assert caches.flops == pytest.approx(TRAINED * 2 * forward)  # a teacher for each of two seeds
     assert caches.bytes == pytest.approx(TRAINED * 2 * (16 * (9 + 16) / 8 + INDEX_BYTES / 128))
     assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
+    raw["teachers"]["strong"]["cache"] = {"format": {"kind": "hidden", "dtype": "float32"}}
+    _, caches, _ = works_of([expand(validate(StudyConfig, raw, "test"))])
+    width = find_shape("nano-150k").hidden
+    states, head = TRAINED * (4 * width + 4 + INDEX_BYTES / 128), 4 * 512 * width
+    assert caches.bytes == pytest.approx(2 * (states + head))
 
 
 @pytest.mark.parametrize("text", [None, 500_000])
@@ -287,7 +292,8 @@ def test_a_given_teacher_costs_what_a_run_counts(kept, tmp_path):
             flops = TRAINED * expected[work.cell.teacher]
             assert work.cost.teacher_flops == (0 if kept else pytest.approx(flops))
     assert caches.flops == pytest.approx(TRAINED * sum(expected.values()) if kept else 0)
-    assert caches.bytes == pytest.approx(TRAINED * 2 * (96 * 4 + 4 + INDEX_BYTES / 128) if kept else 0)
+    each = TRAINED * (96 * 4 + 4 + INDEX_BYTES / 128) + 4 * 512 * 96  # heads without their padded rows
+    assert caches.bytes == pytest.approx(2 * each if kept else 0)
     memory = {work.cell.teacher: work.memory for work in works if work.cell.kind == "student"}
     assert kept or memory["strong"] > memory["weak"]
     left_out = f"demo: the memory of {tmp_path / 'weak'} is left out; how its family computes is not known"
