@@ -25,6 +25,9 @@ from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache, verify_cache
 
+SEAL = 32
+"""Bytes at the end of a shard that tell whose it is."""
+
 # Starts writers as real processes, quickly: it has imported everything and forks.
 STARTER = """
 import os, sys, traceback
@@ -348,6 +351,21 @@ def test_a_teacher_that_moves_half_way_changes_no_byte(teaching, models, tree, t
     assert read_cache_manifest(path).teacher.id == str(models[0])
     assert path / "manifest.json" != manifest
     verify_cache(path)
+
+
+def test_a_mean_may_be_of_a_cache_whose_contexts_are_longer(teaching):
+    """Also where the text ends, in the middle of a context."""
+    hidden = {"kind": "hidden", "dtype": "float32"}
+    longer = write_cache(teaching(teacher={"kind": "uniform"}, format=hidden, context_length=64))
+    positions = read_cache_manifest(longer).layout.positions
+    length = next(length for length in (32, 16, 64) if 64 % (positions % length or 64))
+    found = []
+    for part in ({"kind": "uniform"}, {"kind": "cache", "path": str(longer)}):
+        mean = {"kind": "mean", "of": [{"kind": "unigram"}, part]}
+        config = teaching(teacher=mean, format={"kind": "topk", "k": 20}, context_length=length)
+        found.append(sorted(write_cache(config).glob("shards/*.bin")))
+    live, cached = ([file.read_bytes()[:-SEAL] for file in files] for files in found)
+    assert live == cached
 
 
 def test_bfloat16_is_computed_and_kept(teaching, models):

@@ -85,7 +85,7 @@ class Cache:
 
         Args:
             starts: multiples of `length`, not empty.
-            length: a divisor of the context length.
+            length: a divisor of the context length, or of what ends with the split, any within a context.
 
         Returns:
             CPU tensors for N = len(starts) * length positions; they may be views of the cache, so do not
@@ -100,8 +100,10 @@ class Cache:
         layout = self.manifest.layout
         last = layout.positions - length
         divides = length > 0 and layout.context_length % length == 0  # a negative number divides too
+        rest = layout.positions % layout.context_length or layout.context_length  # of the last context
         for start in starts:
-            if not divides or start % length or not 0 <= start <= last:
+            is_end = start == last and 0 < length <= rest
+            if not is_end and (not divides or start % length or not 0 <= start <= last):
                 raise ValueError(
                     f"start {start}, length {length}: the cache has contexts of {layout.context_length} "
                     f"and {layout.positions} positions"
