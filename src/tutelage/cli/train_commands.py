@@ -181,7 +181,8 @@ def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
     say("time", f"{period(found.seconds)}; without start-up, a cache of targets, scoring, waits for disks")
     say(
         "disk",
-        f"{size_text(found.checkpoint_bytes)} of checkpoints, {size_text(found.model_bytes)} of model",
+        f"{size_text(found.checkpoint_bytes)} of checkpoints, {size_text(found.model_bytes)} of model; "
+        "without a cache of targets",
     )
 
 

@@ -100,6 +100,7 @@ def test_the_command_plans_for_devices_that_are_not_here(command, store, tmp_pat
         "tokens: 50B\nglobal_batch_tokens: 1048576\nmicro_batch_tokens: 4096\n"
     )
     code, out, _ = command("train", "run.yaml", "--plan", "--device", "h100")
+    assert "of model; without a cache of targets" in " ".join(out.split())
     assert code == 0
     assert "GB too much" in out
     assert "turn: 2 processes" in out or "turn: 4 processes" in out
