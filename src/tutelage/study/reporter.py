@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tutelage.config.teacher_config import MeanTeacher, ModelTeacher, RunTeacher, teacher_id
+from tutelage.records import UnreadableError, read_sealed
 from tutelage.study.timings import Speeds, Timing, makespan, part_done
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from tutelage.config.run_config import RunConfig
     from tutelage.progress import Progress
     from tutelage.study.nodes import Node
 
@@ -160,7 +164,7 @@ class _Clock:
         return makespan(costs, needs, max(self._slots + others, *widths.values(), 1), widths)
 
     def _caching(self, standing: StudyProgress, rest: Sequence[Node]) -> Iterator[tuple[str, float]]:
-        """Seconds that caches of targets still take, with the run that writes each.
+        """Seconds that caches of targets still take, with the run that writes what is missing of each.
 
         That is the first of those that read it, as long as none of them has taken a step.
         """
@@ -170,7 +174,8 @@ class _Clock:
             if node.cache is not None and node.cache[0] not in written:
                 written.add(node.cache[0])
                 speed = self._speeds.of(*_likeness(node))
-                yield node.id, math.nan if speed is None else node.cache[1] / speed
+                left = node.cache[1] * (1 - _written(node.config))
+                yield node.id, math.nan if speed is None else left / speed
 
     def _seconds(self, node: Node) -> float:
         """Seconds of a device that a run still takes."""
@@ -201,6 +206,23 @@ class _Clock:
 
     def _part(self, node: Node) -> float:
         return part_done(self._states[node.id])
+
+
+def _written(config: RunConfig) -> float:
+    """The fraction of the shards of the cache that a run keeps that is on disk."""
+    teacher, data = config.teacher, config.data
+    assert isinstance(teacher, RunTeacher | ModelTeacher | MeanTeacher)  # noqa: S101 - only these have one
+    assert teacher.cache is not None  # noqa: S101 - as above
+    kept = teacher.cache.model_dump(mode="json") | {"document_mask": data.document_mask}
+    for file in (config.output.parent / "caches").glob("*/manifest.json"):
+        with contextlib.suppress(UnreadableError, KeyError, TypeError):  # named when it is opened
+            found = read_sealed(file)
+            length, positions = found["layout"]["context_length"], found["layout"]["positions"]
+            told = found["teacher"]["id"], length, {name: found[name] for name in kept}
+            if told == (teacher_id(teacher), data.sequence_length, kept):
+                shards: float = positions / length / found["layout"]["contexts_per_shard"]
+                return min(1.0, sum(1 for _ in (file.parent / "shards").glob("*.bin")) / shards)
+    return 0.0
 
 
 def _work(node: Node) -> float:

@@ -13,12 +13,13 @@ from tiny_study import tiny_study
 
 from tutelage.cli.bars import RichProgress, err, out
 from tutelage.cli.study_output import print_status
+from tutelage.config.teacher_config import ControlTeacher, TeachConfig
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models.flops import forward_flops
 from tutelage.models.shapes import find_shape
 from tutelage.progress import NullProgress
-from tutelage.records import read_sealed, write_sealed
+from tutelage.records import read_sealed, write_manifest_file, write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.study import nodes as study_nodes
 from tutelage.study.cost import Machine, forecast
@@ -29,6 +30,7 @@ from tutelage.study.plan import plan_of, save_plan
 from tutelage.study.presets import demo_study
 from tutelage.study.reporter import StudyProgress, StudyReporter
 from tutelage.study.status import read_status, retry_runs, stop_study
+from tutelage.teachers.cache.job import load_job, plan_cache
 
 STUDY = demo_study(1, "20K", quick=False)
 
@@ -266,6 +268,25 @@ def test_a_cache_that_is_still_to_be_written_takes_time(store, other_store, tmp_
     assert len(taught) == 2
     assert told.seconds == pytest.approx(training + writing)  # one cache for both
     first = taught[0]
+    teach = TeachConfig(
+        store=store,
+        teacher=ControlTeacher(kind="uniform"),
+        context_length=length,
+        shard_tokens=32 * length,
+        format={"kind": "sample_min_variance"},
+        device="cpu",
+        output=tmp_path / "caches",
+    )
+    job = load_job(plan_cache(teach))
+    record = job.manifest.teacher.model_copy(update={"id": first.config.teacher.run})
+    shards = job.manifest.layout.shards
+    (job.plan.path / "shards").mkdir(parents=True)
+    write_manifest_file(job.plan.path, job.manifest.model_copy(update={"teacher": record}))
+    for shard in range(shards // 2):
+        (job.plan.path / job.manifest.layout.file(shard)).touch()
+    reporter.show(StudyProgress(nodes, set(), set(), others, {}))
+    assert shards > 20
+    assert told.seconds == pytest.approx(training + writing * (1 - (shards // 2) / shards), rel=0.02)
     first.directory.write_state("running", seconds=first.cost.total / 4e6, step=1, steps=4)
     reporter.show(StudyProgress(nodes, {first.id}, set(), others, {}))
     assert told.seconds == pytest.approx(training - first.cost.total / 4e6)
