@@ -114,6 +114,7 @@ def load(
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 trust_remote_code=False,
+                return_dict=True,
                 output_loading_info=True,
                 **chosen,
             )

@@ -75,7 +75,9 @@ def describe(
     access = contextlib.nullcontext() if local else reading_hub(f"model {name}", explains=False)
     with errors_of_loading(name, attn_implementation), access:
         files = weight_files(Path(name)) if local else _downloaded_files(name, revision)
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False, return_dict=True
+        )
         dtype = dtype or config.get_text_config().dtype or config.dtype or _first_dtype(files)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)

@@ -188,3 +188,9 @@ def test_a_table_of_positions_larger_than_the_weights(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     change(tmp_path / "model", n_positions=10**6)
     assert "cannot be loaded" in refusal(tmp_path / "model")
+
+
+@pytest.mark.parametrize("way", [load, lambda path: slices.describe(path).load(torch.device("cpu"))])
+def test_a_config_that_asks_for_tuples_changes_nothing(directory, way):
+    change(directory, return_dict=False)
+    assert way(directory)(torch.arange(4).unsqueeze(0)).logits.shape == (1, 4, VOCAB)
