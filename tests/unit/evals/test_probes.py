@@ -18,7 +18,7 @@ from torch import nn
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.data.build import build_store
-from tutelage.data.store import open_store
+from tutelage.data.store import Store, open_store
 from tutelage.errors import UserError
 from tutelage.evals import probes
 from tutelage.evals.evaluated_model import EvaluatedModel
@@ -27,6 +27,7 @@ from tutelage.evals.score_files import read_scores
 from tutelage.evals.windows import read_documents
 from tutelage.models import hub
 from tutelage.models.shapes import LADDER
+from tutelage.progress import NullProgress
 
 CONTEXT = 32
 SEGMENT = 16
@@ -242,6 +243,30 @@ def test_samples_go_on_from_held_out_text(evaluated_models, store, tmp_path):
     page = (teacher.output / "samples.md").read_text(encoding="utf-8")
     assert page.startswith("# Samples of teacher, step 3\n")
     assert page.count("Greedy:") == 4
+
+
+def test_ids_that_begin_a_document_leave_less_room_for_prompt_and_continuation(
+    models, evaluated_models, store, tmp_path, monkeypatch
+):
+    model, begin, asked = models[1], (5, 6, 7), []
+    monkeypatch.setattr(Store, "begin_ids", property(lambda _: begin))
+    plain = model.generate
+
+    def generate(tokens_BT, **settings):
+        asked.append((tokens_BT[0].tolist(), settings["max_new_tokens"]))
+        return plain(tokens_BT, **settings)
+
+    monkeypatch.setattr(model, "generate", generate)
+    teacher = dataclasses.replace(evaluated_models[1], output=tmp_path)
+    probes.write_samples(model, open_store(store), teacher, NullProgress())
+    tokens = open_store(store).split("test").tokens[:].tolist()
+    assert len(asked) == 12
+    for given, new in asked:
+        assert tuple(given[:3]) == begin
+        assert len(given) + new == CONTEXT
+        text = given[3:]
+        assert len(text) == (CONTEXT - 3) // 2
+        assert any(tokens[at : at + len(text)] == text for at in range(len(tokens)))
 
 
 def test_a_store_with_another_tokenizer_is_refused(evaluated_models, store, tmp_path):

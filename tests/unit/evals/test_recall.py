@@ -137,6 +137,18 @@ def test_words_that_begin_a_window_count_where_a_decoder_takes_their_space_away(
     for one in facts:
         phrase = re.escape(f"{one.context} {one.answer}")
         assert seen[one.context] == len(re.findall(rf"[ \n]{phrase}(?![\w]|[.,]\d)[^\s|]*\s", read))
+    reading = reading._replace(steps=100)
+    _, untouched = count_read(built, facts, reading)
+    starts = np.concatenate([loader.windows(step) for step in range(reading.steps)]) * 8
+    was_read = np.zeros(len(view.tokens), bool)
+    was_read[(starts[:, None] + np.arange(9)).ravel()] = True  # the last is a label alone
+    lines = "".join(map(tokenizer.id_to_token, view.tokens[:])).replace("</s>", "\n" * 4).replace("▁", " ")
+    which = np.repeat(np.arange(len(was_read)), [len(tokenizer.id_to_token(n)) for n in view.tokens[:]])
+    assert 20 < len(untouched) < len(facts)
+    for one in (one for one in facts if one.context in untouched):
+        for found in re.finditer(re.escape(f" {one.context} {one.answer}"), lines):
+            if re.match(r"\W", lines[found.end() :][:1]):
+                assert not was_read[which[found.start() + 1] : which[found.end() - 1] + 1].any(), one
 
 
 class Fixed(nn.Module):
