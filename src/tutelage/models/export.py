@@ -111,6 +111,7 @@ def _fenced(text: str) -> str:
 
 _NEEDED = ("tokenizer.json", "tokenizer_config.json")
 _SPECIAL = ("bos_token", "eos_token", "pad_token")
+_TEMPLATE = "chat_template.jinja"
 _TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
@@ -234,11 +235,14 @@ def _tokenizer_settings(
     """
     settings = read_object(directory / "tokenizer_config.json")
     stored = read_object(store / "tokenizer_config.json")
-    if not any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+    if not any((directory / name).is_file() for name in (_TEMPLATE, "chat_template.json")):
         for name, value in stored.items():
             settings.setdefault(name, value)
     elif settings.get("eos_token") is None:
         settings["eos_token"] = stored.get("eos_token")
+    if (template := stored.get("chat_template")) is not None:  # of what it was trained on, not the base's
+        (directory / _TEMPLATE).write_text(template, encoding="utf-8")
+        settings["chat_template"] = template  # for older readers
     for name in _SPECIAL:
         if settings.get(name) is not None and _id(tokenizer, settings[name]) is None:
             del settings[name]
