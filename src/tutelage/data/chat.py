@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from tutelage.config.data_config import CorpusPairs, FilePairs, HubPairs, PairSource
 from tutelage.data.corpora import find_pairs
 from tutelage.data.row_readers import WHICH_FIELD, BadRowError, file_rows, hub_rows, text_of, value_of
 from tutelage.data.tokenizer import read_settings, token_content
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,11 +68,10 @@ class Chat:
                 continue
             asked = self._rendered(messages[:turn], where, prompting=True)
             answered = self._rendered(messages[: turn + 1], where, prompting=False)
+            if not asked.startswith(done):  # some templates put an end-of-text token at the very end alone
+                done, found[-1] = done.removesuffix(self._end), self._unclosed(found[-1])
             if not (asked.startswith(done) and answered.startswith(asked)):
-                raise BadRowError(
-                    f"{where}: the chat template renders message {turn + 1} or one before it otherwise when "
-                    "more follows, so that no border can be drawn; split the conversation into single turns"
-                )
+                raise BadRowError(f"{where}: {self._why_no_border(messages[:turn], asked, answered, where)}")
             answer = answered[len(asked) :]
             if answer.rstrip().endswith(self._end):
                 answer = answer.rstrip()
@@ -82,8 +80,23 @@ class Chat:
                 Piece(answer, is_prompt=False, markup=True),
             ]
             done = asked + answer
-        last = found[-1]
-        return *found[:-1], last._replace(text=last.text.removesuffix(self._end))
+        return *found[:-1], self._unclosed(found[-1])
+
+    def _unclosed(self, piece: Piece) -> Piece:
+        return piece._replace(text=piece.text.removesuffix(self._end))
+
+    def _why_no_border(self, before: Sequence[Message], asked: str, answered: str, where: str) -> str:
+        """Say why a turn is not what follows the prompt for it: how it begins, or what was said before."""
+        unprompted, turn = self._rendered(before, where, prompting=False), f"message {len(before) + 1}"
+        if asked.startswith(unprompted) and answered.startswith(unprompted):
+            return (
+                f"the chat template ends a prompt with {asked[len(unprompted) :]!r}, with which {turn} does "
+                "not begin, so that no border can be drawn; mend the template"
+            )
+        return (
+            f"the chat template renders {turn} or one before it otherwise when more follows, so that no "
+            "border can be drawn; split the conversation into single turns"
+        )
 
     def _check(self, messages: Sequence[Message], where: str) -> None:
         roles = [message["role"] for message in messages]
@@ -108,9 +121,8 @@ class Chat:
                 list(messages), tokenize=False, add_generation_prompt=prompting
             )
             text.encode()
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise BadRowError(f"{where}: the chat template refuses it ({reason})") from None
+        except Exception as error:  # noqa: BLE001 - a template is a program, which can fail in any way
+            raise BadRowError(f"{where}: the chat template refuses it ({one_line(error)})") from None
         return text
 
 
@@ -232,10 +244,12 @@ def _conversation(row: object, source: PairSource, where: str) -> Sequence[Messa
 
 
 def _message(message: object, where: str) -> Message:
-    """Return one turn, with all other fields, which a template may use."""
+    """Return one turn, with all other fields, for the template; one that calls tools may say nothing."""
     hint = "every message is {role, content}"
-    role, content = (_text(message, field, where, hint) for field in ("role", "content"))
-    return {**cast("Message", message), "role": role, "content": content}
+    turn: dict[str, object] = {"role": _text(message, "role", where, hint)}
+    if not (isinstance(message, dict) and message.get("tool_calls") and not message.get("content")):
+        turn["content"] = _text(message, "content", where, hint)
+    return cast("Message", {**cast("Message", message), **turn})
 
 
 def _text(row: object, field: str, where: str, hint: str = WHICH_FIELD) -> str:

@@ -36,6 +36,10 @@ FORGETFUL = (  # marks the last message, as templates do that drop the thoughts 
     "{% for m in messages %}{{ '>' if loop.last else '-' }}{{ m['content'] }}{% endfor %}"
 )
 STRICT = "{{ raise_exception('roles must alternate') }}"
+THINKING = CHATML.replace(
+    "assistant\n' }}", "assistant\n<think>' }}"
+)  # a prompt ends in what no answer begins with
+CLOSED_ONCE = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")  # as Phi 3's
 START, END = "<|im_start|>", "<|im_end|>"
 QUESTION = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -233,6 +237,27 @@ def test_the_store_closes_what_the_template_does_not(tmp_path):
     ]
 
 
+def test_turns_are_closed_by_the_template_and_the_conversation_by_the_store(tmp_path):
+    base = write_tokenizer(tmp_path / "base", {"eos_token": END_OF_TEXT, "chat_template": CLOSED_ONCE})
+    turns = [*QUESTION, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
+    store = build_store(config(base, chat(rows)), tmp_path / "stores")
+    assert [text for text, mark in marked(store) if mark] == ["two<|im_end|>\n", "y<|im_end|>\n<|endoftext|>"]
+    rendered = AutoTokenizer.from_pretrained(base).apply_chat_template(turns, tokenize=False)
+    assert "".join(text for text, _ in marked(store)) == rendered
+
+
+@pytest.mark.parametrize("silent", [{"content": None}, {"content": ""}, {}])
+def test_a_turn_that_calls_tools_may_say_nothing(tmp_path, silent):
+    template = CHATML.replace("m['content']", "(m.content or m.tool_calls[0].function.name)")
+    path = write_tokenizer(tmp_path / "tools", {"eos_token": END, "chat_template": template})
+    call = {"role": "assistant", **silent, "tool_calls": [{"function": {"name": "the", "arguments": "{}"}}]}
+    turns = [QUESTION[0], call, {"role": "tool", "content": "no"}, QUESTION[1]]
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
+    store = build_store(config(path, chat(rows)), tmp_path / "stores")
+    assert [text for text, mark in marked(store) if mark] == ["the<|im_end|>", "two<|im_end|>"]
+
+
 def test_the_store_keeps_the_template_for_the_model(chatty, tmp_path):
     rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
     store = build_store(config(chatty, chat(rows)), tmp_path / "stores")
@@ -358,6 +383,11 @@ def test_bad_conversations_name_file_and_line(chatty, tmp_path, messages, messag
             FORGETFUL,
             r"line 1: the chat template renders message 2 or one before it otherwise when more follows",
         ),
+        (
+            THINKING,
+            r"ends a prompt with '<\|im_start\|>assistant\\n<think>', with which message 2 does not begin",
+        ),
+        ("{{ 1 // 0 }}", r"line 1: the chat template refuses it \(integer division or modulo by zero\)"),
         (None, r"tokenizer\.path .*: no chat template \(chat_template\.jinja, or chat_template in"),
     ],
 )
