@@ -88,7 +88,11 @@ class Chat:
     def _why_no_border(self, before: Sequence[Message], asked: str, answered: str, where: str) -> str:
         """Say why a turn is not what follows the prompt for it: how it begins, or what was said before."""
         unprompted, turn = self._rendered(before, where, prompting=False), f"message {len(before) + 1}"
-        if asked.startswith(unprompted) and answered.startswith(unprompted):
+        if (
+            asked.startswith(unprompted)
+            and answered.startswith(unprompted)
+            and not answered.startswith(asked)
+        ):
             return (
                 f"the chat template ends a prompt with {asked[len(unprompted) :]!r}, with which {turn} does "
                 "not begin, so that no border can be drawn; mend the template"

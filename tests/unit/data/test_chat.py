@@ -36,9 +36,10 @@ FORGETFUL = (  # marks the last message, as templates do that drop the thoughts 
     "{% for m in messages %}{{ '>' if loop.last else '-' }}{{ m['content'] }}{% endfor %}"
 )
 STRICT = "{{ raise_exception('roles must alternate') }}"
-THINKING = CHATML.replace(
-    "assistant\n' }}", "assistant\n<think>' }}"
-)  # a prompt ends in what no answer begins with
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+FORGETS_THOUGHTS = CHATML.replace(
+    "m['content']", "('-' if loop.last and m.role == 'assistant' else '') + m.content"
+)
 CLOSED_ONCE = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")  # as Phi 3's
 START, END = "<|im_start|>", "<|im_end|>"
 QUESTION = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
@@ -396,6 +397,15 @@ def test_bad_templates_are_refused(tmp_path, template, message):
     rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
     with pytest.raises(UserError, match=message):
         build_store(config(path, chat(rows)), tmp_path / "stores")
+
+
+def test_a_template_that_forgets_thoughts_takes_single_turns(tmp_path):
+    path = write_tokenizer(tmp_path / "thoughts", {"eos_token": END, "chat_template": FORGETS_THOUGHTS})
+    one, two = {"messages": QUESTION}, {"messages": [*QUESTION, *QUESTION]}
+    store = build_store(config(path, chat(write_rows(tmp_path / "a.jsonl", one))), tmp_path / "stores")
+    assert marked(store)[-1] == ("-two<|im_end|>", 1)
+    with pytest.raises(UserError, match="renders message 4 or one before it otherwise when more follows"):
+        build_store(config(path, chat(write_rows(tmp_path / "a.jsonl", two))), tmp_path / "stores")
 
 
 def test_bad_settings_are_refused(plain, tmp_path):
