@@ -18,6 +18,7 @@ from tutelage.data.chat import load_chat
 from tutelage.data.checked_files import CheckedFile
 from tutelage.data.cutting import cut_size
 from tutelage.data.find_files import known_bytes, passed_over
+from tutelage.data.pieces import PieceEncoder, puts_space_in_front
 from tutelage.data.sources import Mixture, describe
 from tutelage.data.store_manifest import (
     SCHEMA_VERSION,
@@ -38,7 +39,7 @@ from tutelage.progress import NullProgress
 from tutelage.records import write_manifest_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from tutelage.config.data_config import StoreConfig
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from tutelage.data.tokenizer import TextTokenizer
     from tutelage.progress import Progress
     from tutelage.types import Split
-
-    Encode = Callable[[Sequence[str]], list[bytes]]
 
 _BATCH_BYTES = 4_000_000
 _SAMPLE_BYTES_PER_ENTRY = 4000
@@ -79,7 +78,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     sources = [describe(source) for source in config.sources]
     identity: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "config": _hashed(config),
+        "config": _hashed(config, ready),
         "sources": sources,
         "tokenizer": ready and [ready.sha256, ready.end_of_text, *([named] if named else [])],
     }
@@ -127,7 +126,7 @@ def _given_tokenizer(config: StoreConfig) -> tuple[TextTokenizer | None, Chat | 
     return tokenizer, chat, special_tokens(place, tokenizer) | (chat.settings if chat else {})
 
 
-def _hashed(config: StoreConfig) -> dict[str, Any]:
+def _hashed(config: StoreConfig, ready: TextTokenizer | None) -> dict[str, Any]:
     """Return the settings that a store's name covers; inputs count by content and not by place."""
     fields = config.model_dump(mode="json", exclude={"name"})
     for source in fields["sources"]:
@@ -136,6 +135,8 @@ def _hashed(config: StoreConfig) -> dict[str, Any]:
         fields.pop("tokenizer")
     if config.uses_chat:
         fields["bytes"] = "of text alone"  # stores of old counted end marks between turns too
+    if ready and config.has_pairs and puts_space_in_front(ready):
+        fields["pieces"] = "in order"  # stores of old have a space in front of each
     return fields
 
 
@@ -235,7 +236,7 @@ def _write_splits(
         The records of the splits, and how the first document whose text does not come back is decoded.
     """
     round_trip, sizes = RoundTrip(tokenizer), SourceBytes(tokenizer)
-    encoders = {markup: tokenizer.encoder(markup=markup) for markup in (False, True)}
+    encoder = PieceEncoder(tokenizer)
     special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")
     with contextlib.ExitStack() as stack:
         writers = {
@@ -245,7 +246,7 @@ def _write_splits(
         stage = f"{config.name}: text to tokens"
         progress.start(stage, unit="bytes")
         for batch in _batches(mixture):
-            ids = list(_encoded(batch, encoders))
+            ids = list(encoder.encode([document.pieces for document in batch]))
             for document, pieces, changed in zip(batch, ids, round_trip.changed(batch, ids), strict=True):
                 _refuse_marks(document, pieces, tokenizer, config)
                 spells = _spells(document, special, config)
@@ -267,17 +268,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _encoded(batch: Sequence[Document], encoders: Mapping[bool, Encode]) -> Iterator[list[bytes]]:
-    """Yield the ids of every piece of each document; each piece is encoded by itself."""
-    pieces = [piece for document in batch for piece in document.pieces]
-    ids = {
-        markup: iter(encode([piece.text for piece in pieces if piece.markup is markup]))
-        for markup, encode in encoders.items()
-    }
-    for document in batch:
-        yield [next(ids[piece.markup]) for piece in document.pieces]
 
 
 def _refuse_marks(
@@ -356,7 +346,7 @@ class _SplitWriter:
             self._files["mask"].write(b"\0" * begun + b"".join(marks) + b"\1")  # the end is part of an answer
         if "bytes" in self._files:
             counts = [
-                self._sizes.count(piece.text, np.frombuffer(piece_ids, self._dtype), markup=piece.markup)
+                self._sizes.count(piece, np.frombuffer(piece_ids, self._dtype))
                 for piece, piece_ids in zip(document.pieces, ids, strict=True)
             ]
             lengths_N = np.concatenate([np.zeros(begun, np.uint32), *counts, np.zeros(1, np.uint32)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from tokenizers import Tokenizer
 
 from tutelage.config.data_config import CorpusPairs, FilePairs, HubPairs, PairSource
 from tutelage.data.corpora import find_pairs
+from tutelage.data.pieces import Piece, in_order
 from tutelage.data.row_readers import WHICH_FIELD, BadRowError, file_rows, hub_rows, text_of, value_of
 from tutelage.data.tokenizer import read_settings, token_content
 from tutelage.errors import UserError, one_line
@@ -80,7 +81,7 @@ class Chat:
                 Piece(answer, is_prompt=False, markup=True),
             ]
             done = asked + answer
-        return *found[:-1], self._unclosed(found[-1])
+        return in_order([*found[:-1], self._unclosed(found[-1])], self._special)
 
     def _unclosed(self, piece: Piece) -> Piece:
         return piece._replace(text=piece.text.removesuffix(self._end))
@@ -163,20 +164,6 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
     return Chat(tokenizer, {"chat_template": template, **tokens})
 
 
-class Piece(NamedTuple):
-    """A part of a document that is encoded by itself, so that no token reaches over its borders.
-
-    Attributes:
-        text: its text.
-        is_prompt: whether its tokens carry no loss.
-        markup: whether special tokens in it are meant as such, because a chat template put them there.
-    """
-
-    text: str
-    is_prompt: bool = False
-    markup: bool = False
-
-
 class Message(TypedDict):
     """One turn of a conversation."""
 
@@ -211,7 +198,7 @@ def _pieces(
         assert chat is not None  # noqa: S101 - a store that uses chat has a tokenizer with a template
         return chat.pieces(messages, where)
     prompt, completion = (message["content"] for message in messages)
-    return Piece(prompt + source.separator, is_prompt=True), Piece(completion)
+    return in_order([Piece(prompt + source.separator, is_prompt=True), Piece(completion)])
 
 
 def _rows(source: PairSource) -> Iterator[Row]:

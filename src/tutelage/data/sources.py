@@ -22,9 +22,10 @@ from tutelage.config.data_config import (
     HubSource,
     Source,
 )
-from tutelage.data.chat import Piece, read_pairs
+from tutelage.data.chat import read_pairs
 from tutelage.data.corpora import find_corpus, find_pairs
 from tutelage.data.find_files import find
+from tutelage.data.pieces import Piece
 from tutelage.data.row_readers import BadRowError, file_texts, hub_texts
 from tutelage.data.store_manifest import Left
 from tutelage.errors import UserError

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tutelage.data.chat import Piece
+    from tutelage.data.pieces import Piece
     from tutelage.data.sources import Document
     from tutelage.data.tokenizer import TextTokenizer
 
@@ -54,26 +54,33 @@ class SourceBytes:
         self._marks = _marks(settings, tokenizer)
         self._aligned: dict[bool, Tokenizer] = {}
 
-    def count(self, text: str, ids_N: NDArray[Any], *, markup: bool = False) -> NDArray[np.uint32]:
+    def count(self, piece: Piece, ids_N: NDArray[Any]) -> NDArray[np.uint32]:
         """Count the bytes of UTF-8 per token, uint32 [N].
 
         Args:
-            text: the text that was encoded.
+            piece: what was encoded.
             ids_N: its ids.
-            markup: whether special tokens in `text` are meant as such.
         """
-        counts_N = self._count(text, ids_N, markup=markup)
-        return np.where(np.isin(ids_N, self._marks), np.uint32(0), counts_N) if markup else counts_N
+        counts_N = self._count(piece, ids_N)
+        return np.where(np.isin(ids_N, self._marks), np.uint32(0), counts_N) if piece.markup else counts_N
 
-    def _count(self, text: str, ids_N: NDArray[Any], *, markup: bool) -> NDArray[np.uint32]:
+    def _count(self, piece: Piece, ids_N: NDArray[Any]) -> NDArray[np.uint32]:
         """Count the bytes per token, those of special tokens too."""
+        text = piece.text
         own_N = self._own_V[ids_N]
         size = len(text.encode())
         if self._lossless and (own_N != _UNKNOWN).all() and own_N.sum() == size:
             return np.asarray(own_N, np.uint32)  # the tokens spell the text, byte for byte
-        encoding = self._tokenizer(markup=markup).encode(text, add_special_tokens=False)
-        assert np.array_equal(encoding.ids, ids_N), "a tokenizer encoded the same text otherwise"  # noqa: S101
-        return _from_offsets(text, np.array(encoding.offsets, np.int64).reshape(-1, 2), own_N)
+        tokenizer = self._tokenizer(markup=piece.markup)
+        for before in (piece.before, ""):  # as `PieceEncoder` has it: alone only where it has to be
+            encoding = tokenizer.encode(before + text, add_special_tokens=False)
+            start = len(encoding.ids) - len(ids_N)
+            if encoding.ids[max(0, start) :] == ids_N.tolist():
+                break
+        else:
+            raise AssertionError("a tokenizer encoded the same text otherwise")
+        offsets_N2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)[start:] - len(before)
+        return _from_offsets(text, np.maximum(offsets_N2, 0), own_N)
 
     def _tokenizer(self, *, markup: bool) -> Tokenizer:
         """Return the tokenizer, changed so that its offsets are those of whole tokens."""
@@ -85,10 +92,11 @@ class SourceBytes:
 
 
 def _marks(settings: dict[str, Any], tokenizer: TextTokenizer) -> list[int]:
-    """Return the ids of special tokens, but for the one that stands for unknown text."""
+    """Return the ids of special tokens, but for those that stand for unknown text and its bytes."""
     model, vocabulary = settings["model"], tokenizer.library(markup=True).get_vocab(with_added_tokens=True)
     unknown = vocabulary.get(model.get("unk_token") or "", model.get("unk_id"))  # the latter is of Unigram
-    ids = [vocabulary[token] for token in tokenizer.special_tokens if token in vocabulary]
+    marks = (token for token in tokenizer.special_tokens if not _BYTE.fullmatch(token))
+    ids = [vocabulary[token] for token in marks if token in vocabulary]
     return [number for number in ids if number != unknown]
 
 

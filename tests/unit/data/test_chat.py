@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pyarrow import Table, parquet
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from tutelage.config.data_config import StoreConfig
@@ -202,6 +202,52 @@ def test_the_mask_is_the_one_of_transformers(tmp_path):
     )
     assert theirs["input_ids"][:-1] == view.tokens[:].tolist()  # but for the line feed at the end
     assert theirs["assistant_masks"][:-1] == view.mask[:].tolist()
+
+
+SPACES = {  # put in front of a text: of Llama 2, of Mistral, of T5, of GPT-2 with a setting
+    "prepend": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+    },
+    "first": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}},
+    "always": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}},
+}
+
+
+@pytest.mark.parametrize("kind", [*SPACES, "byte-level"])
+@pytest.mark.parametrize("mark", ["]", START])
+def test_no_space_is_put_between_pieces(tmp_path, kind, mark):
+    """What transformers makes of the whole is what the model will be asked with."""
+    turn = f"'[' + m.content + '{mark}' if m.role == 'user' else m.content + eos_token"
+    template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
+    path = write_tokenizer(tmp_path / "spaced", {"eos_token": END, "chat_template": template})
+    settings = json.loads((path / "tokenizer.json").read_text())
+    if kind == "byte-level":
+        settings["pre_tokenizer"]["add_prefix_space"] = True
+    else:
+        known = Tokenizer(models.BPE(unk_token="<0x00>", byte_fallback=True))  # noqa: S106 - no password
+        known.pre_tokenizer = pre_tokenizers.Metaspace()
+        known_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[START, END, *known_bytes])
+        known.train_from_iterator(["no two the the [one] [the]"] * 9, trainer)
+        settings = json.loads(known.to_str()) | SPACES[kind]
+    (path / "tokenizer.json").write_text(json.dumps(settings))
+    texts = ["one", "two", "the 🙂 no", "the", "x", "\ttwo the"]
+    turns = [
+        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
+    ]
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
+    changed = config(path, chat(rows)).model_copy(update={"test": 1.0})
+    view = open_store(build_store(changed, tmp_path / "stores")).split("test")
+    whole = AutoTokenizer.from_pretrained(path).apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert view.tokens[:].tolist() == whole
+    assert view.bytes[:][view.mask[:] == 1].sum() == sum(len(text.encode()) for text in texts[1::2])
 
 
 @pytest.mark.parametrize("eos", [END, END_OF_TEXT])

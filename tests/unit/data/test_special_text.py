@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
 from tutelage.data.build import build_store
+from tutelage.data.pieces import Piece
 from tutelage.data.token_text import SourceBytes
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError
@@ -100,7 +101,7 @@ def test_other_text_has_the_librarys_ids(made):
 
 def test_its_bytes_are_counted(made):
     _, own = made
-    counts = SourceBytes(own).count(TEXT, encoded(own, TEXT))
+    counts = SourceBytes(own).count(Piece(TEXT), encoded(own, TEXT))
     assert counts.sum() == len(TEXT.encode())
 
 
