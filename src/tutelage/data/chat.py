@@ -10,8 +10,10 @@ from tutelage.config.data_config import CorpusPairs, FilePairs, HubPairs, PairSo
 from tutelage.data.corpora import find_pairs
 from tutelage.data.pieces import Piece, in_order
 from tutelage.data.row_readers import WHICH_FIELD, BadRowError, file_rows, hub_rows, text_of, value_of
+from tutelage.data.text_files import not_decoded
 from tutelage.data.tokenizer import read_settings, token_content
 from tutelage.errors import UserError, one_line
+from tutelage.files import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -147,21 +149,34 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
     """Load the chat template beside the tokenizer in `path`, of chat_template.jinja or tokenizer_config.json.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be read.
     """
-    settings = read_settings(path / "tokenizer_config.json")
-    file = path / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8-sig") if file.is_file() else settings.get("chat_template")
-    if isinstance(template, list):  # several, with names
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    if not isinstance(template, str):
+    template = _template(path)
+    if template is None:
         raise UserError(
             f"tokenizer.path {path}: no chat template (chat_template.jinja, or chat_template in "
             "tokenizer_config.json); use template: plain, or a directory of a model that chats"
         )
+    settings = read_settings(path / "tokenizer_config.json")
     named = {name: token_content(settings.get(name)) for name in _NAMED_TOKENS if name in template}
     tokens = {name: token for name, token in named.items() if token is not None}
     return Chat(tokenizer, {"chat_template": template, **tokens})
+
+
+def _template(path: Path) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return read_bytes(file).decode("utf-8-sig")
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise UserError(not_decoded(str(file), error)) from None
+    found = read_settings(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several, with names
+        default = (one for one in found if isinstance(one, dict) and one.get("name") == "default")
+        found = next(default, {}).get("template")
+    return found if isinstance(found, str) else None
 
 
 class Message(TypedDict):

@@ -445,6 +445,19 @@ def test_bad_templates_are_refused(tmp_path, template, message):
         build_store(config(path, chat(rows)), tmp_path / "stores")
 
 
+@pytest.mark.parametrize("several", [["a"], [{"template": CHATML}], [{"name": "default"}], [{"name": "x"}]])
+def test_templates_without_a_default_are_none(tmp_path, several):
+    path = write_tokenizer(tmp_path / "several", {"chat_template": several})
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    with pytest.raises(
+        UserError, match=r"several: no chat template \(chat_template\.jinja, or chat_template in"
+    ):
+        build_store(config(path, chat(rows)), tmp_path / "stores")
+    (path / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8 text \(byte 4 is 0xe9\)"):
+        build_store(config(path, chat(rows)), tmp_path / "stores")
+
+
 def test_a_template_that_forgets_thoughts_takes_single_turns(tmp_path):
     path = write_tokenizer(tmp_path / "thoughts", {"eos_token": END, "chat_template": FORGETS_THOUGHTS})
     one, two = {"messages": QUESTION}, {"messages": [*QUESTION, *QUESTION]}
