@@ -11,7 +11,7 @@ import csv
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tutelage.config.data_config import DOCUMENT_LIMIT
 from tutelage.data.cutting import cut_size, file_documents, is_text
@@ -23,7 +23,7 @@ from tutelage.installed import install_extra
 from tutelage.records import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pyarrow import RecordBatch
     from pyarrow.parquet import FileMetaData
@@ -98,7 +98,7 @@ def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
             decoded, after which no other can be read.
     """
     try:
-        from datasets import load_dataset  # noqa: PLC0415 - an extra, and slow to import
+        import datasets  # noqa: F401, PLC0415 - an extra, and slow to import
     except ImportError:
         raise UserError(
             f"hub source {source.path}: the package 'datasets' is missing; run: {install_extra('hub')}"
@@ -111,9 +111,7 @@ def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
     number = 0
     try:
         with contextlib.nullcontext() if local else access:
-            rows = load_dataset(
-                source.path, source.subset, split=source.split, revision=source.revision, streaming=True
-            )
+            rows = _data_set(source)
         for number, row in enumerate(rows, 1):
             yield f"{where}, row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
@@ -121,6 +119,18 @@ def hub_rows(source: HubSource | HubPairs) -> Iterator[Row]:
         # the library decodes rows in bulk and goes no further than the first that it cannot decode
         hint = "; such rows can be skipped with kind: files only" if source.on_bad_row == "skip" else ""
         raise UserError(f"{where}{place}: {' '.join(str(error).split())}{hint}") from None
+
+
+def _data_set(source: HubSource | HubPairs) -> Iterable[object]:
+    from datasets import load_dataset, load_from_disk  # noqa: PLC0415 - as above
+
+    where = {"path": source.path, "name": source.subset, "split": source.split, "revision": source.revision}
+    if not Path(source.path, "state.json").is_file():
+        return cast("Iterable[object]", load_dataset(**where, streaming=True))
+    rows = load_from_disk(source.path).with_format(None)  # of `save_to_disk`, which the other refuses
+    if source.subset is not None or source.split not in {"train", str(rows.split)}:
+        raise ValueError("save_to_disk wrote one split here, without subsets; leave out subset and split")
+    return cast("Iterable[object]", rows)
 
 
 def _texts(rows: Iterator[Row], field: str) -> Iterator[Text]:

@@ -147,7 +147,7 @@ def test_offsets_and_splits_hold_as_for_every_store(plain, tmp_path):
 
 
 def test_parquet_and_the_hub_give_the_same_store(plain, tmp_path):
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
     rows = [
         {"prompt": "one", "completion": "two", "other": 1},
         {"prompt": "x", "completion": "y", "other": 2},
@@ -156,14 +156,19 @@ def test_parquet_and_the_hub_give_the_same_store(plain, tmp_path):
     (tmp_path / "hub").mkdir()
     parquet.write_table(Table.from_pylist(rows), tmp_path / "hub" / "train.parquet")
     lines = write_rows(tmp_path / "a.jsonl", *rows)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    saved = {"kind": "hub_pairs", "path": str(tmp_path / "saved")}
     sources = (
+        saved,
         pairs(lines),
         pairs(tmp_path / "a.parquet"),
         {"kind": "hub_pairs", "path": str(tmp_path / "hub")},
     )
     stores = [build_store(config(plain, source), tmp_path / "stores") for source in sources]
     assert len({open_store(store).fingerprint for store in stores}) == 1
-    assert len(set(stores)) == 3
+    assert len(set(stores)) == 4
+    with pytest.raises(UserError, match="saved: save_to_disk wrote one split here"):
+        build_store(config(plain, saved | {"split": "test"}), tmp_path / "stores")
 
 
 # ------------------------------------------------------------------------------------------------- chat
