@@ -175,7 +175,8 @@ class RoundTrip:
         changed = False
         for piece, text in zip(pieces, texts, strict=False):
             before, after = (self._comparable(version, markup=piece.markup) for version in (piece.text, text))
-            if before != after:
+            # of what follows another piece, decoding takes a space away that nobody has put there
+            if before != after and not (piece.before and after == before.removeprefix(" ")):
                 changed = True
                 self.example = self.example or _difference(before, after)
         return changed

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pyarrow import Table, parquet
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from tutelage.config.data_config import StoreConfig
@@ -238,21 +238,30 @@ def test_no_space_is_put_between_pieces(tmp_path, kind, mark):
     else:
         known = Tokenizer(models.BPE(unk_token="<0x00>", byte_fallback=True))  # noqa: S106 - no password
         known.pre_tokenizer = pre_tokenizers.Metaspace()
+        undo = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+        known.decoder = decoders.Sequence(undo)
         known_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[START, END, *known_bytes])
         known.train_from_iterator(["no two the the [one] [the]"] * 9, trainer)
         settings = json.loads(known.to_str()) | SPACES[kind]
     (path / "tokenizer.json").write_text(json.dumps(settings))
-    texts = ["one", "two", "the 🙂 no", "the", "x", "\ttwo the"]
+    texts = ["one", "two", "the 🙂 no", "the", "x", "\ttwo the", "no", "  two"]
     turns = [
         {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
     ]
     rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
-    changed = config(path, chat(rows)).model_copy(update={"test": 1.0})
-    view = open_store(build_store(changed, tmp_path / "stores")).split("test")
+    settings = config(path, chat(rows)).model_copy(update={"test": 1.0})
+    store = open_store(build_store(settings, tmp_path / "stores"))
+    view = store.split("test")
     whole = AutoTokenizer.from_pretrained(path).apply_chat_template(turns, return_dict=True)["input_ids"]
     assert view.tokens[:].tolist() == whole
     assert view.bytes[:][view.mask[:] == 1].sum() == sum(len(text.encode()) for text in texts[1::2])
+    assert store.manifest.splits["test"].changed == 0
 
 
 @pytest.mark.parametrize("eos", [END, END_OF_TEXT])
