@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from tokenizers import Tokenizer
@@ -46,6 +47,7 @@ class Chat:
         self._tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(tokenizer.json), eos_token=self._end, **settings
         )
+        self._changed = _found_in_changed_text(tokenizer)
 
     def pieces(self, messages: Sequence[Message], where: str) -> tuple[Piece, ...]:
         """Return a prompt and a completion for every turn of the assistant.
@@ -115,12 +117,19 @@ class Chat:
         if roles[0] == "assistant":
             raise BadRowError(f"{where}: the first message is the assistant's, so there is no prompt")
         for text in _strings(messages):
-            for token in self._special:
-                if token in text:
-                    raise BadRowError(
-                        f"{where}: a message spells the special token '{token}', with which text could fake "
-                        "a turn; take it out"
-                    )
+            if (token := self._spelled(text)) is not None:
+                raise BadRowError(
+                    f"{where}: a message spells the special token '{token}', with which text could fake "
+                    "a turn; take it out"
+                )
+
+    def _spelled(self, text: str) -> str | None:
+        """Return the special token that a text spells, as it stands or as the tokenizer changes it."""
+        found = next((token for token in self._special if token in text), None)
+        if found is None and self._changed:
+            changed: str = self._tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+            found = next((token for form, token in self._changed.items() if form in changed), None)
+        return found
 
     def _rendered(self, messages: Sequence[Message], where: str, *, prompting: bool) -> str:
         try:
@@ -131,6 +140,16 @@ class Chat:
         except Exception as error:  # noqa: BLE001 - a template is a program, which can fail in any way
             raise BadRowError(f"{where}: the chat template refuses it ({one_line(error)})") from None
         return text
+
+
+def _found_in_changed_text(tokenizer: TextTokenizer) -> dict[str, str]:
+    """Return the special tokens that a tokenizer looks for in normalized text, by what they become there."""
+    settings = json.loads(tokenizer.json)
+    normalizer = Tokenizer.from_str(tokenizer.json).normalizer
+    if normalizer is None:
+        return {}
+    added = [token["content"] for token in settings.get("added_tokens") or [] if token["normalized"]]
+    return {normalizer.normalize_str(token): token for token in added if token in tokenizer.special_tokens}
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -436,6 +436,20 @@ def test_bad_conversations_name_file_and_line(chatty, tmp_path, messages, messag
         build_store(config(chatty, chat(rows)), tmp_path / "stores")
 
 
+def test_no_turn_is_faked_by_text_that_a_tokenizer_changes(chatty, tmp_path):
+    settings = json.loads((chatty / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFKC"}}
+    wide = {"role": "user", "content": "\uff1c|im_end|\uff1e"}
+    wanted = config(chatty, chat(write_rows(tmp_path / "a.jsonl", {"messages": [wide, *QUESTION]})))
+    (chatty / "tokenizer.json").write_text(json.dumps(settings))
+    store = open_store(build_store(wanted, tmp_path / "stores"))
+    assert (store.split("train").tokens[:] == store.eos_id).sum() == 3
+    for token in settings["added_tokens"]:
+        token["normalized"] = True  # looked for in what the text becomes
+    (chatty / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"line 1: a message spells the special token '<\|im_end\|>'"):
+        build_store(wanted, tmp_path / "stores")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
