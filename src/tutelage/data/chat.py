@@ -269,12 +269,18 @@ def _conversation(row: object, source: PairSource, where: str) -> Sequence[Messa
 
 
 def _message(message: object, where: str) -> Message:
-    """Return one turn, with all other fields, for the template; one that calls tools may say nothing."""
+    """Return one turn, with all other fields, for the template; one that calls tools may say nothing.
+
+    Fields without a value are left out, as newer versions of transformers do: rows of parquet have all fields
+    that any of them has, and templates ask whether one is there.
+    """
     hint = "every message is {role, content}"
     turn: dict[str, object] = {"role": _text(message, "role", where, hint)}
-    if not (isinstance(message, dict) and message.get("tool_calls") and not message.get("content")):
+    fields = cast("dict[str, object]", message)
+    if not (fields.get("tool_calls") and not fields.get("content")):
         turn["content"] = _text(message, "content", where, hint)
-    return cast("Message", {**cast("Message", message), **turn})
+    known = {name: value for name, value in fields.items() if value is not None}
+    return cast("Message", known | turn)
 
 
 def _text(row: object, field: str, where: str, hint: str = WHICH_FIELD) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pyarrow import Table, parquet
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import validate
@@ -317,6 +317,21 @@ def test_a_turn_that_calls_tools_may_say_nothing(tmp_path, silent):
     rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
     store = build_store(config(path, chat(rows)), tmp_path / "stores")
     assert [text for text, mark in marked(store) if mark] == ["the<|im_end|>", "two<|im_end|>"]
+
+
+def test_a_field_without_a_value_is_as_if_it_were_not_there(chatty, tmp_path, monkeypatch):
+    """Parquet has it in every message; of transformers only newer versions leave it out."""
+    seen, render = [], PreTrainedTokenizerFast.apply_chat_template
+
+    def watched(tokenizer, messages, **settings):
+        seen.extend(messages)
+        return render(tokenizer, messages, **settings)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", watched)
+    turns = [QUESTION[0] | {"name": "x"}, QUESTION[1] | {"tool_calls": None}]
+    parquet.write_table(Table.from_pylist([{"messages": turns}]), tmp_path / "a.parquet")
+    build_store(config(chatty, chat(tmp_path / "a.parquet")), tmp_path / "stores")
+    assert [set(turn) for turn in seen[-2:]] == [{"role", "content", "name"}, {"role", "content"}]
 
 
 def test_the_store_keeps_the_template_for_the_model(chatty, tmp_path):
