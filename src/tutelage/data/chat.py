@@ -12,7 +12,7 @@ from tutelage.data.corpora import find_pairs
 from tutelage.data.pieces import Piece, in_order
 from tutelage.data.row_readers import WHICH_FIELD, BadRowError, file_rows, hub_rows, text_of, value_of
 from tutelage.data.text_files import not_decoded
-from tutelage.data.tokenizer import read_settings, token_content
+from tutelage.data.tokenizer import named_tokens, read_settings
 from tutelage.errors import UserError, one_line
 from tutelage.files import read_bytes
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
     from tutelage.data.row_readers import Row
     from tutelage.data.tokenizer import TextTokenizer
-
-_NAMED_TOKENS = ("bos_token", "unk_token", "pad_token")
-"""Special tokens, besides the end of text, that a template may name."""
 
 
 class Chat:
@@ -176,10 +173,9 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
             f"tokenizer.path {path}: no chat template (chat_template.jinja, or chat_template in "
             "tokenizer_config.json); use template: plain, or a directory of a model that chats"
         )
-    settings = read_settings(path / "tokenizer_config.json")
-    named = {name: token_content(settings.get(name)) for name in _NAMED_TOKENS if name in template}
-    tokens = {name: token for name, token in named.items() if token is not None}
-    return Chat(tokenizer, {"chat_template": template, **tokens})
+    found = named_tokens(path).items()
+    named = {name: token for name, token in found if name in template and name != "eos_token"}
+    return Chat(tokenizer, {"chat_template": template, **named})
 
 
 def _template(path: Path) -> str | None:

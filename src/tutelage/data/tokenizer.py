@@ -42,6 +42,7 @@ _WITHOUT_JSON = (("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model
 """Files that together are a tokenizer of an older kind, which transformers can convert."""
 
 _SPECIAL = ("bos_token", "pad_token", "unk_token")
+_NAMES = (*_SPECIAL, "eos_token", "sep_token", "cls_token", "mask_token")
 _NAME_PARTS = 2
 
 
@@ -80,22 +81,21 @@ def download_tokenizer(
 
 
 def special_tokens(place: Path, tokenizer: TextTokenizer) -> dict[str, str]:
-    """Return the tokens for beginnings, padding and unknown text, by their names in a tokenizer_config.json.
+    """Return the tokens for beginnings, padding and unknown text, as `named_tokens`; those that it has."""
+    vocabulary = Tokenizer.from_str(tokenizer.json).get_vocab(with_added_tokens=True)
+    found = named_tokens(place)
+    return {name: token for name, token in found.items() if name in _SPECIAL and token in vocabulary}
 
-    Args:
-        place: a directory; or a tokenizer.json, which does not name them.
-        tokenizer: the tokenizer in it; tokens that it does not know are left out.
+
+def named_tokens(place: Path) -> dict[str, str]:
+    """Return special tokens by name, from both files of a directory's settings; a tokenizer.json names none.
 
     Raises:
         UserError: a file is no JSON object.
     """
-    found: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings = read_settings(place / file)
-        contents = {name: token_content(settings.get(name)) for name in _SPECIAL}
-        found |= {name: token for name, token in contents.items() if token is not None}
-    vocabulary = Tokenizer.from_str(tokenizer.json).get_vocab(with_added_tokens=True)
-    return {name: token for name, token in found.items() if token in vocabulary}
+    files = [read_settings(place / name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    found = {name: token_content(file[name]) for file in files for name in _NAMES if file.get(name)}
+    return {name: token for name, token in found.items() if token is not None}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def _short_words(text: str) -> Iterator[str]:
 def load_tokenizer(path: Path) -> TextTokenizer:
     """Read a tokenizer.json, or the one of a model directory or token store.
 
-    The end-of-text token is `eos_token` of the directory's tokenizer_config.json. For a single file, or
+    The end-of-text token is `eos_token` of the directory's settings (`named_tokens`). For a single file, or
     where that names none, it is the first of the usual ones that the tokenizer has.
 
     Tokens that the post-processor puts in front of a text are kept. Those that it appends are removed: stores
@@ -290,7 +290,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         parse_json(text)
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
         raise UserError(f"tokenizer {file}: not a tokenizer.json ({one_line(error)})") from None
-    named = token_content(read_settings(path / "tokenizer_config.json").get("eos_token"))
+    named = named_tokens(path).get("eos_token")
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     for token in [named] if named else _KNOWN_ENDS:
         if token in vocabulary:

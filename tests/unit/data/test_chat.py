@@ -354,6 +354,17 @@ def test_a_template_file_comes_first_and_brings_the_tokens_it_names(tmp_path):
     assert saved["pad_token"] == END
 
 
+def test_tokens_that_only_the_older_file_names_are_known(tmp_path):
+    path = write_tokenizer(tmp_path / "older", {"chat_template": "{{ bos_token + sep_token }}" + CHATML})
+    named = {"bos_token": {"content": START}, "sep_token": "-", "eos_token": END}
+    (path / "special_tokens_map.json").write_text(json.dumps(named))
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    store = build_store(config(path, chat(rows)), tmp_path / "stores")
+    rendered = AutoTokenizer.from_pretrained(path).apply_chat_template(QUESTION, tokenize=False)
+    assert "".join(text for text, _ in marked(store)) + "\n" == rendered
+    assert rendered.startswith("<|im_start|>-<|im_start|>user")
+
+
 def test_another_template_is_another_store(chatty, tmp_path):
     rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
     first = build_store(config(chatty, chat(rows)), tmp_path / "stores")
