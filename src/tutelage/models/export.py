@@ -235,11 +235,7 @@ def _tokenizer_settings(
     """
     settings = read_object(directory / "tokenizer_config.json")
     stored = read_object(store / "tokenizer_config.json")
-    if not any((directory / name).is_file() for name in (_TEMPLATE, "chat_template.json")):
-        for name, value in stored.items():
-            settings.setdefault(name, value)
-    elif settings.get("eos_token") is None:
-        settings["eos_token"] = stored.get("eos_token")
+    settings |= {name: value for name, value in stored.items() if settings.get(name) is None}
     if (template := stored.get("chat_template")) is not None:  # of what it was trained on, not the base's
         (directory / _TEMPLATE).write_text(template, encoding="utf-8")
         settings["chat_template"] = template  # for older readers

@@ -371,17 +371,18 @@ def test_a_tokenizer_that_cuts_otherwise_is_not_taken_over(chatting, make_config
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
 def test_a_model_chats_as_it_was_trained_to_and_not_as_the_one_it_began_with(store, tmp_path, place):
-    trained, own = "{{ messages[0].content }}!", "{{ messages[0].content }}?"
+    trained, own = "{{ bos_token + messages[0].content }}!", "{{ messages[0].content }}?"
     chats, base = tmp_path / "chats", tmp_path / "base"
     shutil.copytree(store, chats)
     settings = json.loads((store / "tokenizer_config.json").read_text())
-    (chats / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": trained}))
+    named = {"chat_template": trained, "bos_token": "<|endoftext|>"}
+    (chats / "tokenizer_config.json").write_text(json.dumps(settings | named))
     hub.save(hub.build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=1), base, store)
     text = own if place.endswith("jinja") else json.dumps(settings | {"chat_template": own})
     (base / place).write_text(text)
     for directory in (chats, base):
         (directory / "checksums.json").unlink()
-    for data, said in ((store, "hello?"), (chats, "hello!")):  # the first has no conversations
+    for data, said in ((store, "hello?"), (chats, "<|endoftext|>hello!")):  # the first has no conversations
         hub.save(hub.load(base), tmp_path / "model", data, Base(base, tokenizer=True))
         found = AutoTokenizer.from_pretrained(tmp_path / "model")
         assert found.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == said
