@@ -168,6 +168,7 @@ def complete(directory: Path, store: Path, base: Base | None, context: int | Non
         raise UserError(f"{source / 'tokenizer.json'}: not a tokenizer.json ({error})") from None
     settings = _tokenizer_settings(directory, store, context, tokenizer)
     (directory / "tokenizer_config.json").write_text(_text(settings), encoding="utf-8")
+    _say_the_same(directory / "special_tokens_map.json", settings)
     ids = _special_ids(tokenizer, settings)
     path = directory / "config.json"
     config = read_object(path)
@@ -236,9 +237,10 @@ def _tokenizer_settings(
     settings = read_object(directory / "tokenizer_config.json")
     stored = read_object(store / "tokenizer_config.json")
     settings |= {name: value for name, value in stored.items() if settings.get(name) is None}
-    if (template := stored.get("chat_template")) is not None:  # of what it was trained on, not the base's
-        (directory / _TEMPLATE).write_text(template, encoding="utf-8")
-        settings["chat_template"] = template  # for older readers
+    # what a text ends with and how a chat is written are those of what it was trained on, not its base's
+    settings |= {name: stored[name] for name in ("eos_token", "chat_template") if name in stored}
+    if "chat_template" in stored:
+        (directory / _TEMPLATE).write_text(stored["chat_template"], encoding="utf-8")
     for name in _SPECIAL:
         if settings.get(name) is not None and _id(tokenizer, settings[name]) is None:
             del settings[name]
@@ -249,6 +251,14 @@ def _tokenizer_settings(
     if context is not None:
         settings["model_max_length"] = context
     return settings
+
+
+def _say_the_same(older: Path, settings: dict[str, Any]) -> None:
+    """Correct the older file that names special tokens, which comes first for transformers."""
+    if older.is_file():
+        named = read_object(older).items()
+        kept = {name: settings.get(name) if name in _SPECIAL else value for name, value in named}
+        older.write_text(_text({k: v for k, v in kept.items() if v is not None}), encoding="utf-8")
 
 
 def _special_ids(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, int]:

@@ -388,6 +388,22 @@ def test_a_model_chats_as_it_was_trained_to_and_not_as_the_one_it_began_with(sto
         assert found.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == said
 
 
+def test_a_model_ends_as_the_texts_that_it_was_trained_on(chatting, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(chatting, trained)
+    settings = json.loads((chatting / "tokenizer_config.json").read_text())
+    (trained / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|user|>"}))
+    older = {"eos_token": "<|assistant|>", "pad_token": "<unknown>", "mask_token": "<pad>"}
+    (chatting / "special_tokens_map.json").write_text(json.dumps(older))
+    hub.save(hub.load(chatting), tmp_path / "model", trained, Base(chatting, tokenizer=True))
+    found = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (found.eos_token_id, found.pad_token_id, found.mask_token_id) == (302, 301, 301)
+    assert len(found) == 304
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"] == 302
+    generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [0, 303, 302]
+
+
 def test_a_special_token_that_the_tokenizer_lacks_gets_no_id_beyond_the_model(store, tmp_path):
     base = tmp_path / "base"
     hub.save(hub.build(find_shape("nano-50k"), VOCAB, CONTEXT, seed=1), base, store)
