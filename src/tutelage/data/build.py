@@ -31,7 +31,7 @@ from tutelage.data.store_manifest import (
     read_manifest,
     rows_left_out,
 )
-from tutelage.data.token_text import RoundTrip, SourceBytes
+from tutelage.data.token_text import RoundTrip, SourceBytes, is_exact
 from tutelage.data.tokenizer import find_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from tutelage.errors import UserError
 from tutelage.files import atomic_directory, free_bytes, lock, make_directory, size_text
@@ -134,7 +134,8 @@ def _hashed(config: StoreConfig, ready: TextTokenizer | None) -> dict[str, Any]:
     if config.tokenizer.path is not None:  # then nothing else in its section is used
         fields.pop("tokenizer")
     if config.uses_chat:
-        fields["bytes"] = "of text alone"  # stores of old counted end marks between turns too
+        # stores of old counted end marks between turns, or not what a tokenizer dropped in front of them
+        fields["bytes"] = "of text alone" if ready and is_exact(ready) else "of all text alone"
     if ready and config.has_pairs and puts_space_in_front(ready):
         fields["pieces"] = "in order"  # stores of old have a space in front of each
     return fields

@@ -80,6 +80,9 @@ class SourceBytes:
         else:
             raise AssertionError("a tokenizer encoded the same text otherwise")
         offsets_N2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)[start:] - len(before)
+        if piece.markup:  # what a tokenizer drops at the end of an answer is none of the mark that follows
+            last = np.flatnonzero(np.isin(ids_N, self._marks)[1:])
+            offsets_N2[last, 1] = np.maximum(offsets_N2[last, 1], offsets_N2[last + 1, 0])
         return _from_offsets(text, np.maximum(offsets_N2, 0), own_N)
 
     def _tokenizer(self, *, markup: bool) -> Tokenizer:
@@ -151,7 +154,7 @@ class RoundTrip:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.example: str | None = None
         settings = json.loads(tokenizer.json)
-        self._is_exact = _is_exact(settings)
+        self._is_exact = is_exact(tokenizer)
         self._tokenizer = Tokenizer.from_str(tokenizer.json)
         self._dtype = tokenizer.dtype
         special = [re.escape(token["content"]) for token in settings["added_tokens"] if token["special"]]
@@ -187,9 +190,9 @@ class RoundTrip:
         return text.removeprefix(" ")
 
 
-def _is_exact(tokenizer: dict[str, object]) -> bool:
+def is_exact(tokenizer: TextTokenizer) -> bool:
     """Whether every text survives by construction: byte-level BPE with all bytes, and nothing before it."""
-    match tokenizer:
+    match json.loads(tokenizer.json):
         case {
             "normalizer": None,
             "pre_tokenizer": {"type": "ByteLevel"},

@@ -288,6 +288,19 @@ def test_bytes_of_answers_are_those_of_their_text(tmp_path, eos):
         assert ((found == 0) == np.isin(tokens, marks)).all()
 
 
+def test_the_end_of_an_answer_that_a_tokenizer_drops_is_of_the_answer(chatty, tmp_path):
+    settings = json.loads((chatty / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    (chatty / "tokenizer.json").write_text(json.dumps(settings))
+    answer = {
+        "role": "assistant",
+        "content": "no e\u0301",
+    }  # two characters, of which the mark is in no offset
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": [QUESTION[0], answer] * 3})
+    everything = config(chatty, chat(rows)).model_copy(update={"test": 1.0})
+    view = open_store(build_store(everything, tmp_path / "stores")).split("test")
+    assert view.bytes[:][view.mask[:] == 1].sum() == 3 * len(answer["content"].encode())
+
+
 def test_the_store_closes_what_the_template_does_not(tmp_path):
     base = write_tokenizer(tmp_path / "base", {"eos_token": END_OF_TEXT, "chat_template": CHATML})
     rows = write_rows(tmp_path / "a.jsonl", {"prompt": "one", "completion": "two"})
