@@ -86,12 +86,13 @@ def _card(student: Student, store: Store) -> str:
     hub_data = [
         str(source["path"]) for source in records if source["kind"] in _HUB_KINDS and "files" not in source
     ]
+    alone = "pretraining" if config.stage == "pretrain" else config.stage
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": "other",
         "license_name": "not-chosen",
-        "tags": ["tutelage", "distillation" if config.teacher is not None else "pretraining"],
+        "tags": ["tutelage", "distillation" if config.teacher is not None else alone],
     }
     if hub_data:
         front["datasets"] = list(dict.fromkeys(hub_data))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from training import StopAt, assert_same_weights, losses, opened
 from transformers import AutoModelForCausalLM
 
@@ -247,6 +248,9 @@ def test_defaults_are_the_papers_and_are_recorded(make_sft):
     used = load(RunConfig, directory.path / "config.yaml").optim
     assert (used.lr, used.warmup, used.clip, used.weight_decay) == (1e-5, 0.01, 0.5, 0.1)
     assert losses(directory)[0]["lr"] == pytest.approx(1e-5, rel=1e-6)
+    card = ModelCard.load(directory.model / "README.md")
+    assert card.data.tags == ["tutelage", "sft"]
+    assert "A language model fine-tuned with" in card.text
     given = make_sft(optim={"lr": 2e-4, "warmup": 0.05}).optim
     assert (given.lr, given.warmup) == (2e-4, 0.05)
     assert make_sft(optim={"lr": None}).optim.lr == 1e-5
