@@ -12,7 +12,7 @@ from torch import nn
 
 from tutelage.objective.checks import check_gate, check_inputs, check_types
 from tutelage.objective.chunks import LossCall, compute
-from tutelage.objective.compiled import compiled_objective, refuse_second_derivative
+from tutelage.objective.compiled import compiled_objective, refuse_forward_mode, refuse_second_derivative
 from tutelage.objective.products import weight_and_bias
 from tutelage.types import PLAIN, LossSums, TokenLosses
 
@@ -136,6 +136,7 @@ def chunked_objective(
 def _sums(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: LossCall) -> LossSums:
     """Compute under autograd, or as one operator where a compiler looks on."""
     inputs = hidden_ND, weight_VD, bias_V
+    refuse_forward_mode(inputs)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if torch.compiler.is_compiling():
         loss, *metrics = compiled_objective(*inputs, call, wanted)

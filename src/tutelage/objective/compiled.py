@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from tutelage.config.objective_config import Objective
 from tutelage.objective.checks import check_inputs
@@ -85,6 +86,16 @@ def refuse_second_derivative() -> None:
         raise RuntimeError(
             "create_graph=True: the objective has no second derivative; a penalty on its gradients needs "
             "a loss of plain torch"
+        )
+
+
+def refuse_forward_mode(inputs: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError in forward mode, in which torch takes the derivative of a custom operator for 0."""
+    duals = [unpack_dual(x) for x in inputs if x is not None]  # type: ignore[no-untyped-call]
+    if any(dual.tangent is not None for dual in duals):
+        raise RuntimeError(
+            "forward mode (torch.func.jvp, jacfwd, dual tensors): the objective has a backward pass alone; "
+            "use that, or reference_objective, which is plain torch"
         )
 
 

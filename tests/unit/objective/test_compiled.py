@@ -151,3 +151,23 @@ def test_a_second_derivative_is_refused():
     compiled = torch.compile(loss, fullgraph=True, backend="eager")(hidden)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(compiled, hidden, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, of its forward mode
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("given", ["hidden", "weight"])
+def test_forward_mode_is_refused(compiled, given):
+    """Compiled, the derivative was 0: that is what torch takes for it of an operator that is not its own."""
+    inputs = {"hidden": HIDDEN.detach(), "weight": WEIGHT.detach()}
+
+    def loss(changed):
+        both = inputs | {given: changed}
+        return chunked_objective(both["hidden"], both["weight"], LABELS, None, 0.0, PLAIN).loss
+
+    def derivative(changed):
+        return torch.func.jvp(loss, (changed,), (torch.ones_like(changed),))
+
+    torch._dynamo.reset()
+    function = torch.compile(derivative, fullgraph=True, backend="eager") if compiled else derivative
+    with pytest.raises(Exception, match=r"forward mode.*the objective has a backward pass alone"):
+        function(inputs[given])
