@@ -7,15 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tutelage.config.alpha_config import ConstantAlpha
 from tutelage.config.base import plain_number
-from tutelage.config.objective_config import Objective
+from tutelage.config.objective_config import Objective, ObjectiveConfig
 from tutelage.objective.gates import Gate, Random
+from tutelage.objective.target_checks import (
+    check_dense,
+    check_logits,
+    check_mass,
+    check_rows,
+    check_sparse,
+    check_vocabulary,
+    dense_parts,
+    headless_parts,
+)
 from tutelage.types import (
     IGNORE_INDEX,
-    DenseTargets,
     LogitTargets,
     LogitTransform,
-    MeanTargets,
     SparseTargets,
     Targets,
 )
@@ -33,7 +42,6 @@ class NotFiniteError(ValueError):
         self.name = name
 
 
-_MASS_TOLERANCE = 1e-3
 _IDS = {"labels", "targets.ids"}
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
@@ -52,7 +60,7 @@ def check_types(
     """Raise TypeError, with what to give instead, if an argument is of another kind: the likely mistakes."""
     named = {"hidden": hidden_ND, "weight": weight_VD, "labels": labels_N}
     optional = {"bias": bias_V, "token_weights": token_weights_N}
-    for part, name in _dense_parts(targets):
+    for part, name in dense_parts(targets):
         named |= {f"{name}.hidden_NE": part.hidden_NE, f"{name}.head_VE": part.head_VE}
         optional |= {f"{name}.bias": part.bias_V}
     if targets is not None and not isinstance(targets, Targets):
@@ -61,7 +69,7 @@ def check_types(
             "head weight), MeanTargets of several DenseTargets, SparseTargets(ids, probabilities, ...), or "
             "None without a teacher"
         )
-    named |= _headless_parts(targets) | {name: value for name, value in optional.items() if value is not None}
+    named |= headless_parts(targets) | {name: value for name, value in optional.items() if value is not None}
     for name, value in named.items():
         _check_tensor(name, value)
     _check_transforms(transform, targets)
@@ -84,7 +92,7 @@ def check_types(
 
 
 def _check_transforms(transform: object, targets: object) -> None:
-    own = {f"{name}.transform": part.transform for part, name in _dense_parts(targets)}
+    own = {f"{name}.transform": part.transform for part, name in dense_parts(targets)}
     given = {name: value for name, value in own.items() if value is not None}
     for name, value in ({"transform": transform} | given).items():
         if not isinstance(value, LogitTransform):
@@ -94,9 +102,14 @@ def _check_transforms(transform: object, targets: object) -> None:
 def check_gate(
     objective: Objective, gate: Gate | None, alpha: float, targets: Targets | None, labels_N: Tensor
 ) -> None:
-    """Raise TypeError if `gate` is none, ValueError if it cannot judge these targets or route tokens."""
+    """Raise TypeError if `gate` is none, ValueError if it cannot judge these targets or route tokens.
+
+    Or if the objective is that of a run and says another alpha or gate, which would go unheard.
+    """
     if gate is not None and (isinstance(gate, type) or not isinstance(gate, Gate)):
         raise TypeError(f"gate is a {type(gate).__name__}: give make_gate(settings of a gate), or None")
+    if isinstance(objective, ObjectiveConfig):
+        _check_heard(objective, gate, alpha)
     if isinstance(gate, Random) and targets is not None and gate.draws_N is not None:
         drawn, n = gate.draws_N, labels_N.numel()
         if not isinstance(drawn, Tensor) or drawn.shape != (n,):
@@ -124,6 +137,19 @@ def check_gate(
         )
     if alpha != 1:
         raise ValueError(f"alpha {alpha}: mixing routed gives a token either loss whole; must be 0 or 1")
+
+
+def _check_heard(run: ObjectiveConfig, gate: Gate | None, alpha: float) -> None:
+    if run.gate is not None and gate is None:
+        raise ValueError(
+            f"gate None, but objective.gate is {run.gate.kind}: settings of a run; make the gate once and "
+            "give it, gate=make_gate(objective.gate)"
+        )
+    if isinstance(run.alpha, ConstantAlpha) and run.alpha.value not in {0.0, alpha}:
+        raise ValueError(
+            f"alpha {alpha}, but objective.alpha is {run.alpha.value}: settings of a run; give the same, or "
+            "an Objective, which has none"
+        )
 
 
 _AS_OBJECTIVE: dict[type, str] = {dict: "Objective(**settings)", str: "Objective(divergence=...)"}
@@ -177,16 +203,16 @@ def check_inputs(
     if token_weights_N is not None:
         tensors |= {"token_weights": token_weights_N}
         _check_token_weights(token_weights_N, n)
-    for part, name in _dense_parts(targets):
+    for part, name in dense_parts(targets):
         tensors |= {f"{name}.hidden": part.hidden_NE, f"{name}.head": part.head_VE}
         tensors |= _bias(f"{name}.bias", part.bias_V, part.head_VE)
-        _check_dense(part, name, n, vocab, cut=vocab_size is not None)
-    tensors |= _headless_parts(targets)
+        check_dense(part, name, n, vocab, cut=vocab_size is not None)
+    tensors |= headless_parts(targets)
     if isinstance(targets, LogitTargets):
-        _check_rows("targets.logits", targets.logits_NV, n)
-        _check_vocabulary(targets.logits_NV.shape[1], vocab, cut=vocab_size is not None)
+        check_rows("targets.logits", targets.logits_NV, n)
+        check_vocabulary(targets.logits_NV.shape[1], vocab, cut=vocab_size is not None)
     elif isinstance(targets, SparseTargets):
-        _check_sparse(targets, n, objective)
+        check_sparse(targets, n, objective)
     _check_places(tensors)
     if hidden_ND.device.type == "cpu":
         _check_values(tensors, vocab, targets, objective)
@@ -227,81 +253,6 @@ def _check_token_weights(weights_N: Tensor, n: int) -> None:
         raise ValueError("token_weights: would get no gradient; give token_weights.detach()")
 
 
-def _check_rows(name: str, tensor: Tensor, n: int) -> None:
-    if tensor.ndim != 2 or tensor.shape[0] != n:  # noqa: PLR2004 - two axes
-        raise ValueError(f"{name} {tuple(tensor.shape)}: must have {n} rows, one per token")
-
-
-def _check_vocabulary(teacher: int, vocab: int, *, cut: bool) -> None:
-    if not cut and teacher != vocab:
-        raise ValueError(
-            f"teacher vocabulary {teacher}: differs from the student's, {vocab}; if one head is padded, "
-            "give vocab_size, the size of the common tokenizer"
-        )
-    if teacher < vocab:
-        raise ValueError(f"vocab_size {vocab}: above the teacher's {teacher} rows")
-
-
-def _dense_parts(targets: object) -> list[tuple[DenseTargets, str]]:
-    """The distributions with a head that targets are or are made of, by their names in messages."""
-    if isinstance(targets, DenseTargets):
-        return [(targets, "targets")]
-    if not isinstance(targets, MeanTargets):
-        return []
-    if not targets.parts:
-        raise ValueError("targets.parts (): a mean is of at least one teacher")
-    for place, part in enumerate(targets.parts):
-        if not isinstance(part, DenseTargets):
-            raise TypeError(f"targets.parts[{place}] is a {type(part).__name__}: a mean is of DenseTargets")
-    return [(part, f"targets.parts[{place}]") for place, part in enumerate(targets.parts)]
-
-
-def _headless_parts(targets: object) -> dict[str, Tensor]:
-    """The tensors of targets without a head, by their names in messages."""
-    if isinstance(targets, LogitTargets):
-        return {"targets.logits": targets.logits_NV}
-    if not isinstance(targets, SparseTargets):
-        return {}
-    return {
-        "targets.ids": targets.ids_NK,
-        "targets.probs": targets.probs_NK,
-        "targets.tail": targets.tail_N,
-        "targets.gold_logp": targets.gold_logp_N,
-    }
-
-
-def _check_dense(targets: DenseTargets, name: str, n: int, vocab: int, *, cut: bool) -> None:
-    _check_rows(f"{name}.hidden", targets.hidden_NE, n)
-    if targets.head_VE.ndim != 2:  # noqa: PLR2004 - two axes
-        raise ValueError(f"{name}.head {tuple(targets.head_VE.shape)}: must be [vocabulary, width]")
-    width = targets.head_VE.shape[1]
-    if targets.hidden_NE.shape[1] != width:
-        raise ValueError(
-            f"{name}.hidden {tuple(targets.hidden_NE.shape)}: must be [{n}, {width}] as its head"
-        )
-    _check_vocabulary(targets.head_VE.shape[0], vocab, cut=cut)
-
-
-def _check_sparse(targets: SparseTargets, n: int, objective: Objective) -> None:
-    _check_rows("targets.ids", targets.ids_NK, n)
-    if not targets.ids_NK.shape[1]:
-        raise ValueError(f"targets.ids {tuple(targets.ids_NK.shape)}: must hold at least one id per token")
-    for name, tensor, shape in (
-        ("targets.probs", targets.probs_NK, tuple(targets.ids_NK.shape)),
-        ("targets.tail", targets.tail_N, (n,)),
-        ("targets.gold_logp", targets.gold_logp_N, (n,)),
-    ):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} {tuple(tensor.shape)}: must be {shape}")
-    if objective.truncation is not None:
-        raise ValueError("truncation: the targets are sparse already; drop it")
-    if objective.divergence != "hard_labels" and targets.temperature != objective.temperature:
-        raise ValueError(
-            f"targets.temperature {targets.temperature}: must equal the objective's, "
-            f"{objective.temperature}, since kept probabilities cannot be taken to another temperature"
-        )
-
-
 def _check_places(tensors: dict[str, Tensor]) -> None:
     device = tensors["hidden"].device
     if device.type == "meta":
@@ -334,44 +285,11 @@ def _check_values(
         raise ValueError(
             f"labels: {int(wrong[0])} is outside the vocabulary of {vocab} ({IGNORE_INDEX} marks no label)"
         )
+    if isinstance(targets, LogitTargets):
+        check_logits(targets.logits_NV, labels_N)
     if not isinstance(targets, SparseTargets) or not targets.ids_NK.numel():
         return
     low, high = int(targets.ids_NK.min()), int(targets.ids_NK.max())
     if low < 0 or high >= vocab:
         raise ValueError(f"targets.ids: {low if low < 0 else high} is outside the vocabulary of {vocab}")
-    _check_mass(targets, labels_N, vocab, objective)
-
-
-def _check_mass(targets: SparseTargets, labels_N: Tensor, vocab: int, objective: Objective) -> None:
-    """Check that what tokens with a label are taught are probabilities, and all of them."""
-    if float(targets.probs_NK.min()) < 0 or float(targets.tail_N.min()) < 0:
-        raise ValueError("targets.probs, targets.tail: must not be negative")
-    if float(targets.gold_logp_N.max()) > _MASS_TOLERANCE:
-        raise ValueError("targets.gold_logp: above 0; give the logarithm of the label's probability")
-    if objective.tail == "none":
-        return
-    mass_N = targets.probs_NK.sum(-1, dtype=torch.float64) + targets.tail_N
-    rounding = _MASS_TOLERANCE + 4 * torch.finfo(targets.probs_NK.dtype).eps
-    if float(mass_N.max()) > 1 + rounding:
-        raise ValueError(
-            f"targets.probs: with the tail they sum to {float(mass_N.max()):.4f}, but probabilities sum to "
-            "at most 1 (weights of samples need Objective(tail='none'))"
-        )
-    if objective.tail != "other_bucket" or objective.divergence == "hard_labels":
-        return
-    lost_N = (mass_N > 0) & (mass_N < 1 - rounding) & (labels_N != IGNORE_INDEX)
-    if lost_N.any():
-        raise ValueError(
-            f"targets.tail: with it the probabilities of token {int(lost_N.nonzero()[0])} sum to "
-            f"{float(mass_N[lost_N][0]):.4f}; give the rest of the mass as its tail, or "
-            "Objective(tail='renormalise')"
-        )
-    if objective.divergence != "reverse_kl":
-        return
-    all_N = (targets.probs_NK > 0).sum(-1) == vocab
-    sure_N = (targets.tail_N == 0) & (mass_N > 0) & ~all_N & (labels_N != IGNORE_INDEX)
-    if sure_N.any():
-        raise ValueError(
-            f"targets.tail: 0 at token {int(sure_N.nonzero()[0])}, and reverse KL from a teacher who is sure "
-            "is infinite; sum the tail from what was dropped, at least torch.finfo(torch.float32).tiny"
-        )
+    check_mass(targets, labels_N, vocab, objective)

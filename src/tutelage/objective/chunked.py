@@ -107,7 +107,8 @@ def chunked_objective(
         targets: the teacher's distributions for the same tokens, which get no gradient; None only with
             alpha 0.
         alpha: weight of the divergence, one number in [0, 1].
-        objective: divergence, temperature, mixing, label smoothing, z-loss.
+        objective: divergence, temperature, mixing, label smoothing, z-loss. Of the settings of a run
+            (`config.objective`) alpha and gate are not read; `make_policy` and `make_gate` make what to give.
         gate: factor on alpha per token, from `make_gate`; None for 1. `mixing: routed` needs one. Call its
             `update` after each optimizer step: it moves the threshold by what the calls since have counted.
         bias_V: the bias of the student's head; None for none.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tutelage as tt
-from tutelage.config.objective_config import RandomGate
+from tutelage.config.objective_config import ObjectiveConfig, RandomGate
 from tutelage.objective import make_gate
 from tutelage.types import DenseTargets, LogitTargets, SparseTargets
 
@@ -59,6 +59,14 @@ MISTAKES = [
     ),
     ({"objective": "jsd"}, r"objective is a str: give an Objective, Objective\(divergence=\.\.\.\)"),
     ({"objective": None}, r"objective is a NoneType: give an Objective, Objective\(temp"),
+    (
+        {"objective": ObjectiveConfig(gate={"kind": "teacher_better"})},
+        r"gate None, but objective.gate is teacher_better: .*gate=make_gate\(objective.gate\)",
+    ),
+    (
+        {"objective": ObjectiveConfig(alpha=0.9)},
+        r"alpha 0.4, but objective.alpha is 0.9: .* same, or an Objective",
+    ),
     ({"alpha": torch.rand(N)}, r"alpha is a tensor \(6,\): must be one number; .*token_weights_N, or .*gate"),
     ({"alpha": "0.4"}, r"alpha '0.4': must be a number"),
     ({"alpha": 40}, r"alpha 40: must be between 0 and 1"),
@@ -121,3 +129,21 @@ def test_a_random_gate_wants_a_number_for_each_token(drawn, objective):
     gate.begin(lambda: drawn)
     with pytest.raises(ValueError, match=r"gate random: draw\(\) gave .*: must be a tensor \(6,\)"):
         objective(**GIVEN, gate=gate)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 2.0}, {"alpha": 0.4, "temperature": 2.0}, {"alpha": "auto"}]
+)
+def test_the_objective_of_a_run_is_one(settings):
+    """Where it says no other alpha or gate than the call."""
+    plain = tt.Objective(temperature=settings.get("temperature", 1.0))
+    of_run = ObjectiveConfig(**settings)
+    expected, found = (tt.chunked_objective(**GIVEN | {"objective": one}).loss for one in (plain, of_run))
+    assert torch.equal(found, expected)
+
+
+def test_logits_that_are_no_probabilities_are_taken():
+    flat = LogitTargets(torch.full((N, V), 1 / V).log())
+    for logits in (flat.logits_NV, flat.logits_NV.exp() - 1, torch.zeros(N, V), torch.ones(N, V)):
+        found = tt.chunked_objective(**GIVEN | {"targets": LogitTargets(logits)})
+        torch.testing.assert_close(found.loss, tt.chunked_objective(**GIVEN | {"targets": flat}).loss)
