@@ -14,11 +14,12 @@ from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.gains import document_draws
 from tutelage.analysis.report.headline import notes
 from tutelage.analysis.report.html import build_report
-from tutelage.analysis.report.report_rows import policy_tables
+from tutelage.analysis.report.report_rows import policy_tables, short_verdicts
 from tutelage.analysis.report.text import print_verdicts
+from tutelage.analysis.words import interval_name
 from tutelage.errors import UserError
 from tutelage.records import read_sealed, write_sealed
-from tutelage.study.plan import load_plan, save_plan
+from tutelage.study.plan import Plan, load_plan, save_plan
 from tutelage.study.results import load_results
 
 TEXTS = {"speeches": 1.65, "fables": 3.2, "recipes": 3.6}
@@ -161,3 +162,39 @@ def test_what_a_student_of_cached_targets_costs_says_what_is_not_in_it(tmp_path)
     (cost,) = [note for note in notes(judged.results, judged.findings) if "equal compute" in note]
     assert cost.endswith("not counted; nor are the forward passes that made the cached targets of weak.")
     assert "mean over students" not in cost
+
+
+def test_an_untaught_arm_is_a_control_but_none_of_smoothing(tmp_path):
+    gains = {("weak", 0.4): (-0.6, 2.0), (None, "compute of weak"): (1.0, 1.0)}
+    judged = reported(write_study(tmp_path / "study", gains=gains))
+    found = judged.findings
+
+    assert {verdict.teacher: verdict.control for verdict in found.verdicts} == {"weak": False, None: True}
+    shown = {row[0]: row[1] for row in short_verdicts(found, "gains").rows}
+    assert shown == {"weak": "weaker", "no teacher": ""}  # not "not measured": there is none to measure
+    assert any(note.startswith("No comparison with a control") for note in notes(judged.results, found))
+
+
+@pytest.mark.parametrize(
+    ("teacher_seeds", "lost", "expected"),
+    [
+        ([42, 142, 242], [], (3, 3, "t, 3 seeds, a teacher each")),
+        ([42, 142, 242], [45], (2, 2, "t, 2 seeds, a teacher each")),
+        ([42, 142, 242], [44, 45], (1, 1, "none, 1 seed")),
+        ([42], [45], (2, 1, "t, 2 seeds, one teacher")),
+    ],
+)
+def test_a_mean_has_as_many_teachers_as_seeds_that_are_there(tmp_path, teacher_seeds, lost, expected):
+    gains = {("weak", 0.4): (-0.6, 2.0), ("both", 0.4): (1.0, 1.0)}
+    study = write_study(tmp_path / "study", gains=gains)
+    plan = json.loads(load_plan(study).model_dump_json())
+    once = next(run for run in plan["runs"] if run["kind"] == "teacher")
+    plan["runs"] += [once | {"run": f"weak-s{seed}", "seed": seed} for seed in teacher_seeds[1:]]
+    mean = next(teacher for teacher in plan["teachers"] if teacher["name"] == "both")
+    mean["of"] = ["weak"]
+    save_plan(study, Plan.model_validate_json(json.dumps(plan)))
+    for seed in lost:
+        shutil.rmtree(study / "runs" / f"student-both-0.4-{seed}")
+
+    verdict = next(v for v in reported(study).findings.verdicts if v.teacher == "both")
+    assert (verdict.n_seeds, verdict.n_teachers, interval_name(verdict)) == expected

@@ -124,6 +124,31 @@ def test_the_threshold_is_the_quantile_of_the_last_step(keep):
         assert (values > gate.state()["threshold"]).float().mean().item() == pytest.approx(keep, abs=0.002)
 
 
+@pytest.mark.parametrize(("kind", "lowest"), [("student_entropy", 0.0), ("teacher_ahead", -16.0)])
+@pytest.mark.parametrize("keep", [0.02, 0.25, 0.9])
+def test_a_quantile_in_the_lowest_bin(kind, lowest, keep):
+    gate = make(kind, keep=keep)
+    places = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # all in the first of the bins
+    part = 2 * places / gate.BINS - 1
+    values = 16 * part * part.abs() if lowest else 16 * (places / gate.BINS) ** 2
+    known = {"student_entropy": values} if not lowest else {"ce": 40 + values, "teacher_ce": places * 0 + 40}
+    gate(stats(**known))
+    end_step(gate)
+    threshold = gate.state()["threshold"]
+    assert lowest < threshold <= values.max()
+    assert (values > threshold).double().mean().item() == pytest.approx(keep, abs=0.003)
+    assert gate.share == pytest.approx(keep)  # a threshold that is known, so that routing teaches
+
+
+def test_entropies_that_are_zero_are_alike_whatever_the_fraction():
+    gate = make("teacher_certainty", keep=0.2)
+    values = torch.cat([torch.zeros(600), torch.linspace(0.1, 3.0, 400)])
+    gate(stats(teacher_entropy=values))
+    end_step(gate)
+    assert gate(stats(teacher_entropy=values)).tolist() == [1.0] * 600 + [0.0] * 400
+    assert gate.share == pytest.approx(0.2)
+
+
 def test_entropies_out_of_range_do_not_break_the_histogram():
     gate = make("student_entropy")
     gate(stats(student_entropy=[-1e-7, 0.0, 16.0, 99.0]))

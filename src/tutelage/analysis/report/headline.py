@@ -249,7 +249,7 @@ def notes(results: Results, findings: Findings) -> list[str]:
     controls = [
         sentence for group in _by_student(findings) for sentence in control_sentences(findings, group)
     ]
-    unbeaten = not any(v.control for v in findings.verdicts)
+    unbeaten = not any(v.control and v.teacher for v in findings.verdicts)
     return [
         *(f"Warning: {warning}" for warning in warnings_of_scores(results)),
         _seed_note(findings),
