@@ -92,7 +92,8 @@ def test_a_run_without_texts_to_score_loads_no_model_and_says_nothing_of_scores(
     loaded = []
     load = hub.load
     monkeypatch.setattr(hub, "load", lambda path, **more: loaded.append(path) or load(path, **more))
-    taught = ["name=other", "teacher.kind=unigram", "objective.alpha=0.3", "tokens=1K"]
+    taught = ["name=other", "teacher.kind=unigram", "tokens=1K"]
+    taught += ["objective.alpha=0.3", "objective.mixing=keep_full_kd", "objective.label_smoothing=0.1"]
     code, shown, said = command("train", run_file, *taught)
     assert code == 0
     assert [path.name[:14] for path in loaded] == [".partial-model"]  # the export, which is read back
@@ -100,8 +101,15 @@ def test_a_run_without_texts_to_score_loads_no_model_and_says_nothing_of_scores(
     assert "scores" not in shown
     hint = re.search(r"`tutelage (train .*)`", shown)[1]
     assert shlex.split(hint) == [
-        *("train", run_file, "tokens=1K", "name=other-alone", "teacher=null"),
-        "objective={alpha: 0, gate: null}",
+        *(
+            "train",
+            run_file,
+            "tokens=1K",
+            "objective.label_smoothing=0.1",
+            "name=other-alone",
+            "teacher=null",
+        ),
+        "objective={alpha: 0, gate: null, mixing: convex}",
     ]
     assert command(*shlex.split(hint))[0] == 0
     code, _, said = command("train", run_file, *taught)

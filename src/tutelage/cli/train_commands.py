@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tutelage.config.teacher_config import TeachConfig
     from tutelage.run_directory import RunDirectory
 
-_REPLACED = re.compile(r"(name|teacher|objective)(\.[\w.]+)?=")
+_REPLACED = re.compile(r"(name|teacher|objective\.(alpha|gate|mixing))(\.[\w.]+)?=")
 """Settings that the same student without a teacher gets others of."""
 
 PlanOnly = Annotated[
@@ -158,7 +158,13 @@ def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str
     if config.teacher is None:
         return f"teach a student with it: {shlex.quote(f'teacher={{kind: run, run: {directory.id}}}')}"
     kept = [text for text in command if not _REPLACED.match(text)]
-    alone = [*kept, f"name={config.name}-alone", "teacher=null", "objective={alpha: 0, gate: null}"]
+    mixing = ", mixing: convex" if config.objective.mixing == "keep_full_kd" else ""  # that always teaches
+    alone = [
+        *kept,
+        f"name={config.name}-alone",
+        "teacher=null",
+        f"objective={{alpha: 0, gate: null{mixing}}}",
+    ]
     return f"does its teacher help? Train it alone, and compare: `tutelage train {shlex.join(alone)}`"
 
 

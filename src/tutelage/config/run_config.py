@@ -372,15 +372,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _taught(self) -> RunConfig:
-        objective, teaches = self.objective, self.objective.teaches
-        gate = objective.gate.kind if objective.gate is not None else None
+        objective, teaches, highest = self.objective, self.objective.teaches, self.objective.alpha.highest
         if teaches and self.teacher is None:
-            raise ValueError(
-                "objective.alpha is above 0 but there is no teacher; add 'teacher' or drop alpha"
-            )
+            field, is_so = ("alpha", "above 0") if highest > 0 else ("mixing", objective.mixing)
+            raise ValueError(f"objective.{field} is {is_so} but there is no teacher; add one or drop {field}")
         if self.teacher is not None and not teaches:
             raise ValueError("there is a teacher but objective.alpha is 0; raise alpha or drop 'teacher'")
-        if gate is not None and not teaches:
+        if objective.gate is not None and highest == 0:
             raise ValueError(
                 "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"
             )

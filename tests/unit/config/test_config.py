@@ -94,8 +94,16 @@ def test_yaml_round_trip_and_overrides(tmp_path):
             {"teacher": {"kind": "oracle"}},
             "teacher.kind = 'oracle': unknown; choose from cache, mean, model, run, uniform",
         ),
-        ({"teacher": None}, "there is no teacher; add 'teacher' or drop alpha"),
+        ({"teacher": None}, "there is no teacher; add one or drop alpha"),
         ({"objective": {"alpha": 0}}, "alpha is 0; raise alpha or drop 'teacher'"),
+        (
+            {"teacher": None, "objective": {"mixing": "keep_full_kd"}},
+            "objective.mixing is keep_full_kd but there is no teacher; add one or drop mixing",
+        ),
+        (
+            {"objective": {"mixing": "keep_full_kd", "gate": {"kind": "teacher_better"}}},
+            "an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'",
+        ),
         (
             {"objective": {"alpha": 1.4}},
             "objective.alpha.value = 1.4: must be at most 1.0",
