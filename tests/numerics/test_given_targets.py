@@ -139,6 +139,20 @@ def test_a_teacher_who_is_sure_is_refused_for_reverse_kl_and_has_a_floor(problem
         assert h.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_teacher_who_says_nothing_of_a_token_is_refused_for_reverse_kl(problem, function):
+    """It is infinite there too; forward KL leaves such a token to its label."""
+    hidden, weight, labels, logits = problem
+    probs, ids = logits.softmax(-1).topk(8)
+    tail = 1 - probs.sum(-1)
+    probs[5], tail[5] = 0.0, 0.0
+    targets = SparseTargets(ids, probs, tail, label_logp(logits, labels))
+    forward = function(hidden, weight, labels, targets, 0.5, Objective(), per_token=True)
+    assert forward.tokens.kd_N[5] == 0
+    with pytest.raises(ValueError, match=r"targets\.tail: 0 at token 5, and reverse KL"):
+        function(hidden, weight, labels, targets, 0.5, Objective(divergence="reverse_kl"))
+
+
 def test_probabilities_are_no_log_probabilities(problem):
     hidden, weight, labels, logits = problem
     targets = SparseTargets(

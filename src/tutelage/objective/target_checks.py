@@ -142,11 +142,12 @@ def check_mass(targets: SparseTargets, labels_N: Tensor, vocab: int, objective: 
     if objective.divergence != "reverse_kl":
         return
     all_N = (targets.probs_NK > 0).sum(-1) == vocab
-    sure_N = (targets.tail_N == 0) & (mass_N > 0) & ~all_N & (labels_N != IGNORE_INDEX)
-    if sure_N.any():
+    bare_N = (targets.tail_N == 0) & ~all_N & (labels_N != IGNORE_INDEX)
+    if bare_N.any():
         raise ValueError(
-            f"targets.tail: 0 at token {int(sure_N.nonzero()[0])}, and reverse KL from a teacher who is sure "
-            "is infinite; sum the tail from what was dropped, at least torch.finfo(torch.float32).tiny"
+            f"targets.tail: 0 at token {int(bare_N.nonzero()[0])}, and reverse KL is infinite where the "
+            "teacher has no mass; sum the tail from what was dropped, at least "
+            "torch.finfo(torch.float32).tiny"
         )
 
 
