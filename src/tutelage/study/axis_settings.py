@@ -50,6 +50,9 @@ _STUDYS_IN = (("data", "store"), ("eval", "domains"), ("runtime", "branch_from")
 
 _SECTIONS = ("data", "optim", "objective", "eval", "checkpoint", "runtime")
 
+_OF_LABELS = {"label_smoothing", "z_loss", "chunk_tokens"}
+"""Settings of the objective that act without a teacher too."""
+
 _LONGEST = 60
 
 
@@ -91,6 +94,13 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     given += [f"{part}.{key}" for part, key in _STUDYS_IN if key in settings.get(part, {})]
     if given:
         raise UserError(f"{where}: run.{given[0]}: the study sets that for each of its runs; drop it")
+
+
+def without_teacher(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what settings of a run say of a teacher; label smoothing and the like stay."""
+    kept = {key: value for key, value in settings.get("objective", {}).items() if key in _OF_LABELS}
+    others = {key: value for key, value in settings.items() if key != "objective"}
+    return others | ({"objective": kept} if kept else {})
 
 
 def overlay(factors: Point, where: str) -> dict[str, Any]:

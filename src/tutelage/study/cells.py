@@ -11,7 +11,7 @@ from tutelage.config.base import Name, Section, parse_tokens, refuse_alike, slug
 from tutelage.config.load import digest, merged
 from tutelage.config.study_config import PREVIOUS, TeacherSpec
 from tutelage.errors import UserError, unknown
-from tutelage.study.axis_settings import TEACHER_FIELDS, overlay, own_value, words
+from tutelage.study.axis_settings import TEACHER_FIELDS, overlay, own_value, without_teacher, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -232,7 +232,7 @@ def _teacher_cell(study: StudyConfig, name: str, spec: TeacherSpec, seed: int) -
         seed=seed,
         shape=spec.shape,
         tokens=spec.tokens,
-        settings=merged(study.run, merged(settings, spec.run)) | {"tokens": spec.tokens},
+        settings=merged(without_teacher(study.run), merged(settings, spec.run)) | {"tokens": spec.tokens},
     )
 
 

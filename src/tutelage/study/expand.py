@@ -18,6 +18,7 @@ from tutelage.study.axis_settings import (
     overlay,
     own_value,
     setting_of,
+    without_teacher,
     words,
 )
 from tutelage.study.cells import (
@@ -170,7 +171,6 @@ def _student_cells(
     teaching, shared = _split_axes({axis: value for axis, value in point.items() if axis not in OWN})
     own = {"seed": seed, "model": {"shape": shape}, "data": {"seed": seed}}
     settings = merged(own, merged(study.run, merged(spec.run, overlay(shared, where))))
-    objective = settings.pop("objective", {})  # a baseline has none, whatever the group's students have
     student = _joined([str(shape), tokens_text(tokens), words(shared), _group_words(spec)])
     baseline = Cell(
         name=cell_name(["student", student], seed),
@@ -181,12 +181,12 @@ def _student_cells(
         seed=seed,
         shape=str(shape),
         tokens=tokens,
-        settings=settings | {"tokens": tokens},
+        settings=without_teacher(settings) | {"tokens": tokens},
     )
     cells = [baseline, *(_twin_cell(baseline, number) for number in range(1, study.baselines))]
     if (teacher := point.get("teacher")) is not None:
         taught = _taught_cell(baseline, str(teacher), teaching, where)
-        settings = merged({"objective": objective}, taught.settings)
+        settings = merged({"objective": settings.get("objective", {})}, taught.settings)
         taught = taught.model_copy(update={"settings": settings})
         if teacher == PREVIOUS:
             cells += _generations(taught, baseline, spec.generations or 0)
@@ -290,7 +290,9 @@ def _stage_cell(study: StudyConfig, cell: Cell, stage: str) -> Cell:
     """The post-training of a run, compared with that of its baseline."""
     spec = study.post_training[stage]
     seed = {"seed": cell.seed, "data": {"seed": cell.seed}}
-    settings = merged(merged(study.run, spec.run), seed | {"stage": "sft", "tokens": spec.tokens})
+    settings = merged(
+        merged(without_teacher(study.run), spec.run), seed | {"stage": "sft", "tokens": spec.tokens}
+    )
     return cell.model_copy(
         update={
             "name": f"{cell.name}-{slug(stage)}",
@@ -306,8 +308,7 @@ def _stage_cell(study: StudyConfig, cell: Cell, stage: str) -> Cell:
 
 def _group_words(spec: StudentSpec) -> str:
     """A word for the settings of a group, which are part of the student setting's name."""
-    given = {key: value for key, value in spec.run.items() if key != "objective"}
-    return words({axis_of(path): value for path, value in _leaves(given)})
+    return words({axis_of(path): value for path, value in _leaves(without_teacher(spec.run))})
 
 
 def _leaves(settings: Mapping[str, object]) -> Iterator[tuple[str, object]]:

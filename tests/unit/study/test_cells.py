@@ -77,6 +77,28 @@ def test_objective_settings_of_a_group_reach_its_students_and_not_their_baseline
         assert cell.settings.get("objective") == expected or cell.kind == "teacher"
 
 
+def test_what_the_objective_says_of_labels_is_the_baselines_too():
+    """Else a gain would be that of label smoothing, and a teacher be told how it is to be taught."""
+    smooth = {"label_smoothing": 0.1, "z_loss": 0.001}
+    grid = {"product": {"teacher": ["nano-20k@1M"], "alpha": [0.4]}}
+    run = {"objective": smooth | {"mixing": "keep_full_kd"}}
+    stages = {"sft": {"corpus": {"name": "p", "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}]},
+                      "tokens": "10K"}}  # fmt: skip
+    whole = study(students=group(grid, then=["sft"]), seeds=[43], run=run, post_training=stages)
+    objectives = {cell.kind: cell.settings["objective"] for cell in expand(whole).cells}
+    taught = objectives.pop("student")
+    assert taught == run["objective"] | {"alpha": 0.4}
+    assert objectives == dict.fromkeys(("teacher", "baseline", "after"), smooth)
+
+    groups = {"plain": group(grid)["main"], "smooth": group(grid, run={"objective": smooth})["main"]}
+    cells = expand(study(students=groups, seeds=[43])).cells
+    baseline = {cell.name: cell.settings.get("objective") for cell in cells if cell.kind == "baseline"}
+    found = [
+        (cell.settings["objective"], baseline[cell.baseline]) for cell in cells if cell.kind == "student"
+    ]
+    assert found == [({"alpha": 0.4}, None), (smooth | {"alpha": 0.4}, smooth)]
+
+
 def test_seeds_can_be_an_axis():
     grid = {"zip": {"teacher": ["nano-20k@1M", "nano-50k@1M"], "seed": [7, 8]}}
     cells = expand(study(students=group({"cross": [grid, {"product": {"alpha": [0.4]}}]}))).cells
