@@ -101,7 +101,7 @@ def refuse_forward_mode(inputs: Sequence[Tensor | None]) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _text(objective: Objective) -> str:
-    return objective.model_dump_json()
+    return objective.model_dump_json(include=set(Objective.model_fields))  # that of a run has more
 
 
 @functools.lru_cache(maxsize=64)

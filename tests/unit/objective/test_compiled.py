@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from tutelage.config.objective_config import TeacherBetterGate
+from tutelage.config.objective_config import ObjectiveConfig, TeacherBetterGate
 from tutelage.objective import Objective, ObjectiveHead, TopK, chunked_objective, make_gate
 from tutelage.types import DenseTargets, LogitTargets, LogitTransform, SparseTargets
 
@@ -140,6 +140,16 @@ def test_a_sum_can_be_changed_in_place():
     torch._dynamo.reset()
     found = torch.compile(mean, fullgraph=True, backend="eager")(HIDDEN)
     torch.testing.assert_close(found, mean(HIDDEN))
+
+
+def test_the_objective_of_a_run_is_taken():
+    of_run = ObjectiveConfig(temperature=2.0, alpha="auto")
+
+    def loss(hidden):
+        return chunked_objective(hidden, WEIGHT, LABELS, LogitTargets(TAUGHT @ HEAD.T), 0.4, of_run).loss
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="eager")(HIDDEN), loss(HIDDEN))
 
 
 def test_a_second_derivative_is_refused():
