@@ -200,7 +200,7 @@ class LogitTargets:
     """A teacher's logits, for callers that have them already. They are read and never written to.
 
     Attributes:
-        logits_NV: after the teacher's own transform.
+        logits_NV: after the teacher's own transform; log-probabilities will do, probabilities will not.
     """
 
     logits_NV: Tensor
