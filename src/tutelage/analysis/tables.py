@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _MEANS = ["tokens", "train_flops", "teacher_flops", "seconds", "tokens_per_second"]
 _KINDS = {"baseline": 0, "student": 1, "after": 2, "teacher": 3}
 _UNTAUGHT = "no teacher"
+_A_BATCH = 0.05
+"""Part of its compute by which a student that is given a teacher's may be off, in whole batches."""
 
 
 def ledger(results: Results) -> pl.DataFrame:
@@ -105,7 +107,8 @@ class EqualCompute:
         cost: FLOPs of a run, teacher forward included, as a multiple of the untaught student's.
         teacher_training: FLOPs of training the teacher, and of what taught it, as the same multiple; None if
             the study did not.
-        matched: the untaught student that spent the teacher's forward on tokens; None if there is none.
+        matched: the untaught student that spent the teacher's forward on tokens; None if there is none, or if
+            the best arm runs its teacher in part and so spent less.
         lead: gain of the pair minus that of `matched`, by side; None with less than two seeds.
     """
 
@@ -159,6 +162,8 @@ def equal_compute(study: JudgedStudy) -> list[EqualCompute]:
         name, base = pair.teacher.name, alone.get(pair.student.name)
         spent = raw_gains.arms(pair.student.name, None)
         matched = next((v for v in spent if has_setting(v.arm_settings, "compute_of", name)), None)
+        if matched is not None and _spent_less(costs.get(pair.best.cell), costs.get(matched.cell)):
+            matched = None
         lead = {
             side: None
             if matched is None
@@ -256,6 +261,16 @@ def _costs(study: JudgedStudy) -> dict[int, float]:
         .agg((pl.col("total") / pl.col("base")).mean())
         .iter_rows()
     )
+
+
+def _spent_less(taught: float | None, untaught: float | None) -> bool:
+    """Whether a teacher beside its student ran for less than the untaught student was given for it.
+
+    Cost is 1 where targets were cached; what making them cost is not in it.
+    """
+    if taught is None or untaught is None or taught == 1:
+        return False
+    return taught < untaught * (1 - _A_BATCH)
 
 
 def _paired(first: Series, second: Series) -> Estimate | None:

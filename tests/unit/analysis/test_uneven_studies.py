@@ -16,6 +16,7 @@ from tutelage.analysis.report.headline import notes
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.report.report_rows import policy_tables, short_verdicts
 from tutelage.analysis.report.text import print_verdicts
+from tutelage.analysis.tables import equal_compute
 from tutelage.analysis.words import interval_name
 from tutelage.errors import UserError
 from tutelage.records import read_sealed, write_sealed
@@ -198,3 +199,22 @@ def test_a_mean_has_as_many_teachers_as_seeds_that_are_there(tmp_path, teacher_s
 
     verdict = next(v for v in reported(study).findings.verdicts if v.teacher == "both")
     assert (verdict.n_seeds, verdict.n_teachers, interval_name(verdict)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arm", "forward", "led"),
+    [(0.4, 0.25, True), ("salt value 0.8 until 0.3", 0.075, False), ("salt value 0.8 until 0.3", 0.0, True)],
+    ids=["beside every step", "beside three steps in ten", "cached"],
+)
+def test_a_teacher_that_ran_in_part_is_not_led_by_the_compute_of_a_whole_one(tmp_path, arm, forward, led):
+    gains = {("weak", arm): (1.0, 2.0), (None, "compute of weak"): (1.0, 1.0)}
+    study = write_study(tmp_path / "study", gains=gains)
+    for state in (study / "runs").glob("student-*/state.json"):
+        found = json.loads(state.read_text())
+        matched, train = "compute" in state.parent.name, found["train_flops"]
+        costs = {"train_flops": 1.25 * train, "teacher_flops": 0.0} if matched else {}
+        state.write_text(json.dumps(found | {"teacher_flops": forward * train} | costs))
+    (one,) = equal_compute(reported(study))
+    assert one.cost == pytest.approx(1 + forward)
+    assert (one.matched is not None) == led
+    assert (one.lead["out_of_domain"] is not None) == led
