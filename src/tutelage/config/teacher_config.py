@@ -308,12 +308,15 @@ def incompatibility(
 
 
 def sorts_in_vain(objective: ObjectiveConfig, kinds: Sequence[str]) -> str | None:
-    """Return a message if a gate is to sort tokens by an uncertainty that is the same for all, else None.
+    """Return a message if tokens or ids are to be sorted by what is the same for all of them, else None.
 
     Args:
         objective: of the student.
         kinds: of its teacher, or of those that a mean is of.
     """
+    sorted_by = "divergence = hard_labels" if objective.divergence == "hard_labels" else "truncation"
+    if set(kinds) == {"uniform"} and (sorted_by != "truncation" or objective.truncation is not None):
+        return f"objective.{sorted_by}: the uniform teacher has no most probable ids; drop it"
     gate = None if objective.gate is None else objective.gate.kind
     controls = get_args(ControlTeacher.model_fields["kind"].annotation)
     if gate not in {"teacher_entropy", "teacher_certainty"} or not kinds or set(kinds) - set(controls):

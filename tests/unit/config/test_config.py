@@ -97,6 +97,17 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"teacher": None}, "there is no teacher; add one or drop alpha"),
         ({"objective": {"alpha": 0}}, "alpha is 0; raise alpha or drop 'teacher'"),
         (
+            {"teacher": {"kind": "uniform"}, "objective": {"alpha": 0.1, "divergence": "hard_labels"}},
+            "objective.divergence = hard_labels: the uniform teacher has no most probable ids; drop it",
+        ),
+        (
+            {
+                "teacher": {"kind": "uniform"},
+                "objective": {"alpha": 0.1, "truncation": {"kind": "top_k", "k": 5}},
+            },
+            "objective.truncation: the uniform teacher has no most probable ids; drop it",
+        ),
+        (
             {"teacher": None, "objective": {"mixing": "keep_full_kd"}},
             "objective.mixing is keep_full_kd but there is no teacher; add one or drop mixing",
         ),
