@@ -200,7 +200,9 @@ def test_a_writer_of_a_cache_that_gets_further_before_each_kill_has_not_failed(m
                 (shards / f"{len(self.started):06d}.bin").touch()
             return super().wait(seconds)
 
-    one = dataclasses.replace(node(make_config()), cache=("key", 1.0))
+    kept = {"kind": "run", "run": "teacher-0123abcd", "cache": {"format": {"kind": "topk", "k": 8}}}
+    config = make_config(teacher=kept, objective={"alpha": 0.5})
+    one = dataclasses.replace(node(config), cache=("key", 1.0))
     shards = one.config.output.parent / "caches" / "one" / "shards"
     shards.mkdir(parents=True)
     engine, failures = Killed("failed", "killed"), Failures(tmp_path, retries=1)
