@@ -49,6 +49,11 @@ def test_a_container_has_its_quota_at_the_root_that_it_sees(limited):
     assert control_groups.cores() == 1.5
 
 
+def test_a_group_of_a_pod_may_have_colons_in_its_name(limited):
+    limited("kubepods.slice:cri:0123abcd", {"": 3, "kubepods.slice:cri:0123abcd": 2})
+    assert control_groups.cores() == 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 @pytest.mark.parametrize(("quota", "cores"), [(0.2, 1), (1, 1), (1.5, 2), (1000, None)])
 def test_a_process_has_no_more_threads_than_its_quota_of_cores(limited, quota, cores):

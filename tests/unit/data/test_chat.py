@@ -313,10 +313,12 @@ def test_the_store_closes_what_the_template_does_not(tmp_path):
 
 def test_turns_are_closed_by_the_template_and_the_conversation_by_the_store(tmp_path):
     base = write_tokenizer(tmp_path / "base", {"eos_token": END_OF_TEXT, "chat_template": CLOSED_ONCE})
-    turns = [*QUESTION, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    answers = ("two", "x", "y")
+    turns = [turn for text in answers for turn in (QUESTION[0], QUESTION[1] | {"content": text})]
     rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
     store = build_store(config(base, chat(rows)), tmp_path / "stores")
-    assert [text for text, mark in marked(store) if mark] == ["two<|im_end|>\n", "y<|im_end|>\n<|endoftext|>"]
+    closed = ["two<|im_end|>\n", "x<|im_end|>\n", "y<|im_end|>\n<|endoftext|>"]
+    assert [text for text, mark in marked(store) if mark] == closed
     rendered = AutoTokenizer.from_pretrained(base).apply_chat_template(turns, tokenize=False)
     assert "".join(text for text, _ in marked(store)) == rendered
 
