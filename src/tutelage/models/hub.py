@@ -221,7 +221,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: torch does not see it.
     """
-    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    if torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)

@@ -56,7 +56,8 @@ def _execute(task: Task, threads: int) -> TaskOutcome:
             import torch  # noqa: PLC0415 - slow
 
             from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
-        torch.set_num_threads(min(torch.get_num_threads(), threads))  # a forked one has the server's number
+        if torch.get_num_threads() > threads:  # that of the server which forked this process
+            torch.set_num_threads(threads)
         _check_ids(task, run_cohort(task.configs))
     except KeyboardInterrupt:
         return TaskOutcome(status="stopped")
