@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tutelage.config.base import Budget, Bytes, Fraction, Name, Section, Seed, Words, refuse_alike
-from tutelage.config.data_config import Source, StoreConfig
+from tutelage.config.data_config import PairSource, Source, StoreConfig
 from tutelage.config.grid import Grid
 from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import CacheSettings
@@ -171,6 +171,39 @@ class StudyConfig(Section):
             refuse_alike(f"students.{name}.then", group.then)
             if unknown := sorted(set(group.then) - self.post_training.keys()):
                 raise ValueError(f"students.{name}.then: no stage '{unknown[0]}' in post_training")
+        return self
+
+    @model_validator(mode="after")
+    def _texts(self) -> StudyConfig:
+        """Refuse texts that no run could read, which would be found out once what comes before is trained."""
+        plain = {
+            f"teachers.{name}.corpus": spec.corpus for name, spec in self.teachers.items() if spec.corpus
+        }
+        pairs = {f"post_training.{name}.corpus": spec.corpus for name, spec in self.post_training.items()}
+        for where, text in {"corpus": self.corpus, **plain}.items():
+            if text.has_pairs:
+                raise ValueError(
+                    f"{where}: holds prompts, which carry no loss; use plain text, and pairs in post_training"
+                )
+        for where, text in pairs.items():
+            if not text.has_pairs:
+                raise ValueError(
+                    f"{where}: every token counts, there are no prompts; use sources of kind pairs, "
+                    "hub_pairs or corpus_pairs"
+                )
+        tokenizer = self.corpus.tokenizer.path
+        for where, text in {**plain, **pairs}.items():
+            if text.tokenizer.path not in {None, tokenizer}:
+                raise ValueError(
+                    f"{where}.tokenizer.path: {text.tokenizer.path}, but all texts of a study are in the "
+                    "tokens of its corpus; set corpus.tokenizer.path to it"
+                )
+        for name, spec in self.domains.items():
+            if tokenizer is None and isinstance(spec.source, PairSource) and spec.source.template == "chat":
+                raise ValueError(
+                    f"domains.{name}: template: chat needs corpus.tokenizer.path, the directory of a model "
+                    "with a chat template"
+                )
         return self
 
     @classmethod

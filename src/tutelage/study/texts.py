@@ -32,8 +32,8 @@ def other_texts(expanded: ExpandedStudy, corpus: Path) -> Stores:
         corpus: where the store of the corpus lies, in whose tokens all others are.
     """
     study, tokenizer = expanded.study, TokenizerConfig(path=corpus)
-    wanted = {
-        ("domain", name): StoreConfig(
+    domains = {
+        name: StoreConfig(
             name=name,
             sources=(spec.source,),
             tokenizer=tokenizer,
@@ -43,12 +43,13 @@ def other_texts(expanded: ExpandedStudy, corpus: Path) -> Stores:
         )
         for name, spec in study.domains.items()
     }
-    texts = [("teacher", name, spec.corpus) for name, spec in expanded.teachers.items()]
+    texts = [("domain", name, text) for name, text in domains.items()]
+    texts += [("teacher", name, spec.corpus) for name, spec in expanded.teachers.items() if spec.corpus]
     texts += [("stage", name, spec.corpus) for name, spec in study.post_training.items()]
-    return wanted | {
-        (part, name): text.model_copy(update={"tokenizer": tokenizer})
+    chatty = study.corpus.tokenizer  # the store of plain text keeps no chat template
+    return {
+        (part, name): text.model_copy(update={"tokenizer": chatty if text.uses_chat else tokenizer})
         for part, name, text in texts
-        if text is not None
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from tiny_study import run_tiny, tiny_study
@@ -11,11 +12,14 @@ from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
 from tutelage.data.build import build_store
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.score_files import read_scores
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory, run_id
+from tutelage.study.expand import expand
 from tutelage.study.plan import load_plan
+from tutelage.study.texts import other_texts
 
 PAIRS = {"kind": "corpus_pairs", "name": "rare_diseases"}
 
@@ -103,3 +107,60 @@ def test_a_study_fine_tunes_and_scores_students_and_baselines_alike(tmp_path):
     (taught,) = (one for one in plan.values() if one.kind == "after" and one.teacher is not None)
     assert plan[taught.baseline].kind == "after"
     assert plan[plan[taught.baseline].after].run == plan[taught.after].baseline
+
+
+CHATS = {"sources": [PAIRS | {"template": "chat"}]}
+TEXT = {"name": "text", "sources": [{"kind": "corpus", "name": "kjv"}]}
+STAGE = {"name": "stage", **CHATS, "tokenizer": {"path": "chatty"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"corpus": TEXT | {"sources": [PAIRS]}}, "corpus: holds prompts, which carry no loss"),
+        (
+            {
+                "teachers": {
+                    "weak": {"shape": "nano-20k", "tokens": "4K", "corpus": TEXT | {"sources": [PAIRS]}}
+                }
+            },
+            "teachers.weak.corpus: holds prompts",
+        ),
+        ({"post_training": {"a": {"corpus": TEXT, "tokens": "3K"}}}, "a.corpus: every token counts"),
+        (
+            {"post_training": {"a": {"corpus": STAGE, "tokens": "3K"}}},
+            "a.corpus.tokenizer.path: chatty, but .* set corpus.tokenizer.path to it",
+        ),
+        (
+            {"domains": {"a": {"source": PAIRS | {"template": "chat"}}}},
+            "domains.a: template: chat needs corpus.tokenizer.path",
+        ),
+    ],
+)
+def test_texts_that_no_run_could_read_are_refused_before_any_is_trained(changes, said):
+    with pytest.raises(UserError, match=said):
+        tiny_study(**changes)
+
+
+def test_conversations_of_a_study_are_in_its_tokens_with_the_template_of_its_tokenizer(store, tmp_path):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(store, chatty)
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (chatty / "chat_template.jinja").write_text(template)
+    study = tiny_study(
+        corpus=TEXT
+        | {"tokenizer": {"path": str(chatty)}, "max_bytes": 60_000, "test": 0.2, "validation": 0.2},
+        domains={"asked": {"source": PAIRS | {"template": "chat"}, "max_bytes": 20_000}},
+        post_training={
+            "a": {"corpus": STAGE | {"tokenizer": {"path": str(chatty)}, "max_bytes": 20_000}, "tokens": "3K"}
+        },
+    )
+    corpus = build_store(study.corpus, tmp_path)
+    texts = other_texts(expand(study), corpus)
+    built = [open_store(build_store(texts[key], tmp_path)) for key in (("domain", "asked"), ("stage", "a"))]
+    for text in built:
+        assert text.manifest.masked
+        assert text.manifest.tokenizer_sha256 == open_store(corpus).manifest.tokenizer_sha256
+        settings = json.loads((text.path / "tokenizer_config.json").read_text())
+        assert settings["chat_template"] == template
