@@ -241,35 +241,48 @@ def _as_scored(plan: Plan, found: Evaluations) -> Plan:
     return plan.model_copy(update={"domains": tuple(domains)})
 
 
-def _inside(plan: Plan, found: Evaluations) -> list[str]:
-    """Domains that some untaught student, by its scores, was trained on text of."""
-    students = [run.run for run in plan.runs if run.kind == "baseline"]
-    rows = found.roles.filter(pl.col("run").is_in(students), pl.col("role") == "in_domain")
+def _inside(plan: Plan, found: Evaluations, stage: str | None = None) -> list[str]:
+    """Domains that some untaught student, or a run of a stage, was trained on text of, by its scores."""
+    kind = "baseline" if stage is None else "after"
+    some = [run.run for run in plan.runs if run.kind == kind and run.stage == stage]
+    rows = found.roles.filter(pl.col("run").is_in(some), pl.col("role") == "in_domain")
     return rows["domain"].unique(maintain_order=True).to_list()
 
 
 def _seen_texts(plan: Plan, found: Evaluations) -> list[str]:
     """Sentences about domains of which students, or their teachers alone, were trained on documents.
 
-    Shares are those of the run with the most.
+    Shares are those of the run with the most, and of a stage where it adds to them.
     """
-    students = [run.run for run in plan.runs if run.kind != "teacher"]
-    shares = found.scores.filter(pl.col("run").is_in(students), pl.col("metric").is_in([*_SEEN]))
-    most = shares.group_by("domain", "metric", "split").agg(pl.col("value").max())
+    stage_of = {run.run: run.stage or "" for run in plan.runs if run.kind != "teacher"}
+    shares = found.scores.filter(pl.col("run").is_in([*stage_of]), pl.col("metric").is_in([*_SEEN]))
+    shares = shares.with_columns(stage=pl.col("run").replace_strict(stage_of, return_dtype=pl.String))
+    most = shares.group_by("domain", "metric", "split", "stage").agg(pl.col("value").max())
     known = {tuple(keys): share for *keys, share in most.iter_rows()}
     inside = {*_inside(plan, found)}
+    of_stage = {stage: _inside(plan, found, stage) for stage in sorted({*stage_of.values()} - {""})}
     sentences = []
     for domain in plan.domains:
         for metric, text in _SEEN.items():
-            sentences += [
-                f"{domain.name}: {text.format(share, split)}"
-                for split in SCORED
-                if (share := known.get((domain.name, metric, split), 0.0)) > 0
-            ]
-        if domain.role != "in_domain" and domain.name in inside:
+            for split in SCORED:
+                of = {stage: known.get((domain.name, metric, split, stage), 0.0) for stage in ("", *of_stage)}
+                told = {stage: share for stage, share in of.items() if share > (of[""] if stage else 0)}
+                sentences += [
+                    f"{domain.name}{stage and f', then {stage}'}: {text.format(share, split)}"
+                    for stage, share in told.items()
+                ]
+        if domain.role == "in_domain":
+            continue
+        if domain.name in inside:
             sentences.append(
                 f"{domain.name}: planned as out of domain, but it is of the training text's kind"
             )
+            continue
+        sentences += [
+            f"{domain.name}, then {stage}: counts as out of domain, but {stage} trains on text of its kind"
+            for stage, texts in of_stage.items()
+            if domain.name in texts
+        ]
     return sentences
 
 

@@ -107,6 +107,11 @@ def tuned(study, stage="answers"):
             write_run(run, after, TEXTS, 20)
             write_evaluation(run, teacher, TEXTS, bits, 20)
             lose(run, "fables", documents=10)
+            inside = [
+                row | ({"role": "in_domain"} if row["domain"] == "fables" else {})
+                for row in map(json.loads, (run / "scores.jsonl").read_text().splitlines())
+            ]
+            (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in inside))
     write_sealed(study / "plan.json", plan)
 
 
@@ -135,6 +140,19 @@ def test_noise_of_a_stage_that_lacks_documents_is_of_those_that_it_has(tmp_path)
         drawn.append(np.mean(gains, axis=0))
     ends = np.quantile(np.mean(drawn, axis=0)[1:], [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx(ends)
+
+
+def test_what_a_stage_alone_was_trained_on_is_said_of_the_stage(tmp_path):
+    """Students before it are scored on all documents of the text, and were trained on none of its kind."""
+    study = write_study(tmp_path / "study")
+    tuned(study)
+    assert [line for line in load_results(study).warnings if line.startswith("fables")] == [
+        *(
+            f"fables, then answers: 50.0% of its {split} documents were trained on; they are left out"
+            for split in ("validation", "test")
+        ),
+        "fables, then answers: counts as out of domain, but answers trains on text of its kind",
+    ]
 
 
 def test_without_a_constant_alpha_nothing_is_called_the_best_constant(tmp_path):
