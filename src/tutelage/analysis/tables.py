@@ -212,7 +212,7 @@ def seed_spread(results: Results) -> pl.DataFrame:
     """
     order = {student.name: i for i, student in enumerate(results.plan.students)}
     scores = results.scores.filter(metric="bits_per_byte", split="test").join(roles_of(results), on="domain")
-    value = pl.col("value")
+    value, sides = pl.col("value"), ("in_domain", "out_of_domain")
     return (
         results.runs.filter(kind="baseline", twin=0)
         .join(scores, on="run")
@@ -220,9 +220,11 @@ def seed_spread(results: Results) -> pl.DataFrame:
         .agg(value.mean())
         .group_by("student", "role")
         .agg(n=pl.len(), mean=value.mean(), spread=100 * value.std() / value.mean())
-        .pivot("role", index=["student", "n"], values=["mean", "spread"])
-        .rename({f"mean_{side}": side for side in ("in_domain", "out_of_domain")})
-        .rename({f"spread_{side}": f"{side}_spread" for side in ("in_domain", "out_of_domain")})
+        .group_by("student", "n")
+        .agg(
+            *(pl.col("mean").filter(role=side).first().alias(side) for side in sides),
+            *(pl.col("spread").filter(role=side).first().alias(f"{side}_spread") for side in sides),
+        )
         .sort(pl.col("student").replace_strict(order, return_dtype=pl.Int64))
     )
 

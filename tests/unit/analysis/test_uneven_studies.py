@@ -12,7 +12,7 @@ from synthetic_study import STUDENT, bits_per_byte, run_row, write_evaluation, w
 
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.gains import document_draws
-from tutelage.analysis.report.headline import notes
+from tutelage.analysis.report.headline import headline, notes
 from tutelage.analysis.report.html import build_report
 from tutelage.analysis.report.report_rows import policy_tables, short_verdicts
 from tutelage.analysis.report.text import print_verdicts
@@ -153,6 +153,18 @@ def test_what_a_stage_alone_was_trained_on_is_said_of_the_stage(tmp_path):
         ),
         "fables, then answers: counts as out of domain, but answers trains on text of its kind",
     ]
+
+
+def test_where_only_stages_can_be_compared_the_report_says_so(tmp_path):
+    """The untaught students are lost, and what followed them is not: this was a traceback."""
+    study = write_study(tmp_path / "study")
+    tuned(study)
+    for seed in (43, 44, 45):
+        shutil.rmtree(study / "runs" / f"baseline-{seed}")
+    judged = reported(study)
+    assert {verdict.stage for verdict in judged.findings.verdicts} == {"answers"}
+    (answer,) = headline(judged.findings, judged.claims)
+    assert answer.startswith("Not judged: no student of a real teacher is finished together with")
 
 
 def test_without_a_constant_alpha_nothing_is_called_the_best_constant(tmp_path):

@@ -72,6 +72,10 @@ _NO_CHOICE = (
     "Not judged: an arm is chosen by validation text out of domain, and no such text is scored; add a domain "
     "of other text. The table has the gains of every arm."
 )
+_ONLY_AFTER = (
+    "Not judged: no student of a real teacher is finished together with the same student untaught, before "
+    "post-training. The table has the gains after it."
+)
 _ENOUGH_SEEDS = 5
 _FEW = 2
 _NAMED = 5
@@ -90,14 +94,20 @@ def headline(findings: Findings, claims: Sequence[ClaimResult]) -> list[str]:
         pairs = [pair for pair in findings.pairs if pair.student.name == student]
         if len(students) == 1 or any(pair.best is not None for pair in pairs):
             name = "" if len(students) == 1 else f"{student}: "
-            real = any(v.teacher and not v.control for v in findings.verdicts if v.student == student)
             if not _best(pairs):
-                answers.append(f"{name}{_NO_CHOICE if real else _NO_REAL}")
+                answers.append(name + _why_no_best(findings, student))
             elif announced:
                 answers.append(_shown(pairs, name))
             else:
                 answers.append(_answer(findings, pairs, student, name))
     return answers
+
+
+def _why_no_best(findings: Findings, student: str) -> str:
+    real = [v for v in findings.verdicts if v.student == student and v.teacher and not v.control]
+    if not real:
+        return _NO_REAL
+    return _NO_CHOICE if any(v.stage is None for v in real) else _ONLY_AFTER
 
 
 def tally(claims: Sequence[ClaimResult]) -> str:
