@@ -320,12 +320,15 @@ def check_cells(expanded: ExpandedStudy) -> dict[str, RunConfig]:
     _check_tested_alphas(expanded)
     drafts: dict[str, RunConfig] = {}
     names: dict[str, str] = {}
+    texts: dict[str | None, object] = {
+        name: stage.corpus.model_dump(mode="json", exclude={"name", "tokenizer"})
+        for name, stage in study.post_training.items()
+    }
     for cell in expanded.cells:
         config = drafts[cell.name] = draft_config(study, cell, expanded.teachers)
         recipe = config.model_dump(mode="json", exclude=NOT_THE_RESULT)
-        key = digest(
-            [recipe, cell.kind, cell.teacher, cell.needs, cell.baseline, cell.compute_of, cell.branch_from]
-        )
+        own = [cell.kind, cell.teacher, cell.needs, cell.baseline, cell.compute_of, cell.branch_from]
+        key = digest([recipe, texts.get(cell.stage), *own])  # of a teacher, its name says which text
         if (other := names.setdefault(key, cell.name)) != cell.name:
             raise UserError(
                 f"study {study.name}: {other} and {cell.name} are the same run in different words; keep one"

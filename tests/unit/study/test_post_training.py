@@ -18,6 +18,7 @@ from tutelage.evals.score_files import read_scores
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory, run_id
 from tutelage.study.expand import expand
+from tutelage.study.nodes import check_cells
 from tutelage.study.plan import load_plan
 from tutelage.study.texts import other_texts
 
@@ -140,6 +141,19 @@ STAGE = {"name": "stage", **CHATS, "tokenizer": {"path": "chatty"}}
 def test_texts_that_no_run_could_read_are_refused_before_any_is_trained(changes, said):
     with pytest.raises(UserError, match=said):
         tiny_study(**changes)
+
+
+def test_stages_that_differ_in_their_text_alone_are_two():
+    main = tiny_study().students["main"].model_dump(mode="json") | {"then": ["a", "b"]}
+    stages = {
+        name: {"corpus": {"name": "pairs", "sources": [PAIRS], "max_bytes": limit}, "tokens": "3K"}
+        for name, limit in (("a", 20_000), ("b", 40_000))
+    }
+    expanded = expand(tiny_study(students={"main": main}, post_training=stages))
+    assert sum(name.endswith(("-a", "-b")) for name in check_cells(expanded)) == 4
+    stages["b"]["corpus"] |= {"name": "other", "max_bytes": 20_000}
+    with pytest.raises(UserError, match=r"-s43-a and .*-s43-b are the same run in different words"):
+        check_cells(expand(tiny_study(students={"main": main}, post_training=stages)))
 
 
 def test_conversations_of_a_study_are_in_its_tokens_with_the_template_of_its_tokenizer(store, tmp_path):
