@@ -158,7 +158,7 @@ def test_a_process_whose_store_is_out_of_reach_ends_all_the_same():
     )
     with first, second:
         try:
-            said, _ = second.communicate(timeout=60)
+            said, _ = second.communicate(timeout=120)
         finally:
             first.kill()
             second.kill()
