@@ -89,12 +89,15 @@ class PieceEncoder:
 
     def _encoded(self, pieces: Sequence[Piece], *, markup: bool) -> list[bytes]:
         encode = self._encoders[markup]
-        alone = encode([piece.text for piece in pieces])
-        if not self._looks_back:
-            return alone
-        before = encode([piece.before for piece in pieces])
-        together = encode([piece.before + piece.text for piece in pieces])
+        before = [piece.before if self._looks_back else "" for piece in pieces]
+        some = sorted({*before} - {""})
+        starts = {"": b"", **dict(zip(some, encode(some), strict=True))}
+        found = encode([start + piece.text for start, piece in zip(before, pieces, strict=True)])
+        joined = [not ids.startswith(starts[start]) for start, ids in zip(before, found, strict=True)]
+        alone = iter(
+            encode([piece.text for piece, is_joined in zip(pieces, joined, strict=True) if is_joined])
+        )
         return [
-            after.removeprefix(start) if piece.before and after.startswith(start) else own
-            for piece, own, start, after in zip(pieces, alone, before, together, strict=True)
+            next(alone) if is_joined else ids.removeprefix(starts[start])
+            for start, ids, is_joined in zip(before, found, joined, strict=True)
         ]
