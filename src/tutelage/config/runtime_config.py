@@ -99,7 +99,7 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         default="auto", description="auto: cuda, mps, then cpu"
     )
-    threads: Threads | None = Field(default=None, description="CPU threads; default: torch's own choice")
+    threads: Threads | None = Field(default=None, description="CPU threads; default: one per core at most")
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile of every decoder layer; auto: on cuda"
     )

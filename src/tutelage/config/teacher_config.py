@@ -229,7 +229,7 @@ class TeachConfig(CacheSettings):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         default="auto", description="auto: cuda, mps, then cpu"
     )
-    threads: Threads | None = Field(default=None, description="CPU threads; default: torch's own choice")
+    threads: Threads | None = Field(default=None, description="CPU threads; default: one per core at most")
     runs: FilePath = Field(
         default=Path("runs"), description="directory that holds the run of a teacher of kind run"
     )

@@ -209,7 +209,10 @@ class _Clock:
 
 
 def _written(config: RunConfig) -> float:
-    """The fraction of the shards of the cache that a run keeps that is on disk."""
+    """The fraction of the shards of the cache that a run keeps that is on disk.
+
+    Its manifest is read as it lies: what reads it whole is in a room that loads torch; a runner does not.
+    """
     teacher, data = config.teacher, config.data
     assert isinstance(teacher, RunTeacher | ModelTeacher | MeanTeacher)  # noqa: S101 - only these have one
     assert teacher.cache is not None  # noqa: S101 - as above
