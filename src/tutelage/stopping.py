@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import FrameType
+    from types import CodeType, FrameType
 
 _OF_TERMINALS = [signal.SIGINT]
 if sys.platform != "win32":
@@ -40,20 +40,26 @@ def interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt, so that it cleans up.
 
     One that comes while an object is deleted is lost to Python, which ignores what is raised there; it is
-    raised again a moment later.
+    raised again a moment later. So is one that comes while Python hears of that.
     """
     here = threading.get_ident()
     last: list[int] = []
     again: list[threading.Timer] = []
 
-    def interrupt(number: int, _frame: FrameType | None) -> None:
+    def raise_again() -> None:
+        again.append(threading.Timer(_AGAIN_SECONDS, _send, (here, *last)))
+        again[-1].start()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
         last[:] = [number]
-        raise KeyboardInterrupt
+        if _runs(ignored.__code__, frame):
+            raise_again()
+        else:
+            raise KeyboardInterrupt
 
     def ignored(found: sys.UnraisableHookArgs) -> None:
         if last and issubclass(found.exc_type, KeyboardInterrupt):
-            again.append(threading.Timer(_AGAIN_SECONDS, _send, (here, *last)))
-            again[-1].start()
+            raise_again()
         else:
             hook(found)
 
@@ -67,6 +73,26 @@ def interruptible() -> Iterator[None]:
             for timer in again:  # none of them is to reach what comes after the block
                 timer.cancel()
                 timer.join()
+
+
+def _runs(code: CodeType, frame: FrameType | None) -> bool:
+    """Whether a function runs in a frame or was on the way to it."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def came_of_signal(error: BaseException | None) -> bool:
+    """Whether somebody has made the error of the KeyboardInterrupt of a signal.
+
+    Python 3.11 does while a class is made, so while anything is imported. What fails in cleaning up after a
+    signal is an error of its own.
+    """
+    while error is not None:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -25,7 +25,7 @@ from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
 from tutelage.files import NO_SPACE, errno_of, no_space
 from tutelage.processes import place
-from tutelage.stopping import EXIT_CODE, interruptible, last_line
+from tutelage.stopping import EXIT_CODE, came_of_signal, interruptible, last_line
 
 _UNLESS_ASKED = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # asks a service of the Hub to unpickle weights
@@ -87,10 +87,10 @@ def main() -> None:
             _check_place()
             app()
     except (Stopped, KeyboardInterrupt) as stopped:  # the latter before a command has begun
-        if place().is_main:
-            tell(last_line(str(stopped)))
-        sys.exit(EXIT_CODE)
+        _leave(str(stopped))
     except Exception as error:
+        if came_of_signal(error):
+            _leave()
         wrong = _wrong_input(error)
         if wrong is None and place().size == 1:
             raise
@@ -98,6 +98,13 @@ def main() -> None:
         sys.exit(1 if wrong is None else 2)
     finally:
         flush_streams()
+
+
+def _leave(where: str = "") -> NoReturn:
+    """End a command that was stopped, after "step 12 of 100" for example."""
+    if place().is_main:
+        tell(last_line(where))
+    sys.exit(EXIT_CODE)
 
 
 def _check_place() -> None:
