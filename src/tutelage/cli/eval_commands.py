@@ -1,4 +1,4 @@
-"""The commands `tutelage eval score`, `tasks`, `tokens`, `probe` and `recall`."""
+"""The commands `tutelage eval score`, `tasks`, `tokens`, `probe`, `recall` and `sample`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from tutelage.loading import loading
 from tutelage.names import find, kind_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tutelage.evals.samples import Continuation
     from tutelage.types import Score
 
 
@@ -265,6 +268,62 @@ def recall(
         [("scores", one.scores) for one in found],
         "compare a student with its untaught twin: both have read the same text",
     )
+
+
+@eval_app.command("sample")
+def sample(
+    model: Models,
+    prompt: Annotated[list[str], typer.Option(help="text to go on from; may be repeated")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="put each into the model's chat template, as a user's turn")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="to write at most")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: always the most probable")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="draw among the most probable tokens of this share")
+    ] = 1.0,
+    draws: Annotated[int, typer.Option(min=1, help="continuations of each prompt")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="of the first draw")] = 0,
+    device: DeviceName = "auto",
+) -> None:
+    """Let models go on from prompts, side by side: what does each of them write?
+
+    A prompt begins a document. Every draw has a seed of its own, the same for all models. Nothing is written
+    to disk; `tutelage eval probe` keeps samples of held-out text.
+    """
+    from tutelage.cli.bars import RichProgress, say
+
+    with loading():
+        from tutelage.evals import samples
+        from tutelage.evals.evaluated_model import find_models
+
+    sampling = samples.Sampling(tokens, temperature, top_p, draws, seed, chat)
+    with RichProgress() as progress:
+        found = samples.sample(find_models(model, _EVALS), prompt, sampling, device, progress)
+    _print_samples(found)
+    if cut := list(dict.fromkeys(one.model for one in found if one.at_context)):
+        say("note", f"ended where the sequences end that {' and '.join(cut)} was trained on")
+    say("next", "`tutelage eval score` with the same models: what they are worth, in numbers")
+
+
+def _print_samples(found: Sequence[Continuation]) -> None:
+    """Print what models wrote, below each prompt a row for each model and draw."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tutelage.cli.bars import out
+
+    for prompt in dict.fromkeys(one.prompt for one in found):
+        below = [one for one in found if one.prompt == prompt]
+        numbered = len({one.seed for one in below}) > 1
+        table = Table(box=None, pad_edge=False)
+        for head in ("model", "seed") if numbered else ("model",):
+            table.add_column(head, overflow="fold")
+        table.add_column(Text(prompt), overflow="fold")
+        for one in below:
+            table.add_row(one.model, *([str(one.seed)] if numbered else []), Text(one.text))
+        out.print(table)
+        out.print()
 
 
 def _print_tasks(scores: list[Score], what: str, unit: str, files: list[tuple[str, Path]], hint: str) -> None:

@@ -1,4 +1,4 @@
-"""Probe models: copying in context, acceptance of a model's drafts by a teacher, and samples to read.
+"""Probe models: copying in context, and acceptance of a model's drafts by a teacher.
 
 The probes need a token store made with the model's tokenizer: its training split tells which ids are in use,
 its test split is the text.
@@ -6,29 +6,23 @@ its test split is the text.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from tokenizers import Tokenizer
-from transformers import GenerationConfig
 
-from tutelage.checksums import checked_write
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
 from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated
+from tutelage.evals.samples import write_samples
 from tutelage.evals.score_files import add_scores, known_scores, version_of
 from tutelage.evals.token_scores import NextTokenModel, ScoreEstimate, ratio
 from tutelage.evals.windows import FORWARD_TOKENS, read_documents, window_batches
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import body_and_head, pick_device
 from tutelage.progress import NullProgress, staged
-from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.types import COPYING, PLAIN
 
 if TYPE_CHECKING:
@@ -52,9 +46,6 @@ LONGEST_SEGMENT = 128
 DRAFT = 4
 """Tokens that a draft proposes at a time."""
 
-_PROMPTS, _DRAWS = 4, 2
-_SEEDS = "by prompt"
-_PROMPT_TOKENS, _NEW_TOKENS = 48, 64
 _DOCUMENTS, _DOCUMENT_TOKENS = 32, 2048
 _LOGIT_TOKENS = 512
 _VOCABULARY_TOKENS = 10_000_000
@@ -296,105 +287,3 @@ def _accepted_lengths(rates_T: NDArray[np.float64], draft: int) -> NDArray[np.fl
 
 def _mean_over_tokens(values: Sequence[NDArray[np.float64]]) -> ScoreEstimate:
     return ratio(np.array([x.sum() for x in values]), np.array([len(x) for x in values]))
-
-
-def write_samples(
-    model: PreTrainedModel, store: Store, evaluated: EvaluatedModel, progress: Progress
-) -> None:
-    """Write `samples.json` and `samples.md`: prompts, the text's own, greedy and drawn continuations.
-
-    Drawn continuations are seeded, at temperature 1 from the whole distribution over the tokenizer's ids. A
-    prompt follows the ids that begin a document. Files of the same model, text and settings are kept.
-
-    Args:
-        model: the loaded model of `evaluated`.
-        store: its test split gives the prompts; made with the model's tokenizer.
-        evaluated: the model and its output directory.
-        progress: told of every continuation.
-    """
-    room = evaluated.context - len(store.begin_ids)
-    prompt = min(_PROMPT_TOKENS, room // 2)
-    new = min(_NEW_TOKENS, room - prompt)
-    version = version_of(
-        [store.fingerprint, evaluated.id, evaluated.step, prompt, new, _PROMPTS, _DRAWS, _SEEDS]
-    )
-    path = evaluated.output / "samples.json"
-    with contextlib.suppress(UnreadableError):  # written again
-        if read_sealed(path).get("version") == version:
-            return
-    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
-    samples, excerpts = [], _excerpts(store, prompt + new)
-    count = len(excerpts) * (1 + _DRAWS)
-    with staged(progress, f"{evaluated.id}: samples", count, "continuations") as told:
-        for number, tokens_N in enumerate(excerpts):
-            given = [*store.begin_ids, *tokens_N[:prompt]]
-            written = _continuations(model, given, new, store, number * _DRAWS, told)
-            texts = [
-                tokenizer.decode(list(part), skip_special_tokens=False)
-                for part in (tokens_N[:prompt], tokens_N[prompt:], *written)
-            ]
-            samples.append({"prompt": texts[0], "text": texts[1], "greedy": texts[2], "drawn": texts[3:]})
-    title = f"{evaluated.id}, step {evaluated.step}"
-    with checked_write(evaluated.samples) as partial:
-        partial.write_text(_page(title, samples), encoding="utf-8")
-    write_sealed(
-        path, {"version": version, "model": evaluated.id, "step": evaluated.step, "samples": samples}
-    )
-
-
-def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
-    """Ids that the head has and the tokenizer lacks, for `suppress_tokens`; None if there are none."""
-    return [*range(vocab_size, model.get_output_embeddings().weight.shape[0])] or None
-
-
-def _excerpts(store: Store, length: int) -> list[list[int]]:
-    """The middles of the first test documents that are long enough; beginnings are often alike."""
-    view = store.split("test")
-    bounds = itertools.pairwise(view.offsets[:, 0].astype(np.int64).tolist())
-    starts = [(start + end - length) // 2 for start, end in bounds if end - start > length]
-    return [view.tokens[start : start + length].tolist() for start in starts[:_PROMPTS]]
-
-
-def _continuations(
-    model: PreTrainedModel,
-    prompt: list[int],
-    new: int,
-    store: Store,
-    seed: int,
-    progress: Callable[[int], None],
-) -> list[list[int]]:
-    """The greedy continuation, then drawn ones; the global random state does not change.
-
-    `seed` is of the first draw. No two draws share one: a small model, which hardly looks at its prompt,
-    would go on from every prompt alike.
-    """
-    tokens_BT = torch.tensor([prompt], device=model.device)
-    model.generation_config = GenerationConfig()  # a directory's own may penalise what was said before
-    fixed: dict[str, Any] = {
-        "attention_mask": torch.ones_like(tokens_BT),
-        "max_new_tokens": new,
-        "eos_token_id": store.eos_id,
-        "pad_token_id": store.eos_id,
-        "suppress_tokens": padded_ids(model, store.vocab_size),
-    }
-    devices = [model.device] if model.device.type == "cuda" else []
-    found = [model.generate(tokens_BT, do_sample=False, **fixed)]
-    progress(1)
-    with torch.random.fork_rng(devices):
-        for draw in range(_DRAWS):
-            torch.manual_seed(seed + draw)
-            found.append(model.generate(tokens_BT, do_sample=True, top_k=0, **fixed))
-            progress(1)
-    return [tokens_BT[0, len(prompt) :].tolist() for tokens_BT in found]
-
-
-def _page(title: str, samples: list[dict[str, Any]]) -> str:
-    """The page in Markdown; texts are indented, so that nothing in them is read as markup."""
-    parts = [f"# Samples of {title}"]
-    for number, sample in enumerate(samples):
-        kinds = {"Prompt": "prompt", "The text itself": "text", "Greedy": "greedy"}
-        named = [(name, sample[kind]) for name, kind in kinds.items()]
-        named += [(f"Drawn, seed {seed}", text) for seed, text in enumerate(sample["drawn"], number * _DRAWS)]
-        parts.append(f"## {number + 1}")
-        parts += [f"{name}:\n\n{textwrap.indent(text, '    ', lambda _: True)}" for name, text in named]
-    return "\n\n".join(parts) + "\n"
