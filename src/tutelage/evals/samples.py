@@ -139,8 +139,9 @@ def _given(
     if chat:
         given = [_asked(evaluated, prompt) for prompt in prompts]
     else:
-        texts = tokenizer.encoder()(prompts)
-        given = [[*tokenizer.begin_ids, *np.frombuffer(ids, tokenizer.dtype).tolist()] for ids in texts]
+        given = [np.frombuffer(ids, tokenizer.dtype).tolist() for ids in tokenizer.encoder()(prompts)]
+    begin = [*tokenizer.begin_ids]
+    given = [ids if begin == ids[: len(begin)] else begin + ids for ids in given]  # templates may write it
     for prompt, ids in zip(prompts, given, strict=True):
         if not ids:
             raise UserError(f"--prompt {shown(prompt, _SHOWN_PROMPT)}: no tokens; give some text")

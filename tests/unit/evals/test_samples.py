@@ -11,6 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.data.build import build_store
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals import samples
@@ -68,6 +71,13 @@ def model(chatty, tmp_path):
     return find_model(str(chatty), tmp_path)
 
 
+def with_settings(place, copy, changes):
+    """A copy of a model with other settings of its tokenizer."""
+    file = shutil.copytree(place, copy) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return copy
+
+
 def greedily(place, ids, ends=(1,)):
     """Go on by whole forward passes, without padded ids, to an end or to the model's context."""
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
@@ -87,12 +97,27 @@ def test_the_most_probable_is_what_plain_forward_passes_say(model, chatty, promp
     assert found.at_context
 
 
-def test_in_its_chat_template_a_prompt_begins_once(model, chatty):
-    (found,) = sample([model], [PROMPT], Sampling(tokens=100, temperature=0, chat=True))
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.removeprefix("{{ bos_token }}")])
+def test_a_turn_begins_as_it_does_in_a_store_of_conversations(chatty, tmp_path, template):
+    place = with_settings(chatty, tmp_path / "turns", {"chat_template": template})
+    (found,) = sample(
+        [find_model(str(place), tmp_path)], [PROMPT], Sampling(tokens=100, temperature=0, chat=True)
+    )
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     ids = tokenizer(f"<s>[user]{PROMPT}[assistant]", add_special_tokens=False)["input_ids"]
     assert ids.count(0) == 1
     assert found.text == greedily(chatty, ids)
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "cab"}]
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    source = {
+        "kind": "pairs",
+        "paths": [str(tmp_path / "turns.jsonl")],
+        "messages": "messages",
+        "template": "chat",
+    }
+    fields = {"name": "turns", "sources": [source], "validation": 0.0, "test": 0.0}
+    built = build_store(validate(StoreConfig, fields | {"tokenizer": {"path": str(place)}}, "test"), tmp_path)
+    assert open_store(built).split("train").tokens[: len(ids)].tolist() == ids
 
 
 def test_draws_have_seeds_of_their_own_and_come_again(model):
@@ -164,10 +189,8 @@ def test_what_cannot_be_sampled_is_said_before_a_model_is_loaded(plain, monkeypa
 
 
 def test_a_template_that_refuses_is_one_line(chatty, tmp_path):
-    place = shutil.copytree(chatty, tmp_path / "refusing")
-    settings = json.loads((place / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{{ raise_exception('a system turn comes first') }}"
-    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = "{{ raise_exception('a system turn comes first') }}"
+    place = with_settings(chatty, tmp_path / "refusing", {"chat_template": template})
     with pytest.raises(UserError, match="its chat template refuses the prompt"):
         sample([find_model(str(place), tmp_path)], [PROMPT], Sampling(chat=True))
 
