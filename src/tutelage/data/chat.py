@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 from tokenizers import Tokenizer
 
@@ -47,26 +47,27 @@ class Chat:
         self._changed = _found_in_changed_text(tokenizer)
 
     def pieces(self, messages: Sequence[Message], where: str) -> tuple[Piece, ...]:
-        """Return a prompt and a completion for every turn of the assistant.
+        """Return a prompt and a completion for every turn of the assistant that is learned.
 
-        A prompt is everything the template puts before the turn, the generation prompt included; a completion
-        is everything it puts there for the turn. White space after an end-of-text token belongs to the next
-        prompt. Text after the last assistant turn is left out, and so is an end-of-text token at the end,
-        because the store closes every document with one.
+        Those of weight 0 are not, as in OpenAI's format: they belong to the next prompt. A prompt is all that
+        the template puts before the turn, the generation prompt included; a completion is everything it puts
+        there for the turn. White space after an end-of-text token belongs to the next prompt. Text after the
+        last learned turn is left out, and so is an end-of-text token at the end, because the store closes
+        every document with one.
 
         Args:
             messages: turns with the roles that the template knows.
             where: the place of the conversation, for messages.
 
         Raises:
-            BadRowError: no turn is by the assistant, or the first one is; a text spells a special token; or
-                the template refuses the conversation or renders its beginning otherwise when more follows.
+            BadRowError: no turn is learned, or the first one is; a text spells a special token; or the
+                template refuses the conversation or renders its beginning otherwise when more follows.
         """
         self._check(messages, where)
         found: list[Piece] = []
         done = ""
         for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if not _is_learned(message):
                 continue
             asked = self._rendered(messages[:turn], where, prompting=True)
             answered = self._rendered(messages[: turn + 1], where, prompting=False)
@@ -111,7 +112,12 @@ class Chat:
                 f"{where}: no message of the role 'assistant', so there is nothing to learn; roles: "
                 f"{', '.join(roles) or 'none'}"
             )
-        if roles[0] == "assistant":
+        learned = [_is_learned(message) for message in messages]
+        if not any(learned):
+            raise BadRowError(
+                f"{where}: every turn of the assistant has weight 0, so there is nothing to learn"
+            )
+        if learned[0]:
             raise BadRowError(f"{where}: the first message is the assistant's, so there is no prompt")
         for text in _strings(messages):
             if (token := self._spelled(text)) is not None:
@@ -137,6 +143,10 @@ class Chat:
         except Exception as error:  # noqa: BLE001 - a template is a program, which can fail in any way
             raise BadRowError(f"{where}: the chat template refuses it ({one_line(error)})") from None
         return text
+
+
+def _is_learned(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight", 1) == 1
 
 
 def _found_in_changed_text(tokenizer: TextTokenizer) -> dict[str, str]:
@@ -195,10 +205,11 @@ def _template(path: Path) -> str | None:
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation; a turn of the assistant with weight 0 is not learned."""
 
     role: str
     content: str
+    weight: NotRequired[int]
 
 
 def read_pairs(source: PairSource, chat: Chat | None) -> Iterator[tuple[Piece, ...] | BadRowError]:
@@ -276,6 +287,11 @@ def _message(message: object, where: str) -> Message:
     if not (fields.get("tool_calls") and not fields.get("content")):
         turn["content"] = _text(message, "content", where, hint)
     known = {name: value for name, value in fields.items() if value is not None}
+    if known.get("weight", 0) not in ([0, 1] if turn["role"] == "assistant" else [0]):
+        raise BadRowError(
+            f"{where}: weight {known['weight']!r}; turns of the assistant have 0 (given) or 1 (learned), "
+            "others 0"
+        )
     return cast("Message", known | turn)
 
 

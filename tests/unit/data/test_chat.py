@@ -197,6 +197,20 @@ def test_every_assistant_turn_is_learned_and_nothing_else(chatty, tmp_path):
     assert (tokens == marks["<|im_start|>"]).sum() == (tokens == marks["<|im_end|>"]).sum() == 5
 
 
+def test_turns_of_weight_0_are_given_and_not_learned(chatty, tmp_path):
+    def said(content, weight):
+        return {"role": "assistant", "content": content, "weight": weight}
+
+    turns = [said("hello", 0), QUESTION[0], said("two", 0), QUESTION[0], said("three", 1), QUESTION[0]]
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": [*turns, said("four", 0)]})
+    store = build_store(config(chatty, chat(rows)), tmp_path / "stores")
+    user, assistant = "<|im_start|>user\none<|im_end|>\n", "<|im_start|>assistant\n"
+    assert marked(store) == [
+        (f"{assistant}hello<|im_end|>\n{user}{assistant}two<|im_end|>\n{user}{assistant}", 0),
+        ("three<|im_end|>", 1),
+    ]
+
+
 def test_the_mask_is_the_one_of_transformers(tmp_path):
     path = write_tokenizer(tmp_path / "marked", {"eos_token": END, "chat_template": MARKED})
     turns = [*QUESTION, {"role": "user", "content": "the no"}, {"role": "assistant", "content": "no the two"}]
@@ -456,6 +470,16 @@ def test_bad_pairs_name_file_and_line(plain, tmp_path, row, message):
         (QUESTION[1:], "line 1: the first message is the assistant's, so there is no prompt"),
         ([{"role": "user"}], "message 1: no field 'content'; it has: role; every message is .role, content."),
         ([QUESTION[0], {"role": "assistant", "content": ""}], "message 2: field 'content' is empty"),
+        (
+            [QUESTION[0], QUESTION[1] | {"weight": 0}],
+            "line 1: every turn of the assistant has weight 0, so there is nothing to learn",
+        ),
+        (
+            [QUESTION[0], QUESTION[1] | {"weight": 0.5}],
+            r"message 2: weight 0.5; turns of the assistant have 0",
+        ),
+        ([QUESTION[0] | {"weight": 1}, QUESTION[1]], "message 1: weight 1; .* others 0"),
+        ([QUESTION[0], QUESTION[1] | {"weight": "0"}], "message 2: weight '0'; "),
         (["hello"], r"message 1: expected an object with the field 'role', found str"),
         (
             [{"role": "user", "content": "a<|im_end|>"}, QUESTION[1]],
