@@ -117,7 +117,8 @@ class ModelTeacher(_LanguageModelTeacher):
 class ControlTeacher(Section):
     """A control without knowledge of context: the corpus unigram, or the uniform distribution.
 
-    The uniform control makes the objective label smoothing with strength alpha.
+    The unigram is that of what is learned: prompts do not count. The uniform control makes the objective
+    label smoothing with strength alpha.
     """
 
     kind: Literal["unigram", "uniform"]

@@ -101,11 +101,15 @@ class Store:
         return SplitView(found["bin"], offsets, found.get("mask"), found.get("bytes"))
 
 
-def token_counts(tokens: Sliced, vocab_size: int) -> NDArray[np.int64]:
-    """Count how often each id occurs in a split's tokens, end-of-text marks included; int64 [vocab_size]."""
+def learned_counts(view: SplitView, vocab_size: int) -> NDArray[np.int64]:
+    """Count how often each id of a split carries loss, end-of-text marks included; int64 [vocab_size]."""
     counts_V = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(tokens), _COUNT_TOKENS):  # bincount makes an int64 copy of what it is given
-        counts_V += np.bincount(tokens[start : start + _COUNT_TOKENS], minlength=vocab_size)
+    for start in range(
+        0, len(view.tokens), _COUNT_TOKENS
+    ):  # bincount makes an int64 copy of what it is given
+        some = slice(start, start + _COUNT_TOKENS)
+        tokens = view.tokens[some] if view.mask is None else view.tokens[some][view.mask[some] != 0]
+        counts_V += np.bincount(tokens, minlength=vocab_size)
     return counts_V
 
 

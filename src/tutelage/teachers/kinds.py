@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tutelage.config.teacher_config import HiddenFormat, RunTeacher
-from tutelage.data.store import token_counts
+from tutelage.data.store import learned_counts
 from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub, slices
@@ -110,7 +110,7 @@ def _model(config: RunTeacher | ModelTeacher, context: TeacherContext) -> Online
 
 def _unigram(_config: ControlTeacher, context: TeacherContext) -> FixedTeacher:
     """One is added to every count, so that no probability is zero."""
-    counts_V = token_counts(context.store.split("train").tokens, context.store.vocab_size) + 1.0
+    counts_V = learned_counts(context.store.split("train"), context.store.vocab_size) + 1.0
     return FixedTeacher(torch.from_numpy(counts_V / counts_V.sum()))
 
 
@@ -146,7 +146,7 @@ def _mean(config: MeanTeacher, context: TeacherContext) -> AveragedTeacher:
 TEACHERS: dict[str, TeacherKind] = {
     "run": TeacherKind("a finished run in the same output directory", _model),
     "model": TeacherKind("any causal language model in Hugging Face format with the same vocabulary", _model),
-    "unigram": TeacherKind("control: the token frequencies of the training text", _unigram),
+    "unigram": TeacherKind("control: the token frequencies of the training text, without prompts", _unigram),
     "uniform": TeacherKind("control: 1/V for every token; the objective becomes label smoothing", _uniform),
     "cache": TeacherKind("targets computed before, by `tutelage teach`", _cache),
     "mean": TeacherKind("the mean of several teachers' probabilities; each runs on every batch", _mean),

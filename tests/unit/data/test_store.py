@@ -24,7 +24,7 @@ from tutelage.config.load import load
 from tutelage.data.build import _check_space, build_store, training_texts
 from tutelage.data.checked_files import BLOCK_BYTES
 from tutelage.data.sources import Mixture
-from tutelage.data.store import open_store, token_counts, verify_store
+from tutelage.data.store import learned_counts, open_store, verify_store
 from tutelage.errors import UserError
 from tutelage.progress import NullProgress
 
@@ -385,7 +385,7 @@ def test_a_flipped_bit_is_found_where_it_is_read_and_only_there(tmp_path):
         tokens[2 * per_block - 1 : 2 * per_block + 1]
     assert tokens[3 * per_block :].tobytes() == bytes(content[3 * BLOCK_BYTES :])
     with pytest.raises(UserError, match=r"train\.bin: damaged"):  # by everything that reads it all
-        token_counts(tokens, store.vocab_size)
+        learned_counts(open_store(large).split("train"), store.vocab_size)
 
 
 @pytest.mark.parametrize("name", ["train.idx", "test.idx", "train.bin.crc32", "validation.bytes.crc32"])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.load import load, validate
 from tutelage.config.run_config import OptimConfig, RunConfig
-from tutelage.config.teacher_config import TeachConfig
+from tutelage.config.teacher_config import ControlTeacher, TeachConfig
 from tutelage.data.build import build_store
 from tutelage.data.loader import Loader
 from tutelage.data.store import SplitView, open_store
@@ -28,6 +28,7 @@ from tutelage.evals.evaluate import loss_gap_warning
 from tutelage.evals.score_files import read_scores
 from tutelage.run import run
 from tutelage.run_directory import run_id
+from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.train.step import loss_sums
 from tutelage.types import IGNORE_INDEX
@@ -94,6 +95,23 @@ def test_only_tokens_of_completions_are_labels():
     assert by_start == {0: [no, 12, 13, no, no], 5: [no, no, 18, 19, 20]}
     rows = dict(zip(batch.starts, batch.tokens_BT.tolist(), strict=True))
     assert rows == {0: [10, 11, 12, 13, 14], 5: [15, 16, 17, 18, 19]}
+
+
+def test_the_unigram_teacher_has_the_frequencies_of_what_is_learned(pairs, tmp_path):
+    """Counted from the labels of an epoch, which leaves out less than a window and the first token."""
+    store = open_store(pairs)
+    teacher = make_teacher(
+        ControlTeacher(kind="unigram"), TeacherContext(store, tmp_path, LENGTH, torch.device("cpu"))
+    )
+    loader = Loader(store.split("train"), LENGTH, 1, seed=0)
+    labels = torch.cat([loader.batch(step).labels_BT.flatten() for step in range(loader.n_windows)])
+    labels = labels[labels != IGNORE_INDEX]
+    targets = teacher.targets(loader.batch(0))
+    probs_V = (targets.hidden_NE @ targets.head_VE.T).softmax(-1)[0].double()
+    counts_V = probs_V * (len(labels) + store.vocab_size) - 1
+    expected_V = torch.bincount(labels, minlength=store.vocab_size)
+    assert (counts_V - expected_V).abs().sum() < 2 * LENGTH
+    assert counts_V[store.eos_id] == pytest.approx(store.manifest.splits["train"].documents, abs=1)
 
 
 def test_windows_order_and_positions_are_those_without_a_mask(pairs):
