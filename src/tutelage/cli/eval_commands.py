@@ -274,8 +274,9 @@ def recall(
 def sample(
     model: Models,
     prompt: Annotated[list[str], typer.Option(help="text to go on from; may be repeated")],
-    chat: Annotated[
-        bool, typer.Option("--chat", help="put each into the model's chat template, as a user's turn")
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="as a user's turn, by the models' chat template"),
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="to write at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="0: always the most probable")] = 1.0,
@@ -297,7 +298,7 @@ def sample(
         from tutelage.evals import samples
         from tutelage.evals.evaluated_model import find_models
 
-    sampling = samples.Sampling(tokens, temperature, top_p, draws, seed, chat)
+    sampling = samples.Sampling(tokens, temperature, top_p, draws, seed, apply_chat_template)
     with RichProgress() as progress:
         found = samples.sample(find_models(model, _EVALS), prompt, sampling, device, progress)
     _print_samples(found)

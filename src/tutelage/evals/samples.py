@@ -157,7 +157,9 @@ def _asked(evaluated: EvaluatedModel, prompt: str) -> list[int]:
     """The ids of a user's turn and of what begins the answer to it."""
     tokenizer = AutoTokenizer.from_pretrained(evaluated.model, trust_remote_code=False)
     if not tokenizer.chat_template:
-        raise UserError(f"{evaluated.id}: its tokenizer has no chat template; leave --chat out")
+        raise UserError(
+            f"{evaluated.id}: its tokenizer has no chat template; leave --apply-chat-template out"
+        )
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
