@@ -31,7 +31,7 @@ from tutelage.data.build import build_store
 from tutelage.models.devices import Hardware, find_device
 from tutelage.models.memory import plan_memory
 from tutelage.models.shapes import find_shape
-from tutelage.run_plan import footprint
+from tutelage.run_footprint import footprint
 from tutelage.study.cost import works_of
 from tutelage.study.expand import expand
 from tutelage.study.presets import load_study, preset_names

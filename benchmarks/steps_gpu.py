@@ -33,7 +33,7 @@ from tutelage.models.devices import Hardware, recognise_device
 from tutelage.models.flops import model_forward_flops
 from tutelage.models.memory import plan_memory
 from tutelage.models.shapes import find_shape
-from tutelage.run_plan import footprint
+from tutelage.run_footprint import footprint
 from tutelage.teachers.live import OnlineTeacher
 from tutelage.train.layers import compile_layers
 from tutelage.train.step import train_step

@@ -207,7 +207,8 @@ def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserE
         try:
             train(students, progress, partial(_evaluate, progress))
         except LackOfMemoryError as error:
-            table = out_of_memory(runs[0][0], world.device.type, world.size, world.local_size)
+            configs = [config for config, _ in runs]
+            table = out_of_memory(configs, world.device.type, world.size, world.local_size)
             raise UserError("\n".join([str(error), *table])) from error
     for student in students:
         for warning in student.take_warnings():
@@ -221,11 +222,11 @@ def _train(runs: Sequence[Run], given: GivenModels, progress: Progress) -> UserE
 
 
 def _check_memory(runs: Sequence[Run], world: World, progress: Progress) -> None:
-    """Refuse a run that cannot fit into the memory that is free, and warn of one that may not."""
-    for config, _ in runs:
-        warning = check_fits(config, world.device.type, world.size, world.local_size)
-        if warning and world.is_main:
-            progress.note(f"warning: {warning}")
+    """Refuse runs that cannot fit into the memory that is free, and warn of those that may not."""
+    configs = [config for config, _ in runs]
+    warning = check_fits(configs, world.device.type, world.size, world.local_size)
+    if warning and world.is_main:
+        progress.note(f"warning: {warning}")
 
 
 def _open(runs: Sequence[Run], world: World, progress: Progress) -> list[Student]:

@@ -67,7 +67,7 @@ def settings_of(tried: Tried) -> dict[str, Any]:  # noqa: C901 - families share 
         elif isinstance(config, RunConfig):
             run_id(config)
             plan_run(config, Hardware.named("h100", config.parallel.processes))
-            check_fits(config, "cpu", 1, 1)
+            check_fits([config], "cpu", 1, 1)
         elif isinstance(config, TeachConfig):
             plan_cache(config)
         if isinstance(config, RunConfig | TeachConfig | StoreConfig):

@@ -74,7 +74,8 @@ ALLOWED: dict[str, set[str]] = {
     "run_directory": _BASE
     | {"checksums", "records", "row_files", "data", "models", "names", "teachers.cache.layout"},
     "earlier_runs": {"config", "errors", "files", "names", "run_directory"},
-    "run_plan": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
+    "run_footprint": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},
+    "run_plan": {"errors", "config", "models", "run_directory", "run_footprint"},
     "train": _BASE
     | _ROOMS
     | {"agreement", "checksums", "installed", "progress", "processes", "provenance"}

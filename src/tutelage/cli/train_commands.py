@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from tutelage.config.run_config import RunConfig
     from tutelage.config.teacher_config import TeachConfig
+    from tutelage.models.devices import Hardware
     from tutelage.run_directory import RunDirectory
 
 _REPLACED = re.compile(r"(name|teacher|objective\.(alpha|gate|mixing))(\.[\w.]+)?=")
@@ -77,6 +78,8 @@ def train(
     if plan:
         for one in loaded:
             _print_plan(one, device, devices or nproc or one.parallel.processes)
+        if len(loaded) > 1:
+            _print_together(loaded, device, devices or nproc or loaded[0].parallel.processes)
         return
     several = nproc or (loaded[0].parallel.processes if processes.place().size == 1 else 1)
     if several > 1:
@@ -168,14 +171,29 @@ def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str
     return f"does its teacher help? Train it alone, and compare: `tutelage train {shlex.join(alone)}`"
 
 
+def _planned_for(config: RunConfig, device: str | None, devices: int) -> Hardware:
+    from tutelage.models.devices import Hardware
+
+    return Hardware.named(device, devices) if device else Hardware.of_run(config.runtime.device, devices)
+
+
+def _print_together(configs: Sequence[RunConfig], device: str | None, devices: int) -> None:
+    from tutelage.cli.bars import out, say
+    from tutelage.run_plan import plan_together
+
+    found = plan_together(configs, _planned_for(configs[0], device, devices))
+    say("together", f"{len(configs)} runs, of which each has its own weights and moments in memory")
+    for line in found.memory_lines(remedies=not found.fits):
+        out.print(line, soft_wrap=True)
+
+
 def _print_plan(config: RunConfig, device: str | None, devices: int) -> None:
     from tutelage.cli.bars import out, say
     from tutelage.cli.stages import period
     from tutelage.files import short, size_text
-    from tutelage.models.devices import Hardware
     from tutelage.run_plan import plan_run
 
-    hardware = Hardware.named(device, devices) if device else Hardware.of_run(config.runtime.device, devices)
+    hardware = _planned_for(config, device, devices)
     found = plan_run(config, hardware)
     say("run", f"{config.name}: {found.steps:,} steps of {config.global_batch_tokens:,} tokens")
     for line in found.memory_lines(remedies=not found.fits):

@@ -114,6 +114,11 @@ _DENSE = 1.6
 """A dense teacher's head is wider and is read once more per chunk, so its chunks are larger on the CPU."""
 _TEMPORARIES = 8
 """Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
+_WHOLE = {"forward_kl": 0, "hard_labels": 2, "reverse_kl": 6, "tvd": 6}
+_WHOLE_ELSE, _KEPT_ELSE, _TRUNCATING = 8, 4, 2
+"""Blocks as large as a chunk's logits that a divergence takes beside these: between whole distributions, over
+kept ids and a bucket (forward KL and hard labels take none there), and to choose the ids."""
+_OF_LOGITS = StudentEntropyGate | TeacherEntropyGate | TeacherCertaintyGate
 
 
 class Objective(Section):
@@ -229,6 +234,24 @@ class ObjectiveConfig(Objective):
         if not isinstance(alpha, dict | Section):
             raise ValueError("write a number, 0.4, auto, or a policy with its settings")  # noqa: TRY004 - pydantic's
         return alpha
+
+    def temporaries(self, *, dense: bool) -> int:
+        """Blocks as large as a chunk's logits that divergence or gate hold beside these, at most.
+
+        The labels' losses, which every gate is given, take one block; an entropy takes one more.
+
+        Args:
+            dense: whether the teacher's distributions are whole, not kept ids.
+        """
+        if not self.teaches:
+            return 0
+        divergence, gate = _WHOLE.get(self.divergence, _WHOLE_ELSE), 0
+        if not dense or self.truncation is not None:
+            in_place = self.divergence in {"forward_kl", "hard_labels"}
+            divergence = max(0 if in_place else _KEPT_ELSE, _TRUNCATING if dense else 0)
+        if self.gate is not None:
+            gate = 1 + isinstance(self.gate, _OF_LOGITS if dense else StudentEntropyGate)
+        return max(divergence, gate)
 
     @property
     def teaches(self) -> bool:

@@ -7,15 +7,23 @@ Left out: what the libraries take for themselves, and what an allocator leaves u
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tutelage.models.flops import parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tutelage.models.shapes import ModelShape
 
 _FLOAT, _HALF = 4, 2
+_CACHED_TOKENS, _CODECS_BLOCKS, _CODECS_BYTES = 4096, 6, {True: 256 * 2**20, False: 32 * 2**20}
+"""Tokens of a batch whose targets are written to a cache; of the logits that are formed of it at a time the
+bytes, on CUDA or not, and how many blocks of that size there are with temporaries."""
+_CHECKPOINT = 3 * _FLOAT
+"""Of a weight in a copy of the state: itself and its two moments."""
 _ROWS = 6 * 2**20
 """Bytes of the block of rows that the CPU's kernels work on, with its temporaries."""
 Recomputation = Literal["none", "selective", "full"]
@@ -38,14 +46,23 @@ class Footprint:
         recomputation: of activations in the backward pass.
         compiled: whether layers are compiled.
         mask_length: tokens of a sequence if attention is given a mask that keeps documents apart, else 0.
+        eager: tokens of a sequence if attention forms the weights of all pairs, else 0.
         teachers: that run beside the student; none without one, and where targets are cached.
         teacher_bytes: of one of their weights, and of a value in their forward pass.
         teacher_shards: processes that share their weights.
         teacher_reshards: whether gathered weights of a layer are freed when it has been run.
+        teacher_eager: as `eager`, of teachers.
         dense: whether targets come as hidden states, whose logits are formed chunk by chunk.
-        target_bytes: of a token's targets that are read from a cache.
+        mean: whether they are a mean of several teachers', whose logits are added one after the other.
+        temporaries: of the objective, each as large as the logits of a chunk.
+        cached: teachers whose targets are written to a cache before training, each whole on every process.
+        target_bytes: of a token's targets that come from a cache, when they are used.
+        read_bytes: of the same when they are read, for all of a step and of the next; 0 where another memory
+            holds them until then.
         target_width: of the hidden states that a cache holds, whose head is in memory; 0 if it holds none.
         cuda: whether the head's products are made as on CUDA: half precision, results in float32.
+        copied: whether checkpoints are copied to the memory of the device, where the copy stays.
+        others: weights of the students that train together with this one.
     """
 
     shape: ModelShape
@@ -60,19 +77,35 @@ class Footprint:
     recomputation: Recomputation = "none"
     compiled: bool = False
     mask_length: int = 0
+    eager: int = 0
     teachers: tuple[ModelShape, ...] = ()
     teacher_bytes: int = _FLOAT
     teacher_shards: int = 1
     teacher_reshards: bool = True
+    teacher_eager: int = 0
     dense: bool = False
+    mean: bool = False
+    temporaries: int = 0
+    cached: tuple[ModelShape, ...] = ()
     target_bytes: float = 0.0
+    read_bytes: float = 0.0
     target_width: int = 0
     cuda: bool = False
+    copied: bool = False
+    others: int = 0
 
     @property
     def meshed(self) -> bool:
         """Whether there are several processes, which FSDP2 wraps the model for."""
         return self.replicate * self.shards > 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks as large as the logits of a chunk that the objective holds at most: these and temporaries.
+
+        The logits of each teacher of a mean are added to a sum, and take a temporary block themselves.
+        """
+        return 1 + self.dense + self.mean + max(self.mean, self.temporaries)
 
     @property
     def bytes(self) -> int:
@@ -81,7 +114,13 @@ class Footprint:
 
 
 def kept_bytes_of_layer(
-    shape: ModelShape, *, half: bool, cast: bool, mask_length: int = 0, compiled: bool = False
+    shape: ModelShape,
+    *,
+    half: bool,
+    cast: bool,
+    mask_length: int = 0,
+    eager: int = 0,
+    compiled: bool = False,
 ) -> int:
     """Bytes per token that a decoder layer keeps for its backward pass, attention computed in blocks.
 
@@ -97,6 +136,8 @@ def kept_bytes_of_layer(
             own copy of its input; else the weights are in half precision too.
         mask_length: as in `Footprint`; with a mask each layer keeps its own copy of it in the compute dtype,
             and keys and values once per query head.
+        eager: as in `Footprint`; the weights are kept instead of the log-sum-exp, in half precision in
+            float32 too, and keys and values once per query head.
         compiled: as in `Footprint`.
     """
     b = _HALF if half else _FLOAT
@@ -111,8 +152,12 @@ def kept_bytes_of_layer(
     if shape.family == "qwen3":
         attention += (b if compiled else b + _FLOAT) * (queries + keys)
         attention += _FLOAT * (shape.heads + shape.kv_heads)
-    if mask_length:
-        attention += b * (mask_length + 2 * (queries - keys))
+    if eager:
+        attention += shape.heads * (eager * (b if b == _FLOAT else b + _FLOAT) - _FLOAT)
+    elif mask_length:
+        attention += b * mask_length
+    if eager or mask_length:
+        attention += 2 * b * (queries - keys)
     return norms + attention + mlp
 
 
@@ -124,7 +169,8 @@ def _kept_when_recomputed(run: Footprint) -> int:
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     last = 0 if run.compiled else shape.hidden  # nothing needs the product that the layer ends with
     products = 2 * queries + 2 * keys + shape.hidden + 2 * shape.mlp + last
-    return wide * shape.hidden + run.bytes * products + _FLOAT * shape.heads
+    attention = run.bytes * run.eager if run.eager else _FLOAT  # scores are a product; or the log-sum-exp
+    return wide * shape.hidden + run.bytes * products + attention * shape.heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +201,18 @@ def plan_memory(run: Footprint) -> MemoryPlan:
     }
     if run.teachers:
         moments["teacher's forward pass"] = _in_teachers(run)
+    if run.cached:
+        moments["writing of the cache, if it is not there yet"] = _at_cache(run)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: float(size) for name, size in moments[moment].items() if size}
     return MemoryPlan(dict(sorted(parts.items(), key=lambda item: -item[1])), moment)
 
 
 def _state(run: Footprint, *, gradients: bool) -> dict[str, float]:
-    """Weights and moments of the student, the weights of the teacher, and the batch."""
+    """Weights and moments of the student, the weights of the teacher, and the batch.
+
+    Of other students their gradients too: those that come first in a step keep them until all are updated.
+    """
     weights = parameters(run.shape, run.vocab_size).total / run.shards
     parts = {"weights": _FLOAT * weights, "moments": 2 * _FLOAT * weights}
     if gradients:
@@ -169,8 +220,10 @@ def _state(run: Footprint, *, gradients: bool) -> dict[str, float]:
     if run.teachers:
         taught = sum(parameters(teacher, run.vocab_size).total for teacher in run.teachers)
         parts["teacher"] = run.teacher_bytes * taught / run.teacher_shards
-    targets = run.target_bytes * run.micro_batch
-    parts["cache"] = targets + _FLOAT * run.vocab_size * run.target_width
+    targets = run.target_bytes + 2 * run.micro_batches * run.read_bytes
+    parts["cache"] = run.micro_batch * targets + _FLOAT * run.vocab_size * run.target_width
+    parts["checkpoint"] = _CHECKPOINT * weights * run.copied
+    parts["other students"] = run.others / run.shards * (4 * _FLOAT + _CHECKPOINT * run.copied)
     parts["batches"] = 3 * 8 * run.micro_batch * run.micro_batches + run.micro_batch * run.mask_length
     return parts
 
@@ -193,7 +246,12 @@ def _layer_bytes(run: Footprint) -> int:
     """Bytes per token that a layer of the student keeps if nothing is recomputed."""
     cast = run.half and not run.meshed
     return kept_bytes_of_layer(
-        run.shape, half=run.half, cast=cast, mask_length=run.mask_length, compiled=run.compiled
+        run.shape,
+        half=run.half,
+        cast=cast,
+        mask_length=run.mask_length,
+        eager=run.eager,
+        compiled=run.compiled,
     )
 
 
@@ -224,9 +282,9 @@ def _unreduced(run: Footprint) -> float:
 
 def _at_objective(run: Footprint) -> dict[str, float]:
     head = run.vocab_size * run.shape.hidden
-    chunk = _FLOAT * min(run.chunk, run.micro_batch) * run.vocab_size
-    several = len(run.teachers) > 1  # the logits of a mean, and those that are being added to it
-    logits = chunk * (1 + run.dense + several) + (0 if run.cuda else _ROWS)
+    chunks = math.ceil(run.micro_batch / run.chunk)  # of equal size
+    chunk = _FLOAT * math.ceil(run.micro_batch / chunks) * run.vocab_size
+    logits = chunk * run.blocks + (0 if run.cuda else _ROWS)
     gradients = _FLOAT * (head + run.micro_batch * run.shape.hidden)
     if run.cuda and run.half:
         logits += chunk  # the logits' gradient is two addends in half precision
@@ -258,7 +316,8 @@ def _in_head(run: Footprint) -> dict[str, float]:
 def _in_layers(run: Footprint) -> dict[str, float]:
     """In the first layer of the backward pass: its temporary values, whose place gradients take."""
     shape, layer = run.shape, _layer_weights(run.shape)
-    passing = float(run.micro_batch * (3 * run.bytes * shape.mlp + 2 * _FLOAT * shape.hidden))
+    pairs = 2 * _FLOAT * shape.heads * run.eager
+    passing = float(run.micro_batch * (max(3 * run.bytes * shape.mlp, pairs) + 2 * _FLOAT * shape.hidden))
     if run.recomputation != "none":
         passing += run.micro_batch * _layer_bytes(run)
     arriving = _FLOAT * run.vocab_size * shape.hidden if run.micro_batches == 1 else 0.0
@@ -276,11 +335,33 @@ def _at_update(run: Footprint) -> dict[str, float]:
     return _state(run, gradients=True) | {"gathered layers": 0 if run.reshard else _gathered(run)}
 
 
+def _at_cache(run: Footprint) -> dict[str, float]:
+    """While a cache is written, which no optimizer has begun before."""
+    students = run.others + parameters(run.shape, run.vocab_size).total
+    taught = sum(parameters(teacher, run.vocab_size).total for teacher in run.cached)
+    per_token, left = _of_teachers_token(run, run.cached)
+    block = min(_CODECS_BYTES[run.cuda], _FLOAT * _CACHED_TOKENS * run.vocab_size)
+    return {
+        "weights": _FLOAT * students / run.shards,
+        "teacher": float(run.teacher_bytes * taught),
+        "activations": float(_CACHED_TOKENS * (per_token + left)),
+        "cache": float(_CODECS_BLOCKS * block),
+    }
+
+
+def _of_teachers_token(run: Footprint, teachers: Sequence[ModelShape]) -> tuple[float, float]:
+    """Bytes of a token while the largest teacher runs; of the states that the others have left."""
+    each = [
+        max(run.teacher_bytes * 3 * one.mlp, 2 * _FLOAT * one.heads * run.teacher_eager)
+        + run.teacher_bytes * 3 * one.hidden
+        for one in teachers
+    ]
+    return max(each), run.teacher_bytes * sum(one.hidden for one in teachers[:-1])
+
+
 def _in_teachers(run: Footprint) -> dict[str, float]:
     """While the last of them runs: the largest, with the states that the others have left."""
-    per_token = [run.teacher_bytes * (3 * one.mlp + 3 * one.hidden) for one in run.teachers]
-    left = run.teacher_bytes * sum(one.hidden for one in run.teachers[:-1])
-    passing = float(run.micro_batch * (max(per_token) + left))
+    passing = float(run.micro_batch * sum(_of_teachers_token(run, run.teachers)))
     layers = 0.0
     if run.teacher_shards > 1:
         gathered = [_layer_weights(one) * (2 if run.teacher_reshards else one.layers) for one in run.teachers]

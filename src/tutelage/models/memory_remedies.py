@@ -36,8 +36,12 @@ class Remedy:
 
 
 def least_memory(needs: Footprint) -> float:
-    """Bytes that a run takes at least on its mesh: with everything recomputed, and hardly any logits."""
-    return plan_memory(replace(needs, recomputation="full", chunk=_SMALLEST_CHUNK)).total
+    """Bytes that a run takes at least on its mesh: all is recomputed, no state copied, hardly any logits.
+
+    Nor is a cache counted that is to be written, for it may be there.
+    """
+    least = replace(needs, recomputation="full", chunk=_SMALLEST_CHUNK, copied=False, cached=())
+    return plan_memory(least).total
 
 
 def remedies(
@@ -65,6 +69,8 @@ def remedies(
 
 
 def _changes(needs: Footprint, length: int, memory: float, devices: Sequence[int]) -> Iterator[Change]:
+    if needs.others:
+        yield "one run after the other", {"others": 0}
     micro, passes = needs.micro_batch, needs.micro_batches
     parts = [n for n in range(2, micro // length + 1) if micro // length % n == 0]
     smaller = [
@@ -82,6 +88,7 @@ def _changes(needs: Footprint, length: int, memory: float, devices: Sequence[int
     more = [(f"{n * processes} processes, one per device", _shared(needs, n)) for n in devices]
     yield from _first_fitting(needs, more, memory)
     yield from _of_teacher(needs)
+    yield "checkpoint.asynchronous=false", {"copied": False}
     if not needs.half:
         yield "dtype=bfloat16", {"half": True}
     chunk = max(_SMALLEST_CHUNK, needs.chunk // 4)
@@ -99,7 +106,9 @@ def _shared(needs: Footprint, times: int) -> dict[str, Any]:
 
 
 def _of_teacher(needs: Footprint) -> Iterator[Change]:
-    """What can be done about a teacher that runs beside the student."""
+    """What can be done about a teacher that runs beside the student, or before it."""
+    if needs.cached:
+        yield "tutelage teach, before and where there is room", {"cached": ()}
     if not needs.teachers:
         return
     each = "teacher" if len(needs.teachers) == 1 else "teacher.of[i]"
@@ -109,7 +118,8 @@ def _of_teacher(needs: Footprint) -> Iterator[Change]:
         yield f"{each}.reshard_after_forward=true", {"teacher_reshards": True}
     if needs.teacher_bytes > _HALF:
         yield f"{each}.dtype=bfloat16", {"teacher_bytes": _HALF}
-    cached = {"teachers": (), "dense": False, "target_bytes": _CACHED_BYTES}
+    cached = {"teachers": (), "cached": needs.teachers, "dense": False, "mean": False}
+    cached |= {"target_bytes": _CACHED_BYTES, "read_bytes": 0.0 if needs.cuda else _CACHED_BYTES}
     yield "teacher.cache={} (its targets once, from disk)", cached
 
 

@@ -325,7 +325,8 @@ def _memory(request: PlanRequest, teacher: Candidate) -> list[str]:
     """A sentence if the student does not fit the devices beside its teacher."""
     hardware = request.prices.hardware
     beside = [] if teacher.shape is None else [teacher.shape]
-    devices, memory = fewest_devices(request.config, request.shape, beside, request.vocab_size, hardware.name)
+    asked = request.config, request.shape, beside, (), request.vocab_size, hardware.name
+    devices, memory = fewest_devices(*asked)
     if memory.total > hardware.memory:
         return [f"online it needs {memory.total / 1e9:.3g} GB on each device, of {hardware.memory / 1e9:.3g}"]
     if devices > hardware.devices:

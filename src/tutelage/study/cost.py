@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config.base import parse_tokens, tokens_text
 from tutelage.config.load import digest
 from tutelage.errors import UserError
-from tutelage.models.devices import find_device
+from tutelage.models.devices import Hardware, find_device
 from tutelage.models.flops import forward_flops
 from tutelage.models.shapes import find_shape
 from tutelage.run_plan import fewest_devices
@@ -218,11 +218,12 @@ class _Reader:
         teacher = taught if cell.kind == "student" else None
         if cached := teacher is not None and teacher.cache is not None:
             self._read_cache(key, cell, needs, cost.tokens, vocab_size)
-        live = [] if cached or cell.compute_of is not None else parts
-        found = [teacher_shape(spec, config.data.sequence_length) for spec in live]
+        taught_by = [] if cell.compute_of is not None else parts
+        found = [teacher_shape(spec, config.data.sequence_length) for spec in taught_by]
         self.left_out += [text for _, left_out in found for text in left_out]
         shapes = [one for one, _ in found if one is not None]
-        processes, memory = fewest_devices(config, shape, shapes, vocab_size, self._device)
+        live, kept = ([], shapes) if cached else (shapes, [])
+        processes, memory = fewest_devices(config, shape, live, kept, vocab_size, self._device)
         scored = scored_tokens(config, cost.tokens)
         return Work(
             key=key,
@@ -339,7 +340,7 @@ def forecast(
         "memory": {
             "bytes": most.memory,
             "run": most.cell.name,
-            "fits": most.memory <= device.memory,
+            "fits": most.memory <= Hardware.named(machine.device, 1).memory,
             "devices": max(work.processes for work in works),
         },
         "sizes": _sizes(works, speed),

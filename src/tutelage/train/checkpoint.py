@@ -173,10 +173,12 @@ class Checkpoints:
         counters: Counters,
         *,
         branch_point: bool = False,
+        goes_on: bool = True,
     ) -> None:
         """Write `step-N`, or `branch-point-step-N`, which is kept: longer runs start from it.
 
         With `checkpoint.asynchronous` this returns when the state is copied; the save before is waited for.
+        Where no training `goes_on` meanwhile, it is written as it is, and no copy takes memory.
 
         Raises:
             UserError: as `wait`.
@@ -186,10 +188,11 @@ class Checkpoints:
             (BRANCH_POINT if branch_point else "") + checkpoint_name(counters.step)
         )
         state = {name: tensor.contiguous() for name, tensor in _state(model, optimizer).items()}
-        if self._settings.asynchronous:
+        asynchronous = self._settings.asynchronous and goes_on
+        if asynchronous:
             state = self._copied(state)
         self._pending = self._thread.submit(self._write, path, state, counters)
-        if not self._settings.asynchronous:
+        if not asynchronous:
             self.wait()
 
     def _copied(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

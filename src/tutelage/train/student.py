@@ -235,7 +235,7 @@ class Student:
                 counters = self._counters(skips)
                 self.checkpoints.save(self.model, self.optimizer, counters, branch_point=True)
             if self._owed and skips.in_a_row == 0:
-                return self._write(report, skips, parts())
+                return self._write(report, skips, parts(), goes_on=not (stopping or finished))
         except UserError as error:
             self.mark_failed(error)
         return None
@@ -270,7 +270,9 @@ class Student:
         if self.world.is_main:
             self.directory.write_state("failed", error=str(error))
 
-    def _write(self, report: StepReport, skips: Skips, parts: Mapping[str, float]) -> dict[str, float] | None:
+    def _write(
+        self, report: StepReport, skips: Skips, parts: Mapping[str, float], *, goes_on: bool
+    ) -> dict[str, float] | None:
         """Write the row and the checkpoint that are owed; at a stop that is a checkpoint alone."""
         owed, self._owed = self._owed, set()
         if "checkpoint" in owed:
@@ -282,7 +284,7 @@ class Student:
         else:
             self.log.record(counters)
         if "checkpoint" in owed:
-            self.checkpoints.save(self.model, self.optimizer, counters)
+            self.checkpoints.save(self.model, self.optimizer, counters, goes_on=goes_on)
         return row
 
     def _counters(self, skips: Skips, *, has_row: bool = False) -> Counters:

@@ -22,9 +22,9 @@ BIG = Footprint(
 )
 
 
-def kept_by_autograd(shape, *, half, cast):
+def kept_by_autograd(shape, *, half, cast, attention=None):
     """Bytes per token that the backward pass of a body holds, weights and their copies left out."""
-    model = hub.build(shape, 300, TOKENS, seed=1)
+    model = hub.build(shape, 300, TOKENS, seed=1, attn_implementation=attention)
     if half and not cast:
         model = model.to(torch.bfloat16)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -48,11 +48,13 @@ def kept_by_autograd(shape, *, half, cast):
 
 @pytest.mark.parametrize("name", ["nano-150k", "nano-150k-qk"])
 @pytest.mark.parametrize(("half", "cast"), [(False, False), (True, False), (True, True)])
-def test_a_layer_keeps_what_autograd_keeps(name, half, cast):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_layer_keeps_what_autograd_keeps(name, half, cast, attention):
     """Of two depths the difference: a layer, without what comes before and after all of them."""
     shapes = [replace(LADDER[name], layers=layers) for layers in (2, 5)]
-    few, more = (kept_by_autograd(shape, half=half, cast=cast) for shape in shapes)
-    assert kept_bytes_of_layer(shapes[0], half=half, cast=cast) == pytest.approx((more - few) / 3, rel=0.02)
+    few, more = (kept_by_autograd(shape, half=half, cast=cast, attention=attention) for shape in shapes)
+    kept = kept_bytes_of_layer(shapes[0], half=half, cast=cast, eager=TOKENS * (attention == "eager"))
+    assert kept == pytest.approx((more - few) / 3, rel=0.02)
 
 
 def test_state_is_sixteen_bytes_a_weight_shared_by_the_shards():

@@ -13,9 +13,9 @@ import sharded_checkpoints as sharded
 import torch
 from safetensors.torch import load_file
 from small_disk import small_disk
-from training import Notes, assert_same_weights, losses
+from training import Notes, StopAt, assert_same_weights, losses
 
-from tutelage.errors import UserError
+from tutelage.errors import Stopped, UserError
 from tutelage.models import hub, shapes
 from tutelage.run import run
 from tutelage.run_directory import RunDirectory, run_id
@@ -84,6 +84,21 @@ def test_the_memory_of_a_copy_is_that_of_the_one_before(make_config, directory, 
     )
     write(make_config(), directory, (2, 4, 6))
     assert places[0] == places[1] == places[2]
+
+
+def test_the_last_checkpoint_is_written_without_a_copy(make_config, monkeypatch):
+    """Nothing is trained meanwhile: 12 bytes a weight more than training took, for nothing."""
+    copied, copy = [], Checkpoints._copied
+    monkeypatch.setattr(Checkpoints, "_copied", lambda *given: copied.append(1) or copy(*given))
+    batch = make_config().global_batch_tokens
+    assert run(make_config(tokens=4 * batch, checkpoint={"every": 4 * batch})).is_done()
+    assert not copied
+    stopped = make_config(tokens=12 * batch, checkpoint={"every": 4 * batch})
+    with pytest.raises(Stopped):
+        run(stopped, StopAt(6))
+    assert len(copied) == 1  # of step 4, not of the one at which it was stopped
+    assert run(stopped).is_done()
+    assert len(copied) == 2
 
 
 def test_a_weight_that_had_no_gradient_yet_has_no_moments(make_config, directory):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from training import Notes
 from transformers import AutoModelForCausalLM, LlamaConfig, Starcoder2Config
 
+from tutelage.config.load import validate
+from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.models.devices import Hardware
 from tutelage.models.flops import parameters
-from tutelage.models.shapes import read_shape
-from tutelage.run import run
-from tutelage.run_plan import check_fits, out_of_memory, plan_run
+from tutelage.models.memory import plan_memory
+from tutelage.models.shapes import find_shape, read_shape
+from tutelage.run import run, run_cohort
+from tutelage.run_footprint import footprint, teacher_shapes
+from tutelage.run_plan import check_fits, out_of_memory, plan_run, plan_together
+from tutelage.teachers.cache.cache_writer import write_cache
 
 
 @pytest.fixture
@@ -68,8 +75,8 @@ def test_processes_that_start_on_a_cpu_have_its_memory_together(make_config, mon
     least = plan_run(config, Hardware.here("cpu", 4, 1)).least
     monkeypatch.setattr("tutelage.models.devices._available", lambda: 3 * least)
     with pytest.raises(UserError, match=r"needs .* GB on each device, and .* GB are free"):
-        check_fits(config, "cpu", 4, 4)
-    check_fits(config, "cpu", 4, 2)
+        check_fits([config], "cpu", 4, 4)
+    check_fits([config], "cpu", 4, 2)
 
 
 def test_processes_that_cannot_share_a_step_get_no_plan(make_config):
@@ -85,11 +92,11 @@ def test_processes_that_cannot_share_a_step_get_no_plan(make_config):
 def test_what_fits_is_not_spoken_of(make_config, free):
     config = make_config()
     free(1.1 * plan_run(config, Hardware.here("cpu", 1, 1)).memory.total)
-    assert check_fits(config, "cpu", 1, 1) is None
+    assert check_fits([config], "cpu", 1, 1) is None
 
 
 def test_a_run_out_of_memory_gets_the_table(make_config):
-    lines = out_of_memory(make_config(), "cpu", 1, 1)
+    lines = out_of_memory([make_config()], "cpu", 1, 1)
     assert any(line.startswith("weights") for line in lines)
     assert any(line.startswith("turn: ") for line in lines)
 
@@ -162,4 +169,85 @@ def test_a_family_whose_weights_the_formula_does_not_count_has_no_plan(make_conf
     with pytest.raises(UserError, match=r"model\.path = .*start: .*, not of model_type starcoder2;"):
         plan_run(run_config, Hardware.here("cpu", 1, 1))
     free(1.0)
-    assert check_fits(run_config, "cpu", 1, 1) is None  # nothing is refused by a formula that is another's
+    assert check_fits([run_config], "cpu", 1, 1) is None  # nothing is refused by a formula that is another's
+
+
+def test_runs_that_train_together_are_checked_together(make_config, free, command, store, tmp_path):
+    """Each was checked as if it were alone: three of 28.9M weights took four times what was planned."""
+    configs = [make_config(optim={"lr": lr}, name=f"lr-{lr}") for lr in (1e-3, 2e-3, 3e-3)]
+    alone = plan_run(configs[0], Hardware.here("cpu", 1, 1)).memory
+    weights = alone.parts["weights"] / 4
+    free(alone.total + 0.5e6)
+    for config in configs:
+        assert check_fits([config], "cpu", 1, 1) is None
+    warning = check_fits(configs, "cpu", 1, 1)
+    assert warning is not None
+    assert "runs lr-0.001, lr-0.002, lr-0.003: together they may need" in warning
+    assert "turn: one run after the other" in warning
+    together = plan_together(configs, Hardware.here("cpu", 1, 1))
+    assert together.memory.parts["other students"] == 2 * (16 + 12) * weights  # with a copy for checkpoints
+    assert together.memory.total == pytest.approx(alone.total + 2 * 28 * weights)
+    free(0.9 * together.least)
+    with pytest.raises(UserError, match=r"runs lr-0.001, lr-0.002, lr-0.003: together they need"):
+        run_cohort(configs)
+    texts = [f"model: {{shape: nano-50k}}\ndata: {{store: {store}}}\ntokens: {n}K\n" for n in (20, 30)]
+    for name, text in zip("ab", texts, strict=True):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    code, out, _ = command("train", "a.yaml", "b.yaml", "--plan", "--device", "h100")
+    assert code == 0
+    assert "together 2 runs" in " ".join(out.split())
+    assert out.count("other students") == 1
+
+
+def test_a_larger_student_without_a_teacher_stands_beside_that_of_the_others(make_config, teacher):
+    plain = make_config(model={"shape": "nano-700k"}, name="plain")
+    taught = make_config(teacher=teacher, objective={"alpha": 0.4}, name="taught")
+    here = Hardware.here("cpu", 1, 1)
+    parts = plan_together([taught, plain], here).memory.parts
+    assert parts["teacher"] == plan_run(taught, here).memory.parts["teacher"]
+    assert parts["weights"] == plan_run(plain, here).memory.parts["weights"]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A teacher of a width of its own."""
+    config = LlamaConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                         vocab_size=300)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    return {"kind": "model", "path": str(tmp_path / "teacher"), "assume_same_tokenizer": True}
+
+
+def test_the_head_beside_hidden_states_is_planned_though_the_cache_is_not_written_yet(make_config, teacher):
+    plans = {}
+    for name, kept in (("hidden", {"kind": "hidden"}), ("ids", {"kind": "sample_min_variance"})):
+        taught = {"teacher": teacher | {"cache": {"format": kept}}, "objective": {"alpha": 0.4}}
+        config = make_config(**taught, micro_batch_tokens=64)
+        plans[name] = plan_run(config, Hardware.named("cpu", 1)).memory
+        assert plans[name].moment == "writing of the cache, if it is not there yet"
+        assert not plan_run(config, Hardware.named("cpu", 1)).least > plans[name].total
+        live, cached = teacher_shapes(config)
+        needs = footprint(config, find_shape("nano-50k"), live, 300, Hardware.named("cpu", 1), cached)
+        plans[name] = plan_memory(replace(needs, cached=())).parts["cache"]
+    tokens = 2 * 256  # of a step, and of the next, of which targets are read ahead
+    assert plans["hidden"] == 4 * 300 * 96 + 96 * (2 * tokens + 4 * 64)
+    assert plans["ids"] == (12 * 16 + 8) * (tokens + 64)
+
+
+def test_a_mean_of_caches_has_the_head_of_each(make_config, teacher, store, tmp_path):
+    settings = {"store": str(store), "teacher": teacher, "format": {"kind": "hidden"}, "context_length": 32}
+    cache = write_cache(validate(TeachConfig, settings | {"output": str(tmp_path / "caches")}, "test"))
+    one = {"kind": "cache", "path": str(cache)}
+    found = []
+    for taught in (one, {"kind": "mean", "of": [one, one]}):
+        config = make_config(teacher=taught, objective={"alpha": 0.4})
+        found.append(plan_run(config, Hardware.here("cpu", 1, 1)).memory.parts["cache"])
+    assert found[1] == 2 * found[0] > 2 * 4 * 300 * 96
+
+
+def test_attention_that_forms_all_pairs_is_planned(make_config):
+    """By the scores of 64 tokens, 4 heads and 2 layers, in the forward pass: 4 bytes a pair."""
+    totals = []
+    for attention in (None, "eager"):
+        config = make_config(model={"shape": "nano-50k", "attn_implementation": attention})
+        totals.append(plan_run(config, Hardware.here("cpu", 1, 1)).memory.parts["activations"])
+    assert totals[1] - totals[0] > 256 * 2 * 4 * 32 * 4

@@ -20,7 +20,7 @@ from tutelage.models.devices import Hardware, find_device
 from tutelage.models.memory import Footprint, _kept_when_recomputed, _layer_bytes, plan_memory
 from tutelage.models.shapes import find_shape
 from tutelage.models.sharding import decoder_layers
-from tutelage.run_plan import footprint
+from tutelage.run_footprint import footprint
 from tutelage.train.distributed import World
 from tutelage.train.layers import recompute
 
