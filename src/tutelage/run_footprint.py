@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -179,8 +180,14 @@ def _shapes_of_teachers(config: RunConfig) -> list[ModelShape]:
 
 
 def _shape_of_run(config: RunConfig, run: str, field: str) -> ModelShape:
-    """Shape of another run in the same output directory, which may still be in training."""
+    """Shape of another run in the same output directory, which may still be in training.
+
+    Most have it by name in their config; only models are looked at with torch.
+    """
     directory = RunDirectory(config.output / run)
+    with contextlib.suppress(UserError):
+        if (name := directory.config().model.shape) is not None:
+            return find_shape(name)
     if directory.model.is_dir():
         return _shape_at(str(directory.model), None, field)
     return student_shape(directory.config())

@@ -12,6 +12,7 @@ from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.run_directory import evaluation_id
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import RunTask
+from tutelage.study.memory_room import MemoryRoom
 from tutelage.study.reporter import StudyProgress, StudyReporter
 from tutelage.study.timings import chain_weights
 
@@ -62,6 +63,8 @@ def run_all(
         state.refresh()
         while not state.is_over():
             state.start_ready()
+            while state.room.notes:
+                progress.note(state.room.notes.pop(0))
             reporter.show(state.progress())
             outcomes = engine.wait(_POLL_SECONDS)
             leases.check_place()  # before anything is written, which would make a part of it anew
@@ -112,6 +115,7 @@ class RunnerState:
         costs = {node.id: node.cost.total for node in self.nodes}
         self._weights = chain_weights(costs, {node.id: node.needs for node in self.nodes})
         self._keys = map(str, itertools.count())
+        self.room = MemoryRoom(self.engine.free_memory)
         self._tried: set[str] = set()
 
     def refresh(self) -> None:
@@ -144,8 +148,8 @@ class RunnerState:
         Of a study in replicates the first goes before the second, and so on, so that whenever it is stopped
         there are as many whole ones as the time allowed.
 
-        One that takes several processes waits until enough are free, and those behind it wait too: smaller
-        ones would keep it waiting for ever.
+        One that takes several processes, or more memory than is left, waits until enough is free, and those
+        behind it wait too: smaller ones would keep it waiting for ever.
         """
         now = time.monotonic()
         ready = [
@@ -159,19 +163,23 @@ class RunnerState:
         ]
         ready.sort(key=lambda node: (node.replicate, -self._weights[node.id]))
         while ready and (free := self._free_slots() // ready[0].config.parallel.processes) > 0:
-            together = self._together(ready, free)
+            together = self.room.fitting(self._together(ready, free))
+            if not together:
+                break
             ready = [node for node in ready if node not in together]
             taken = [node for node in together if self.leases.acquire(node.id, self._recipes[node.id])]
             if taken:
                 key = next(self._keys)
                 self.tasks[key] = taken
                 configs, ids = zip(*((node.config, node.id) for node in taken), strict=True)
+                self.room.take(key, taken)
                 self.engine.start(key, RunTask(configs=configs, ids=ids))
 
     def settle(self, outcomes: Mapping[str, TaskOutcome]) -> None:
         """Record the outcomes of tasks that have ended and release their leases."""
         for key, outcome in outcomes.items():
             members = self.tasks.pop(key)
+            self.room.give_back(key)
             for node in members:
                 if self._lease(node) != "ours":  # taken over meanwhile: not ours to judge
                     # Where locks end at the machine it may have written over a finished run until now.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from unittest import mock
+
 import pytest
 from tiny_study import run_tiny, tiny_study
 
@@ -12,16 +15,23 @@ from tutelage.study.cells import Cell
 from tutelage.study.engines import TaskOutcome
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.leases import Failures, Leases
+from tutelage.study.memory_room import MemoryRoom, needed
 from tutelage.study.nodes import Cost, Node
 from tutelage.study.runner import RunnerState, cohort_key, run_all
+
+COSTS = {"a": 3.0, "b": 2.0, "c": 1.0}
 
 
 class Places:
     """An engine that notes which runs it was given, and ends them when told to."""
 
-    def __init__(self, slots):
+    def __init__(self, slots, memory=math.inf):
         self.slots = self.largest = slots
         self.running = {}
+        self.memory = memory
+
+    def free_memory(self):
+        return self.memory
 
     def start(self, key, task):
         self.running[key] = task
@@ -71,6 +81,58 @@ def test_a_cohort_is_as_large_as_leaves_no_places_empty(make_config, tmp_path):
         state.refresh()
         state.start_ready()
     assert [len(names) for names in engine.names] == [2, 2]
+
+
+def test_runs_wait_for_memory_as_they_do_for_places(make_config, tmp_path):
+    """Each was checked as if it were alone: in a group of 2 GB two were killed, tried again and given up."""
+    nodes = [node(make_config, name, 1, cost, seed=seed) for seed, (name, cost) in enumerate(COSTS.items())]
+    each = needed(nodes[:1])
+    engine = Places(4, 2.5 * each)
+    with Leases(tmp_path, 0.2) as leases:
+        state = RunnerState(nodes, engine, leases, Failures(tmp_path, 0), cohort=1)
+        steps = []
+        for name in COSTS:
+            state.refresh()
+            state.start_ready()
+            steps.append(engine.names)
+            engine.end(state, name)
+        assert steps == [[["a"], ["b"]], [["b"], ["c"]], [["c"]]]
+        assert len(state.room.notes) == 1
+        assert "c waits until others have ended: it needs " in state.room.notes[0]
+
+
+def test_a_run_that_nothing_runs_beside_starts_however_much_it_needs(make_config, tmp_path):
+    """It is refused there, with a table of what to turn."""
+    nodes = [node(make_config, name, 1, cost, seed=seed) for seed, (name, cost) in enumerate(COSTS.items())]
+    engine = Places(4, 1.0)
+    with Leases(tmp_path, 0.2) as leases:
+        state = RunnerState(nodes, engine, leases, Failures(tmp_path, 0), cohort=1)
+        state.refresh()
+        state.start_ready()
+    assert engine.names == [["a"]]
+
+
+def test_a_run_waits_for_memory_that_other_programs_have_taken_meanwhile(make_config, tmp_path):
+    nodes = [node(make_config, name, 1, cost, seed=seed) for seed, (name, cost) in enumerate(COSTS.items())]
+    each = needed(nodes[:1])
+    room = MemoryRoom(free := mock.Mock(return_value=9 * each))
+    assert room.fitting(nodes[:1]) == nodes[:1]
+    room.take("first", nodes[:1])
+    free.return_value = 0.9 * each
+    assert room.fitting(nodes[1:2]) == []
+    free.return_value = 1.1 * each
+    assert room.fitting(nodes[1:2]) == nodes[1:2]
+
+
+def test_a_cohort_is_no_larger_than_fits_into_memory(make_config, tmp_path):
+    nodes = [node(make_config, f"s{seed}", 1, 1.0, "student", seed) for seed in range(4)]
+    engine = Places(1, needed(nodes[:3]) + 1)
+    with Leases(tmp_path, 0.2) as leases:
+        state = RunnerState(nodes, engine, leases, Failures(tmp_path, 0), cohort=4)
+        state.refresh()
+        state.start_ready()
+    assert [len(names) for names in engine.names] == [3]
+    assert "s0 and 2 more train together, not 4: they need " in state.room.notes[0]
 
 
 def test_runs_with_other_processes_are_no_cohort(make_config):

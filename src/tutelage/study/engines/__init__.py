@@ -90,6 +90,9 @@ class Engine(Protocol):
     def largest(self) -> int:
         """Processes that one task can have, each on a device of its own."""
 
+    def free_memory(self) -> float:
+        """Bytes that tasks can take together now; endless where each has a machine or a GPU of its own."""
+
     def start(self, key: str, task: Task) -> None:
         """Begin a task; those that run have at most `slots` processes together."""
 

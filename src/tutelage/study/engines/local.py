@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.errors import UserError
 from tutelage.launch import describe
+from tutelage.models.devices import Hardware
 from tutelage.processes import cores
 from tutelage.stopping import held_back, leave_signals_to_parent
 from tutelage.study.engines import TaskOutcome
@@ -78,6 +80,10 @@ class LocalEngine:
 
     def __exit__(self, *_: object) -> None:
         self._end(self._distinct())
+
+    def free_memory(self) -> float:
+        """See `Engine`."""
+        return math.inf if self._gpus else Hardware.here("cpu", 1, 1).memory
 
     def start(self, key: str, task: Task) -> None:
         """See `Engine`."""

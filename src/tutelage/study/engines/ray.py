@@ -6,6 +6,7 @@ system.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 from tutelage.errors import UserError, one_line
 from tutelage.installed import install_extra
+from tutelage.models.devices import Hardware
 from tutelage.study.engines import TaskOutcome, ray_train
 from tutelage.study.engines.tasks import execute
 
@@ -87,6 +89,10 @@ class RayEngine:
         for task in self._running:
             self._ray.cancel(task, force=True)
         self._ray.shutdown()
+
+    def free_memory(self) -> float:
+        """See `Engine`."""
+        return Hardware.here("cpu", 1, 1).memory if self._is_here and not self._on_gpus else math.inf
 
     def start(self, key: str, task: Task) -> None:
         """See `Engine`."""
