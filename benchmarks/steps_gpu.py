@@ -149,7 +149,7 @@ def formula(case: Case, student: Student, arguments: argparse.Namespace) -> floa
     """Bytes that the plan of the run expects."""
     teachers = [find_shape(arguments.teacher)] if case.teacher == "live" else []
     shape, here = find_shape(arguments.shape), Hardware.here("cuda", 1, free=False)
-    return plan_memory(footprint(student.config, shape, teachers, arguments.vocabulary, here)).total
+    return plan_memory(footprint(student.config, shape, teachers, arguments.vocabulary, here)).tensors
 
 
 def measure(case: Case, student: Student, arguments: argparse.Namespace) -> str:

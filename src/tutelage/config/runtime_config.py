@@ -25,7 +25,7 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(
         default=True,
         description="write from a copy in memory (12 bytes per parameter, divided by parallel.shard) while "
-        "training goes on",
+        "training goes on; the last one is not copied",
     )
     on_full_disk: Literal["stop", "continue"] = Field(
         default="stop",

@@ -38,10 +38,10 @@ class Remedy:
 def least_memory(needs: Footprint) -> float:
     """Bytes that a run takes at least on its mesh: all is recomputed, no state copied, hardly any logits.
 
-    Nor is a cache counted that is to be written, for it may be there.
+    Nor is a cache counted that is to be written, for it may be there, nor what an allocator keeps unused.
     """
     least = replace(needs, recomputation="full", chunk=_SMALLEST_CHUNK, copied=False, cached=())
-    return plan_memory(least).total
+    return plan_memory(least).tensors
 
 
 def remedies(

@@ -186,7 +186,7 @@ def test_runs_that_train_together_are_checked_together(make_config, free, comman
     assert "turn: one run after the other" in warning
     together = plan_together(configs, Hardware.here("cpu", 1, 1))
     assert together.memory.parts["other students"] == 2 * (16 + 12) * weights  # with a copy for checkpoints
-    assert together.memory.total == pytest.approx(alone.total + 2 * 28 * weights)
+    assert together.memory.tensors == pytest.approx(alone.tensors + 2 * 28 * weights)
     free(0.9 * together.least)
     with pytest.raises(UserError, match=r"runs lr-0.001, lr-0.002, lr-0.003: together they need"):
         run_cohort(configs)
