@@ -33,40 +33,51 @@ class MemoryRoom:
         self._free = free
         self._all = 0.0
         self._taken: dict[str, float] = {}
-        self._told: set[int] = set()
+        self._told: set[tuple[int, bool]] = set()
+        self._known: dict[tuple[str, ...], float] = {}
 
     def fitting(self, nodes: Sequence[Node]) -> Sequence[Node]:
         """The first of runs that are to train together, as many as fit; none if they have to wait.
 
-        Where none runs, the first may: what cannot fit alone is refused when it starts, with what to turn.
+        Where none runs, the first may: what cannot fit even alone is refused when it starts, with what to
+        turn. Workers tell nobody what may not fit, so that is said here.
         """
         free = self._free()
         if not self._taken:
             self._all = free
         left = min(free, self._all - sum(self._taken.values()))
-        fits = (count for count in range(len(nodes), 0, -1) if needed(nodes[:count]) <= left)
-        count = next(fits, 0 if self._taken else 1)
+        fits = (count for count in range(len(nodes), 0, -1) if self._needed(nodes[:count]) <= left)
+        count = next(fits, 0)
         if count < len(nodes):
             self._tell(nodes, count, max(0.0, left))
-        return nodes[:count]
+        return nodes[: max(count, 0 if self._taken else 1)]
 
     def take(self, key: str, nodes: Sequence[Node]) -> None:
         """Count what runs that start take."""
-        self._taken[key] = needed(nodes)
+        self._taken[key] = self._needed(nodes)
 
     def give_back(self, key: str) -> None:
         """Count no longer what runs have taken that have ended."""
         self._taken.pop(key, None)
 
+    def _needed(self, nodes: Sequence[Node]) -> float:
+        """As `needed`, computed once for those that are asked about twice a second while they wait."""
+        key = tuple(node.id for node in nodes)
+        if key not in self._known:
+            self._known[key] = needed(nodes)
+        return self._known[key]
+
     def _tell(self, nodes: Sequence[Node], count: int, left: float) -> None:
-        name, needs = nodes[0].cell.name, size_text(needed(nodes[: max(1, count)]))
+        name, needs = nodes[0].cell.name, size_text(self._needed(nodes[: max(1, count)]))
         if count:
-            text = f"{name} and {count - 1} more train together, not {len(nodes)}: they need {needs}"
+            text = f"so {name} and {count - 1} more train together, not {len(nodes)}: they need {needs}"
+        elif self._taken:
+            text = f"so {name} waits until others have ended: it needs {needs}"
         else:
-            text = f"{name} waits until others have ended: it needs {needs}"
-        if count not in self._told:
-            self._told.add(count)
-            self.notes.append(f"memory: {size_text(left)} are left of {size_text(self._all)}, so {text}")
+            text = f"and {name} may need {needs}, though nothing runs beside it"
+        if (kind := (count, not self._taken)) not in self._told:
+            self._told.add(kind)
+            self.notes.append(f"memory: {size_text(left)} are left of {size_text(self._all)}, {text}")
 
 
 _LIBRARIES = 0.3e9

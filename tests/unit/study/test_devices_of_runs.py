@@ -110,6 +110,9 @@ def test_a_run_that_nothing_runs_beside_starts_however_much_it_needs(make_config
         state.refresh()
         state.start_ready()
     assert engine.names == [["a"]]
+    alone, waits = state.room.notes
+    assert "and a may need " in alone
+    assert "so b waits until others have ended" in waits
 
 
 def test_a_run_waits_for_memory_that_other_programs_have_taken_meanwhile(make_config, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -307,3 +308,12 @@ def test_a_given_teacher_that_is_not_here_is_said_to_be_left_out(tmp_path):
     assert all(work.cost.teacher_flops == 0 for work in works if work.cell.teacher == "strong")
     missing = f"{tmp_path / 'none'} cannot be read here; its forward passes and memory are left out"
     assert f"demo: {missing}" in notes
+
+
+def test_what_fits_a_device_is_what_train_plans_with(monkeypatch):
+    """`train --plan` sets a tenth of a device's memory aside."""
+    machine, studies = Machine("h100", 1, None, None), [expand(load_study("demo"))]
+    size = forecast(studies, machine, None)["memory"]["bytes"]
+    for memory, fits in ((size / 0.95, False), (size / 0.85, True)):
+        monkeypatch.setitem(DEVICES, "h100", replace(DEVICES["h100"], memory=memory))
+        assert forecast(studies, machine, None)["memory"]["fits"] is fits
