@@ -115,9 +115,9 @@ _DENSE = 1.6
 _TEMPORARIES = 8
 """Forward KL works in place; the other divergences hold many temporaries, so their chunks are smaller."""
 _WHOLE = {"forward_kl": 0, "hard_labels": 2, "reverse_kl": 6, "tvd": 6}
-_WHOLE_ELSE, _KEPT_ELSE, _TRUNCATING = 8, 4, 2
+_WHOLE_ELSE, _KEPT_ELSE, _TRUNCATING = 8, 4, {"top_k": 2, "top_p": 12}
 """Blocks as large as a chunk's logits that a divergence takes beside these: between whole distributions, over
-kept ids and a bucket (forward KL and hard labels take none there), and to choose the ids."""
+kept ids and a bucket (forward KL and hard labels take none there), and to choose ids, which may be all."""
 _OF_LOGITS = StudentEntropyGate | TeacherEntropyGate | TeacherCertaintyGate
 
 
@@ -248,7 +248,9 @@ class ObjectiveConfig(Objective):
         divergence, gate = _WHOLE.get(self.divergence, _WHOLE_ELSE), 0
         if not dense or self.truncation is not None:
             in_place = self.divergence in {"forward_kl", "hard_labels"}
-            divergence = max(0 if in_place else _KEPT_ELSE, _TRUNCATING if dense else 0)
+            divergence = 0 if in_place else _KEPT_ELSE
+            if dense and self.truncation is not None:
+                divergence = max(divergence, _TRUNCATING[self.truncation.kind])
         if self.gate is not None:
             gate = 1 + isinstance(self.gate, _OF_LOGITS if dense else StudentEntropyGate)
         return max(divergence, gate)

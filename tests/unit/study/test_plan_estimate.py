@@ -312,7 +312,9 @@ def test_a_given_teacher_that_is_not_here_is_said_to_be_left_out(tmp_path):
 
 def test_what_fits_a_device_is_what_train_plans_with(monkeypatch):
     """`train --plan` sets a tenth of a device's memory aside."""
-    machine, studies = Machine("h100", 1, None, None), [expand(load_study("demo"))]
+    raw = DEMO.model_dump(mode="json")
+    raw["run"]["parallel"] = {"shard": 1}  # else it would be divided over more devices
+    machine, studies = Machine("h100", 1, None, None), [expand(validate(StudyConfig, raw, "test"))]
     size = forecast(studies, machine, None)["memory"]["bytes"]
     for memory, fits in ((size / 0.95, False), (size / 0.85, True)):
         monkeypatch.setitem(DEVICES, "h100", replace(DEVICES["h100"], memory=memory))
