@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from tiny_study import run_tiny, tiny_study
 
 from tutelage.errors import UserError
 from tutelage.progress import NullProgress
 from tutelage.run_directory import run_id
 from tutelage.study.cells import Cell
-from tutelage.study.engines import TaskOutcome
+from tutelage.study.engines import StoreTask, TaskOutcome, tasks
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.leases import Failures, Leases
 from tutelage.study.memory_room import MemoryRoom, needed
@@ -169,3 +173,29 @@ def test_a_study_is_not_started_by_torchrun(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"one of 2 \(WORLD_SIZE\).* without torchrun"):
         run_tiny(tiny_study(), tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator keeps other things")
+def test_a_worker_gives_the_memory_of_an_ended_run_back(monkeypatch):
+    """It kept .5 GB of a run of .8 that had ended, and the next runs had to wait for each other."""
+    last = []
+
+    def run(*_):
+        for _ in range(2):  # the allocator learns how large the pieces are, and keeps the second ones
+            pieces = [torch.ones(2**18) for _ in range(300)]
+            last.append(torch.ones(2**18))  # what lies last and is still used keeps all before it
+            del pieces
+        grown.append(own_memory() - before)
+        return TaskOutcome(status="done")
+
+    monkeypatch.setattr(tasks, "_execute", run)
+    before, grown = own_memory(), []
+    text = {"name": "text", "sources": [{"kind": "corpus", "name": "sotu"}]}
+    task = StoreTask(config=text, directory=Path("x"))
+    assert "done" in tasks.execute(task.model_dump_json())
+    assert grown[0] > 200 * 2**20
+    assert own_memory() - before < 50 * 2**20
+
+
+def own_memory():
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
