@@ -24,7 +24,7 @@ Recomputation = Literal["none", "selective", "full"]
 _FLOAT, _HALF = 4, 2
 _UNUSED: dict[Recomputation, float] = {"none": 0.3, "selective": 0.3, "full": 1.0}
 """What the allocator of the C library (glibc's) keeps unused beside each byte in use, by recomputation: real
-runs took a fifth to a third more than their tensors, with whole layers recomputed as much again."""
+runs took an eighth to a third more than their tensors, with whole layers recomputed as much again."""
 _CACHED_TOKENS, _CODECS_BLOCKS, _CODECS_BYTES = 4096, 6, {True: 256 * 2**20, False: 32 * 2**20}
 """Tokens of a batch whose targets are written to a cache; of the logits that are formed of it at a time the
 bytes, on CUDA or not, and how many blocks of that size there are with temporaries."""
