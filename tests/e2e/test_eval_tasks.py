@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 
@@ -37,6 +38,28 @@ def test_models_side_by_side(folder, store, command, monkeypatch):
     rows = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
     assert [[row["metric"] for row in found] for found in rows] == [["acc", "acc_norm"]] * 2
     assert rows[0][0]["version"] == rows[1][0]["version"]
+
+
+def test_models_side_by_side_in_conversations(folder, command, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ("--task", "word_analogy", "--limit", "6", "--apply-chat-template")
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
+    for name in ("talks-0", "talks-1"):
+        shutil.copytree(folder / name.replace("talks", "seed"), name)
+        (folder / name / "chat_template.jinja").write_text(template, encoding="utf-8")
+    code, _, complaint = command("eval", "tasks", "talks-0", "seed-1", *arguments)
+    assert (code, complaint.count("\n")) == (2, 1)
+    assert "seed-1: no chat template" in complaint
+    assert not [*folder.glob("evals/talks-*")]  # the first one is not asked either
+    _, shown, _ = command("eval", "tasks", "talks-0", "talks-1", *arguments, "--system-instruction", "Think.")
+    rows = [
+        json.loads(file.read_text("utf-8").splitlines()[0]) for file in folder.glob("evals/talks-*/*.jsonl")
+    ]
+    assert [row["domain"] for row in rows] == ["word_analogy (chat, system)"] * 2
+    assert "(chat, system)" in shown
+    code, _, complaint = command("eval", "tasks", "talks-0", "--task", "roll", "--no-fewshot-as-multiturn")
+    assert (code, complaint.count("\n")) == (2, 1)
+    assert "apply the chat template as well" in complaint
 
 
 def test_probes_side_by_side(folder, store, command, monkeypatch):

@@ -6,10 +6,14 @@ from tutelage.progress import NullProgress
 
 
 class Told(NullProgress):
-    """Amounts of every stage: wanted, unit, and all that was done, in order; "done" when it has ended."""
+    """Notes, and amounts of every stage: wanted, unit, and all that was done, in order; "done" at its end."""
 
     def __init__(self) -> None:
         self.stages: dict[str, list[object]] = {}
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def start(self, stage: str, total: float | None = None, unit: str = "", done: float = 0) -> None:
         self.stages[stage] = [total, unit]

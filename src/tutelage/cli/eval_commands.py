@@ -55,6 +55,23 @@ MaxDocuments = Annotated[int | None, typer.Option(min=1, help="of each text's sp
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="per document; default: 2048")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 
+Include = Annotated[
+    Path | None,
+    typer.Option(
+        help="directory of lm-eval task files of your own (*.yaml); functions that they name are run"
+    ),
+]
+InConversations = Annotated[
+    bool, typer.Option("--apply-chat-template", help="ask in conversations, by the models' chat template")
+]
+TemplateName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="the same, by one of several templates that models have")
+]
+SystemInstruction = Annotated[str | None, typer.Option(metavar="TEXT", help="said before everything else")]
+Multiturn = Annotated[
+    bool, typer.Option(help="worked examples as turns of a conversation, else in one turn with the question")
+]
+
 _EVALS = Path("evals")
 
 
@@ -116,12 +133,11 @@ def tasks(
             ", or of --include; may be repeated"
         ),
     ],
-    include: Annotated[
-        Path | None,
-        typer.Option(
-            help="directory of lm-eval task files of your own (*.yaml); functions that they name are run"
-        ),
-    ] = None,
+    include: Include = None,
+    apply_chat_template: InConversations = False,
+    chat_template: TemplateName = None,
+    system_instruction: SystemInstruction = None,
+    fewshot_as_multiturn: Multiturn = True,
     limit: Annotated[int | None, typer.Option(min=1, help="questions per task; default: all")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="of the forward passes")] = 16,
     output: Output = _EVALS,
@@ -132,10 +148,18 @@ def tasks(
 
     with loading():
         from tutelage.evals.evaluated_model import find_models
-        from tutelage.evals.lm_eval import run_downstream
+        from tutelage.evals.lm_eval import check_models, run_downstream
+        from tutelage.evals.lm_eval_prompts import Prompting
 
+    prompting = Prompting(
+        chat=apply_chat_template or chat_template is not None,
+        template=chat_template,
+        multiturn=fewshot_as_multiturn,
+        system=system_instruction or None,
+    )
     scores: list[Score] = []
     found = find_models(model, output)
+    check_models(found, prompting)
     with RichProgress() as progress:
         for one in found:
             scores += run_downstream(
@@ -146,6 +170,7 @@ def tasks(
                 device=device,
                 stores=output / "stores",
                 include=include,
+                prompting=prompting,
                 progress=progress,
             )
     files = [("scores", one.scores) for one in found]

@@ -14,7 +14,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
 from tutelage.evals.samples import padded_ids
 from tutelage.models.export import all_ends
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from tutelage.data.tokenizer import TextTokenizer
 
@@ -42,23 +43,81 @@ class _Told(CacheHook):  # type: ignore[misc] # as below
         self._advance(1)
 
 
+class ChatWriter(HFLM):  # type: ignore[misc] # as below
+    """Writes conversations by a chat template as lm-eval does, for which it needs no weights.
+
+    Args:
+        tokenizer: with the one template that is meant.
+        model: its directory, for messages.
+
+    Attributes:
+        unheard: whether a system message was left out, by the template or by lm-eval, which leaves out those
+            that a template refuses.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template_args: dict[str, Any] = {}
+        self.unheard = False
+        self._name = model
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as text.
+
+        Raises:
+            UserError: the template fails.
+        """
+        try:
+            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+            text.encode()
+        except Exception as error:  # noqa: BLE001 - a template is a program, which can fail in any way
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{self._name}: its chat template refuses a prompt ({reason})") from None
+        system = (turn["content"].strip() for turn in chat_history if turn["role"] == "system")
+        self.unheard |= any(content not in text for content in system)
+        return text
+
+
 class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
     """A model directory in the interface of lm-eval.
 
     Args:
         own: the directory's tokenizer.
+        writer: writes conversations; None where questions are put as text.
         settings: of `HFLM`.
+
+    Attributes:
+        cut: task and number of each question whose prompt lost its beginning, because with an answer it is
+            longer than the context.
     """
 
-    def __init__(self, own: TextTokenizer, **settings: Any) -> None:  # noqa: ANN401 - lm-eval's own
+    def __init__(
+        self,
+        own: TextTokenizer,
+        writer: ChatWriter | None = None,
+        **settings: Any,  # noqa: ANN401 - lm-eval's own
+    ) -> None:
         super().__init__(**settings)
         self._own = own
+        self._writer = writer
+        self.cut: set[tuple[str, int]] = set()
+        if own.begin:  # by this name lm-eval sees that a chat template has written it already
+            self.tokenizer.bos_token = own.begin[0]
         # A tokenizer that closes texts would close prompts too, and answers would lose their first token.
         self.tokenizer.backend_tokenizer.post_processor = own.library(markup=True).post_processor
         generation = self.model.generation_config
         generation.suppress_tokens = padded_ids(self.model, own.vocab_size)
         # lm-eval waits for the last of a batch, and keeps what the others write behind their ends meanwhile.
         generation.eos_token_id = all_ends(generation.eos_token_id, own.eos_id)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as text."""
+        assert self._writer is not None  # noqa: S101 - lm-eval asks only where conversations are written
+        return self._writer.apply_chat_template(chat_history, add_generation_prompt)
 
     def tell(self, advance: Callable[[int], None]) -> None:
         """Have `advance` called with the number of requests that are finished, as they are."""
@@ -83,6 +142,8 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
                     f"task {request.task_name}: an answer to question {request.doc_id} has {len(scored)} "
                     f"tokens and the model's context {self.max_length}; shorten it, or take another model"
                 )
+            if len(given) + len(scored) > self.max_length + 1:
+                self.cut.add((request.task_name, request.doc_id))
             encoded.append(((context, continuation), given, scored))
         found: list[tuple[float, bool]] = self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
         return found
@@ -101,6 +162,8 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
                     f"model's context is {self.max_length} with the prompt; take another model, or lower "
                     "generation_kwargs.max_gen_toks in a task file of your own"
                 )
+            if len(self.tok_encode(request.args[0])) > self.max_length - longest:
+                self.cut.add((request.task_name, request.doc_id))
         written: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return written
 

@@ -15,13 +15,16 @@ import sys
 import pytest
 import yaml
 from manifests import change_manifest
+from own_task_files import own_task
 from tokenizers import Tokenizer
 from told_progress import Told
 
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.evaluated_model import EvaluatedModel
-from tutelage.evals.lm_eval import _check_known, _manager, _OwnTasks, _prepared, run_downstream
+from tutelage.evals.lm_eval import run_downstream
+from tutelage.evals.lm_eval_prepared import OwnTasks, TaskLoader, check_known, task_manager
+from tutelage.evals.lm_eval_prompts import Asked
 from tutelage.evals.lm_eval_tasks import (
     KINDS,
     PACKAGE_TASKS,
@@ -196,12 +199,12 @@ def test_two_texts_of_one_name_are_refused(evaluated, store, other_store, tmp_pa
 
 @needs_lm_eval
 def test_names_are_checked_against_what_lm_eval_has():
-    manager = _manager([], defaults=True)
-    _check_known([task.name for task in PAPER_TASKS], manager)
+    manager = task_manager([], defaults=True)
+    check_known([task.name for task in PAPER_TASKS], manager)
     with pytest.raises(UserError, match=r"task 'helaswag' is unknown; did you mean 'hellaswag'\?"):
-        _check_known(["helaswag"], manager)
+        check_known(["helaswag"], manager)
     with pytest.raises(UserError, match=r"task 'word_analogies' is unknown; did you mean 'word_analogy'\?"):
-        _check_known(["word_analogies"], manager)
+        check_known(["word_analogies"], manager)
 
 
 @needs_lm_eval
@@ -242,27 +245,6 @@ def test_batch_size_moves_at_most_one_question_in_sixty(evaluated):
         values.append([score.value for score in found])
     for other in values[1:]:
         assert other == pytest.approx(values[0], abs=1 / 60 + 1e-9)
-
-
-def own_task(folder, answers, **changes):
-    """Write a task file of the user's, with a metric that its own Python file computes."""
-    folder.mkdir(exist_ok=True)
-    rows = [{"q": f"The house of number {i} is", "a": answers, "gold": i % 2} for i in range(6)]
-    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "helpers.py").write_text("def prompt(doc):\n    return doc['q'].upper()\n", encoding="utf-8")
-    config = {
-        "task": "own",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "own.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_choice": "a",
-        "doc_to_target": "gold",
-        **changes,
-    }
-    text = yaml.safe_dump(config) + "doc_to_text: !function helpers.prompt\n"
-    (folder / "own.yaml").write_text(text, encoding="utf-8")
-    return folder
 
 
 @needs_lm_eval
@@ -386,9 +368,10 @@ def test_the_papers_tasks_get_the_papers_shots_and_metric(tmp_path):
         "doc_to_target": "gold",
     }
     (tmp_path / "openbookqa.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    manager = _manager([tmp_path], defaults=False)
-    task = _prepared("openbookqa", manager, 4, _OwnTasks(), on_hub=False)
+    manager = task_manager([tmp_path], defaults=False)
+    tasks = [TaskLoader(manager, OwnTasks(), Asked(limit)) for limit in (4, 4, 5)]
+    (task,), (again,), (longer,) = [loader.prepare("openbookqa", on_hub=False) for loader in tasks]
     assert task.metric == "acc_norm"
     assert [task.leaves[0].instances[0].args[0].count("plus one?")] == [1 + 5]
-    assert task.version == _prepared("openbookqa", manager, 4, _OwnTasks(), on_hub=False).version
-    assert task.version != _prepared("openbookqa", manager, 5, _OwnTasks(), on_hub=False).version
+    assert task.rows == again.rows
+    assert task.rows[0].version != longer.rows[0].version
