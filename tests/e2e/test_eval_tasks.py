@@ -79,6 +79,17 @@ def test_word_analogies_come_from_a_package(folder, command, monkeypatch):
     assert "(n=20)" in printed
 
 
+def test_a_stop_is_told(folder, command, monkeypatch):
+    def stopped(*_, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tutelage.evals.lm_eval.run_downstream", stopped)
+    code, _, complaint = command("eval", "tasks", "seed-0", "--task", "word_analogy")
+    assert code == 130
+    assert "stopped; run the same command again to resume" in complaint
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tutelage.errors import UserError, suggestion
+from tutelage.errors import Stopped, UserError, suggestion
 from tutelage.loading import loading
 from tutelage.names import find, kind_of
 
@@ -36,6 +36,17 @@ class EvalGroup(TyperGroup):
                 f"{', '.join(self.commands)}"
             )
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as above
+        """Run a command; a signal ends it, with what is finished on disk.
+
+        Raises:
+            Stopped: it was ended, of which typer would say nothing.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped from None
 
 
 eval_app = typer.Typer(

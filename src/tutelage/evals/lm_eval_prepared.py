@@ -137,6 +137,8 @@ def check_known(names: Sequence[str], manager: TaskManager) -> None:
     for name in names:
         if name not in manager.all_tasks:
             hint = suggestion(name, ["paper", *OFFLINE, *manager.all_tasks])
+            if {*name.split(",")} <= {*manager.all_tasks}:
+                hint = "give --task once for each; "
             raise UserError(
                 f"task {name!r} is unknown; {hint}`lm-eval ls tasks` lists them, and --include DIRECTORY "
                 "adds task files of your own"

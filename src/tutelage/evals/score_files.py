@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import polars as pl
 
@@ -14,7 +14,7 @@ from tutelage.config.load import digest
 from tutelage.errors import UserError
 from tutelage.models import export
 from tutelage.records import UnreadableError, read_lines, read_sealed
-from tutelage.types import SCORING_VERSION, Score
+from tutelage.types import SCORING_VERSION, Role, Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -58,12 +58,15 @@ def known_scores(path: Path, version: str, step: int) -> list[Score]:
 
 
 def last_bits_per_byte(scores: Sequence[Score]) -> dict[tuple[str, str], float]:
-    """Bits per byte of the test splits after the last step, by domain and version."""
+    """Bits per byte of the test splits of texts after the last step, by domain and version.
+
+    Those of a task are left out, which may be called as a text is.
+    """
     wanted = ("bits_per_byte", "test", max((score.step for score in scores), default=0))
     return {
         (score.domain, score.version): score.value
         for score in scores
-        if (score.metric, score.split, score.step) == wanted
+        if (score.metric, score.split, score.step) == wanted and score.role in get_args(Role)
     }
 
 
@@ -87,8 +90,8 @@ def show_in_card(path: Path, scores: Iterable[Score]) -> None:
         return
     last = max(row["step"] for row in rows)
     finished = [row for row in rows if row["step"] == last and row["split"] == "test"]
-    latest = {row["domain"]: row["version"] for row in finished}
-    finished = [row for row in finished if row["version"] == latest[row["domain"]]]
+    latest = {(row["domain"], row["role"]): row["version"] for row in finished}
+    finished = [row for row in finished if row["version"] == latest[row["domain"], row["role"]]]
     before = card.read_text(encoding="utf-8")
     if (text := export.with_scores(before, finished)) != before:
         with checked_write(card) as partial:

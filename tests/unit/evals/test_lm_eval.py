@@ -203,6 +203,8 @@ def test_names_are_checked_against_what_lm_eval_has():
     check_known([task.name for task in PAPER_TASKS], manager)
     with pytest.raises(UserError, match=r"task 'helaswag' is unknown; did you mean 'hellaswag'\?"):
         check_known(["helaswag"], manager)
+    with pytest.raises(UserError, match="task 'hellaswag,piqa' is unknown; give --task once for each; "):
+        check_known(["hellaswag,piqa"], manager)
     with pytest.raises(UserError, match=r"task 'word_analogies' is unknown; did you mean 'word_analogy'\?"):
         check_known(["word_analogies"], manager)
 

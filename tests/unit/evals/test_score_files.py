@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from tutelage.errors import UserError
-from tutelage.evals.score_files import add_documents
+from tutelage.evals.score_files import add_documents, add_scores, last_bits_per_byte
+from tutelage.types import Score
 
 
 def frame(losses, version="a"):
@@ -48,3 +49,17 @@ def test_a_file_that_holds_no_losses_is_named_and_left(tmp_path, what):
     )
     assert len(message.splitlines()) == 1
     assert path.read_bytes() == before
+
+
+def test_a_task_that_is_called_as_a_text_is_takes_no_place_of_its_scores(tmp_path):
+    """lm-eval has tasks with bits per byte, of documents and by rules of its own."""
+    (tmp_path / "model").mkdir()
+    card = tmp_path / "model" / "README.md"
+    card.write_text("## Scores\n", encoding="utf-8")
+    rows = [
+        Score("run", 7, 900, "scripture", role, "test", "bits_per_byte", value, 0.1, 4, False, version)
+        for role, value, version in (("out_of_domain", 4.25, "2-a"), ("downstream", 4.75, "2-b"))
+    ]
+    add_scores(tmp_path / "scores.jsonl", rows)
+    assert last_bits_per_byte(rows) == {("scripture", "2-a"): 4.25}
+    assert [value in card.read_text(encoding="utf-8") for value in ("4.25", "4.75")] == [True, True]
