@@ -77,25 +77,24 @@ def test_of_what_is_not_summed_up_each_task_is_kept_when_it_is_done(evaluated, f
 
 
 def test_a_task_that_a_group_judges_otherwise_has_scores_of_its_own(evaluated, folder):
-    first = run_downstream(evaluated, ["first"], include=folder)
-    group = {"group": "other", "task": [{"task": "first", "metric_list": [{"metric": "acc"}]}]}
+    group = {"group": "other", "task": [{"task": "first", "repeats": 2}]}
     (folder / "other.yaml").write_text(yaml.safe_dump(group | SUMMED_UP), encoding="utf-8")
-    (again,) = (one for one in run_downstream(evaluated, ["other"], include=folder) if one.domain == "first")
-    assert again.version != first[0].version
+    (first, _) = run_downstream(evaluated, ["first"], include=folder)
+    (_, again, _) = run_downstream(evaluated, ["other"], include=folder)
+    assert (first.domain, first.metric) == (again.domain, again.metric) == ("first", "acc")
+    assert first.version != again.version
 
 
 def test_included_files_and_data_beside_the_answers_count(evaluated, tmp_path):
-    folder = own_task(tmp_path / "own", ANSWERS, include="../_shared", output_type="generate_until")
-    (tmp_path / "own" / "helpers.py").write_text(
-        "def prompt(doc):\n    return doc['q']\n"
-        "def judge(doc, results):\n    return {'acc': float(doc['other'] in results[0])}\n",
-        encoding="utf-8",
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    settings = {"generation_kwargs": {"max_gen_toks": 4}, "metric_list": [{"metric": "acc"}]}
+    (shared / "_base").write_text(
+        yaml.safe_dump(settings) + "process_results: !function judge.judge\n", encoding="utf-8"
     )
-    shared = tmp_path / "_shared"
-    shared.write_text("generation_kwargs: {max_gen_toks: 4}\nrepeats: 1\n", encoding="utf-8")
-    with (folder / "own.yaml").open("a", encoding="utf-8") as file:
-        file.write("metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n")
-        file.write("process_results: !function helpers.judge\n")
+    judge = shared / "judge.py"
+    judge.write_text("def judge(doc, results):\n    return {'acc': float(doc['other'] in results[0])}\n")
+    folder = own_task(tmp_path / "own", ANSWERS, include="../shared/_base", output_type="generate_until")
 
     def version():
         (score,) = run_downstream(evaluated, ["own"], include=folder)
@@ -103,11 +102,12 @@ def test_included_files_and_data_beside_the_answers_count(evaluated, tmp_path):
 
     first = version()
     assert version() == first
-    shared.write_text("generation_kwargs: {max_gen_toks: 4}\nrepeats: 2\n", encoding="utf-8")
+    judge.write_text(judge.read_text(encoding="utf-8").replace(" in ", " not in "), encoding="utf-8")
     second = version()
     assert second != first
-    text = (folder / "own.jsonl").read_text(encoding="utf-8")
-    (folder / "own.jsonl").write_text(text.replace("number 3", "no. 3"), encoding="utf-8")
+    rows = folder / "own.jsonl"
+    text = rows.read_text(encoding="utf-8")
+    rows.write_text(text.replace('"other": "number 3"', '"other": "no. 3"'), encoding="utf-8")
     assert version() not in (first, second)
 
 
