@@ -32,7 +32,7 @@ from tutelage.evals.lm_eval_prepared import (
     quiet,
     task_manager,
 )
-from tutelage.evals.lm_eval_prompts import PLAIN, Asked, chat_writer, tokens_beside
+from tutelage.evals.lm_eval_prompts import PLAIN, Asked, chat_writer, open_tokenizer, tokens_beside
 from tutelage.evals.lm_eval_tasks import (
     PACKAGE_TASKS,
     PAPER_TASKS,
@@ -248,6 +248,7 @@ def _model(
     return ExportedModel(
         load_tokenizer(evaluated.model),
         writer,
+        tokenizer=open_tokenizer(evaluated.model),
         pretrained=load_evaluated(evaluated, device),  # lm-eval would take NaN, and draw missing weights
         max_length=evaluated.context,
         batch_size=batch_size,

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
 
     from tutelage.data.tokenizer import TextTokenizer
     from tutelage.evals.lm_eval_model import ChatWriter
@@ -99,11 +100,9 @@ def chat_writer(model: Path, prompting: Prompting) -> ChatWriter | None:
     """
     if not prompting.chat:
         return None
-    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds that plain text need not cost
-
     from tutelage.evals.lm_eval_model import ChatWriter  # noqa: PLC0415 - an extra, and slow to import
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = open_tokenizer(model)
     template = _chosen(tokenizer.chat_template, prompting.template, model)
     tokenizer.chat_template = template
     writer = ChatWriter(tokenizer, str(model))
@@ -116,6 +115,21 @@ def chat_writer(model: Path, prompting: Prompting) -> ChatWriter | None:
                 "leave it out"
             )
     return writer
+
+
+def open_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory as transformers has it, with its chat templates.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds that a wrong name need not cost
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - a damaged file can raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{model}: its tokenizer or chat template cannot be read ({reason})") from None
 
 
 def _chosen(templates: str | dict[str, str] | None, name: str | None, model: Path) -> str:

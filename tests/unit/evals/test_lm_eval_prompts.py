@@ -223,6 +223,13 @@ def test_what_a_template_cannot_do_is_one_line_before_any_compute(
     assert not evaluated.scores.exists()
 
 
+@pytest.mark.parametrize("prompting", [Prompting(), CHAT])
+def test_a_template_that_is_no_text_is_one_line(evaluated, folder, prompting):
+    (evaluated.model / "chat_template.jinja").write_bytes(b"\xff\xfe{{ x }}")
+    with pytest.raises(UserError, match=r"chatty: its tokenizer or chat template cannot be read \(Unicode"):
+        run_downstream(evaluated, ["asked"], include=folder, prompting=prompting)
+
+
 def test_what_a_conversation_alone_has_needs_one():
     with pytest.raises(UserError, match="chat template 'formal': named, but"):
         Prompting(template="formal")
