@@ -127,7 +127,7 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
         """Log-probability of every continuation, and whether it is the model's first choice throughout.
 
         Raises:
-            UserError: one is longer than the model's context.
+            UserError: one has no tokens, or is longer than the model's context.
         """
         encoded: list[TokenRequest] = []
         for request in requests:
@@ -137,6 +137,11 @@ class ExportedModel(HFLM):  # type: ignore[misc] # lm-eval is untyped
             else:  # all of it is scored: answers that begin with other tokens are compared with one another
                 given = [*self._own.begin_ids] or [self._own.eos_id]
                 scored = self.tok_encode(continuation, add_special_tokens=False)
+            if not scored:
+                raise UserError(
+                    f"task {request.task_name}: an answer to question {request.doc_id}, {continuation!r}, "
+                    "has no token of its own: it is empty, or the tokenizer joins it with the prompt"
+                )
             if len(scored) > self.max_length:
                 raise UserError(
                     f"task {request.task_name}: an answer to question {request.doc_id} has {len(scored)} "

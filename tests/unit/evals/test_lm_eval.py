@@ -298,6 +298,10 @@ def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
             r"task own: an answer to question 0 has \d+ tokens and the model's context 96",
         ),
         (
+            {"answers": [" of"], "output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": ""},
+            r"task own: an answer to question 0, '', has no token of its own: it is empty",
+        ),
+        (
             {"answers": [" of"], "doc_to_choice": "b"},
             r"task own: its data cannot be loaded .*look into its file",
         ),
