@@ -103,7 +103,7 @@ def chat_writer(model: Path, prompting: Prompting) -> ChatWriter | None:
     from tutelage.evals.lm_eval_model import ChatWriter  # noqa: PLC0415 - an extra, and slow to import
 
     tokenizer = open_tokenizer(model)
-    template = _chosen(tokenizer.chat_template, prompting.template, model)
+    template = chosen_template(tokenizer.chat_template, prompting.template, model)
     tokenizer.chat_template = template
     writer = ChatWriter(tokenizer, str(model))
     if prompting.system:
@@ -132,8 +132,12 @@ def open_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{model}: its tokenizer or chat template cannot be read ({reason})") from None
 
 
-def _chosen(templates: str | dict[str, str] | None, name: str | None, model: Path) -> str:
-    """One of a tokenizer's templates."""
+def chosen_template(templates: str | dict[str, str] | None, name: str | None, model: Path) -> str:
+    """One of a tokenizer's chat templates: that of a name, or the default one.
+
+    Raises:
+        UserError: there is none.
+    """
     if not templates:
         raise UserError(
             f"{model}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from tutelage.checksums import checked_write
 from tutelage.errors import UserError, one_line, shown
 from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated
+from tutelage.evals.lm_eval_prompts import chosen_template
 from tutelage.evals.score_files import version_of
 from tutelage.models.export import all_ends
 from tutelage.models.hub import pick_device
