@@ -204,6 +204,11 @@ def load_evaluated(evaluated: EvaluatedModel, device: torch.device | str) -> Pre
     return model.to(device)
 
 
+def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
+    """Ids that the head has and the tokenizer lacks, for `suppress_tokens`; None if there are none."""
+    return [*range(vocab_size, model.get_output_embeddings().weight.shape[0])] or None
+
+
 def _config(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig  # noqa: PLC0415 - seconds that a wrong name need not cost
 

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from tutelage.errors import UserError, one_line
-from tutelage.evals.samples import padded_ids
+from tutelage.evals.evaluated_model import padded_ids
 from tutelage.models.export import all_ends
 
 if TYPE_CHECKING:

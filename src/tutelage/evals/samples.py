@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from tutelage.checksums import checked_write
 from tutelage.errors import UserError, one_line, shown
-from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated
+from tutelage.evals.evaluated_model import check_tokenizer, load_evaluated, padded_ids
 from tutelage.evals.lm_eval_prompts import chosen_template
 from tutelage.evals.score_files import version_of
 from tutelage.models.export import all_ends
@@ -157,10 +157,7 @@ def _given(
 def _asked(evaluated: EvaluatedModel, prompt: str) -> list[int]:
     """The ids of a user's turn and of what begins the answer to it."""
     tokenizer = AutoTokenizer.from_pretrained(evaluated.model, trust_remote_code=False)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{evaluated.id}: its tokenizer has no chat template; leave --apply-chat-template out"
-        )
+    tokenizer.chat_template = chosen_template(tokenizer.chat_template, None, evaluated.model)
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
@@ -224,11 +221,6 @@ def write_samples(
     write_sealed(
         path, {"version": version, "model": evaluated.id, "step": evaluated.step, "samples": samples}
     )
-
-
-def padded_ids(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
-    """Ids that the head has and the tokenizer lacks, for `suppress_tokens`; None if there are none."""
-    return [*range(vocab_size, model.get_output_embeddings().weight.shape[0])] or None
 
 
 def _excerpts(store: Store, length: int) -> list[list[int]]:
