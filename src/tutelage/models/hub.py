@@ -7,7 +7,6 @@ models reads ours. No pickled weights are read and no code from a model director
 from __future__ import annotations
 
 import contextlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +24,14 @@ from tutelage.models.directory import check_config, computing, is_local
 from tutelage.models.export import Base, check_tokenizer_files, complete
 from tutelage.models.lengths import trained_length
 from tutelage.models.packed import body_of
+from tutelage.models.weight_names import check_names, check_tied, not_finite
 from tutelage.objective.products import dense_logits, weight_and_bias
 from tutelage.processes import cores
 from tutelage.records import read_object
 from tutelage.types import DenseTargets, LogitTransform, transformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
@@ -119,6 +119,7 @@ def load(
                 **chosen,
             )
     check_names(model, report["missing_keys"], report["unexpected_keys"], name)
+    check_tied(model, name)
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(not_finite(name, key))
@@ -170,32 +171,6 @@ def errors_of_loading(name: str, attn_implementation: str | None) -> Iterator[No
                 "transformers knows its model_type, but not as a model of text that is read left to right"
             )
         raise UserError(f"{name}: cannot be loaded as a causal language model: {reason}") from None
-
-
-def check_names(model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str], name: str) -> None:
-    """Check that every weight comes from the files, and that no layer is left over.
-
-    Raises:
-        UserError: naming the first of `missing`, or of `unexpected` that other layers have too.
-    """
-    if missing := sorted(missing):
-        many = "weights are" if len(missing) > 1 else "weight is"
-        raise UserError(f"{name}: {len(missing)} {many} missing, for example {missing[0]}")
-    kinds = {_kind(key) for key in model.state_dict()}
-    if more := sorted(key for key in unexpected if _kind(key) in kinds):
-        raise UserError(
-            f"{name}: config.json speaks of fewer layers than there are weights, for example {more[0]}"
-        )
-
-
-def not_finite(name: str, key: str) -> str:
-    """The message that weight `key` of model `name` is damaged."""
-    return f"{name}: {key} holds numbers that are not finite (NaN or infinity)"
-
-
-def _kind(key: str) -> str:
-    """Replace the layer number in a weight's name."""
-    return re.sub(r"\d+", "#", key)
 
 
 @contextlib.contextmanager

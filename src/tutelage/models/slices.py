@@ -35,8 +35,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from tutelage.errors import UserError, one_line
 from tutelage.hub_access import check_downloads, reading_hub
 from tutelage.models.directory import check_config, is_local, weight_files
-from tutelage.models.hub import body_and_head, check_names, errors_of_loading, not_finite
+from tutelage.models.hub import body_and_head, errors_of_loading
 from tutelage.models.sharding import materialise, own_rows
+from tutelage.models.weight_names import check_names, not_finite, two_weights
 from tutelage.records import read_object
 
 if TYPE_CHECKING:
@@ -164,10 +165,7 @@ class PendingModel:
         check_names(self.model, found.missing_keys, found.unexpected_keys, self.name)
         for first, second in twice:
             if second in damaged:
-                raise UserError(
-                    f"{self.name}: config.json says that {first} and {second} are one weight "
-                    "(tie_word_embeddings), but the files hold two that differ; correct it there"
-                )
+                raise UserError(two_weights(self.name, first, second))
         if damaged:
             raise UserError(not_finite(self.name, min(damaged)))
 

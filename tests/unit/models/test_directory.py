@@ -177,6 +177,61 @@ def test_more_layers_than_the_config_says_are_not_dropped(directory):
     assert "config.json speaks of fewer layers than there are weights" in refusal(directory)
 
 
+WAYS = [load, lambda path: slices.describe(path).load(torch.device("cpu"))]
+"""By one process, and as each of several does."""
+
+
+def rewritten(directory, **weights):
+    """The directory with more weights, and changed ones."""
+    path = directory / "model.safetensors"
+    more = {name.replace("__", "."): weight for name, weight in weights.items()}
+    save_file(load_file(path) | more, path, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_proj.bias",
+        "lm_head.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "layers.0.self_attn.q_norm.weight",
+        "model.layers.0.mlp.up_proj.weight_scale_inv",
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    ],
+)
+def test_weights_that_the_config_has_no_place_for_are_not_dropped(directory, way, name):
+    """Transformers says so in a log alone, and computes something else."""
+    rewritten(directory, **{name: torch.ones(48)})
+    with pytest.raises(
+        UserError, match=f"without {name}, and 1 of the weights in its files would be left out"
+    ):
+        way(directory)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_nothing_is_computed_with_may_be_left_out(directory, way):
+    buffers = ("masked_bias", "rotary_emb.inv_freq")
+    names = (
+        "v_head.weight",
+        "vision.layers.0.weight",
+        *[f"model.layers.0.self_attn.{one}" for one in buffers],
+    )
+    assert way(rewritten(directory, **{name: torch.ones(1) for name in names})).num_parameters() > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_beside_the_embedding_that_it_is_said_to_be(directory, way):
+    """Transformers 5 takes it, version 4 the embedding: a model trained from it was another to each."""
+    change(directory, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"config\.json says that .* are one weight \(tie_word_embeddings\)"):
+        way(directory)
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    model = way(rewritten(directory, lm_head__weight=embedding))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_other_shapes_than_the_config_says(directory):
     change(directory, intermediate_size=121)
     assert "cannot be loaded" in refusal(directory)
@@ -190,7 +245,7 @@ def test_a_table_of_positions_larger_than_the_weights(tmp_path):
     assert "cannot be loaded" in refusal(tmp_path / "model")
 
 
-@pytest.mark.parametrize("way", [load, lambda path: slices.describe(path).load(torch.device("cpu"))])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_config_that_asks_for_tuples_changes_nothing(directory, way):
     change(directory, return_dict=False)
     assert way(directory)(torch.arange(4).unsqueeze(0)).logits.shape == (1, 4, VOCAB)
