@@ -169,10 +169,22 @@ def completed(path: Path, what: str) -> Path:
     return found
 
 
-def local_model(path: str, what: str) -> str:
-    """The path of a model with names in it completed; what is not there, a Hub name too, stays as it is."""
+def local_model(path: str, what: str, revision: str | None = None) -> str:
+    """The path of a model with names in it completed; what is not there, a Hub name too, stays as it is.
+
+    Raises:
+        UserError: a revision is asked for, of what is a directory here.
+    """
     found = completed(Path(path), what)
-    return path if Path(path).exists() or not found.exists() else str(found)
+    local = path if Path(path).exists() or not found.exists() else str(found)
+    if revision is not None and Path(local).exists():
+        setting = what.removesuffix("path") + "revision"
+        raise UserError(
+            f"{what} = {path}: is a directory on this machine, which has no revisions, and {setting} = "
+            f"{revision!r} asks for one of the Hub's; remove {setting}, or rename the directory to have the "
+            "Hub's model"
+        )
+    return local
 
 
 def named_teacher(teacher: TeacherConfig, runs: Path) -> TeacherConfig:
@@ -187,8 +199,8 @@ def named_teacher(teacher: TeacherConfig, runs: Path) -> TeacherConfig:
         match one:
             case kinds.RunTeacher(run=run):
                 return one.model_copy(update={"run": find_run_id(run, runs, f"{what}.run")})
-            case kinds.ModelTeacher(path=model):
-                return one.model_copy(update={"path": local_model(model, f"{what}.path")})
+            case kinds.ModelTeacher(path=model, revision=revision):
+                return one.model_copy(update={"path": local_model(model, f"{what}.path", revision)})
             case kinds.CacheTeacher(path=cache):
                 return one.model_copy(update={"path": find("cache", cache, f"{what}.path", runs.parent)})
         return one

@@ -112,7 +112,8 @@ def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
     if model.run is not None:
         model = model.model_copy(update={"run": find_run_id(model.run, runs, "model.run")})
     elif model.path is not None:
-        model = model.model_copy(update={"path": local_model(model.path, "model.path")})
+        path = local_model(model.path, "model.path", model.revision)
+        model = model.model_copy(update={"path": path})
     teacher = teacher and named_teacher(teacher, runs)
     if start is not None:
         start = find_run_id(start, runs, "runtime.branch_from")

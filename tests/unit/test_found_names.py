@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -243,6 +244,26 @@ def test_caches_and_evaluations_take_names(store, tmp_path, monkeypatch):
 def test_a_model_that_is_not_there_keeps_its_spelling(place, path):
     """`./nowhere` is refused at once as a directory; `nowhere` might be on the Hub."""
     assert local_model(path, "teacher.path") == path
+
+
+@pytest.mark.parametrize("path", ["hub/name", "./hub/name", "runs/tea.pot/model"])
+def test_a_revision_of_what_is_a_directory_here_is_refused(place, make_config, store, path):
+    """It was ignored, so another model than the one that was asked for trained or taught."""
+    for directory in ("hub/name", "runs/tea.pot-22222222/model"):
+        (place / directory).mkdir(parents=True)
+    model = {"path": path, "revision": "v1"}
+    teacher = model | {"kind": "model"}
+    for section, more in (
+        ("model", {"model": model}),
+        ("teacher", {"teacher": teacher}),
+        ("teacher.of[1]", {"teacher": {"kind": "mean", "of": [{"kind": "unigram"}, teacher]}}),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"{section}.path = {path}: is a directory")):
+            named(make_config(output="runs", objective={"alpha": 0.4} if "teacher" in more else {}, **more))
+    with pytest.raises(UserError, match=r"teacher\.revision = 'v1' asks for one of the Hub's"):
+        plan_cache(TeachConfig(store=store, teacher=teacher))
+    Path("hub/name").rmdir()
+    assert named(make_config(model=model | {"path": "hub/name"})).model.revision == "v1"
 
 
 @pytest.mark.parametrize(
