@@ -111,6 +111,7 @@ def _fenced(text: str) -> str:
 
 _NEEDED = ("tokenizer.json", "tokenizer_config.json")
 _SPECIAL = ("bos_token", "eos_token", "pad_token")
+_CLASS = "PreTrainedTokenizerFast"
 _TEMPLATE = "chat_template.jinja"
 _TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
@@ -250,7 +251,27 @@ def _tokenizer_settings(
         settings["add_prefix_space"] = True  # or transformers 4 turns it off
     if context is not None:
         settings["model_max_length"] = context
+    _spell_for_older_readers(settings)
+    _begin_as_encoded(settings, tokenizer)
     return settings
+
+
+def _begin_as_encoded(settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Correct the fields that transformers believes before a post-processor: what begins and ends a text."""
+    begin = tokenizer.encode("").tokens
+    settings.pop("add_eos_token", None)
+    if begin and begin != [_content(settings.get("bos_token"))]:
+        settings.pop("add_bos_token", None)
+    elif "add_bos_token" in settings or not (begin or settings.get("tokenizer_class") == _CLASS):
+        settings["add_bos_token"] = bool(begin)  # some classes of transformers 4 add it unless told not to
+
+
+def _spell_for_older_readers(settings: dict[str, Any]) -> None:
+    """Give what version 5 of transformers writes of a tokenizer the names that version 4 reads, too."""
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = _CLASS
+    if isinstance(settings.get("extra_special_tokens"), list):  # to version 4 a dictionary
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
 
 
 def _say_the_same(older: Path, settings: dict[str, Any]) -> None:
@@ -268,10 +289,15 @@ def _special_ids(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, in
 
 
 def _id(tokenizer: Tokenizer, token: object) -> int | None:
-    """The id of a token, which is written as a string or as an object with its content."""
-    content = token.get("content") if isinstance(token, dict) else token
+    """The id of a token."""
+    content = _content(token)
     index: int | None = tokenizer.token_to_id(content) if isinstance(content, str) else None
     return index
+
+
+def _content(token: object) -> object:
+    """The text of a token, which is written as a string or as an object with its content."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _model_ids(config: dict[str, Any], ids: dict[str, int], rows: int) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def _starting_model(config: RunConfig, store: Store, world: World) -> _StartingM
     if tokenizer.ids > store.vocab_size:
         notes.append(
             f"{what}: its tokenizer has {tokenizer.ids:,} ids, {store.path} {store.vocab_size:,}: the others "
-            "get no probability in training and in the scores of this run, and are left as they are"
+            "get no probability in training and in the scores of this run, and no gradient but weight decay"
         )
     base = Base(tokenizer.directory, tokenizer=tokenizer.is_the_stores)
 

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -337,7 +338,9 @@ def test_a_start_models_tokenizer_template_and_generation_are_kept(chatting, mak
         assert (generation["bos_token_id"], generation["pad_token_id"]) == (300, 301)
         assert generation["suppress_tokens"] == [*range(304, 320)]  # no tokens, so nobody trained them
         notes = json.loads((done.path / "provenance.json").read_text())["notes"]
-        assert any("its tokenizer has 304 ids" in note and " 300: the others" in note for note in notes)
+        (note,) = (note for note in notes if "its tokenizer has 304 ids" in note)
+        assert " 300: the others" in note
+        assert "no gradient but weight decay" in note
         config = json.loads((done.model / "config.json").read_text())
         assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (0, 300, 301)
         assert (found.bos_token_id, found.pad_token_id) == (300, 301)
@@ -402,6 +405,54 @@ def test_a_model_ends_as_the_texts_that_it_was_trained_on(chatting, tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"] == 302
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 303, 302]
+
+
+def test_what_transformers_5_wrote_of_a_tokenizer_is_spelled_for_version_4_too(chatting, tmp_path):
+    AutoTokenizer.from_pretrained(chatting, extra_special_tokens=["<|user|>"]).save_pretrained(chatting)
+    written = json.loads((chatting / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "TokenizersBackend"
+    assert written["extra_special_tokens"] == ["<|user|>"]
+    hub.save(hub.load(chatting), tmp_path / "model", chatting, Base(chatting, tokenizer=True))
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # version 4 knows no other for a file
+    assert settings["additional_special_tokens"] == ["<|user|>"]  # and takes a dictionary for the newer name
+    assert "extra_special_tokens" not in settings
+    found, expected = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "model", chatting))
+    assert found.all_special_tokens == expected.all_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("begin", "settings", "written"),
+    [
+        ([], {}, {}),
+        ([], {"tokenizer_class": "LlamaTokenizer"}, {"add_bos_token": False}),  # which adds it by default
+        ([], {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}),
+        ([300], {"add_bos_token": False, "add_eos_token": True}, {"add_bos_token": True}),
+        ([300], {"tokenizer_class": "LlamaTokenizer"}, {}),
+        ([301], {"add_bos_token": True}, {}),  # another token than the one that it would add
+        ([300, 301], {"add_bos_token": True}, {}),
+    ],
+)
+def test_what_begins_a_text_is_no_other_by_the_settings_than_by_the_tokenizer(
+    chatting, tmp_path, begin, settings, written
+):
+    path = chatting / "tokenizer.json"
+    names = {300: "<bos>", 301: "<pad>"}
+    template = processors.TemplateProcessing(
+        single=[*(names[index] for index in begin), "$A"],
+        special_tokens=[(names[index], index) for index in begin],
+    )
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = template
+    tokenizer.save(str(path))
+    file = chatting / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    hub.save(hub.load(chatting), tmp_path / "model", chatting, Base(chatting, tokenizer=True))
+    found = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert {name: found[name] for name in ("add_bos_token", "add_eos_token") if name in found} == written
+    ids = AutoTokenizer.from_pretrained(tmp_path / "model")("weak")["input_ids"]
+    assert ids[: len(begin)] == begin
+    assert ids[len(begin) :] == tokenizer.encode("weak", add_special_tokens=False).ids
 
 
 def test_a_special_token_that_the_tokenizer_lacks_gets_no_id_beyond_the_model(store, tmp_path):
