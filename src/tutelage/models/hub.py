@@ -128,10 +128,10 @@ def load(
 
 
 def outline(path_or_hub_name: str, settings: dict[str, Any]) -> PreTrainedModel:
-    """Make a model without weights, on the meta device, from its config.json.
+    """Make a model without weights, on the meta device, from its config.json, which is not read again.
 
     Args:
-        path_or_hub_name: as in `load`.
+        path_or_hub_name: as in `load`; begins messages.
         settings: content of its config.json.
 
     Raises:
@@ -139,8 +139,7 @@ def outline(path_or_hub_name: str, settings: dict[str, Any]) -> PreTrainedModel:
     """
     check_config(settings, f"{path_or_hub_name}: config.json")
     with errors_of_loading(path_or_hub_name, None), torch.device("meta"):
-        config = AutoConfig.from_pretrained(path_or_hub_name, trust_remote_code=False)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     body_and_head(model)
     return model
 

@@ -33,6 +33,7 @@ from tutelage.models.hub import (
     head_logits,
     load,
     logit_transform,
+    outline,
     save,
 )
 from tutelage.models.shapes import find_shape
@@ -240,6 +241,13 @@ def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="model tutelage-tests/no-such-model: not on this machine") as caught:
         load("tutelage-tests/no-such-model")
     assert "\n" not in str(caught.value)
+
+
+def test_an_outline_is_of_the_config_that_was_read_and_of_no_other_revision(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    settings = find_shape("nano-50k").config(VOCAB, CONTEXT).to_dict() | {"num_hidden_layers": 3}
+    model = outline("tutelage-tests/no-such-model", settings)
+    assert (len(model.model.layers), model.device.type) == (3, "meta")
 
 
 @pytest.mark.parametrize(
