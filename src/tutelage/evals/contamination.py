@@ -34,7 +34,7 @@ from tutelage.data.store import Store, open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.errors import UserError
 from tutelage.files import make_directory
-from tutelage.names import located
+from tutelage.names import kind_of, located
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers.cache.layout import read_cache_manifest
@@ -127,8 +127,8 @@ def ancestors(config: RunConfig, directory: Path, unknown: list[str]) -> Iterato
         start = located(Path(config.model.path), config, directory).parent
     else:
         return
-    name = config.model.run or config.model.path
-    if (before := _run(start, f"{name}, which {directory.name} continues", unknown)) is not None:
+    what = f"{config.model.run or config.model.path}, which {directory.name} continues"
+    if (before := _run(start, what, unknown, is_models=config.model.run is None)) is not None:
         yield from ancestors(*before, unknown)
 
 
@@ -139,7 +139,8 @@ def _teachers(config: RunConfig, directory: Path, unknown: list[str]) -> Iterato
             if kind not in {"run", "model"}:
                 continue
             start = place.parent / name if kind == "run" else located(Path(name), one, place).parent
-            if (found := _run(start, f"{name}, which taught {place.name}", unknown)) is not None:
+            what = f"{name}, which taught {place.name}"
+            if (found := _run(start, what, unknown, is_models=kind == "model")) is not None:
                 yield from ancestors(*found, unknown)
                 yield from _teachers(*found, unknown)
 
@@ -161,8 +162,13 @@ def _sources(config: RunConfig, directory: Path) -> Iterator[tuple[str, str]]:
                     yield from record.parts or [(record.kind, record.id)]
 
 
-def _run(path: Path, what: str, unknown: list[str]) -> _Run | None:
-    """The run in a directory; None, and a sentence in `unknown`, if there is none."""
+def _run(path: Path, what: str, unknown: list[str], *, is_models: bool) -> _Run | None:
+    """The run in a directory, or around the model there; None, and a sentence in `unknown`, if there is none."""
+    if is_models and kind_of(path) != "run":
+        unknown.append(
+            f"training text of {what}, is not known (it is the model of no run, so nothing names it)"
+        )
+        return None
     try:
         return RunDirectory(path).config(), path
     except UserError as error:

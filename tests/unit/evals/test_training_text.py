@@ -133,7 +133,8 @@ def test_a_model_from_elsewhere_is_named(make_config, first, tmp_path, known):
     stores, _, unknown = seen(directory, known)
     assert stores == ["speeches"]
     assert len(unknown) == 1
-    assert f"training text of {model}, which {directory.id} continues, is not known" in unknown[0]
+    end = "(it is the model of no run, so nothing names it)"
+    assert unknown[0] == f"training text of {model}, which {directory.id} continues, is not known {end}"
 
 
 def test_a_store_named_relatively_is_found_from_elsewhere_and_after_a_move(
