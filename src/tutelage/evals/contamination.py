@@ -163,7 +163,7 @@ def _sources(config: RunConfig, directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def _run(path: Path, what: str, unknown: list[str], *, is_models: bool) -> _Run | None:
-    """The run in a directory, or around the model there; None, and a sentence in `unknown`, if there is none."""
+    """The run in a directory, or around a model; None, and a sentence in `unknown`, if there is none."""
     if is_models and kind_of(path) != "run":
         unknown.append(
             f"training text of {what}, is not known (it is the model of no run, so nothing names it)"

@@ -150,12 +150,12 @@ def check_config(config: dict[str, Any], where: str) -> None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{where}: {field} = {value!r}: must be an integer of at least 1")
-    if (quantization := config.get("quantization_config")) is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(
-            f"{where}: quantization_config.quant_method = {method!r}: quantized weights cannot be used here; "
-            "give a model whose weights are plain floating-point numbers"
-        )
+        if (quantization := section.get("quantization_config")) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise UserError(
+                f"{where}: quantization_config.quant_method = {method!r}: quantized weights cannot be used "
+                "here; give a model whose weights are plain floating-point numbers"
+            )
     for field in _IMPLEMENTATIONS:
         for value in _values_of(config, field):
             if "/" in json.dumps(value):
@@ -201,7 +201,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    places = read_object(index).get("weight_map")
+    content = read_object(index)
+    places = content.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index}: weight_map is missing or empty, so no weights are named")
     for name, file in places.items():
@@ -209,6 +210,10 @@ def _indexed(index: Path) -> list[Path]:
             raise UserError(f"{index}: weight_map.{name} = {file!r}: must be a file in the same directory")
         if not (index.parent / file).is_file():
             raise UserError(f"{index}: weight_map.{name} = {file!r}: there is no such file")
+    if not isinstance(content.get("metadata"), dict):
+        raise UserError(
+            f"{index}: metadata is missing, and transformers asks for it; an empty one, {{}}, will do"
+        )
     return [index.parent / file for file in sorted(set(places.values()))]
 
 

@@ -165,6 +165,10 @@ def errors_of_loading(name: str, attn_implementation: str | None) -> Iterator[No
             ) from None
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which tutelage does not run"
+        elif "ignore_mismatched_sizes" in str(error):
+            reason = (
+                "weights in its files have other shapes than the sizes in config.json (vocab_size, ...) make"
+            )
         elif "Unrecognized configuration class" in str(error):
             reason = (
                 "transformers knows its model_type, but not as a model of text that is read left to right"

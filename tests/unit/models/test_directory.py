@@ -111,8 +111,10 @@ def test_files_beside_the_weights_are_no_weights(directory):
         assert torch.equal(found.state_dict()[name], weight), name
 
 
-def test_quantized_weights_are_refused(directory):
-    change(directory, quantization_config={"quant_method": "gptq", "bits": 4})
+@pytest.mark.parametrize("section", [None, "text_config"])
+def test_quantized_weights_are_refused(directory, section):
+    quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    change(directory, **(quantized if section is None else {section: quantized}))
     assert "quantization_config.quant_method = 'gptq'" in refusal(directory)
 
 
@@ -153,6 +155,7 @@ def test_a_file_that_was_cut_or_grew_is_damaged(directory):
         ({"weight_map": {"a": "../model.safetensors"}}, "must be a file in the same directory"),
         ({"weight_map": {"a": "/etc/passwd"}}, "must be a file in the same directory"),
         ({"weight_map": {"a": "gone.safetensors"}}, "there is no such file"),
+        ({"weight_map": {"a": "part.safetensors"}}, "metadata is missing"),
         ({"weight_map": {}}, "weight_map is missing or empty"),
         ({}, "weight_map is missing or empty"),
         ([], "not a JSON object"),
@@ -234,7 +237,7 @@ def test_a_head_beside_the_embedding_that_it_is_said_to_be(directory, way):
 
 def test_other_shapes_than_the_config_says(directory):
     change(directory, intermediate_size=121)
-    assert "cannot be loaded" in refusal(directory)
+    assert "weights in its files have other shapes than the sizes in config.json" in refusal(directory)
 
 
 def test_a_table_of_positions_larger_than_the_weights(tmp_path):
