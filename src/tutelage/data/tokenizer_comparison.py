@@ -167,6 +167,11 @@ def _different_cuts(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         "kind of model": not same_kind,
         "merges": same_kind and _merges(own_model) != _merges(model),
         "special tokens": any(own_special.get(token, flag) != flag for token, flag in special.items()),
+        "added words": any(
+            not flag and token not in others
+            for tokens, others in ((own_special, special), (special, own_special))
+            for token, flag in tokens.items()
+        ),
         "tokens in front of a text": own_begin != begin,
     }
     return [part for part, is_other in differs.items() if is_other]
@@ -186,4 +191,5 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _special(tokenizer: dict[str, Any]) -> dict[str, bool]:
+    """Return the added tokens, and whether each is special; the others are looked for in every text."""
     return {token["content"]: token["special"] for token in tokenizer.get("added_tokens") or []}

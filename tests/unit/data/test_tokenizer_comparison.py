@@ -12,6 +12,11 @@ from tutelage.data.tokenizer import load_tokenizer, tokenizer_json
 from tutelage.data.tokenizer_comparison import check_model_tokenizer, compare_tokenizers
 from tutelage.errors import UserError
 
+ADDED = {"id": 50_000, "content": "president", "special": False} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+"""A word that a tokenizer was given, beyond the ids of the store."""
+
 
 @pytest.fixture
 def own(store):
@@ -99,9 +104,15 @@ def test_what_a_tokenizer_puts_behind_a_text_does_not_count(own, text):
         (lambda own: own["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer"),
         (lambda own: own["model"].update(merges=own["model"]["merges"][::-1]), "merges"),
         (lambda own: own["added_tokens"][0].update(special=False), "special tokens"),
+        (lambda own: own["added_tokens"].append(ADDED), "added words"),
         (lambda own: own.update(post_processor=template(own, behind=False)), "tokens in front of a text"),
     ],
 )
+def test_special_tokens_beyond_the_stores_cut_no_text(own, text):
+    own["added_tokens"].append(ADDED | {"special": True})
+    assert compare(own, text) is None
+
+
 def test_other_cuts_over_the_same_ids_are_a_note_for_models_and_an_error_for_texts(own, text, change, word):
     change(own)
     assert f"has the ids of {text.path} but other {word}, so it learned from text" in compare(own, text)
