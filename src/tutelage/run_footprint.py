@@ -23,7 +23,7 @@ from tutelage.config.teacher_config import (
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models.directory import hub_config, is_local, read_config
-from tutelage.models.flops import is_shape_of, parameters
+from tutelage.models.flops import parameters, shape_of
 from tutelage.models.memory import Footprint
 from tutelage.models.shapes import find_shape, read_shape
 from tutelage.run_directory import RunDirectory
@@ -197,8 +197,9 @@ def _shape_at(path: str, revision: str | None, field: str) -> ModelShape:
     from tutelage.models.hub import outline  # noqa: PLC0415 - loads torch, which shapes do without
 
     settings = read_config(Path(path)) if is_local(path) else hub_config(path, revision)
-    shape = read_shape(settings, path)
-    if shape is None or not is_shape_of(shape, outline(path, settings)):
+    described = read_shape(settings, path)
+    shape = None if described is None else shape_of(described, outline(path, settings))
+    if shape is None:
         raise UserError(
             f"{field} = {path}: the plan knows the sizes of attention with rotary positions and a gated MLP "
             f"(Llama, Qwen, Mistral, ...), not of model_type {settings.get('model_type')}; such a run can be "

@@ -8,7 +8,7 @@ also recomputation, so these are the operations of the model and not of an imple
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tutelage.models.shapes import EXPERTS
@@ -54,11 +54,11 @@ _SMALL = 0.05
 """Part of a model's weights, without embedding and head, that its biases and further norms may be."""
 
 
-def is_shape_of(shape: ModelShape, model: PreTrainedModel) -> bool:
-    """Whether a model has as many weights as the shape that its config.json seems to describe.
+def shape_of(shape: ModelShape | None, model: PreTrainedModel) -> ModelShape | None:
+    """The shape that a model has, if it has as many weights as its config.json seems to describe; else None.
 
     No field says whether an MLP has a gate (Phi and GPT-NeoX have none), or what
-    layers without attention hold.
+    layers without attention hold; and families differ in whether a head is the embedding that no field ties.
 
     Args:
         shape: by `tutelage.models.shapes.read_shape`.
@@ -66,7 +66,9 @@ def is_shape_of(shape: ModelShape, model: PreTrainedModel) -> bool:
     """
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     counted: int = sum(weight.numel() for weight in {*model.parameters()} - ends)
-    return abs(parameters(shape, 0).non_embedding - counted) <= _SMALL * counted
+    if shape is None or abs(parameters(shape, 0).non_embedding - counted) > _SMALL * counted:
+        return None
+    return replace(shape, tied=len(ends) == 1)
 
 
 def forward_flops(shape: ModelShape, vocab_size: int, context: int) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.errors import UserError
 from tutelage.models.directory import hub_config, is_local, read_config
-from tutelage.models.flops import forward_flops, is_shape_of, model_forward_flops
+from tutelage.models.flops import forward_flops, model_forward_flops, shape_of
 from tutelage.models.shapes import find_shape, read_shape
 from tutelage.names import local_model
 
@@ -50,9 +50,8 @@ def given_model(name: str, context: int) -> GivenModel | None:
     except UserError:
         return None
     width = int(model.get_output_embeddings().weight.shape[1])
-    shape = read_shape(settings, name)
-    known = shape is not None and is_shape_of(shape, model)
-    return GivenModel(model_forward_flops(model, context), width, shape if known else None)
+    shape = shape_of(read_shape(settings, name), model)
+    return GivenModel(model_forward_flops(model, context), width, shape)
 
 
 def teacher_forward_flops(spec: TeacherSpec, vocab_size: int, context: int) -> float:

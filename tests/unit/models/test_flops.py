@@ -15,10 +15,10 @@ from transformers import (
 from tutelage.models.flops import (
     Parameters,
     forward_flops,
-    is_shape_of,
     kd_cost_factor,
     model_forward_flops,
     parameters,
+    shape_of,
     training_flops,
 )
 from tutelage.models.hub import build
@@ -203,7 +203,21 @@ def test_a_shape_that_does_not_count_a_models_weights_is_not_its_own(family):
     config = tiny_families.tiny_config(family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert is_shape_of(read_shape(config.to_dict(), family), model) == (family in COUNTED)
+    shape = shape_of(read_shape(config.to_dict(), family), model)
+    assert (shape is not None) == (family in COUNTED)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_config_that_does_not_say_whether_it_ties_does_as_its_family(family):
+    """Llama's heads are weights of their own then, Gemma's are not."""
+    config = tiny_families.tiny_config(family)
+    config = type(config)(**{k: v for k, v in config.to_dict().items() if k != "tie_word_embeddings"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    settings = {k: v for k, v in config.to_dict().items() if k != "tie_word_embeddings"}
+    shape = shape_of(read_shape(settings, family), model)
+    counted = parameters(shape, shape.vocab_size).total
+    assert counted == pytest.approx(model.num_parameters(), rel=0.02)
 
 
 @pytest.mark.parametrize(("field", "value", "keys"), [
