@@ -267,11 +267,15 @@ def _begin_as_encoded(settings: dict[str, Any], tokenizer: Tokenizer) -> None:
 
 
 def _spell_for_older_readers(settings: dict[str, Any]) -> None:
-    """Give what version 5 of transformers writes of a tokenizer the names that version 4 reads, too."""
+    """Say what version 5 of transformers takes for granted in the words that version 4 reads, too."""
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = _CLASS
     if isinstance(settings.get("extra_special_tokens"), list):  # to version 4 a dictionary
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if (
+        settings.get("tokenizer_class") == _CLASS
+    ):  # from which version 4 gives what no causal model takes, too
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
 
 
 def _say_the_same(older: Path, settings: dict[str, Any]) -> None:

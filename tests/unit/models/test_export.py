@@ -417,6 +417,7 @@ def test_what_transformers_5_wrote_of_a_tokenizer_is_spelled_for_version_4_too(c
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # version 4 knows no other for a file
     assert settings["additional_special_tokens"] == ["<|user|>"]  # and takes a dictionary for the newer name
     assert "extra_special_tokens" not in settings
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # version 4 adds token_type_ids
     found, expected = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "model", chatting))
     assert found.all_special_tokens == expected.all_special_tokens
 
