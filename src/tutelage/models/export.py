@@ -211,10 +211,7 @@ def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in rope:
         return older
     older["rope_theta"] = rope["rope_theta"]
-    scaling = {
-        name: value for name, value in rope.items() if name not in {"rope_theta", "partial_rotary_factor"}
-    }
-    older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    older["rope_scaling"] = _older_scaling(rope, config.get("model_type"))
     share = rope.get("partial_rotary_factor")
     if share is not None:
         older["partial_rotary_factor"] = share
@@ -222,6 +219,18 @@ def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
         older["rotary_emb_base"] = rope["rope_theta"]
         older["rotary_pct"] = 0.25 if share is None else share
     return older
+
+
+def _older_scaling(rope: dict[str, Any], family: object) -> dict[str, Any] | None:
+    """The `rope_scaling` that transformers 4 reads; None if positions are not scaled."""
+    if rope.get("rope_type", "default") == "default":
+        return None
+    if family == "phi3":  # has the original length beside it, and refuses a field more
+        factors = {name: rope[name] for name in ("short_factor", "long_factor") if name in rope}
+        return {"type": rope["rope_type"]} | factors
+    return {
+        name: value for name, value in rope.items() if name not in {"rope_theta", "partial_rotary_factor"}
+    }
 
 
 def _text(data: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Olmo3Config,
+    Phi3Config,
 )
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
@@ -78,6 +79,10 @@ MODELS = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
         "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0,
                            "original_max_position_embeddings": 64}}),
+    "phi3": Phi3Config(**SMALL, num_attention_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+                       max_position_embeddings=64, original_max_position_embeddings=32, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 2.3, 2.6, 2.9], "original_max_position_embeddings": 32}),
     "neox": GPTNeoXConfig(**SMALL, num_attention_heads=4, rope_parameters={
         "rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}),
 }  # fmt: skip
@@ -108,6 +113,10 @@ def test_older_readers_find_rotary_positions_where_they_look(exported):
         assert config["rope_local_base_freq"] == ours["sliding_attention"]["rope_theta"]
     if whole["rope_type"] == "default":
         assert config["rope_scaling"] is None
+    elif name == "phi3":  # whose version 4 refuses a dictionary of any other fields
+        kept = {"short_factor": whole["short_factor"], "long_factor": whole["long_factor"]}
+        assert config["rope_scaling"] == {"type": "longrope"} | kept
+        assert config["original_max_position_embeddings"] == 32
     else:
         scaling = dict(config["rope_scaling"])
         assert scaling == {field: value for field, value in whole.items() if field != "rope_theta"}
