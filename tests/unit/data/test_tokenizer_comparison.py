@@ -97,6 +97,11 @@ def test_what_a_tokenizer_puts_behind_a_text_does_not_count(own, text):
     assert compare(own, text) is None
 
 
+def test_special_tokens_beyond_the_stores_cut_no_text(own, text):
+    own["added_tokens"].append(ADDED | {"special": True})
+    assert compare(own, text) is None
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -108,11 +113,6 @@ def test_what_a_tokenizer_puts_behind_a_text_does_not_count(own, text):
         (lambda own: own.update(post_processor=template(own, behind=False)), "tokens in front of a text"),
     ],
 )
-def test_special_tokens_beyond_the_stores_cut_no_text(own, text):
-    own["added_tokens"].append(ADDED | {"special": True})
-    assert compare(own, text) is None
-
-
 def test_other_cuts_over_the_same_ids_are_a_note_for_models_and_an_error_for_texts(own, text, change, word):
     change(own)
     assert f"has the ids of {text.path} but other {word}, so it learned from text" in compare(own, text)
