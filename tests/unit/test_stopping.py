@@ -92,6 +92,17 @@ def test_a_signal_before_a_command_has_begun_is_no_traceback(monkeypatch, capsys
     assert capsys.readouterr().err.strip() == "stopped; run the same command again to resume"
 
 
+def test_a_command_that_a_signal_ends_says_so(command, monkeypatch):
+    def signalled(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("tutelage.cli.doctor.examine", signalled)
+    code, _, told = command("doctor")
+    assert code == 130
+    assert told.strip() == "stopped; run the same command again to resume"
+
+
 class SignalledInClass:
     """The signal comes while a class is made, where Python 3.11 wraps what is raised."""
 

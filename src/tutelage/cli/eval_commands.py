@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tutelage.errors import Stopped, UserError, suggestion
+from tutelage.errors import UserError, suggestion
 from tutelage.loading import loading
 from tutelage.names import find, kind_of
 
@@ -36,17 +36,6 @@ class EvalGroup(TyperGroup):
                 f"{', '.join(self.commands)}"
             )
         return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as above
-        """Run a command; a signal ends it, with what is finished on disk.
-
-        Raises:
-            Stopped: it was ended, of which typer would say nothing.
-        """
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Stopped from None
 
 
 eval_app = typer.Typer(
@@ -339,7 +328,7 @@ def sample(
         found = samples.sample(find_models(model, _EVALS), prompt, sampling, device, progress)
     _print_samples(found)
     if cut := list(dict.fromkeys(one.model for one in found if one.at_context)):
-        say("note", f"ended where the sequences end that {' and '.join(cut)} was trained on")
+        say("note", f"{' and '.join(cut)}: ended where the sequences end that the model was trained on")
     say("next", "`tutelage eval score` with the same models: what they are worth, in numbers")
 
 

@@ -8,9 +8,10 @@ import gc
 import os
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from tutelage.agreement import is_loss, last_words
 from tutelage.cli.data_commands import data_app
@@ -35,8 +36,25 @@ _UNLESS_ASKED = {
 }
 """What libraries do by themselves unless these are set, which they read when they are imported."""
 
+
+class Commands(TyperGroup):
+    """All commands; a signal that none of them has handled ends one, with what is finished on disk."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - a class private to typer
+        """Run a command.
+
+        Raises:
+            Stopped: it was ended, of which typer would say nothing.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped from None
+
+
 app = typer.Typer(
     name="tutelage",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

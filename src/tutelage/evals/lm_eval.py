@@ -119,11 +119,12 @@ def run_downstream(
             answer is longer than the model's context.
     """
     progress = progress or NullProgress()
-    check_models([evaluated], prompting)
+    _check_installed()
+    check_tokenizer(evaluated)
+    asked = Asked(limit, prompting, chat_writer(evaluated.model, prompting))
     chosen = str(pick_device(device))
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
-        asked = Asked(limit, prompting, chat_writer(evaluated.model, prompting))
         prepared = _all_prepared(evaluated, tasks, asked, stores, include)
         model: ExportedModel | None = None
         scores: list[Score] = []

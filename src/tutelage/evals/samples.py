@@ -117,6 +117,7 @@ def sample(
         }
         if sampling.temperature:
             fixed |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        decoder = Tokenizer.from_str(tokenizer.json)
         seeds = iter(range(sampling.seed, sampling.seed + len(prompts) * sampling.draws))
         stage = f"{evaluated.id}: continuations", len(prompts) * sampling.draws, "continuations"
         with staged(progress, *stage) as told:
@@ -126,9 +127,8 @@ def sample(
                     drawn = seed if sampling.temperature else None
                     written = _written(model, ids, new, drawn, fixed, told)
                     cut = len(written) == new < sampling.tokens and written[-1] not in ends
-                    found.append(
-                        Continuation(evaluated.id, prompt, drawn, _text(tokenizer, ids, written), cut)
-                    )
+                    text = _text(decoder, ids, written)
+                    found.append(Continuation(evaluated.id, prompt, drawn, text, cut))
     return found
 
 
@@ -138,7 +138,7 @@ def _given(
     """A model's tokenizer, and the ids of every prompt with what stands in front of it."""
     tokenizer = check_tokenizer(evaluated)
     if chat:
-        given = [_asked(evaluated, prompt) for prompt in prompts]
+        given = _asked(evaluated, prompts)
     else:
         given = [np.frombuffer(ids, tokenizer.dtype).tolist() for ids in tokenizer.encoder()(prompts)]
     begin = [*tokenizer.begin_ids]
@@ -154,22 +154,22 @@ def _given(
     return tokenizer, given
 
 
-def _asked(evaluated: EvaluatedModel, prompt: str) -> list[int]:
-    """The ids of a user's turn and of what begins the answer to it."""
+def _asked(evaluated: EvaluatedModel, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of users' turns and of what begins the answers to them."""
     tokenizer = AutoTokenizer.from_pretrained(evaluated.model, trust_remote_code=False)
     tokenizer.chat_template = chosen_template(tokenizer.chat_template, None, evaluated.model)
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        ids: list[list[int]] = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False
         )
     except Exception as error:  # noqa: BLE001 - a template is a program, which can fail in any way
-        raise UserError(f"{evaluated.id}: its chat template refuses the prompt ({one_line(error)})") from None
+        raise UserError(f"{evaluated.id}: its chat template refuses a prompt ({one_line(error)})") from None
     return ids
 
 
-def _text(tokenizer: TextTokenizer, given: list[int], written: list[int]) -> str:
+def _text(decoder: Tokenizer, given: list[int], written: list[int]) -> str:
     """The text of what was written: what it adds to that of the prompt, with the space between them."""
-    decoder = Tokenizer.from_str(tokenizer.json)
     before, text = (decoder.decode(ids, skip_special_tokens=False) for ids in (given, given + written))
     if text.startswith(before):
         return text.removeprefix(before)

@@ -191,7 +191,7 @@ def test_what_cannot_be_sampled_is_said_before_a_model_is_loaded(plain, monkeypa
 def test_a_template_that_refuses_is_one_line(chatty, tmp_path):
     template = "{{ raise_exception('a system turn comes first') }}"
     place = with_settings(chatty, tmp_path / "refusing", {"chat_template": template})
-    with pytest.raises(UserError, match="its chat template refuses the prompt"):
+    with pytest.raises(UserError, match="its chat template refuses a prompt"):
         sample([find_model(str(place), tmp_path)], [PROMPT], Sampling(chat=True))
 
 
