@@ -104,9 +104,8 @@ class Store:
 def learned_counts(view: SplitView, vocab_size: int) -> NDArray[np.int64]:
     """Count how often each id of a split carries loss, end-of-text marks included; int64 [vocab_size]."""
     counts_V = np.zeros(vocab_size, np.int64)
-    for start in range(
-        0, len(view.tokens), _COUNT_TOKENS
-    ):  # bincount makes an int64 copy of what it is given
+    for start in range(0, len(view.tokens), _COUNT_TOKENS):
+        # Part by part, because bincount makes an int64 copy of what it is given.
         some = slice(start, start + _COUNT_TOKENS)
         tokens = view.tokens[some] if view.mask is None else view.tokens[some][view.mask[some] != 0]
         counts_V += np.bincount(tokens, minlength=vocab_size)

@@ -281,9 +281,8 @@ def _spell_for_older_readers(settings: dict[str, Any]) -> None:
         settings["tokenizer_class"] = _CLASS
     if isinstance(settings.get("extra_special_tokens"), list):  # to version 4 a dictionary
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    if (
-        settings.get("tokenizer_class") == _CLASS
-    ):  # from which version 4 gives what no causal model takes, too
+    if settings.get("tokenizer_class") == _CLASS:
+        # By itself version 4 gives token_type_ids too, which no causal model takes.
         settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
 
 
