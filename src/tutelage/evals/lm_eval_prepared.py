@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -125,19 +126,33 @@ class Prepared:
 
 
 def task_manager(directories: Sequence[Path], *, defaults: bool) -> TaskManager:
-    """lm-eval's index of tasks; its own 14,000 take seconds to read."""
+    """lm-eval's index of the tasks in these directories, before its own of the same names."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an extra, and slow to import
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=[str(path) for path in directories], include_defaults=defaults)
+    manager = TaskManager(include_path=[str(path) for path in directories], include_defaults=False)
+    if defaults:
+        for name, entry in _tasks_of_lm_eval().items():
+            manager.task_index.setdefault(name, entry)
+    return manager
+
+
+@functools.cache
+def _tasks_of_lm_eval() -> Mapping[str, object]:
+    """lm-eval's own 14,000 tasks; read once, because it takes seconds."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415 - an extra, and slow to import
+
+    index: dict[str, object] = TaskManager().task_index
+    return index
 
 
 def check_known(names: Sequence[str], manager: TaskManager) -> None:
     """Raise `UserError` for a name that lm-eval does not know."""
+    known = manager.task_index
     for name in names:
-        if name not in manager.all_tasks:
-            hint = suggestion(name, ["paper", *OFFLINE, *manager.all_tasks])
-            if {*name.split(",")} <= {*manager.all_tasks}:
+        if name not in known:
+            hint = suggestion(name, ["paper", *OFFLINE, *sorted(known)])
+            if {*name.split(",")} <= {*known}:
                 hint = "give --task once for each; "
             raise UserError(
                 f"task {name!r} is unknown; {hint}`lm-eval ls tasks` lists them, and --include DIRECTORY "

@@ -14,6 +14,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.evaluated_model import EvaluatedModel
 from tutelage.evals.lm_eval import run_downstream
+from tutelage.evals.lm_eval_prepared import task_manager
 from tutelage.evals.score_files import read_scores
 from tutelage.models import hub
 from tutelage.models.shapes import LADDER
@@ -74,6 +75,15 @@ def test_of_what_is_not_summed_up_each_task_is_kept_when_it_is_done(evaluated, f
     with pytest.raises(UserError, match="task second: no score by the metrics"):  # f1 is for two answers
         run_downstream(evaluated, ["listed"], include=folder)
     assert {score.domain for score in read_scores(evaluated.scores)} == {"first"}
+
+
+def test_ones_own_tasks_come_before_those_of_lm_eval_which_are_read_once(folder):
+    write_task(folder, "hellaswag", QUESTION)
+    own, without = task_manager([folder], defaults=True), task_manager([], defaults=True)
+    assert own.task_index["hellaswag"].yaml_path == folder / "hellaswag.yaml"
+    assert without.task_index["hellaswag"].yaml_path.parent.name == "hellaswag"  # lm-eval's own, as it was
+    assert {*own.task_index} - {*without.task_index} == {"first", "second", "both", "summed", "listed"}
+    assert own.task_index["piqa"] is without.task_index["piqa"]
 
 
 def test_a_task_that_a_group_judges_otherwise_has_scores_of_its_own(evaluated, folder):
