@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from tutelage.errors import UserError, suggestion
 from tutelage.loading import loading
-from tutelage.names import find, kind_of
+from tutelage.names import find, kind_of, look_up, typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,11 @@ eval_app = typer.Typer(
 )
 
 Models = Annotated[
-    list[str], typer.Argument(help="names or directories of runs, model directories or Hub names")
+    list[str],
+    typer.Argument(
+        help="names or directories of runs, or of studies: all their finished runs; model directories or Hub "
+        "names"
+    ),
 ]
 Domains = Annotated[list[str] | None, typer.Option(help="this domain; may be repeated")]
 Suite = Annotated[str | None, typer.Option(help="offline or paper (needs the Hub)")]
@@ -75,6 +79,19 @@ Multiturn = Annotated[
 _EVALS = Path("evals")
 
 
+def _each(models: Sequence[str]) -> list[str]:
+    """The models, with the finished runs of a study in its place."""
+    from tutelage.study.plan import finished_runs
+
+    found: list[str] = []
+    for one in models:
+        path = Path(one).expanduser()
+        named = None if path.exists() or look_up("run", path, "model") else look_up("study", path, "model")
+        study = named or (path if kind_of(path) == "study" else None)
+        found += [one] if study is None else map(str, finished_runs(study))
+    return found
+
+
 @eval_app.command("score")
 def score(
     model: Models,
@@ -103,7 +120,7 @@ def score(
     domains, stores = select(domain or [], suite, store or [])
     request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
     with RichProgress() as progress:
-        scores, places = evaluate(model, request, progress)
+        scores, places = evaluate(_each(model), request, progress)
     rows = [asdict(one) for one in scores]
     print_scores(rows, {name: entry.metric for name, entry in domains.items()}, out)
     for warning in score_warnings(rows):
@@ -111,8 +128,8 @@ def score(
     for place in places:
         say("scores", place)
     if taught := [place.parent.name for place in places if _is_taught(place.parent)]:
-        typed = shlex.quote(taught[0])
-        say("next", f"`tutelage eval tokens {typed} --teacher ... --baseline ...`: where its teacher helps")
+        student = shlex.quote(taught[0])
+        say("next", f"`tutelage eval tokens {student} --teacher ... --baseline ...`: where its teacher helps")
     else:
         say("next", "`tutelage eval probe` with the same models: how well they copy, and samples to read")
 
@@ -158,7 +175,7 @@ def tasks(
         system=system_instruction or None,
     )
     scores: list[Score] = []
-    found = find_models(model, output)
+    found = find_models(_each(model), output)
     check_models(found, prompting)
     with RichProgress() as progress:
         for one in found:
@@ -174,7 +191,11 @@ def tasks(
                 progress=progress,
             )
     files = [("scores", one.scores) for one in found]
+    studies = dict.fromkeys(one.output.parent.parent for one in found)
+    of_studies = [typed("study", place) for place in studies if kind_of(place) == "study"]
     hint = "`tutelage eval score` measures the same models on texts"
+    if of_studies:
+        hint = f"`tutelage report {shlex.quote(of_studies[0])}` shows these tasks beside the texts"
     _print_tasks(scores, "task", "questions", files, hint)
 
 
@@ -242,7 +263,7 @@ def probe(
         from tutelage.evals.evaluated_model import find_model, find_models
         from tutelage.evals.probes import run_probes
 
-    found = find_models(model, output)
+    found = find_models(_each(model), output)
     judge = find_model(teacher, output) if teacher else None
     store = find("store", store, "--store") if store else None
     with RichProgress() as progress:
@@ -278,7 +299,7 @@ def recall(
         from tutelage.evals.evaluated_model import find_models
         from tutelage.evals.recall import run_recall
 
-    found = find_models(model, output)
+    found = find_models(_each(model), output)
     store = find("store", store, "--store") if store else None
     with RichProgress() as progress:
         scores = [
@@ -325,7 +346,7 @@ def sample(
 
     sampling = samples.Sampling(tokens, temperature, top_p, draws, seed, apply_chat_template)
     with RichProgress() as progress:
-        found = samples.sample(find_models(model, _EVALS), prompt, sampling, device, progress)
+        found = samples.sample(find_models(_each(model), _EVALS), prompt, sampling, device, progress)
     _print_samples(found)
     if cut := list(dict.fromkeys(one.model for one in found if one.at_context)):
         say("note", f"{' and '.join(cut)}: ended where the sequences end that the model was trained on")

@@ -13,7 +13,7 @@ from tutelage.config.base import Fraction, Name, Section, Words, for_people
 from tutelage.config.load import validate
 from tutelage.errors import UserError
 from tutelage.records import UnreadableError, read_sealed, write_sealed
-from tutelage.run_directory import evaluation_id
+from tutelage.run_directory import RunDirectory, evaluation_id
 from tutelage.study.axis_settings import words
 from tutelage.study.cells import RunLabels, single_names
 from tutelage.study.nodes import Cost, check_cells
@@ -198,6 +198,19 @@ def load_plan(directory: Path) -> Plan:
 def save_plan(directory: Path, plan: Plan) -> None:
     """Write `directory/plan.json`, which `load_plan` reads back."""
     write_sealed(directory / "plan.json", plan.model_dump(mode="json", by_alias=True))
+
+
+def finished_runs(directory: Path) -> list[Path]:
+    """Directories of the planned runs that are done, in the order of the plan.
+
+    Raises:
+        UserError: there is no valid `plan.json`, or none is done.
+    """
+    runs = [directory / "runs" / planned.run for planned in load_plan(directory).runs]
+    done = [run for run in runs if RunDirectory(run).is_done()]
+    if not done:
+        raise UserError(f"{directory}: none of the study's {len(runs)} runs is finished yet")
+    return done
 
 
 def plan_of(expanded: ExpandedStudy, nodes: Sequence[Node]) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,7 @@ from tutelage.errors import UserError
 from tutelage.records import Record, UnreadableError, read_lines, read_model
 from tutelage.run_directory import RunDirectory
 from tutelage.study.plan import Plan, PlanRun, load_plan
-from tutelage.study.score_tables import OTHERWISE, Evaluations, read_evaluations
+from tutelage.study.score_tables import OTHERWISE, TASK_COLUMNS, Evaluations, read_evaluations
 from tutelage.study.token_tables import TokenComparison, read_token_comparisons
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class Results:
         problems: one sentence for each file that was left out, and why.
         warnings: one sentence for each reason to trust numbers less: texts that were trained on.
         run_warnings: what runs were warned of, such as a held-out loss far from their training loss.
+        tasks: run, task, metric, value, n (questions), version: what the runs were asked by `tutelage eval
+            tasks`, of each task the same questions.
     """
 
     plan: Plan
@@ -132,6 +134,7 @@ class Results:
     problems: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     run_warnings: tuple[str, ...] = ()
+    tasks: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=TASK_COLUMNS))
 
     @property
     def unfinished(self) -> pl.DataFrame:
@@ -179,11 +182,7 @@ def load_results(directory: Path) -> Results:
     runs = pl.DataFrame(rows, schema=PLANNED | _MEASURED, orient="row")
     done = runs.filter(status="done")["run"].to_list()
     found = read_evaluations(place, {run: versions[run] for run in done}, plan)
-    problems += _left_out(found.left_out, directory)
-    problems += [
-        f"{run}: scored on other documents or settings of {domain} than the students; left out there"
-        for run, domain in found.teachers
-    ]
+    problems += _left_out(found, directory)
     comparisons, damaged = read_token_comparisons(directory)
     _check_both_sides(plan, found)
     learned = pl.col("teacher_run").fill_null(pl.col("teacher").replace_strict(once, return_dtype=pl.String))
@@ -198,6 +197,7 @@ def load_results(directory: Path) -> Results:
         problems=(*problems, *damaged),
         warnings=tuple(_seen_texts(plan, found)),
         run_warnings=tuple(warned),
+        tasks=found.tasks,
     )
 
 
@@ -286,19 +286,30 @@ def _seen_texts(plan: Plan, found: Evaluations) -> list[str]:
     return sentences
 
 
-def _left_out(reasons: Mapping[str, str], directory: Path) -> list[str]:
-    """One sentence for each run that is left out; one for all that were scored otherwise than planned."""
+def _left_out(found: Evaluations, directory: Path) -> list[str]:
+    """One sentence for each run that is left out; one for all that were scored otherwise than planned.
+
+    And one for each text and task on which a run does not compare with the others.
+    """
+    reasons = found.left_out
     others = [run for run, reason in reasons.items() if reason == OTHERWISE]
-    found = [
+    sentences = [
         f"{run}: {reason}; its scores are left out" for run, reason in reasons.items() if reason != OTHERWISE
     ]
     if others:
         more = f" and {len(others) - 1} more runs" if len(others) > 1 else ""
-        found.append(
+        sentences.append(
             f"{others[0]}{more}: {OTHERWISE}, and such scores do not compare; they are left out until "
             f"`tutelage study run FILE --output {shlex.quote(str(directory))}` has scored them again"
         )
-    return found
+    return [
+        *sentences,
+        *(
+            f"{run}: scored on other documents or settings of {domain} than the students; left out there"
+            for run, domain in found.teachers
+        ),
+        *found.asked_otherwise,
+    ]
 
 
 @contextlib.contextmanager

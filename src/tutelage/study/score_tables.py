@@ -18,7 +18,7 @@ from tutelage.records import UnreadableError, read_lines
 from tutelage.types import COPYING, RECALL, SCORING_VERSION, Score, scoring_version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tutelage.study.plan import Plan
@@ -50,6 +50,16 @@ DOCUMENT_COLUMNS = pl.Schema(
         "nll_temperature_in_domain": pl.Float64,
     }
 )
+TASK_COLUMNS = pl.Schema(
+    {
+        "run": pl.String,
+        "task": pl.String,
+        "metric": pl.String,
+        "value": pl.Float64,
+        "n": pl.Int64,
+        "version": pl.String,
+    }
+)
 BEHIND = MappingProxyType(
     {
         "bits_per_byte": "nll",
@@ -64,6 +74,7 @@ _AGREEMENT = 1e-6
 _FILES_AT_ONCE = 250
 _KEYS = ["run", "domain", "split"]
 _VERSION_KEYS = ["run", "domain", "version"]
+_AT_THE_END = pl.col("step") == pl.col("step").max().over("run")
 
 
 class Evaluations(NamedTuple):
@@ -72,16 +83,20 @@ class Evaluations(NamedTuple):
     Attributes:
         scores: of the last step at which a run was scored.
         documents: losses of documents; of the same runs.
+        tasks: scores of downstream tasks, of the same runs, as `tutelage eval tasks` left them there.
         roles: run, domain, role: whether the run was trained on such text, as its scores say.
         left_out: for every run that is in neither, the reason.
+        asked_otherwise: a sentence for each run whose scores of a task do not compare with the others'.
         teachers: teacher and domain of scores that are in neither because the students' are of other text or
             settings, for example because the teacher was trained on some of the documents.
     """
 
     scores: pl.DataFrame
     documents: pl.DataFrame
+    tasks: pl.DataFrame
     roles: pl.DataFrame
     left_out: dict[str, str]
+    asked_otherwise: list[str]
     teachers: list[tuple[str, str]]
 
 
@@ -98,7 +113,8 @@ def read_evaluations(
     """
     problems = {run: OTHERWISE for run, known in versions.items() if known is None}
     own = _own_versions(versions, plan)
-    scores = _scores(directory, [run for run in versions if run not in problems], own, problems)
+    rows = _rows(directory, [run for run in versions if run not in problems], problems)
+    scores = _of_versions(rows, own)
     runs = [run for run in versions if run not in problems]
     documents = _documents(directory, runs, own, problems)
     runs = [run for run in runs if run not in problems]
@@ -115,11 +131,15 @@ def read_evaluations(
         rows.filter(good).join(teachers, on=["run", "domain"], how="anti", maintain_order="left")
         for rows in (scores, documents)
     )
+    answers = rows.filter(~pl.col("run").is_in([*problems]), _AT_THE_END, role="downstream")
+    tasks, asked_otherwise = _asked_alike(answers.rename({"domain": "task"}).select(*TASK_COLUMNS))
     return Evaluations(
         scores=scores.drop("role"),
         documents=documents,
+        tasks=tasks,
         roles=scores.select("run", "domain", "role").unique(maintain_order=True),
         left_out=problems,
+        asked_otherwise=asked_otherwise,
         teachers=[*teachers.select("run", "domain").iter_rows()],
     )
 
@@ -136,10 +156,8 @@ def _own_versions(versions: Mapping[str, Mapping[str, str] | None], plan: Plan) 
     return pl.DataFrame(rows, dict.fromkeys(_VERSION_KEYS, pl.String()), orient="row")
 
 
-def _scores(
-    directory: Path, runs: Sequence[str], own: pl.DataFrame, problems: dict[str, str]
-) -> pl.DataFrame:
-    """The scores of `own` versions, and the latest ones of probes, of any version."""
+def _rows(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> pl.DataFrame:
+    """The scores of runs by this scoring version, of every text, probe and task."""
     schema = SCORE_COLUMNS | {"role": pl.String(), "step": pl.Int64()}
     columns: dict[str, list[object]] = {name: [] for name in schema}
     fields = {name: attrgetter(name) for name in schema}
@@ -156,15 +174,42 @@ def _scores(
         else:
             for name, field in fields.items():
                 columns[name] += map(field, found)
-    frame = pl.DataFrame(columns, schema=schema)
-    probed = frame.filter(pl.col("domain").is_in([COPYING, RECALL]))
-    frame = pl.concat([frame.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left"), probed])
+    return pl.DataFrame(columns, schema=schema)
+
+
+def _of_versions(rows: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
+    """The scores of `own` versions, and the latest ones of probes, of any version."""
+    rows = rows.filter(pl.col("role") != "downstream")  # whose tasks may be called as a text or probe is
+    probed = rows.filter(pl.col("domain").is_in([COPYING, RECALL]))
+    frame = pl.concat([rows.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left"), probed])
     return (
-        frame.filter(pl.col("step") == pl.col("step").max().over("run"))
-        .drop("step")
-        .unique([*_KEYS, "metric"], keep="last")
-        .sort(*_KEYS, "metric")
+        frame.filter(_AT_THE_END).drop("step").unique([*_KEYS, "metric"], keep="last").sort(*_KEYS, "metric")
     )
+
+
+def _asked_alike(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """The scores of each task in the version that most runs have; of several such, the one of more questions.
+
+    Args:
+        rows: scores of role "downstream", of each run those after its last step, as `TASK_COLUMNS` has them.
+
+    Returns:
+        Finite ones of them; and a sentence for each run that was asked other questions of a task.
+    """
+    usual = (
+        rows.group_by("task", "version", maintain_order=True)
+        .agg(runs=pl.col("run").n_unique(), n=pl.col("n").max())
+        .sort("runs", "n", descending=True, maintain_order=True)
+        .unique("task", keep="first", maintain_order=True)
+    )
+    found = rows.join(usual, on=["task", "version"], how="semi", maintain_order="left")
+    return found.filter(pl.col("value").is_finite()), [*_otherwise(rows, found)]
+
+
+def _otherwise(rows: pl.DataFrame, found: pl.DataFrame) -> Iterator[str]:
+    some = rows.join(found, on=["run", "task"], how="anti").unique(["run", "task"], maintain_order=True)
+    for run, task in some.select("run", "task").iter_rows():
+        yield f"{run}: asked other questions of {task} than most runs, or in another way; left out there"
 
 
 def _made_alike(scores: Sequence[Score]) -> list[Score]:
@@ -185,6 +230,8 @@ def _check_lines(run: str, scores: Sequence[Score]) -> None:
     for number, score in enumerate(scores, start=1):
         if score.run != run:
             raise UnreadableError(f"scores.jsonl, line {number}", f"belongs to run {score.run}")
+        if score.role == "downstream":  # whose metrics are lm-eval's, and may be anything
+            continue
         if not (math.isfinite(score.value) and (score.value > 0 or score.metric not in BEHIND)):
             raise UnreadableError(f"scores.jsonl, line {number}", f"the value is {score.value}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from tutelage.analysis.accuracy import measure_accuracy
 from tutelage.analysis.claims.evidence import GainsBySeed, mean_of
 from tutelage.analysis.claims.registry import CLAIMS, missing_of
 from tutelage.analysis.stats import POWER, Estimate, Evidence, all_of, holm, t_interval
@@ -13,6 +14,7 @@ from tutelage.analysis.verdicts import judge
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tutelage.analysis.accuracy import Accuracies
     from tutelage.analysis.claims.evidence import Test
     from tutelage.analysis.gains import Fit
     from tutelage.analysis.verdicts import Findings
@@ -86,12 +88,14 @@ class JudgedStudy:
         findings: gains and verdicts.
         by_fit: the gains by seed, raw and, where scored, with calibration fitted.
         claims: every claim in CLAIMS.
+        accuracies: on downstream tasks, which no claim is about.
     """
 
     results: Results
     findings: Findings
     by_fit: Mapping[Fit, GainsBySeed]
     claims: tuple[ClaimResult, ...]
+    accuracies: Accuracies
 
     @property
     def announced(self) -> tuple[ClaimResult, ...]:
@@ -107,7 +111,8 @@ def judge_study(results: Results) -> JudgedStudy:
     """
     findings = judge(results)
     by_fit = gains_by_fit(results, findings)
-    return JudgedStudy(results, findings, by_fit, judge_claims(by_fit))
+    accuracies = measure_accuracy(results, findings.gains)
+    return JudgedStudy(results, findings, by_fit, judge_claims(by_fit), accuracies)
 
 
 def gains_by_fit(results: Results, findings: Findings) -> dict[Fit, GainsBySeed]:

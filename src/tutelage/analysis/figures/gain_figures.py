@@ -8,6 +8,7 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis import words
+from tutelage.analysis.accuracy import MEAN
 from tutelage.analysis.figures.style import (
     GREY,
     INK,
@@ -23,6 +24,7 @@ from tutelage.analysis.figures.style import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tutelage.analysis.accuracy import Accuracies
     from tutelage.analysis.stats import Estimate
     from tutelage.analysis.verdicts import Findings, PairFinding, Verdict
 
@@ -69,6 +71,50 @@ def heat_map(verdicts: Sequence[Verdict], suffix: str) -> Figure:
 def alpha_curves(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
     """Gain against alpha, one panel in domain and one out of domain, a line per teacher."""
     data = _with_origin(_gain_rows(verdicts).filter(pl.col("side").is_in([*_SIDES.values()])))
+    return Figure(
+        name=f"alpha{suffix}",
+        title="How much teacher?",
+        caption="Above zero, the student with this teacher needs fewer bits per byte than without. Bars are "
+        f"95% intervals ({words.intervals(verdicts)}); alpha 0 is the student without a teacher; test split."
+        + words.grey_note(verdicts),
+        spoken="Gain against alpha. " + words.in_words(verdicts),
+        chart=_by_alpha(data, key, [*_SIDES.values()], "gain (%)"),
+        data=data,
+    )
+
+
+def accuracy_curves(verdicts: Sequence[Verdict], known: Accuracies, key: Key, suffix: str) -> Figure | None:
+    """Accuracy above the untaught against alpha, mean over tasks, a line per teacher; None without any."""
+    asked = [(v, known.gains[v.cell, MEAN].gain) for v in verdicts if (v.cell, MEAN) in known.gains]
+    if not asked:
+        return None
+    side = f"mean of {len(known.in_mean)} tasks" if len(known.in_mean) > 1 else known.in_mean[0]
+    data = pl.DataFrame(
+        [
+            {"teacher": v.teacher, "side": side, "alpha": v.alpha} | _drawn(gain) | {"n_seeds": gain.n}
+            for v, gain in asked
+        ],
+        schema_overrides=dict.fromkeys(("low", "high"), pl.Float64),
+    )
+    data = _with_origin(data)
+    counts = sorted({gain.n for _, gain in asked})
+    n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return Figure(
+        name=f"accuracy{suffix}",
+        title="How many more questions are answered right?",
+        caption="Above zero, the student with this teacher answers more questions of downstream tasks right "
+        f"than without, in percentage points. Bars are 95% intervals (paired t over seeds, n = {n}; none of "
+        f"one); alpha 0 is the student without a teacher. Tasks: {', '.join(known.in_mean)}.",
+        spoken="Accuracy on downstream tasks above that of the untaught student, against alpha. "
+        + "; ".join(f"{v.teacher}, {v.arm}: {gain.mean:+.1f} points" for v, gain in asked)
+        + ".",
+        chart=_by_alpha(data, key, [side], "points of accuracy"),
+        data=data,
+    )
+
+
+def _by_alpha(data: pl.DataFrame, key: Key, sides: Sequence[str], measured: str) -> alt.HConcatChart:
+    """A panel for each side: what is measured against alpha, with its intervals, a line per teacher."""
     data = data.with_columns(series=pl.col("teacher").replace_strict(dict(key.series)))
     base = alt.Chart().encode(
         x=alt.X("alpha:Q", title="alpha (weight of the teacher)", scale=alt.Scale(nice=False)).axis(
@@ -77,7 +123,7 @@ def alpha_curves(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         color=key.colour(),
     )
     spread = base.mark_rule(strokeWidth=1.5, opacity=0.7).encode(
-        y=alt.Y("low:Q", title="gain (%)"), y2="high:Q"
+        y=alt.Y("low:Q", title=measured), y2="high:Q"
     )
     line = base.mark_line(strokeWidth=2).encode(y="gain:Q", strokeDash=key.dash())
     points = base.mark_point(filled=True, size=50, opacity=1).encode(y="gain:Q")
@@ -85,19 +131,10 @@ def alpha_curves(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:
         alt.layer(zero_line("y"), spread, line, points)
         .transform_filter(f"datum.side === '{side}'")
         .properties(width=250, height=230, title=side)
-        for side in _SIDES.values()
+        for side in sides
     ]
-    chart = alt.hconcat(*panels, data=inline(data)).resolve_scale(y="shared")
-    return Figure(
-        name=f"alpha{suffix}",
-        title="How much teacher?",
-        caption="Above zero, the student with this teacher needs fewer bits per byte than without. Bars are "
-        f"95% intervals ({words.intervals(verdicts)}); alpha 0 is the student without a teacher; test split."
-        + words.grey_note(verdicts),
-        spoken="Gain against alpha. " + words.in_words(verdicts),
-        chart=chart,
-        data=data.drop("series"),
-    )
+    chart: alt.HConcatChart = alt.hconcat(*panels, data=inline(data)).resolve_scale(y="shared")
+    return chart
 
 
 def trade_off(verdicts: Sequence[Verdict], key: Key, suffix: str) -> Figure:

@@ -10,6 +10,7 @@ import altair as alt
 import polars as pl
 
 from tutelage.analysis.figures.gain_figures import (
+    accuracy_curves,
     alpha_curves,
     domain_gains,
     heat_map,
@@ -255,6 +256,7 @@ def _of_student(
         drawn.append(domain_gains(study.findings, shown, suffix))
     if compared and sum(not pair.teacher.control for pair in pairs) <= _FEW_TEACHERS:
         drawn.append(alpha_curves(constants, key, suffix))
+        drawn += filter(None, [accuracy_curves(constants, study.accuracies, key, suffix)])
     if len(verdicts) >= _ENOUGH_FOR_A_CURVE:
         drawn.append(trade_off(verdicts, whole, suffix))
     if len(ordinary) >= _ENOUGH_FOR_A_CURVE:

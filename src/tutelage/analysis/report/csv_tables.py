@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from tutelage.analysis.report.accuracy_rows import accuracy_records
 from tutelage.analysis.report.report_rows import policy_tables
 from tutelage.analysis.report.report_table import estimate_record
 from tutelage.analysis.stats import TextSpread
@@ -26,7 +27,7 @@ CsvRow = dict[str, Any]
 
 
 def tables_of(study: JudgedStudy) -> dict[str, pl.DataFrame]:
-    """The tables gains, pairs, claims, policies and scores.
+    """The tables gains, pairs, claims, policies, accuracy and scores.
 
     Gains are percent fewer bits per byte than without a teacher, intervals are 95%; see
     docs/explanation/verdicts-and-claims.md.
@@ -38,14 +39,15 @@ def tables_of(study: JudgedStudy) -> dict[str, pl.DataFrame]:
         "policies": pl.DataFrame(
             [record for table in policy_tables(study) for record in table.records()], infer_schema_length=None
         ),
+        "accuracy": pl.DataFrame(accuracy_records(study), infer_schema_length=None),
         "scores": _scores(study.results),
     }
 
 
 def save_tables(study: JudgedStudy, directory: Path) -> None:
-    """Write `gains.csv`, `pairs.csv`, `claims.csv`, `policies.csv` and `scores.csv` to `directory`.
+    """Write `gains.csv`, `pairs.csv`, `claims.csv`, `policies.csv`, `accuracy.csv` and `scores.csv`.
 
-    A table without rows is no file: `policies.csv` needs arms that are no constants.
+    A table without rows is no file: `policies.csv` needs arms that are no constants, `accuracy.csv` tasks.
     """
     own_directory(directory)
     for name, table in tables_of(study).items():

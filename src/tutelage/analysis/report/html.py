@@ -15,6 +15,7 @@ from tutelage.analysis.figures.run_figures import figures
 from tutelage.analysis.figures.style import save_all
 from tutelage.analysis.figures.token_figures import comparison_figures
 from tutelage.analysis.report import claim_rows, headline, report_rows
+from tutelage.analysis.report.accuracy_rows import accuracy_section
 from tutelage.analysis.report.csv_tables import save_tables
 from tutelage.analysis.report.planner_tables import planner_section
 from tutelage.analysis.report.recall_rows import recall_table
@@ -81,6 +82,7 @@ def build_report(study: JudgedStudy, directory: Path) -> Path:
         compute=report_rows.compute_table(study),
         calibration=report_rows.calibration_table(study),
         recall=recall_table(study),
+        accuracy=accuracy_section(study),
         spread=report_rows.spread_table(results),
         costs=report_rows.cost_table(results),
         planner=planner_section(study),

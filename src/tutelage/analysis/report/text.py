@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tutelage.analysis import words
 from tutelage.analysis.report import headline
+from tutelage.analysis.report.accuracy_rows import ACCURACY_CAPTION, short_accuracies
 from tutelage.analysis.report.claim_rows import answer_table
 from tutelage.analysis.report.report_rows import few_verdicts, short_verdicts
 
@@ -242,6 +243,8 @@ def print_verdicts(study: JudgedStudy, console: Console) -> None:
     for paragraph in headline.headline(findings, study.claims):
         console.print(Text(paragraph))
     _print_claims(study, console)
+    if (tasks := short_accuracies(study)).rows:
+        tasks.print_on(console, ACCURACY_CAPTION)
     print_problems(results, console)
 
 
