@@ -100,8 +100,8 @@ ALLOWED: dict[str, set[str]] = {
         "train",
     },
     "study": _BASE
-    | {"agreement", "checksums", "data", "launch", "loading", "models", "names", "processes", "progress"}
-    | {"installed", "provenance", "records", "stopping"}
+    | {"agreement", "checksums", "data", "evals", "launch", "loading", "models", "names", "processes"}
+    | {"installed", "progress", "provenance", "records", "stopping"}
     | {"run", "run_directory", "run_plan"},
     "planner": {"config", "data.store_manifest", "errors", "evals", "files", "models", "names", "records"}
     | {"run_directory", "run_plan", "study.cache_cost", "study.given_models"},

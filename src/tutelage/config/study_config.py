@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -105,6 +106,21 @@ class PostTraining(Section):
     run: RunSettings = Field(default={}, description="settings of its runs, as in a run file; stage is sft")
 
 
+class StudyTasks(Section):
+    """Downstream tasks that every finished run is asked, teachers too, as by `tutelage eval tasks`."""
+
+    names: tuple[Words, ...] = Field(
+        min_length=1,
+        description="paper, names of lm-eval's, word_analogy, continuation or last_word (:DOMAIN or :STORE), "
+        "or those in `include`",
+    )
+    limit: int | None = Field(default=None, ge=1, description="questions per task; default: all")
+    include: Path | None = Field(
+        default=None, description="directory of lm-eval task files of your own; functions they name are run"
+    )
+    batch_size: int = Field(default=16, ge=1, description="of the forward passes")
+
+
 class StudyConfig(Section):
     """Teachers, students, and the grids that pair them; all comparisons are paired by seed."""
 
@@ -131,6 +147,9 @@ class StudyConfig(Section):
     )
     post_training: dict[Name, PostTraining] = Field(
         default={}, description="stages that may follow a run, by name"
+    )
+    tasks: StudyTasks | None = Field(
+        default=None, description="questions asked of all runs once they are trained; default: none"
     )
     claims: tuple[Annotated[int, Field(ge=1, le=24)], ...] = Field(
         default=(),

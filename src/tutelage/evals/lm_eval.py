@@ -79,6 +79,27 @@ def check_models(models: Sequence[EvaluatedModel], prompting: Prompting) -> None
         chat_writer(evaluated.model, prompting)
 
 
+def check_tasks(tasks: Sequence[str], include: Path | None = None) -> None:
+    """Check what can be known of tasks without a model and without their data.
+
+    Args:
+        tasks: as `run_downstream` takes them.
+        include: directory of task files of the user's.
+
+    Raises:
+        UserError: lm-eval is missing, a task or a text is unknown, or a task file is none.
+    """
+    _check_installed()
+    own = OwnTasks.read(include)
+    names = _expanded(tasks)
+    others = [name for name in names if _kind(name) not in OFFLINE]
+    check_known(others, task_manager(own.directories, defaults=not {*others} <= {*own.tasks}))
+    for name in names:
+        kind, _, where = name.partition(":")
+        if kind in OFFLINE and where:
+            _named_store(name, where)
+
+
 def run_downstream(
     evaluated: EvaluatedModel,
     tasks: Sequence[str],
@@ -219,18 +240,24 @@ def _built(evaluated: EvaluatedModel, task: str, stores: Path, asked: Asked) -> 
 def _text(evaluated: EvaluatedModel, task: str, where: str, stores: Path) -> Store:
     """The token store whose test split a task is built from."""
     if where:
-        is_domain = where in DOMAINS and not Path(where).is_dir()
-        path = None if is_domain else look_up("store", Path(where), f"task {task}")
+        path = _named_store(task, where)
         if path is not None:
             return open_store(path)
-        domain = find_domain(where)
-        check_sources({where: domain})
-        return domain_store(where, domain, evaluated.model, stores)
+        return domain_store(where, find_domain(where), evaluated.model, stores)
     if evaluated.training_store is None:
         raise UserError(
             f"task {task}: {evaluated.id} has no training store; write {task}:DOMAIN or {task}:STORE"
         )
     return open_store(evaluated.training_store)
+
+
+def _named_store(task: str, where: str) -> Path | None:
+    """The token store that a task names; None if it names a domain, of which all that it needs is there."""
+    is_domain = where in DOMAINS and not Path(where).is_dir()
+    path = None if is_domain else look_up("store", Path(where), f"task {task}")
+    if path is None:
+        check_sources({where: find_domain(where)})
+    return path
 
 
 def _check_different(built: dict[str, BuiltTask]) -> None:

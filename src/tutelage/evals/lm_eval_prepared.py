@@ -7,6 +7,7 @@ import functools
 import inspect
 import io
 import logging
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -298,6 +299,7 @@ def quiet() -> Iterator[None]:
         make(bar, *arguments, **settings | {"disable": True})
 
     tqdm.__init__ = hidden
+    tqdm.set_lock(threading.RLock())  # else a semaphore of the system, which a killed worker leaves there
     transformers_logging.set_verbosity_error()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

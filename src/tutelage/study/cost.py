@@ -111,6 +111,8 @@ def works_of(
             works.setdefault(work.key, work)
         notes += [f"{name}: {text}" for text in dict.fromkeys(found.rounded)]
         notes += [f"{name}: {text}" for text in dict.fromkeys(found.left_out)]
+        if (tasks := expanded.study.tasks) is not None:
+            notes.append(f"{name}: asking its runs {', '.join(tasks.names)} is not counted")
     for key, flops in caches.made_by().items():
         works[key] = replace(works[key], cache_flops=flops)
     return list(works.values()), caches.total, notes

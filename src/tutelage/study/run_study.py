@@ -1,32 +1,28 @@
-"""Run a study: build its stores, write its plan, run its runs."""
+"""Run a study: build its stores, write its plan, run its runs, ask them its tasks."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.config.load import digest
 from tutelage.data.store import open_store
-from tutelage.data.store_manifest import remarks
-from tutelage.errors import Stopped, UserError
+from tutelage.errors import UserError
 from tutelage.files import lock_when_free, make_directory
 from tutelage.processes import place
-from tutelage.stopping import stop_signal
-from tutelage.study.engines import StoreTask
 from tutelage.study.leases import Failures, Leases
-from tutelage.study.nodes import Stores, begun_anew, bind, check_cells
+from tutelage.study.nodes import begun_anew, bind, check_cells
 from tutelage.study.plan import Plan, plan_of, save_plan
 from tutelage.study.runner import run_all
-from tutelage.study.texts import check_texts, other_texts
+from tutelage.study.side_tasks import Asker, build_stores
+from tutelage.study.texts import check_texts
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Mapping
+    from pathlib import Path
 
-    from tutelage.config.data_config import StoreConfig
     from tutelage.progress import Progress
     from tutelage.study.engines import Engine
     from tutelage.study.expand import ExpandedStudy
@@ -55,7 +51,9 @@ def run_study(
     progress: Progress,
     options: RunnerOptions | None = None,
 ) -> None:
-    """Build the stores, write the plan, and run what is not finished yet, beside other runners of the study.
+    """Build the stores, write the plan, run what is not finished yet, and ask all runs the study's tasks.
+
+    Other runners of the study may do so beside this one.
 
     Args:
         expanded: what to run.
@@ -77,7 +75,9 @@ def run_study(
     check_cells(expanded)
     make_directory(directory)
     with engine, Leases(directory) as leases:
+        asker = Asker(expanded.study, directory, engine, leases, progress)
         with _preparation_lock(directory, leases, progress):
+            asker.check()
             stores = build_stores(expanded, directory / "data", engine, leases, progress)
             nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
             for line in (*check_texts(nodes), *begun_anew(nodes)):
@@ -85,60 +85,7 @@ def run_study(
             _publish(directory, plan_of(expanded, nodes), leases)
             failures = _failures(directory, options.retries, leases, progress)
         run_all(nodes, engine, leases, failures, progress, options.cohort)
-
-
-def build_stores(
-    expanded: ExpandedStudy, directory: Path, engine: Engine, leases: Leases, progress: Progress
-) -> Stores:
-    """Build a study's token stores in `directory`: the corpus, then the rest in its tokens.
-
-    Raises:
-        UserError: a store cannot be built.
-        Stopped: on Ctrl-C or `tutelage study stop`.
-    """
-
-    def build(configs: Mapping[str, StoreConfig]) -> dict[str, Path]:
-        tasks = {key: StoreTask(config=config, directory=directory) for key, config in configs.items()}
-        return _build_all(tasks, engine, leases, progress)
-
-    corpus = build({"corpus": expanded.study.corpus})["corpus"]
-    wanted = other_texts(expanded, corpus)
-    distinct = {config.model_dump_json(): config for config in wanted.values()}
-    built = build(distinct)
-    places = {key: built[config.model_dump_json()] for key, config in wanted.items()}
-
-    def of(part: str) -> dict[str, Path]:
-        return {name: path for (kind, name), path in places.items() if kind == part}
-
-    return Stores(corpus=corpus, domains=of("domain"), teachers=of("teacher"), stages=of("stage"))
-
-
-def _build_all(
-    tasks: Mapping[str, StoreTask], engine: Engine, leases: Leases, progress: Progress
-) -> dict[str, Path]:
-    """Build every store, until one fails."""
-    waiting, running, built = list(tasks), set[str](), dict[str, Path]()
-    with stop_signal() as stop:
-        while waiting or running:
-            for key in waiting[: engine.slots - len(running)]:
-                waiting.remove(key)
-                running.add(key)
-                progress.note(f"text: {tasks[key].config.name}")
-                engine.start(key, tasks[key])
-            for key, outcome in engine.wait(_POLL_SECONDS).items():
-                running.remove(key)
-                if outcome.status in {"failed", "disk", "lost"}:
-                    raise UserError(outcome.text)
-                if outcome.status == "done":
-                    built[key] = Path(outcome.text)
-                    for line in remarks(open_store(built[key]).manifest):
-                        progress.note(f"text: {tasks[key].config.name}: {line}")
-                else:  # another process is building it
-                    waiting.append(key)
-                    stop.wait(_POLL_SECONDS)
-            if stop.is_set() or leases.is_asked_to_stop():
-                raise Stopped
-    return built
+        asker.ask(nodes, stores.corpus)
 
 
 def _preparation_lock(

@@ -13,6 +13,7 @@ from tutelage import provenance
 from tutelage.config.base import Section
 from tutelage.config.data_config import StoreConfig
 from tutelage.config.run_config import RunConfig
+from tutelage.config.study_config import StudyTasks
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.files import NO_SPACE, LockedError, errno_of, no_space
 
@@ -56,7 +57,26 @@ class StoreTask(_Sent):
         return 1
 
 
-Task = RunTask | StoreTask
+class AskTask(_Sent):
+    """Ask a finished run downstream tasks, those built from text from `corpus` if they name no other.
+
+    Without a run, check that they can be asked.
+    """
+
+    kind: Literal["questions"] = "questions"
+    run: Path | None
+    corpus: Path | None
+    tasks: StudyTasks
+    stores: Path
+    device: str
+
+    @property
+    def processes(self) -> int:
+        """Processes that it takes."""
+        return 1
+
+
+Task = RunTask | StoreTask | AskTask
 TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
 """Reads a task from JSON."""
 

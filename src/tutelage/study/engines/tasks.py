@@ -23,7 +23,7 @@ from tutelage.launch import describe, launch
 from tutelage.loading import loading
 from tutelage.processes import cores, place
 from tutelage.stopping import interruptible, leave_signals_to_parent
-from tutelage.study.engines import TASK, RunTask, StoreTask, TaskOutcome, outcome_of
+from tutelage.study.engines import TASK, AskTask, RunTask, StoreTask, TaskOutcome, outcome_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,7 @@ def _execute(task: Task, threads: int) -> TaskOutcome:
             from tutelage.data.build import build_store  # noqa: PLC0415 - as below
 
             return TaskOutcome(status="done", text=str(build_store(task.config, task.directory)))
-        if task.processes > 1:
+        if isinstance(task, RunTask) and task.processes > 1:
             return run_in_processes(task)
         with loading():
             import torch  # noqa: PLC0415 - slow
@@ -71,12 +71,36 @@ def _execute(task: Task, threads: int) -> TaskOutcome:
             from tutelage.run import run_cohort  # noqa: PLC0415 - imports torch
         if torch.get_num_threads() > threads:  # that of the server which forked this process
             torch.set_num_threads(threads)
-        _check_ids(task, run_cohort(task.configs))
+        if isinstance(task, AskTask):
+            _ask(task)
+        else:
+            _check_ids(task, run_cohort(task.configs))
     except KeyboardInterrupt:
         return TaskOutcome(status="stopped")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other runs continue, and this is recorded
         return outcome_of(error)
     return TaskOutcome(status="done")
+
+
+def _ask(task: AskTask) -> None:
+    with loading():
+        from tutelage.evals.evaluated_model import find_model  # noqa: PLC0415 - as above
+        from tutelage.evals.lm_eval import check_tasks, run_downstream  # noqa: PLC0415
+        from tutelage.evals.lm_eval_tasks import KINDS  # noqa: PLC0415
+
+    asked = task.tasks
+    if task.run is None:
+        check_tasks(asked.names, asked.include)
+        return
+    run_downstream(
+        find_model(str(task.run), task.stores),
+        [f"{name}:{task.corpus}" if name in KINDS else name for name in asked.names],
+        limit=asked.limit,
+        batch_size=asked.batch_size,
+        device=task.device,
+        stores=task.stores,
+        include=asked.include,
+    )
 
 
 def _check_ids(task: RunTask, made: Sequence[RunDirectory]) -> None:

@@ -1,0 +1,100 @@
+"""A study that asks its runs downstream tasks once they are trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_study import TINY, tiny_study
+from told_progress import Told
+
+from tutelage.analysis.claims.judge import judge_study
+from tutelage.analysis.report.accuracy_rows import accuracy_table
+from tutelage.errors import UserError
+from tutelage.evals.evaluated_model import find_model
+from tutelage.evals.lm_eval import run_downstream
+from tutelage.evals.score_files import read_scores
+from tutelage.study.engines.local import LocalEngine
+from tutelage.study.expand import expand
+from tutelage.study.results import load_results
+from tutelage.study.run_study import run_study
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.slow
+
+NAMES = ["word_analogy", "last_word"]
+PAIRS = {
+    "name": "pairs",
+    "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}],
+    "max_bytes": 60_000,
+}
+STAGE = {"corpus": PAIRS, "tokens": "2K", "run": {"eval": {"max_documents": 2, "max_tokens": 64}}}
+
+
+def run(study, directory):
+    told = Told()
+    run_study(expand(study), directory, LocalEngine(2, []), told)
+    return [stage for stage in told.stages if stage.startswith("questions")]
+
+
+def asked(directory):
+    """The answers of every run, by run, task and number of questions."""
+    scores = [score for file in directory.glob("runs/*/scores.jsonl") for score in read_scores(file)]
+    return {(s.run, s.domain, s.n): s.value for s in scores if (s.role, s.metric) == ("downstream", "acc")}
+
+
+def test_all_runs_are_asked_once_and_again_when_other_questions_are_wanted(tmp_path):
+    main = TINY["students"]["main"] | {"then": ["taught"]}
+    changes = {"students": {"main": main}, "post_training": {"taught": STAGE}}
+    study = tiny_study(tasks={"names": NAMES, "limit": 20}, **changes)
+    assert run(study, tmp_path / "study") == ["questions to 5 runs"]
+    found = asked(tmp_path / "study")
+    ids = [path.name for path in tmp_path.glob("study/runs/*")]
+    assert {(run, task) for run, task, _ in found} == {
+        (run, task) for run in ids for task in ("word_analogy", "last_word_sotu")
+    }
+    for one in ids[:2]:  # what a process of its own answers
+        model = find_model(str(tmp_path / "study" / "runs" / one), tmp_path)
+        object.__setattr__(model, "output", tmp_path / one)
+        (corpus,) = tmp_path.glob("study/data/sotu-*")
+        for score in run_downstream(model, [NAMES[0], f"{NAMES[1]}:{corpus}"], limit=20):
+            if score.metric == "acc":
+                assert found[one, score.domain, score.n] == score.value
+
+    table = accuracy_table(judge_study(load_results(tmp_path / "study")))
+    assert [row[:2] for row in table.rows] == [
+        ["nano-50k 4K from weak", "0.4"],
+        ["nano-50k 4K from weak", "0.4, then taught"],
+    ]
+
+    assert run(study, tmp_path / "study") == []
+    again = tiny_study(tasks={"names": NAMES, "limit": 25}, **changes)
+    assert run(again, tmp_path / "study") == ["questions to 5 runs"]
+    assert {n for _, _, n in asked(tmp_path / "study")} == {20, 25}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "complaint"),
+    [
+        ({"names": ["word_analogie"]}, "task 'word_analogie' is unknown; did you mean 'word_analogy'"),
+        ({"names": ["last_word:kvj"]}, "domain 'kvj' is unknown; did you mean 'kjv'"),
+        ({"names": ["own"], "include": "nowhere"}, "nowhere: no such directory"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_built(tmp_path, tasks, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run(tiny_study(tasks=tasks), tmp_path / "study")
+    assert not (tmp_path / "study" / "data").exists()
+
+
+def test_a_run_whose_answers_were_lost_is_asked_again(tmp_path):
+    study = tiny_study(tasks={"names": ["word_analogy"], "limit": 5})
+    run(study, tmp_path / "study")
+    (file,) = tmp_path.glob("study/runs/student-nano-50k-4K-s43-*/scores.jsonl")
+    before, kept = file.read_text(), []
+    kept = [line for line in before.splitlines() if json.loads(line)["role"] != "downstream"]
+    file.write_text("".join(f"{line}\n" for line in kept))
+    Path(f"{file}.sha256").unlink(missing_ok=True)
+    assert run(study, tmp_path / "study") == ["questions to 3 runs"]
+    assert asked(tmp_path / "study").keys() >= {(file.parent.name, "word_analogy", 5)}
