@@ -217,6 +217,11 @@ class Study:
         return tables_of(self.judged)["gains"]
 
     @cached_property
+    def accuracy(self) -> pl.DataFrame:
+        """One row per student, teacher, arm and downstream task, and of their mean: gains in points."""
+        return tables_of(self.judged)["accuracy"]
+
+    @cached_property
     def verdicts(self) -> pl.DataFrame:
         """One row per student, teacher and arm: gains in percent, and the verdict in words."""
         rows = [

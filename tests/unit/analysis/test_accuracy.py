@@ -16,6 +16,7 @@ from tutelage.analysis.accuracy import MEAN
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report.accuracy_rows import accuracy_table
 from tutelage.analysis.report.csv_tables import tables_of
+from tutelage.api import open_study
 from tutelage.study.results import load_results
 from tutelage.types import Score
 
@@ -135,6 +136,7 @@ def test_a_study_that_was_asked_nothing_has_no_table(study):
     found = judged(study)
     assert accuracy_table(found).rows == []
     assert tables_of(found)["accuracy"].is_empty()
+    assert open_study(study).accuracy.is_empty()
 
 
 def test_answers_from_before_a_run_was_extended_are_not_its_own(study, values):
