@@ -167,6 +167,8 @@ def tasks(
         from tutelage.evals.evaluated_model import find_models
         from tutelage.evals.lm_eval import check_models, run_downstream
         from tutelage.evals.lm_eval_prompts import Prompting
+        from tutelage.evals.lm_eval_tasks import KINDS
+        from tutelage.study.plan import corpus_of
 
     prompting = Prompting(
         chat=apply_chat_template or chat_template is not None,
@@ -177,11 +179,16 @@ def tasks(
     scores: list[Score] = []
     found = find_models(_each(model), output)
     check_models(found, prompting)
+    studies = {
+        one.id: study for one in found if kind_of(study := one.output.absolute().parent.parent) == "study"
+    }
+    texts = {study: corpus_of(study) for study in dict.fromkeys(studies.values())}
     with RichProgress() as progress:
         for one in found:
+            text = texts.get(studies.get(one.id, Path()))
             scores += run_downstream(
                 one,
-                task,
+                [f"{name}:{text}" if text is not None and name in KINDS else name for name in task],
                 limit=limit,
                 batch_size=batch_size,
                 device=device,
@@ -191,11 +198,9 @@ def tasks(
                 progress=progress,
             )
     files = [("scores", one.scores) for one in found]
-    studies = dict.fromkeys(one.output.parent.parent for one in found)
-    of_studies = [typed("study", place) for place in studies if kind_of(place) == "study"]
     hint = "`tutelage eval score` measures the same models on texts"
-    if of_studies:
-        hint = f"`tutelage report {shlex.quote(of_studies[0])}` shows these tasks beside the texts"
+    if texts:
+        hint = f"`tutelage report {shlex.quote(typed('study', next(iter(texts))))}` shows these tasks too"
     _print_tasks(scores, "task", "questions", files, hint)
 
 

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError, field_valida
 from tutelage.config.base import Fraction, Name, Section, Words, for_people
 from tutelage.config.load import validate
 from tutelage.errors import UserError
+from tutelage.names import located
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory, evaluation_id
 from tutelage.study.axis_settings import words
@@ -211,6 +212,20 @@ def finished_runs(directory: Path) -> list[Path]:
     if not done:
         raise UserError(f"{directory}: none of the study's {len(runs)} runs is finished yet")
     return done
+
+
+def corpus_of(directory: Path) -> Path | None:
+    """The training text of a study, as its first untaught student has it; None where none is there.
+
+    Raises:
+        UserError: there is no valid `plan.json`.
+    """
+    untaught = (planned.run for planned in load_plan(directory).runs if planned.kind == "baseline")
+    for run in (RunDirectory(directory / "runs" / run) for run in untaught):
+        if run.is_done():
+            config = run.config()
+            return located(config.data.store, config, run.path)
+    return None
 
 
 def plan_of(expanded: ExpandedStudy, nodes: Sequence[Node]) -> Plan:

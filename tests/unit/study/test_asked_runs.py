@@ -44,7 +44,7 @@ def asked(directory):
     return {(s.run, s.domain, s.n): s.value for s in scores if (s.role, s.metric) == ("downstream", "acc")}
 
 
-def test_all_runs_are_asked_once_and_again_when_other_questions_are_wanted(tmp_path):
+def test_all_runs_are_asked_once_and_again_when_other_questions_are_wanted(tmp_path, command):
     main = TINY["students"]["main"] | {"then": ["taught"]}
     changes = {"students": {"main": main}, "post_training": {"taught": STAGE}}
     study = tiny_study(tasks={"names": NAMES, "limit": 20}, **changes)
@@ -72,6 +72,11 @@ def test_all_runs_are_asked_once_and_again_when_other_questions_are_wanted(tmp_p
     again = tiny_study(tasks={"names": NAMES, "limit": 25}, **changes)
     assert run(again, tmp_path / "study") == ["questions to 5 runs"]
     assert {n for _, _, n in asked(tmp_path / "study")} == {20, 25}
+
+    _, shown, _ = command("eval", "tasks", tmp_path / "study", "--task", "last_word", "--limit", "6")
+    assert "`tutelage report study` shows these tasks too" in shown
+    by_hand = [(run, task) for run, task, n in asked(tmp_path / "study") if n == 6]
+    assert sorted(by_hand) == sorted((run, "last_word_sotu") for run in ids)
 
 
 @pytest.mark.parametrize(
