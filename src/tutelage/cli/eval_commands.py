@@ -17,6 +17,7 @@ from tutelage.names import find, kind_of, look_up, typed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tutelage.evals.evaluated_model import EvaluatedModel
     from tutelage.evals.samples import Continuation
     from tutelage.types import Score
 
@@ -90,6 +91,15 @@ def _each(models: Sequence[str]) -> list[str]:
         study = named or (path if kind_of(path) == "study" else None)
         found += [one] if study is None else map(str, finished_runs(study))
     return found
+
+
+def _texts_of_studies(models: Sequence[EvaluatedModel]) -> dict[str, tuple[Path, Path | None]]:
+    """By the id of each run of a study, the study and the text that its runs are asked about."""
+    from tutelage.study.plan import corpus_of
+
+    places = {one.id: one.output.absolute().parent.parent for one in models}
+    texts = {place: corpus_of(place) for place in {*places.values()} if kind_of(place) == "study"}
+    return {run: (place, texts[place]) for run, place in places.items() if place in texts}
 
 
 @eval_app.command("score")
@@ -168,7 +178,6 @@ def tasks(
         from tutelage.evals.lm_eval import check_models, run_downstream
         from tutelage.evals.lm_eval_prompts import Prompting
         from tutelage.evals.lm_eval_tasks import KINDS
-        from tutelage.study.plan import corpus_of
 
     prompting = Prompting(
         chat=apply_chat_template or chat_template is not None,
@@ -179,13 +188,10 @@ def tasks(
     scores: list[Score] = []
     found = find_models(_each(model), output)
     check_models(found, prompting)
-    studies = {
-        one.id: study for one in found if kind_of(study := one.output.absolute().parent.parent) == "study"
-    }
-    texts = {study: corpus_of(study) for study in dict.fromkeys(studies.values())}
+    texts = _texts_of_studies(found)
     with RichProgress() as progress:
         for one in found:
-            text = texts.get(studies.get(one.id, Path()))
+            _, text = texts.get(one.id, (None, None))
             scores += run_downstream(
                 one,
                 [f"{name}:{text}" if text is not None and name in KINDS else name for name in task],
@@ -199,8 +205,8 @@ def tasks(
             )
     files = [("scores", one.scores) for one in found]
     hint = "`tutelage eval score` measures the same models on texts"
-    if texts:
-        hint = f"`tutelage report {shlex.quote(typed('study', next(iter(texts))))}` shows these tasks too"
+    for study, _ in [*texts.values()][:1]:
+        hint = f"`tutelage report {shlex.quote(typed('study', study))}` shows these tasks too"
     _print_tasks(scores, "task", "questions", files, hint)
 
 
