@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +19,7 @@ from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError, lookup
-from tutelage.files import atomic_directory
+from tutelage.files import atomic_directory, lock_when_free, make_directory
 from tutelage.installed import install_package
 from tutelage.types import Role
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tutelage.data.store import Store
     from tutelage.progress import Progress
 
+_POLL_SECONDS = 0.1
 SuiteName = Literal["offline", "paper", "extra"]
 
 
@@ -134,10 +136,20 @@ def _kept_tokenizer(tokenizer: Path, stores: Path) -> Path:
     """A copy named by its content, so that a store's name does not depend on the first model."""
     found = load_tokenizer(tokenizer)
     path = stores.absolute() / f"tokenizer-{found.sha256[:12]}"
-    if not path.is_dir():
-        with atomic_directory(path) as partial:
-            found.save(partial)
+    if path.is_dir():
+        return path
+    make_directory(path.parent)
+    with lock_when_free(path.with_name(f".{path.name}.lock"), f"tokenizer {path}", _wait):
+        if not path.is_dir():
+            with atomic_directory(path) as partial:
+                found.save(partial)
     return path
+
+
+def _wait() -> bool:
+    """Wait a moment for another process, which takes no longer than one."""
+    time.sleep(_POLL_SECONDS)
+    return False
 
 
 def role_after(training: Store, domain: Store) -> Role:

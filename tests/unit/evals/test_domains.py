@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 
 from tutelage.data.corpora import find_corpus
 from tutelage.data.store import open_store
+from tutelage.data.tokenizer import TextTokenizer
 from tutelage.errors import UserError
 from tutelage.evals import domains
 from tutelage.evals.domains import DOMAINS, check_sources, domain_store, find_domain, role_after
@@ -111,3 +115,24 @@ def test_selections():
     chosen, stores = select(["c4"], "offline", ["held-out=a/b=c"])
     assert list(chosen) == [*OFFLINE, "c4"]
     assert str(stores["held-out"]) == "a/b=c"
+
+
+def test_two_processes_that_need_a_tokenizer_do_not_remove_each_others(store, tmp_path, monkeypatch):
+    """Each took what the other was writing for what a killed one had left."""
+    writing, may_end, save = threading.Event(), threading.Event(), TextTokenizer.save
+
+    def slowly(tokenizer, directory, named=None):
+        writing.set()
+        assert may_end.wait(20)
+        save(tokenizer, directory, named)
+
+    monkeypatch.setattr(TextTokenizer, "save", slowly)
+    entry = find_domain("phenotypes")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(domain_store, "phenotypes", entry, store, tmp_path)
+        assert writing.wait(20)
+        second = pool.submit(domain_store, "sotu", find_domain("sotu"), store, tmp_path)
+        assert not wait([second], 0.5).done
+        may_end.set()
+        assert {first.result().vocab_size} == {second.result().vocab_size}
+    assert len([*tmp_path.glob("tokenizer-*")]) == 1
