@@ -81,15 +81,19 @@ _EVALS = Path("evals")
 
 
 def _each(models: Sequence[str]) -> list[str]:
-    """The models, with the finished runs of a study in its place."""
-    from tutelage.study.plan import finished_runs
+    """The models, with those of its finished runs in the place of a study."""
+    from tutelage.cli.bars import say
+    from tutelage.study.plan import models_of
 
     found: list[str] = []
     for one in models:
         path = Path(one).expanduser()
         named = None if path.exists() or look_up("run", path, "model") else look_up("study", path, "model")
         study = named or (path if kind_of(path) == "study" else None)
-        found += [one] if study is None else map(str, finished_runs(study))
+        runs, others = ([one], 0) if study is None else models_of(study)
+        found += map(str, runs)
+        if others:
+            say("note", f"{study}: {others} runs have no finished model here and are left out")
     return found
 
 

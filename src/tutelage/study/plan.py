@@ -201,17 +201,19 @@ def save_plan(directory: Path, plan: Plan) -> None:
     write_sealed(directory / "plan.json", plan.model_dump(mode="json", by_alias=True))
 
 
-def finished_runs(directory: Path) -> list[Path]:
-    """Directories of the planned runs that are done, in the order of the plan.
+def models_of(directory: Path) -> tuple[list[Path], int]:
+    """Directories of the planned runs that have a model, in the plan's order; how many others there are.
 
     Raises:
-        UserError: there is no valid `plan.json`, or none is done.
+        UserError: there is no valid `plan.json`, or no run of it is finished.
     """
-    runs = [directory / "runs" / planned.run for planned in load_plan(directory).runs]
-    done = [run for run in runs if RunDirectory(run).is_done()]
-    if not done:
-        raise UserError(f"{directory}: none of the study's {len(runs)} runs is finished yet")
-    return done
+    runs = [RunDirectory(directory / "runs" / planned.run) for planned in load_plan(directory).runs]
+    found = [run.path for run in runs if run.is_done() and not run.lacks_weights()]
+    if not found:
+        raise UserError(
+            f"{directory}: none of the study's {len(runs)} runs is finished and has its model here"
+        )
+    return found, len(runs) - len(found)
 
 
 def corpus_of(directory: Path) -> Path | None:

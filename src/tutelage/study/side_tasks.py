@@ -130,7 +130,7 @@ class Asker:
             self.leases.release(_CHECK, done=True)
 
     def ask(self, nodes: Sequence[Node], corpus: Path) -> None:
-        """Ask every run that has not been asked yet, here or by other runners.
+        """Ask every run that has weights and has not been asked yet, here or by other runners.
 
         Args:
             nodes: the runs, all finished.
@@ -140,8 +140,14 @@ class Asker:
             UserError: a run could not be asked; the answers of others are kept.
             Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
         """
+        copies = [node for node in nodes if node.directory.lacks_weights()]
+        nodes = [node for node in nodes if node not in copies]
         if not (left := self._left(nodes)):
             return
+        if copies:
+            self.progress.note(
+                f"not asked: {len(copies)} runs of which only results are here, without weights"
+            )
         stage = f"questions to {len(nodes)} runs"
         self.progress.start(stage, len(nodes), "runs", done=len(nodes) - len(left))
         asked: dict[str, Node] = {}

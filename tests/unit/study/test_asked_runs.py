@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_built(tmp_path, task
     assert not (tmp_path / "study" / "data").exists()
 
 
-def test_a_run_whose_answers_were_lost_is_asked_again(tmp_path):
+def test_a_run_whose_answers_were_lost_is_asked_again_and_a_copy_of_results_is_not(tmp_path, command):
     study = tiny_study(tasks={"names": ["word_analogy"], "limit": 5})
     run(study, tmp_path / "study")
     (file,) = tmp_path.glob("study/runs/student-nano-50k-4K-s43-*/scores.jsonl")
@@ -103,3 +104,11 @@ def test_a_run_whose_answers_were_lost_is_asked_again(tmp_path):
     Path(f"{file}.sha256").unlink(missing_ok=True)
     assert run(study, tmp_path / "study") == ["questions to 3 runs"]
     assert asked(tmp_path / "study").keys() >= {(file.parent.name, "word_analogy", 5)}
+
+    for part in ("model", "checkpoints"):
+        shutil.rmtree(file.parent / part)
+    again = tiny_study(tasks={"names": ["word_analogy"], "limit": 6})
+    assert run(again, tmp_path / "study") == ["questions to 2 runs"]
+    assert {run for run, _, n in asked(tmp_path / "study") if n == 6}.isdisjoint({file.parent.name})
+    _, shown, _ = command("eval", "tasks", tmp_path / "study", "--task", "word_analogy", "--limit", "6")
+    assert "1 runs have no finished model here and are left out" in shown
