@@ -1,18 +1,21 @@
-"""The loop around the training step, for one run or a cohort of runs that read the same batches."""
+"""The loop around the training step, for one run or a cohort of runs that read the same batches.
+
+A thread reads the tokens of the next step while this one is computed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from tutelage.errors import Stopped
 from tutelage.progress import NullProgress, Progress
 from tutelage.stopping import stop_signal
 from tutelage.train import distributed
-from tutelage.train.batches import BatchesAhead
 from tutelage.train.out_of_memory import memory_errors_named
 from tutelage.train.profiler import profiled
 from tutelage.train.step import train_step
@@ -21,7 +24,11 @@ from tutelage.train.stopwatch import Stopwatch
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
+    import torch
+
+    from tutelage.data.loader import Loader
     from tutelage.train.student import Student
     from tutelage.types import Batch
 
@@ -133,3 +140,56 @@ def _batches(student: Student, first: int) -> BatchesAhead:
     config = student.config
     piece = (config.micro_batch_tokens or config.global_batch_tokens) // config.data.sequence_length
     return BatchesAhead(student.loader, first, piece, student.world.device)
+
+
+class BatchesAhead:
+    """The batches of consecutive steps on one rank, in pieces of one forward pass each.
+
+    A batch is a function of its step, so nothing has to be kept for a resumed run, and what was made ahead in
+    vain is dropped. For CUDA, batches are made in page-locked memory and copied without waiting.
+
+    Args:
+        loader: batches by step.
+        first: the first step.
+        piece: sequences of one forward pass.
+        device: where batches are wanted.
+
+    Attributes:
+        waited: seconds the last `next_step` waited for its batch.
+    """
+
+    def __init__(self, loader: Loader, first: int, piece: int, device: torch.device) -> None:
+        self._loader = loader
+        self._piece = piece
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._step = first
+        self._coming: Future[Batch] = self._thread.submit(self._batch, first)
+        self.waited = 0.0
+
+    def __enter__(self) -> Self:
+        """Return the batches themselves."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread, which finishes the batch it is at."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def next_step(self) -> list[Batch]:
+        """Return the micro-batches of the next step, and have those of the step after it made.
+
+        Raises:
+            Exception: whatever went wrong where the batch was made.
+        """
+        began = time.perf_counter()
+        batch = self._coming.result()
+        self.waited = time.perf_counter() - began
+        self._step += 1
+        self._coming = self._thread.submit(self._batch, self._step)
+        batch = batch.to(self._device)
+        starts = range(0, len(batch.starts), self._piece)
+        return [batch.rows(slice(start, start + self._piece)) for start in starts]
+
+    def _batch(self, step: int) -> Batch:
+        batch = self._loader.batch(step)
+        return batch.pinned() if self._device.type == "cuda" else batch

@@ -11,7 +11,7 @@ import torch
 from tutelage.data.loader import Loader
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.train.batches import BatchesAhead
+from tutelage.train.loop import BatchesAhead
 from tutelage.types import Batch
 
 CPU = torch.device("cpu")
