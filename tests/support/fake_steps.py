@@ -25,10 +25,11 @@ from tutelage.models.sharding import Sharding
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers.live import OnlineTeacher
 from tutelage.train.distributed import MESH_AXES, World
+from tutelage.train.layers import compile_layers, recompute
 from tutelage.train.objective_model import ObjectiveModel
 from tutelage.train.optim import adamw
 from tutelage.train.parallel import begin_micro_batch, place
-from tutelage.train.setup import _half_dtype, prepare_layers
+from tutelage.train.setup import _half_dtype
 from tutelage.train.step import train_step
 from tutelage.train.student import StepInputs, Student
 from tutelage.types import Batch
@@ -107,7 +108,8 @@ def open_steps(config, vocab_size, world, teacher=None):
     """The student of a run with random weights, and its teacher, a shape."""
     half = _half_dtype(config, world.device)
     model = meta_model(config.model.shape, vocab_size, config)
-    prepare_layers(model, config.runtime, world.device)
+    recompute(model, config.runtime)
+    compile_layers(model, config.runtime, world.device)
     module = ObjectiveModel(model, config.objective, vocab_size, half if world.mesh is None else None)
     give_memory(module, world.device)
     if world.mesh is not None:

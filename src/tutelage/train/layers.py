@@ -43,19 +43,6 @@ _KEPT_NAMESPACES = {"flash_attn", "flash_attn_2", "flash_attn_3"}
 """Of FlashAttention's own operators, which exist once its package is imported."""
 
 
-def prepare_layers(model: PreTrainedModel, runtime: RuntimeConfig, device: torch.device) -> tuple[str, ...]:
-    """Let a student recompute activations and compile its layers, as `runtime` says; before it is sharded.
-
-    Returns:
-        Notes for the user.
-
-    Raises:
-        UserError: the family cannot, or there is no compiler.
-    """
-    recompute(model, runtime)
-    return compile_layers(model, runtime, device)
-
-
 def recompute(model: PreTrainedModel, runtime: RuntimeConfig) -> None:
     """Let a student recompute activations of its layers in the backward pass, as `runtime` says.
 

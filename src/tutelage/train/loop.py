@@ -17,9 +17,8 @@ from tutelage.progress import NullProgress, Progress
 from tutelage.stopping import stop_signal
 from tutelage.train import distributed
 from tutelage.train.out_of_memory import memory_errors_named
-from tutelage.train.profiler import profiled
 from tutelage.train.step import train_step
-from tutelage.train.stopwatch import Stopwatch
+from tutelage.train.stopwatch import Stopwatch, profiled
 
 if TYPE_CHECKING:
     import threading

@@ -25,7 +25,7 @@ from tutelage.objective import make_gate, make_policy
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers import TeacherContext, make_teacher
 from tutelage.teachers.cache.reader import check_serves
-from tutelage.train.layers import compile_layers, prepare_layers
+from tutelage.train.layers import compile_layers, recompute
 from tutelage.train.objective_model import ObjectiveModel
 from tutelage.train.optim import adamw, learning_rate
 from tutelage.train.parallel import place, use_model
@@ -114,7 +114,8 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     _check_stage(config, store)
     _check_truncation(config, store)
     start = _starting_model(config, store, world)
-    notes = prepare_layers(start.model, config.runtime, world.device)
+    recompute(start.model, config.runtime)
+    notes = compile_layers(start.model, config.runtime, world.device)
     steps = _steps(config, sum(p.numel() for p in start.model.parameters()))
     half = _half_dtype(config, world.device)
     # Processes that share the weights gather them in the compute dtype, so nothing is left to cast.

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from tutelage.train.alarms import LossBand, Stragglers
+from tutelage.train.run_log import LossBand, Stragglers
 
 
 def spikes(losses):
