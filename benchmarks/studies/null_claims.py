@@ -35,7 +35,7 @@ from tutelage.analysis.gains import measure
 from tutelage.analysis.verdicts import judge, relation
 from tutelage.config.load import validate
 from tutelage.config.study_config import StudyConfig
-from tutelage.evals.token_groups import summarise
+from tutelage.evals.token_quantities import summarise
 from tutelage.study.expand import expand
 from tutelage.study.plan import draft_of
 from tutelage.study.results import Results

@@ -1,14 +1,17 @@
-"""Read JSON files as strict records, and check their seals; one exception says what is wrong.
+"""Read and write JSON files, objects and rows, and check their seals; one exception says what is wrong.
 
 An object that tutelage writes ends with `seal`, a checksum over its other fields, and its text is a function
-of them, so that a flipped bit shows wherever it is. What has none was written by an older version, and is
-read without a check.
+of them, so that a flipped bit shows wherever it is. In a file of rows that grows, each row has a checksum
+over itself and the row above, so that one that was changed, lost or put in shows. What has no checksum was
+written by an older version, and is read without a check.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import zlib
 from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,8 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tutelage.errors import UserError, in_words, shortened, shown
-from tutelage.files import regular, write_text
-from tutelage.row_files import CHECKSUM, checked_rows
+from tutelage.files import no_links, os_errors_to_user_errors, regular, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +29,12 @@ T = TypeVar("T")
 _LARGEST_RECORDS = 2**28
 LARGEST_JSON = 2**25
 """Bytes of the largest file that is read as JSON; as Python's objects it can take thirty times as much."""
+
+CHECKSUM = "crc32"
+"""Last field of a row."""
+
+_TAIL_BYTES = 8192
+"""More than a row has."""
 
 _SEAL = "seal"
 """Field with the checksum of an object."""
@@ -242,3 +250,88 @@ def _parse(where: str, text: str, kind: type[T]) -> T:
         field = ".".join(str(part) for part in first["loc"])
         raise UnreadableError(where, f"{field + ': ' if field else ''}{in_words(first)}") from None
     return record
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Add a row. Raises `UserError` if that is not allowed."""
+    before = split_row(_last_line(path))[1]
+    with os_errors_to_user_errors(path), open(path, "a", encoding="utf-8", opener=no_links) as file:
+        file.write(row_text(row, before))
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """The newest whole row; empty before there is one."""
+    return split_row(_last_line(path))[0]
+
+
+def _last_line(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = file.read().split(b"\n")
+    return lines[-2] if len(lines) > 1 else b""
+
+
+def whole_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows that are what was written, and the numbers of the other whole lines."""
+    if not path.is_file():
+        return [], []
+    text = path.read_bytes()
+    return checked_rows(text[: text.rfind(b"\n") + 1].decode(errors="replace"))
+
+
+def keep_rows(path: Path, step: int, newest: int) -> str | None:
+    """Drop rows after `step`, which a resumed run is about to write again, and damaged ones.
+
+    There must be one of the step `newest`.
+
+    Returns:
+        A sentence if rows are lost.
+    """
+    if not path.is_file():
+        return f"{path}: missing; the rows of {step:,} steps are lost" if step else None
+    rows, damaged = whole_rows(path)
+    text, before, last = "", 0, 0
+    for row in rows:
+        if isinstance(row.get("step"), int) and row["step"] <= step:
+            line = row_text(row, before)
+            text, before, last = text + line, split_row(line)[1], row["step"]
+    write_text(path, text)
+    if damaged:
+        return f"{path}: damaged; {len(damaged)} lines from line {damaged[0]} are left out"
+    return f"{path}: cut; the rows after step {last:,} to step {newest:,} are lost" if last < newest else None
+
+
+def row_text(fields: Mapping[str, Any], before: int) -> str:
+    """The line of a row of a file that grows; `before` is the checksum of the row above, 0 without one."""
+    return json.dumps({**fields, CHECKSUM: zlib.crc32(json.dumps(fields).encode(), before)}) + "\n"
+
+
+def split_row(line: bytes | str) -> tuple[dict[str, Any], int]:
+    """The fields of a row and its checksum; empty if it is no row, 0 if it has no checksum."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}, 0
+    if not isinstance(row, dict):
+        return {}, 0
+    crc32 = row.pop(CHECKSUM, 0)
+    return row, crc32 if isinstance(crc32, int) else 0
+
+
+def checked_rows(text: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file that grows that are as they were written, and the numbers of its other lines.
+
+    A row after one that cannot be read counts as damaged too.
+    """
+    rows, damaged, before = [], [], 0
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        row, crc32 = split_row(line)
+        unchecked = bool(row) and not before and line.endswith("\n")
+        if line == row_text(row, before) if crc32 else unchecked:
+            rows.append(row)
+        else:
+            damaged.append(number)
+        before = crc32
+    return rows, damaged

@@ -22,8 +22,15 @@ from tutelage.models.directory import hub_commit, is_local, weights_fingerprint
 from tutelage.models.flops import parameters
 from tutelage.models.shapes import find_shape
 from tutelage.names import find, find_run_id, local_model, look_up, named_teacher
-from tutelage.records import UnreadableError, read_sealed, write_sealed
-from tutelage.row_files import append_row, keep_rows, last_row, whole_rows
+from tutelage.records import (
+    UnreadableError,
+    append_row,
+    keep_rows,
+    last_row,
+    read_sealed,
+    whole_rows,
+    write_sealed,
+)
 from tutelage.types import SCORING_VERSION
 
 if TYPE_CHECKING:
@@ -95,10 +102,6 @@ def recipe(config: RunConfig) -> dict[str, Any]:
 
 def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
     """Return the config with the names of stores, runs and caches replaced by their paths and ids.
-
-    Args:
-        config: of a run.
-        planning: whether its token stores need not be there yet.
 
     Raises:
         UserError: nothing is called so, or several are.
@@ -347,12 +350,7 @@ class RunDirectory:
         return last_row(self.path / "metrics.jsonl")
 
     def keep_metrics_until(self, step: int, logged: int = 0) -> str | None:
-        """Drop the rows of metrics.jsonl after `step`, and damaged ones; a sentence if rows are lost.
-
-        Args:
-            step: of the checkpoint that the run goes on from.
-            logged: step of the newest row when that was written.
-        """
+        """Drop the rows of metrics.jsonl after `step`, and damaged ones; a sentence if rows are lost."""
         return keep_rows(self.path / "metrics.jsonl", step, logged)
 
     def flush_log(self) -> None:

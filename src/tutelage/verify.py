@@ -22,8 +22,7 @@ from tutelage.data.store import verify_store
 from tutelage.errors import UserError
 from tutelage.files import read_bytes
 from tutelage.models.directory import check_directory
-from tutelage.records import UnreadableError, is_sealed, read_object, read_sealed
-from tutelage.row_files import checked_rows, split_row
+from tutelage.records import UnreadableError, checked_rows, is_sealed, read_object, read_sealed, split_row
 from tutelage.run_directory import BRANCH_POINT, RunDirectory
 from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import damaged_parts

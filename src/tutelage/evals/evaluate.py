@@ -32,7 +32,7 @@ from tutelage.evals.scoring import InDomain, save_scores, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import pick_device
-from tutelage.models.lengths import check_length
+from tutelage.models.packed import check_length
 from tutelage.names import find
 from tutelage.progress import counter
 from tutelage.run_directory import RunDirectory

@@ -14,7 +14,7 @@ from tutelage.errors import UserError, one_line
 from tutelage.evals.domains import SUITES
 from tutelage.hub_access import downloaded
 from tutelage.models.directory import ModelState, weights_fingerprint
-from tutelage.models.lengths import trained_length
+from tutelage.models.packed import trained_length
 from tutelage.names import completed, located, look_up, nearest
 from tutelage.run_directory import RunDirectory
 from tutelage.types import TOKENIZER_FILES, Score

@@ -21,8 +21,7 @@ from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
 from tutelage.evals.domains import SUITES, domain_store
 from tutelage.evals.evaluated_model import check_tokenizer, find_model, load_evaluated
-from tutelage.evals.token_groups import summarise
-from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, together
+from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, summarise, together
 from tutelage.evals.token_scores import NextTokenModel
 from tutelage.evals.windows import read_documents, window_batches
 from tutelage.files import atomic_directory, lock, make_directory, write_json

@@ -22,8 +22,7 @@ from tutelage.files import atomic_directory
 from tutelage.hub_access import checked_snapshot, reading_hub
 from tutelage.models.directory import check_config, computing, is_local
 from tutelage.models.export import Base, check_tokenizer_files, complete
-from tutelage.models.lengths import trained_length
-from tutelage.models.packed import body_of
+from tutelage.models.packed import body_of, trained_length
 from tutelage.models.weight_names import check_names, check_tied, not_finite
 from tutelage.objective.products import dense_logits, weight_and_bias
 from tutelage.processes import cores

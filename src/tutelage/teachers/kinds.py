@@ -13,8 +13,7 @@ from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models import hub, slices
 from tutelage.models.flops import model_forward_flops
-from tutelage.models.lengths import check_length
-from tutelage.models.packed import check_documents
+from tutelage.models.packed import check_documents, check_length
 from tutelage.models.sharding import Sharding
 from tutelage.teachers.cache.reader import CachedTeacher, check_serves, open_cache
 from tutelage.teachers.live import AveragedTeacher, FixedTeacher, OnlineTeacher

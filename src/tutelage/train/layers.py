@@ -68,7 +68,7 @@ def recompute(model: PreTrainedModel, runtime: RuntimeConfig) -> None:
 
 
 def _enable(model: PreTrainedModel, settings: dict[str, object]) -> None:
-    """Call the method that lets layers recompute; in transformers 5.17 it has another name."""
+    """Call the method that lets layers recompute; in transformers 5.20 it has another name."""
     try:
         enable = partial(model.activation_checkpointing_enable, activation_checkpointing_kwargs=settings)
     except AttributeError:

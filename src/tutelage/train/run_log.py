@@ -1,6 +1,7 @@
 """What a run writes down while it trains: rows of metrics.jsonl, state.json, trackers, warnings.
 
-The warnings are of a loss far above its recent course and of a rank slower than the others.
+The warnings are of a loss far above its recent course and of a rank slower than the others: each once when it
+begins, and again only after it has ended in between.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from tutelage.models import hub, shapes, slices
 from tutelage.models.directory import ModelState
 from tutelage.models.export import Base
 from tutelage.models.initial_weights import fill_model
-from tutelage.models.lengths import check_length
-from tutelage.models.packed import check_documents, freeze_beside
+from tutelage.models.packed import check_documents, check_length, freeze_beside
 from tutelage.objective import make_gate, make_policy
 from tutelage.run_directory import RunDirectory
 from tutelage.teachers import TeacherContext, make_teacher

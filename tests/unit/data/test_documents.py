@@ -11,8 +11,7 @@ import torch
 from tutelage.config.load import validate
 from tutelage.config.run_config import RunConfig
 from tutelage.config.teacher_config import TeachConfig
-from tutelage.data.documents import Documents, positions_of
-from tutelage.data.loader import Loader
+from tutelage.data.loader import Documents, Loader, positions_of
 from tutelage.data.store import SplitView
 from tutelage.types import IGNORE_INDEX
 

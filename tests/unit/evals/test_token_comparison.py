@@ -20,8 +20,7 @@ from tutelage.errors import UserError
 from tutelage.evals import token_comparison
 from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.token_comparison import compare_tokens
-from tutelage.evals.token_groups import groupings, summarise
-from tutelage.evals.token_quantities import Predictions
+from tutelage.evals.token_quantities import Predictions, groupings, summarise
 from tutelage.files import write_json
 from tutelage.models.hub import build, load, save
 from tutelage.models.shapes import find_shape

@@ -8,7 +8,7 @@ from families import FAMILIES, GROUPED, POSITIONS, SMALL, VOCAB
 from tutelage.config.objective_config import Objective
 from tutelage.errors import UserError
 from tutelage.models.hub import body_and_head, build, load, logit_transform
-from tutelage.models.lengths import check_length, trained_length
+from tutelage.models.packed import check_length, trained_length
 from tutelage.models.shapes import find_shape
 from tutelage.models.sharding import decoder_layers
 from tutelage.train.objective_model import ObjectiveModel

@@ -19,9 +19,8 @@ from tutelage.study.cells import Cell
 from tutelage.study.engines import StoreTask, TaskOutcome, tasks
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.leases import Failures, Leases
-from tutelage.study.memory_room import MemoryRoom, needed
 from tutelage.study.nodes import Cost, Node
-from tutelage.study.runner import RunnerState, cohort_key, run_all
+from tutelage.study.runner import MemoryRoom, RunnerState, cohort_key, needed, run_all
 
 COSTS = {"a": 3.0, "b": 2.0, "c": 1.0}
 

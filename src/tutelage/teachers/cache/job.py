@@ -19,7 +19,7 @@ from tutelage.config.teacher_config import (
     single_teachers,
     teacher_id,
 )
-from tutelage.data.documents import Documents, positions_of
+from tutelage.data.loader import Documents, positions_of
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.files import size_text
