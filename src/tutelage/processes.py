@@ -1,6 +1,8 @@
-"""Read which of a job's processes this is, from the environment that torchrun, Ray or Slurm's `srun` set.
+"""Read which of a job's processes this is, and what of its machine control groups leave it.
 
-Nothing else in the package reads these variables. No torch is needed here.
+The former is in the environment, as torchrun, Ray or Slurm's `srun` set it: nothing else in the package reads
+these variables. Control groups are those of a container or of a batch job, of Linux's versions 1 and 2;
+elsewhere, and where nothing limits, all is left. No torch is needed here.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutelage import control_groups
 from tutelage.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Iterator, Mapping, MutableMapping
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _DIGITS = 6
@@ -72,7 +74,7 @@ def cores() -> int:
     A part of a core counts as one, as it does for joblib.
     """
     here = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return math.ceil(min(here, control_groups.cores()))
+    return math.ceil(min(here, _quota()))
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -126,3 +128,56 @@ def _number(name: str, missing: int) -> int:
     if not text.isdecimal() or len(text) > _DIGITS or (name.endswith("WORLD_SIZE") and int(text) == 0):
         raise UserError(f"{name}={text:.80}: it must be a whole number, as torchrun sets it")
     return int(text)
+
+
+_GROUPS, _MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def memory_left() -> float:
+    """Bytes that may still be taken; what a group keeps of files gives way to what programs ask for."""
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    v2 = ("memory.max", "memory.current", "inactive_file")
+    left = [float("inf")]
+    for group, is_second in _groups("memory"):
+        most, used, cached = v2 if is_second else v1
+        limit, usage, stat = (_read(group / name) for name in (most, used, "memory.stat"))
+        if limit in ("", "max") or not usage:
+            continue
+        files = dict(line.split() for line in stat.splitlines()).get(cached, 0)
+        left.append(float(limit) - float(usage) + float(files))
+    return max(0.0, min(left))
+
+
+def _quota() -> float:
+    """Cores whose time may be used: the quota of `docker --cpus` or of a pod's limit, a fraction perhaps."""
+    most = [float("inf")]
+    for group, is_second in _groups("cpu"):
+        if is_second:
+            quota, _, period = _read(group / "cpu.max").partition(" ")
+        else:
+            quota, period = (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        if quota not in ("", "max", "-1"):
+            most.append(float(quota) / float(period))
+    return min(most)
+
+
+def _groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """This process's groups that a controller may limit, each with those above it, and if they are version 2.
+
+    A group that is not mounted here, as where a container sees its own as the root, has none of its own.
+    """
+    for line in _read(_GROUPS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = _MOUNT / controller if controllers else _MOUNT
+        group = mount / path.strip("/")
+        yield from ((one, not controllers) for one in (group, *group.parents) if one.is_relative_to(mount))
+
+
+def _read(file: Path) -> str:
+    """What is in a file, empty if it is not there or may not be read."""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

@@ -27,8 +27,7 @@ from tutelage.run_plan import check_fits, out_of_memory
 from tutelage.stopping import stop_signal
 from tutelage.train import distributed
 from tutelage.train.checkpoint_files import adopt, checkpoint_name, damage
-from tutelage.train.loop import train
-from tutelage.train.out_of_memory import LackOfMemoryError
+from tutelage.train.loop import LackOfMemoryError, train
 from tutelage.train.parallel import use_model
 from tutelage.train.save_model import export
 from tutelage.train.setup import GivenModels, check_cohort, open_student, open_teacher

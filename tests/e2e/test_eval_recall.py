@@ -12,8 +12,8 @@ import yaml
 from tiny_study import TINY, run_tiny, tiny_study
 
 from tutelage.analysis.claims.judge import judge_study
+from tutelage.analysis.report.claim_rows import recall_gains
 from tutelage.analysis.report.html import build_report
-from tutelage.analysis.report.recall_rows import recall_gains
 from tutelage.evals.score_files import read_scores
 from tutelage.run import run
 from tutelage.study.results import load_results

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tutelage import control_groups, processes
+from tutelage import processes
 from tutelage.models.hub import pick_device
 
 GROUPS = {1: "9:cpu,cpuacct:/{}\n0::/other\n", 2: "0::/{}\n"}
@@ -17,8 +17,8 @@ GROUPS = {1: "9:cpu,cpuacct:/{}\n0::/other\n", 2: "0::/{}\n"}
 @pytest.fixture(params=GROUPS)
 def limited(request, tmp_path, monkeypatch):
     """A function that puts this process into a group and gives groups a quota of cores, None for no limit."""
-    monkeypatch.setattr(control_groups, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(control_groups, "_MOUNT", tmp_path / "mount")
+    monkeypatch.setattr(processes, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(processes, "_MOUNT", tmp_path / "mount")
 
     def limit(path, quotas):
         (tmp_path / "groups").write_text(GROUPS[request.param].format(path))
@@ -37,21 +37,21 @@ def limited(request, tmp_path, monkeypatch):
 
 def test_the_smallest_quota_of_a_group_and_those_above_it_counts(limited):
     limited("job_7/step_0", {})
-    assert control_groups.cores() == float("inf")  # no group says anything
+    assert processes._quota() == float("inf")  # no group says anything
     limited("job_7/step_0", {"job_7/step_0": None, "job_7": 6, "": None})
-    assert control_groups.cores() == 6
+    assert processes._quota() == 6
     limited("job_7/step_0", {"job_7/step_0": 2.5, "job_8": 1})
-    assert control_groups.cores() == 2.5
+    assert processes._quota() == 2.5
 
 
 def test_a_container_has_its_quota_at_the_root_that_it_sees(limited):
     limited("docker/0123abcd", {"": 1.5})
-    assert control_groups.cores() == 1.5
+    assert processes._quota() == 1.5
 
 
 def test_a_group_of_a_pod_may_have_colons_in_its_name(limited):
     limited("kubepods.slice:cri:0123abcd", {"": 3, "kubepods.slice:cri:0123abcd": 2})
-    assert control_groups.cores() == 2
+    assert processes._quota() == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")

@@ -52,8 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": set(),
     "bootstrap": set(),
     "progress": set(),
-    "control_groups": set(),
-    "processes": {"control_groups", "errors"},
+    "processes": {"errors"},
     "stopping": set(),
     "agreement": {"errors", "files", "processes", "stopping"},
     "launch": {"errors", "loading", "processes"},
@@ -67,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"types", "errors"},
     "data": _BASE | {"checksums", "hub_access", "installed", "names", "progress", "records"},
     "models": {"types", "errors", "files", "checksums", "hub_access", "records", "objective.products"}
-    | {"control_groups", "processes"},
+    | {"processes"},
     "objective": {"types", "errors", "config"},
     "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
     "run_directory": _BASE | {"checksums", "records", "data", "models", "names", "teachers.cache.layout"},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tutelage import control_groups
 from tutelage.errors import lookup
+from tutelage.processes import memory_left
 
 _USABLE = 0.9
 """Part of a device's memory that a run may fill: CUDA, NCCL and gaps in the allocator take the rest."""
@@ -137,4 +137,4 @@ def _available() -> float:
         return float("inf")
     fields = dict(line.split(":") for line in _MEMINFO.read_text(encoding="utf-8").splitlines())
     free, swap = (1024.0 * int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
-    return min(free, control_groups.memory_left()) + swap
+    return min(free, memory_left()) + swap

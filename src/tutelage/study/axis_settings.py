@@ -14,7 +14,7 @@ from tutelage.errors import UserError, in_words, shown, suggestion
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tutelage.config.grid import Point
+    from tutelage.config.study_config import Point
 
 _SHORT = {
     "alpha": "objective.alpha",

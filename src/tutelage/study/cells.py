@@ -16,8 +16,7 @@ from tutelage.study.axis_settings import TEACHER_FIELDS, overlay, own_value, wit
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tutelage.config.grid import Point
-    from tutelage.config.study_config import StudyConfig
+    from tutelage.config.study_config import Point, StudyConfig
 
 RunKind = Literal["teacher", "baseline", "student", "after"]
 

@@ -33,8 +33,7 @@ from tutelage.study.cells import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from tutelage.config.grid import Point
-    from tutelage.config.study_config import StudentSpec, StudyConfig
+    from tutelage.config.study_config import Point, StudentSpec, StudyConfig
     from tutelage.study.cells import RunKind
 
 _CHAIN = "the same student's generation before, of the same seed; before the first, untaught"

@@ -11,7 +11,7 @@ from token_files import write as write_comparison
 
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.claims.registry import missing_of
-from tutelage.analysis.report.recall_rows import recall_table
+from tutelage.analysis.report.accuracy_rows import recall_table
 from tutelage.study.plan import load_plan, save_plan
 from tutelage.study.results import load_results
 from tutelage.types import Score

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.config.grid import Grid
 from tutelage.config.load import validate
+from tutelage.config.study_config import Grid
 from tutelage.errors import UserError
 
 

@@ -10,11 +10,10 @@ from any_settings import changed
 
 from tutelage.config.alpha_config import PiecewiseAlpha
 from tutelage.config.data_config import StoreConfig
-from tutelage.config.grid import Grid
 from tutelage.config.load import load, to_yaml, validate
 from tutelage.config.objective_config import ObjectiveConfig
 from tutelage.config.run_config import RunConfig
-from tutelage.config.study_config import StudyConfig
+from tutelage.config.study_config import Grid, StudyConfig
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
 from tutelage.study.cost import works_of

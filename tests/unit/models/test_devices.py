@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tutelage import control_groups
+from tutelage import processes
 from tutelage.models import devices
 from tutelage.models.devices import DEVICES, Hardware, recognise_device
 
@@ -46,8 +46,8 @@ def machine(tmp_path, monkeypatch):
         "MemTotal: 9999999 kB\nMemAvailable: 8388608 kB\nSwapFree: 1048576 kB\n"
     )
     monkeypatch.setattr(devices, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(control_groups, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(control_groups, "_MOUNT", tmp_path / "mount")
+    monkeypatch.setattr(processes, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(processes, "_MOUNT", tmp_path / "mount")
     return tmp_path
 
 

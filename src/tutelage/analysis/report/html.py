@@ -15,10 +15,9 @@ from tutelage.analysis.figures.run_figures import figures
 from tutelage.analysis.figures.style import save_all
 from tutelage.analysis.figures.token_figures import comparison_figures
 from tutelage.analysis.report import claim_rows, headline, report_rows
-from tutelage.analysis.report.accuracy_rows import accuracy_section
+from tutelage.analysis.report.accuracy_rows import accuracy_section, recall_table
 from tutelage.analysis.report.csv_tables import save_tables
 from tutelage.analysis.report.planner_tables import planner_section
-from tutelage.analysis.report.recall_rows import recall_table
 from tutelage.analysis.verdicts import SAME_LEVEL_MARGIN
 from tutelage.files import short, write_text
 
