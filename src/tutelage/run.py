@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tutelage import agreement, processes, provenance
-from tutelage.config.load import to_yaml
+from tutelage.config.load import dotted, to_yaml
 from tutelage.data.store import open_store
 from tutelage.earlier_runs import earlier_runs
 from tutelage.errors import DiskError, Stopped, UserError
@@ -34,8 +34,7 @@ from tutelage.train.setup import GivenModels, check_cohort, open_student, open_t
 from tutelage.train.trackers import send_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
@@ -123,22 +122,13 @@ def _what_must_agree(runs: Sequence[Run], left: Sequence[Run]) -> dict[str, obje
     """
     facts: dict[str, object] = {"the code": provenance.code()}
     for config, directory in runs:
-        settings = _fields(config.model_dump(mode="json"))
+        settings = dotted(config.model_dump(mode="json"))
         facts |= {f"{config.name}: {field}": value for field, value in settings}
         del facts[f"{config.name}: data.store"]
         facts[f"{config.name}: fingerprint of data.store"] = open_store(config.data.store).fingerprint
         facts[f"{config.name}: run"] = directory.id
     facts["runs that are not finished"] = [directory.id for _, directory in left]
     return facts
-
-
-def _fields(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted names of all settings with their values."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
 
 
 def _planned(configs: Sequence[RunConfig]) -> list[Run]:
@@ -391,7 +381,7 @@ def _copy_branch_point(student: Student) -> None:
 def _before_decay(config: RunConfig) -> dict[str, object]:
     """The settings that decide every step before the decay, by their dotted names."""
     later = {"tokens", "export_dtype", "optim.decay", "optim.final_lr"}
-    return {name: value for name, value in _fields(recipe(config)) if name not in later}
+    return {name: value for name, value in dotted(recipe(config)) if name not in later}
 
 
 __all__ = ["RunDirectory", "Stopped", "UserError", "run", "run_cohort"]

@@ -12,13 +12,13 @@ import time
 import jsonschema
 import pytest
 import yaml
+from whole_caches import verify_cache
 
 from tutelage.cli.main import main
 from tutelage.config.load import load
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.formats import FORMATS
-from tutelage.teachers.cache.reader import verify_cache
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from fuzz_case import to_json
 from hypothesis import example, given
 from hypothesis import strategies as st
 from manifests import change_manifest
+from whole_caches import verify_cache
 
 from tutelage.cli.show_commands import show_store
 from tutelage.config.load import to_yaml, validate
@@ -21,7 +22,7 @@ from tutelage.data.store import open_store, verify_store
 from tutelage.evals.evaluated_model import find_model
 from tutelage.run_directory import RunDirectory
 from tutelage.study.plan import load_plan
-from tutelage.teachers.cache.reader import open_cache, verify_cache
+from tutelage.teachers.cache.reader import open_cache
 from tutelage.train.checkpoint_files import damage
 
 if TYPE_CHECKING:

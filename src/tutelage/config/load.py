@@ -20,7 +20,7 @@ from tutelage.config.yaml_text import LARGEST_TEXT, fitted, parse
 from tutelage.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -118,6 +118,15 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
+
+
+def dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
+    """All settings, those of sections too, by their dotted names."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def _built(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from tutelage.config.base import slug, tokens_text
-from tutelage.config.load import merged
+from tutelage.config.load import dotted, merged
 from tutelage.config.study_config import PREVIOUS, TeacherSpec
 from tutelage.errors import UserError, unknown
 from tutelage.study.axis_settings import (
@@ -307,16 +307,7 @@ def _stage_cell(study: StudyConfig, cell: Cell, stage: str) -> Cell:
 
 def _group_words(spec: StudentSpec) -> str:
     """A word for the settings of a group, which are part of the student setting's name."""
-    return words({axis_of(path): value for path, value in _leaves(without_teacher(spec.run))})
-
-
-def _leaves(settings: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Settings with their dotted paths."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{path}", leaf) for path, leaf in _leaves(value))
-        else:
-            yield name, value
+    return words({axis_of(path): value for path, value in dotted(without_teacher(spec.run))})
 
 
 def _joined(parts: list[str]) -> str:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from tiny_study import run_tiny, tiny_study
+from whole_caches import verify_cache
 
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.cli.study_commands import run_and_report
@@ -19,7 +20,6 @@ from tutelage.study.nodes import Stores, begun_anew, bind
 from tutelage.study.plan import draft_of, load_plan, save_plan
 from tutelage.study.results import load_results
 from tutelage.study.run_study import RunnerOptions
-from tutelage.teachers.cache.reader import verify_cache
 
 TEACHER = {
     "shape": "nano-20k",

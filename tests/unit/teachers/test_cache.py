@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from manifests import change_manifest
+from whole_caches import verify_cache
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.teacher_config import TeachConfig
@@ -22,7 +23,7 @@ from tutelage.teachers.cache import reader as cache_module
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.codec import HiddenRows
 from tutelage.teachers.cache.layout import read_cache_manifest
-from tutelage.teachers.cache.reader import open_cache, verify_cache
+from tutelage.teachers.cache.reader import open_cache
 from tutelage.types import SparseTargets
 from tutelage.verify import verify
 

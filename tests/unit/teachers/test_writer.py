@@ -15,6 +15,7 @@ import pytest
 import torch
 from manifests import change_manifest
 from told_progress import Told
+from whole_caches import verify_cache
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
@@ -25,7 +26,7 @@ from tutelage.progress import NullProgress
 from tutelage.teachers.cache.cache_writer import write_cache
 from tutelage.teachers.cache.job import check_memory, load_job, plan_cache
 from tutelage.teachers.cache.layout import read_cache_manifest
-from tutelage.teachers.cache.reader import open_cache, verify_cache
+from tutelage.teachers.cache.reader import open_cache
 
 SEAL = 32
 """Bytes at the end of a shard that tell whose it is."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from training import assert_same_weights, losses
+from whole_caches import verify_cache
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.config.load import validate
@@ -21,7 +22,6 @@ from tutelage.progress import NullProgress
 from tutelage.run import run, run_cohort
 from tutelage.run_directory import run_id
 from tutelage.teachers.cache.cache_writer import write_cache
-from tutelage.teachers.cache.reader import verify_cache
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -226,17 +226,6 @@ def _check_shard(path: Path, manifest: CacheManifest, shard: int, advance: Calla
     advance(file.bytes)
 
 
-def verify_cache(path: Path) -> Cache:
-    """Open a teacher cache and recompute every checksum.
-
-    Raises:
-        UserError: as `open_cache`, or something is damaged; the message names file and tokens.
-    """
-    for error in damaged_parts(path, lambda _: None):
-        raise error
-    return open_cache(path)
-
-
 def file_sha256(path: Path) -> str | None:
     """Checksum of a file; None if it cannot be read."""
     try:
