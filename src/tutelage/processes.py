@@ -134,7 +134,7 @@ _GROUPS, _MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def memory_left() -> float:
-    """Bytes that may still be taken; what a group keeps of files gives way to what programs ask for."""
+    """Bytes that may still be taken; a group's cache of files gives way to what programs ask for."""
     v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     v2 = ("memory.max", "memory.current", "inactive_file")
     left = [float("inf")]

@@ -104,7 +104,7 @@ def cpu_model() -> str | None:
 def _loaded_commit() -> tuple[str | None, bool | None]:
     """Commit of this source tree, and whether it was changed, when this process first asked.
 
-    What changes in the tree later is not what the process has loaded, and computes its next run with.
+    Later changes to the tree are not in the code that this process has loaded and computes with.
     """
     return _commit(Path(__file__))
 

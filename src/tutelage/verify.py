@@ -219,7 +219,7 @@ def _wrong_record(file: Path) -> str | None:
 
 
 def _run(run: RunDirectory) -> Iterator[Finding]:
-    """Check what a run must have by what its state says."""
+    """Check that a run has what its state says it must."""
     state = run.state()
     for name in ("state.json", "config.yaml", "provenance.json"):
         if not (run.path / name).exists():

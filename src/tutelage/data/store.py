@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from tokenizers import Tokenizer
 
     from tutelage.types import Split
 
@@ -87,6 +88,12 @@ class Store:
     def begin_ids(self) -> tuple[int, ...]:
         """The ids that begin every document; none where the tokenizer puts nothing in front of a text."""
         return self.manifest.begin_ids
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of its ids."""
+        from tokenizers import Tokenizer  # noqa: PLC0415 - most who open a store need none
+
+        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
 
     def split(self, name: Split) -> SplitView:
         """Map the split `name`; only `offsets` are read before they are used."""

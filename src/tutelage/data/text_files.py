@@ -161,7 +161,7 @@ def _streams(
 ) -> Iterator[bytes]:
     """Decompress bzip2 or xz streams to the end of a file.
 
-    The library's own readers take what stands behind the first stream, and is none, for nothing.
+    The library's own readers ignore whatever follows the first stream and is no stream itself.
     """
     data = file.read(_BLOCK)
     while data:

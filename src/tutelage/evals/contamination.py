@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from tutelage.config.load import digest
 from tutelage.config.run_config import RunConfig
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from tokenizers import Tokenizer
 
     from tutelage.data.store import SplitView
     from tutelage.types import Split
@@ -319,7 +319,7 @@ def copied_grams(
 
 
 def _count(training: Sequence[Store], groups: Sequence[Sequence[Ints]]) -> list[tuple[Ints, Ints]]:
-    tokenizer = Tokenizer.from_file(str(training[0].path / "tokenizer.json"))
+    tokenizer = training[0].tokenizer()
     ids: dict[str, int] = {}
     texts = [tokenizer.decode_batch([tokens_N.tolist() for tokens_N in group]) for group in groups]
     grams = [

@@ -18,7 +18,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from tutelage.data.loader import Loader
 
@@ -179,7 +178,7 @@ def _lines(store: Store, split: Split, ranges: Iterable[tuple[int, int]]) -> Ite
 
     A range is cut where documents begin. Words that its ends may cut are left out.
     """
-    view, tokenizer = store.split(split), Tokenizer.from_file(str(store.path / "tokenizer.json"))
+    view, tokenizer = store.split(split), store.tokenizer()
     starts = view.offsets[:, 0].astype(np.int64)
     numbered = enumerate(ranges)
     while some := list(itertools.islice(numbered, _AT_ONCE)):

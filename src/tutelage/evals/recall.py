@@ -16,7 +16,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from tutelage.config.load import digest
 from tutelage.data.store import open_store
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
     from tutelage.config.run_config import RunConfig
@@ -158,7 +158,7 @@ def questions(text: TextRead, context: int, cache: Path) -> list[RecallQuestion]
 
 
 def _questions(text: TextRead, context: int, facts: list[Fact]) -> Iterator[RecallQuestion]:
-    tokenizer = Tokenizer.from_file(str(text.store.path / "tokenizer.json"))
+    tokenizer = text.store.tokenizer()
     room = (context - len(text.store.begin_ids)) // 2
     often = Counter({one.answer: 0 for one in facts})
     for one in facts:
@@ -250,7 +250,7 @@ def recall(
         4) and `nats_per_token_<bin>` (of the right answer's tokens), with noise over the documents that have
         the facts; and the number of questions.
     """
-    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
+    tokenizer = store.tokenizer()
     answers = [
         _answer(store, tokenizer, question.prompt, choice)
         for question in asked

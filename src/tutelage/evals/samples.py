@@ -200,7 +200,7 @@ def write_samples(
     with contextlib.suppress(UnreadableError):  # written again
         if read_sealed(path).get("version") == version:
             return
-    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
+    tokenizer = store.tokenizer()
     model.generation_config = GenerationConfig()  # a directory's own may penalise what was said before
     fixed = {"suppress_tokens": padded_ids(model, store.vocab_size), "eos_token_id": store.eos_id}
     samples, excerpts = [], _excerpts(store, prompt + new)

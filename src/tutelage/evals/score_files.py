@@ -42,7 +42,7 @@ def read_scores(path: Path) -> list[Score]:
 
 @contextlib.contextmanager
 def _again(path: Path) -> Iterator[None]:
-    """Say what to do about a file of an evaluation that is damaged; what is in the three belongs together."""
+    """Say what to do about a damaged file of an evaluation: its three files belong together."""
     try:
         yield
     except UnreadableError as error:

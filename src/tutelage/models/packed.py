@@ -33,7 +33,7 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def freeze_beside(model: PreTrainedModel) -> None:
-    """Freeze what a model has beside body and head, as the part that sees pictures: text does not reach it.
+    """Freeze what a model has besides body and head, such as a vision tower: text does not reach it.
 
     Of processes that share the weights, each sends zeros where it has no gradient, and by these the weights
     would decay.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def check_names(model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str], name: str) -> None:
     """Check that every weight comes from the files, and that none of a layer or module is left over.
 
-    What belongs to no part of the model (a value head, what sees pictures) is nothing that it computes with;
-    nor are buffers of older versions: masks, frequencies.
+    A model computes nothing with what is no part of it (a value head, a vision tower), nor with buffers of
+    older versions: masks, frequencies.
 
     Args:
         model: with its weights or without.

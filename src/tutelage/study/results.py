@@ -343,7 +343,7 @@ def _progress(path: Path) -> dict[str, object]:
 
 
 def _lost(path: Path) -> list[str]:
-    """One sentence about what a run has lost that was done by its state, and is no longer."""
+    """A sentence about what a run has lost since its state said that it was done."""
     run = RunDirectory(path)
     if run.is_done() or run.state().get("status") != "done":
         return []

@@ -306,11 +306,11 @@ class MemoryRoom:
         return nodes[: max(count, 0 if self._taken else 1)]
 
     def take(self, key: str, nodes: Sequence[Node]) -> None:
-        """Count what runs that start take."""
+        """Count what runs take once they start."""
         self._taken[key] = self._needed(nodes)
 
     def give_back(self, key: str) -> None:
-        """Count no longer what runs have taken that have ended."""
+        """Stop counting what runs took that have ended."""
         self._taken.pop(key, None)
 
     def _needed(self, nodes: Sequence[Node]) -> float:

@@ -247,7 +247,7 @@ class Student:
         return warnings
 
     def _check_weights(self) -> None:
-        """Raise if the update has made weights that are no numbers, so that they are not saved."""
+        """Raise if the update made weights that are not finite, so that they are not saved."""
         if distributed.anywhere(not are_finite(self.parameters)):
             raise UserError(
                 f"{self.directory.path}: step {self.step}: its update made weights that are not finite; "
@@ -255,7 +255,7 @@ class Student:
             )
 
     def _stop_skipping(self, skips: Skips) -> None:
-        """Raise the error of a run whose updates cannot be made any longer."""
+        """Raise the error of a run whose updates keep being skipped."""
         starts = self.loader.windows(skips.first - 1) * self.config.data.sequence_length
         mine = torch.tensor([int(skips.is_mine), *starts.tolist()], device=self.world.device)
         everyones = distributed.gather(mine).tolist()

@@ -181,6 +181,11 @@ def named(pair: PairFinding) -> str:
     return f"{pair.student.name} from {pair.teacher.name}"
 
 
+def cell_name(cell: Verdict) -> str:
+    """`tiny 2M from weak, alpha 0.2`."""
+    return f"{cell.student} from {cell.teacher}, {cell.arm}"
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One of several ways to use a teacher.
@@ -333,10 +338,7 @@ class GainsBySeed:
     def change(self, variants: Iterable[tuple[Verdict, Verdict]], side: Side) -> Members:
         """Gain of variants minus that of the plain cells."""
         return {
-            f"{one.student} from {one.teacher}, {one.arm}": minus(
-                self.gain(one, side), self.gain(other, side)
-            )
-            for one, other in variants
+            cell_name(one): minus(self.gain(one, side), self.gain(other, side)) for one, other in variants
         }
 
     @cached_property

@@ -6,7 +6,7 @@ from math import log2
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tutelage.analysis.claims.evidence import Members, Series, Test, has_setting, minus, named
+from tutelage.analysis.claims.evidence import Members, Series, Test, cell_name, has_setting, minus, named
 from tutelage.analysis.claims.teacher_tests import at_alphas
 from tutelage.types import COPYING
 
@@ -52,12 +52,11 @@ def difficulty(study: GainsBySeed) -> list[Test]:
     found: dict[str, dict[int, Series]] = {}
     known = study.runs
     untaught = {run.run: run.student for run in study.plan.runs if run.kind == "baseline"}
-    names = {cell.cell: f"{cell.student} from {cell.teacher}, {cell.arm}" for cell in study.verdicts}
-    students = {cell.cell: cell.student for cell in study.verdicts}
+    cells = {cell.cell: cell for cell in study.verdicts}
     for one in study.results.token_comparisons:
         if (one.student, one.baseline) in known and one.sorter not in {None, one.baseline}:
             cell, seed = known[one.student, one.baseline]
-            if untaught.get(one.sorter or "") == students[cell]:
+            if untaught.get(one.sorter or "") == cells[cell].student:
                 # None where entropies are so alike that a fifth is empty.
                 for contrast in one.of("gain", "student", "entropy contrast")["mean"]:
                     found.setdefault(one.text, {}).setdefault(cell, {})[seed] = contrast
@@ -67,11 +66,11 @@ def difficulty(study: GainsBySeed) -> list[Test]:
     return [
         Test(
             f"{label}, {text}",
-            {names[cell]: series for cell, series in cells.items()},
+            {cell_name(cells[cell]): series for cell, series in own.items()},
             "above 0",
             unit="nats per token",
         )
-        for text, cells in sorted(found.items())
+        for text, own in sorted(found.items())
     ]
 
 
@@ -130,8 +129,7 @@ def not_scale(study: GainsBySeed) -> list[Test]:
         if cell.alpha is not None and cell.stage is None and mixing in UNSCALED:
             ce = mixing == "keep_full_ce"
             equal = cell.alpha / (1 + cell.alpha) if ce else 1 / (2 - cell.alpha)
-            name = f"{cell.student} from {cell.teacher}, {cell.arm}"
-            changes[name] = minus(study.gain(cell, _OUTSIDE), _interpolated(study, cell, equal))
+            changes[cell_name(cell)] = minus(study.gain(cell, _OUTSIDE), _interpolated(study, cell, equal))
     return [Test("gain less that of the convex mixture of the same proportions", changes, "within")]
 
 
@@ -225,8 +223,4 @@ def _compared(
     found: dict[int, Series] = {}
     for (cell, seed), (own, bases) in scores.items():
         found.setdefault(cell, {})[seed] = fmean(compared(own, base) for base in bases)
-    return {
-        f"{cell.student} from {cell.teacher}, {cell.arm}": found[cell.cell]
-        for cell in cells
-        if cell.cell in found
-    }
+    return {cell_name(cell): found[cell.cell] for cell in cells if cell.cell in found}
