@@ -79,6 +79,17 @@ def test_word_analogies_come_from_a_package(folder, command, monkeypatch):
     assert "(n=20)" in printed
 
 
+def test_a_file_that_is_called_as_a_studys_plan_is_makes_no_study(folder, store, command, monkeypatch):
+    """`tutelage study plan --json > plan.json` beside runs, as the page on studies does."""
+    monkeypatch.chdir(folder)
+    (folder / "plan.json").write_text('{"total_runs": 4}', encoding="utf-8")
+    task = f"continuation:{store}"
+    code, shown, _ = command("eval", "tasks", "seed-0", "--task", task, "--limit", "4", "--output", "runs")
+    assert code == 0
+    assert "`tutelage eval score` measures the same models" in shown
+    (folder / "plan.json").unlink()
+
+
 def test_a_stop_is_told(folder, command, monkeypatch):
     def stopped(*_, **_more):
         raise KeyboardInterrupt

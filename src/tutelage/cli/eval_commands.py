@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,11 +45,7 @@ eval_app = typer.Typer(
 )
 
 Models = Annotated[
-    list[str],
-    typer.Argument(
-        help="names or directories of runs, or of studies: all their finished runs; model directories or Hub "
-        "names"
-    ),
+    list[str], typer.Argument(help="runs, studies (all their runs), model directories or Hub names")
 ]
 Domains = Annotated[list[str] | None, typer.Option(help="this domain; may be repeated")]
 Suite = Annotated[str | None, typer.Option(help="offline or paper (needs the Hub)")]
@@ -102,7 +99,10 @@ def _texts_of_studies(models: Sequence[EvaluatedModel]) -> dict[str, tuple[Path,
     from tutelage.study.plan import corpus_of
 
     places = {one.id: one.output.absolute().parent.parent for one in models}
-    texts = {place: corpus_of(place) for place in {*places.values()} if kind_of(place) == "study"}
+    texts: dict[Path, Path | None] = {}
+    for place in {*places.values()}:
+        with suppress(UserError):  # there is no plan, or what is called so is none of a study
+            texts[place] = corpus_of(place)
     return {run: (place, texts[place]) for run, place in places.items() if place in texts}
 
 
