@@ -84,8 +84,10 @@ def test_a_file_that_is_called_as_a_studys_plan_is_makes_no_study(folder, store,
     monkeypatch.chdir(folder)
     (folder / "plan.json").write_text('{"total_runs": 4}', encoding="utf-8")
     task = f"continuation:{store}"
-    code, shown, _ = command("eval", "tasks", "seed-0", "--task", task, "--limit", "4", "--output", "runs")
-    assert code == 0
+    code, shown, complaint = command(
+        "eval", "tasks", "seed-0", "--task", task, "--limit", "4", "--output", "runs"
+    )
+    assert code == 0, complaint
     assert "`tutelage eval score` measures the same models" in shown
     (folder / "plan.json").unlink()
 
