@@ -274,7 +274,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     """Read a tokenizer.json, or the one of a model directory or token store.
 
     The end-of-text token is `eos_token` of the directory's settings (`named_tokens`). For a single file, or
-    where that names none, it is the first of the usual ones that the tokenizer has.
+    where that names none, it is the first of the usual ones that it has, special tokens before words.
 
     Tokens that the post-processor puts in front of a text are kept. Those that it appends are removed: stores
     close documents themselves. So are truncation, padding, and the dropout of merges, whose cuts are random.
@@ -290,9 +290,9 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for bad JSON
         raise UserError(f"tokenizer {file}: not a tokenizer.json ({one_line(error)})") from None
     named = named_tokens(path).get("eos_token")
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    for token in [named] if named else _KNOWN_ENDS:
-        if token in vocabulary:
+    special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+    for token in [named] if named else sorted(_KNOWN_ENDS, key=lambda end: end not in special):
+        if tokenizer.token_to_id(token) is not None:
             return _wrapped(text, tokenizer, token)
     known = f"{' or '.join(_KNOWN_ENDS)}, or a directory whose tokenizer_config.json names its eos_token"
     wanted = f"the eos_token {named!r} of its tokenizer_config.json" if named else known

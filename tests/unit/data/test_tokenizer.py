@@ -178,6 +178,17 @@ def test_a_directory_says_what_ends_a_text(tmp_path, token):
     assert load_tokenizer(tmp_path / "tokenizer.json").end_of_text == "</s>"
 
 
+def test_a_word_that_a_tokenizer_learned_from_text_ends_none_where_a_special_token_does(tmp_path):
+    words = {word: n for n, word in enumerate(["zero", "one", END_OF_TEXT, "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(words))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (loaded.end_of_text, loaded.eos_id) == ("</s>", 3)
+    assert ids_of(loaded, f"one {END_OF_TEXT}") == [[1, 2]]  # a word like others, as the tokenizer has it
+
+
 def test_large_vocabulary_needs_four_bytes():
     assert TextTokenizer("", "", 65_536, 0).dtype == np.dtype("<u2")
     assert TextTokenizer("", "", 65_537, 0).dtype == np.dtype("<u4")
