@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tutelage.config.run_config import RunConfig
-    from tutelage.models.memory_parts import MemoryPlan
+    from tutelage.models.memory import MemoryPlan
     from tutelage.models.memory_remedies import Remedy
     from tutelage.models.shapes import ModelShape
 

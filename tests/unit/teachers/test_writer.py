@@ -14,17 +14,15 @@ import time
 import pytest
 import torch
 from manifests import change_manifest
-from told_progress import Told
 from whole_caches import verify_cache
 
 from tutelage.config.data_config import StoreConfig, TokenizerConfig
 from tutelage.data.build import build_store
-from tutelage.data.store import open_store
 from tutelage.errors import DiskError, Stopped, UserError
 from tutelage.models import hub, shapes
 from tutelage.progress import NullProgress
 from tutelage.teachers.cache.cache_writer import write_cache
-from tutelage.teachers.cache.job import check_memory, load_job, plan_cache
+from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import read_cache_manifest
 from tutelage.teachers.cache.reader import open_cache
 
@@ -495,27 +493,3 @@ def test_a_disk_that_fills_up_keeps_finished_shards_and_the_same_call_goes_on(
     write_cache(here)
     assert tree(path) == expected
     assert read_cache_manifest(path).fingerprint == read_cache_manifest(plan_cache(config).path).fingerprint
-
-
-def test_a_teacher_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused(
-    teaching, text, tmp_path, monkeypatch
-):
-    def free(size):
-        monkeypatch.setattr("tutelage.models.devices._available", lambda: size)
-
-    model = hub.build(shapes.LADDER["nano-50k"], open_store(text).vocab_size, 64, seed=0)
-    hub.save(model, tmp_path / "model", text)
-    weights = 4 * model.num_parameters()
-    config, told = teaching(teacher={"kind": "model", "path": str(tmp_path / "model")}), Told()
-    free(1e12)
-    assert check_memory(plan_cache(config)) is None
-    free(0.9 * weights)
-    with pytest.raises(UserError, match=r"writing this cache needs .* are free; turn: dtype: bfloat16"):
-        write_cache(config, told)
-    assert not config.output.exists()
-    free(1.1 * weights)
-    finished = write_cache(config, told)
-    assert told.notes[0].startswith(f"warning: {finished}: writing this cache may need ")
-    free(0.0)
-    assert write_cache(config) == finished  # nothing is left to do, so nothing has to fit
-    assert check_memory(plan_cache(teaching())) is None  # a control is no model

@@ -22,7 +22,7 @@ from tutelage.files import (
 from tutelage.progress import NullProgress
 from tutelage.records import write_manifest_file
 from tutelage.stopping import stop_signal
-from tutelage.teachers.cache.job import check_memory, load_job, plan_cache
+from tutelage.teachers.cache.job import load_job, plan_cache
 from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
 from tutelage.teachers.cache.reader import file_sha256
 from tutelage.teachers.cache.shard import ShardFile, ShardWriter
@@ -54,8 +54,7 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
         The cache's directory.
 
     Raises:
-        UserError: something in the input is wrong, or the disk is full; finished shards stay. Or the
-            teacher's weights do not fit into the memory that is free.
+        UserError: something in the input is wrong, or the disk is full; finished shards stay.
         Stopped: on a signal to stop, after the current batch; finished shards stay.
     """
     progress = progress or NullProgress()
@@ -64,8 +63,6 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
         remove_stale_files(plan.path)
         progress.note(f"{plan.path} is finished; nothing to do")
         return plan.path
-    if (warning := check_memory(plan)) is not None:
-        progress.note(f"warning: {warning}")
     job = load_job(plan)
     for note in job.teacher.notes:
         progress.note(note)

@@ -22,13 +22,8 @@ from tutelage.config.teacher_config import (
 from tutelage.data.loader import Documents, positions_of
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
-from tutelage.files import size_text
 from tutelage.models import hub
-from tutelage.models.devices import Hardware
-from tutelage.models.directory import ModelState, hub_config, identify, is_local, read_config
-from tutelage.models.flops import shape_of
-from tutelage.models.memory_parts import MemoryPlan, writing_parts
-from tutelage.models.shapes import read_shape
+from tutelage.models.directory import ModelState, identify, is_local
 from tutelage.names import find, named_teacher
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
@@ -51,13 +46,11 @@ if TYPE_CHECKING:
 
     from tutelage.config.teacher_config import TeachConfig, TeacherConfig
     from tutelage.data.store import SplitView, Store
-    from tutelage.models.shapes import ModelShape
     from tutelage.teachers.cache.codec import Codec
     from tutelage.teachers.cache.shard import Packed
     from tutelage.teachers.live import Teacher
     from tutelage.types import WholeTargets
 
-_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _NOT_THE_CONTENT = {"name", "store", "teacher", "device", "threads", "runs", "output"}
 
 
@@ -197,57 +190,6 @@ def _identified(teacher: SingleTeacher, runs: Path, store: Store) -> tuple[Singl
     if isinstance(teacher, ModelTeacher):
         teacher = teacher.model_copy(update={"revision": commit})
     return teacher, fingerprint
-
-
-def check_memory(plan: CachePlan) -> str | None:
-    """Compare what writing the cache takes with the memory that is free; nothing is loaded.
-
-    Families whose sizes no formula knows are passed over, and so are controls.
-
-    Returns:
-        A warning if it may not fit, else None.
-
-    Raises:
-        UserError: the teacher's weights alone do not fit.
-    """
-    config = plan.config
-    models = [one for one in single_teachers(plan.teacher) if isinstance(one, RunTeacher | ModelTeacher)]
-    shapes = [_shape(*locate(one, config.runs)) for one in models]
-    known = [shape for shape in shapes if shape is not None]
-    if not known or len(known) < len(shapes):
-        return None
-    hardware = Hardware.here(hub.pick_device(config.device).type, 1, 1)
-    is_eager = any(one.attn_implementation == "eager" for one in models)
-    parts = writing_parts(
-        known,
-        plan.store.vocab_size,
-        max(config.batch_tokens, config.context_length),
-        _WEIGHT_BYTES[config.dtype],
-        eager=config.context_length if is_eager else 0,
-        cuda=hardware.cuda,
-    )
-    memory = MemoryPlan.of(parts, "writing of the cache", cuda=hardware.cuda)
-    if memory.total <= hardware.memory:
-        return None
-    listed = ", ".join(f"{name} {size_text(size)}" for name, size in memory.parts.items())
-    smaller = [] if config.dtype == "bfloat16" else ["dtype: bfloat16"]
-    if config.batch_tokens > config.context_length:
-        smaller.append(f"batch_tokens: {config.context_length}")
-    turn = f"; turn: {', '.join(smaller)} (another cache each)" if smaller else ""
-    needs = f"{size_text(memory.total)} ({listed}), and {size_text(hardware.memory)} are free{turn}"
-    if memory.parts["teacher"] > hardware.memory:
-        raise UserError(f"{plan.path}: writing this cache needs {needs}")
-    return f"{plan.path}: writing this cache may need {needs}"
-
-
-def _shape(path_or_hub_name: str, revision: str | None) -> ModelShape | None:
-    """Shape of a model by its config.json; None if no formula knows its family."""
-    settings = (
-        read_config(Path(path_or_hub_name))
-        if is_local(path_or_hub_name)
-        else hub_config(path_or_hub_name, revision)
-    )
-    return shape_of(read_shape(settings, path_or_hub_name), hub.outline(path_or_hub_name, settings))
 
 
 def load_job(plan: CachePlan) -> CacheJob:
