@@ -23,9 +23,10 @@ from tutelage.config.teacher_config import (
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models.directory import hub_config, is_local, read_config
-from tutelage.models.flops import parameters, shape_of
+from tutelage.models.flops import parameters
+from tutelage.models.forward_memory import shape_at
 from tutelage.models.memory import Footprint
-from tutelage.models.shapes import find_shape, read_shape
+from tutelage.models.shapes import find_shape
 from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -194,12 +195,9 @@ def _shape_of_run(config: RunConfig, run: str, field: str) -> ModelShape:
 
 
 def _shape_at(path: str, revision: str | None, field: str) -> ModelShape:
-    from tutelage.models.hub import outline  # noqa: PLC0415 - loads torch, which shapes do without
-
-    settings = read_config(Path(path)) if is_local(path) else hub_config(path, revision)
-    described = read_shape(settings, path)
-    shape = None if described is None else shape_of(described, outline(path, settings))
+    shape = shape_at(path, revision)
     if shape is None:
+        settings = read_config(Path(path)) if is_local(path) else hub_config(path, revision)
         raise UserError(
             f"{field} = {path}: the plan knows the sizes of attention with rotary positions and a gated MLP "
             f"(Llama, Qwen, Mistral, ...), not of model_type {settings.get('model_type')}; such a run can be "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tutelage.config.run_config import RunConfig
-    from tutelage.models.memory import MemoryPlan
+    from tutelage.models.forward_memory import MemoryPlan
     from tutelage.models.memory_remedies import Remedy
     from tutelage.models.shapes import ModelShape
 
@@ -79,13 +79,7 @@ class RunPlan:
 
     def memory_lines(self, *, remedies: bool) -> list[str]:
         """The table of memory on each device, and what to turn for less."""
-        hardware, total = self.hardware, self.memory.total
-        lines = [f"{name:<18}{size / _GB:>9.2f} GB" for name, size in self.memory.parts.items()]
-        verdict = "fits" if self.fits else f"{(total - hardware.memory) / _GB:.2f} GB too much"
-        lines.append(
-            f"{'each device':<18}{total / _GB:>9.2f} GB of {hardware.memory / _GB:.2f} GB ({hardware.name}): "
-            f"{verdict}; most during the {self.memory.moment}"
-        )
+        lines = self.memory.lines(self.hardware)
         if remedies:
             lines += [f"turn: {one.setting:<52}{one.bytes / _GB:>9.2f} GB" for one in self.remedies]
         return lines

@@ -68,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"types", "errors", "files", "checksums", "hub_access", "records", "objective.products"}
     | {"processes"},
     "objective": {"types", "errors", "config"},
-    "teachers": _BASE | {"names", "progress", "records", "stopping", "data", "models", "objective"},
+    "teachers": _BASE
+    | {"names", "processes", "progress", "records", "stopping", "data", "models", "objective"},
     "run_directory": _BASE | {"checksums", "records", "data", "models", "names", "teachers.cache.layout"},
     "earlier_runs": {"config", "errors", "files", "names", "run_directory"},
     "run_footprint": {"errors", "config", "data", "models", "run_directory", "teachers.cache.layout"},

@@ -28,7 +28,7 @@ from tutelage.evals.domains import (
 from tutelage.evals.evaluated_model import EvaluatedModel, check_tokenizer, find_models, load_evaluated
 from tutelage.evals.recall import left_out, questions, recall_scores, text_read
 from tutelage.evals.score_files import add_scores, read_scores
-from tutelage.evals.scoring import InDomain, save_scores, score_domain
+from tutelage.evals.scoring import InDomain, memory_warning, save_scores, score_domain
 from tutelage.evals.windows import TRAINING_TEXT, Target, with_contamination, without_training_text
 from tutelage.files import lock, make_directory
 from tutelage.models.hub import pick_device
@@ -163,6 +163,8 @@ def _evaluated(
         todo = [target for target in targets if (target.name, target.version, evaluated.step) not in there]
         if todo:
             todo = with_contamination(todo, text, request.output / "stores")
+            if warning := memory_warning(evaluated, todo, device.type):
+                progress.note(f"warning: {warning}")
             model = load_evaluated(evaluated, device)
             note = check_length(model, evaluated.id, max(target.context for target in todo))
             if note is not None:

@@ -25,11 +25,22 @@ from tutelage.evals.calibration import (
     reliability,
 )
 from tutelage.evals.score_files import add_calibration, add_documents, add_scores
-from tutelage.evals.token_scores import DocumentLosses, ScoreEstimate, TokenScores, ratio, score_tokens
+from tutelage.evals.token_scores import (
+    DocumentLosses,
+    ScoreEstimate,
+    TokenScores,
+    ratio,
+    rows_at_a_time,
+    score_tokens,
+)
+from tutelage.evals.windows import FORWARD_TOKENS
+from tutelage.models.devices import Hardware
+from tutelage.models.directory import read_config
+from tutelage.models.forward_memory import ForwardPass, may_not_fit, scoring_parts, shape_at
 from tutelage.types import CHANGED_TEXT, FIRST_WINDOWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -39,6 +50,8 @@ if TYPE_CHECKING:
     from tutelage.types import Score, Split
 
 
+_HALVES = ("float16", "bfloat16")
+"""Types of weights, as config.json names them, that take two bytes each; others are computed in float32."""
 FITTED = ("temperature", "unigram", "temperature_in_domain")
 """Repairs of the calibration: ends of metrics ("bits_per_byte_...") and columns ("nll_...")."""
 
@@ -92,6 +105,29 @@ class InDomain:
             tokens = _validation_tokens(self._model, self._target, documents)
             self._fit, _ = _fitted(tokens, self._target.store.vocab_size)
         return self._fit
+
+
+def memory_warning(evaluated: EvaluatedModel, targets: Sequence[Target], kind: str) -> str | None:
+    """What to tell the user before a model is loaded if it may not fit into what is free; else None.
+
+    Args:
+        evaluated: the model.
+        targets: what it is to be scored on.
+        kind: type of the device, as torch names it.
+    """
+    if (shape := shape_at(str(evaluated.model), None)) is None:  # a family without a formula
+        return None
+    vocab_size = targets[0].store.vocab_size
+    is_half = read_config(evaluated.model).get("dtype") in _HALVES
+    run = ForwardPass(
+        shapes=[shape],
+        vocab_size=vocab_size,
+        tokens=max(FORWARD_TOKENS, *(target.context for target in targets)),
+        bytes=2 if is_half else 4,
+        cuda=kind == "cuda",
+    )
+    parts = scoring_parts(run, rows_at_a_time(vocab_size))
+    return may_not_fit(evaluated.id, parts, "scoring", Hardware.here(kind, 1, 1))
 
 
 class _Measurement(NamedTuple):

@@ -219,6 +219,11 @@ class NextTokenModel:
         return head_logits(self.head, hidden_ND, self.transform, self.vocab_size)
 
 
+def rows_at_a_time(vocab_size: int) -> int:
+    """Rows of logits that are formed at a time: few enough for a CPU's cache to help."""
+    return min(max(_LOGITS // vocab_size, _FEWEST_ROWS), _MOST_ROWS)
+
+
 @torch.no_grad()  # in inference mode FSDP, if this is its first pass, would keep tensors unfit for training
 def score_tokens(
     model: PreTrainedModel,
@@ -243,7 +248,7 @@ def score_tokens(
         progress: called with the number of tokens scored since the last call.
     """
     predictor = NextTokenModel.of(model, vocab_size)
-    rows = min(max(_LOGITS // vocab_size, _FEWEST_ROWS), _MOST_ROWS)  # few enough for a CPU's cache to help
+    rows = rows_at_a_time(vocab_size)
     parts = []
     for batch in window_batches(documents, context, stride or context):
         scored_BT = batch.scored_BT

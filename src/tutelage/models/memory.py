@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tutelage.models.flops import parameters
+from tutelage.models.forward_memory import (
+    ForwardPass,
+    MemoryPlan,
+    Recomputation,
+    token_bytes,
+    writing_parts,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tutelage.models.shapes import ModelShape
 
-Recomputation = Literal["none", "selective", "full"]
-
 _FLOAT, _HALF = 4, 2
-_UNUSED: dict[Recomputation, float] = {"none": 0.3, "selective": 0.3, "full": 1.0}
-"""What the allocator of the C library (glibc's) keeps unused beside each byte in use, by recomputation: real
-runs took an eighth to a third more than their tensors, with whole layers recomputed as much again."""
-_CACHED_TOKENS, _CODECS_BLOCKS, _CODECS_BYTES = 4096, 6, {True: 256 * 2**20, False: 32 * 2**20}
-"""Tokens of a batch whose targets are written to a cache; of the logits that are formed of it at a time the
-bytes, on CUDA or not, and how many blocks of that size there are with temporaries."""
+_CACHED_TOKENS = 4096
+"""Of a batch whose targets a run writes to a cache."""
 _CHECKPOINT = 3 * _FLOAT
 """Of a weight in a copy of the state: itself and its two moments."""
 _ROWS = 6 * 2**20
@@ -178,29 +177,6 @@ def _kept_when_recomputed(run: Footprint) -> int:
     return wide * shape.hidden + run.bytes * products + attention * shape.heads
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """Bytes on each device by part, when the most is needed.
-
-    Attributes:
-        parts: by name, largest first; none of them is 0.
-        moment: when that is.
-    """
-
-    parts: dict[str, float]
-    moment: str
-
-    @property
-    def total(self) -> float:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
-
-    @property
-    def tensors(self) -> float:
-        """Bytes of all parts but what the allocator keeps unused."""
-        return self.total - self.parts.get("allocator", 0.0)
-
-
 def plan_memory(run: Footprint) -> MemoryPlan:
     """The parts of a run's memory at the moment when they are largest together."""
     moments = {
@@ -214,10 +190,7 @@ def plan_memory(run: Footprint) -> MemoryPlan:
     if run.cached:
         moments["writing of the cache, if it is not there yet"] = _at_cache(run)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {name: float(size) for name, size in moments[moment].items() if size}
-    if not run.cuda:
-        parts["allocator"] = _UNUSED[run.recomputation] * sum(parts.values())
-    return MemoryPlan(dict(sorted(parts.items(), key=lambda item: -item[1])), moment)
+    return MemoryPlan.of(moments[moment], moment, cuda=run.cuda, recomputation=run.recomputation)
 
 
 def _state(run: Footprint, *, gradients: bool) -> dict[str, float]:
@@ -350,30 +323,21 @@ def _at_update(run: Footprint) -> dict[str, float]:
 def _at_cache(run: Footprint) -> dict[str, float]:
     """While a cache is written, which no optimizer has begun before."""
     students = run.others + parameters(run.shape, run.vocab_size).total
-    taught = sum(parameters(teacher, run.vocab_size).total for teacher in run.cached)
-    per_token, left = _of_teachers_token(run, run.cached)
-    block = min(_CODECS_BYTES[run.cuda], _FLOAT * _CACHED_TOKENS * run.vocab_size)
-    return {
-        "weights": _FLOAT * students / run.shards,
-        "teacher": float(run.teacher_bytes * taught),
-        "activations": float(_CACHED_TOKENS * (per_token + left)),
-        "cache": float(_CODECS_BLOCKS * block),
-    }
-
-
-def _of_teachers_token(run: Footprint, teachers: Sequence[ModelShape]) -> tuple[float, float]:
-    """Bytes of a token while the largest teacher runs; of the states that the others have left."""
-    each = [
-        max(run.teacher_bytes * 3 * one.mlp, 2 * _FLOAT * one.heads * run.teacher_eager)
-        + run.teacher_bytes * 3 * one.hidden
-        for one in teachers
-    ]
-    return max(each), run.teacher_bytes * sum(one.hidden for one in teachers[:-1])
+    one = ForwardPass(
+        shapes=run.cached,
+        vocab_size=run.vocab_size,
+        tokens=_CACHED_TOKENS,
+        bytes=run.teacher_bytes,
+        eager=run.teacher_eager,
+        cuda=run.cuda,
+    )
+    return {"weights": _FLOAT * students / run.shards} | writing_parts(one)
 
 
 def _in_teachers(run: Footprint) -> dict[str, float]:
     """While the last of them runs: the largest, with the states that the others have left."""
-    passing = float(run.micro_batch * sum(_of_teachers_token(run, run.teachers)))
+    per_token = token_bytes(run.teachers, run.teacher_bytes, run.teacher_eager)
+    passing = float(run.micro_batch * per_token)
     layers = 0.0
     if run.teacher_shards > 1:
         gathered = [_layer_weights(one) * (2 if run.teacher_reshards else one.layers) for one in run.teachers]

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Starcoder2Config
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
 from tutelage.errors import UserError
+from tutelage.evals.evaluate import EvalRequest, evaluate
 from tutelage.models.devices import Hardware
 from tutelage.models.flops import parameters
+from tutelage.models.forward_memory import ForwardPass, scoring_parts
 from tutelage.models.memory import plan_memory
 from tutelage.models.shapes import find_shape, read_shape
 from tutelage.run import run, run_cohort
@@ -251,3 +253,46 @@ def test_attention_that_forms_all_pairs_is_planned(make_config):
         config = make_config(model={"shape": "nano-50k", "attn_implementation": attention})
         totals.append(plan_run(config, Hardware.here("cpu", 1, 1)).memory.parts["activations"])
     assert totals[1] - totals[0] > 256 * 2 * 4 * 32 * 4
+
+
+def test_a_cache_is_written_with_a_warning_where_its_teacher_may_not_fit(teacher, store, tmp_path, free):
+    """Only runs were checked: `teach` said nothing, and was killed."""
+    settings = {"store": str(store), "teacher": teacher, "context_length": 32, "batch_tokens": 1024}
+    config = validate(TeachConfig, settings | {"output": str(tmp_path / "caches")}, "test")
+    weights = 4 * parameters(find_shape("nano-50k"), 300).total
+    free(weights)
+    notes = Notes()
+    write_cache(config, notes)
+    (warning,) = notes.warnings
+    assert "cache-" in warning
+    assert "it may need 0.0" in warning
+    assert "turn: a smaller batch_tokens, dtype=bfloat16" in warning
+    for part in ("teacher", "activations", "cache", "allocator", "writing of the cache"):
+        assert part in warning
+    notes = Notes()
+    write_cache(config, notes)  # it is there
+    assert notes.warnings == []
+    free(1e9)
+    write_cache(config.model_copy(update={"seed": 1}), notes)
+    assert notes.warnings == []
+
+
+def test_a_model_is_scored_with_a_warning_where_it_may_not_fit(make_config, store, tmp_path, free):
+    directory, request = run(make_config()), EvalRequest({}, {"own": store}, tmp_path, 1, 64, "cpu")
+    for size, warned in ((1e9, False), (1e6, True)):
+        free(size)
+        notes = Notes()
+        evaluate([str(directory.path)], request, notes)
+        assert [f"{directory.id}: it may need" in note for note in notes.warnings] == [True] * warned
+        (directory.path / "scores.jsonl").unlink()
+
+
+def test_scoring_is_planned_by_weights_batch_and_rows_of_logits():
+    """By hand: 4 bytes a weight, 4,096 tokens through an MLP, three blocks of 2,048 rows of 500 ids."""
+    shape = find_shape("nano-50k")
+    one = ForwardPass(shapes=[shape], vocab_size=500, tokens=4096, bytes=4)
+    parts = scoring_parts(one, 2048)
+    layer = 48 * 16 * 2 * (4 + 2) + 3 * 48 * 120 + 2 * 48
+    assert parts["weights"] == 4 * (2 * layer + 48 + 2 * 500 * 48)
+    assert parts["activations"] == 4096 * 4 * (3 * 120 + 3 * 48)
+    assert parts["logits"] == 3 * 4 * 2048 * 500

@@ -22,7 +22,7 @@ from tutelage.files import (
 from tutelage.progress import NullProgress
 from tutelage.records import write_manifest_file
 from tutelage.stopping import stop_signal
-from tutelage.teachers.cache.job import load_job, plan_cache
+from tutelage.teachers.cache.job import load_job, memory_warning, plan_cache
 from tutelage.teachers.cache.layout import HEAD_FILE, MANIFEST_FILE, read_cache_manifest
 from tutelage.teachers.cache.reader import file_sha256
 from tutelage.teachers.cache.shard import ShardFile, ShardWriter
@@ -63,6 +63,8 @@ def write_cache(config: TeachConfig, progress: Progress | None = None) -> Path:
         remove_stale_files(plan.path)
         progress.note(f"{plan.path} is finished; nothing to do")
         return plan.path
+    if warning := memory_warning(plan):
+        progress.note(f"warning: {warning}")
     job = load_job(plan)
     for note in job.teacher.notes:
         progress.note(note)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage import processes
 from tutelage.config.load import digest
 from tutelage.config.teacher_config import (
     CacheTeacher,
@@ -23,7 +24,9 @@ from tutelage.data.loader import Documents, positions_of
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.models import hub
+from tutelage.models.devices import Hardware
 from tutelage.models.directory import ModelState, identify, is_local
+from tutelage.models.forward_memory import ForwardPass, may_not_fit, shape_at, writing_parts
 from tutelage.names import find, named_teacher
 from tutelage.teachers.cache.codec import CodecSettings
 from tutelage.teachers.cache.formats import make_codec
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from tutelage.teachers.live import Teacher
     from tutelage.types import WholeTargets
 
+_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _NOT_THE_CONTENT = {"name", "store", "teacher", "device", "threads", "runs", "output"}
 
 
@@ -190,6 +194,30 @@ def _identified(teacher: SingleTeacher, runs: Path, store: Store) -> tuple[Singl
     if isinstance(teacher, ModelTeacher):
         teacher = teacher.model_copy(update={"revision": commit})
     return teacher, fingerprint
+
+
+def memory_warning(plan: CachePlan) -> str | None:
+    """What to tell the user before the teacher is loaded if it may not fit into what is free; else None."""
+    config = plan.config
+    models = [one for one in single_teachers(plan.teacher) if isinstance(one, RunTeacher | ModelTeacher)]
+    found = [shape_at(*locate(one, config.runs)) for one in models]
+    shapes = [shape for shape in found if shape is not None]
+    if not models or len(shapes) < len(models):  # a control, or a family without a formula
+        return None
+    kind = hub.pick_device(config.device).type
+    run = ForwardPass(
+        shapes=shapes,
+        vocab_size=plan.store.vocab_size,
+        tokens=max(config.batch_tokens, config.context_length),
+        bytes=_WEIGHT_BYTES[config.dtype],
+        eager=config.context_length if any(_attention(one) == "eager" for one in models) else 0,
+        cuda=kind == "cuda",
+    )
+    here = processes.place().local_size
+    told = may_not_fit(
+        plan.path.name, writing_parts(run), "writing of the cache", Hardware.here(kind, 1, here)
+    )
+    return told and f"{told}\nturn: a smaller batch_tokens, dtype=bfloat16"
 
 
 def load_job(plan: CachePlan) -> CacheJob:
