@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 ACCURACIES = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of questions answered right; the first that a task has is its accuracy."""
 
-MEAN = "mean"
-"""In the place of a task, the mean over tasks. No task of lm-eval's is called so."""
+MEAN = "mean over tasks"
+"""In the place of a task; no task of lm-eval's has spaces in its name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.checksums import file_sum
 from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.store_manifest import remarks
 from tutelage.errors import DiskError, Stopped, UserError
-from tutelage.files import read_bytes
 from tutelage.stopping import stop_signal
 from tutelage.study.engines import AskTask, StoreTask
 from tutelage.study.engines.local import study_device
@@ -121,15 +121,22 @@ class Asker:
         self.leases.refresh()
         if self.study.tasks is None or self.leases.state(_CHECK, self._what) == "done":
             return
-        self.engine.start(_CHECK, self._task())
-        with stop_signal() as stop:
-            while not (ended := self.engine.wait(_POLL_SECONDS)):
-                if stop.is_set() or self.leases.is_asked_to_stop():
-                    raise Stopped
-        if (error := _error(ended[_CHECK], f"study {self.study.name}: tasks")) is not None:
-            raise error
+        while (outcome := self._checked()).status != "done":
+            if (error := _error(outcome, f"study {self.study.name}: tasks")) is not None:
+                raise error
         if self.leases.acquire(_CHECK, self._what):
             self.leases.release(_CHECK, done=True)
+
+    def _checked(self) -> TaskOutcome:
+        """The outcome of the check."""
+        self.engine.start(_CHECK, self._task())
+        with stop_signal() as stop:
+            ended: dict[str, TaskOutcome] = {}
+            while not ended:
+                ended = self.engine.wait(_POLL_SECONDS)
+                if stop.is_set() or self.leases.is_asked_to_stop():
+                    raise Stopped
+        return ended[_CHECK]
 
     def ask(self, nodes: Sequence[Node], corpus: Path) -> None:
         """Ask every run that has weights and has not been asked yet, here or by other runners.
@@ -171,11 +178,13 @@ class Asker:
 
     @cached_property
     def _what(self) -> str:
-        """Identity of the tasks, the user's own task files included."""
+        """Identity of the tasks, the user's own task files included, wherever they lie."""
         tasks = self.study.tasks
-        places = tasks.include.rglob("*") if tasks is not None and tasks.include is not None else ()
-        files = [(str(path), read_bytes(path).hex()) for path in sorted(places) if path.is_file()]
-        return digest([None if tasks is None else tasks.model_dump(mode="json"), files])
+        place = None if tasks is None else tasks.include
+        files = sorted(path for path in ([] if place is None else place.rglob("*")) if path.is_file())
+        content = [(str(path.relative_to(str(place))), file_sum(path)) for path in files]
+        settings = None if tasks is None else tasks.model_dump(mode="json", exclude={"include"})
+        return digest([settings, [(name, found.bytes, found.crc32) for name, found in content]])
 
     def _left(self, nodes: Sequence[Node]) -> list[Node]:
         """Runs that are to be asked; one that was trained anew since it was is among them."""

@@ -160,3 +160,21 @@ def test_seeds_that_agree_by_chance_are_not_certain(study):
     gain = found.accuracies.gains[cell_of(found, "weak"), "sciq"].gain
     half = stats.t.ppf(0.975, 2) * (1 / 12**0.5) / 3**0.5  # a question of 100 is a point
     assert [gain.mean, gain.low, gain.high] == pytest.approx([2.0, 2.0 - half, 2.0 + half])
+
+
+def test_a_task_that_is_called_mean_is_a_task(study, values):
+    for run in RUNS[:6]:
+        answer(study, run, "mean", 0.9 if run.startswith("student") else 0.1)
+    found = judged(study)
+    cell = cell_of(found, "weak")
+    assert found.accuracies.gains[cell, "mean"].gain.mean == pytest.approx(80)
+    assert found.accuracies.gains[cell, MEAN].gain.n == 3
+
+
+def test_the_mean_alone_is_coloured(study):
+    """Of many tasks some would be coloured by chance."""
+    for run in RUNS[:6]:
+        for task in ("sciq", "hellaswag"):
+            answer(study, run, task, 0.9 if run.startswith("student") else 0.1)
+    (row,) = accuracy_table(judged(study)).rows
+    assert [row[2].effect, *(cell.effect for cell in row[4:])] == ["helps", "unclear", "unclear"]

@@ -7,22 +7,25 @@ import shutil
 from pathlib import Path
 
 import pytest
+from own_task_files import own_task
 from tiny_study import TINY, tiny_study
 from told_progress import Told
 
 from tutelage.analysis.claims.judge import judge_study
 from tutelage.analysis.report.accuracy_rows import accuracy_table
-from tutelage.errors import UserError
+from tutelage.errors import Stopped, UserError
 from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.lm_eval import run_downstream
 from tutelage.evals.score_files import read_scores
+from tutelage.study.engines import TaskOutcome
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.expand import expand
+from tutelage.study.leases import Leases, ask_to_stop
 from tutelage.study.results import load_results
 from tutelage.study.run_study import run_study
+from tutelage.study.side_tasks import Asker
 
 pytest.importorskip("lm_eval")
-pytestmark = pytest.mark.slow
 
 NAMES = ["word_analogy", "last_word"]
 PAIRS = {
@@ -45,6 +48,7 @@ def asked(directory):
     return {(s.run, s.domain, s.n): s.value for s in scores if (s.role, s.metric) == ("downstream", "acc")}
 
 
+@pytest.mark.slow
 def test_all_runs_are_asked_once_and_again_when_other_questions_are_wanted(tmp_path, command):
     main = TINY["students"]["main"] | {"then": ["taught"]}
     changes = {"students": {"main": main}, "post_training": {"taught": STAGE}}
@@ -80,6 +84,7 @@ def test_all_runs_are_asked_once_and_again_when_other_questions_are_wanted(tmp_p
     assert sorted(by_hand) == sorted((run, "last_word_sotu") for run in ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tasks", "complaint"),
     [
@@ -94,6 +99,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_built(tmp_path, task
     assert not (tmp_path / "study" / "data").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_answers_were_lost_is_asked_again_and_a_copy_of_results_is_not(tmp_path, command):
     study = tiny_study(tasks={"names": ["word_analogy"], "limit": 5})
     run(study, tmp_path / "study")
@@ -112,3 +118,47 @@ def test_a_run_whose_answers_were_lost_is_asked_again_and_a_copy_of_results_is_n
     assert {run for run, _, n in asked(tmp_path / "study") if n == 6}.isdisjoint({file.parent.name})
     _, shown, _ = command("eval", "tasks", tmp_path / "study", "--task", "word_analogy", "--limit", "6")
     assert "1 runs have no finished model here and are left out" in shown
+
+
+class Scripted:
+    """An engine whose tasks end as they are told to."""
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.started = [*outcomes], []
+
+    def start(self, key, task):
+        self.started.append((key, task))
+
+    def wait(self, seconds):
+        return {self.started[-1][0]: TaskOutcome(status=self.outcomes.pop(0))}
+
+
+def test_a_check_that_was_stopped_has_not_passed(tmp_path):
+    study = tiny_study(tasks={"names": ["word_analogy"]})
+    with Leases(tmp_path) as leases:
+        engine = Scripted("stopped", "busy", "done")
+        asker = Asker(study, tmp_path, engine, leases, Told())
+        asker.check()
+        assert engine.outcomes == []
+        asker.check()  # which has passed
+        assert len(engine.started) == 3
+        ask_to_stop(tmp_path, leases.token)
+        other = Asker(tiny_study(tasks={"names": ["sciq"]}), tmp_path, Scripted("done"), leases, Told())
+        with pytest.raises(Stopped):
+            other.check()
+        (tmp_path / "queue" / "runners" / f"{leases.token}.stop").unlink()
+        leases.refresh()
+        assert leases.state("tasks", other._what) == "free"
+
+
+def test_the_users_files_count_wherever_they_lie(tmp_path):
+    def what(place):
+        tasks = {"names": ["own"], "include": str(place)}
+        return Asker(tiny_study(tasks=tasks), tmp_path, None, None, None)._what
+
+    own_task(tmp_path / "here", [" a", " b"])
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    assert what(tmp_path / "here") == what(tmp_path / "there")
+    with (tmp_path / "there" / "helpers.py").open("a") as file:
+        file.write("#\n")
+    assert what(tmp_path / "here") != what(tmp_path / "there")

@@ -57,8 +57,11 @@ def accuracy_table(study: JudgedStudy) -> ReportTable:
     for name, verdict in _shown(study):
         alone = teachers.get(verdict.cell)
         itself = "" if alone is None else f"{alone:.1f}%"
-        cells = [_points(known.gains.get((verdict.cell, task))) for task in (MEAN, *tasks)]
-        rows.append([name, words.arm(verdict), cells[0], itself, *cells[1:]])
+        cells = [
+            replace(_points(known.gains.get((verdict.cell, task))), effect="unclear") for task in tasks
+        ]  # coloured one by one, some of many would be so by chance
+        mean = _points(known.gains.get((verdict.cell, MEAN)))
+        rows.append([name, words.arm(verdict), mean, itself, *cells])
     return ReportTable("Downstream tasks", columns, rows)
 
 
