@@ -12,7 +12,7 @@ import yaml
 from tiny_study import TINY, run_tiny, tiny_study
 
 from tutelage.analysis.claims.judge import judge_study
-from tutelage.analysis.report.claim_rows import recall_gains
+from tutelage.analysis.report.accuracy_rows import recall_gains
 from tutelage.analysis.report.html import build_report
 from tutelage.evals.score_files import read_scores
 from tutelage.run import run
