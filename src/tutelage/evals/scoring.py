@@ -118,7 +118,8 @@ def memory_warning(evaluated: EvaluatedModel, targets: Sequence[Target], kind: s
     if (shape := shape_at(str(evaluated.model), None)) is None:  # a family without a formula
         return None
     vocab_size = targets[0].store.vocab_size
-    is_half = read_config(evaluated.model).get("dtype") in _HALVES
+    settings = read_config(evaluated.model)
+    is_half = settings.get("dtype", settings.get("torch_dtype")) in _HALVES  # older files have the latter
     run = ForwardPass(
         shapes=[shape],
         vocab_size=vocab_size,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from training import Notes
@@ -10,8 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Starcoder2Config
 
 from tutelage.config.load import validate
 from tutelage.config.teacher_config import TeachConfig
+from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.evaluate import EvalRequest, evaluate
+from tutelage.evals.evaluated_model import EvaluatedModel
+from tutelage.evals.scoring import memory_warning
+from tutelage.models import hub
 from tutelage.models.devices import Hardware
 from tutelage.models.flops import parameters
 from tutelage.models.forward_memory import ForwardPass, scoring_parts
@@ -296,3 +302,18 @@ def test_scoring_is_planned_by_weights_batch_and_rows_of_logits():
     assert parts["weights"] == 4 * (2 * layer + 48 + 2 * 500 * 48)
     assert parts["activations"] == 4096 * 4 * (3 * 120 + 3 * 48)
     assert parts["logits"] == 3 * 4 * 2048 * 500
+
+
+def test_half_precision_is_known_by_either_name_in_config_json(store, tmp_path, free):
+    vocab_size, path = open_store(store).vocab_size, tmp_path / "model"
+    hub.save(hub.build(find_shape("nano-50k"), vocab_size, 64, seed=0), path, store)
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    kind = settings.pop("dtype", None) or settings.pop("torch_dtype")
+    assert kind == "float32"
+    target = SimpleNamespace(store=open_store(store), context=64)
+    free(0.0)
+    told = {}
+    for name, value in (("dtype", "float32"), ("dtype", "bfloat16"), ("torch_dtype", "bfloat16")):
+        (path / "config.json").write_text(json.dumps(settings | {name: value}), encoding="utf-8")
+        told[name, value] = memory_warning(EvaluatedModel("m", path, 64, tmp_path), [target], "cpu")
+    assert told["dtype", "bfloat16"] == told["torch_dtype", "bfloat16"] != told["dtype", "float32"]
