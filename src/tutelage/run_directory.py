@@ -103,6 +103,8 @@ def recipe(config: RunConfig) -> dict[str, Any]:
 def named(config: RunConfig, *, planning: bool = False) -> RunConfig:
     """Return the config with the names of stores, runs and caches replaced by their paths and ids.
 
+    With `planning` its token stores need not be there yet.
+
     Raises:
         UserError: nothing is called so, or several are.
     """
@@ -350,7 +352,7 @@ class RunDirectory:
         return last_row(self.path / "metrics.jsonl")
 
     def keep_metrics_until(self, step: int, logged: int = 0) -> str | None:
-        """Drop the rows of metrics.jsonl after `step`, and damaged ones; a sentence if rows are lost."""
+        """Drop metrics after `step`, and damaged rows; a sentence if rows up to step `logged` are lost."""
         return keep_rows(self.path / "metrics.jsonl", step, logged)
 
     def flush_log(self) -> None:

@@ -112,7 +112,7 @@ def _gains(
     untaught = (
         twins_of(results)
         .join(runs, on="run")
-        .group_by("base_run", "task")
+        .group_by("base_run", "task", maintain_order=True)
         .agg(untaught=pl.col("accuracy").mean())
     )
     compared = gains.domains.select("cell", "seed", "run", "base_run").unique(maintain_order=True)

@@ -149,14 +149,12 @@ class Asker:
             UserError: a run could not be asked; the answers of others are kept.
             Stopped: on Ctrl-C or `tutelage study stop`; the same call goes on.
         """
-        copies = [node for node in nodes if node.directory.lacks_weights()]
-        nodes = [node for node in nodes if node not in copies]
-        if not (left := self._left(nodes)):
+        every, nodes = len(nodes), [node for node in nodes if not node.directory.lacks_weights()]
+        left = [] if self.study.tasks is None else self._left(nodes)
+        if not left:
             return
-        if copies:
-            self.progress.note(
-                f"not asked: {len(copies)} runs of which only results are here, without weights"
-            )
+        if copies := every - len(nodes):
+            self.progress.note(f"not asked: {copies} runs of which only results are here, without weights")
         stage = f"questions to {len(nodes)} runs"
         self.progress.start(stage, len(nodes), "runs", done=len(nodes) - len(left))
         asked: dict[str, Node] = {}
@@ -168,7 +166,10 @@ class Asker:
                 errors = []
                 for key, outcome in self.engine.wait(_POLL_SECONDS).items():
                     not_before[key] = time.monotonic() + _BUSY_SECONDS
-                    errors.append(self._settle(asked.pop(key), outcome))
+                    node = asked.pop(key)
+                    errors.append(self._settle(node, outcome))
+                    if outcome.status == "done":  # whether or not a task of it gives scores
+                        left = [one for one in left if one is not node]
                 if any(errors) or stop.is_set() or self.leases.is_asked_to_stop():
                     self._stop(asked)
                     raise next(filter(None, errors), None) or Stopped
@@ -188,8 +189,6 @@ class Asker:
 
     def _left(self, nodes: Sequence[Node]) -> list[Node]:
         """Runs that are to be asked; one that was trained anew since it was is among them."""
-        if self.study.tasks is None:
-            return []
         self.leases.refresh()
         return [node for node in nodes if self._state(node) != "done" or not _has_answers(node)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from own_task_files import own_task
@@ -123,6 +124,8 @@ def test_a_run_whose_answers_were_lost_is_asked_again_and_a_copy_of_results_is_n
 class Scripted:
     """An engine whose tasks end as they are told to."""
 
+    slots = 2
+
     def __init__(self, *outcomes):
         self.outcomes, self.started = [*outcomes], []
 
@@ -162,3 +165,13 @@ def test_the_users_files_count_wherever_they_lie(tmp_path):
     with (tmp_path / "there" / "helpers.py").open("a") as file:
         file.write("#\n")
     assert what(tmp_path / "here") != what(tmp_path / "there")
+
+
+def test_a_run_whose_tasks_give_no_score_is_asked_once(tmp_path):
+    place = SimpleNamespace(path=tmp_path, scores=tmp_path / "scores.jsonl", lacks_weights=lambda: False)
+    node = SimpleNamespace(id="run-1", directory=place, cell=SimpleNamespace(name="run"))
+    engine = Scripted("done")
+    with Leases(tmp_path) as leases:
+        study = tiny_study(tasks={"names": ["word_analogy"]})
+        Asker(study, tmp_path, engine, leases, Told()).ask([node], tmp_path)
+    assert [key for key, _ in engine.started] == ["run-1-tasks"]

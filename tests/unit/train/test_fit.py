@@ -26,7 +26,9 @@ from tutelage.models.shapes import find_shape, read_shape
 from tutelage.run import run, run_cohort
 from tutelage.run_footprint import footprint, teacher_shapes
 from tutelage.run_plan import check_fits, out_of_memory, plan_run, plan_together
+from tutelage.teachers.cache import job
 from tutelage.teachers.cache.cache_writer import write_cache
+from tutelage.teachers.cache.job import plan_cache
 
 
 @pytest.fixture
@@ -275,6 +277,9 @@ def test_a_cache_is_written_with_a_warning_where_its_teacher_may_not_fit(teacher
     assert "turn: a smaller batch_tokens, dtype=bfloat16" in warning
     for part in ("teacher", "activations", "cache", "allocator", "writing of the cache"):
         assert part in warning
+    turned = plan_cache(validate(TeachConfig, settings | {"dtype": "bfloat16", "batch_tokens": 32}, "test"))
+    free(0.0)
+    assert "turn:" not in job.memory_warning(turned)  # what could be turned is
     notes = Notes()
     write_cache(config, notes)  # it is there
     assert notes.warnings == []

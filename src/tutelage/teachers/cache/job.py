@@ -217,7 +217,9 @@ def memory_warning(plan: CachePlan) -> str | None:
     told = may_not_fit(
         plan.path.name, writing_parts(run), "writing of the cache", Hardware.here(kind, 1, here)
     )
-    return told and f"{told}\nturn: a smaller batch_tokens, dtype=bfloat16"
+    turns = ["a smaller batch_tokens"] * (config.batch_tokens > config.context_length)
+    turns += ["dtype=bfloat16"] * (config.dtype != "bfloat16")
+    return f"{told}\nturn: {', '.join(turns)}" if told and turns else told
 
 
 def load_job(plan: CachePlan) -> CacheJob:
