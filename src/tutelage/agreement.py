@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage import processes
 from tutelage.errors import DiskError, Stopped, UserError, one_line
 from tutelage.files import LockedError
-from tutelage.stopping import ended_in_waits, last_line
+from tutelage.stopping import ended_in_waits, last_line, was_asked_to_stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +97,8 @@ def last_words(error: Exception) -> str | None:
     """Say to the other processes that this one ends with `error`; they lose it in a moment.
 
     Returns:
-        The line to print; None if another process has said what is wrong, and this one only lost it.
+        The line to print; None if another process has said what is wrong, and this one only lost it, or if
+        whoever started them ends them.
     """
     try:
         place = processes.place()
@@ -107,6 +108,8 @@ def last_words(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, UserError) and error.shared:
         time.sleep(_PRINT_SECONDS)  # the launcher ends all as soon as one has ended
+        return None
+    if lost_at_a_stop(error):
         return None
     lost = is_loss(error)
     if lost:
@@ -121,6 +124,14 @@ def last_words(error: Exception) -> str | None:
     if lost:
         return f"rank {place.rank}: lost another process ({one_line(error, 120)})"
     return f"rank {place.rank}: {_text(error)}"
+
+
+def lost_at_a_stop(error: Exception) -> bool:
+    """Whether another process was lost while all were asked to stop, which a launcher asks when one has died.
+
+    The signal may have come while what was open was closed, where none ends the process.
+    """
+    return was_asked_to_stop() and is_loss(error)
 
 
 def is_loss(error: Exception) -> bool:

@@ -23,6 +23,7 @@ if sys.platform != "win32":
     _OF_TERMINALS.append(signal.SIGHUP)  # it was closed
 _SIGNALS = [*_OF_TERMINALS, signal.SIGTERM]
 _AGAIN_SECONDS = 0.01
+_NOTED = threading.Event()
 _DEAF_SECONDS = 1.0
 """How long the handlers have before a call that keeps Python from running them counts as stuck."""
 
@@ -99,8 +100,18 @@ def came_of_signal(error: BaseException | None) -> bool:
 def stop_signal() -> Iterator[threading.Event]:
     """Yield an event that the signals set, for work that ends where it can be resumed."""
     event = threading.Event()
-    with _handled(lambda *_: event.set()):
+
+    def note(*_: object) -> None:
+        event.set()
+        _NOTED.set()
+
+    with _handled(note):
         yield event
+
+
+def was_asked_to_stop() -> bool:
+    """Whether a signal ever came to a `stop_signal`, also to one that is over and had no use for it."""
+    return _NOTED.is_set()
 
 
 @contextlib.contextmanager

@@ -114,6 +114,21 @@ def test_a_killed_rank_is_named(training):
     assert (process.returncode, out) == (1, "")
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_killed_rank_alone_is_named_if_the_signal_to_stop_comes_before_its_loss_is_seen(training):
+    process, _ = training
+    ranks = children(process)
+    os.kill(ranks[0], signal.SIGSTOP)
+    os.kill(ranks[1], signal.SIGKILL)
+    time.sleep(2)  # the launcher looks ten times a second, and ends rank 0
+    os.kill(ranks[0], signal.SIGCONT)
+    out, err = process.communicate(timeout=120)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: rank 1: its process ended by signal SIGKILL (out of memory?)"]
+    assert "Traceback" not in err
+    assert (process.returncode, out) == (1, "")
+
+
 @pytest.mark.parametrize("where", ["store", "group", "checkpoints"])
 def test_a_process_that_waits_for_a_dead_one_hears_a_signal_to_stop(make_config, tmp_path, where):
     file = tmp_path / "run.yaml"

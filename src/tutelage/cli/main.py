@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tutelage.agreement import is_loss, last_words
+from tutelage.agreement import is_loss, last_words, lost_at_a_stop
 from tutelage.cli.data_commands import data_app
 from tutelage.cli.doctor import doctor
 from tutelage.cli.eval_commands import eval_app
@@ -107,7 +107,7 @@ def main() -> None:
     except (Stopped, KeyboardInterrupt) as stopped:  # the latter before a command has begun
         _leave(str(stopped))
     except Exception as error:
-        if came_of_signal(error):
+        if came_of_signal(error) or lost_at_a_stop(error):
             _leave()
         wrong = _wrong_input(error)
         if wrong is None and place().size == 1:

@@ -156,7 +156,7 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW beta1, beta2")
     eps: float = Field(default=1e-8, ge=1e-30, le=1, description="AdamW epsilon")
     weight_decay: float = Field(
-        default=0.1, ge=0, le=1e3, description="on matrices only, not on norms and biases"
+        default=0.1, ge=0, le=1e3, description="on matrices, embeddings too, not on norms and biases"
     )
     clip: float = Field(default=1.0, ge=1e-30, le=1e30, description="largest global gradient norm")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
@@ -170,7 +170,7 @@ class OptimConfig(Section):
         default=0.2, description="fraction of steps of linear decay at the end (wsd only)"
     )
     final_lr: Fraction = Field(
-        default=0.1, description="learning rate at the last step, as a fraction of the peak"
+        default=0.1, description="learning rate at the last step, as a fraction of the peak (not constant)"
     )
 
     @model_validator(mode="after")

@@ -31,8 +31,9 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, *, ba
     """Learning rate of 0-based optimizer step `step` of `steps`, each of `batch_tokens`.
 
     Linear warm-up over the first `warmup` (steps or tokens), reaching the peak on its last step; then
-    cosine down to `final_lr` of the peak on the last step, or constant, or (wsd) constant and a linear
-    decay over the last `decay` of the steps, ending at `final_lr` of the peak. A `decay` of 0 is none.
+    cosine down to `final_lr` of the peak on the last step, also where that is the only one left, or constant,
+    or (wsd) constant and a linear decay over the last `decay` of the steps, ending at `final_lr` of the peak.
+    A `decay` of 0 is none.
     """
     warmup = config.warmup_steps(steps, batch_tokens)
     if step < warmup:
@@ -41,7 +42,7 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, *, ba
     if config.schedule == "constant":
         return peak
     if config.schedule == "cosine":
-        progress = (step - warmup) / max(1, steps - 1 - warmup)
+        progress = (step - warmup) / (steps - 1 - warmup) if step < steps - 1 else 1.0
         return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
     start = config.decay_start(steps, batch_tokens)
     if step < start:

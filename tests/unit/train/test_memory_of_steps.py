@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,9 @@ def test_trace_and_formula_are_what_a_process_takes(case, run, tmp_path):
 @pytest.mark.parametrize(("case", "recomputation"), [(MID, "none"), (LONG, "full")], ids=["none", "full"])
 def test_what_the_allocator_keeps_is_planned(case, recomputation, run, tmp_path):
     config = run(case, runtime={"activation_checkpointing": recomputation})
-    assert by_formula(config, case).total == pytest.approx(measured(config, case, tmp_path, {}), rel=0.15)
+    # What it keeps differs from start to start: by a fifth of the mean in 26 of them.
+    taken = statistics.median(measured(config, case, tmp_path, {}) for _ in range(3))
+    assert by_formula(config, case).total == pytest.approx(taken, rel=0.15)
 
 
 @pytest.mark.slow

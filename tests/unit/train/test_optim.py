@@ -36,6 +36,13 @@ def test_cosine_falls_and_never_leaves_its_bounds():
     assert rates[-1] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize(("warmup", "steps"), [("900", 10), (0.0, 1), (0.75, 4)])
+def test_a_last_step_that_is_all_that_is_left_is_at_the_final_rate(schedule, warmup, steps):
+    config = OptimConfig(schedule=schedule, warmup=warmup, decay=0.25, final_lr=0.3)
+    assert learning_rate(config, 2.0, steps - 1, steps, batch_tokens=100) == pytest.approx(0.6)
+
+
 def test_one_step_runs_have_a_learning_rate():
     for schedule in ("cosine", "wsd", "constant"):
         assert learning_rate(OptimConfig(schedule=schedule), 1.0, 0, 1, batch_tokens=1) > 0
