@@ -121,9 +121,8 @@ def last_words(error: Exception) -> str | None:
             first = _within(_LOST_SECONDS, say).decode()
     if first != str(place.rank):
         return None
-    if lost:
-        return f"rank {place.rank}: lost another process ({one_line(error, 120)})"
-    return f"rank {place.rank}: {_text(error)}"
+    said = f"lost another process ({one_line(error, 120)})" if lost else _text(error)
+    return f"rank {place.rank}: {said}"
 
 
 def lost_at_a_stop(error: Exception) -> bool:

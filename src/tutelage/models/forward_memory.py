@@ -26,8 +26,8 @@ _GB = 1e9
 _FLOAT = 4
 _UNUSED: dict[Recomputation, float] = {"none": 0.3, "selective": 0.3, "full": 0.85}
 """What the allocator of the C library (glibc's) keeps unused beside each byte in use, by recomputation: real
-runs took an eighth to a third more than their tensors, with whole layers recomputed .6 to 1.2 more, .84 in
-the middle of 26 starts of one."""
+runs took an eighth to a third more than their tensors, with whole layers recomputed .6 to 1.2 more, .83 in
+the mean of 26 starts of one."""
 _CODECS_BLOCKS, _CODECS_BYTES = 6, {True: 256 * 2**20, False: 32 * 2**20}
 """Of the logits that are formed of a batch at a time where a cache is written: how many blocks of that size
 there are with temporaries; and their bytes, on CUDA or not."""
