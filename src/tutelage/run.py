@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutelage import agreement, processes, provenance
 from tutelage.config.load import dotted, to_yaml
@@ -26,7 +26,13 @@ from tutelage.run_directory import RunDirectory, evaluation_id, pinned, recipe, 
 from tutelage.run_plan import check_fits, out_of_memory
 from tutelage.stopping import stop_signal
 from tutelage.train import distributed
-from tutelage.train.checkpoint_files import adopt, checkpoint_name, damage
+from tutelage.train.checkpoint_files import (
+    CheckpointManifest,
+    adopt,
+    checkpoint_name,
+    damage,
+    differences,
+)
 from tutelage.train.loop import LackOfMemoryError, train
 from tutelage.train.parallel import use_model
 from tutelage.train.save_model import export
@@ -34,7 +40,7 @@ from tutelage.train.setup import GivenModels, check_cohort, open_student, open_t
 from tutelage.train.trackers import send_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -351,8 +357,8 @@ def _copy_branch_point(student: Student) -> None:
     if kept is None:
         raise UserError(
             f"runtime.branch_from {other.id}: {other.path} has no checkpoint from where its decay "
-            "begins; train it with checkpoint.keep_before_decay: true, or drop runtime.branch_from (in a "
-            "study, the same command does)"
+            "begins; train it with checkpoint.keep_before_decay: true, anew if it is past that (remove "
+            f"{other.path}), or drop runtime.branch_from (in a study, the same command does)"
         )
     step, found = kept
     if (reason := damage(found)) is not None:
@@ -360,13 +366,12 @@ def _copy_branch_point(student: Student) -> None:
             f"runtime.branch_from {other.id}: {found} cannot be started from ({reason}); remove {other.path} "
             f"and train that run again, or drop runtime.branch_from (in a study, remove {found})"
         )
-    ours, theirs = _before_decay(config), _before_decay(other.config())
-    for field in ours | theirs:
-        if ours.get(field) != theirs.get(field):
-            raise UserError(
-                f"runtime.branch_from {other.id}: it is no beginning of this run: {field} is "
-                f"{theirs.get(field)} there and {ours.get(field)} here"
-            )
+    origin = CheckpointManifest.read(found).origin
+    until_there = _with_later_settings(config, origin.recipe)
+    if not origin.is_of(run_id(until_there)):
+        unlike = differences(origin.recipe, recipe(until_there))
+        reason = next(unlike, "the model that it starts from has changed since")
+        raise UserError(f"runtime.branch_from {other.id}: it is no beginning of this run: {reason}")
     if step > config.optim.decay_start(student.steps, config.global_batch_tokens):
         raise UserError(
             f"runtime.branch_from {other.id}: it decays later than this run does; choose a shorter one"
@@ -378,10 +383,15 @@ def _copy_branch_point(student: Student) -> None:
         adopt(partial_directory, directory.id, recipe(config))
 
 
-def _before_decay(config: RunConfig) -> dict[str, object]:
-    """The settings that decide every step before the decay, by their dotted names."""
-    later = {"tokens", "export_dtype", "optim.decay", "optim.final_lr"}
-    return {name: value for name, value in dotted(recipe(config)) if name not in later}
+def _with_later_settings(config: RunConfig, recipe: Mapping[str, Any]) -> RunConfig:
+    """The run with the settings of a recipe that no step of the stable part depends on."""
+    optim = config.optim.model_copy(update={name: recipe["optim"][name] for name in ("decay", "final_lr")})
+    later = {
+        "tokens": recipe["tokens"],
+        "export_dtype": recipe.get("export_dtype", "float32"),
+        "optim": optim,
+    }
+    return config.model_copy(update=later)
 
 
 __all__ = ["RunDirectory", "Stopped", "UserError", "run", "run_cohort"]

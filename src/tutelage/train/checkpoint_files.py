@@ -63,6 +63,10 @@ class CheckpointOrigin:
     replicate: int
     shard: int
 
+    def is_of(self, run: str) -> bool:
+        """Whether it is of the run with this id; the name in it is no difference."""
+        return self.run.rpartition("-")[2] == run.rpartition("-")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointManifest:
@@ -137,9 +141,9 @@ def check_origin(path: Path, manifest: CheckpointManifest, ours: CheckpointOrigi
         UserError: naming the settings.
     """
     theirs = manifest.origin
-    if _hash(theirs.run) == _hash(ours.run):
+    if theirs.is_of(ours.run):
         return
-    found = list(_differences(theirs.recipe, ours.recipe))
+    found = list(differences(theirs.recipe, ours.recipe))
     shown = "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
     what = shown or "its settings are the same, so the model or the targets that it starts from have changed"
     raise UserError(
@@ -148,15 +152,12 @@ def check_origin(path: Path, manifest: CheckpointManifest, ours: CheckpointOrigi
     )
 
 
-def _hash(run: str) -> str:
-    return run.rpartition("-")[2]
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a clause for each setting in which two recipes differ."""
     for field in dict.fromkeys([*ours, *theirs]):
         there, here = theirs.get(field), ours.get(field)
         if isinstance(there, dict) and isinstance(here, dict):
-            yield from _differences(there, here, f"{prefix}{field}.")
+            yield from differences(there, here, f"{prefix}{field}.")
         elif there != here:
             yield f"{prefix}{field} is {there} there and {here} here"
 

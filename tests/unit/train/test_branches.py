@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from training import StopAt, assert_same_weights, losses
 
 from tutelage.errors import Stopped, UserError
+from tutelage.models.shapes import find_shape
 from tutelage.progress import NullProgress
 from tutelage.run import run
 from tutelage.run_directory import run_id
@@ -116,3 +119,34 @@ def test_what_is_no_branch_point_is_refused(make_config):
 def test_what_cannot_branch_is_refused(make_config, changes, message):
     with pytest.raises(UserError, match=message):
         budget(make_config, 16, budget(make_config, 8), **changes)
+
+
+def test_a_branch_needs_the_weights_that_the_shorter_run_began_with_wherever_they_lie(make_config, tmp_path):
+    """Where others had taken their place the result was that of no run; a copy of them was refused."""
+    begun = run(budget(make_config, 4, name="begun"))
+    first, moved = tmp_path / "model", tmp_path / "moved"
+    shutil.copytree(begun.model, first)
+    run(short := budget(make_config, 8, model={"path": str(first)}))
+    long = budget(make_config, 16, short, model={"path": str(first)})
+    first.rename(moved)
+    watcher = Began()
+    branch = run(
+        budget(make_config, 16, model={"path": str(moved)}, runtime=long.runtime.model_dump()), watcher
+    )
+    assert watcher.step == 6
+    alone = run(budget(make_config, 16, model={"path": str(moved)}, output=str(tmp_path / "alone")))
+    assert alone.id == branch.id
+    assert_same_weights(branch, alone)
+    shutil.copytree(run(budget(make_config, 4, name="other", seed=44)).model, first)
+    with pytest.raises(
+        UserError, match="no beginning of this run: the model that it starts from has changed"
+    ):
+        run(long)
+
+
+def test_a_branch_may_spell_out_the_learning_rate_of_its_shape(make_config):
+    """The same run, by its id, was refused as no beginning."""
+    run(short := budget(make_config, 8))
+    watcher = Began()
+    run(budget(make_config, 16, short, optim=OPTIM | {"lr": find_shape("nano-20k").lr}), watcher)
+    assert watcher.step == 6
