@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,19 +33,31 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    """Event files in the run's directory; steps that a killed session took later are hidden."""
+    """Event files in the run's directory; what earlier sessions wrote is hidden and written again.
 
-    def __init__(self, directory: Path, config: dict[str, Any], step: int, _past: Rows) -> None:
+    They may lack rows: of a time without this tracker, of one in which it failed, of a run that this one is a
+    branch of. Readers want them in their order.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], step: int, past: Rows) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
 
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=1 if past else step + 1)
         self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+        now = time.time()
+        for row in past:
+            self._add(row, now - past[-1]["seconds"] + row["seconds"])
+        self._writer.flush()
 
     def log(self, row: Mapping[str, float]) -> None:
+        self._add(row, time.time())
+        self._writer.flush()  # a kill would take the last two minutes
+
+    def _add(self, row: Mapping[str, float], when: float) -> None:
         for name, value in row.items():
             if name != "step":
-                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, int(row["step"]))
-        self._writer.flush()  # a kill would take the last two minutes
+                tag = name if "/" in name else f"train/{name}"
+                self._writer.add_scalar(tag, value, int(row["step"]), walltime=when)
 
     def close(self) -> None:
         self._writer.close()

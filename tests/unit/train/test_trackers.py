@@ -156,10 +156,7 @@ def test_tensorboard_has_every_number_once(make_config, store):
     with pytest.raises(Stopped):
         run(config, StopAt(6))
     directory = run(config)
-    events = accumulator.EventAccumulator(str(directory.path / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    found = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
-    assert len(found) == sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"])
+    found = _in_event_files(accumulator, directory)
     rows = {
         (f"train/{name}", row["step"]): value
         for row in directory.metrics()
@@ -168,6 +165,30 @@ def test_tensorboard_has_every_number_once(make_config, store):
     }
     scores = {(f"eval/own/{s.split}/{s.metric}", s.step): s.value for s in read_scores(directory.scores)}
     assert found == {key: np.float32(value) for key, value in (rows | scores).items()}
+
+
+def _in_event_files(accumulator, directory) -> dict[tuple[str, int], float]:
+    """The values by tag and step, of which there is one each."""
+    events = accumulator.EventAccumulator(str(directory.path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    found = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    assert len(found) == sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"])
+    return found
+
+
+def test_tensorboard_gets_the_rows_of_a_time_without_it(make_config):
+    """Files began where the session did in which it was named; and a branch lacked what it was begun with."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plain = {"device": "cpu", "threads": 1, "log_every": 1}
+    tracked = plain | {"trackers": ["tensorboard"]}
+    for runtime, step in ((plain, 3), (tracked, 6), (plain, 9)):
+        with pytest.raises(Stopped):
+            run(make_config(runtime=runtime), StopAt(step))
+    directory = run(make_config(runtime=tracked))
+    found = _in_event_files(accumulator, directory)
+    losses = {step: value for (tag, step), value in found.items() if tag == "train/loss"}
+    assert losses == {row["step"]: np.float32(row["loss"]) for row in directory.metrics()}
+    assert [*losses] == [*range(1, 13)]
 
 
 def test_students_of_a_cohort_are_runs_of_their_own_in_weights_and_biases(make_config, monkeypatch):
