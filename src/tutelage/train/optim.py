@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +17,26 @@ if TYPE_CHECKING:
     from tutelage.config.run_config import OptimConfig
 
 
+_NO_MATRIX = re.compile(r"bias$|norm\w*\.\w+$|A_log$|time_mix_\w+$")
+"""Names of what may have several rows, one per expert or head, and multiplies no vector.
+
+Biases (GPT-OSS, RecurrentGemma, XLNet), norms (Cohere), rates of decay (Mamba, Jamba, Kimi), mixtures of two
+tokens (RWKV). Families that have them with one dimension exist of each.
+"""
+
+
 def adamw(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101); weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = {name for name, p in trained.items() if p.ndim > 1 and not _NO_MATRIX.search(name)}
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trained.items() if name in decayed],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]
-    fused = parameters[0].device.type in {"cpu", "cuda"}
+    fused = next(iter(trained.values())).device.type in {"cpu", "cuda"}
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 

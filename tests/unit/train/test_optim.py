@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_families import tiny_config
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tutelage.config.run_config import OptimConfig
 from tutelage.train.optim import adamw, learning_rate
@@ -66,6 +68,32 @@ def test_only_matrices_decay():
     groups = adamw(model, OptimConfig(weight_decay=0.3), 1e-3).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(model[0].weight)}
+
+
+@pytest.mark.parametrize(
+    ("family", "spared"),
+    [
+        ("gpt_oss", {"gate_up_proj_bias", "down_proj_bias"}),
+        ("cohere", {"q_norm.weight", "k_norm.weight"}),
+        ("recurrent_gemma", {"input_gate_bias", "recurrent_gate_bias"}),
+        ("mamba", {"A_log"}),
+        ("rwkv", {"time_mix_key", "time_mix_value", "time_mix_receptance"}),
+        ("roberta-prelayernorm", set()),  # its matrices have "layernorm" in their names
+        ("qwen2_moe", set()),  # the gate of its shared expert has one row
+    ],
+)
+def test_norms_and_biases_do_not_decay_where_they_have_several_rows(family, spared):
+    """Biases of GPT-OSS's experts did, a row for each; transformers' Trainer spares them too."""
+    config = tiny_config(family)
+    if family == "cohere":
+        config.use_qk_norm = True
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    _, others = adamw(model, OptimConfig(), 1e-3).param_groups
+    found = {names[id(p)] for p in others["params"] if p.ndim > 1}
+    assert {name for name in found if not name.endswith(tuple(spared))} == set()
+    assert {end for end in spared if not any(name.endswith(end) for name in found)} == set()
 
 
 def test_update_is_the_textbook_adamw():
