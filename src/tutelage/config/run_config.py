@@ -156,10 +156,7 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW beta1, beta2")
     eps: float = Field(default=1e-8, ge=1e-30, le=1, description="AdamW epsilon")
     weight_decay: float = Field(
-        default=0.1,
-        ge=0,
-        le=1e3,
-        description="on matrices, embeddings too, not on norms, biases and rates of recurrent layers",
+        default=0.1, ge=0, le=1e3, description="on matrices, embeddings too, not on norms and biases"
     )
     clip: float = Field(default=1.0, ge=1e-30, le=1e30, description="largest global gradient norm")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
