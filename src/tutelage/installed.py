@@ -8,6 +8,7 @@ an index.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -53,14 +54,14 @@ def _origin() -> str:
 def _requirement(extra: str) -> str:
     record = _record()
     if record is None:
-        return f"-e '{_ROOT}[{extra}]'"
+        return "-e " + shlex.quote(f"{_ROOT}[{extra}]")
     url = record.get("url")
     if url is None:
         return f"'tutelage[{extra}]'"
     path = _path(url)
     if path is not None:
         editable = "-e " if record.get("dir_info", {}).get("editable") else ""
-        return f"{editable}'{path}[{extra}]'"
+        return editable + shlex.quote(f"{path}[{extra}]")
     vcs = record.get("vcs_info")
     place = f"{vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else url
     return f"'tutelage[{extra}] @ {place}'"
@@ -84,8 +85,8 @@ def _path(url: str) -> Path | None:
 def _pip() -> str:
     """The pip of this process's environment: its plain name only where the shell would find the same."""
     if find_spec("pip") is None:  # as in environments that uv makes
-        return f"uv pip install --python {sys.executable}"
+        return f"uv pip install --python {shlex.quote(sys.executable)}"
     found, own = shutil.which("pip"), Path(sys.executable).with_name("pip")
     if found is not None and Path(found) == own:
         return "pip install"
-    return f"{sys.executable} -m pip install"
+    return f"{shlex.quote(sys.executable)} -m pip install"

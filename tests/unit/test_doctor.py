@@ -1,12 +1,15 @@
 import dataclasses
+import shlex
 import shutil
 import sys
+from importlib.metadata import metadata
 
 import pytest
 
 from tutelage.cli import doctor
 from tutelage.data.corpora import CORPORA
 from tutelage.errors import UserError
+from tutelage.installed import install_extra
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,23 @@ def test_everything_is_looked_at(checks):
         "figures",
     }
     corpora = {f"corpus {corpus.name}" for corpus in CORPORA.values()}
-    optional = {"datasets", "lm_eval", "ray", "tensorboard", "wandb", "trackio", "triton"}
+    optional = {"datasets", "lm_eval", "resiliparse", "ray", "tensorboard", "wandb", "trackio", "triton"}
     assert expected | corpora | optional <= set(checks)
+
+
+def test_every_extra_that_a_user_may_lack_is_looked_at():
+    known = set(metadata("tutelage").get_all("Provides-Extra") or [])
+    assert set(doctor._OPTIONAL.values()) == known - {"docs", "dev"}
+
+
+def test_a_command_that_mends_can_be_pasted_whatever_its_path(tmp_path, monkeypatch):
+    python, wheel = tmp_path / "it's mine" / "bin" / "python", tmp_path / "it's mine" / "tutelage.whl"
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr("tutelage.installed._record", lambda: {"url": wheel.as_uri()})
+    uv = ["uv", "pip", "install", "--python", str(python)]
+    for found, pip in ((None, uv), (object(), [str(python), "-m", "pip", "install"])):
+        monkeypatch.setattr("tutelage.installed.find_spec", lambda _, found=found: found)
+        assert shlex.split(install_extra("eval")) == [*pip, f"{wheel}[eval]"]
 
 
 def test_what_is_broken_says_how_to_mend_it(checks):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _OPTIONAL = {
     "datasets": "hub",
     "lm_eval": "eval",
+    "resiliparse": "html",
     "ray": "ray",
     "tensorboard": "trackers",
     "wandb": "trackers",

@@ -168,7 +168,9 @@ def _source_records(
         SourceRecord(
             source=identity,
             weight=source.weight,
-            document_bytes=cut_size(source) if isinstance(source, FilesSource) else None,
+            document_bytes=(
+                cut_size(source) if isinstance(source, FilesSource) and not source.is_cut else None
+            ),
             files_left_out=(
                 passed_over(source.paths, source.format)
                 if isinstance(source, FilesSource | FilePairs)

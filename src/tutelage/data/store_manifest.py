@@ -81,7 +81,8 @@ class SourceRecord(Record, extra="forbid"):
         bytes: their bytes of UTF-8.
         dropped: rows left out, by reason: null, blank, duplicate, bad.
         first_bad: error of the first bad one.
-        document_bytes: about how long the documents are that text files were cut into; None: no cuts.
+        document_bytes: about how long the documents are that text files were cut into; None: no cuts, or
+            cuts at marks in the text.
         files_left_out: files of its directories that were not read, by ending or reason.
         left: the rest when another source ended the mixture; None where nothing was left or it is not known.
     """

@@ -66,7 +66,7 @@ class OwnTasks:
             return cls()
         files = sorted(directory.glob("**/*.yaml"))
         if not files:
-            raise UserError(f"--include {directory}: no such directory, or none with task files (*.yaml)")
+            raise UserError(f"include {directory}: no such directory, or none with task files (*.yaml)")
         content: dict[Path, str] = {}
         waiting = [*files, *sorted(directory.glob("**/*.py"))]
         while waiting:
@@ -85,7 +85,7 @@ def _read(path: Path) -> tuple[str, list[Path]]:
         text = read_bytes(path).decode()
         node = None if path.suffix == ".py" else yaml.compose(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--include {path}: {what}: {one_line(error)}") from None
+        raise UserError(f"include {path}: {what}: {one_line(error)}") from None
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     values = [value for key, value in pairs if key.value == "include"]
     nodes = [one for value in values for one in (value.value if value.id == "sequence" else [value])]

@@ -397,6 +397,20 @@ def test_text_is_cut_at_a_mark_that_is_left_out(tmp_path):
     assert texts(tmp_path, cut_at="\n", document_bytes="auto")[:2] == ["one", "more"]
 
 
+def test_cuts_at_marks_are_not_said_to_be_of_a_length(tmp_path):
+    (tmp_path / "a.txt").write_text("one---two---three---" + "\n\n".join(["four"] * 5000))
+    for fields, said in (({"cut_at": "---"}, False), ({"cut_before": "four"}, False), ({}, True)):
+        made = StoreConfig(
+            name="mine",
+            sources=(source(str(tmp_path / "a.txt"), document_bytes="auto", **fields),),
+            tokenizer={"vocab_size": 260},
+            validation=0.0,
+            test=0.0,
+        )
+        notes = remarks(open_store(build_store(made, tmp_path / "stores")).manifest)
+        assert any("cut into documents of about" in note for note in notes) is said, fields
+
+
 def test_long_parts_are_cut_further(tmp_path):
     line = "word " * 100
     (tmp_path / "a.txt").write_text("---".join("\n\n".join([line] * 100) for _ in range(3)))

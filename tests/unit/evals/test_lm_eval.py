@@ -289,7 +289,7 @@ def test_a_task_that_shuffles_its_answers_is_the_same_for_every_model(evaluated,
 @needs_lm_eval
 def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
     none = tmp_path / "none"
-    with pytest.raises(UserError, match=r"--include .*none: no such directory, or none with task files"):
+    with pytest.raises(UserError, match=r"^include .*none: no such directory, or none with task files"):
         run_downstream(evaluated, ["own"], include=none)
     long = " of the people" * CONTEXT
     cases = [
@@ -326,7 +326,7 @@ def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
             run_downstream(evaluated, ["own"], include=folder)
         assert "\n" not in str(caught.value)
     (folder / "own.yaml").write_text("task: [own", encoding="utf-8")
-    with pytest.raises(UserError, match=r"--include .*own.yaml: no YAML: while parsing"):
+    with pytest.raises(UserError, match=r"^include .*own.yaml: no YAML: while parsing"):
         run_downstream(evaluated, ["own"], include=folder)
 
 
