@@ -118,7 +118,7 @@ class Results:
         provenance: of done runs, by run id.
         token_comparisons: of its runs, as `tutelage eval tokens --output STUDY` leaves them there.
         problems: one sentence for each file that was left out, and why.
-        warnings: one sentence for each reason to trust numbers less: texts that were trained on.
+        warnings: one sentence for each reason to trust numbers less: texts trained on or not fitted.
         run_warnings: what runs were warned of, such as a held-out loss far from their training loss.
         tasks: run, task, metric, value, n (questions), version: what the runs were asked by `tutelage eval
             tasks`, of each task the same questions.
@@ -195,7 +195,7 @@ def load_results(directory: Path) -> Results:
         provenance=provenance,
         token_comparisons=comparisons,
         problems=(*problems, *damaged),
-        warnings=tuple(_seen_texts(plan, found)),
+        warnings=(*_seen_texts(plan, found), *_unfitted_texts(plan, found)),
         run_warnings=tuple(warned),
         tasks=found.tasks,
     )
@@ -284,6 +284,28 @@ def _seen_texts(plan: Plan, found: Evaluations) -> list[str]:
             if domain.name in texts
         ]
     return sentences
+
+
+def _unfitted_texts(plan: Plan, found: Evaluations) -> list[str]:
+    """Sentences about texts that students are scored on raw alone, while other texts were fitted too.
+
+    A mean of fitted gains is then over fewer texts than the raw one beside it.
+    """
+    stage_of = {run.run: run.stage or "" for run in plan.runs if run.kind != "teacher"}
+    scores = found.scores.filter(pl.col("run").is_in([*stage_of]), split="test")
+    scores = scores.with_columns(stage=pl.col("run").replace_strict(stage_of, return_dtype=pl.String))
+    raw = scores.filter(metric="bits_per_byte").select("run", "stage", "domain")
+    fitted = scores.filter(metric="bits_per_byte_unigram").select("run", "stage", "domain")
+    lacking = raw.join(fitted, on=["run", "domain"], how="anti").join(fitted, on="stage", how="semi")
+    known = set(lacking.select("domain", "stage").iter_rows())
+    stages = sorted({*stage_of.values()})
+    return [
+        f"{domain.name}{stage and f', then {stage}'}: no validation documents are left to fit calibration "
+        "on, so it counts in raw gains and in no fitted ones, whose means are of fewer texts"
+        for domain in plan.domains
+        for stage in stages
+        if (domain.name, stage) in known
+    ]
 
 
 def _left_out(found: Evaluations, directory: Path) -> list[str]:

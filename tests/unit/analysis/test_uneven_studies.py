@@ -155,6 +155,22 @@ def test_what_a_stage_alone_was_trained_on_is_said_of_the_stage(tmp_path):
     ]
 
 
+def test_a_text_that_a_stage_leaves_nothing_to_fit_on_is_said_to_be_in_no_fitted_mean(tmp_path):
+    """All its validation documents were trained on: raw means are of two texts, fitted ones of one."""
+    study = write_study(tmp_path / "study")
+    tuned(study)
+    before = load_results(study).warnings
+    for scores in (study / "runs").glob("*-tuned/scores.jsonl"):
+        rows = map(json.loads, scores.read_text().splitlines())
+        kept = [row for row in rows if row["domain"] != "fables" or "bits_per_byte_" not in row["metric"]]
+        scores.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (told,) = (line for line in load_results(study).warnings if line not in before)
+    assert told == (
+        "fables, then answers: no validation documents are left to fit calibration on, so it counts in raw "
+        "gains and in no fitted ones, whose means are of fewer texts"
+    )
+
+
 def test_where_only_stages_can_be_compared_the_report_says_so(tmp_path):
     """The untaught students are lost, and what followed them is not: this was a traceback."""
     study = write_study(tmp_path / "study")
