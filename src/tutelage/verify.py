@@ -6,6 +6,7 @@ What a directory is shows in the files that are in it. Nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -50,6 +51,8 @@ _FOREIGN = (
     "with, but `hf cache verify REPO --local-dir PATH` compares it with its repository on the Hub"
 )
 _AGAIN = "the same `tutelage train` or `tutelage study run`"
+_OF_RUN = re.compile(r".+-[0-9a-f]{8}")
+"""Name of a lease on a run, which is its id; leases on questions end otherwise."""
 _EDITED = f"if it was changed on purpose, delete the {LISTING} beside it"
 _REMEDIES = {
     "state.json": f"{_AGAIN} makes it again from the last checkpoint",
@@ -270,7 +273,7 @@ def _study(path: Path) -> Iterator[Finding]:
         except UnreadableError:  # named among the records
             continue
         run = RunDirectory(path / "runs" / file.stem.rpartition(".")[0])
-        if is_done and not run.is_done():
+        if is_done and _OF_RUN.fullmatch(run.id) and not run.is_done():
             yield Finding(
                 run.path, "run", "it was finished, and is not any more; `tutelage study run` mends it"
             )

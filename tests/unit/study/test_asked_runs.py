@@ -25,6 +25,7 @@ from tutelage.study.leases import Leases, ask_to_stop
 from tutelage.study.results import load_results
 from tutelage.study.run_study import run_study
 from tutelage.study.side_tasks import Asker
+from tutelage.verify import verify
 
 pytest.importorskip("lm_eval")
 
@@ -175,3 +176,18 @@ def test_a_run_whose_tasks_give_no_score_is_asked_once(tmp_path):
         study = tiny_study(tasks={"names": ["word_analogy"]})
         Asker(study, tmp_path, engine, leases, Told()).ask([node], tmp_path)
     assert [key for key, _ in engine.started] == ["run-1-tasks"]
+
+
+def test_of_what_was_asked_verify_takes_nothing_for_a_lost_run(tmp_path):
+    place = SimpleNamespace(path=tmp_path, scores=tmp_path / "scores.jsonl", lacks_weights=lambda: False)
+    node = SimpleNamespace(id="run-0123abcd", directory=place, cell=SimpleNamespace(name="run"))
+    with Leases(tmp_path) as leases:
+        study = tiny_study(tasks={"names": ["word_analogy"]})
+        asker = Asker(study, tmp_path, Scripted("done", "done"), leases, Told())
+        asker.check()
+        asker.ask([node], tmp_path)
+        assert leases.acquire(node.id, "recipe")
+        leases.release(node.id, done=True)
+    assert len([*tmp_path.glob("queue/leases/*.json")]) == 3
+    wrong = [one.path for one in verify(tmp_path, lambda _: None) if one.what == "run"]
+    assert wrong == [tmp_path / "runs" / node.id]
