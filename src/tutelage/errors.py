@@ -120,7 +120,9 @@ _WORDS = {
 def in_words(detail: ErrorDetails) -> str:
     """Say in a user's words what pydantic finds wrong with a value."""
     if detail["type"] in _WORDS:
-        return "must be " + _WORDS[detail["type"]].format_map(detail.get("ctx", {}))
+        context = detail.get("ctx", {})
+        words = "must be " + _WORDS[detail["type"]].format_map(context)
+        return words.replace("a list", "a mapping") if context.get("field_type") == "Dictionary" else words
     return " ".join(detail["msg"].removeprefix("Value error, ").split())
 
 

@@ -9,6 +9,7 @@ import io
 import logging
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
@@ -23,7 +24,6 @@ from tutelage.hub_access import reading_hub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
@@ -161,6 +161,17 @@ def check_known(names: Sequence[str], manager: TaskManager) -> None:
             )
 
 
+def _unkept(error: Exception) -> str | None:
+    """What to do where `datasets` has no place for what it reads; None where that is not what is wrong."""
+    from datasets import config  # noqa: PLC0415 - an extra, and slow to import
+
+    cache = Path(config.HF_DATASETS_CACHE)
+    failed = Path(str(error.filename)) if isinstance(error, OSError) and error.filename else None
+    if failed is None or not (failed.is_relative_to(cache) or cache.is_relative_to(failed)):
+        return None
+    return f"`datasets` keeps data in {cache}: set HF_HOME to a directory that can be written"
+
+
 @dataclass(frozen=True, slots=True)
 class TaskLoader:
     """Loads tasks with their data, and sets their shots and versions.
@@ -235,6 +246,7 @@ class TaskLoader:
         except Exception as error:  # noqa: BLE001 - a task file and its data can be wrong in any way
             reason = f"{type(error).__name__}: {one_line(error)}"
             hint = f"look into its file in {self.own.directories[0]}" if is_own else here
+            hint = _unkept(error) or hint
             raise UserError(f"task {name}: its data cannot be loaded ({reason}); {hint}") from None
         return loaded, shown
 

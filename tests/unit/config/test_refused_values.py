@@ -125,6 +125,14 @@ def test_other_types_stay_strict_in_calls(at, value, sentence):
 
 
 @pytest.mark.parametrize(
+    ("at", "value", "what"), [(("domains",), {}, "a mapping"), (("seeds",), [], "a list")]
+)
+def test_what_lacks_entries_is_called_what_it_is(at, value, what):
+    with pytest.raises(UserError, match=rf"{at[0]}: must be {what} of 1 or more, not of 0"):
+        StudyConfig(**changed(TREES[StudyConfig], at, value))
+
+
+@pytest.mark.parametrize(
     ("kind", "at", "value"),
     [
         (RunConfig, ("optim", "betas"), [1.0, 1.0]),

@@ -330,6 +330,18 @@ def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
         run_downstream(evaluated, ["own"], include=folder)
 
 
+@needs_lm_eval
+def test_a_home_that_cannot_be_written_is_not_taken_for_a_wrong_task_file(evaluated, tmp_path, monkeypatch):
+    from datasets import config
+
+    (tmp_path / "home").write_text("is a file")
+    cache = tmp_path / "home" / "huggingface" / "datasets"
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", cache)
+    message = f"task own: its data .*; `datasets` keeps data in {cache}: set HF_HOME"
+    with pytest.raises(UserError, match=message):
+        run_downstream(evaluated, ["own"], include=own_task(tmp_path / "own", answers=[" of"]))
+
+
 @pytest.mark.slow
 @needs_lm_eval
 def test_lm_eval_on_its_own_command_line_gives_the_same_numbers(evaluated, tmp_path):
