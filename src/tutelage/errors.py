@@ -112,7 +112,7 @@ _WORDS = {
     "too_long": "a list of at most {max_length:,}",
     "string_too_short": "text of at least {min_length:,} characters",
     "string_too_long": "text of at most {max_length:,} characters",
-    "string_pattern_mismatch": "letters, digits, '.', '_' and '-', and begin with a letter or digit",
+    "string_pattern_mismatch": "ASCII letters, digits, '.', '_' and '-', and begin with a letter or digit",
 }
 """What a value must be, by pydantic's name of the error, with fields of the error's context."""
 

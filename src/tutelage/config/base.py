@@ -31,7 +31,7 @@ def in_reference(words: str) -> FieldInfo:
 Name = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100),
-    in_reference("name of letters, digits, '.', '_' and '-'"),
+    in_reference("name of ASCII letters, digits, '.', '_' and '-'"),
 ]
 
 

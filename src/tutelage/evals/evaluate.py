@@ -99,7 +99,7 @@ def select(
         if name in paths:
             raise UserError(f"--store {name}: given twice, for {paths[name]} and {path}; rename one")
         if not _NAME.fullmatch(name):
-            raise UserError(f"--store {text}: a name has letters, digits, '.', '_' and '-' only")
+            raise UserError(f"--store {text}: a name has ASCII letters, digits, '.', '_' and '-' only")
         paths[name] = Path(path)
     chosen |= {name: find_domain(name) for name in domains}
     for name in paths:

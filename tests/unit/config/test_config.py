@@ -148,7 +148,8 @@ def test_yaml_round_trip_and_overrides(tmp_path):
         ({"seed": "43"}, "seed = '43'"),
         ({"optim": {"betas": [0.9]}}, "optim.betas"),
         ({"eval": {"domains": [{"name": "x", "stor": "y"}]}}, "eval.domains.0.stor: unknown setting"),
-        ({"name": "a/b"}, "name = 'a/b': must be letters, digits"),
+        ({"name": "a/b"}, "name = 'a/b': must be ASCII letters, digits"),
+        ({"name": "schüler"}, "name = 'schüler': must be ASCII letters, digits"),
         ({"teacher": {}}, "teacher.kind: required but not given; choose from cache, mean, model, run"),
         ({"teacher": 5}, "teacher = 5: must be a section of settings"),
         (

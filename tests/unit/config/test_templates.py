@@ -61,7 +61,7 @@ def test_a_unit_and_a_range_are_said():
     assert "| `sequence_length` | 128 | whole number of tokens, from 2 to 1,048,576 |" in page
     assert "| `lr` |  | number, above 0 to 1e+30 |" in page
     assert "| `tokens` | required | tokens: 50000, 50K, 1.5B, or 20x per parameter |" in page
-    assert "| `name` | run | name of letters, digits, '.', '_' and '-' |" in page
+    assert "| `name` | run | name of ASCII letters, digits, '.', '_' and '-' |" in page
     assert "## teacher (kind: model)" in page
 
 
