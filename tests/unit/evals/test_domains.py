@@ -94,7 +94,7 @@ def test_missing_packages_are_one_message(monkeypatch):
         (([], None, ["stores/x"]), "--store stores/x: write NAME=STORE"),
         (([], None, ["=stores/x"]), "write NAME=STORE"),
         (([], None, ["a="]), "write NAME=STORE"),
-        (([], None, ["../up=x"]), "a name has letters"),
+        (([], None, ["../up=x"]), "a name has ASCII letters"),
         (([], None, ["a=x", "a=y"]), "--store a: given twice, for x and y"),
         (([], None, ["a_1=x", "a-1=y"]), "'a_1' and 'a-1' are one name"),
         (([], None, ["Held=x", "held=y"]), "'Held' and 'held' are one name"),
