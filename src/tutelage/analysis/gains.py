@@ -7,6 +7,7 @@ mean. The out-of-domain gain is the mean of the domains' gains.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -45,9 +46,23 @@ def document_draws(n: int, rng: np.random.Generator, draws: int = DRAWS) -> NDAr
     return np.concatenate([np.ones((1, n)), counts_KN]).T
 
 
-def drawn_gains(
-    domains: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]],
-) -> NDArray[np.float64]:
+class DrawnDomain(NamedTuple):
+    """Losses in nats of runs on the N documents of one domain, those of their bases, and draws of these.
+
+    Attributes:
+        runs_PN: of the runs.
+        bases_BK: sums of the bases' losses in each draw, each base once.
+        base_P: row of each run's base in `bases_BK`.
+        draws_NK: how often each draw has each document.
+    """
+
+    runs_PN: NDArray[np.float64]
+    bases_BK: NDArray[np.float64]
+    base_P: NDArray[np.intp]
+    draws_NK: NDArray[np.float64]
+
+
+def drawn_gains(domains: Sequence[DrawnDomain]) -> NDArray[np.float64]:
     """Gain of P runs over their bases in each draw of documents, mean over domains.
 
     The gain on a domain is 100 (1 - sum nll_run / sum nll_base) percent: the relative drop in bits per byte,
@@ -55,20 +70,21 @@ def drawn_gains(
     training seed would have come out.
 
     Args:
-        domains: of each, the losses in nats of the bases and of the runs, both [P, N] over the same N
-            documents, and their draws [N, 1 + K].
+        domains: of the same P runs.
 
     Returns:
-        Percent, positive where the run needs fewer bits, shape [P, 1 + K]; column 0 is the point estimate.
+        Percent, positive where the run needs fewer bits, shape [P, K]; column 0 is the point estimate.
     """
-    total_PK = np.zeros((len(domains[0][1]), domains[0][2].shape[1]))
-    for bases_PN, runs_PN, draws in domains:  # in place: fresh memory costs more than the arithmetic
-        gains_PK = runs_PN @ draws
-        gains_PK /= bases_PN @ draws
+    total_PK = np.zeros((len(domains[0].runs_PN), domains[0].draws_NK.shape[1]))
+    for one in domains:
+        gains_PK = one.runs_PN @ one.draws_NK  # in place from here: fresh memory costs more than arithmetic
+        for gains_K, base in zip(gains_PK, one.base_P, strict=True):
+            np.divide(gains_K, one.bases_BK[base], out=gains_K)
         np.subtract(1, gains_PK, out=gains_PK)
         gains_PK *= 100
         total_PK += gains_PK
-    return total_PK / len(domains)
+    total_PK /= len(domains)
+    return total_PK
 
 
 def percentile_interval(drawn_PK: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -127,15 +143,15 @@ class _DocumentLosses(NamedTuple):
     Attributes:
         runs: row of each run in `runs_RN`.
         runs_RN: losses.
-        bases: row of each base in `bases_BN`.
-        bases_BN: losses, means over the base's twins.
+        bases: row of each base in `bases_BK`.
+        bases_BK: sums of their losses in each draw, means over the base's twins.
         draws_NK: how often each draw has each document.
     """
 
     runs: dict[str, int]
     runs_RN: NDArray[np.float64]
     bases: dict[str, int]
-    bases_BN: NDArray[np.float64]
+    bases_BK: NDArray[np.float64]
     draws_NK: NDArray[np.float64]
 
 
@@ -154,9 +170,15 @@ def _document_losses(
         if run in runs:
             twins_at.setdefault(base, []).append(runs[run])
     bases_BN = np.stack([runs_RN[places].mean(axis=0) for places in twins_at.values()])
-    rng = np.random.default_rng(np.frombuffer(text.encode(), dtype=np.uint8))
-    draws_NK = document_draws(runs_RN.shape[1], rng)
-    return _DocumentLosses(runs, runs_RN, {base: i for i, base in enumerate(twins_at)}, bases_BN, draws_NK)
+    draws_NK = _draws_of(text, runs_RN.shape[1])
+    base_at = {base: i for i, base in enumerate(twins_at)}
+    return _DocumentLosses(runs, runs_RN, base_at, bases_BN @ draws_NK, draws_NK)
+
+
+@functools.lru_cache(maxsize=16)  # every fit, role and group of runs asks for those of the same few texts
+def _draws_of(text: str, n: int) -> NDArray[np.float64]:
+    """Draws of the `n` documents of a text, which are the same wherever it has so many."""
+    return document_draws(n, np.random.default_rng(np.frombuffer(text.encode(), dtype=np.uint8)))
 
 
 def _intervals(
@@ -179,7 +201,7 @@ def _intervals(
         some = slice(starts[0], ends[-1])
         drawn_PK = drawn_gains(
             [
-                (one.bases_BN[bases_P[some]], one.runs_RN[runs_P[some]], one.draws_NK)
+                DrawnDomain(one.runs_RN[runs_P[some]], one.bases_BK, bases_P[some], one.draws_NK)
                 for one, (bases_P, runs_P) in zip(domains, places, strict=True)
             ]
         )

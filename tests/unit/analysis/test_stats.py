@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tutelage.analysis.gains import document_draws, drawn_gains, percentile_interval
+from tutelage.analysis.gains import DrawnDomain, document_draws, drawn_gains, percentile_interval
 from tutelage.analysis.stats import (
     Estimate,
     all_of,
@@ -174,7 +174,7 @@ def paired_document_bootstrap(domains, seed=0, draws=2000):
     """The bootstrap of one run over another."""
     rng = np.random.default_rng(seed)
     tables = [(base[None], run[None], document_draws(len(base), rng, draws)) for base, run in domains]
-    drawn = drawn_gains(tables)
+    drawn = drawn_gains([DrawnDomain(run, base @ drawn, np.array([0]), drawn) for base, run, drawn in tables])
     low, high = percentile_interval(drawn)
     return Estimate(float(drawn[0, 0]), float(low[0]), float(high[0]), sum(len(base) for base, _ in domains))
 
