@@ -64,8 +64,8 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """Names for completion."""
-    return sorted({*globals(), *__all__})
+    """Names for completion: the public ones and Python's own of a module."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 class _Package(ModuleType):

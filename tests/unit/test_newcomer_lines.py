@@ -117,6 +117,17 @@ def test_a_run_without_texts_to_score_loads_no_model_and_says_nothing_of_scores(
     assert "is finished; nothing to do" in said
 
 
+@pytest.mark.parametrize("place", ["runs", "my runs"])
+def test_a_student_finds_its_teacher_by_the_line_that_names_it(command, run_file, place):
+    elsewhere = [] if place == "runs" else [f"output={place}"]
+    code, shown, _ = command("train", run_file, *elsewhere)
+    assert code == 0
+    hint = shlex.split(re.search(r"teach a student with it: (.*)", shown)[1])
+    assert hint[1:] == elsewhere
+    assert command("train", run_file, "name=taught", "objective.alpha=0.5", *hint)[0] == 0
+    assert len(list(Path(place).iterdir())) == 2
+
+
 def test_text_in_the_place_of_settings_is_told_what_settings_are(command, tmp_path):
     (tmp_path / "novel.txt").write_text("It was a dark night\n" * 10_000)
     (tmp_path / "line.txt").write_text("It was a dark night\n")

@@ -26,7 +26,7 @@ def test_python_and_type_checkers_see_the_same_names():
         expected = importlib.import_module(f"{module}.{name}" if name in tt._ROOMS else module)
         assert found is (expected if name in tt._ROOMS else vars(expected)[name])
         assert inspect.getdoc(found)
-    assert set(tt.__all__) <= set(dir(tt))
+    assert [name for name in dir(tt) if not name.startswith("__")] == sorted({*tt.__all__} - {"__version__"})
     with pytest.raises(AttributeError, match="has no attribute 'Objectve'"):
         tt.__getattr__("Objectve")
 

@@ -159,7 +159,10 @@ def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str
         both = shlex.join([directory.id, str(begin)])
         return f"beside the model it began with: `tutelage eval score {both}`"
     if config.teacher is None:
-        return f"teach a student with it: {shlex.quote(f'teacher={{kind: run, run: {directory.id}}}')}"
+        settings = [f"teacher={{kind: run, run: {directory.id}}}"]
+        if "output" in config.model_fields_set:  # students look for it in their own
+            settings.append(f"output={config.output}")
+        return f"teach a student with it: {shlex.join(settings)}"
     kept = [text for text in command if not _REPLACED.match(text)]
     mixing = ", mixing: convex" if config.objective.mixing == "keep_full_kd" else ""  # that always teaches
     alone = [
