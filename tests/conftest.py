@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Torch is loaded where tests are collected, not here: the process that hands them out would load it first,
 # while the others wait.
 
+# As `tutelage report` computes: in small products of numpy threads only spin, here beside other tests.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # A shell that starts pytest in the background has it ignore these, and so would everything that it starts.
 for number in (signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)
