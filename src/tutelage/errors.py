@@ -108,8 +108,8 @@ _WORDS = {
     "greater_than_equal": "at least {ge:,}",
     "less_than": "less than {lt:,}",
     "less_than_equal": "at most {le:,}",
-    "too_short": "a list of {min_length:,} or more, not of {actual_length:,}",
-    "too_long": "a list of at most {max_length:,}",
+    "too_short": "a {kind} of {min_length:,} or more, not of {actual_length:,}",
+    "too_long": "a {kind} of at most {max_length:,}",
     "string_too_short": "text of at least {min_length:,} characters",
     "string_too_long": "text of at most {max_length:,} characters",
     "string_pattern_mismatch": "ASCII letters, digits, '.', '_' and '-', and begin with a letter or digit",
@@ -121,8 +121,8 @@ def in_words(detail: ErrorDetails) -> str:
     """Say in a user's words what pydantic finds wrong with a value."""
     if detail["type"] in _WORDS:
         context = detail.get("ctx", {})
-        words = "must be " + _WORDS[detail["type"]].format_map(context)
-        return words.replace("a list", "a mapping") if context.get("field_type") == "Dictionary" else words
+        kind = "mapping" if context.get("field_type") == "Dictionary" else "list"
+        return "must be " + _WORDS[detail["type"]].format_map(context | {"kind": kind})
     return " ".join(detail["msg"].removeprefix("Value error, ").split())
 
 

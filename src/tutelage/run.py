@@ -383,12 +383,12 @@ def _copy_branch_point(student: Student) -> None:
         adopt(partial_directory, directory.id, recipe(config))
 
 
-def _with_later_settings(config: RunConfig, recipe: Mapping[str, Any]) -> RunConfig:
-    """The run with the settings of a recipe that no step of the stable part depends on."""
-    optim = config.optim.model_copy(update={name: recipe["optim"][name] for name in ("decay", "final_lr")})
+def _with_later_settings(config: RunConfig, theirs: Mapping[str, Any]) -> RunConfig:
+    """The run with those settings of another's recipe that no step of the stable part depends on."""
+    optim = config.optim.model_copy(update={name: theirs["optim"][name] for name in ("decay", "final_lr")})
     later = {
-        "tokens": recipe["tokens"],
-        "export_dtype": recipe.get("export_dtype", "float32"),
+        "tokens": theirs["tokens"],
+        "export_dtype": theirs.get("export_dtype", "float32"),
         "optim": optim,
     }
     return config.model_copy(update=later)

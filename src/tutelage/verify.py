@@ -6,7 +6,6 @@ What a directory is shows in the files that are in it. Nothing is changed.
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -51,8 +50,6 @@ _FOREIGN = (
     "with, but `hf cache verify REPO --local-dir PATH` compares it with its repository on the Hub"
 )
 _AGAIN = "the same `tutelage train` or `tutelage study run`"
-_OF_RUN = re.compile(r".+-[0-9a-f]{8}")
-"""Name of a lease on a run, which is its id; leases on questions end otherwise."""
 _EDITED = f"if it was changed on purpose, delete the {LISTING} beside it"
 _REMEDIES = {
     "state.json": f"{_AGAIN} makes it again from the last checkpoint",
@@ -267,17 +264,26 @@ def _study(path: Path) -> Iterator[Finding]:
     """Check that a study has its plan, and that runs that were finished are there."""
     if not (path / "plan.json").exists():
         yield Finding(path / "plan.json", "plan", f"missing; {_REMEDIES['plan.json']}")
+    planned = _planned(path)  # there are leases on a run's questions too
     for file in sorted((path / "queue" / "leases").glob("*.json")):
         try:
             is_done = read_sealed(file).get("state") == "done"
         except UnreadableError:  # named among the records
             continue
         run = RunDirectory(path / "runs" / file.stem.rpartition(".")[0])
-        if is_done and _OF_RUN.fullmatch(run.id) and not run.is_done():
+        if is_done and run.id in planned and not run.is_done():
             yield Finding(
                 run.path, "run", "it was finished, and is not any more; `tutelage study run` mends it"
             )
     yield from _lost(path)
+
+
+def _planned(path: Path) -> set[str]:
+    """Ids of the runs of a study; none where its plan is missing or damaged, which is named by itself."""
+    runs: object = None
+    with contextlib.suppress(UnreadableError):
+        runs = read_sealed(path / "plan.json").get("runs")
+    return {run.get("run", "") for run in runs if isinstance(run, dict)} if isinstance(runs, list) else set()
 
 
 def _lost(path: Path) -> Iterator[Finding]:

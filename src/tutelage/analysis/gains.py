@@ -19,7 +19,7 @@ from tutelage.bootstrap import DRAWS
 from tutelage.study.score_tables import BEHIND
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -107,6 +107,7 @@ def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
     )
     rows: list[tuple[object, ...]] = []
     twins = twins_of(results)
+    draws_of = functools.cache(_draws_of)  # every fit, role and group of runs asks for the same ones
     for fit, metric in _METRICS.items():
         losses = BEHIND[metric]
         known = results.documents.filter(pl.col(losses).is_not_null(), split="test")
@@ -114,7 +115,7 @@ def document_noise(results: Results, gains: Gains) -> pl.DataFrame:
         for role in ("in_domain", "out_of_domain"):
             for pairs, texts in _alike(scored.filter(role=role)):
                 domains = [
-                    _document_losses(results, losses, domain.name, pairs, twins)
+                    _document_losses(results, losses, domain.name, pairs, twins, draws_of)
                     for domain in results.plan.domains
                     if domain.name in texts
                 ]
@@ -156,7 +157,12 @@ class _DocumentLosses(NamedTuple):
 
 
 def _document_losses(
-    results: Results, losses: str, text: str, pairs: pl.DataFrame, twins: pl.DataFrame
+    results: Results,
+    losses: str,
+    text: str,
+    pairs: pl.DataFrame,
+    twins: pl.DataFrame,
+    draws_of: Callable[[str, int], NDArray[np.float64]],
 ) -> _DocumentLosses:
     bases = twins.filter(pl.col("base_run").is_in(pairs["base_run"].implode()))
     compared = pl.col("run").is_in([*pairs["run"], *bases["run"]])
@@ -170,12 +176,11 @@ def _document_losses(
         if run in runs:
             twins_at.setdefault(base, []).append(runs[run])
     bases_BN = np.stack([runs_RN[places].mean(axis=0) for places in twins_at.values()])
-    draws_NK = _draws_of(text, runs_RN.shape[1])
+    draws_NK = draws_of(text, runs_RN.shape[1])
     base_at = {base: i for i, base in enumerate(twins_at)}
     return _DocumentLosses(runs, runs_RN, base_at, bases_BN @ draws_NK, draws_NK)
 
 
-@functools.lru_cache(maxsize=16)  # every fit, role and group of runs asks for those of the same few texts
 def _draws_of(text: str, n: int) -> NDArray[np.float64]:
     """Draws of the `n` documents of a text, which are the same wherever it has so many."""
     return document_draws(n, np.random.default_rng(np.frombuffer(text.encode(), dtype=np.uint8)))

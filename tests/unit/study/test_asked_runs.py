@@ -18,6 +18,7 @@ from tutelage.errors import Stopped, UserError
 from tutelage.evals.evaluated_model import find_model
 from tutelage.evals.lm_eval import run_downstream
 from tutelage.evals.score_files import read_scores
+from tutelage.records import write_sealed
 from tutelage.study.engines import TaskOutcome
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.expand import expand
@@ -188,6 +189,7 @@ def test_of_what_was_asked_verify_takes_nothing_for_a_lost_run(tmp_path):
         asker.ask([node], tmp_path)
         assert leases.acquire(node.id, "recipe")
         leases.release(node.id, done=True)
+    write_sealed(tmp_path / "plan.json", {"runs": [{"run": node.id}]})
     assert len([*tmp_path.glob("queue/leases/*.json")]) == 3
     wrong = [one.path for one in verify(tmp_path, lambda _: None) if one.what == "run"]
     assert wrong == [tmp_path / "runs" / node.id]
