@@ -45,6 +45,47 @@ for loss, module, more in (
 for theirs, ours in zip(*gradients):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 """
+TUTORED_TRAINER = """
+import copy
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from page import Objective, TrainingArguments, TutoredTrainer
+
+class Plain(TutoredTrainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        return self.optimizer
+
+class Uncounted(LlamaForCausalLM):
+    accepts_loss_kwargs = False  # as Gemma 3n's
+
+def gpt2():
+    sizes = dict(vocab_size=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0))
+
+def uncounted():
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16)
+    return Uncounted(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+
+ids = torch.randint(64, (6, 5), generator=torch.Generator().manual_seed(1))
+settings = dict(max_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_grad_norm=0.0)
+quiet = dict(lr_scheduler_type="constant", save_strategy="no", report_to=[], use_cpu=True)
+for make in (gpt2, uncounted):
+    torch.manual_seed(0)
+    student, teacher = make(), make()
+    truth, taught = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    q, p = (model(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1) for model in (truth, taught))
+    kd = kl_div(q, p.detach(), log_target=True, reduction="batchmean")
+    (0.6 * cross_entropy(q, ids[:, 1:].flatten()) + 0.4 * kd).backward()
+    trainer = Plain(
+        student, TrainingArguments("out", **settings, **quiet), teacher=teacher, alpha=0.4, objective=Objective(),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+    )
+    trainer.train()
+    for ours, theirs in zip(student.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(ours, (theirs - theirs.grad).float(), rtol=1e-4, atol=1e-6)
+"""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -119,4 +160,14 @@ def test_tutored_loss_is_torchtitans_own_at_alpha_0(tmp_path):
     (text,) = (text for _, text in blocks(page) if text.startswith("# tutored_loss.py"))
     (tmp_path / "tutored_loss.py").write_text(text, encoding="utf-8")
     (tmp_path / "compare.py").write_text(TITAN, encoding="utf-8")
+    run(f"{sys.executable} compare.py", tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="pip install accelerate")
+def test_tutored_trainer_takes_the_mean_over_labels_for_any_model(tmp_path):
+    """The Trainer counts labels by the name of a model's class and by what the model says of itself."""
+    page = next(page for page in PAGES if page.stem == "loss-in-hugging-face-trainer")
+    (text,) = (text for _, text in blocks(page) if "class TutoredTrainer" in text)
+    (tmp_path / "page.py").write_text(text, encoding="utf-8")
+    (tmp_path / "compare.py").write_text(TUTORED_TRAINER, encoding="utf-8")
     run(f"{sys.executable} compare.py", tmp_path)
