@@ -268,6 +268,7 @@ def _check_places(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is {tensor.dtype}: must be {right}")
 
 
+@torch.no_grad()
 def _check_values(
     tensors: dict[str, Tensor], vocab: int, targets: Targets | None, objective: Objective
 ) -> None:
@@ -275,7 +276,7 @@ def _check_values(
         # The sum is not finite if an entry is not; only then is it worth looking at each.
         if (
             tensor.is_floating_point()
-            and not tensor.detach().sum().isfinite()
+            and not tensor.sum().isfinite()
             and not tensor.isfinite().all()
         ):
             raise NotFiniteError(name, int((~tensor.isfinite()).sum()))

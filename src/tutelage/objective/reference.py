@@ -98,7 +98,10 @@ def _divergence(
     logits_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor, targets: Targets, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Divergence and teacher CE per token."""
-    sparse = targets if isinstance(targets, SparseTargets) else None
+    sparse = None
+    if isinstance(targets, SparseTargets):
+        kept = (x.detach() for x in (targets.probs_NK, targets.tail_N, targets.gold_logp_N))
+        sparse = SparseTargets(targets.ids_NK, *kept, targets.temperature)
     if teacher_NV is not None:
         sparse = truncate_targets(teacher_NV, labels_N, objective)
     if sparse is not None:
