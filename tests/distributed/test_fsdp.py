@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "sharded_head.py"
 
 
 @pytest.mark.slow
-def test_sharded_head_gives_the_same_and_is_gathered_once():
+def test_sharded_and_copied_heads_give_the_same_and_a_sharded_one_is_gathered_once():
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run([*launcher, str(SCRIPT)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The objective's head under FSDP2 on two ranks, against the same head whole. Started by torchrun."""
+"""The objective's head under FSDP2 and DDP on two ranks, against the same head whole. Started by torchrun."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from traffic import Traffic
 
-from tutelage.objective import Objective
+from tutelage.objective import Objective, chunked_objective
 from tutelage.objective.chunked import ObjectiveHead
 from tutelage.types import DenseTargets, SparseTargets
 
@@ -89,9 +90,40 @@ def main(kind):
             print(json.dumps(traffic.calls), flush=True)
 
 
+class Student(nn.Module):
+    """A model whose forward stops before its head."""
+
+    def __init__(self, body, head):
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def copied(kind):
+    """DDP, which averages over ranks, as docs/how-to/loss-in-a-torch-loop.md says: in two micro-batches."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    body, head, x, labels, ht, Wt = problem()
+    valid = (labels != -100).sum()
+    step(body, ObjectiveHead(head, Objective()), x, labels, targets_of(kind, ht, Wt), valid)
+    student = DistributedDataParallel(Student(*problem()[:2]))
+    mine = torch.arange(N).chunk(size)[rank]
+    valid = (labels[mine] != -100).sum()
+    dist.all_reduce(valid)
+    for rows in (mine[:7], mine[7:]):
+        hidden, weight = student(x[rows]), student.module.head.weight
+        targets = targets_of(kind, ht[rows], Wt)
+        sums = chunked_objective(hidden, weight, labels[rows], targets, 0.4, Objective())
+        (sums.loss * size / valid).backward()
+    for ours, whole in ((student.module.body, body), (student.module.head, head)):
+        torch.testing.assert_close(ours.weight.grad, whole.weight.grad, rtol=1e-5, atol=1e-7)
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     for kind in ("dense", "sparse"):
         main(kind)
+        copied(kind)
     dist.barrier()
     dist.destroy_process_group()
