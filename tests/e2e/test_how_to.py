@@ -87,6 +87,10 @@ for make in (gpt2, uncounted):
         torch.testing.assert_close(ours, (theirs - theirs.grad).float(), rtol=1e-4, atol=1e-6)
 """
 
+NEEDS_TITAN = pytest.mark.skipif(
+    importlib.util.find_spec("torchtitan") is None, reason="pip install --no-deps -r tests/torchtitan.txt"
+)
+
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, text) of every block of a page that is to be followed, in order."""
@@ -152,15 +156,27 @@ def test_each_page_alone_and_then_all_in_one_directory(tmp_path, warm):
     assert {*together.glob("runs/*/model/model.safetensors")} == {*made}
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchtitan") is None, reason="pip install --no-deps -r tests/torchtitan.txt"
-)
-def test_tutored_loss_is_torchtitans_own_at_alpha_0(tmp_path):
+def write_titan(folder: Path) -> None:
     page = next(page for page in PAGES if page.stem == "loss-in-torchtitan")
     (text,) = (text for _, text in blocks(page) if text.startswith("# tutored_loss.py"))
-    (tmp_path / "tutored_loss.py").write_text(text, encoding="utf-8")
+    (folder / "tutored_loss.py").write_text(text, encoding="utf-8")
+
+
+@NEEDS_TITAN
+def test_tutored_loss_is_torchtitans_own_at_alpha_0(tmp_path):
+    write_titan(tmp_path)
     (tmp_path / "compare.py").write_text(TITAN, encoding="utf-8")
     run(f"{sys.executable} compare.py", tmp_path)
+
+
+@NEEDS_TITAN
+@pytest.mark.slow
+@pytest.mark.parametrize("embedding", ["apart", "tied"])
+def test_tutored_loss_trains_torchtitans_sharded_decoder(tmp_path, embedding):
+    write_titan(tmp_path)
+    shutil.copy(ROOT / "tests" / "support" / "titan_decoder.py", tmp_path)
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    run(f"{launcher} titan_decoder.py {embedding}", tmp_path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="pip install accelerate")

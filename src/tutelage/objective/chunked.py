@@ -57,6 +57,11 @@ class ObjectiveHead(nn.Module):
         self.transform = transform
         self.vocab_size = vocab_size
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The head's weight, by which torchtitan ties an embedding to its head."""
+        return self.head.weight
+
     def forward(
         self,
         hidden_ND: Tensor,
