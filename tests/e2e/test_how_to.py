@@ -78,10 +78,10 @@ for make in (gpt2, uncounted):
     q, p = (model(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1) for model in (truth, taught))
     kd = kl_div(q, p.detach(), log_target=True, reduction="batchmean")
     (0.6 * cross_entropy(q, ids[:, 1:].flatten()) + 0.4 * kd).backward()
-    trainer = Plain(
-        student, TrainingArguments("out", **settings, **quiet), teacher=teacher, alpha=0.4, objective=Objective(),
-        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-    )
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments("out", **settings, **quiet)
+    more = dict(teacher=teacher, alpha=0.4, objective=Objective())
+    trainer = Plain(student, arguments, train_dataset=rows, **more)
     trainer.train()
     for ours, theirs in zip(student.parameters(), truth.parameters(), strict=True):
         torch.testing.assert_close(ours, (theirs - theirs.grad).float(), rtol=1e-4, atol=1e-6)

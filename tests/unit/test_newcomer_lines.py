@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -126,6 +127,32 @@ def test_a_student_finds_its_teacher_by_the_line_that_names_it(command, run_file
     assert hint[1:] == elsewhere
     assert command("train", run_file, "name=taught", "objective.alpha=0.5", *hint)[0] == 0
     assert len(list(Path(place).iterdir())) == 2
+
+
+@pytest.mark.parametrize("place", ["runs", "my runs"])
+def test_a_fine_tuned_model_is_scored_beside_its_beginning_by_the_line_that_says_so(
+    command, run_file, store, place
+):
+    elsewhere = [] if place == "runs" else [f"output={place}"]
+    assert command("train", run_file, *elsewhere)[0] == 0
+    (base,) = Path(place).iterdir()
+    rows = [json.dumps({"prompt": f"{n}?", "completion": f"{n}. " * 9}) for n in range(60)]
+    Path("pairs.jsonl").write_text("\n".join(rows))
+    pairs = {"name": "pairs", "sources": [{"kind": "pairs", "paths": ["pairs.jsonl"]}]}
+    pairs |= {"tokenizer": {"path": str(base / "model")}, "validation": 0.3, "test": 0.3}
+    Path("pairs.yaml").write_text(yaml.safe_dump(pairs))
+    assert command("data", "build", "pairs.yaml")[0] == 0
+    tuned = yaml.safe_load(Path(run_file).read_text()) | {"name": "tuned", "stage": "sft"}
+    tuned |= {"model": {"run": "mine"}, "data": {"store": "pairs", "sequence_length": 32}}
+    domains = [{"name": "answers", "store": "pairs"}, {"name": "text", "store": str(store)}]
+    tuned |= {"eval": {"max_documents": 4, "domains": domains}}
+    Path("tuned.yaml").write_text(yaml.safe_dump(tuned))
+    code, shown, _ = command("train", "tuned.yaml", *elsewhere)
+    assert code == 0
+    hint = shlex.split(re.search(r"beside the model it began with: `tutelage (.*)`", shown)[1])
+    code, shown, _ = command(*hint)
+    assert code == 0
+    assert re.search(r"^answers .*\n(.*\n)*text ", shown, re.MULTILINE)
 
 
 def test_text_in_the_place_of_settings_is_told_what_settings_are(command, tmp_path):

@@ -153,10 +153,7 @@ def _say_scores(config: RunConfig, directory: RunDirectory) -> None:
 def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str:
     """What to do with a trained model: let it teach, or find out whether it was taught well."""
     if config.teacher is None and config.stage == "sft":
-        from tutelage.run_directory import named
-
-        begin = config.model.path or named(config).model.run
-        both = shlex.join([directory.id, str(begin)])
+        both = _beside_its_beginning(config, directory)
         return f"beside the model it began with: `tutelage eval score {both}`"
     if config.teacher is None:
         settings = [f"teacher={{kind: run, run: {directory.id}}}"]
@@ -172,6 +169,22 @@ def _next(config: RunConfig, directory: RunDirectory, command: list[str]) -> str
         f"objective={{alpha: 0, gate: null{mixing}}}",
     ]
     return f"does its teacher help? Train it alone, and compare: `tutelage train {shlex.join(alone)}`"
+
+
+def _beside_its_beginning(config: RunConfig, directory: RunDirectory) -> str:
+    """The arguments that score a fine-tuned model beside its beginning, on the texts of its run file."""
+    from tutelage.run_directory import named
+
+    known = named(config)
+    elsewhere = "output" in config.model_fields_set  # where names are not looked up
+    begin = config.model.path or known.model.run
+    if elsewhere and known.model.run is not None:
+        begin = config.output / known.model.run
+    words = [str(directory.path if elsewhere else directory.id), str(begin)]
+    if config.eval.domains:
+        words += [f"--store={domain.name}={domain.store}" for domain in known.eval.domains]
+        words += [f"--max-documents={config.eval.max_documents}", f"--max-tokens={config.eval.max_tokens}"]
+    return shlex.join(words)
 
 
 def _planned_for(config: RunConfig, device: str | None, devices: int) -> Hardware:

@@ -274,11 +274,7 @@ def _check_values(
 ) -> None:
     for name, tensor in tensors.items():
         # The sum is not finite if an entry is not; only then is it worth looking at each.
-        if (
-            tensor.is_floating_point()
-            and not tensor.sum().isfinite()
-            and not tensor.isfinite().all()
-        ):
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise NotFiniteError(name, int((~tensor.isfinite()).sum()))
     labels_N = tensors["labels"]
     wrong = labels_N[(labels_N >= vocab) | ((labels_N < 0) & (labels_N != IGNORE_INDEX))]
