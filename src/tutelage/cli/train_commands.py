@@ -179,7 +179,7 @@ def _beside_its_beginning(config: RunConfig, directory: RunDirectory) -> str:
     elsewhere = "output" in config.model_fields_set  # where names are not looked up
     begin = config.model.path or known.model.run
     if elsewhere and known.model.run is not None:
-        begin = config.output / known.model.run
+        begin = str(config.output / known.model.run)
     words = [str(directory.path if elsewhere else directory.id), str(begin)]
     if config.eval.domains:
         words += [f"--store={domain.name}={domain.store}" for domain in known.eval.domains]

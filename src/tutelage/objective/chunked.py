@@ -58,7 +58,7 @@ class ObjectiveHead(nn.Module):
         self.vocab_size = vocab_size
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The head's weight, by which torchtitan ties an embedding to its head."""
         return self.head.weight
 

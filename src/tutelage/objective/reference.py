@@ -100,8 +100,9 @@ def _divergence(
     """Divergence and teacher CE per token."""
     sparse = None
     if isinstance(targets, SparseTargets):
-        kept = (x.detach() for x in (targets.probs_NK, targets.tail_N, targets.gold_logp_N))
-        sparse = SparseTargets(targets.ids_NK, *kept, targets.temperature)
+        probs_NK, tail_N = targets.probs_NK.detach(), targets.tail_N.detach()
+        kept = targets.ids_NK, probs_NK, tail_N, targets.gold_logp_N.detach()
+        sparse = SparseTargets(*kept, targets.temperature)
     if teacher_NV is not None:
         sparse = truncate_targets(teacher_NV, labels_N, objective)
     if sparse is not None:
