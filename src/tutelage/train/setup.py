@@ -176,7 +176,7 @@ def _check_stage(config: RunConfig, store: Store) -> None:
     if config.stage == "pretrain" and store.manifest.masked:
         raise UserError(
             f"stage = pretrain: {store.path} holds prompts, which carry no loss; set stage: sft and "
-            "model.path, or use a store of plain text"
+            "model.run or model.path, or use a store of plain text"
         )
 
 
