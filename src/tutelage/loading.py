@@ -6,13 +6,20 @@ the time that a process needs to begin, and once more a second when it ends.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
+import os
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_LISTS_WHAT_IS_ALIVE = "triton._C.libtriton"
+"""Loaded with torch from 2.15 on: from Triton 3.9 on, at the very end of a process, it prints 30 lines about
+"leaked" types and functions of its own if Python has not taken everything down before it ends."""
 
 
 @contextmanager
@@ -21,12 +28,25 @@ def loading() -> Iterator[None]:
 
     Only the first time: what is garbage by then is left alone too.
     """
+    end_soon()
     gc.disable()
     try:
         yield
     finally:
         _freeze_once()
         gc.enable()
+
+
+@functools.cache
+def end_soon() -> None:
+    """Have this process end without a look for garbage in all it loaded, which takes a second."""
+    atexit.register(_pass_over_everything)
+
+
+def _pass_over_everything() -> None:
+    gc.freeze()
+    if _LISTS_WHAT_IS_ALIVE in sys.modules:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nothing is left to be said but that
 
 
 @functools.cache

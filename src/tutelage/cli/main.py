@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
-import gc
 import os
 import sys
 import traceback
@@ -25,6 +23,7 @@ from tutelage.cli.study_commands import demo, report, study_app
 from tutelage.cli.train_commands import teach, train
 from tutelage.errors import Stopped, UserError
 from tutelage.files import NO_SPACE, errno_of, no_space
+from tutelage.loading import end_soon
 from tutelage.processes import place
 from tutelage.stopping import EXIT_CODE, came_of_signal, interruptible, last_line
 
@@ -98,7 +97,7 @@ def main() -> None:
     """
     for name, value in _UNLESS_ASKED.items():
         os.environ.setdefault(name, value)
-    atexit.register(gc.freeze)  # else Python looks for garbage in all of torch before it ends: a second
+    end_soon()
     prepare_streams()
     try:
         with interruptible():

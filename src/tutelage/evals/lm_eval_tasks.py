@@ -156,6 +156,7 @@ PACKAGE_TASKS = {
             licence="Apache-2.0",
             sha256="8c29b3332afc46f3fb8be04cb5297bf96f39aa7131272dff57869b4485b22a36",
             read=_analogy_lines,
+            last_python=(3, 13),
         ),
         items=analogies,
     ),

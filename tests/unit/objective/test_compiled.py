@@ -164,6 +164,7 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, of its forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # likewise, from Python 3.14 on
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("given", ["hidden", "weight"])
 def test_forward_mode_is_refused(compiled, given):
