@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from pydantic_core import ErrorDetails
 
@@ -50,6 +52,16 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Lines that a notebook shows; IPython asks for them in the place of a traceback."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def check_visible(path: Path) -> None:
+    """Tell a path that is not there from one that cannot be seen, for which `Path.exists` is False too.
+
+    Raises:
+        OSError: a directory above it may not be entered, for example.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()
 
 
 class DiskError(UserError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from tutelage.errors import UserError, suggestion
+from tutelage.errors import UserError, check_visible, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -82,6 +82,7 @@ def find(kind: DirectoryKind, path: Path | str, what: str, base: Path | None = N
     path = as_path(path, what)
     found = look_up(kind, path, what, base)
     if found is None and len(path.parts) == 1 and path.name and not path.exists():
+        check_visible(path)
         raise _unknown(what, path.name, kind, _folders(kind, base))
     return path if found is None else found
 
@@ -113,6 +114,7 @@ def find_any(name: str) -> Path:
         listed = ", ".join(f"{one} (a {kind_of(one)})" for one in found)
         raise UserError(f"{name}: {len(found)} directories are called so: {listed}; write the path")
     if not found:
+        check_visible(path)
         raise UserError(f"{name}: no store, run, cache or study is called so here, nor has that path")
     return found[0]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from tutelage.errors import UserError, in_words, shortened, shown
+from tutelage.errors import UserError, check_visible, in_words, shortened, shown
 from tutelage.files import no_links, os_errors_to_user_errors, regular, write_text
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def read_manifest_file(
     """
     path = directory / "manifest.json"
     if not path.exists():
+        check_visible(path)
         missing = "has no manifest.json" if directory.is_dir() else "no such directory"
         raise UserError(f"{directory}: not a {what} ({missing}); {remedy} makes one")
     try:

@@ -19,7 +19,7 @@ from tutelage.config.teacher_config import (
     teacher_id,
 )
 from tutelage.data.store import verify_store
-from tutelage.errors import UserError
+from tutelage.errors import UserError, check_visible
 from tutelage.files import read_bytes
 from tutelage.models.directory import check_directory
 from tutelage.records import UnreadableError, checked_rows, is_sealed, read_object, read_sealed, split_row
@@ -90,6 +90,7 @@ def verify(path: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
         UserError: there is nothing in it that can be verified.
     """
     if not path.is_dir():
+        check_visible(path)
         raise UserError(f"{path}: no such directory")
     found = 0
     for finding in _walk(path, advance, set()):

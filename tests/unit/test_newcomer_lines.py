@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +179,29 @@ def test_a_tokenizer_is_looked_for_where_a_person_would(command, run_file):
     assert said.endswith(
         f"there is no tokenizer.json in this directory; that of this run is in {run}/model\n"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["verify"], ["runs"], ["show"], ["report"], ["eval", "score"], ["study", "status"]]
+)
+def test_a_name_too_long_for_a_file_is_one_line(command, arguments):
+    """From Python 3.14 on it counts as one that is not there."""
+    code, _, complaint = command(*arguments, "./" + "a" * 300)
+    assert code == 2
+    assert re.fullmatch(r"error: .*aaa(/plan\.json)?: File name too long\n", complaint)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="root may look into everything")
+@pytest.mark.parametrize("arguments", [["verify"], ["runs"], ["show"], ["report"], ["eval", "score"]])
+def test_a_directory_that_may_not_be_entered_is_not_called_missing(tmp_path, arguments):
+    (tmp_path / "closed" / "a").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    rights = "-dac_override,-dac_read_search"
+    less = ["setpriv", "--bounding-set", rights, "--inh-caps", rights] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*less, sys.executable, "-m", "tutelage", *arguments, tmp_path / "closed" / "a"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    (tmp_path / "closed").chmod(0o700)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*/closed/a(/plan\.json)?: Permission denied\n", done.stderr)

@@ -142,7 +142,7 @@ def _wrong_input(error: Exception) -> UserError | None:
     where = (error.filename if isinstance(error, OSError) else None) or "output"
     if errno_of(error) in NO_SPACE:
         return UserError(no_space(where))
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
         return UserError(f"{where}: {error.strerror}")
     return error if isinstance(error, UserError) else None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, check_visible
 from tutelage.names import differences, find_any, flat, kind_of, look_up, settings
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def read_runs(directory: Path) -> list[dict[str, Any]]:
     """
     study = directory if directory.is_dir() else look_up("study", directory, "directory of runs")
     if study is None:
+        check_visible(directory)
         raise UserError(f"{directory}: no such directory; `tutelage train` puts runs into runs/")
     folder = study / "runs" if kind_of(study) == "study" else study
     paths = [path for path in folder.iterdir() if kind_of(path) == "run"]

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutelage.errors import UserError
+from tutelage.errors import UserError, check_visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,18 +66,10 @@ def _matches(text: str, kind: Kind | None) -> list[Path]:
             raise UserError(f"{path}: no such file: a link to {path.readlink()}, which is not there")
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is no file that can be read twice")
-    if not paths or not _is_there(paths[0]):
+    if not paths or not paths[0].exists():
+        check_visible(path)
         raise UserError(f"{text}: no such file")
     return paths
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a path exists; it raises where that cannot be seen, as `Path.exists` did before Python 3.14."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def _is_pattern(path: Path) -> bool:

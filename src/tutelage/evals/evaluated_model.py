@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tutelage import provenance
 from tutelage.data.tokenizer import TextTokenizer, load_tokenizer
 from tutelage.data.tokenizer_comparison import check_rows
-from tutelage.errors import UserError, one_line
+from tutelage.errors import UserError, check_visible, one_line
 from tutelage.evals.domains import SUITES
 from tutelage.hub_access import downloaded
 from tutelage.models.directory import ModelState, weights_fingerprint
@@ -123,6 +123,7 @@ def find_model(argument: str, output: Path) -> EvaluatedModel:
     """
     path = Path(argument).expanduser()
     if not path.exists():
+        check_visible(path)
         path = look_up("run", path, "model") or completed(path, "model")
     if path.is_dir():
         is_run = (path / "config.yaml").exists() or (path / "state.json").exists()

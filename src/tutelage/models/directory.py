@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.checksums import refuse_damage
-from tutelage.errors import UserError
+from tutelage.errors import UserError, check_visible
 from tutelage.files import regular
 from tutelage.hub_access import reading_hub
 from tutelage.records import LARGEST_JSON, parse_json, read_object
@@ -74,6 +74,7 @@ def is_local(path_or_hub_name: str | Path) -> bool:
     if Path(name).exists():
         check_directory(Path(name))
         return True
+    check_visible(Path(name))
     if isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such directory")
     return False

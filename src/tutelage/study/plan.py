@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError, field_valida
 
 from tutelage.config.base import Fraction, Name, Section, Words, for_people
 from tutelage.config.load import validate
-from tutelage.errors import UserError
+from tutelage.errors import UserError, check_visible
 from tutelage.names import located
 from tutelage.records import UnreadableError, read_sealed, write_sealed
 from tutelage.run_directory import RunDirectory, evaluation_id
@@ -181,6 +181,7 @@ def load_plan(directory: Path) -> Plan:
         data = read_sealed(path)
     except UnreadableError as error:
         if not path.exists():
+            check_visible(path)
             raise UserError(
                 f"{directory}: no study is here, or its texts are not built yet (no plan.json); "
                 f"`tutelage study run FILE.yaml --output {shlex.quote(str(directory))}` makes one"

@@ -527,7 +527,7 @@ def test_no_turn_is_faked_by_text_that_a_tokenizer_changes(chatty, tmp_path):
             THINKING,
             r"ends a prompt with '<\|im_start\|>assistant\\n<think>', with which message 2 does not begin",
         ),
-        ("{{ 1 // 0 }}", r"line 1: the chat template refuses it \((integer division or modulo|division) by zero\)"),
+        ("{{ 1 // 0 }}", r"line 1: the chat template refuses it \((integer .*|division) by zero\)"),
         (None, r"tokenizer\.path .*: no chat template \(chat_template\.jinja, or chat_template in"),
     ],
 )
