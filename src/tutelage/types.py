@@ -373,6 +373,7 @@ class Score:
         fit_error: of a score with a fit, the root mean square error that the choice of the fit's documents
             adds to it; NaN for a fit on one document, None where nothing was fitted.
         code: versions and commit of the code that measured it; None where that was not recorded.
+        summed_by: domain of the group of tasks whose score of this metric has this one in it; None: none.
     """
 
     run: str
@@ -391,3 +392,4 @@ class Score:
     high: float | None = None
     fit_error: float | None = None
     code: str | None = None
+    summed_by: str | None = None

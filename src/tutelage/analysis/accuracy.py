@@ -46,7 +46,7 @@ class Accuracies:
     Attributes:
         tasks: number of questions of each task with an accuracy, in the order in which they were asked.
         in_mean: the tasks that the mean is over: of the students that were asked anything, more than half
-            were asked each.
+            were asked each. Of a group that sums up its tasks it alone.
         runs: run, task (or MEAN), accuracy in percent; only runs that were asked all of them have a mean.
         gains: by cell and task (or MEAN), over the seeds of which both sides were asked.
     """
@@ -84,25 +84,31 @@ def measure_accuracy(results: Results, gains: Gains) -> Accuracies:
 
 
 def _accuracies(tasks: pl.DataFrame) -> pl.DataFrame:
-    """run, task, accuracy (percent), n: one row of each run and task that has an accuracy."""
+    """run, task, accuracy (percent), n, summed_by: one row of each run and task that has an accuracy."""
     metric = pl.col("metric").str.split(",").list.first()  # a filter of lm-eval's may follow
     places = {name: place for place, name in enumerate(ACCURACIES)}
     place = metric.replace_strict(places, default=None, return_dtype=pl.Int64)
     own = ["run", "task"]
     return (
         tasks.filter(place.is_not_null())
+        .with_columns(pl.col("summed_by").max().over(own))  # which may sum up another of its accuracies
         .filter(place == place.min().over(own))
         .unique(own, keep="first", maintain_order=True)
-        .select(*own, "n", accuracy=100 * pl.col("value"))
+        .select(*own, "n", "summed_by", accuracy=100 * pl.col("value"))
     )
 
 
 def _asked_of_most(answers: pl.DataFrame, results: Results) -> tuple[str, ...]:
-    """Tasks that most students were asked: one that was tried on a few does not take the mean apart."""
+    """Tasks that most students were asked: one that was tried on a few does not take the mean apart.
+
+    Without those that one of them sums up, which would be counted twice.
+    """
     students = results.runs.filter(pl.col("kind") != "teacher")
     asked = answers.join(students, on="run", how="semi", maintain_order="left")
-    counts = asked.group_by("task", maintain_order=True).len()
-    return tuple(counts.filter(2 * pl.col("len") > asked["run"].n_unique())["task"])
+    counts = asked.group_by("task", maintain_order=True).agg(pl.len(), pl.col("summed_by").unique())
+    usual = counts.filter(2 * pl.col("len") > asked["run"].n_unique())
+    groups = {*usual["task"]}
+    return tuple(task for task, _, above in usual.iter_rows() if groups.isdisjoint(above))
 
 
 def _gains(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,12 @@ from tutelage.names import look_up
 from tutelage.progress import NullProgress, staged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tutelage.data.store import Store
     from tutelage.evals.evaluated_model import EvaluatedModel
     from tutelage.evals.lm_eval_model import ChatWriter, ExportedModel
-    from tutelage.evals.lm_eval_prepared import Prepared
+    from tutelage.evals.lm_eval_prepared import Prepared, TaskRow
     from tutelage.evals.lm_eval_prompts import Prompting
     from tutelage.progress import Progress
     from tutelage.types import Score
@@ -306,11 +307,28 @@ def _scores(evaluated: EvaluatedModel, task: Prepared, model: ExportedModel, ask
     for row, metric, filtered, estimate in measured:
         if task.metric in (None, metric):
             full_name = metric if filtered == "none" else f"{metric},{filtered}"
-            better = found["higher_is_better"][row.name].get(metric) is not False
             n = int(found["results"][row.name]["sample_len"])
-            yield evaluated.score(
-                row.domain, "downstream", "test", full_name, estimate, n, row.version, higher_is_better=better
+            score = evaluated.score(
+                row.domain,
+                "downstream",
+                "test",
+                full_name,
+                estimate,
+                n,
+                row.version,
+                higher_is_better=_is_better_higher(row, metric, found["higher_is_better"]),
             )
+            above = task.rows[: task.rows.index(row)]  # lm-eval lists a group before those in it
+            groups = (one for one in above if one.leaves >= row.leaves)
+            key = f"{metric},{filtered}"
+            summed_by = next((one.domain for one in groups if key in found["results"][one.name]), None)
+            yield replace(score, summed_by=summed_by)
+
+
+def _is_better_higher(row: TaskRow, metric: str, known: Mapping[str, Mapping[str, bool]]) -> bool:
+    """The direction of a metric by the tasks of a row that say it; lm-eval has none for groups of groups."""
+    said = {known[leaf][metric] for leaf in row.leaves if metric in known[leaf]}
+    return said != {False}
 
 
 @contextlib.contextmanager

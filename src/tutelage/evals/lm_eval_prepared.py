@@ -25,6 +25,7 @@ from tutelage.hub_access import reading_hub
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
@@ -94,11 +95,19 @@ def _read(path: Path) -> tuple[str, list[Path]]:
 
 
 class TaskRow(NamedTuple):
-    """What has scores of its own: its name in lm-eval's results, the domain and the version of its scores."""
+    """What has scores of its own: a task, or a group that sums up tasks.
+
+    Attributes:
+        name: in lm-eval's results.
+        domain: of its scores.
+        version: of its scores.
+        leaves: names of the tasks: its own alone, or those of the group and of groups in it.
+    """
 
     name: str
     domain: str
     version: str
+    leaves: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +215,7 @@ class TaskLoader:
         metric = None if paper is None else paper.metric
         unheard = self.asked.writer is not None and self.asked.writer.unheard
         single = {leaf: self._row(leaf, [task], shown) for leaf, task in leaves.items()}
-        groups = [group for group in loaded["groups"].values() if group.has_aggregation]
+        groups = [group for group in loaded["groups"].values() if _sums_up(group)]
         if not groups:
             return [
                 Prepared(leaf, {"tasks": {leaf: task}}, (single[leaf],), metric, unheard)
@@ -263,12 +272,15 @@ class TaskLoader:
     def _row(self, name: str, tasks: Sequence[Task], shown: Mapping[str, Sequence[str]]) -> TaskRow:
         domain = self.asked.prompting.domain(name, tasks)
         texts = [text for task in tasks for text in shown[task.get_config("task")]]
-        files = (
-            [self.own.digest]
-            if {name, *(task.get_config("task") for task in tasks)} & {*self.own.names}
-            else []
-        )
-        return TaskRow(name, domain, version_of([domain, *texts, *files]))
+        leaves = frozenset(task.get_config("task") for task in tasks)
+        files = [self.own.digest] if {name, *leaves} & {*self.own.names} else []
+        return TaskRow(name, domain, version_of([domain, *texts, *files]), leaves)
+
+
+def _sums_up(group: Group) -> bool:
+    """Whether one of its tasks has a metric of which the group is to have a score; else it never has any."""
+    metrics = [metric for task in group.get_all_tasks() for metric in task.higher_is_better()]
+    return any(wanted.metric in metrics for wanted in group.aggregate_metric_list or ())
 
 
 def _check_kind(task: Task) -> None:

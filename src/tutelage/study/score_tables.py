@@ -58,6 +58,7 @@ TASK_COLUMNS = pl.Schema(
         "value": pl.Float64,
         "n": pl.Int64,
         "version": pl.String,
+        "summed_by": pl.String,
     }
 )
 BEHIND = MappingProxyType(
@@ -158,7 +159,7 @@ def _own_versions(versions: Mapping[str, Mapping[str, str] | None], plan: Plan) 
 
 def _rows(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> pl.DataFrame:
     """The scores of runs by this scoring version, of every text, probe and task."""
-    schema = SCORE_COLUMNS | {"role": pl.String(), "step": pl.Int64()}
+    schema = SCORE_COLUMNS | {"summed_by": pl.String(), "role": pl.String(), "step": pl.Int64()}
     columns: dict[str, list[object]] = {name: [] for name in schema}
     fields = {name: attrgetter(name) for name in schema}
     for run in runs:
@@ -180,6 +181,7 @@ def _rows(directory: Path, runs: Sequence[str], problems: dict[str, str]) -> pl.
 def _of_versions(rows: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
     """The scores of `own` versions, and the latest ones of probes, of any version."""
     rows = rows.filter(pl.col("role") != "downstream")  # whose tasks may be called as a text or probe is
+    rows = rows.drop("summed_by")  # of tasks alone
     probed = rows.filter(pl.col("domain").is_in([COPYING, RECALL]))
     frame = pl.concat([rows.join(own, on=_VERSION_KEYS, how="semi", maintain_order="left"), probed])
     return (
@@ -190,6 +192,8 @@ def _of_versions(rows: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
 def _asked_alike(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     """The scores of each task in the version that most runs have; of several such, the one of more questions.
 
+    Of equals the last one, because a task file that was mended is asked again as often as before.
+
     Args:
         rows: scores of role "downstream", of each run those after its last step, as `TASK_COLUMNS` has them.
 
@@ -197,7 +201,8 @@ def _asked_alike(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
         Finite ones of them; and a sentence for each run that was asked other questions of a task.
     """
     usual = (
-        rows.group_by("task", "version", maintain_order=True)
+        rows.reverse()
+        .group_by("task", "version", maintain_order=True)
         .agg(runs=pl.col("run").n_unique(), n=pl.col("n").max())
         .sort("runs", "n", descending=True, maintain_order=True)
         .unique("task", keep="first", maintain_order=True)

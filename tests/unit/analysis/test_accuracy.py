@@ -14,7 +14,7 @@ from synthetic_study import write_study
 
 from tutelage.analysis.accuracy import MEAN
 from tutelage.analysis.claims.judge import judge_study
-from tutelage.analysis.report.accuracy_rows import accuracy_table
+from tutelage.analysis.report.accuracy_rows import accuracy_section, accuracy_table
 from tutelage.analysis.report.csv_tables import tables_of
 from tutelage.api import open_study
 from tutelage.study.results import load_results
@@ -118,6 +118,39 @@ def test_of_a_task_asked_in_two_ways_the_one_of_most_runs_counts(study, values):
     cell = cell_of(judge_study(results), "weak")
     gains = judge_study(results).accuracies.gains
     assert (gains[cell, "sciq"].gain.n, gains[cell, MEAN].gain.n, gains[cell, "gsm8k"].gain.n) == (2, 2, 3)
+
+
+def test_of_a_group_that_sums_up_its_tasks_the_mean_has_the_group_alone(study, values):
+    """Its questions used to be counted twice, and each of its tasks as much as a task of its own."""
+    for run in RUNS:
+        answer(study, run, "subjects", 0.1)
+        answer(study, run, "law", 0.3, summed_by="subjects")
+        answer(study, run, "law", 0.4, metric="acc_norm")
+        answer(study, run, "art", 0.7, metric="acc_norm")  # the same group, which sums up another accuracy
+        answer(study, run, "art", 0.8, metric="exact_match", summed_by="subjects")
+    found = judged(study)
+    assert found.accuracies.in_mean == (*ASKED, "subjects")
+    for run in RUNS:
+        (mean,) = found.accuracies.runs.filter(run=run, task=MEAN)["accuracy"]
+        assert mean == pytest.approx(100 * np.mean([*(values[run, task] for task in ASKED), 0.1]))
+    assert accuracy_section(found)["is_summed"]
+    told = accuracy_table(found).headings
+    assert told[2] == "mean of 4 tasks"
+    assert told[-2:] == ["law (10)", "art (10)"]
+
+
+def test_a_task_of_a_group_that_few_were_asked_stays_in_the_mean(study, values):
+    for run in RUNS:
+        answer(study, run, "law", 0.3, summed_by="subjects" if run == RUNS[0] else None)
+    answer(study, RUNS[0], "subjects", 0.1)
+    assert judged(study).accuracies.in_mean == (*ASKED, "law")
+
+
+def test_of_a_task_whose_file_was_mended_the_answers_to_the_new_one_count(study, values):
+    """Those to the old one did, without a word: both have as many runs and questions."""
+    for run in RUNS:
+        answer(study, run, "sciq", 0.25, version="2-mended")
+    assert set(load_results(study).tasks.filter(task="sciq")["value"]) == {0.25}
 
 
 def test_a_task_tried_on_one_run_and_a_number_that_is_none_leave_the_others_alone(study, values):

@@ -68,6 +68,40 @@ def test_a_group_that_sums_up_has_its_own_scores_and_those_of_its_tasks(evaluate
     assert evaluated.scores.read_bytes() == before  # the same questions, computed already
 
 
+def test_a_group_of_groups_alone_has_a_score_and_each_says_what_sums_it_up(evaluated, folder):
+    """lm-eval has no direction of its metrics, so mmlu ended in a traceback once all had been answered."""
+    metrics = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
+    settings = {"output_type": "loglikelihood", "doc_to_target": " {{a[gold]}}", "metric_list": metrics}
+    write_task(folder, "third", QUESTION | write_rows(folder, ANSWERS) | settings)
+    whole = {"metric": "acc"}, {"metric": "perplexity"}
+    inner = {"group": "inner", "task": ["summed", "third"], "aggregate_metric_list": [{"metric": "acc"}]}
+    outer = {"group": "outer", "task": ["inner"], "aggregate_metric_list": [*whole]}
+    for group in (inner, outer):
+        (folder / f"{group['group']}.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    found = {(one.domain, one.metric): one for one in run_downstream(evaluated, ["outer"], include=folder)}
+    above = {name: one.summed_by for name, one in found.items()}
+    summed = {("third", "perplexity"), *((name, "acc") for name in ("inner", "summed", "first", "second"))}
+    assert {name for name, group in above.items() if group == "outer"} == summed
+    assert {name for name, group in above.items() if group is None} == {
+        ("outer", "acc"),
+        ("outer", "perplexity"),
+        ("first", "acc_norm"),
+        ("second", "acc_norm"),
+    }
+    worse = {name for name, one in found.items() if not one.higher_is_better}
+    assert worse == {("outer", "perplexity"), ("third", "perplexity")}
+
+
+def test_a_group_of_which_no_task_has_the_metric_is_its_tasks_which_are_asked_once(evaluated, folder):
+    group = {"group": "blank", "task": ["first"], "aggregate_metric_list": [{"metric": "exact_match"}]}
+    (folder / "blank.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    told = Told(), Told()
+    found = [run_downstream(evaluated, ["blank"], include=folder, progress=one) for one in told]
+    assert found[0] == found[1]
+    assert {score.domain for score in found[0]} == {"first"}
+    assert ([*told[0].stages], [*told[1].stages]) == (["tiny-1: first"], [])
+
+
 def test_of_what_is_not_summed_up_each_task_is_kept_when_it_is_done(evaluated, folder):
     """It used to have no scores at all, and end in a traceback."""
     four = write_rows(folder, [" a", " b", " c", " d"], name="four")

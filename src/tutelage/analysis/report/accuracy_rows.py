@@ -38,7 +38,13 @@ def accuracy_section(study: JudgedStudy) -> dict[str, Any] | None:
     table = accuracy_table(study)
     if not table.rows:
         return None
-    return {"table": table, "caption": ACCURACY_CAPTION, "in_mean": study.accuracies.in_mean}
+    summed = study.results.tasks["summed_by"].is_not_null().any()
+    return {
+        "table": table,
+        "caption": ACCURACY_CAPTION,
+        "in_mean": study.accuracies.in_mean,
+        "is_summed": summed,
+    }
 
 
 def accuracy_table(study: JudgedStudy) -> ReportTable:
