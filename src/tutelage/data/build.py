@@ -16,6 +16,7 @@ from tutelage.config.data_config import FilePairs, FilesSource
 from tutelage.config.load import digest
 from tutelage.data.chat import load_chat
 from tutelage.data.checked_files import CheckedFile
+from tutelage.data.corpora import check_installed
 from tutelage.data.cutting import cut_size
 from tutelage.data.find_files import known_bytes, passed_over
 from tutelage.data.pieces import PieceEncoder, puts_space_in_front
@@ -85,6 +86,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     path = output / f"{config.name}-{digest(identity)}"
     if _is_built(path):
         return path
+    check_installed(config.sources, "sources of the store")
     make_directory(output)
     _check_space(config, output)
     with contextlib.ExitStack() as stack:

@@ -181,6 +181,14 @@ def _unkept(error: Exception) -> str | None:
     return f"`datasets` keeps data in {cache}: set HF_HOME to a directory that can be written"
 
 
+_SAID = {
+    "Sample larger than population": "it has fewer documents to draw worked examples from than num_fewshot",
+    "out of bounds for size 0": "none of its documents is left to ask about",
+    "StopIteration": "one of its data files has no rows",
+}
+"""What is wrong with a task by what Python and `datasets` say of it, which names nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskLoader:
     """Loads tasks with their data, and sets their shots and versions.
@@ -256,7 +264,8 @@ class TaskLoader:
             reason = f"{type(error).__name__}: {one_line(error)}"
             hint = f"look into its file in {self.own.directories[0]}" if is_own else here
             hint = _unkept(error) or hint
-            raise UserError(f"task {name}: its data cannot be loaded ({reason}); {hint}") from None
+            what = next((said for end, said in _SAID.items() if end in reason), "its data cannot be loaded")
+            raise UserError(f"task {name}: {what} ({reason}); {hint}") from None
         return loaded, shown
 
     def _shown(self, task: Task) -> list[str]:

@@ -10,7 +10,8 @@ import sysconfig
 
 import pytest
 
-from tutelage.config.data_config import CorpusSource
+from tutelage.config.data_config import CorpusSource, StoreConfig
+from tutelage.data.build import build_store
 from tutelage.data.corpora import CORPORA, PackageFiles, check_installed, find_corpus
 from tutelage.data.corpus_readers import plain_wikitext, python_source
 from tutelage.errors import UserError
@@ -157,3 +158,12 @@ def test_a_package_without_a_wheel_for_this_python_is_installed_for_the_last_tha
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(UserError, match=r"'stou' is unknown; did you mean 'sotu'\? known: sotu, kjv,"):
         find_corpus("stou")
+
+
+def test_a_store_of_a_corpus_that_is_missing_leaves_no_directory(tmp_path, monkeypatch):
+    sotu = dataclasses.replace(CORPORA["sotu"], package="no-such-package")
+    monkeypatch.setitem(CORPORA, "sotu", sotu)
+    config = StoreConfig(name="gone", sources=({"kind": "corpus", "name": "sotu"},))
+    with pytest.raises(UserError, match="no-such-package is not installed"):
+        build_store(config, tmp_path / "stores")
+    assert not [*tmp_path.iterdir()]

@@ -306,6 +306,10 @@ def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
             r"task own: its data cannot be loaded .*look into its file",
         ),
         (
+            {"answers": [" of"], "num_fewshot": 7, "fewshot_split": "test"},
+            r"task own: it has fewer documents to draw worked examples from than num_fewshot \(.*look into",
+        ),
+        (
             {"answers": [" of"], "output_type": "generate_until", "doc_to_choice": None},
             r"task own: answers of up to 256 tokens are asked for, and the model's context is 96",
         ),
@@ -327,6 +331,23 @@ def test_what_is_wrong_with_a_task_file_is_one_line(evaluated, tmp_path):
         assert "\n" not in str(caught.value)
     (folder / "own.yaml").write_text("task: [own", encoding="utf-8")
     with pytest.raises(UserError, match=r"^include .*own.yaml: no YAML: while parsing"):
+        run_downstream(evaluated, ["own"], include=folder)
+
+
+@needs_lm_eval
+def test_a_task_without_documents_is_called_so(evaluated, tmp_path):
+    folder = own_task(tmp_path / "own", answers=[" of"])
+    path, python, rows = (folder / name for name in ("own.yaml", "helpers.py", "own.jsonl"))
+    text = path.read_text(encoding="utf-8")
+    python.write_text(
+        python.read_text(encoding="utf-8") + "def none(rows): return rows.select([])\n", encoding="utf-8"
+    )
+    path.write_text(text + "process_docs: !function helpers.none\n", encoding="utf-8")
+    with pytest.raises(UserError, match="task own: none of its documents is left to ask about"):
+        run_downstream(evaluated, ["own"], include=folder)
+    path.write_text(text, encoding="utf-8")
+    rows.write_bytes(b"")
+    with pytest.raises(UserError, match="task own: one of its data files has no rows"):
         run_downstream(evaluated, ["own"], include=folder)
 
 
