@@ -40,7 +40,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 _FORBIDDEN = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
-    errno.EISDIR,
+    *(errno.EISDIR, errno.EFBIG),
     # a symbolic link, a hard link or a pipe where a file of ours belongs
     *(errno.ELOOP, errno.EMLINK, errno.ENXIO),
 }

@@ -93,6 +93,21 @@ def test_a_disk_that_fills_up_while_a_directory_is_copied_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_file_that_is_longer_than_allowed_is_one_line(tmp_path):
+    """As by `ulimit -f`, or on a disk whose files may have 4 GB."""
+
+    def refused(_, path):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"b: cannot be written \(File too large\)"),
+        atomic_directory(tmp_path / "b") as partial,
+    ):
+        shutil.copytree(tmp_path / "a", partial, dirs_exist_ok=True, copy_function=refused)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_content_reaches_the_disk_before_its_name_and_the_name_before_the_return(tmp_path, order):
     write_text(tmp_path / "a", "1")

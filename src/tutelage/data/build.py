@@ -86,9 +86,7 @@ def build_store(config: StoreConfig, output: Path, progress: Progress | None = N
     path = output / f"{config.name}-{digest(identity)}"
     if _is_built(path):
         return path
-    check_installed(config.sources, "sources of the store")
-    make_directory(output)
-    _check_space(config, output)
+    _make_room(config, output)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(output / f".{path.name}.lock", f"store {path}"))
         if _is_built(path):  # by another process, and a third one may be reading it by now
@@ -151,11 +149,14 @@ def _is_built(path: Path) -> bool:
     return True
 
 
-def _check_space(config: StoreConfig, output: Path) -> None:
-    """Refuse early when the text's size is known and half a byte on disk per byte of text does not fit.
+def _make_room(config: StoreConfig, output: Path) -> None:
+    """Make the directory of stores where there is something to build.
 
-    A large vocabulary needs about half a byte, a small one up to one.
+    Refused early is a corpus that is missing, and, where the text's size is known, a disk that has not half a
+    byte per byte of text. A large vocabulary needs about half a byte, a small one up to one.
     """
+    check_installed(config.sources, "sources of the store")
+    make_directory(output)
     known = sum(known_bytes(source) for source in config.sources if isinstance(source, FilesSource))
     needed = min(known, config.max_bytes or known) // 2
     free = free_bytes(output)

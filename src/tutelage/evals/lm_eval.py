@@ -92,6 +92,7 @@ def check_tasks(tasks: Sequence[str], include: Path | None = None) -> None:
     """
     _check_installed()
     own = OwnTasks.read(include)
+    own.refuse_taken(tasks)
     names = _expanded(tasks)
     others = [name for name in names if _kind(name) not in OFFLINE]
     check_known(others, task_manager(own.directories, defaults=not {*others} <= {*own.tasks}))
@@ -195,6 +196,7 @@ def _all_prepared(
 ) -> list[Prepared]:
     """The tasks that `run_downstream` is asked for, with their data."""
     own = OwnTasks.read(include)
+    own.refuse_taken(tasks)
     names = _expanded(tasks)
     built = {name: _built(evaluated, name, stores, asked) for name in names if _kind(name) in OFFLINE}
     directories = [*(task.directory for task in built.values()), *own.directories]

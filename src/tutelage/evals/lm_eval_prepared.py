@@ -19,7 +19,7 @@ from tutelage.config.load import digest
 from tutelage.errors import UserError, one_line, suggestion
 from tutelage.evals.lm_eval_tasks import KINDS, PACKAGE_TASKS, PAPER_TASKS, seeded
 from tutelage.evals.score_files import version_of
-from tutelage.files import read_bytes
+from tutelage.files import NO_SPACE, read_bytes
 from tutelage.hub_access import reading_hub
 
 if TYPE_CHECKING:
@@ -78,6 +78,19 @@ class OwnTasks:
         known = sorted((path.name, text) for path, text in content.items())
         return cls((directory,), tuple(manager.all_subtasks), tuple(manager.all_tasks), digest(known))
 
+    def refuse_taken(self, asked: Sequence[str]) -> None:
+        """Raise `UserError` if a name that is asked for is that of a task here and of one built otherwise."""
+        for name in asked:
+            if name in self.names and (name == "paper" or name.partition(":")[0] in KINDS):
+                raise UserError(
+                    f"task {name}: a task of that name in {self.directories[0]} would not be asked, because "
+                    "the name means something else here (--task in --help); rename it"
+                )
+
+
+_NAMES = ("task", "group", "tag")
+_NO_TEXT = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "timestamp")]
+
 
 def _read(path: Path) -> tuple[str, list[Path]]:
     """The text of a task file, or of a Python file beside one, and the files that it includes."""
@@ -88,6 +101,9 @@ def _read(path: Path) -> tuple[str, list[Path]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"include {path}: {what}: {one_line(error)}") from None
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    for key, value in pairs:  # lm-eval would sort names, of which one is a number
+        if key.value in _NAMES and value.tag in _NO_TEXT:
+            raise UserError(f"include {path}: {key.value}: {value.value} is no text; write '{value.value}'")
     values = [value for key, value in pairs if key.value == "include"]
     nodes = [one for value in values for one in (value.value if value.id == "sequence" else [value])]
     included = [path.parent / one.value for one in nodes]
@@ -170,11 +186,21 @@ def check_known(names: Sequence[str], manager: TaskManager) -> None:
             )
 
 
+def _first(error: Exception) -> Exception:
+    """What an error was raised from, of which `datasets` says only that it could not make a data set."""
+    from datasets.exceptions import DatasetGenerationError  # noqa: PLC0415 - an extra, and slow to import
+
+    cause = error.__cause__
+    return cause if isinstance(error, DatasetGenerationError) and isinstance(cause, Exception) else error
+
+
 def _unkept(error: Exception) -> str | None:
     """What to do where `datasets` has no place for what it reads; None where that is not what is wrong."""
     from datasets import config  # noqa: PLC0415 - an extra, and slow to import
 
     cache = Path(config.HF_DATASETS_CACHE)
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return f"`datasets` keeps data in {cache}: free some space there, or set HF_HOME to another disk"
     failed = Path(str(error.filename)) if isinstance(error, OSError) and error.filename else None
     if failed is None or not (failed.is_relative_to(cache) or cache.is_relative_to(failed)):
         return None
@@ -261,9 +287,10 @@ class TaskLoader:
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - a task file and its data can be wrong in any way
-            reason = f"{type(error).__name__}: {one_line(error)}"
+            first = _first(error)
+            reason = f"{type(first).__name__}: {one_line(first)}"
             hint = f"look into its file in {self.own.directories[0]}" if is_own else here
-            hint = _unkept(error) or hint
+            hint = _unkept(first) or hint
             what = next((said for end, said in _SAID.items() if end in reason), "its data cannot be loaded")
             raise UserError(f"task {name}: {what} ({reason}); {hint}") from None
         return loaded, shown

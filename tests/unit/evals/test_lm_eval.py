@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from told_progress import Told
 from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.evals.evaluated_model import EvaluatedModel
-from tutelage.evals.lm_eval import run_downstream
+from tutelage.evals.lm_eval import check_tasks, run_downstream
 from tutelage.evals.lm_eval_prepared import OwnTasks, TaskLoader, check_known, task_manager
 from tutelage.evals.lm_eval_prompts import Asked
 from tutelage.evals.lm_eval_tasks import (
@@ -349,6 +350,38 @@ def test_a_task_without_documents_is_called_so(evaluated, tmp_path):
     rows.write_bytes(b"")
     with pytest.raises(UserError, match="task own: one of its data files has no rows"):
         run_downstream(evaluated, ["own"], include=folder)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name", ["paper", "continuation", "last_word:kjv"])
+def test_a_task_of_ones_own_that_has_the_name_of_another_is_refused(evaluated, tmp_path, name):
+    """The other one was asked, without a word."""
+    folder = own_task(tmp_path / "own", answers=[" of"], task=name)
+    message = f"^task {name}: a task of that name in .*own would not be asked"
+    with pytest.raises(UserError, match=message):
+        run_downstream(evaluated, [name], include=folder)
+    with pytest.raises(UserError, match=message):
+        check_tasks([name], folder)
+
+
+@needs_lm_eval
+def test_a_name_that_is_no_text_is_one_line(evaluated, tmp_path):
+    folder = own_task(tmp_path / "own", answers=[" of"], task=2024)
+    with pytest.raises(UserError, match=r"own.yaml: task: 2024 is no text; write '2024'$"):
+        run_downstream(evaluated, ["2024"], include=folder)
+
+
+@needs_lm_eval
+def test_a_full_disk_is_called_so_where_datasets_keeps_its_data(evaluated, tmp_path, monkeypatch):
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    def full(*_, **__):
+        raise DatasetGenerationError("An error occurred") from OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(UserError, match=r"No space left\); `datasets` keeps data in .*: free some space"):
+        run_downstream(evaluated, ["own"], include=own_task(tmp_path / "own", answers=[" of"]))
 
 
 @needs_lm_eval
