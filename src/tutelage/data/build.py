@@ -150,13 +150,17 @@ def _is_built(path: Path) -> bool:
 
 
 def _make_room(config: StoreConfig, output: Path) -> None:
-    """Make the directory of stores where there is something to build.
-
-    Refused early is a corpus that is missing, and, where the text's size is known, a disk that has not half a
-    byte per byte of text. A large vocabulary needs about half a byte, a small one up to one.
-    """
+    """Make the directory of stores, unless a corpus is missing; refuse early what cannot fit there."""
     check_installed(config.sources, "sources of the store")
     make_directory(output)
+    _check_space(config, output)
+
+
+def _check_space(config: StoreConfig, output: Path) -> None:
+    """Refuse early when the text's size is known and half a byte on disk per byte of text does not fit.
+
+    A large vocabulary needs about half a byte, a small one up to one.
+    """
     known = sum(known_bytes(source) for source in config.sources if isinstance(source, FilesSource))
     needed = min(known, config.max_bytes or known) // 2
     free = free_bytes(output)
