@@ -207,14 +207,6 @@ def _unkept(error: Exception) -> str | None:
     return f"`datasets` keeps data in {cache}: set HF_HOME to a directory that can be written"
 
 
-_SAID = {
-    "Sample larger than population": "it has fewer documents to draw worked examples from than num_fewshot",
-    "out of bounds for size 0": "none of its documents is left to ask about",
-    "StopIteration": "one of its data files has no rows",
-}
-"""What is wrong with a task by what Python and `datasets` say of it, which names nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class TaskLoader:
     """Loads tasks with their data, and sets their shots and versions.
@@ -291,7 +283,8 @@ class TaskLoader:
             reason = f"{type(first).__name__}: {one_line(first)}"
             hint = f"look into its file in {self.own.directories[0]}" if is_own else here
             hint = _unkept(first) or hint
-            what = next((said for end, said in _SAID.items() if end in reason), "its data cannot be loaded")
+            is_empty = isinstance(first, StopIteration)  # of `datasets`, which looks for a first row
+            what = "one of its data files has no rows" if is_empty else "its data cannot be loaded"
             raise UserError(f"task {name}: {what} ({reason}); {hint}") from None
         return loaded, shown
 
