@@ -69,6 +69,10 @@ def train(
         raise UserError(
             "--device and --devices say what to --plan for; to train, set runtime.device=... and --nproc"
         )
+    if devices is not None and nproc not in (None, devices):
+        raise UserError(
+            f"--nproc {nproc} --devices {devices}: a plan has one process for each device; give one of them"
+        )
     processes.adopt_slurm()
     texts = [str(config), *(more or [])]
     overrides = [text for text in texts[1:] if "=" in text]

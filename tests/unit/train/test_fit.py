@@ -161,6 +161,17 @@ def test_a_device_to_plan_for_is_none_to_train_on(command, store, tmp_path, opti
     assert not (tmp_path / "runs").exists()
 
 
+def test_two_numbers_of_devices_are_not_planned_for(command, store, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"model: {{shape: nano-20k}}\ndata: {{store: {store}}}\ntokens: 20K\n")
+    code, _, err = command("train", "run.yaml", "--plan", "--nproc", "2", "--devices", "4")
+    assert (code, err) == (
+        2,
+        "error: --nproc 2 --devices 4: a plan has one process for each device; give one of them\n",
+    )
+    for numbers in (["--nproc", "2", "--devices", "2"], ["--nproc", "2"], ["--devices", "2"]):
+        assert "2 x " in command("train", "run.yaml", "--plan", "--device", "h100", *numbers)[1]
+
+
 @pytest.mark.parametrize("change", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
 def test_a_shape_is_read_from_the_config_of_a_model(change):
     config = LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
