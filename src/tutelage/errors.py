@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -55,13 +55,20 @@ class UserError(Exception):
 
 
 def check_visible(path: Path) -> None:
-    """Tell a path that is not there from one that cannot be seen, for which `Path.exists` is False too.
+    """Tell a path that is not there from one that cannot be looked for.
+
+    `Path.exists` does so until Python 3.13, and says False of both from 3.14 on.
 
     Raises:
-        OSError: a directory above it may not be entered, for example.
+        OSError: a directory above it may not be entered, or a name is too long for a file.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
+    try:
         path.stat()
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+            raise
+    except ValueError:  # no name of a file anywhere
+        return
 
 
 class DiskError(UserError):

@@ -223,12 +223,18 @@ def _called(name: str, kinds: Sequence[DirectoryKind], folders: Sequence[Path]) 
 def _beginning(name: str, folder: Path) -> Iterator[Path]:
     """Directories in `folder` that are called `name`, or so and more."""
     try:
-        entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        with os.scandir(folder) as entries:
+            found = sorted(entry.name for entry in entries if _is_directory(entry))
     except OSError:  # no such folder, or none that may be read
         return
-    for entry in entries:
+    for entry in found:
         if any(one.startswith(name) for one in (entry, *_short(entry))):
             yield folder / entry
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a directory or links to one; `entry.is_dir` raises at a link to itself."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry).is_dir())
 
 
 def _short(name: str) -> tuple[str, str]:

