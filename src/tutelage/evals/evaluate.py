@@ -34,7 +34,7 @@ from tutelage.files import lock, make_directory
 from tutelage.models.hub import pick_device
 from tutelage.models.packed import check_length
 from tutelage.names import find
-from tutelage.progress import counter
+from tutelage.progress import NullProgress, counter
 from tutelage.run_directory import RunDirectory
 from tutelage.types import RECALL, SCORING_VERSION, scoring_version
 
@@ -165,7 +165,7 @@ def _evaluated(
             todo = with_contamination(todo, text, request.output / "stores")
             if warning := memory_warning(evaluated, todo, device.type):
                 progress.note(f"warning: {warning}")
-            model = load_evaluated(evaluated, device)
+            model = load_evaluated(evaluated, device, NullProgress() if warning else progress)
             note = check_length(model, evaluated.id, max(target.context for target in todo))
             if note is not None:
                 progress.note(note)

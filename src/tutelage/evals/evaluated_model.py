@@ -13,7 +13,9 @@ from tutelage.data.tokenizer_comparison import check_rows
 from tutelage.errors import UserError, check_visible, one_line
 from tutelage.evals.domains import SUITES
 from tutelage.hub_access import downloaded
+from tutelage.models.devices import Hardware
 from tutelage.models.directory import ModelState, weights_fingerprint
+from tutelage.models.forward_memory import may_not_fit
 from tutelage.models.packed import trained_length
 from tutelage.names import completed, located, look_up, nearest
 from tutelage.run_directory import RunDirectory
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from tutelage.evals.token_scores import ScoreEstimate
+    from tutelage.progress import Progress
     from tutelage.types import ScoreRole, Split
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -191,14 +194,24 @@ def _model(path: Path, name: str, output: Path) -> EvaluatedModel:
     return EvaluatedModel(identity, path, context, output / identity, state=state)
 
 
-def load_evaluated(evaluated: EvaluatedModel, device: torch.device | str) -> PreTrainedModel:
+def load_evaluated(evaluated: EvaluatedModel, device: torch.device, progress: Progress) -> PreTrainedModel:
     """The model, in eval mode on a device.
+
+    Args:
+        evaluated: the model.
+        device: where it is to be.
+        progress: warned before it is loaded if its weights alone may not fit into what is free.
 
     Raises:
         UserError: it cannot be loaded, or was written since it was identified.
     """
     from tutelage.models.hub import load  # noqa: PLC0415 - torch, which a wrong name need not cost
 
+    if evaluated.state is not None:
+        weights = {"weights": evaluated.state.weight_bytes}
+        here = Hardware.here(device.type, 1, 1)
+        if warning := may_not_fit(evaluated.id, weights, "loading of the model", here):
+            progress.note(f"warning: {warning}")
     model = load(evaluated.model)
     if evaluated.state is not None:
         evaluated.state.refuse_change()

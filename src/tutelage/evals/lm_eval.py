@@ -54,6 +54,8 @@ from tutelage.progress import NullProgress, staged
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from transformers import PreTrainedModel
+
     from tutelage.data.store import Store
     from tutelage.evals.evaluated_model import EvaluatedModel
     from tutelage.evals.lm_eval_model import ChatWriter, ExportedModel
@@ -145,7 +147,7 @@ def run_downstream(
     _check_installed()
     check_tokenizer(evaluated)
     asked = Asked(limit, prompting, chat_writer(evaluated.model, prompting))
-    chosen = str(pick_device(device))
+    chosen = pick_device(device)
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
         prepared = _all_prepared(evaluated, tasks, asked, stores, include)
@@ -155,7 +157,9 @@ def run_downstream(
             found = _known(evaluated, task)
             if not found:
                 with quiet():
-                    model = model or _model(evaluated, batch_size, chosen, asked.writer)
+                    if model is None:
+                        loaded = load_evaluated(evaluated, chosen, progress)
+                        model = _model(evaluated, loaded, batch_size, asked.writer)
                     found = _answered(evaluated, task, model, asked, progress)
                 add_scores(evaluated.scores, found)
             scores += found
@@ -272,7 +276,7 @@ def _check_different(built: dict[str, BuiltTask]) -> None:
 
 
 def _model(
-    evaluated: EvaluatedModel, batch_size: int, device: str, writer: ChatWriter | None
+    evaluated: EvaluatedModel, loaded: PreTrainedModel, batch_size: int, writer: ChatWriter | None
 ) -> ExportedModel:
     from tutelage.evals.lm_eval_model import ExportedModel  # noqa: PLC0415 - an extra, and slow to import
 
@@ -280,7 +284,7 @@ def _model(
         load_tokenizer(evaluated.model),
         writer,
         tokenizer=open_tokenizer(evaluated.model),
-        pretrained=load_evaluated(evaluated, device),  # lm-eval would take NaN, and draw missing weights
+        pretrained=loaded,  # by us: lm-eval would take NaN, and draw missing weights
         max_length=evaluated.context,
         batch_size=batch_size,
         trust_remote_code=False,

@@ -93,8 +93,8 @@ def run_probes(
         raise UserError(f"{evaluated.id}: a context of {evaluated.context} tokens is too short to copy in")
     make_directory(evaluated.output)
     with lock(evaluated.output / "lock", str(evaluated.output)):
-        student = load_evaluated(evaluated, chosen)
         progress = progress or NullProgress()
+        student = load_evaluated(evaluated, chosen, progress)
         write_samples(student, text, evaluated, progress)
         scores = _copying(evaluated, student, text, progress)
         if teacher:
@@ -130,7 +130,7 @@ def _accepted(
     version = version_of(["acceptance", *settings, teacher.id, teacher.step])
 
     def measure() -> dict[str, ScoreEstimate]:
-        loaded = load_evaluated(teacher, student.device)
+        loaded = load_evaluated(teacher, student.device, progress)
         scored = sum(document.scored for document in documents)
         with staged(progress, f"{evaluated.id}: drafts for {teacher.id}", scored, "tokens") as told:
             return acceptance(student, loaded, documents, text.vocab_size, context, progress=told)

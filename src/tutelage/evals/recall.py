@@ -359,6 +359,7 @@ def run_recall(
         if (note := left_out(text, asked)) is not None:
             progress.note(note)
         if not found:
-            found = recall_scores(load_evaluated(evaluated, chosen), evaluated, text, asked)
+            model = load_evaluated(evaluated, chosen, progress)
+            found = recall_scores(model, evaluated, text, asked)
         progress.finish(stage)
     return found

@@ -108,7 +108,7 @@ def sample(
     asked = [_given(one, prompts, chat=sampling.chat) for one in models]
     found = []
     for evaluated, (tokenizer, given) in zip(models, asked, strict=True):
-        model = load_evaluated(evaluated, chosen)
+        model = load_evaluated(evaluated, chosen, progress)
         ends = all_ends(model.generation_config.eos_token_id, tokenizer.eos_id)
         model.generation_config = GenerationConfig()  # a directory's own may penalise what was said before
         fixed: dict[str, Any] = {

@@ -27,10 +27,10 @@ from tutelage.evals.windows import read_documents, window_batches
 from tutelage.files import atomic_directory, lock, make_directory, write_json
 from tutelage.models.directory import weights_fingerprint
 from tutelage.models.hub import pick_device
-from tutelage.progress import counter
+from tutelage.progress import NullProgress, staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -66,7 +66,7 @@ def compare_tokens(
     max_tokens: int,
     device: str,
     output: Path,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> Path:
     """Measure the models on the same tokens; a finished comparison is not computed again.
 
@@ -84,7 +84,7 @@ def compare_tokens(
         device: "auto", "cpu", "cuda" or "mps".
         output: the directory is `<output>/token-comparisons/<id>--<id>--<id>[--<id>]/<text>-<hash8>`.
         sorter: untaught model of another seed that tokens are sorted by; default: the baseline.
-        progress: called with the number of tokens read since the last call.
+        progress: told how many tokens are read, and which model may not fit; None shows nothing.
 
     Returns:
         The directory.
@@ -106,7 +106,7 @@ def compare_tokens(
         return directory
     place = make_directory(directory.parent) / f".{directory.name}.lock"
     with lock(place, str(directory)), atomic_directory(directory) as partial:
-        tokens = _read(roles, store, documents, settings["context"], device, progress)
+        tokens = _read(roles, store, documents, settings["context"], device, progress or NullProgress())
         counts = {"documents": len(documents), "tokens": len(tokens), "vocab_size": store.vocab_size}
         tokens.write_parquet(partial / "tokens.parquet")
         summarise(tokens, settings["context"]).write_parquet(partial / "summary.parquet")
@@ -174,9 +174,7 @@ def compare_on_texts(
         kept = request.output / "stores"
         stores.append(domain_store(name, domain, learner.model, kept, progress))
     directories = []
-    for number, store in enumerate(stores, 1):
-        stage = f"{learner.id}: {store.manifest.name} ({number} of {len(stores)})"
-        progress.start(stage, unit="tokens")
+    for store in stores:
         found = compare_tokens(
             **roles,
             store=store,
@@ -186,10 +184,9 @@ def compare_on_texts(
             device=request.device,
             output=request.output,
             sorter=None if sorter is None else find_model(sorter, request.output),
-            progress=counter(progress, stage),
+            progress=progress,
         )
         directories.append(found)
-        progress.finish(stage)
     return directories
 
 
@@ -214,7 +211,7 @@ def _read(
     documents: Sequence[ScoredDocument],
     context: int,
     device: str,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> pl.DataFrame:
     """The token table, in the order of the text.
 
@@ -224,23 +221,25 @@ def _read(
     """
     chosen = pick_device(device)
     models = {
-        role: NextTokenModel.of(load_evaluated(evaluated, chosen), store.vocab_size)
+        role: NextTokenModel.of(load_evaluated(evaluated, chosen, progress), store.vocab_size)
         for role, evaluated in roles.items()
     }
     parts: list[dict[str, np.ndarray]] = []
     index_of = np.array([document.index for document in documents])
-    for batch in window_batches(documents, context, stride=context):
-        scored_BT = batch.scored_BT
-        gold_N = batch.labels_BT[scored_BT]
-        where = {
-            "document": index_of[batch.documents_BT[scored_BT].numpy()],
-            "place": batch.places_BT[scored_BT].numpy(),
-            "position": scored_BT.nonzero()[:, 1].numpy(),
-            "token": gold_N.numpy(),
-        }
-        hidden = {role: model.hidden(batch.inputs_BT, scored_BT) for role, model in models.items()}
-        parts.append(where | _chunked(models, hidden, gold_N.to(chosen)))
-        progress(len(gold_N))
+    stage = f"{roles['student'].id}: {store.manifest.name}"
+    with staged(progress, stage, sum(document.scored for document in documents), "tokens") as told:
+        for batch in window_batches(documents, context, stride=context):
+            scored_BT = batch.scored_BT
+            gold_N = batch.labels_BT[scored_BT]
+            where = {
+                "document": index_of[batch.documents_BT[scored_BT].numpy()],
+                "place": batch.places_BT[scored_BT].numpy(),
+                "position": scored_BT.nonzero()[:, 1].numpy(),
+                "token": gold_N.numpy(),
+            }
+            hidden = {role: model.hidden(batch.inputs_BT, scored_BT) for role, model in models.items()}
+            parts.append(where | _chunked(models, hidden, gold_N.to(chosen)))
+            told(len(gold_N))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     columns = {name: pl.Series(values.astype(_KINDS[values.dtype.kind])) for name, values in joined.items()}
     table = pl.DataFrame(columns).with_columns(pl.col(pl.Float32).fill_nan(None))

@@ -290,6 +290,11 @@ class ModelState:
         files = ((name, now.st_size, now.st_mtime_ns, now.st_ino) for name, now in found)
         return cls(directory, tuple(files))
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        return sum(size for name, size, *_ in self.files if name.endswith(".safetensors"))
+
     def refuse_change(self) -> None:
         """Refuse a model that was written between being identified and being loaded.
 

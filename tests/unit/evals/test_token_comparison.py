@@ -24,6 +24,7 @@ from tutelage.evals.token_quantities import Predictions, groupings, summarise
 from tutelage.files import write_json
 from tutelage.models.hub import build, load, save
 from tutelage.models.shapes import find_shape
+from tutelage.progress import NullProgress
 
 ROLES = ("student", "teacher", "baseline")
 CONTEXT = 32
@@ -423,13 +424,27 @@ def test_sorting_by_the_baseline_shows_a_gain_of_an_untaught_student_and_a_third
     assert abs(by_third.mean()) / (by_third.std() / 60**0.5) < 3.5
 
 
+class _Counted(NullProgress):
+    """Remembers the amount of work of each stage, and how much of it is done."""
+
+    def __init__(self):
+        self.totals, self.done = {}, {}
+
+    def start(self, stage, total=None, unit="", done=0):
+        self.totals[stage] = total, unit
+
+    def advance(self, stage, done):
+        self.done[stage] = done
+
+
 def test_progress_counts_every_token(evaluated_models, store, tmp_path):
-    steps = []
+    told = _Counted()
     limits = {"max_documents": 3, "max_tokens": 40, "device": "cpu", "output": tmp_path}
-    compare_tokens(
-        **evaluated_models, store=open_store(store), split="validation", progress=steps.append, **limits
-    )
-    assert sum(steps) == 3 * 39
+    compare_tokens(**evaluated_models, store=open_store(store), split="validation", progress=told, **limits)
+    ((stage, total),) = told.totals.items()
+    assert evaluated_models["student"].id in stage
+    assert total == (3 * 39, "tokens")
+    assert told.done == {stage: 3 * 39}
 
 
 def test_models_of_another_tokenizer_are_refused(measure, evaluated_models, store, tmp_path):
