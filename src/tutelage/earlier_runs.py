@@ -10,7 +10,7 @@ import glob
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.run_config import NOT_THE_RESULT
-from tutelage.errors import shortened
+from tutelage.errors import as_written, shortened
 from tutelage.files import is_locked
 from tutelage.names import differences, flat, kind_of, settings
 from tutelage.run_directory import RunDirectory
@@ -48,7 +48,9 @@ def earlier_runs(directory: RunDirectory, config: Mapping[str, Any]) -> Iterator
             )
         elif theirs and other.status() not in {"done", "not started"}:
             differ = differences([mine, theirs])[1]
-            words = shortened(", ".join(f"{key} = {value}" for key, value in differ.items()), _LONGEST)
+            words = shortened(
+                ", ".join(f"{key} = {as_written(value)}" for key, value in differ.items()), _LONGEST
+            )
             yield (
                 f"{other.path} ({_how_far(other)}) has other settings ({words}) and is left as it is: this "
                 "is another run, from its beginning"

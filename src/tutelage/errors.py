@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import re
 from typing import TYPE_CHECKING, TypeVar
 
@@ -108,6 +109,11 @@ def shortened(text: str, longest: int) -> str:
     """Put a text on one line of at most `longest` characters that every terminal and file can hold."""
     line = " ".join(text.encode(errors="backslashreplace").decode().split())
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
+
+
+def as_written(value: object) -> str:
+    """The value of a setting as a settings file has it: null and true, not Python's None and True."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 _WORDS = {

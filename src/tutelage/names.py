@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from tutelage.errors import UserError, check_visible, suggestion
+from tutelage.errors import UserError, as_written, check_visible, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -245,7 +245,7 @@ def _short(name: str) -> tuple[str, str]:
 def _ambiguous(what: str, name: str, kind: DirectoryKind, found: Sequence[Path]) -> UserError:
     lines = [f"{what} = {name}: {len(found)} {_PLURAL[kind]} are called so; write more of the name"]
     for path, differs in zip(found, differences([settings(path) for path in found]), strict=True):
-        words = [f"{key} {value}" for key, value in differs.items()]
+        words = [f"{key} {as_written(value)}" for key, value in differs.items()]
         fitting = list(
             itertools.takewhile(lambda length: length <= _LONGEST, itertools.accumulate(map(len, words)))
         )

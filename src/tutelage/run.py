@@ -31,7 +31,7 @@ from tutelage.train.checkpoint_files import (
     adopt,
     checkpoint_name,
     damage,
-    differences,
+    recipe_differences,
 )
 from tutelage.train.loop import LackOfMemoryError, train
 from tutelage.train.parallel import use_model
@@ -369,7 +369,7 @@ def _copy_branch_point(student: Student) -> None:
     origin = CheckpointManifest.read(found).origin
     until_there = _with_later_settings(config, origin.recipe)
     if not origin.is_of(run_id(until_there)):
-        unlike = differences(origin.recipe, recipe(until_there))
+        unlike = recipe_differences(origin.recipe, recipe(until_there))
         reason = next(unlike, "the model that it starts from has changed since")
         raise UserError(f"runtime.branch_from {other.id}: it is no beginning of this run: {reason}")
     if step > config.optim.decay_start(student.steps, config.global_batch_tokens):

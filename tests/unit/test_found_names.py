@@ -102,13 +102,13 @@ def test_a_link_to_itself_beside_a_directory_does_not_hide_it(place):
 
 
 def test_several_are_listed_with_what_differs(place):
-    make("runs/teacher-0a000000", seed=1, optim={"lr": 0.2, "clip": 1.0})
+    make("runs/teacher-0a000000", seed=1, optim={"lr": 0.2, "clip": 1.0}, packed=True)
     with pytest.raises(UserError) as error:
         find_run_id("teacher", Path("runs"), "teacher.run")
     first, *rest = str(error.value).splitlines()
     assert first == "teacher.run = teacher: 2 runs are called so; write more of the name"
     assert rest == [
-        "  runs/teacher-0a000000  optim.lr 0.2",
+        "  runs/teacher-0a000000  optim.lr 0.2, packed true",
         "  runs/teacher-0a1b2c3d  optim.lr 0.1",
     ]
     assert find_run_id("teacher-0a1", Path("runs"), "x") == "teacher-0a1b2c3d"

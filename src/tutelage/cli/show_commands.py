@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tutelage.errors import UserError, check_visible
+from tutelage.errors import UserError, as_written, check_visible
 from tutelage.names import differences, find_any, flat, kind_of, look_up, settings
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _scores_text(scores: dict[str, float]) -> str:
 
 
 def _settings_text(values: dict[str, object]) -> str:
-    texts = ((key, str(value)) for key, value in values.items())
+    texts = ((key, as_written(value)) for key, value in values.items())
     return ", ".join(
         f"{key} {text if len(text) <= _LONGEST_VALUE else f'{text[: _LONGEST_VALUE - 3]}...'}"
         for key, text in texts

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tutelage.checksums import FileSum, difference
-from tutelage.errors import UserError
+from tutelage.errors import UserError, as_written
 from tutelage.files import publish, read_bytes, remove
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def check_origin(path: Path, manifest: CheckpointManifest, ours: CheckpointOrigi
     theirs = manifest.origin
     if theirs.is_of(ours.run):
         return
-    found = list(differences(theirs.recipe, ours.recipe))
+    found = list(recipe_differences(theirs.recipe, ours.recipe))
     shown = "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
     what = shown or "its settings are the same, so the model or the targets that it starts from have changed"
     raise UserError(
@@ -152,14 +152,14 @@ def check_origin(path: Path, manifest: CheckpointManifest, ours: CheckpointOrigi
     )
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def recipe_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield a clause for each setting in which two recipes differ."""
     for field in dict.fromkeys([*ours, *theirs]):
         there, here = theirs.get(field), ours.get(field)
         if isinstance(there, dict) and isinstance(here, dict):
-            yield from differences(there, here, f"{prefix}{field}.")
+            yield from recipe_differences(there, here, f"{prefix}{field}.")
         elif there != here:
-            yield f"{prefix}{field} is {there} there and {here} here"
+            yield f"{prefix}{field} is {as_written(there)} there and {as_written(here)} here"
 
 
 def adopt(path: Path, run: str, recipe: dict[str, Any]) -> None:

@@ -67,10 +67,10 @@ def test_what_follows_the_branch_point_may_differ_from_the_shorter_run(make_conf
     alone = run(budget(make_config, 16, **changes, output=str(tmp_path / "alone")))
     assert alone.id == branch.id
     assert_same_weights(branch, alone)
-    with pytest.raises(UserError, match=r"objective\.z_loss is None there and 0\.0001 here"):
+    with pytest.raises(UserError, match=r"objective\.z_loss is null there and 0\.0001 here"):
         run(budget(make_config, 16, short, objective={"z_loss": 1e-4}))
     run(smooth := budget(make_config, 8, objective={"z_loss": 1e-4}))
-    with pytest.raises(UserError, match=r"objective\.z_loss is 0\.0001 there and None here"):
+    with pytest.raises(UserError, match=r"objective\.z_loss is 0\.0001 there and null here"):
         run(budget(make_config, 16, smooth))
 
 

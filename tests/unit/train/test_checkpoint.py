@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_run_shows_what_differs(make_config, saved, tmp_
     message = str(refused.value)
     assert "\n" not in message
     assert "it is a checkpoint of another run, run-1 (" in message
-    assert "optim.lr is None there and 0.5 here" in message
+    assert "optim.lr is null there and 0.5 here" in message
     assert "data.seed is 42 there and 3 here" in message
 
 
