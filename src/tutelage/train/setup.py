@@ -112,6 +112,7 @@ def open_student(config: RunConfig, directory: RunDirectory, world: World) -> St
     store = open_store(config.data.store)
     _check_stage(config, store)
     _check_truncation(config, store)
+    _check_attention(config, world.device.type)
     start = _starting_model(config, store, world)
     recompute(start.model, config.runtime)
     notes = compile_layers(start.model, config.runtime, world.device)
@@ -187,6 +188,15 @@ def _check_truncation(config: RunConfig, store: Store) -> None:
         raise UserError(
             f"objective.truncation.k = {truncation.k:,}: {store.path} has a vocabulary of "
             f"{store.vocab_size:,}; keep fewer, or drop objective.truncation"
+        )
+
+
+def _check_attention(config: RunConfig, kind: str) -> None:
+    """Refuse attention without a backward pass on a type of device; torch would say so in the first step."""
+    if config.model.attn_implementation == "flex_attention" and kind in {"cpu", "mps"}:
+        raise UserError(
+            f"model.attn_implementation = flex_attention: it has no backward pass on {kind}, so no model can "
+            "be trained with it there; use sdpa or eager, or a GPU"
         )
 
 

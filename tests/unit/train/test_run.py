@@ -166,6 +166,13 @@ def test_scores_of_all_domains_are_written_once(make_config, store, other_store)
             "/nowhere/at-all",
         ),
         ({"model": {"shape": "nano-51k"}}, "did you mean 'nano-50k'"),
+        (
+            {
+                "model": {"shape": "nano-50k", "attn_implementation": "flex_attention"},
+                "runtime": {"device": "cpu"},
+            },
+            "model.attn_implementation = flex_attention: it has no backward pass on cpu",
+        ),
         ({"data": {"store": "/nowhere"}}, "/nowhere"),
         ({"output": "/proc/nowhere"}, "/proc/nowhere"),
     ],
