@@ -106,7 +106,7 @@ def check_model_tokenizer(
     *,
     revision: str | None = None,
     assume: bool = False,
-    setting: str,
+    setting: str | None,
 ) -> ModelTokenizer:
     """Find the tokenizer of a model, in a directory or on the Hub, and compare it with that of a token store.
 
@@ -116,21 +116,22 @@ def check_model_tokenizer(
         store: the token store.
         revision: commit or tag on the Hub.
         assume: take a model without a tokenizer to have the store's.
-        setting: name of the setting that says so.
+        setting: name of the setting that says so; None where there is none.
 
     Raises:
         UserError: the tokenizers differ, or the model has none and `assume` is not set.
     """
     place = Path(model)
+    or_set = f", or set {setting}: true if you know it" if setting is not None else ""
     if not place.exists():
-        instead = f"{INSTEAD}, or set {setting}: true if you know it to be that of {store.path}"
+        instead = INSTEAD + (f"{or_set} to be that of {store.path}" if or_set else "")
         begin = f"{what}: its tokenizer"
         place = download_tokenizer(begin, model, revision, needed=not assume, instead=instead)
     if not has_tokenizer(place):
         if not assume:
             raise UserError(
                 f"{what}: it has no tokenizer, so it is not known whether its ids mean what those of "
-                f"{store.path} mean; put its tokenizer.json beside it, or set {setting}: true if you know it"
+                f"{store.path} mean; put its tokenizer.json beside it{or_set}"
             )
         note = f"{what}: has no tokenizer; its ids are assumed to be those of {store.path} ({setting})"
         return ModelTokenizer(place, is_the_stores=False, ids=0, notes=(note,))

@@ -1,4 +1,4 @@
-"""Find out what given teachers cost from their config.json: no weight is read, nothing is computed."""
+"""Check given teachers, and find out what they cost: no weight is read, nothing is computed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.config.teacher_config import ModelTeacher, single_teachers, teacher_id
+from tutelage.data.store import open_store
+from tutelage.data.tokenizer_comparison import check_model_tokenizer
 from tutelage.errors import UserError
 from tutelage.models.directory import hub_config, is_local, read_config
 from tutelage.models.flops import forward_flops, model_forward_flops, shape_of
@@ -14,6 +17,9 @@ from tutelage.models.shapes import find_shape, read_shape
 from tutelage.names import local_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import TeacherSpec
     from tutelage.models.shapes import ModelShape
 
@@ -25,11 +31,13 @@ class GivenModel:
     Attributes:
         forward_flops: of its forward pass per token, as the runs that it teaches count them.
         width: of its hidden states.
+        rows: of its head, padding included.
         shape: None if the plan of memory does not know its family.
     """
 
     forward_flops: float
     width: int
+    rows: int
     shape: ModelShape | None
 
 
@@ -49,9 +57,35 @@ def given_model(name: str, context: int) -> GivenModel | None:
         model = hub.outline(path, settings)
     except UserError:
         return None
-    width = int(model.get_output_embeddings().weight.shape[1])
+    rows, width = model.get_output_embeddings().weight.shape
     shape = shape_of(read_shape(settings, name), model)
-    return GivenModel(model_forward_flops(model, context), width, shape)
+    return GivenModel(model_forward_flops(model, context), width, rows, shape)
+
+
+def check_given_models(configs: Iterable[RunConfig]) -> list[str]:
+    """Check that given teachers read the tokens of the runs that they are to teach.
+
+    Each run checks its own; this is for all of them, before the first is trained.
+
+    Returns:
+        What the user should know of them.
+
+    Raises:
+        UserError: one has another tokenizer, or none.
+    """
+    notes: dict[tuple[str, Path], tuple[str, ...]] = {}
+    for config in configs:
+        for teacher in single_teachers(config.teacher):
+            key = teacher_id(teacher), config.data.store
+            if not isinstance(teacher, ModelTeacher) or key in notes:
+                continue
+            what, store = f"teacher {teacher.path}", open_store(config.data.store)
+            found = check_model_tokenizer(what, teacher.path, store, revision=teacher.revision, setting=None)
+            model = given_model(teacher.path, config.data.sequence_length)
+            if model is not None:
+                found.check_rows(what, model.rows, store)
+            notes[key] = found.notes
+    return [note for found in notes.values() for note in found]
 
 
 def teacher_forward_flops(spec: TeacherSpec, vocab_size: int, context: int) -> float:

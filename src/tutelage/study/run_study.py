@@ -12,6 +12,7 @@ from tutelage.data.store import open_store
 from tutelage.errors import UserError
 from tutelage.files import lock_when_free, make_directory
 from tutelage.processes import place
+from tutelage.study.given_models import check_given_models
 from tutelage.study.leases import Failures, Leases
 from tutelage.study.nodes import begun_anew, bind, check_cells
 from tutelage.study.plan import Plan, plan_of, save_plan
@@ -80,7 +81,8 @@ def run_study(
             asker.check()
             stores = build_stores(expanded, directory / "data", engine, leases, progress)
             nodes = bind(expanded, stores, directory / "runs", open_store(stores.corpus).vocab_size)
-            for line in (*check_texts(nodes), *begun_anew(nodes)):
+            given = check_given_models(node.config for node in nodes if not node.directory.is_done())
+            for line in (*given, *check_texts(nodes), *begun_anew(nodes)):
                 progress.note(line)
             _publish(directory, plan_of(expanded, nodes), leases)
             failures = _failures(directory, options.retries, leases, progress)

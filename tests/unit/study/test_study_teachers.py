@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_study import run_tiny, tiny_study
 from whole_caches import verify_cache
 
@@ -13,9 +15,12 @@ from tutelage.cli.study_commands import run_and_report
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
+from tutelage.models.hub import build
+from tutelage.models.shapes import find_shape
 from tutelage.run_directory import RunDirectory
 from tutelage.study.engines.local import LocalEngine
 from tutelage.study.expand import expand
+from tutelage.study.given_models import check_given_models
 from tutelage.study.nodes import Stores, begun_anew, bind
 from tutelage.study.plan import draft_of, load_plan, save_plan
 from tutelage.study.results import load_results
@@ -53,6 +58,65 @@ def test_a_cell_that_its_teachers_cache_cannot_serve_is_named(store, other_store
     stores = Stores(store, {"scripture": other_store}, {}, {})
     with pytest.raises(UserError, match=r"student-nano-50k.*temperature = 2: teacher\.cache holds"):
         bind(expand(study), stores, tmp_path, 300)
+
+
+def swapped(tokenizer):
+    vocab = tokenizer["model"]["vocab"]
+    first, second = (word for word, index in vocab.items() if index in {260, 261})
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def remerged(tokenizer):
+    tokenizer["model"]["merges"][:2] = reversed(tokenizer["model"]["merges"][:2])
+
+
+def given(place, store, rows=300, edit=None, tokenizer=True):
+    """A model without weights, which nobody reads before its first student is trained, and its tokenizer."""
+    model = build(find_shape("nano-20k"), rows, 64, seed=1, device="meta")
+    model.config.save_pretrained(place)
+    save_file({f"{i}": torch.zeros(1) for i in range(8)}, place / "model.safetensors")
+    settings = json.loads((store / "tokenizer.json").read_text())
+    if edit is not None:
+        edit(settings)
+    if tokenizer:
+        (place / "tokenizer.json").write_text(json.dumps(settings))
+    return {"model": str(place)}
+
+
+WRONG = {
+    "id 260 is": {"edit": swapped},
+    r"has no tokenizer, .* put its tokenizer\.json beside it$": {"tokenizer": False},
+    "its tokenizer has 300 ids, the model knows 280": {"rows": 280},
+}
+
+
+@pytest.mark.parametrize(("message", "how"), WRONG.items())
+@pytest.mark.parametrize("of", [{}, {"both": {"mean": ["given", "unigram"]}}], ids=["alone", "mean"])
+def test_a_given_teacher_that_reads_other_tokens_is_refused(of, message, how, store, other_store, tmp_path):
+    teachers = {"given": given(tmp_path / "given", store, **how), "unigram": {"control": "unigram"}} | of
+    group = GROUP | {"grid": {"product": {"teacher": [*(of or ["given"])], "alpha": [0.4]}}}
+    one = expand(tiny_study(teachers=teachers, students={"main": group}))
+    nodes = bind(one, Stores(store, {"scripture": other_store}, {}, {}), tmp_path, 300)
+    with pytest.raises(UserError, match=message):
+        check_given_models(node.config for node in nodes)
+
+
+def test_given_teachers_are_looked_at_before_anything_is_trained(store, other_store, tmp_path):
+    """One that reads other tokens was met when all runs before its own were done, and notes were lost."""
+    teachers = {
+        "other-merges": given(tmp_path / "merges", store, edit=remerged),
+        "same": given(tmp_path / "same", store),
+    }
+    group = GROUP | {"grid": {"product": {"teacher": list(teachers), "alpha": [0.4, 0.6]}}}
+    study = tiny_study(teachers=teachers, students={"main": group})
+    nodes = bind(expand(study), Stores(store, {"scripture": other_store}, {}, {}), tmp_path, 300)
+    (note,) = check_given_models(node.config for node in nodes)
+    assert "merges: its tokenizer has the ids of" in note
+    assert given(tmp_path / "same", store, edit=swapped) == teachers["same"]
+    corpus = study.corpus.model_dump(mode="json") | {"tokenizer": {"path": str(store)}}
+    with pytest.raises(UserError, match="id 260 is"):
+        run_tiny(tiny_study(corpus=corpus, teachers=teachers, students={"main": group}), tmp_path / "a")
+    assert not (tmp_path / "a" / "runs").exists()
 
 
 GRID = {"product": {"shape": ["nano-20k", "nano-50k"], "tokens": ["6K", "2K", "4K"]}}
