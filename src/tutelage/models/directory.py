@@ -105,11 +105,10 @@ def _hub_config_file(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415 - as above
 
     with reading_hub(f"model {name}"):
-        path = Path(hf_hub_download(name, "config.json", revision=revision))
         with contextlib.suppress(EntryNotFoundError):  # as it should be; or there is no Hub to ask
             hf_hub_download(name, _ADAPTER, revision=revision)
             raise _adapted(name)
-    return path
+        return Path(hf_hub_download(name, "config.json", revision=revision))
 
 
 def _adapted(name: str) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutelage.config.teacher_config import ModelTeacher, single_teachers, teacher_id
 from tutelage.data.store import open_store
@@ -19,6 +19,8 @@ from tutelage.names import local_model
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from transformers import PreTrainedModel
+
     from tutelage.config.run_config import RunConfig
     from tutelage.config.study_config import TeacherSpec
     from tutelage.models.shapes import ModelShape
@@ -31,13 +33,11 @@ class GivenModel:
     Attributes:
         forward_flops: of its forward pass per token, as the runs that it teaches count them.
         width: of its hidden states.
-        rows: of its head, padding included.
         shape: None if the plan of memory does not know its family.
     """
 
     forward_flops: float
     width: int
-    rows: int
     shape: ModelShape | None
 
 
@@ -49,21 +49,25 @@ def given_model(name: str, context: int) -> GivenModel | None:
         name: as in a study.
         context: tokens per sequence.
     """
-    from tutelage.models import hub  # noqa: PLC0415 - loads torch, which other studies do not need
-
     try:
-        path = local_model(name, "model")
-        settings = read_config(Path(path)) if is_local(path) else hub_config(path)
-        model = hub.outline(path, settings)
+        settings, model = _outline(local_model(name, "model"))
     except UserError:
         return None
-    rows, width = model.get_output_embeddings().weight.shape
     shape = shape_of(read_shape(settings, name), model)
-    return GivenModel(model_forward_flops(model, context), width, rows, shape)
+    width = int(model.get_output_embeddings().weight.shape[1])
+    return GivenModel(model_forward_flops(model, context), width, shape)
+
+
+def _outline(path: str, revision: str | None = None) -> tuple[dict[str, Any], PreTrainedModel]:
+    """The config.json of a model, and the model that it describes, without weights."""
+    from tutelage.models import hub  # noqa: PLC0415 - loads torch, which other studies do not need
+
+    settings = read_config(Path(path)) if is_local(path) else hub_config(path, revision)
+    return settings, hub.outline(path, settings)
 
 
 def check_given_models(configs: Iterable[RunConfig]) -> list[str]:
-    """Check that given teachers read the tokens of the runs that they are to teach.
+    """Check that given teachers are models that read the tokens of the runs that they are to teach.
 
     Each run checks its own; this is for all of them, before the first is trained.
 
@@ -71,7 +75,7 @@ def check_given_models(configs: Iterable[RunConfig]) -> list[str]:
         What the user should know of them.
 
     Raises:
-        UserError: one has another tokenizer, or none.
+        UserError: one has another tokenizer, or none, or its config.json describes no model that can teach.
     """
     notes: dict[tuple[str, Path], tuple[str, ...]] = {}
     for config in configs:
@@ -81,9 +85,8 @@ def check_given_models(configs: Iterable[RunConfig]) -> list[str]:
                 continue
             what, store = f"teacher {teacher.path}", open_store(config.data.store)
             found = check_model_tokenizer(what, teacher.path, store, revision=teacher.revision, setting=None)
-            model = given_model(teacher.path, config.data.sequence_length)
-            if model is not None:
-                found.check_rows(what, model.rows, store)
+            _, model = _outline(teacher.path, teacher.revision)
+            found.check_rows(what, model.get_output_embeddings().weight.shape[0], store)
             notes[key] = found.notes
     return [note for found in notes.values() for note in found]
 

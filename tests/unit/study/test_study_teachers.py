@@ -15,7 +15,6 @@ from tutelage.cli.study_commands import run_and_report
 from tutelage.config.load import load
 from tutelage.config.run_config import RunConfig
 from tutelage.errors import UserError
-from tutelage.models.hub import build
 from tutelage.models.shapes import find_shape
 from tutelage.run_directory import RunDirectory
 from tutelage.study.engines.local import LocalEngine
@@ -70,10 +69,11 @@ def remerged(tokenizer):
     tokenizer["model"]["merges"][:2] = reversed(tokenizer["model"]["merges"][:2])
 
 
-def given(place, store, rows=300, edit=None, tokenizer=True):
+def given(place, store, rows=300, family="llama", edit=None, tokenizer=True):
     """A model without weights, which nobody reads before its first student is trained, and its tokenizer."""
-    model = build(find_shape("nano-20k"), rows, 64, seed=1, device="meta")
-    model.config.save_pretrained(place)
+    config = find_shape("nano-20k").config(rows, 64).to_dict() | {"model_type": family}
+    place.mkdir(exist_ok=True)
+    (place / "config.json").write_text(json.dumps(config))
     save_file({f"{i}": torch.zeros(1) for i in range(8)}, place / "model.safetensors")
     settings = json.loads((store / "tokenizer.json").read_text())
     if edit is not None:
@@ -87,12 +87,13 @@ WRONG = {
     "id 260 is": {"edit": swapped},
     r"has no tokenizer, .* put its tokenizer\.json beside it$": {"tokenizer": False},
     "its tokenizer has 300 ids, the model knows 280": {"rows": 280},
+    "transformers knows its model_type, but not as a model of text": {"family": "vit"},
 }
 
 
 @pytest.mark.parametrize(("message", "how"), WRONG.items())
 @pytest.mark.parametrize("of", [{}, {"both": {"mean": ["given", "unigram"]}}], ids=["alone", "mean"])
-def test_a_given_teacher_that_reads_other_tokens_is_refused(of, message, how, store, other_store, tmp_path):
+def test_a_given_teacher_that_cannot_teach_is_refused(of, message, how, store, other_store, tmp_path):
     teachers = {"given": given(tmp_path / "given", store, **how), "unigram": {"control": "unigram"}} | of
     group = GROUP | {"grid": {"product": {"teacher": [*(of or ["given"])], "alpha": [0.4]}}}
     one = expand(tiny_study(teachers=teachers, students={"main": group}))
