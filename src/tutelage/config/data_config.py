@@ -146,11 +146,17 @@ class _PairFields(_Pairs):
         default=None,
         description="instead of the two: field with a list of {role, content}; assistant turns are learned",
     )
+    tools: str | None = Field(
+        default=None,
+        description="chat only: field with the list of tools that the template is to write, as it is or as "
+        "JSON; default: the template is told of none",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> _PairFields:
-        if self.messages is not None and self.template != "chat":
-            raise ValueError("messages need a chat template to become text; set template: chat")
+        for name, field in (("messages", self.messages), ("tools", self.tools)):
+            if field is not None and self.template != "chat":
+                raise ValueError(f"{name} need a chat template to become text; set template: chat")
         if self.messages is None and self.prompt == self.completion:
             raise ValueError(f"prompt and completion are the same field, '{self.prompt}'")
         return self

@@ -131,6 +131,8 @@ def _hashed(config: StoreConfig, ready: TextTokenizer | None) -> dict[str, Any]:
     fields = config.model_dump(mode="json", exclude={"name"})
     for source in fields["sources"]:
         source.pop("paths", None)
+        if source.get("tools") is None:  # which stores of old could not have
+            source.pop("tools", None)
     if config.tokenizer.path is not None:  # then nothing else in its section is used
         fields.pop("tokenizer")
     if config.uses_chat:

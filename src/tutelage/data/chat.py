@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from tokenizers import Tokenizer
 
@@ -15,6 +16,7 @@ from tutelage.data.text_files import not_decoded
 from tutelage.data.tokenizer import named_tokens, read_settings
 from tutelage.errors import UserError, one_line
 from tutelage.files import read_bytes
+from tutelage.records import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,7 +48,7 @@ class Chat:
         )
         self._changed = _found_in_changed_text(tokenizer)
 
-    def pieces(self, messages: Sequence[Message], where: str) -> tuple[Piece, ...]:
+    def pieces(self, messages: Sequence[Message], where: str, tools: Tools = None) -> tuple[Piece, ...]:
         """Return a prompt and a completion for every turn of the assistant that is learned.
 
         Those of weight 0 are not, as in OpenAI's format: they belong to the next prompt. A prompt is all that
@@ -58,23 +60,25 @@ class Chat:
         Args:
             messages: turns with the roles that the template knows.
             where: the place of the conversation, for messages.
+            tools: those that the assistant can call.
 
         Raises:
             BadRowError: no turn is learned, or the first one is; a text spells a special token; or the
                 template refuses the conversation or renders its beginning otherwise when more follows.
         """
-        self._check(messages, where)
+        self._check(messages, where, tools)
         found: list[Piece] = []
         done = ""
         for turn, message in enumerate(messages):
             if not _is_learned(message):
                 continue
-            asked = self._rendered(messages[:turn], where, prompting=True)
-            answered = self._rendered(messages[: turn + 1], where, prompting=False)
+            asked = self._rendered(messages[:turn], where, tools, prompting=True)
+            answered = self._rendered(messages[: turn + 1], where, tools, prompting=False)
             if not asked.startswith(done):  # some templates put an end-of-text token at the very end alone
                 done, found[-1] = done.removesuffix(self._end), self._unclosed(found[-1])
             if not (asked.startswith(done) and answered.startswith(asked)):
-                raise BadRowError(f"{where}: {self._why_no_border(messages[:turn], asked, answered, where)}")
+                unprompted = self._rendered(messages[:turn], where, tools, prompting=False)
+                raise BadRowError(f"{where}: {_why_no_border(turn, unprompted, asked, answered)}")
             answer = answered[len(asked) :]
             if answer.rstrip().endswith(self._end):
                 answer = answer.rstrip()
@@ -88,24 +92,7 @@ class Chat:
     def _unclosed(self, piece: Piece) -> Piece:
         return piece._replace(text=piece.text.removesuffix(self._end))
 
-    def _why_no_border(self, before: Sequence[Message], asked: str, answered: str, where: str) -> str:
-        """Say why a turn is not what follows the prompt for it: how it begins, or what was said before."""
-        unprompted, turn = self._rendered(before, where, prompting=False), f"message {len(before) + 1}"
-        if (
-            asked.startswith(unprompted)
-            and answered.startswith(unprompted)
-            and not answered.startswith(asked)
-        ):
-            return (
-                f"the chat template ends a prompt with {asked[len(unprompted) :]!r}, with which {turn} does "
-                "not begin, so that no border can be drawn; mend the template"
-            )
-        return (
-            f"the chat template renders {turn} or one before it otherwise when more follows, so that no "
-            "border can be drawn; split the conversation into single turns"
-        )
-
-    def _check(self, messages: Sequence[Message], where: str) -> None:
+    def _check(self, messages: Sequence[Message], where: str, tools: Tools) -> None:
         roles = [message["role"] for message in messages]
         if "assistant" not in roles:
             raise BadRowError(
@@ -119,10 +106,11 @@ class Chat:
             )
         if learned[0]:
             raise BadRowError(f"{where}: the first message is the assistant's, so there is no prompt")
-        for text in _strings(messages):
+        given = {"a message": messages, "a tool": tools}
+        for what, text in ((what, text) for what, value in given.items() for text in _strings(value)):
             if (token := self._spelled(text)) is not None:
                 raise BadRowError(
-                    f"{where}: a message spells the special token '{token}', with which text could fake "
+                    f"{where}: {what} spells the special token '{token}', with which text could fake "
                     "a turn; take it out"
                 )
 
@@ -134,15 +122,36 @@ class Chat:
             found = next((token for form, token in self._changed.items() if form in changed), None)
         return found
 
-    def _rendered(self, messages: Sequence[Message], where: str, *, prompting: bool) -> str:
+    def _rendered(self, messages: Sequence[Message], where: str, tools: Tools, *, prompting: bool) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompting
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompting
             )
             text.encode()
         except Exception as error:  # noqa: BLE001 - a template is a program, which can fail in any way
             raise BadRowError(f"{where}: the chat template refuses it ({one_line(error)})") from None
         return text
+
+
+def _why_no_border(place: int, unprompted: str, asked: str, answered: str) -> str:
+    """Say why a turn is not what follows the prompt for it: how it begins, or what was said before.
+
+    Args:
+        place: how many messages come before the turn.
+        unprompted: these, without a generation prompt.
+        asked: the prompt.
+        answered: these and the turn.
+    """
+    turn = f"message {place + 1}"
+    if asked.startswith(unprompted) and answered.startswith(unprompted) and not answered.startswith(asked):
+        return (
+            f"the chat template ends a prompt with {asked[len(unprompted) :]!r}, with which {turn} does "
+            "not begin, so that no border can be drawn; mend the template"
+        )
+    return (
+        f"the chat template renders {turn} or one before it otherwise when more follows, so that no "
+        "border can be drawn; split the conversation into single turns"
+    )
 
 
 def _is_learned(message: Message) -> bool:
@@ -204,6 +213,10 @@ def _template(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+Tools = list[Any] | None
+"""Descriptions of functions, as JSON; None where the template is told of none."""
+
+
 class Message(TypedDict):
     """One turn of a conversation; a turn of the assistant with weight 0 is not learned."""
 
@@ -223,21 +236,26 @@ def read_pairs(source: PairSource, chat: Chat | None) -> Iterator[tuple[Piece, .
         chat: renders conversations; needed by `template: chat` only.
 
     Raises:
-        UserError: a file or data set cannot be read.
+        UserError: a file or data set cannot be read, or the template writes no tools and is to.
     """
+    unheard = chat is not None and "tools" not in chat.settings["chat_template"]
+    if unheard and not isinstance(source, CorpusPairs) and source.tools is not None:
+        raise UserError(
+            f"source tools = {source.tools!r}: the chat template writes no tools; leave it out, or give "
+            "tokenizer.path a template that does"
+        )
     for where, row in _rows(source):
         try:
-            yield _pieces(_conversation(row, source, where), source, chat, where)
+            yield _pieces(row, source, chat, where)
         except BadRowError as error:
             yield error
 
 
-def _pieces(
-    messages: Sequence[Message], source: PairSource, chat: Chat | None, where: str
-) -> tuple[Piece, ...]:
+def _pieces(row: object, source: PairSource, chat: Chat | None, where: str) -> tuple[Piece, ...]:
+    messages, tools = _conversation(row, source, where), _tools(row, source, where)
     if source.template == "chat":
         assert chat is not None  # noqa: S101 - a store that uses chat has a tokenizer with a template
-        return chat.pieces(messages, where)
+        return chat.pieces(messages, where, tools)
     prompt, completion = (message["content"] for message in messages)
     return in_order([Piece(prompt + source.separator, is_prompt=True), Piece(completion)])
 
@@ -254,7 +272,8 @@ def _rows(source: PairSource) -> Iterator[Row]:
 
 
 def _fields(source: FilePairs | HubPairs) -> tuple[str, ...]:
-    return (source.prompt, source.completion) if source.messages is None else (source.messages,)
+    spoken = (source.prompt, source.completion) if source.messages is None else (source.messages,)
+    return spoken if source.tools is None else (*spoken, source.tools)
 
 
 def _question(prompt: str, completion: str) -> list[Message]:
@@ -262,17 +281,48 @@ def _question(prompt: str, completion: str) -> list[Message]:
 
 
 def _conversation(row: object, source: PairSource, where: str) -> Sequence[Message]:
+    """Return the turns of a row; of prompts that are turns themselves, those of the assistant are given."""
     if isinstance(source, CorpusPairs):
         return _question(*cast("tuple[str, str]", row))
-    if source.messages is None:
-        return _question(*(_text(row, field, where) for field in _fields(source)))
-    messages = value_of(row, source.messages, where)
+    if source.messages is not None:
+        return _messages(row, source.messages, where)
+    if not isinstance(value_of(row, source.prompt, where), list):
+        return _question(_text(row, source.prompt, where), _text(row, source.completion, where))
+    if source.template != "chat":
+        raise BadRowError(
+            f"{where}: field '{source.prompt}' holds a list; messages need a chat template to become text "
+            "(template: chat)"
+        )
+    given = _messages(row, source.prompt, f"{where}, field '{source.prompt}'")
+    for message in given:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    return [*given, *_messages(row, source.completion, f"{where}, field '{source.completion}'")]
+
+
+def _messages(row: object, field: str, where: str) -> list[Message]:
+    messages = value_of(row, field, where)
     if not isinstance(messages, list):
         raise BadRowError(
-            f"{where}: field '{source.messages}' holds {type(messages).__name__}, expected a list of "
-            "{role, content}"
+            f"{where}: field '{field}' holds {type(messages).__name__}, expected a list of {{role, content}}"
         )
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
+
+
+def _tools(row: object, source: PairSource, where: str) -> Tools:
+    """Return the tools that a row names; many data sets have them as JSON, since no two are alike."""
+    if isinstance(source, CorpusPairs) or source.tools is None:
+        return None
+    tools = value_of(row, source.tools, where)
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = parse_json(tools)
+    if not (tools is None or isinstance(tools, list)):
+        raise BadRowError(
+            f"{where}: field '{source.tools}' holds {type(tools).__name__}, expected a list of tools, or one "
+            "as JSON"
+        )
+    return tools or None
 
 
 def _message(message: object, where: str) -> Message:

@@ -348,6 +348,70 @@ def test_a_turn_that_calls_tools_may_say_nothing(tmp_path, silent):
     assert [text for text, mark in marked(store) if mark] == ["the<|im_end|>", "two<|im_end|>"]
 
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "find", "parameters": {"to": {"type": "text"}}},
+}
+LISTED = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}" + MARKED
+
+
+@pytest.mark.parametrize("kind", ["list", "json", "parquet"])
+def test_the_template_writes_the_tools_of_a_row(tmp_path, kind):
+    path = write_tokenizer(tmp_path / "marked", {"eos_token": END, "chat_template": LISTED})
+    rows = [{"messages": QUESTION, "tools": [TOOL], "note": 1}, {"messages": QUESTION, "tools": None}]
+    if kind == "json":
+        rows = [row | {"tools": json.dumps(row["tools"])} for row in rows]
+    file = tmp_path / f"a.{'parquet' if kind == 'parquet' else 'jsonl'}"
+    if kind == "parquet":
+        parquet.write_table(Table.from_pylist(rows), file)
+    else:
+        write_rows(file, *rows)
+    source = chat(file) | {"tools": "tools"}
+    view = open_store(build_store(config(path, source), tmp_path / "stores")).split("train")
+    tokenizer, ids, masks = AutoTokenizer.from_pretrained(path), [], []
+    for tools in ([TOOL], None):
+        theirs = tokenizer.apply_chat_template(
+            QUESTION, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids += theirs["input_ids"][:-1]  # but for the line feed at the end
+        masks += theirs["assistant_masks"][:-1]
+    assert view.tokens[:].tolist() == ids
+    assert view.mask[:].tolist() == masks
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ({"a": 1}, "line 1: field 'tools' holds dict, expected a list of tools, or one as JSON"),
+        ("find", "line 1: field 'tools' holds str, expected a list of tools"),
+        (["find"], r"line 1: the chat template refuses it \(Tools should either be"),
+        ([TOOL | {"a": END}], "line 1: a tool spells the special token"),
+    ],
+)
+def test_tools_that_are_none_are_refused(tmp_path, tools, message):
+    path = write_tokenizer(tmp_path / "marked", {"eos_token": END, "chat_template": LISTED})
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION, "tools": tools})
+    with pytest.raises(UserError, match=message):
+        build_store(config(path, chat(rows) | {"tools": "tools"}), tmp_path / "stores")
+
+
+def test_prompts_and_completions_may_be_turns(chatty, tmp_path):
+    """As in data sets for TRL: what the assistant says in a prompt is given, and learned after it."""
+    given = [*QUESTION, {"role": "user", "content": "three"}]
+    row = {"prompt": given, "completion": [{"role": "assistant", "content": "four"}]}
+    rows = write_rows(tmp_path / "a.jsonl", row)
+    store = build_store(config(chatty, pairs(rows, template="chat")), tmp_path / "stores")
+    asked = AutoTokenizer.from_pretrained(chatty).apply_chat_template(
+        given, tokenize=False, add_generation_prompt=True
+    )
+    assert marked(store) == [(asked, 0), ("four<|im_end|>", 1)]
+    with pytest.raises(UserError, match=r"line 1: field 'prompt' holds a list; .* \(template: chat\)"):
+        build_store(config(chatty, pairs(rows)), tmp_path / "stores")
+    rows = write_rows(tmp_path / "a.jsonl", row | {"completion": [{"from": "gpt"}]})
+    with pytest.raises(UserError, match="line 1, field 'completion', message 1: no field 'role'"):
+        build_store(config(chatty, pairs(rows, template="chat")), tmp_path / "stores")
+
+
 def test_a_field_without_a_value_is_as_if_it_were_not_there(chatty, tmp_path, monkeypatch):
     """Parquet has it in every message; of transformers only newer versions leave it out."""
     seen, render = [], PreTrainedTokenizerFast.apply_chat_template
@@ -560,10 +624,14 @@ def test_a_template_that_forgets_thoughts_takes_single_turns(tmp_path):
         build_store(config(path, chat(write_rows(tmp_path / "a.jsonl", two))), tmp_path / "stores")
 
 
-def test_bad_settings_are_refused(plain, tmp_path):
+def test_bad_settings_are_refused(plain, chatty, tmp_path):
     rows = write_rows(tmp_path / "a.jsonl", {"prompt": "one", "completion": "two"})
+    with pytest.raises(UserError, match="source tools = 'x': the chat template writes no tools"):
+        build_store(config(chatty, pairs(rows, template="chat", tools="x")), tmp_path / "stores")
     with pytest.raises(UserError, match="messages need a chat template to become text; set template: chat"):
         config(plain, pairs(rows, messages="messages"))
+    with pytest.raises(UserError, match="tools need a chat template to become text; set template: chat"):
+        config(plain, pairs(rows, tools="tools"))
     with pytest.raises(UserError, match=r"template: chat needs tokenizer\.path"):
         config(None, pairs(rows, template="chat"))
     with pytest.raises(UserError, match="unknown setting; did you mean 'completion'"):
