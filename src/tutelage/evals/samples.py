@@ -90,7 +90,7 @@ def sample(
 
     Args:
         models: in turn; one is in memory at a time.
-        prompts: texts. Special tokens that they spell are encoded as letters.
+        prompts: texts. Special tokens that they spell are letters; in a chat template they are meant.
         sampling: how.
         device: auto, cpu, cuda or mps.
         progress: told of every continuation; None shows nothing.
