@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from tokenizers import Tokenizer
@@ -47,6 +49,7 @@ class Chat:
             tokenizer_object=Tokenizer.from_str(tokenizer.json), eos_token=self._end, **settings
         )
         self._changed = _found_in_changed_text(tokenizer)
+        self._marks = re.compile("|".join(map(re.escape, self._special)))
 
     def pieces(self, messages: Sequence[Message], where: str, tools: Tools = None) -> tuple[Piece, ...]:
         """Return a prompt and a completion for every turn of the assistant that is learned.
@@ -64,7 +67,8 @@ class Chat:
 
         Raises:
             BadRowError: no turn is learned, or the first one is; a text spells a special token; or the
-                template refuses the conversation or renders its beginning otherwise when more follows.
+                template refuses the conversation, renders its beginning otherwise when more follows, or
+                leaves out a turn.
         """
         self._check(messages, where, tools)
         found: list[Piece] = []
@@ -80,6 +84,11 @@ class Chat:
                 unprompted = self._rendered(messages[:turn], where, tools, prompting=False)
                 raise BadRowError(f"{where}: {_why_no_border(turn, unprompted, asked, answered)}")
             answer = answered[len(asked) :]
+            if not self._marks.sub("", answer).strip():
+                raise BadRowError(
+                    f"{where}: the chat template writes nothing that message {turn + 1} says, so there is "
+                    "nothing to learn (older ones know no tool_calls)"
+                )
             if answer.rstrip().endswith(self._end):
                 answer = answer.rstrip()
             found += [
@@ -88,6 +97,19 @@ class Chat:
             ]
             done = asked + answer
         return in_order([*found[:-1], self._unclosed(found[-1])], self._special)
+
+    def unasked_prompt(self) -> str:
+        """Return the generation prompt that ends every conversation, asked for or not; "" if none does."""
+        ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        talk = cast("list[Message]", [ask, answer, ask])
+        try:
+            unasked, asked = (self._rendered(talk[:1], "", None, prompting=flag) for flag in (False, True))
+            answered, more = (self._rendered(talk[:end], "", None, prompting=False) for end in (2, 3))
+        except BadRowError:  # it wants other conversations than these; theirs say what it refuses
+            return ""
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(answered, more, strict=False))
+        end = answered[sum(1 for _ in shared) :]
+        return end if unasked == asked and answered.startswith(asked) and asked.endswith(end) else ""
 
     def _unclosed(self, piece: Piece) -> Piece:
         return piece._replace(text=piece.text.removesuffix(self._end))
@@ -184,7 +206,7 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
     """Load the chat template beside the tokenizer in `path`, of chat_template.jinja or tokenizer_config.json.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it asks for an answer whatever it is told.
     """
     template = _template(path)
     if template is None:
@@ -194,7 +216,14 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
         )
     found = named_tokens(path).items()
     named = {name: token for name, token in found if name in template and name != "eos_token"}
-    return Chat(tokenizer, {"chat_template": template, **named})
+    chat = Chat(tokenizer, {"chat_template": template, **named})
+    if end := chat.unasked_prompt():
+        raise UserError(
+            f"tokenizer.path {path}: the chat template ends conversations with {end!r} where no answer is "
+            "asked for too, so that answers would end with it; put it between "
+            "{% if add_generation_prompt %} and {% endif %}"
+        )
+    return chat
 
 
 def _template(path: Path) -> str | None:

@@ -615,6 +615,46 @@ def test_templates_without_a_default_are_none(tmp_path, several):
         build_store(config(path, chat(rows)), tmp_path / "stores")
 
 
+def test_a_template_that_asks_for_an_answer_whatever_it_is_told_is_refused(tmp_path):
+    """As that of the first Llama 3: each answer ended with what begins the next one."""
+    always = CHATML.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+    path = write_tokenizer(tmp_path / "always", {"eos_token": END, "chat_template": always})
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    message = r"always: the chat template ends conversations with 'assistant\\n' where no answer is asked for"
+    with pytest.raises(UserError, match=message):
+        build_store(config(path, chat(rows)), tmp_path / "stores")
+
+
+NEVER_ASKS = CHATML.partition("{% if")[0]
+WITHOUT_HEADERS = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [(NEVER_ASKS, f"{START}assistant\ntwo{END}"), (WITHOUT_HEADERS, f"two\n{END}")],
+    ids=["never asks", "without headers"],
+)
+def test_a_template_that_never_asks_for_an_answer_is_none_that_always_does(tmp_path, template, learned):
+    path = write_tokenizer(tmp_path / "never", {"eos_token": END, "chat_template": template})
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": QUESTION})
+    store = build_store(config(path, chat(rows)), tmp_path / "stores")
+    assert [text for text, mark in marked(store) if mark] == [learned]
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_turn_that_the_template_leaves_out_is_refused(tmp_path, marks):
+    """Its end alone was learned: that nothing is to be said, where a tool is to be called."""
+    template = CHATML.replace("m['content']", "(m.content or '')")
+    if not marks:
+        template = template.replace(START, "").replace(END, "")
+    path = write_tokenizer(tmp_path / "old", {"eos_token": END, "chat_template": template})
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "the", "arguments": "{}"}}]}
+    turns = [QUESTION[0], call, {"role": "tool", "content": "no"}, QUESTION[1]]
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": turns})
+    with pytest.raises(UserError, match="line 1: the chat template writes nothing that message 2 says, so"):
+        build_store(config(path, chat(rows)), tmp_path / "stores")
+
+
 def test_a_template_that_forgets_thoughts_takes_single_turns(tmp_path):
     path = write_tokenizer(tmp_path / "thoughts", {"eos_token": END, "chat_template": FORGETS_THOUGHTS})
     one, two = {"messages": QUESTION}, {"messages": [*QUESTION, *QUESTION]}
