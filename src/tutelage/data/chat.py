@@ -208,7 +208,7 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
     Raises:
         UserError: there is none, it cannot be read, or it asks for an answer whatever it is told.
     """
-    template = _template(path)
+    template = chat_template(path)
     if template is None:
         raise UserError(
             f"tokenizer.path {path}: no chat template (chat_template.jinja, or chat_template in "
@@ -226,7 +226,12 @@ def load_chat(tokenizer: TextTokenizer, path: Path) -> Chat:
     return chat
 
 
-def _template(path: Path) -> str | None:
+def chat_template(path: Path) -> str | None:
+    """Return the chat template in a directory, of several the default one; None if there is none.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
     file = path / "chat_template.jinja"
     if file.is_file():
         try:

@@ -16,11 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from tutelage.data.tokenizer import added_to_texts, download_tokenizer, has_tokenizer, tokenizer_json
+from tutelage.data.chat import chat_template
+from tutelage.data.tokenizer import (
+    added_to_texts,
+    download_tokenizer,
+    has_tokenizer,
+    named_tokens,
+    tokenizer_json,
+)
 from tutelage.errors import UserError, one_line
 from tutelage.hub_access import INSTEAD
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tutelage.data.store import Store
 
 
@@ -141,8 +150,18 @@ def check_model_tokenizer(
         place,
         is_the_stores=different is None,
         ids=max(_strings(what, text)) + 1,
-        notes=() if different is None else (different,),
+        notes=(*([] if different is None else [different]), *_other_habits(what, place, store.path)),
     )
+
+
+def _other_habits(what: str, model: Path, store: Path) -> Iterator[str]:
+    """Say where a model ends texts, or writes conversations, otherwise than a store does."""
+    end, stored = (named_tokens(place).get("eos_token") for place in (model, store))
+    if None not in (end, stored) and end != stored:
+        yield f"{what}: it ends texts with {end!r}, and those of {store} end with {stored!r}"
+    own, written = chat_template(model), chat_template(store)
+    if None not in (own, written) and own != written:
+        yield f"{what}: its chat template is not the one by which {store} was written"
 
 
 def _strings(where: str, tokenizer: str) -> dict[int, str]:

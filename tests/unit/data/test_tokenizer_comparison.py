@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer
@@ -136,6 +137,30 @@ def test_the_assumption_does_not_cover_a_tokenizer_that_differs(own, text, tmp_p
     (tmp_path / "tokenizer.json").write_text(json.dumps(own))
     with pytest.raises(UserError, match="id 261"):
         check_model_tokenizer("teacher t", str(tmp_path), text, assume=True, setting="x")
+
+
+def test_other_ends_and_other_chat_templates_are_noted(text, store, tmp_path):
+    """The ids are the store's and text is cut as there, but the model was not trained on such text."""
+    here, there = tmp_path / "model", tmp_path / "store"
+    for place in (here, there):
+        place.mkdir()
+        shutil.copy(store / "tokenizer.json", place)
+
+    def found(theirs, stored):
+        (here / "tokenizer_config.json").write_text(json.dumps(theirs))
+        (there / "tokenizer_config.json").write_text(json.dumps(stored))
+        told = check_model_tokenizer("model m", str(here), replace(text, path=there), setting="x")
+        assert told.is_the_stores
+        return told.notes
+
+    chat, end = {"chat_template": "{{ 1 }}"}, {"eos_token": "<|endoftext|>"}
+    assert found(end | chat, end | chat) == found(end | chat, end) == found({}, end | chat) == ()
+    assert found(end | {"eos_token": {"content": "!"}}, end | chat) == (
+        f"model m: it ends texts with '!', and those of {there} end with '<|endoftext|>'",
+    )
+    assert found(end | chat, end | {"chat_template": "{{ 2 }}"}) == (
+        f"model m: its chat template is not the one by which {there} was written",
+    )
 
 
 def old_files(own, folder):
