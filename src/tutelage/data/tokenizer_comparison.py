@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tutelage.data.store import Store
+
+_SETTINGS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word")
+"""Fields of a tokenizer.json's model, besides its vocabulary and merges, that decide how it cuts text."""
 
 
 def compare_tokenizers(what: str, tokenizer: str, store: Store, *, same_cuts: bool) -> str | None:
@@ -186,6 +190,8 @@ def _different_cuts(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         "pre-tokenizer": _cutting(own.get("pre_tokenizer")) != _cutting(theirs.get("pre_tokenizer")),
         "kind of model": not same_kind,
         "merges": same_kind and _merges(own_model) != _merges(model),
+        "scores of words": same_kind and _other_scores(own_model, model),
+        "settings of the model": same_kind and _model_settings(own_model) != _model_settings(model),
         "special tokens": any(own_special.get(token, flag) != flag for token, flag in special.items()),
         "added words": any(
             not flag and token not in others
@@ -208,6 +214,25 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the merges in order; a file has them as pairs or as strings with a space between."""
     merges = model.get("merges") or []
     return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+
+
+def _other_scores(own: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether two Unigram models have other words or scores, by which they cut; others have no scores.
+
+    The library changes last digits of scores whenever it reads and writes a file.
+    """
+    if not (isinstance(own["vocab"], list) and isinstance(theirs["vocab"], list)):
+        return False
+    pairs = zip(own["vocab"], theirs["vocab"], strict=False)
+    same = all(word == other and isclose(score, value) for (word, score), (other, value) in pairs)
+    return len(own["vocab"]) != len(theirs["vocab"]) or not same
+
+
+def _model_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """Return what else decides how a model cuts text; older files lack what is off."""
+    spells_bytes = "<0x00>" in dict(model["vocab"])
+    names = (*_SETTINGS, "byte_fallback") if spells_bytes else _SETTINGS
+    return {name: model[name] for name in names if model.get(name)}
 
 
 def _special(tokenizer: dict[str, Any]) -> dict[str, bool]:

@@ -63,6 +63,9 @@ def test_how_a_file_is_written_does_not_count(own, text):
     own["truncation"] = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
     own["model"]["merges"] = [" ".join(pair) for pair in own["model"]["merges"]]
     own["pre_tokenizer"]["trim_offsets"] = not own["pre_tokenizer"]["trim_offsets"]
+    own["model"] |= {"byte_fallback": True, "end_of_word_suffix": ""}  # no word of it spells a byte
+    assert compare(own, text) is None
+    del own["model"]["ignore_merges"]  # as in older files
     assert compare(own, text) is None
 
 
@@ -109,6 +112,7 @@ def test_special_tokens_beyond_the_stores_cut_no_text(own, text):
         (lambda own: own.update(normalizer={"type": "Lowercase"}), "normalizer"),
         (lambda own: own["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer"),
         (lambda own: own["model"].update(merges=own["model"]["merges"][::-1]), "merges"),
+        (lambda own: own["model"].update(ignore_merges=True), "settings of the model"),
         (lambda own: own["added_tokens"][0].update(special=False), "special tokens"),
         (lambda own: own["added_tokens"].append(ADDED), "added words"),
         (lambda own: own.update(post_processor=template(own, behind=False)), "tokens in front of a text"),
@@ -137,6 +141,47 @@ def test_the_assumption_does_not_cover_a_tokenizer_that_differs(own, text, tmp_p
     (tmp_path / "tokenizer.json").write_text(json.dumps(own))
     with pytest.raises(UserError, match="id 261"):
         check_model_tokenizer("teacher t", str(tmp_path), text, assume=True, setting="x")
+
+
+WORDS = ["</s>", "<0x00>", "a", "b", "ab", "##b"]
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [[word, -2.0] for word in WORDS]}
+WORDPIECE = {"type": "WordPiece", "vocab": dict(zip(WORDS, range(9), strict=False)), "unk_token": "a"} | {
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "word"),
+    [
+        (UNIGRAM, {"vocab": [*UNIGRAM["vocab"][:4], ["ab", -9.0], ["##b", -2.0]]}, "scores of words"),
+        (UNIGRAM, {"byte_fallback": True}, "settings of the model"),
+        (WORDPIECE, {"max_input_chars_per_word": 1}, "settings of the model"),
+    ],
+)
+def test_models_of_other_kinds_that_cut_otherwise_are_known(own, text, tmp_path, model, change, word):
+    settings = own | {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings | {"model": model}))
+    stored = replace(text, path=tmp_path)
+    assert compare({"model": model} | settings | {"model": model}, stored) is None  # in another order
+    other = settings | {"model": model | change}
+    ours, theirs = (
+        [encoding.ids for encoding in Tokenizer.from_str(json.dumps(each)).encode_batch(["ab", "\0"])]
+        for each in (settings | {"model": model}, other)
+    )
+    assert ours != theirs
+    assert f"but other {word}, so it learned" in compare(other, stored)
+
+
+def test_last_digits_of_scores_do_not_count(own, text, tmp_path):
+    """The library changes them whenever it reads and writes a file."""
+    settings = own | {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "added_tokens": []}
+    here, there = (
+        settings | {"model": UNIGRAM | {"vocab": [[word, score] for word in WORDS]}}
+        for score in (-6.123456789012345, -6.123456789012346)
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(there))
+    assert compare(here, replace(text, path=tmp_path)) is None
 
 
 def test_other_ends_and_other_chat_templates_are_noted(text, store, tmp_path):
