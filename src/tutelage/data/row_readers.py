@@ -35,7 +35,7 @@ _BATCH_ROWS = 64  # no more, because a value that is stored once can be repeated
 _BATCH_BYTES = 2**22
 
 
-WHICH_FIELD = "field (of pairs prompt, completion, messages) of the source says which is read"
+WHICH_FIELD = "field (of pairs prompt, completion, messages, tools) of the source says which is read"
 
 
 class BadRowError(UserError):
