@@ -203,8 +203,13 @@ def _spline(powered_NK: np.ndarray) -> CubicSpline:
 
 
 def _alone_derivatives(spline: CubicSpline, power: float) -> tuple[np.ndarray, np.ndarray]:
-    """Slope of each token's loss in the logarithm of the power [N, 1], and its mean second derivative."""
+    """Slope of each token's loss in the logarithm of the power [N, 1], and its mean second derivative.
+
+    A power at an end of `POWERS` is held there and not by the text, so it has no noise: [N, 0], [0, 0].
+    """
     at = np.log(power)
+    if _held(power):
+        return np.empty((len(spline(at)), 0)), np.empty((0, 0))
     return -spline(at, 1)[:, None], -spline(at, 2).mean(keepdims=True)[None]
 
 
@@ -213,7 +218,7 @@ def _mixed_derivatives(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_alone_derivatives`, in the logarithm of the power and in the weight: [N, 2] and [2, 2].
 
-    A weight at 0 or 1 is held by its bound and not by the text, so it has no noise: [N, 1], [1, 1].
+    Those of a power at an end, and of a weight at 0 or 1, are left out.
     """
     at = np.log(power)
     p_N, slope_N, bend_N = np.maximum(np.exp(spline(at)), _LEAST), spline(at, 1), spline(at, 2)
@@ -221,11 +226,15 @@ def _mixed_derivatives(
     share_N = (1 - weight) * p_N / mixture_N
     by_weight_N = (p_N - unigram_N) / mixture_N
     twice_N = (share_N * slope_N) ** 2 - share_N * (slope_N**2 + bend_N)
-    if not 0 < weight < 1:
-        return -(share_N * slope_N)[:, None], twice_N.mean(keepdims=True)[None]
     across = float((slope_N * p_N * unigram_N / mixture_N**2).mean())
     curvature = np.array([[twice_N.mean(), across], [across, (by_weight_N**2).mean()]])
-    return np.stack([-share_N * slope_N, by_weight_N], 1), curvature
+    free = np.flatnonzero([not _held(power), 0 < weight < 1])
+    return np.stack([-share_N * slope_N, by_weight_N], 1)[:, free], curvature[np.ix_(free, free)]
+
+
+def _held(power: float) -> bool:
+    """Whether a power is at an end of `POWERS`."""
+    return power in {POWERS[0], POWERS[-1]}
 
 
 def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarray) -> tuple[FitNoise, float]:
@@ -234,15 +243,15 @@ def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarr
     The covariance of the parameters over documents is C = H^-1 S H^-1 (the sandwich estimator), where S is
     the variance of the summed slopes over documents and H the summed curvature. On other documents of the
     same kind, a deviation d changes the mean loss by slope @ d + d @ H @ d / 2; the slope there is
-    independent of d, has mean 0 and, per document, the same variance. Parameters at the end of the grid,
-    where the loss is not convex, count as fixed.
+    independent of d, has mean 0 and, per document, the same variance. Parameters that the text does not
+    determine, where the loss is not convex, count as fixed.
     """
     n = len(slopes_NP)
     _, place_N = np.unique(document_N, return_inverse=True)
     documents = int(place_N.max()) + 1
     if documents == 1:
         return FitNoise(math.nan, math.nan), math.nan
-    if np.linalg.eigvalsh(curvature_PP).min() <= 0:
+    if not curvature_PP.size or np.linalg.eigvalsh(curvature_PP).min() <= 0:
         return FitNoise(0.0, 0.0), 0.0
     sums_DP = np.stack([np.bincount(place_N, weights=slopes_N) for slopes_N in slopes_NP.T], 1)
     centred_DP = sums_DP - sums_DP.mean(0)
@@ -256,11 +265,13 @@ def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarr
 
 
 def _best_power(loss: Callable[[float], float]) -> float:
-    """The power of the least loss: the best of the grid, refined between its neighbours."""
+    """The power of the least loss: the best of the grid, or a better one between its neighbours."""
     grid = np.log(POWERS)
-    best = int(np.argmin([loss(float(log_power)) for log_power in grid]))
+    losses = [loss(float(log_power)) for log_power in grid]
+    best = int(np.argmin(losses))
     bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-5}).x))
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-5})
+    return float(np.exp(found.x)) if found.fun < losses[best] else POWERS[best]
 
 
 def _mixed(logp_N: np.ndarray, unigram_N: np.ndarray) -> tuple[float, float]:

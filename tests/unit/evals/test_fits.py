@@ -111,7 +111,22 @@ def test_weights_at_the_ends():
 def test_temperatures_are_found_from_a_third_to_five(world, temperature, found):
     rng, logits_NV, unigram_V = world
     labels_N = drawn(rng, np.exp(log_softmax(logits_NV / temperature)))
-    assert fit_of(logits_NV, labels_N, unigram_V).temperature == pytest.approx(found, rel=1e-3)
+    at_end = fit_of(logits_NV, labels_N, unigram_V)
+    assert at_end.temperature == pytest.approx(found, rel=1e-12)
+    # On other documents the fit ends there too, so that a score does not move.
+    assert (at_end.alone_noise.nats(9), at_end.variance) == (0.0, 0.0)
+
+
+def test_a_share_of_unigram_has_its_own_noise_beside_a_temperature_at_the_end(world):
+    rng, logits_NV, unigram_V = world
+    labels_N = drawn(rng, 0.6 * np.exp(log_softmax(logits_NV / 9)) + 0.4 * unigram_V)
+    found = fit_of(logits_NV, labels_N, unigram_V)
+    assert (found.mixed_temperature, 0 < found.weight < 1) == (pytest.approx(5.0), True)
+    p_N, u_N = np.exp(at_powers(logits_NV, labels_N, [0.2])[:, 0]), unigram_V[labels_N]
+    slope_N = (p_N - u_N) / ((1 - found.weight) * p_N + found.weight * u_N)
+    sums_D = np.bincount(DOCUMENT_N, slope_N)
+    spread, curvature = len(sums_D) * sums_D.var(ddof=1), (slope_N**2).sum()
+    assert found.mixed_noise.linear == pytest.approx(np.sqrt(len(sums_D)) * spread / curvature / N, rel=1e-3)
 
 
 def test_a_unigram_of_no_use_adds_no_noise(world):
