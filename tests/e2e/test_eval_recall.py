@@ -106,7 +106,7 @@ def test_a_study_shows_recall_beside_the_untaught(tmp_path):
         .select("kind", "metric", "value")
         .iter_rows()
     }
-    alone, change = gains["0"]
+    alone, change = gains["0"].untaught, gains["0"].gain
     assert alone == pytest.approx(100 * accuracy["baseline", "accuracy_0"])
     assert change.mean == pytest.approx(100 * accuracy["student", "accuracy_0"] - alone)
     assert change.n == 1

@@ -129,13 +129,18 @@ def _gains(
         .agg("untaught", gain=pl.col("accuracy") - pl.col("untaught"))
     )
     return {
-        (cell, task): AccuracyGain(float(np.mean(levels)), _estimate(points, steps[task]))
+        (cell, task): AccuracyGain(float(np.mean(levels)), points_gained(points, steps[task]))
         for cell, task, levels, points in rows.iter_rows()
     }
 
 
-def _estimate(points: Sequence[float], step: float) -> Estimate:
-    """Over seeds; one has no interval. What lies between two steps is spread evenly: step / sqrt(12)."""
+def points_gained(points: Sequence[float], step: float) -> Estimate:
+    """The mean over seeds, with its 95% t interval; of one seed without ends.
+
+    Args:
+        points: gain of each seed.
+        step: points of one question. What lies between two steps is spread evenly: step / sqrt(12).
+    """
     mean, n = float(np.mean(points)), len(points)
     if n == 1:
         return Estimate(mean, mean, mean, n)

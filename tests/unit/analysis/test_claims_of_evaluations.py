@@ -1,10 +1,12 @@
 """Claims that need token comparisons, probes, or teachers of a student's own batches."""
 
 import json
+import math
 from dataclasses import asdict
 
 import polars as pl
 import pytest
+from scipy import stats
 from synthetic_study import TEACHERS, TOKENS, write_study
 from token_files import FACTS
 from token_files import write as write_comparison
@@ -122,6 +124,23 @@ def test_recall_is_compared_where_the_same_questions_were_asked(tmp_path):
     assert often.value.mean == pytest.approx(-5.65)
     assert "(n = 3); alone 50.0%" in unread.note
     assert "(n = 2); alone 50.0%" in often.note
+
+
+def test_seeds_that_agree_on_recall_are_as_unsure_as_whole_questions_are(tmp_path):
+    """With two of 40 questions right more in each seed, so far +5.0, from +5.0 to +5.0."""
+    study = write_study(tmp_path / "study")
+    for seed in (43, 44, 45):
+        for run, accuracy in ((f"baseline-{seed}", 0.5), (f"student-weak-0.4-{seed}", 0.55)):
+            score = Score(
+                run=run, step=1953, tokens=TOKENS, domain="recall", role="probe", split="test",
+                metric="accuracy_1", value=accuracy, stderr=0.01, n=40, higher_is_better=True, version="2-1",
+            )  # fmt: skip
+            with (study / "runs" / run / "scores.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(score)) + "\n")
+    ((_, _, once),) = recall_table(judge_study(load_results(study))).rows
+
+    half = stats.t.ppf(0.975, 2) * 2.5 / math.sqrt(12) / math.sqrt(3)
+    assert (once.value.low, once.value.high) == (pytest.approx(5 - half), pytest.approx(5 + half))
 
 
 def test_teachers_of_a_students_own_batches_count_for_that_student_alone(tmp_path):

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tutelage.analysis import words
-from tutelage.analysis.accuracy import MEAN
+from tutelage.analysis.accuracy import MEAN, AccuracyGain, points_gained
 from tutelage.analysis.claims.evidence import named
 from tutelage.analysis.report.report_table import (
     Column,
@@ -16,13 +16,11 @@ from tutelage.analysis.report.report_table import (
     estimate_record,
     gain_cell,
 )
-from tutelage.analysis.stats import Estimate, t_interval
 from tutelage.types import RECALL, RECALL_BINS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tutelage.analysis.accuracy import AccuracyGain
     from tutelage.analysis.claims.judge import JudgedStudy
     from tutelage.analysis.verdicts import Verdict
 
@@ -132,23 +130,22 @@ def accuracy_records(study: JudgedStudy) -> list[dict[str, Any]]:
     ]
 
 
-def recall_gains(study: JudgedStudy) -> dict[int, dict[str, tuple[float, Estimate]]]:
-    """Accuracy of the untaught, and what a cell's is above it, by cell and bin of `RECALL_BINS`.
+def recall_gains(study: JudgedStudy) -> dict[int, dict[str, AccuracyGain]]:
+    """What a cell's accuracy is above that of the untaught, by cell and bin of `RECALL_BINS`.
 
-    In percent and in points, means over the seeds of which both were asked the same questions, with the 95% t
-    interval of the difference.
+    Over the seeds of which both were asked the same questions.
     """
-    found: dict[int, dict[str, tuple[float, Estimate]]] = {}
+    found: dict[int, dict[str, AccuracyGain]] = {}
     for name, _ in RECALL_BINS:
         pairs: dict[int, list[tuple[float, float]]] = {}
-        scores = study.by_fit["raw"].scores(f"accuracy_{name}", RECALL)
+        metric = f"accuracy_{name}"
+        scores = study.by_fit["raw"].scores(metric, RECALL)
         for (cell, _), (accuracy, untaught) in scores.items():
             pairs.setdefault(cell, []).append((100 * fmean(untaught), 100 * accuracy))
+        asked = study.results.scores.filter(metric=metric, domain=RECALL)["n"].to_list()
         for cell, seeds in pairs.items():
-            points = [taught - alone for alone, taught in seeds]
-            several = len(points) > 1
-            change = t_interval(points) if several else Estimate(points[0], points[0], points[0], 1)
-            found.setdefault(cell, {})[name] = fmean(alone for alone, _ in seeds), change
+            points = points_gained([taught - alone for alone, taught in seeds], 100 / min(asked))
+            found.setdefault(cell, {})[name] = AccuracyGain(fmean(alone for alone, _ in seeds), points)
     return found
 
 
@@ -162,16 +159,8 @@ def recall_table(study: JudgedStudy) -> ReportTable:
         Column("alpha"),
         *(Column(heading) for heading in bins.values()),
     )
-    rows: list[list[TableCell | str]] = []
-    for pair, verdict in best:
-        cells = []
-        for name in bins:
-            alone, change = gains[verdict.cell].get(name, (0.0, None))
-            cell = gain_cell(change)
-            if change is not None:
-                seeds = f" (n = {change.n})" if words.is_judged(change) else ""
-                note = f"{cell.note}{seeds}; alone {alone:.1f}%"
-                cell = replace(cell, text=f"{change.mean:+.1f}", note=note)
-            cells.append(cell)
-        rows.append([named(pair), words.arm(verdict), *cells])
+    rows: list[list[TableCell | str]] = [
+        [named(pair), words.arm(verdict), *(_points(gains[verdict.cell].get(name)) for name in bins)]
+        for pair, verdict in best
+    ]
     return ReportTable("Recall of each pair", columns, rows)
