@@ -20,7 +20,7 @@ import polars as pl
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -203,7 +203,7 @@ def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
         Grouping(
             "entropy",
             np.searchsorted(edges[1:-1], entropy, side="right"),
-            tuple(f"{a:.2f} to {b:.2f}" for a, b in pairwise(edges)),
+            tuple(f"{a} to {b}" for a, b in pairwise(_told_apart(edges.tolist()))),
             edges,
             (_ENTROPY_BINS - 1, 0),
         ),
@@ -221,6 +221,16 @@ def groupings(tokens: pl.DataFrame, context: int) -> list[Grouping]:
         ),
         Grouping("closer", np.where(ahead, 0, 1), ("teacher closer", "not closer"), contrast=(0, 1)),
     ]
+
+
+def _told_apart(values: Sequence[float]) -> list[str]:
+    """Numbers with as many digits as tell unequal ones apart: a model may be as sure of nearly all tokens."""
+    texts: list[str] = []
+    for digits in range(2, 16):
+        texts = [f"{value:.{digits}f}" for value in values]
+        if len({*texts}) == len({*values}):
+            break
+    return texts
 
 
 def summarise(tokens: pl.DataFrame, context: int) -> pl.DataFrame:

@@ -267,6 +267,17 @@ def test_an_entropy_on_a_border_is_in_the_upper_cell():
     assert rows.select("low", "high", "n").rows() == [(1.0, 2.0, 200), (2.0, 2.0, 200)]
 
 
+def test_groups_have_names_of_their_own_whatever_the_entropies():
+    """Of a model that hardly knows anything all fifths were called "5.70 to 5.70", and drawn as one."""
+    tokens = synthetic(np.random.default_rng(2), 5)
+    for entropies in (5.7 + 1e-4 * tokens["entropy.baseline"], 1e-9 * tokens["entropy.baseline"]):
+        rows = summarise(tokens.with_columns(entropies.alias("entropy.baseline")), 20)
+        rows = rows.filter(grouping="entropy", quantity="gain", of="student")
+        assert rows["label"].n_unique() == 5
+        for label, low, high in rows.select("label", "low", "high").iter_rows():
+            assert [float(end) for end in label.split(" to ")] == pytest.approx([low, high], rel=0.5)
+
+
 def synthetic(rng, documents):
     """Documents of different lengths whose tokens share a gain of their own."""
     sizes = rng.integers(20, 200, documents)
