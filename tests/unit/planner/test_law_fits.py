@@ -6,10 +6,11 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from tutelage.planner.law_fits import fit_distillation, fit_supervised
 from tutelage.planner.law_spread import LawSpread, slopes
-from tutelage.planner.laws import PUBLISHED, DistillationLaw, SupervisedLaw
+from tutelage.planner.laws import OF_EXPONENTS, PUBLISHED, DistillationLaw, SupervisedLaw
 
 SIZES = np.repeat([20e3, 50e3, 150e3, 400e3], 3)
 BUDGETS = np.tile([250e3, 1.25e6, 3.75e6], 4)
@@ -41,6 +42,26 @@ def test_an_outlier_does_not_move_the_law():
     found = fit_supervised(SIZES, BUDGETS, losses)
     assert np.delete(found.residuals, 4) == pytest.approx(0, abs=4e-3)
     assert found.residuals[4] > 0.04
+
+
+def test_no_other_law_is_nearer_to_points_that_no_law_fits():
+    """Huber's loss by its definition; the search stopped up to 40% above its minimum."""
+    scatter = np.random.default_rng(7).normal(0, 0.02, 12)
+    losses = SupervisedLaw(1.2, 300.0, 0.45, 2000.0, 0.45, 0.6).loss(SIZES, BUDGETS) * np.exp(scatter)
+    found = fit_supervised(SIZES, BUDGETS, losses)
+    assert found.free == 6
+
+    def loss(x):
+        off = np.log(SupervisedLaw(*np.exp(x)).loss(SIZES, BUDGETS) / losses)
+        unusual = (x - np.log(astuple(PUBLISHED)))[[2, 4, 5]] / OF_EXPONENTS
+        size = np.abs([*off, *(0.005 * unusual)])
+        return np.where(size <= 1e-3, size**2 / 2, 1e-3 * (size - 5e-4)).sum()
+
+    ours = np.log(astuple(found.law))
+    least = minimize(
+        loss, ours, method="Nelder-Mead", options={"maxfev": 9000, "xatol": 1e-7, "fatol": 1e-13}
+    )
+    assert loss(ours) == pytest.approx(least.fun, rel=0.01)
 
 
 def test_few_points_fit_three_coefficients_and_fewer_none():
