@@ -248,7 +248,9 @@ def tokens(
     domains, stores = select(domain or [], suite, store or []) if domain or suite or store else ({}, {})
     request = EvalRequest(domains, stores, output, max_documents, max_tokens, device)
     with RichProgress() as progress:
-        directories = compare_on_texts(student, teacher, baseline, sorter, request, progress)
+        directories = compare_on_texts(
+            student, teacher, baseline, sorter, request, output / "stores", progress
+        )
     for directory in directories:
         found = read_token_comparison(directory)
         print_token_comparison(found, out)

