@@ -130,10 +130,11 @@ def test_seeds_that_agree_on_recall_are_as_unsure_as_whole_questions_are(tmp_pat
     """With two of 40 questions right more in each seed, so far +5.0, from +5.0 to +5.0."""
     study = write_study(tmp_path / "study")
     for seed in (43, 44, 45):
-        for run, accuracy in ((f"baseline-{seed}", 0.5), (f"student-weak-0.4-{seed}", 0.55)):
+        rows = [(f"baseline-{seed}", 0.5, 40), (f"student-weak-0.4-{seed}", 0.55, 40)]
+        for run, accuracy, n in [*rows, (f"student-weak-0.2-{seed}", 0.5, 20)]:  # of another cell
             score = Score(
                 run=run, step=1953, tokens=TOKENS, domain="recall", role="probe", split="test",
-                metric="accuracy_1", value=accuracy, stderr=0.01, n=40, higher_is_better=True, version="2-1",
+                metric="accuracy_1", value=accuracy, stderr=0.01, n=n, higher_is_better=True, version="2-1",
             )  # fmt: skip
             with (study / "runs" / run / "scores.jsonl").open("a") as file:
                 file.write(json.dumps(asdict(score)) + "\n")

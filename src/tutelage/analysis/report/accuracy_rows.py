@@ -136,16 +136,20 @@ def recall_gains(study: JudgedStudy) -> dict[int, dict[str, AccuracyGain]]:
     Over the seeds of which both were asked the same questions.
     """
     found: dict[int, dict[str, AccuracyGain]] = {}
+    by_seed = study.by_fit["raw"]
     for name, _ in RECALL_BINS:
-        pairs: dict[int, list[tuple[float, float]]] = {}
         metric = f"accuracy_{name}"
-        scores = study.by_fit["raw"].scores(metric, RECALL)
-        for (cell, _), (accuracy, untaught) in scores.items():
-            pairs.setdefault(cell, []).append((100 * fmean(untaught), 100 * accuracy))
-        asked = study.results.scores.filter(metric=metric, domain=RECALL)["n"].to_list()
-        for cell, seeds in pairs.items():
-            points = points_gained([taught - alone for alone, taught in seeds], 100 / min(asked))
-            found.setdefault(cell, {})[name] = AccuracyGain(fmean(alone for alone, _ in seeds), points)
+        known = study.results.scores.filter(metric=metric, domain=RECALL)
+        asked = dict(known.select("run", "n").iter_rows())
+        questions = {place: asked[run] for (run, _), place in by_seed.runs.items() if run in asked}
+        seeds: dict[int, list[tuple[float, float, int]]] = {}
+        for place, (accuracy, untaught) in by_seed.scores(metric, RECALL).items():
+            one = 100 * fmean(untaught), 100 * accuracy, questions[place]
+            seeds.setdefault(place[0], []).append(one)
+        for cell, some in seeds.items():
+            fewest = min(count for _, _, count in some)
+            points = points_gained([taught - alone for alone, taught, _ in some], 100 / fewest)
+            found.setdefault(cell, {})[name] = AccuracyGain(fmean(alone for alone, _, _ in some), points)
     return found
 
 
