@@ -24,7 +24,7 @@ from tutelage.bootstrap import content_order, resampled_sums
 from tutelage.evals.token_scores import ScoreEstimate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tutelage.evals.token_scores import TokenScores
 
@@ -167,9 +167,12 @@ def fit(powered_NK: np.ndarray, unigram_N: np.ndarray, document_N: np.ndarray) -
     alone = _best_power(lambda log_power: float(-spline(log_power).mean()))
     mixed = _best_power(lambda log_power: _mixed(spline(log_power), unigram_N)[0])
     weight = _mixed(spline(np.log(mixed)), unigram_N)[1]
-    slopes_N1, curvature = _alone_derivatives(spline, alone)
-    alone_noise, variance = _noise(slopes_N1, curvature, document_N)
-    mixed_noise, _ = _noise(*_mixed_derivatives(spline, mixed, weight, unigram_N), document_N)
+    # At an end of its range a parameter is held there and not by the text, so it has no noise.
+    ends = POWERS[0], POWERS[-1]
+    free = [alone not in ends]
+    alone_noise, variance = _noise(*_alone_derivatives(spline, alone), document_N, free)
+    free = [mixed not in ends, 0 < weight < 1]
+    mixed_noise, _ = _noise(*_mixed_derivatives(spline, mixed, weight, unigram_N), document_N, free)
     return CalibrationFit(
         temperature=1 / alone,
         mixed_temperature=1 / mixed,
@@ -203,23 +206,15 @@ def _spline(powered_NK: np.ndarray) -> CubicSpline:
 
 
 def _alone_derivatives(spline: CubicSpline, power: float) -> tuple[np.ndarray, np.ndarray]:
-    """Slope of each token's loss in the logarithm of the power [N, 1], and its mean second derivative.
-
-    A power at an end of `POWERS` is held there and not by the text, so it has no noise: [N, 0], [0, 0].
-    """
+    """Slope of each token's loss in the logarithm of the power [N, 1], and its mean second derivative."""
     at = np.log(power)
-    if _held(power):
-        return np.empty((len(spline(at)), 0)), np.empty((0, 0))
     return -spline(at, 1)[:, None], -spline(at, 2).mean(keepdims=True)[None]
 
 
 def _mixed_derivatives(
     spline: CubicSpline, power: float, weight: float, unigram_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `_alone_derivatives`, in the logarithm of the power and in the weight: [N, 2] and [2, 2].
-
-    Those of a power at an end, and of a weight at 0 or 1, are left out.
-    """
+    """As `_alone_derivatives`, in the logarithm of the power and in the weight: [N, 2] and [2, 2]."""
     at = np.log(power)
     p_N, slope_N, bend_N = np.maximum(np.exp(spline(at)), _LEAST), spline(at, 1), spline(at, 2)
     mixture_N = (1 - weight) * p_N + weight * unigram_N
@@ -228,17 +223,13 @@ def _mixed_derivatives(
     twice_N = (share_N * slope_N) ** 2 - share_N * (slope_N**2 + bend_N)
     across = float((slope_N * p_N * unigram_N / mixture_N**2).mean())
     curvature = np.array([[twice_N.mean(), across], [across, (by_weight_N**2).mean()]])
-    free = np.flatnonzero([not _held(power), 0 < weight < 1])
-    return np.stack([-share_N * slope_N, by_weight_N], 1)[:, free], curvature[np.ix_(free, free)]
+    return np.stack([-share_N * slope_N, by_weight_N], 1), curvature
 
 
-def _held(power: float) -> bool:
-    """Whether a power is at an end of `POWERS`."""
-    return power in {POWERS[0], POWERS[-1]}
-
-
-def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarray) -> tuple[FitNoise, float]:
-    """Noise of scores whose P parameters were fitted on N tokens, and the variance of the first parameter.
+def _noise(
+    slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarray, free: Sequence[bool]
+) -> tuple[FitNoise, float]:
+    """Noise of scores whose P parameters were fitted on N tokens, and the variance of the first free one.
 
     The covariance of the parameters over documents is C = H^-1 S H^-1 (the sandwich estimator), where S is
     the variance of the summed slopes over documents and H the summed curvature. On other documents of the
@@ -251,7 +242,9 @@ def _noise(slopes_NP: np.ndarray, curvature_PP: np.ndarray, document_N: np.ndarr
     documents = int(place_N.max()) + 1
     if documents == 1:
         return FitNoise(math.nan, math.nan), math.nan
-    if not curvature_PP.size or np.linalg.eigvalsh(curvature_PP).min() <= 0:
+    places = np.flatnonzero(free)
+    slopes_NP, curvature_PP = slopes_NP[:, places], curvature_PP[np.ix_(places, places)]
+    if not len(places) or np.linalg.eigvalsh(curvature_PP).min() <= 0:
         return FitNoise(0.0, 0.0), 0.0
     sums_DP = np.stack([np.bincount(place_N, weights=slopes_N) for slopes_N in slopes_NP.T], 1)
     centred_DP = sums_DP - sums_DP.mean(0)

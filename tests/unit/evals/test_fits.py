@@ -113,8 +113,9 @@ def test_temperatures_are_found_from_a_third_to_five(world, temperature, found):
     labels_N = drawn(rng, np.exp(log_softmax(logits_NV / temperature)))
     at_end = fit_of(logits_NV, labels_N, unigram_V)
     assert at_end.temperature == pytest.approx(found, rel=1e-12)
-    # On other documents the fit ends there too, so that a score does not move.
+    # On other documents the fit ends there too, so that a score does not move, on foreign text neither.
     assert (at_end.alone_noise.nats(9), at_end.variance) == (0.0, 0.0)
+    assert foreign_noise(at_powers(logits_NV, labels_N[::-1]), at_end) == 0.0
 
 
 def test_a_share_of_unigram_has_its_own_noise_beside_a_temperature_at_the_end(world):
