@@ -377,7 +377,9 @@ class RunConfig(Section):
             field, is_so = ("alpha", "above 0") if highest > 0 else ("mixing", objective.mixing)
             raise ValueError(f"objective.{field} is {is_so} but there is no teacher; add one or drop {field}")
         if self.teacher is not None and not teaches:
-            raise ValueError("there is a teacher but objective.alpha is 0; raise alpha or drop 'teacher'")
+            routed = objective.mixing == "routed"
+            more = "set alpha: 1, as mixing = routed has it," if routed else "raise alpha"
+            raise ValueError(f"there is a teacher but objective.alpha is 0; {more} or drop 'teacher'")
         if objective.gate is not None and highest == 0:
             raise ValueError(
                 "there is an objective.gate but objective.alpha is 0; raise alpha or drop 'gate'"

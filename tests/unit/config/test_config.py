@@ -32,7 +32,7 @@ def test_a_taught_run_without_alpha_is_taught_by_auto(tmp_path):
         model=auto.model, data=auto.data, tokens="2M", teacher=auto.teacher, objective=ObjectiveConfig()
     )
     assert made == auto
-    with pytest.raises(UserError, match="alpha is 0; raise alpha"):  # routed, there is one alpha that fits
+    with pytest.raises(UserError, match="alpha is 0; set alpha: 1, as mixing = routed has it, or drop"):
         validate(RunConfig, taught | {"objective": {"mixing": "routed"}}, "test")
     kept = validate(RunConfig, taught | {"objective": {"mixing": "keep_full_kd"}}, "test").objective.alpha
     assert kept.highest == 0  # it is always taught
