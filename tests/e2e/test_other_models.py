@@ -263,7 +263,7 @@ def test_every_evaluation_stays_within_a_models_positions(short_sighted, store, 
         max_tokens=60,
         device="cpu",
         output=tmp_path / "evals",
-        progress=lambda _: None,
+        progress=NullProgress(),
     )
     assert found.is_dir()
 
