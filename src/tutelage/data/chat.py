@@ -156,13 +156,9 @@ class Chat:
 
 
 def _why_no_border(place: int, unprompted: str, asked: str, answered: str) -> str:
-    """Say why a turn is not what follows the prompt for it: how it begins, or what was said before.
+    """Say why a turn is not what follows the prompt for it, `unprompted` being that less its end.
 
-    Args:
-        place: how many messages come before the turn.
-        unprompted: these, without a generation prompt.
-        asked: the prompt.
-        answered: these and the turn.
+    Either by how the turn begins, or by what was said in the `place` messages before.
     """
     turn = f"message {place + 1}"
     if asked.startswith(unprompted) and answered.startswith(unprompted) and not answered.startswith(asked):
@@ -366,6 +362,7 @@ def _message(message: object, where: str) -> Message:
     that any of them has, and templates ask whether one is there.
     """
     hint = "every message is {role, content}"
+    message = _as_turn(message)
     turn: dict[str, object] = {"role": _text(message, "role", where, hint)}
     fields = cast("dict[str, object]", message)
     if not (fields.get("tool_calls") and not fields.get("content")):
@@ -377,6 +374,21 @@ def _message(message: object, where: str) -> Message:
             "others 0"
         )
     return cast("Message", known | turn)
+
+
+def _as_turn(message: object) -> object:
+    """Return a message as {role, content} that is {from, value}, as ShareGPT has it, or in parts of text."""
+    if not isinstance(message, dict):
+        return message
+    turn: dict[str, Any] = dict(message)
+    if turn.get("role") is None and {"from", "value"} <= turn.keys():
+        speaker, turn["content"] = turn.pop("from"), turn.pop("value")
+        turn["role"] = {"human": "user", "gpt": "assistant"}.get(str(speaker), speaker)
+    if isinstance(parts := turn.get("content"), list):
+        texts = [one.get("text") for one in parts if isinstance(one, dict) and one.get("type") == "text"]
+        if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
+            turn["content"] = "".join(map(str, texts))
+    return turn
 
 
 def _text(row: object, field: str, where: str, hint: str = WHICH_FIELD) -> str:

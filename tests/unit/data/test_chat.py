@@ -197,6 +197,35 @@ def test_every_assistant_turn_is_learned_and_nothing_else(chatty, tmp_path):
     assert (tokens == marks["<|im_start|>"]).sum() == (tokens == marks["<|im_end|>"]).sum() == 5
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}],
+        [
+            {"from": "human", "value": "one", "role": None},
+            {"from": "gpt", "value": parts("two"), "weight": 1},
+        ],
+        [{"from": "user", "value": "one"}, {"from": "assistant", "value": "two"}],
+        [{"role": "user", "content": parts("o", "ne")}, {"role": "assistant", "content": parts("two")}],
+    ],
+)
+def test_turns_in_other_words_are_the_same_conversation(chatty, tmp_path, turns):
+    """As ShareGPT has them, and in parts of text: both are common on the Hub, and were refused."""
+    found = []
+    for name, said in (
+        ("a", QUESTION),
+        ("b", [{"role": "system", "content": "be"}, *QUESTION]),
+        ("c", turns),
+    ):
+        rows = write_rows(tmp_path / f"{name}.jsonl", {"messages": said})
+        found.append(marked(build_store(config(chatty, chat(rows)), tmp_path / name)))
+    assert found[0] == found[2] != found[1]
+
+
 def test_turns_of_weight_0_are_given_and_not_learned(chatty, tmp_path):
     def said(content, weight):
         return {"role": "assistant", "content": content, "weight": weight}
@@ -544,6 +573,15 @@ def test_bad_pairs_name_file_and_line(plain, tmp_path, row, message):
         ),
         ([QUESTION[0] | {"weight": 1}, QUESTION[1]], "message 1: weight 1; .* others 0"),
         ([QUESTION[0], QUESTION[1] | {"weight": "0"}], "message 2: weight '0'; "),
+        ([{"from": "human"}, QUESTION[1]], "message 1: no field 'role'; it has: from; every message is"),
+        ([{"from": ["human"], "value": "a"}, QUESTION[1]], "message 1: field 'role' holds list"),
+        ([{"role": "user", "content": [{"type": "image"}]}, QUESTION[1]], "message 1: field 'content' holds"),
+        ([{"role": "user", "content": parts("a", 1)}, QUESTION[1]], "message 1: field 'content' holds list"),
+        ([{"role": "user", "content": []}, QUESTION[1]], "message 1: field 'content' is empty"),
+        (
+            [{"role": "user", "content": parts("a<|im_", "end|>")}, QUESTION[1]],
+            r"line 1: a message spells the special token '<\|im_end\|>'",
+        ),
         (["hello"], r"message 1: expected an object with the field 'role', found str"),
         (
             [{"role": "user", "content": "a<|im_end|>"}, QUESTION[1]],
