@@ -33,8 +33,16 @@ if TYPE_CHECKING:
 
     from tutelage.data.store import Store
 
-_SETTINGS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word")
+_SETTINGS = (
+    "ignore_merges",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "max_input_chars_per_word",
+    "dropout",
+)
 """Fields of a tokenizer.json's model, besides its vocabulary and merges, that decide how it cuts text."""
+_UNKNOWN = "\U00013000\U00013001"
+"""Hieroglyphs, which vocabularies have as bytes or not at all."""
 
 
 def compare_tokenizers(what: str, tokenizer: str, store: Store, *, same_cuts: bool) -> str | None:
@@ -180,14 +188,14 @@ def _strings(where: str, tokenizer: str) -> dict[int, str]:
 
 def _different_cuts(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Return the names of the parts that decide how text is cut and differ."""
-    (own_model, own_special, own_begin), (model, special, begin) = (
-        (one["model"], _special(one), added_to_texts(Tokenizer.from_str(json.dumps(one)))[1])
-        for one in (own, theirs)
-    )
+    own_model, model = own["model"], theirs["model"]
+    own_special, special = _special(own), _special(theirs)
+    ready, stored = (Tokenizer.from_str(json.dumps(one)) for one in (own, theirs))
     same_kind = own_model.get("type") == model.get("type")
-    differs = {
-        "normalizer": _cutting(own.get("normalizer")) != _cutting(theirs.get("normalizer")),
-        "pre-tokenizer": _cutting(own.get("pre_tokenizer")) != _cutting(theirs.get("pre_tokenizer")),
+    steps = {"normalizer": "normalizer", "pre-tokenizer": "pre_tokenizer"}
+    differs = {part: _cutting(own.get(step)) != _cutting(theirs.get(step)) for part, step in steps.items()}
+    lacks_alike = any(differs.values()) or _ids_of_unknown(ready) == _ids_of_unknown(stored)
+    differs |= {
         "kind of model": not same_kind,
         "merges": same_kind and _merges(own_model) != _merges(model),
         "scores of words": same_kind and _other_scores(own_model, model),
@@ -198,7 +206,8 @@ def _different_cuts(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             for tokens, others in ((own_special, special), (special, own_special))
             for token, flag in tokens.items()
         ),
-        "tokens in front of a text": own_begin != begin,
+        "ids for characters that it lacks": not lacks_alike,
+        "tokens in front of a text": added_to_texts(ready)[1] != added_to_texts(stored)[1],
     }
     return [part for part, is_other in differs.items() if is_other]
 
@@ -226,6 +235,16 @@ def _other_scores(own: dict[str, Any], theirs: dict[str, Any]) -> bool:
     pairs = zip(own["vocab"], theirs["vocab"], strict=False)
     same = all(word == other and isclose(score, value) for (word, score), (other, value) in pairs)
     return len(own["vocab"]) != len(theirs["vocab"]) or not same
+
+
+def _ids_of_unknown(tokenizer: Tokenizer) -> list[int] | None:
+    """Return what two characters become that no vocabulary has; None if they are refused."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    try:
+        return tokenizer.encode(_UNKNOWN, add_special_tokens=False).ids
+    except Exception:  # noqa: BLE001 - the library raises nothing narrower where it has no token for them
+        return None
 
 
 def _model_settings(model: dict[str, Any]) -> dict[str, Any]:

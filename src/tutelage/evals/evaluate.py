@@ -165,7 +165,8 @@ def _evaluated(
             todo = with_contamination(todo, text, request.output / "stores")
             if warning := memory_warning(evaluated, todo, device.type):
                 progress.note(f"warning: {warning}")
-            model = load_evaluated(evaluated, device, NullProgress() if warning else progress)
+            unwarned = NullProgress() if warning else progress  # else of the same weights twice
+            model = load_evaluated(evaluated, device, unwarned)
             note = check_length(model, evaluated.id, max(target.context for target in todo))
             if note is not None:
                 progress.note(note)

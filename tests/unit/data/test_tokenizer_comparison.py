@@ -64,6 +64,8 @@ def test_how_a_file_is_written_does_not_count(own, text):
     own["model"]["merges"] = [" ".join(pair) for pair in own["model"]["merges"]]
     own["pre_tokenizer"]["trim_offsets"] = not own["pre_tokenizer"]["trim_offsets"]
     own["model"] |= {"byte_fallback": True, "end_of_word_suffix": ""}  # no word of it spells a byte
+    own["model"] |= {"unk_token": "the"}  # its words are bytes, so it lacks no character
+    own["truncation"]["max_length"] = 1
     assert compare(own, text) is None
     del own["model"]["ignore_merges"]  # as in older files
     assert compare(own, text) is None
@@ -150,6 +152,8 @@ WORDPIECE = {"type": "WordPiece", "vocab": dict(zip(WORDS, range(9), strict=Fals
     "max_input_chars_per_word": 100,
 }
 
+BPE = {"type": "BPE", "vocab": WORDPIECE["vocab"], "merges": [["a", "b"]], "unk_token": "a"}
+
 
 @pytest.mark.parametrize(
     ("model", "change", "word"),
@@ -157,6 +161,12 @@ WORDPIECE = {"type": "WordPiece", "vocab": dict(zip(WORDS, range(9), strict=Fals
         (UNIGRAM, {"vocab": [*UNIGRAM["vocab"][:4], ["ab", -9.0], ["##b", -2.0]]}, "scores of words"),
         (UNIGRAM, {"byte_fallback": True}, "settings of the model"),
         (WORDPIECE, {"max_input_chars_per_word": 1}, "settings of the model"),
+        (WORDPIECE, {"unk_token": "b"}, "ids for characters that it lacks"),
+        (UNIGRAM, {"unk_id": 1}, "ids for characters that it lacks"),
+        (BPE, {"unk_token": "b"}, "ids for characters that it lacks"),
+        (BPE, {"unk_token": None}, "ids for characters that it lacks"),
+        (BPE, {"fuse_unk": True}, "ids for characters that it lacks"),
+        (BPE, {"dropout": 1.0}, "settings of the model"),
     ],
 )
 def test_models_of_other_kinds_that_cut_otherwise_are_known(own, text, tmp_path, model, change, word):
@@ -166,7 +176,7 @@ def test_models_of_other_kinds_that_cut_otherwise_are_known(own, text, tmp_path,
     assert compare({"model": model} | settings | {"model": model}, stored) is None  # in another order
     other = settings | {"model": model | change}
     ours, theirs = (
-        [encoding.ids for encoding in Tokenizer.from_str(json.dumps(each)).encode_batch(["ab", "\0"])]
+        [encoding.ids for encoding in Tokenizer.from_str(json.dumps(each)).encode_batch(["ab", "\0", "éé"])]
         for each in (settings | {"model": model}, other)
     )
     assert ours != theirs
